@@ -1,0 +1,42 @@
+# Two commands to start with: `make demo` (the whole road on a laptop) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo serve test test-all lint format clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(STAMP)  ## make the virtual environment and install everything into it
+
+# torch first and pinned: the range alone may bring another build and gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,tracking]'
+	touch $@
+
+demo: $(STAMP)  ## train, evaluate and compare small models on the built-in pictures (about 10 minutes, no GPU)
+	$(BIN)/python -m llava.demo --output-dir runs/demo
+
+serve: $(STAMP)  ## chat with the demo's model
+	$(BIN)/python -m llava.serve.cli --model-path runs/demo/vqa
+
+test: $(STAMP)  ## the tests that CI runs
+	$(BIN)/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile
+
+test-all: $(STAMP)  ## all tests, the long ones too
+	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
+
+lint: $(STAMP)  ## linter, formatter and the contract of the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and the demo's runs
+	rm -rf $(VENV) runs

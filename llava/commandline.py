@@ -1,0 +1,125 @@
+"""What every command shares: flag spelling, booleans, one-line errors, exit codes, logging to stderr.
+
+A command module holds `build_parser() -> ArgumentParser` and `main(argv=None) -> int | None`, and ends in
+`if __name__ == "__main__": run(main)`. Heavy imports (torch, transformers) go inside `main`, so that
+`--help` answers at once.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from llava.errors import LlavaError
+
+EXIT_BAD_INPUT = 2
+
+
+def parse_bool(text: str | bool) -> bool:
+    """Read True/False, yes/no, 1/0 (any case), as the training scripts of this family write them."""
+    if isinstance(text, bool):
+        return text
+    value = text.strip().lower()
+    if value in {"true", "t", "yes", "y", "1", "on"}:
+        return True
+    if value in {"false", "f", "no", "n", "0", "off"}:
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse where underscores and dashes in flags are the same and no flag may be shortened.
+
+    `add_bool` adds a flag that takes True/False and also stands alone. `--debug` is always there: it shows
+    tracebacks.
+    """
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            "--debug", action="store_true", default=False, help="show the traceback of an error"
+        )
+
+    def add_bool(self, *flags: str, default: bool = False, help: str | None = None, **kwargs):
+        return self.add_argument(
+            *flags,
+            nargs="?",
+            const=True,
+            default=default,
+            type=parse_bool,
+            metavar="BOOL",
+            help=help,
+            **kwargs,
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([self._spell(arg) for arg in args], namespace)
+
+    def _spell(self, arg: str) -> str:
+        """The known spelling of a flag written with the other kind of separator."""
+        if not arg.startswith("--") or arg == "--":
+            return arg
+        flag, equals, value = arg.partition("=")
+        if flag in self._option_string_actions:
+            return arg
+        wanted = flag.replace("_", "-")
+        for known in self._option_string_actions:
+            if known.replace("_", "-") == wanted:
+                return known + equals + value
+        return arg
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` as a command: bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    debug = "--debug" in sys.argv
+    setup_logging()
+    try:
+        code = main()
+    except LlavaError as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split("\n"))
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(code or 0)
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Log to stderr, so that stdout holds results alone."""
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def write_line(text: str = "") -> None:
+    """A line of a command's result, on stdout: the one place of the library that prints."""
+    print(text, flush=True)  # noqa: T201
+
+
+def existing_file(path: str | Path, what: str) -> Path:
+    """`path` if it is a file, else a LlavaError that names it."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise LlavaError(f"{what} not found: {path}")
+    return path
+
+
+def existing_dir(path: str | Path, what: str) -> Path:
+    """`path` if it is a folder, else a LlavaError that names it."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise LlavaError(f"{what} is not a folder: {path}")
+    return path

@@ -1,0 +1,219 @@
+"""Files of records: JSON lists, JSONL and Parquet, read by content and written whole or not at all.
+
+`iter_records` reads any of the three, `write_records` writes by suffix, `atomic_path` makes a file appear
+under its name only when it is complete, and `ResumableJsonl` collects results one by one so that a killed
+run loses at most the line it was writing.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llava.errors import LlavaError
+
+Record = dict[str, Any]
+
+
+def iter_records(path: str | Path) -> Iterator[Record]:
+    """Records of a JSON list, a JSONL or a Parquet file (told apart by their first bytes).
+
+    JSONL and Parquet are streamed; a JSON list is read whole.
+
+    Raises:
+        LlavaError: the file is missing, empty, not one of the three, or holds something that isn't an object;
+            the message names file and line (or record).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LlavaError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:4] == b"PAR1":
+        yield from _iter_parquet(path)
+    elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        yield from _iter_json(path)
+    elif not head.strip() and path.stat().st_size <= len(head):
+        raise LlavaError(f"{path}: the file is empty")
+    else:
+        for _, record in iter_jsonl(path):
+            yield record
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """`iter_records` as a list."""
+    return list(iter_records(path))
+
+
+def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """(line number from 1, object) of each line that isn't blank; errors name file and line."""
+    path = Path(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise LlavaError(f"{path} line {number}: not JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise LlavaError(f"{path} line {number}: expected an object, got {type(record).__name__}")
+            yield number, record
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; errors name the file."""
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise LlavaError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise LlavaError(f"{path}: not JSON ({error})") from error
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
+    """Write JSON atomically, keys in the order given, non-ASCII text as it is."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=indent)
+        file.write("\n")
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> int:
+    """Write records atomically as the suffix says (.json, .jsonl, .parquet); returns how many."""
+    path = Path(path)
+    writers = {".json": _write_json_list, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
+    if path.suffix not in writers:
+        raise LlavaError(f"{path}: unknown kind of record file; use one of {', '.join(writers)}")
+    with atomic_path(path) as temporary:
+        return writers[path.suffix](temporary, records)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes if it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result is as readable as any other file of the user.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class ResumableJsonl:
+    """A JSONL file that is collected line by line in `<path>.part` and renamed when complete.
+
+    `done` maps each finished key to its record, read back from an earlier run (a torn last line is dropped).
+    `add` writes and flushes one record; `finish` writes the records in the order asked for, under the final
+    name, and removes the part file. A key that is added twice is an error: no answer is lost or doubled.
+    """
+
+    def __init__(self, path: str | Path, key: str = "question_id"):
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.key = key
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        self.done: dict[Any, Record] = {}
+        if self.part.exists():
+            self._read_part()
+        self._file = self.part.open("ab")
+
+    def add(self, record: Record) -> None:
+        key = record[self.key]
+        if key in self.done:
+            raise LlavaError(f"{self.part}: {self.key} {key!r} was written twice")
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        self.done[key] = record
+
+    def finish(self, order: Iterable[Any] | None = None) -> None:
+        """Write all records (in `order` of keys, default: as added) to the final name."""
+        keys = list(self.done) if order is None else list(order)
+        missing = [key for key in keys if key not in self.done]
+        if missing:
+            raise LlavaError(
+                f"{self.part}: {len(missing)} records are missing, first {self.key} {missing[0]!r}"
+            )
+        write_records(self.path, (self.done[key] for key in keys))
+        self.close()
+        self.part.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "ResumableJsonl":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _read_part(self) -> None:
+        end = 0
+        with self.part.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # the line that was being written when the run was killed
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                self.done[record[self.key]] = record
+                end += len(line)
+        with self.part.open("rb+") as file:
+            file.truncate(end)
+
+
+def _iter_json(path: Path) -> Iterator[Record]:
+    for index, record in enumerate(read_json(path)):
+        if not isinstance(record, dict):
+            raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
+        yield record
+
+
+def _iter_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+def _write_json_list(path: Path, records: Iterable[Record]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for count, record in enumerate(records, 1):
+            file.write("[\n" if count == 1 else ",\n")
+            json.dump(record, file, ensure_ascii=False)
+        file.write("\n]\n" if count else "[]\n")
+    return count
+
+
+def _write_jsonl(path: Path, records: Iterable[Record]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for count, record in enumerate(records, 1):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return count
+
+
+def _write_parquet(path: Path, records: Iterable[Record]) -> int:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    rows = list(records)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return len(rows)
