@@ -95,7 +95,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes if it fails."""
+    """A temporary path that becomes `path` when the block ends well, and vanishes if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -205,8 +205,9 @@ def _write_json_list(path: Path, records: Iterable[Record]) -> int:
 def _write_jsonl(path: Path, records: Iterable[Record]) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
-        for count, record in enumerate(records, 1):
+        for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 
