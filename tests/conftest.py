@@ -1,0 +1,54 @@
+"""Where the tests find the golden vectors and the real data, which stay outside the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config):
+    # Two workers on two cores: one thread each is faster than four threads that fight.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def golden_root() -> Path:
+    """The folder of golden vectors; a function too, because cases are collected before fixtures exist."""
+    return Path(os.environ.get("LLAVA_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
+
+
+def golden_cases(group: str, marker: str = "meta.json") -> list:
+    """One pytest parameter per case folder (a folder that holds `marker`) below `group`.
+
+    Without the golden folder the single parameter is a skip that says so; a folder without cases is an error.
+    """
+    root = golden_root()
+    if not root.is_dir():
+        return [pytest.param(None, marks=pytest.mark.skip(reason=f"no golden vectors at {root}"))]
+    folder = root / group
+    cases = sorted(path.parent for path in folder.rglob(marker))
+    if not cases:
+        raise FileNotFoundError(f"no golden case ({marker}) below {folder}")
+    return [pytest.param(case, id=str(case.relative_to(root))) for case in cases]
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    root = golden_root()
+    if not root.is_dir():
+        pytest.skip(f"no golden vectors at {root}; set LLAVA_GOLDEN_DIR")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real data (VQA-RAD, SLAKE, ROCO, pictures) beside the repository."""
+    root = Path(os.environ.get("LLAVA_SHARED_DIR", ROOT.parent / "shared"))
+    if not root.is_dir():
+        pytest.skip(f"no data at {root}; set LLAVA_SHARED_DIR")
+    return root
