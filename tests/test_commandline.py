@@ -1,0 +1,54 @@
+"""Flags, booleans, one-line errors and exit codes, as every command has them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llava.commandline import ArgumentParser, parse_bool
+
+COMMAND = """
+from llava.commandline import ArgumentParser, run
+from llava.errors import LlavaError
+def main():
+    args = ArgumentParser().parse_args()
+    raise LlavaError("record 17: picture not found\\nrun something")
+run(main)
+"""
+
+
+def parser():
+    result = ArgumentParser()
+    result.add_argument("--model-path")
+    result.add_argument("--top_p", type=float)
+    result.add_bool("--lazy_preprocess")
+    return result
+
+
+def test_dashes_and_underscores_are_the_same():
+    args = parser().parse_args(["--model_path=x_y", "--top-p", "0.5", "--lazy-preprocess"])
+    assert (args.model_path, args.top_p, args.lazy_preprocess) == ("x_y", 0.5, True)
+
+
+@pytest.mark.parametrize(("words", "value"), [(["--lazy_preprocess", "False"], False), ([], False)])
+def test_booleans_take_a_value_or_stand_alone(words, value):
+    assert parser().parse_args(words).lazy_preprocess is value
+
+
+def test_no_abbreviations(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--model", "x"])
+    assert stop.value.code == 2
+
+
+def test_bad_boolean():
+    with pytest.raises(Exception, match="maybe"):
+        parse_bool("maybe")
+
+
+def test_bad_input_is_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["error: record 17: picture not found run something"]
+    debug = subprocess.run([sys.executable, "-c", COMMAND, "--debug"], capture_output=True, text=True)
+    assert "Traceback" in debug.stderr

@@ -1,0 +1,131 @@
+"""Record files: read by content, written whole or not at all, resumed without a lost or doubled line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llava.errors import LlavaError
+from llava.records import ResumableJsonl, atomic_path, iter_records, read_records, write_json, write_records
+
+RECORDS = [{"id": "a", "text": "Fraktur – links"}, {"id": "b", "n": 3}]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_round_trip(tmp_path, name):
+    assert write_records(tmp_path / name, iter(RECORDS)) == 2
+    assert read_records(tmp_path / name) == RECORDS
+
+
+def test_parquet_round_trip(tmp_path):
+    rows = [{"id": "a", "conversations": [{"from": "human", "value": "q"}]}]
+    write_records(tmp_path / "x.parquet", rows)
+    assert read_records(tmp_path / "x.parquet") == rows
+
+
+def test_kind_is_read_from_content_not_from_the_name(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("\n".join(json.dumps(record) for record in RECORDS))
+    assert read_records(path) == RECORDS
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(RECORDS).encode())
+    assert read_records(path) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "empty"),
+        ('{"a": 1}\n{"a": ', "line 2"),
+        ('{"a": 1}\n[1]\n', "line 2"),
+        ("[1]", "record 0"),
+        ("[{}, ", "not JSON"),
+        ("hello", "line 1"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, content, words):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(LlavaError) as error:
+        read_records(path)
+    assert words in str(error.value)
+    assert "bad.json" in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(LlavaError, match="no such file"):
+        list(iter_records(tmp_path / "none.json"))
+
+
+def test_unknown_suffix_writes_nothing(tmp_path):
+    with pytest.raises(LlavaError, match="unknown kind"):
+        write_records(tmp_path / "x.csv", RECORDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"old": True})
+
+    def broken():
+        yield RECORDS[0]
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError):
+        write_records(path, broken())
+    assert json.loads(path.read_text()) == {"old": True}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_atomic_path_keeps_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "x") as temporary:
+            temporary.write_text("x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_resumable_drops_a_torn_line_and_keeps_order(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with ResumableJsonl(path) as log:
+        log.add({"question_id": 2, "text": "b"})
+    with (tmp_path / "answers.jsonl.part").open("ab") as file:
+        file.write(b'{"question_id": 3, "te')
+    with ResumableJsonl(path) as log:
+        assert set(log.done) == {2}
+        log.add({"question_id": 1, "text": "a"})
+        with pytest.raises(LlavaError, match="twice"):
+            log.add({"question_id": 1, "text": "a"})
+        with pytest.raises(LlavaError, match="missing"):
+            log.finish([1, 2, 3])
+        log.finish([1, 2])
+    assert [row["question_id"] for row in read_records(path)] == [1, 2]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_resumable_survives_sigkill(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    script = (
+        "import sys, time\n"
+        "from llava.records import ResumableJsonl\n"
+        "with ResumableJsonl(sys.argv[1]) as log:\n"
+        "    for i in range(len(log.done), 200):\n"
+        "        log.add({'question_id': i, 'text': 'x' * 500})\n"
+        "        time.sleep(0.002)\n"
+        "    log.finish(range(200))\n"
+    )
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", script, str(path)])
+        time.sleep(0.25)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if path.exists():
+            break
+    if not path.exists():
+        subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+    assert [row["question_id"] for row in read_records(path)] == list(range(200))
