@@ -1,0 +1,114 @@
+"""The Batch API: all requests in one uploaded file, half the price, answers within a day.
+
+The batch's id is kept in `<output>.batch.json`, so that a killed run goes on waiting for the batch it paid for.
+"""
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+
+from llava.errors import LlavaError
+from llava.openai_api import ApiSettings, ChatJob, ChatResult, RunSummary, UnusableReply, make_client, read_completion
+from llava.records import Record, ResumableJsonl, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+FINAL_STATES = ("completed", "failed", "expired", "cancelled")
+
+
+def run_batch(
+    todo: Sequence[ChatJob],
+    settings: ApiSettings,
+    output: ResumableJsonl,
+    to_record: Callable[[ChatJob, ChatResult], Record],
+    summary: RunSummary,
+) -> None:
+    """Submit `todo` as one batch (or find the one submitted before), wait, and write its answers to `output`."""
+    asyncio.run(_run(todo, settings, output, to_record, summary))
+
+
+async def _run(todo, settings, output, to_record, summary) -> None:
+    state_path = output.path.with_name(output.path.name + ".batch.json")
+    async with make_client(settings) as client:
+        if state_path.exists():
+            state = read_json(state_path)
+            logger.info("waiting for batch %s, submitted by an earlier run", state["id"])
+        else:
+            state = await _submit(client, todo, settings, summary)
+            write_json(state_path, state)
+        batch = await _wait(client, state["id"], settings.poll_seconds)
+        jobs = {job.key: job for job in todo}
+        keys = state["keys"]
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            if file_id:
+                text = (await client.files.content(file_id)).text
+                for line in filter(None, text.splitlines()):
+                    _take(json.loads(line), keys, jobs, settings, output, to_record, summary)
+    # The batch is spent: what it didn't answer goes into a new one on the next run.
+    state_path.unlink()
+    if batch.status != "completed":
+        logger.warning("batch %s ended as %s", batch.id, batch.status)
+    for job in todo:
+        if job.key not in output.done and job.key not in summary.failed:
+            summary.failed[job.key] = f"not answered by the batch ({batch.status}); run again"
+
+
+async def _submit(client, todo, settings, summary) -> dict:
+    tokens = [sum(column) for column in zip(*(job.tokens for job in todo), strict=True)]
+    if summary.account.reserve(*tokens) is None:
+        raise LlavaError(
+            f"a batch of {len(todo)} requests could cost {summary.account.cost(*tokens):.2f} USD, above --max-cost"
+        )
+    lines = [
+        {
+            "custom_id": f"item-{number}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": job.body(settings.model),
+        }
+        for number, job in enumerate(todo)
+    ]
+    content = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
+    file = await client.files.create(file=("requests.jsonl", io.BytesIO(content)), purpose="batch")
+    batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    summary.account.requests += 1
+    return {
+        "id": batch.id,
+        "keys": {line["custom_id"]: job.key for line, job in zip(lines, todo, strict=True)},
+    }
+
+
+async def _wait(client, batch_id: str, poll_seconds: float):
+    while True:
+        batch = await client.batches.retrieve(batch_id)
+        if batch.status in FINAL_STATES:
+            return batch
+        counts = batch.request_counts
+        if counts:
+            logger.info("batch %s: %s, %d of %d", batch_id, batch.status, counts.completed, counts.total)
+        await asyncio.sleep(poll_seconds)
+
+
+def _take(line, keys, jobs, settings, output, to_record, summary) -> None:
+    """Book one line of the batch's output or error file."""
+    from openai.types.chat import ChatCompletion
+
+    key = keys.get(line["custom_id"])
+    if key not in jobs or key in output.done:
+        return
+    response = line.get("response") or {}
+    if response.get("status_code") != 200:
+        error = line.get("error") or (response.get("body") or {}).get("error") or {}
+        summary.failed[key] = f"HTTP {response.get('status_code')}: {error.get('message', 'no answer')}"
+        return
+    try:
+        result = read_completion(ChatCompletion.model_validate(response["body"]), settings.model)
+    except UnusableReply as error:
+        summary.failed[key] = str(error)
+        return
+    summary.account.book(result.prompt_tokens, result.completion_tokens)
+    output.add(to_record(jobs[key], result))
+    summary.done += 1
+    summary.refused += result.refused is not None

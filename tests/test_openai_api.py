@@ -1,0 +1,250 @@
+"""The API client against a real server that fails: every item once, in order, and nothing paid twice."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+
+import pytest
+
+from llava.errors import LlavaError
+from llava.openai_api import (
+    ApiSettings,
+    ChatJob,
+    add_api_flags,
+    describe_dry_run,
+    run_jobs,
+    settings_from_args,
+)
+from llava.openai_limits import Account, RateGate, estimate_tokens
+from llava.records import ResumableJsonl, read_records
+from tests.openai_server import OpenAIServer
+
+pytest.importorskip("openai", reason='the openai package is in the extra "openai"')
+
+
+def jobs(count, text="item {}"):
+    return [ChatJob(n, [{"role": "user", "content": text.format(n)}]) for n in range(count)]
+
+
+def settings(server, **changes):
+    values = {"model": "m", "api_key": "secret-key", "base_url": server.url, "concurrency": 32, "timeout": 2.0}
+    return ApiSettings(**{**values, "backoff": 0.02, **changes})
+
+
+def record(job, result):
+    return {"question_id": job.key, "text": result.text, "refused": result.refused}
+
+
+def ask(items, config, path, **more):
+    with ResumableJsonl(path) as output:
+        summary = run_jobs(items, config, output, record, **more)
+        if summary.complete:
+            output.finish([job.key for job in items])
+    return summary
+
+
+def test_a_thousand_items_with_a_fifth_failing(tmp_path):
+    with OpenAIServer("--faults", "0.2", "--kinds", "429,500,cut,malformed,empty") as server:
+        summary = ask(jobs(1000), settings(server), tmp_path / "out.jsonl")
+        stats = server.stats()
+    rows = read_records(tmp_path / "out.jsonl")
+    assert [row["question_id"] for row in rows] == list(range(1000))
+    assert all(row["text"] == f"answer to item {n}" for n, row in enumerate(rows))
+    assert 150 < len(stats["faulted"]) < 250, "the faults were not injected"
+    assert sum(stats["requests"].values()) == 1000 + sum(stats["faulted"].values()) == summary.account.requests
+    assert stats["peak"] <= 32
+    assert summary.account.completion_tokens == 5 * 1000
+
+
+def test_timeouts_are_asked_again(tmp_path):
+    with OpenAIServer("--faults", "1", "--kinds", "timeout") as server:
+        summary = ask(jobs(20), settings(server, timeout=0.3), tmp_path / "out.jsonl")
+        assert summary.complete
+        assert summary.retries == 20
+        assert set(server.stats()["requests"].values()) == {2}
+
+
+def test_an_item_that_keeps_failing_is_reported_and_asked_again_next_time(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with OpenAIServer("--faults", "0.3", "--kinds", "500", "--faults-per-item", "3") as server:
+        summary = ask(jobs(30), settings(server, max_retries=2), path)
+        assert summary.failed
+        assert not path.exists()
+        assert all("HTTP 500" in reason for reason in summary.failed.values())
+        again = ask(jobs(30), settings(server, max_retries=2), path)
+    assert again.resumed == 30 - len(summary.failed)
+    assert [row["question_id"] for row in read_records(path)] == list(range(30))
+
+
+def test_killed_and_resumed_nothing_is_asked_twice_but_what_was_in_flight(tmp_path):
+    path, count, concurrency, kills = tmp_path / "out.jsonl", 400, 8, 0
+    script = (
+        "import sys\n"
+        "from tests.test_openai_api import *\n"
+        "class Server: url = sys.argv[1]\n"
+        f"ask(jobs({count}), settings(Server, concurrency={concurrency}), sys.argv[2])\n"
+    )
+    with OpenAIServer("--delay", "0.02", "--faults", "0.2", "--kinds", "429,500,cut") as server:
+        while not path.exists():
+            process = subprocess.Popen([sys.executable, "-c", script, server.url, str(path)])
+            while process.poll() is None and kills < 4:
+                before = sum(server.stats()["answered"].values())
+                deadline = time.monotonic() + 60
+                while process.poll() is None and time.monotonic() < deadline:
+                    if sum(server.stats()["answered"].values()) > before + 50 + 17 * kills:
+                        process.send_signal(signal.SIGKILL)
+                        kills += 1
+                        break
+                    time.sleep(0.01)
+            process.wait()
+        stats = server.stats()
+    assert kills == 4
+    assert [row["question_id"] for row in read_records(path)] == list(range(count))
+    asked_again = sum(stats["requests"].values()) - count - sum(stats["faulted"].values())
+    assert 0 <= asked_again <= kills * concurrency
+
+
+def test_wrong_key_stops_at_once_and_is_not_shown(tmp_path):
+    with OpenAIServer("--key", "right") as server:
+        with pytest.raises(LlavaError, match="API key") as error:
+            ask(jobs(50), settings(server, concurrency=4), tmp_path / "out.jsonl")
+        assert sum(server.stats()["requests"].values()) == 0
+    assert "secret-key" not in str(error.value)
+    assert "secret-key" not in repr(settings(server))
+
+
+def test_refused_content_is_an_answer_and_a_bad_request_a_failure(tmp_path):
+    with OpenAIServer() as server:
+        summary = ask(jobs(3, "FORBIDDEN {}"), settings(server), tmp_path / "a.jsonl")
+        assert (summary.done, summary.refused) == (3, 3)
+        summary = ask(jobs(3, "INVALID {}"), settings(server), tmp_path / "b.jsonl")
+        assert len(summary.failed) == 3
+        assert set(server.stats()["requests"].values()) == {1}, "what can't succeed was asked again"
+
+
+def test_follow_up_is_asked_once(tmp_path):
+    def repair(job, result):
+        return ChatJob(job.key, [{"role": "user", "content": f"again {job.key}"}]) if job.key % 2 else None
+
+    with OpenAIServer() as server:
+        ask(jobs(10), settings(server), tmp_path / "out.jsonl", follow_up=repair)
+    texts = [row["text"] for row in read_records(tmp_path / "out.jsonl")]
+    assert texts[:2] == ["answer to item 0", "answer to again 1"]
+
+
+def test_cost_limit_holds(tmp_path):
+    path = tmp_path / "out.jsonl"
+    config = {"price_in": 1e3, "price_out": 1e3, "concurrency": 4}
+    items = [ChatJob(n, [{"role": "user", "content": f"item {n}"}], max_tokens=5) for n in range(100)]
+    with OpenAIServer() as server:
+        summary = ask(items, settings(server, max_cost=0.5, **config), path)
+        assert 0 < summary.account.spent <= 0.5
+        assert summary.over_budget == 100 - summary.done > 0
+        assert not path.exists()
+        assert "cost limit" in str(summary)
+        assert ask(items, settings(server, **config), path).complete
+        assert set(server.stats()["requests"].values()) == {1}
+
+
+def test_cost_limit_without_prices_is_refused(tmp_path):
+    with pytest.raises(LlavaError, match="--price-in"):
+        Account(limit=3.0)
+
+
+def test_batch_api(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with OpenAIServer("--polls", "3") as server:
+        items = jobs(20) + [ChatJob("bad", [{"role": "user", "content": "INVALID"}])]
+        summary = ask(items, settings(server, batch_api=True, poll_seconds=0.01, price_in=2.0, price_out=2.0), path)
+    assert summary.done == 20
+    assert list(summary.failed) == ["bad"]
+    assert summary.account.price_in == 1.0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl.part"]
+
+
+def test_a_killed_batch_is_waited_for_not_submitted_again(tmp_path):
+    path = tmp_path / "out.jsonl"
+    script = (
+        "import sys\nfrom tests.test_openai_api import *\nclass Server: url = sys.argv[1]\n"
+        "ask(jobs(5), settings(Server, batch_api=True, poll_seconds=float(sys.argv[3])), sys.argv[2])\n"
+    )
+    state = tmp_path / "out.jsonl.batch.json"
+    with OpenAIServer("--polls", "2") as server:
+        process = subprocess.Popen([sys.executable, "-c", script, server.url, str(path), "60"])
+        deadline = time.monotonic() + 60
+        while not state.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert json.loads(state.read_text())["id"] == "batch-0"
+        ask(jobs(5), settings(server, batch_api=True, poll_seconds=0.01), path)
+    assert len(read_records(path)) == 5
+    assert not state.exists()
+
+
+def test_azure(tmp_path):
+    with OpenAIServer("--key", "azure-key") as server:
+        config = ApiSettings(
+            model="deployment",
+            api_key="azure-key",
+            azure_endpoint=server.url.removesuffix("/v1"),
+            api_version="2024-06-01",
+        )
+        assert ask(jobs(3), config, tmp_path / "out.jsonl").done == 3
+
+
+def parsed(*words):
+    parser = ArgumentParser()
+    add_api_flags(parser)
+    return parser.parse_args(words)
+
+
+def test_settings_come_from_flags_over_environment():
+    env = {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://a/v1"}
+    got = settings_from_args(parsed("--api-model", "x"), env)
+    assert (got.model, got.api_key, got.base_url) == ("x", "k", "http://a/v1")
+    assert settings_from_args(parsed("--api-model", "x", "--api-base", "http://b/v1"), env).base_url == "http://b/v1"
+    azure = {"AZURE_OPENAI_ENDPOINT": "http://z", "AZURE_OPENAI_API_KEY": "a", "AZURE_OPENAI_DEPLOYMENT": "d"}
+    got = settings_from_args(parsed("--api-version", "v"), azure)
+    assert (got.model, got.api_key, got.azure_endpoint, got.base_url) == ("d", "a", "http://z", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        (["--api-model", "x"], {}, "OPENAI_API_KEY"),
+        ([], {"OPENAI_API_KEY": "k"}, "--api-model"),
+        ([], {"AZURE_OPENAI_ENDPOINT": "e", "AZURE_OPENAI_API_KEY": "k"}, "OPENAI_API_VERSION"),
+        (["--api-model", "x", "--concurrency", "0"], {"OPENAI_API_KEY": "k"}, "--concurrency"),
+    ],
+)
+def test_missing_settings_are_named(words, env, message):
+    with pytest.raises(LlavaError, match=message):
+        settings_from_args(parsed(*words), env)
+
+
+def test_dry_run_shows_the_first_prompt_and_the_cost():
+    config = ApiSettings(model="gpt-4o", api_key="k")
+    text = describe_dry_run(jobs(1000, "look at item {} please"), config)
+    assert "look at item 0 please" in text
+    assert "USD" in text
+    assert "1000 requests" in text
+
+
+def test_pictures_count_as_tokens():
+    content = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "data:x"}}]
+    assert estimate_tokens([{"role": "user", "content": content}]) > 500
+
+
+def test_rate_gate_keeps_to_both_limits():
+    gate = RateGate(requests_per_minute=3, tokens_per_minute=100)
+    for second in range(3):
+        assert gate._wait(second, 10) <= 0
+        gate._passed.append((second, 10))
+        gate._tokens += 10
+    assert gate._wait(3, 10) == pytest.approx(57)
+    assert gate._wait(60.5, 10) <= 0
+    assert gate._wait(60.5, 95) == pytest.approx(0.5)
