@@ -327,9 +327,12 @@ async def _ask(client, job: ChatJob, settings: ApiSettings, gate: RateGate, summ
 async def _request(client, job: ChatJob, model: str) -> ChatResult:
     """One HTTP request; its failure as one of the three kinds above."""
     import openai
+    from openai.types.chat import ChatCompletion
 
     try:
-        answer = await client.chat.completions.create(**job.body(model))
+        # The endpoint by its path: `chat.completions.create` re-validates every field of the request in Python,
+        # which takes a third of the client's time when hundreds of requests a second pass.
+        answer = await client.post("/chat/completions", body=job.body(model), cast_to=ChatCompletion)
     except openai.APIStatusError as error:
         return _status_error(error, model)
     except openai.APITimeoutError as error:
