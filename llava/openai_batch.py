@@ -93,8 +93,6 @@ async def _wait(client, batch_id: str, poll_seconds: float):
 
 def _take(line, keys, jobs, settings, output, to_record, summary) -> None:
     """Book one line of the batch's output or error file."""
-    from openai.types.chat import ChatCompletion
-
     key = keys.get(line["custom_id"])
     if key not in jobs or key in output.done:
         return
@@ -104,7 +102,7 @@ def _take(line, keys, jobs, settings, output, to_record, summary) -> None:
         summary.failed[key] = f"HTTP {response.get('status_code')}: {error.get('message', 'no answer')}"
         return
     try:
-        result = read_completion(ChatCompletion.model_validate(response["body"]), settings.model)
+        result = read_completion(response["body"], settings.model)
     except UnusableReply as error:
         summary.failed[key] = str(error)
         return
