@@ -41,9 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(*args, **kwargs)
-        self.add_argument(
-            "--debug", action="store_true", default=False, help="show the traceback of an error"
-        )
+        self.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
 
     def add_bool(self, *flags: str, default: bool = False, help: str | None = None, **kwargs):
         return self.add_argument(

@@ -145,9 +145,7 @@ class ResumableJsonl:
         keys = list(self.done) if order is None else list(order)
         missing = [key for key in keys if key not in self.done]
         if missing:
-            raise LlavaError(
-                f"{self.part}: {len(missing)} records are missing, first {self.key} {missing[0]!r}"
-            )
+            raise LlavaError(f"{self.part}: {len(missing)} records are missing, first {self.key} {missing[0]!r}")
         write_records(self.path, (self.done[key] for key in keys))
         self.close()
         self.part.unlink(missing_ok=True)

@@ -1,0 +1,113 @@
+"""Figures with captions, read from any of the files that carry them, and taken from the domains in turn."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.errors import LlavaError
+from llava.records import Record, iter_records, read_json
+
+DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One picture's texts. `key` is LLaVA-Med's pair_id, unique in a file."""
+
+    key: str
+    caption: str
+    label: str = ""
+    mentions: tuple[str, ...] = ()
+    domain: str | None = None
+    image: str | None = None
+
+
+def read_figures(path: str | Path) -> list[Figure]:
+    """Figures of a caption file: LLaVA-Med's ({domain: [figure, …]}), rows with a caption, or caption records.
+
+    Rows are JSON or JSONL objects with `pair_id` (or `id`) and `fig_caption` (or `caption`); caption records are
+    training records whose first answer is the caption, as the `roco` and `pmc` converters write them.
+
+    Raises:
+        LlavaError: a row without id or caption, or an id that stands twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LlavaError(f"{path}: no such file")
+    rows = _by_domain(path) or ((None, row) for row in iter_records(path))
+    figures: dict[str, Figure] = {}
+    for index, (domain, row) in enumerate(rows):
+        figure = _figure(row, domain, f"{path} record {index}")
+        if figure.key in figures:
+            raise LlavaError(f"{path} record {index}: id {figure.key!r} stands there twice")
+        figures[figure.key] = figure
+    if not figures:
+        raise LlavaError(f"{path}: holds no figures")
+    return list(figures.values())
+
+
+def in_turn(figures: Sequence[Figure], max_size: int | None, seed: int) -> list[Figure]:
+    """Up to `max_size` figures, one from each domain in turn, in a seeded random order within a domain."""
+    by_domain: dict[str | None, list[Figure]] = {}
+    for figure in figures:
+        by_domain.setdefault(figure.domain, []).append(figure)
+    queues = []
+    for domain in sorted(by_domain, key=str):
+        queue = sorted(by_domain[domain], key=lambda figure: figure.key)
+        random.Random(f"{seed} {domain}").shuffle(queue)
+        queues.append(queue)
+    wanted = len(figures) if max_size is None else min(max_size, len(figures))
+    taken: list[Figure] = []
+    for position in range(max(map(len, queues), default=0)):
+        taken += [queue[position] for queue in queues if position < len(queue)]
+        if len(taken) >= wanted:
+            break
+    return taken[:wanted]
+
+
+def _by_domain(path: Path) -> Iterable[tuple[str | None, Record]] | None:
+    """(domain, row) of LLaVA-Med's caption file, None if the file isn't one."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not head.startswith(b"{") or head[1:].lstrip()[:1] != b'"' or path.suffix == ".jsonl":
+        return None
+    try:
+        content = read_json(path)
+    except LlavaError:
+        return None  # JSONL under another name: read line by line, with errors that name the line
+    if not all(isinstance(rows, list) for rows in content.values()):
+        return None
+    return ((domain, row) for domain, rows in content.items() for row in rows)
+
+
+def _figure(row: Record, domain: str | None, where: str) -> Figure:
+    key = row.get("pair_id", row.get("id"))
+    caption = row.get("fig_caption", row.get("caption"))
+    if caption is None and "conversations" in row:
+        caption = next((turn.get("value") for turn in row["conversations"] if turn.get("from") == "gpt"), None)
+    if key is None or not isinstance(caption, str) or not caption.strip():
+        raise LlavaError(f"{where}: expected an id (pair_id) and a caption (fig_caption)")
+    return Figure(
+        key=str(key),
+        caption=caption,
+        label=row.get("fig_label") or "",
+        mentions=tuple(_mentions(row.get("in_text_mention"))),
+        domain=domain or _domain(row.get("domain")),
+        image=row.get("image"),
+    )
+
+
+def _mentions(value: Any) -> Iterable[str]:
+    """The sentences, which the released file holds as text or as {"tokens": text, "entities": …}."""
+    for mention in value or []:
+        text = mention.get("tokens") if isinstance(mention, dict) else mention
+        if isinstance(text, str) and text.strip():
+            yield text
+
+
+def _domain(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return next((name for name in DOMAINS if value.get(name)), None)
+    return value if isinstance(value, str) else None

@@ -1,0 +1,76 @@
+"""The cleaning rules, one at a time, with the counts they leave."""
+
+from collections import Counter
+
+import pytest
+
+from llava.instruct.cleaning import clean_turns, split_turns
+
+
+def split(text):
+    counts = Counter()
+    return split_turns(text, counts), counts
+
+
+def clean(question, answer):
+    counts = Counter()
+    return clean_turns([(question, answer)], counts), counts
+
+
+def test_dialogue_is_split_into_pairs():
+    turns, counts = split("User: A?\nAssistant: B.\nmore of B\nUser: C?\n\nAssistant: D: yes.")
+    assert turns == [("A?", "B.\nmore of B"), ("C?", "D: yes.")]
+    assert counts == Counter()
+
+
+def test_bold_speakers_and_unpaired_turns():
+    turns, counts = split("Sure!\n**User:** A?\n**Assistant:** B.\nUser: C?\nUser: D?\nAssistant: E.\nUser: F?")
+    assert turns == [("A?", "B."), ("D?", "E.")]
+    assert counts["unpaired"] == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry, I cannot see the image.",
+        "As an AI language model, I can't look at it.",
+        "I am unable to view the actual picture.",
+        "I don't have access to the figure.",
+    ],
+)
+def test_turns_of_a_blind_assistant_are_dropped(answer):
+    turns, counts = clean("What is it?", answer)
+    assert turns == []
+    assert counts == Counter(cannot_see=1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rule"),
+    [
+        ("Based on the caption, the mass is round.", "The mass is round.", "leading_phrase"),
+        ("According to the provided context, it is a scan.", "It is a scan.", "leading_phrase"),
+        ("The mass, as mentioned in the figure caption, is round.", "The mass is round.", "inner_phrase"),
+        ("It shows a scan as described in the caption.", "It shows a scan.", "inner_phrase"),
+    ],
+)
+def test_phrases_are_cut(before, after, rule):
+    turns, counts = clean("What is it?", before)
+    assert turns == [("What is it?", after)]
+    assert counts == Counter({rule: 1})
+
+
+def test_what_still_mentions_the_text_goes():
+    turns, counts = clean("What does the caption say?", "It says that it is a scan.")
+    assert (turns, counts) == ([], Counter(mentions_text=1))
+
+
+def test_ordinary_turns_are_left_alone():
+    turn = ("Where is the lesion in the picture?", "It lies in the left lobe; I can see the border of the image.")
+    turns, counts = clean(*turn)
+    assert (turns, counts) == ([turn], Counter())
+
+
+def test_a_turn_left_empty_is_counted():
+    turns, counts = clean("Why?", "Based on the caption.")
+    assert turns == []
+    assert sum(counts.values()) >= 1

@@ -1,0 +1,112 @@
+"""Captions → generation → training records, through the commands and a real server."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from llava.errors import LlavaError
+from llava.instruct.figures import DOMAINS, Figure, in_turn, read_figures
+from llava.instruct.instruct_postprocess import to_training_record
+from llava.instruct.prompts import build_messages
+from llava.records import read_records, write_json
+from tests.openai_server import OpenAIServer
+
+FIGURES = {
+    domain: [
+        {
+            "pair_id": f"{domain}_{n}",
+            "fig_label": "Figure 1",
+            "fig_caption": f"Caption {n} of {domain}.",
+            "in_text_mention": ["A plain mention.", {"tokens": "A mention with tokens.", "entities": []}],
+        }
+        for n in range(4)
+    ]
+    for domain in DOMAINS
+}
+
+
+def command(module, *words, env=None):
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, env=env)
+    return done
+
+
+def test_figures_of_every_file_kind(tmp_path):
+    write_json(tmp_path / "by_domain.json", FIGURES)
+    figures = read_figures(tmp_path / "by_domain.json")
+    assert len(figures) == 20
+    assert figures[0].mentions == ("A plain mention.", "A mention with tokens.")
+    rows = [{"id": "r1", "caption": "A scan.", "image": "r1.png"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert read_figures(tmp_path / "rows.jsonl") == [Figure(key="r1", caption="A scan.", image="r1.png")]
+    record = {"id": "x", "image": "x.jpg", "conversations": [{"from": "human", "value": "q\n<image>"}]}
+    record["conversations"].append({"from": "gpt", "value": "A caption."})
+    write_json(tmp_path / "records.json", [record])
+    assert read_figures(tmp_path / "records.json")[0].caption == "A caption."
+
+
+@pytest.mark.parametrize("rows", [[{"id": "a"}], [{"id": "a", "caption": "c"}, {"id": "a", "caption": "d"}], []])
+def test_bad_figure_files(tmp_path, rows):
+    write_json(tmp_path / "bad.json", rows)
+    with pytest.raises(LlavaError, match=r"bad\.json"):
+        read_figures(tmp_path / "bad.json")
+
+
+def test_domains_are_taken_in_turn_and_seeded(tmp_path):
+    write_json(tmp_path / "f.json", FIGURES)
+    figures = read_figures(tmp_path / "f.json")
+    taken = in_turn(figures, 10, seed=1)
+    assert Counter(figure.domain for figure in taken) == dict.fromkeys(DOMAINS, 2)
+    assert taken == in_turn(figures[::-1], 10, seed=1), "the order of the file must not matter"
+    assert taken != in_turn(figures, 10, seed=2)
+    assert len(in_turn(figures, None, 0)) == 20
+
+
+def test_mentions_only_where_asked_for():
+    figure = Figure(key="k", caption="C.", mentions=("M one.",))
+    with_mentions, without = (build_messages(figure, flag)[-1]["content"] for flag in (True, False))
+    assert "M one." in with_mentions
+    assert "M one." not in without
+
+
+def test_image_side_is_drawn_by_id():
+    row = {"result": "User: A?\nAssistant: B."}
+    sides = [
+        to_training_record({**row, "pair_id": f"p{n}"}, 0, Counter(), "x")["conversations"][0]["value"]
+        for n in range(200)
+    ]
+    assert set(sides) == {"<image>\nA?", "A?\n<image>"}
+    assert 60 < sides.count("<image>\nA?") < 140
+
+
+def test_chain_through_the_commands(tmp_path):
+    write_json(tmp_path / "figures.json", FIGURES)
+    generated, final = tmp_path / "generated.jsonl", tmp_path / "instruct.json"
+    with OpenAIServer("--mode", "dialogue", "--faults", "0.2", "--kinds", "429,500,cut") as server:
+        words = ["--input_path", str(tmp_path / "figures.json"), "--output_path", str(generated), "--max_size", "12"]
+        words += ["--api-base", server.url, "--api-model", "m", "--use_inline_mentions", "True"]
+        dry = command("llava.instruct.instruct_generate", *words, "--dry-run")
+        assert "Caption" in dry.stdout
+        assert sum(server.stats()["requests"].values()) == 0
+        done = command("llava.instruct.instruct_generate", *words)
+        assert done.returncode == 0, done.stderr
+        requests = server.stats()["requests"]
+    assert len(requests) == 12
+    assert all("A plain mention." in text for text in requests)
+    done = command("llava.instruct.instruct_postprocess", "--input_path", str(generated), "--output_path", str(final))
+    assert done.returncode == 0, done.stderr
+    assert "12 dialogues with 24 turns" in done.stdout
+    records = read_records(final)
+    assert len(records) == 12
+    assert sum(turn["value"].count("<image>") for record in records for turn in record["conversations"]) == 12
+    assert {tuple(record["domain"]) for record in records} == {DOMAINS}
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    (tmp_path / "g.jsonl").write_text(json.dumps({"pair_id": "a", "result": "no dialogue"}) + "\n")
+    words = ["--input_path", str(tmp_path / "g.jsonl"), "--output_path", str(tmp_path / "o.json")]
+    done = command("llava.instruct.instruct_postprocess", *words)
+    assert done.returncode == 2
+    assert not (tmp_path / "o.json").exists()
