@@ -1,0 +1,106 @@
+"""A new LLaVA from a language model's folder and a vision tower's: where stage 1 starts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.errors import LlavaError
+from llava.model.assemble import Source, build_empty, fill_model, is_harmless
+from llava.model.configuration import SCHEME_PATCH, LlavaLlamaConfig, LlavaMistralConfig
+from llava.model.language_model import MODEL_CLASSES
+from llava.model.loader import LoadedModel, best_device, context_length, load_image_processor
+from llava.model.locate import locate_model
+from llava.model.tokenizer import load_tokenizer
+from llava.model.tower_files import read_vision_config, tower_source
+from llava.model.weights import WeightFiles
+
+CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
+
+
+def build_model_from_llm(
+    llm_path: str | Path,
+    vision_tower: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    **mm_fields: Any,
+) -> LoadedModel:
+    """A LLaVA of a LLaMA or Mistral and a CLIP (folders or hub ids) with a new projector.
+
+    Args:
+        mm_fields: fields of the LLaVA config: `mm_projector_type`, `mm_vision_select_layer`,
+            `mm_vision_select_feature`, `mm_image_token_scheme`, `mm_use_im_start_end`,
+            `mm_use_im_patch_token`, `image_aspect_ratio`, `conversation_template`, …
+            Picture tokens that they ask for are added to tokenizer and embeddings.
+
+    Raises:
+        LlavaError: the language model is of another kind, a folder is incomplete.
+    """
+    llm_folder = locate_model(llm_path, "language model")
+    tower_folder = locate_model(vision_tower, "vision tower")
+    config = _config(llm_folder, str(vision_tower), read_vision_config(tower_folder), mm_fields)
+    model = build_empty(MODEL_CLASSES[config.model_type], config, attn_implementation)
+    weights = WeightFiles.of_folder(llm_folder)
+    names = {name: name for name in weights if not is_harmless(name)}
+    sources = [Source("language model", weights, names), tower_source(tower_folder, model)]
+    fill_model(model, sources, dtype, torch.device(device or best_device()), fresh=lambda name: "mm_projector" in name)
+    tokenizer = load_tokenizer(llm_folder)
+    add_image_tokens(model, tokenizer)
+    processor = load_image_processor(llm_folder, tower_folder, model)
+    return LoadedModel(tokenizer, model, processor, context_length(config))
+
+
+def add_image_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add the picture tokens that the model's config asks for; returns how many were new.
+
+    <im_patch> for `mm_use_im_patch_token` and the patch scheme, <im_start> and <im_end> for
+    `mm_use_im_start_end`. New rows of both embedding matrices start as the mean of the old ones.
+    """
+    config = model.config
+    tokens = []
+    if config.mm_use_im_patch_token or config.mm_image_token_scheme == SCHEME_PATCH:
+        tokens.append(DEFAULT_IMAGE_PATCH_TOKEN)
+    if config.mm_use_im_start_end:
+        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    added = tokenizer.add_tokens(tokens, special_tokens=True)
+    resize_embeddings(model, len(tokenizer))
+    return added
+
+
+def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Give both embedding matrices at least `rows` rows; new ones are the mean of the old."""
+    old_rows = model.get_input_embeddings().weight.shape[0]
+    if rows <= old_rows:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight = embeddings.weight
+            weight[old_rows:] = weight[:old_rows].float().mean(dim=0, keepdim=True).to(weight.dtype)
+
+
+def _config(llm_folder: Path, tower_name: str, vision_config: dict, mm_fields: dict[str, Any]):
+    try:
+        llm_config = AutoConfig.from_pretrained(llm_folder)
+    except (ValueError, OSError) as error:
+        raise LlavaError(f"{llm_folder}: config.json can't be read ({str(error).splitlines()[0]})") from error
+    config_class = CONFIG_CLASSES.get(llm_config.model_type)
+    if config_class is None:
+        raise LlavaError(
+            f"{llm_folder}: language models of type {llm_config.model_type!r} aren't supported; "
+            f"use {' or '.join(CONFIG_CLASSES)}"
+        )
+    fields = llm_config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    known = config_class.from_dict({}).to_dict()
+    unknown = sorted(set(mm_fields) - set(known))
+    if unknown:
+        raise LlavaError(f"the LLaVA config has no field {', '.join(unknown)}")
+    return config_class.from_dict(
+        fields | {"mm_vision_tower": tower_name, "mm_vision_config": vision_config} | mm_fields
+    )

@@ -1,0 +1,67 @@
+"""Configurations of the two LLaVA families: the language model's fields plus everything the pictures need.
+
+A checkpoint's config.json carries all that is needed to run the model; nothing is read off a folder's name.
+"""
+
+from dataclasses import dataclass
+
+from transformers import AutoConfig, LlamaConfig, MistralConfig
+
+SCHEME_PLACEHOLDER = "placeholder"
+SCHEME_PATCH = "patch"
+
+
+@dataclass(kw_only=True)
+class LlavaConfigFields:
+    """Fields that a LLaVA config has beside those of its language model (`mm_*` as the releases name them)."""
+
+    mm_vision_tower: str | None = None
+    """Hub id or folder of the vision tower; where the checkpoint holds the tower itself, only its origin."""
+
+    mm_vision_config: dict | None = None
+    """The tower's own configuration. With it the model is built without looking for `mm_vision_tower`."""
+
+    mm_hidden_size: int | None = None
+    """Width of the tower's features."""
+
+    mm_vision_select_layer: int = -2
+    """Which of the tower's hidden states is used (0 is the embedding, -1 the last block's output)."""
+
+    mm_vision_select_feature: str = "patch"
+    """`patch` drops the class token, `cls_patch` keeps it."""
+
+    mm_projector_type: str = "linear"
+    """`linear`, `mlpNx_gelu` or `identity`."""
+
+    mm_image_token_scheme: str = SCHEME_PLACEHOLDER
+    """`placeholder` (v1.5: one <image> becomes the features) or `patch` (v1.0: a run of <im_patch> tokens)."""
+
+    mm_use_im_start_end: bool = False
+    """Whether <im_start> and <im_end> stand around a picture."""
+
+    mm_use_im_patch_token: bool = False
+    """Whether <im_patch> was added to the vocabulary."""
+
+    image_aspect_ratio: str | None = None
+    """How a picture is brought to the tower's square: None or `square` (crop), `pad`, `keep`, `anyres`."""
+
+    image_grid_pinpoints: list | str | None = None
+    """The sizes that `anyres` chooses from."""
+
+    unfreeze_mm_vision_tower: bool = False
+    """Whether the tower was trained, and is therefore part of the checkpoint."""
+
+    conversation_template: str | None = None
+    """Name of the prompt template that the model was trained with."""
+
+
+class LlavaLlamaConfig(LlavaConfigFields, LlamaConfig):
+    model_type = "llava_llama"
+
+
+class LlavaMistralConfig(LlavaConfigFields, MistralConfig):
+    model_type = "llava_mistral"
+
+
+AutoConfig.register(LlavaLlamaConfig.model_type, LlavaLlamaConfig)
+AutoConfig.register(LlavaMistralConfig.model_type, LlavaMistralConfig)

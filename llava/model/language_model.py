@@ -1,0 +1,225 @@
+"""The multimodal models: LLaMA and Mistral with a vision tower, a projector and one scatter of features.
+
+`input_ids` come expanded: every position that a picture feature takes holds IMAGE_TOKEN_INDEX. The features
+are put there by one masked scatter over the whole batch, so nothing depends on the data but the values.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    PreTrainedModel,
+)
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import LlavaError
+from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
+from llava.model.projector import build_projector
+from llava.model.vision_tower import VisionTower, build_vision_tower
+
+
+class LlavaForCausalLM:
+    """What the two models share; mixed in before the language model's class."""
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def get_vision_tower(self) -> VisionTower:
+        """The tower, or a LlavaError if the model has none."""
+        tower = getattr(self.model, "vision_tower", None)
+        if tower is None:
+            raise LlavaError("the model has no vision tower; build it with llava.model.build_model_from_llm")
+        return tower
+
+    @property
+    def num_patches(self) -> int:
+        """Features (positions) per picture."""
+        return self.get_vision_tower().num_patches
+
+    def initialize_vision_modules(self) -> None:
+        """Add tower and projector as `config` describes them; their weights are random."""
+        tower = build_vision_tower(self.config)
+        self.config.mm_hidden_size = tower.hidden_size
+        self.model.vision_tower = tower
+        self.model.mm_projector = build_projector(
+            self.config.mm_projector_type, tower.hidden_size, self.config.hidden_size
+        )
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixel values `[n, 3, H, W]` to projected features `[n, patches, hidden]`."""
+        return self.project(self.get_vision_tower()(pixel_values))
+
+    def project(self, vision_features: torch.Tensor) -> torch.Tensor:
+        """The tower's features `[n, patches, mm_hidden]` to the language model's `[n, patches, hidden]`."""
+        projector = self.model.mm_projector
+        parameter = next(projector.parameters(), None)
+        if parameter is not None:
+            vision_features = vision_features.to(parameter.device, parameter.dtype)
+        return projector(vision_features)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ):
+        """The language model's forward, with pictures.
+
+        Args:
+            input_ids: `[batch, positions]`, expanded: IMAGE_TOKEN_INDEX at each position of a picture.
+            attention_mask: `[batch, positions]` (with a cache: past and new ones); 1 for real positions. If
+                `position_ids` is missing they are counted from it, so left padding changes no answer.
+            labels: `[batch, positions]`, -100 ignored.
+            pixel_values: `[n_images, 3, H, W]` of all pictures of the batch, in reading order.
+            image_features: in their place, `[n_image_positions, hidden]`, already projected.
+            vision_features: in their place, `[n_images, patches, mm_hidden]`, from the tower.
+
+        In training a batch without pictures still runs projector (and tower, unless `vision_features` are
+        in use) on a zero picture with weight zero: sharded parameters are gathered by all ranks or none.
+
+        Raises:
+            LlavaError: the number of picture positions isn't the number of features.
+        """
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_features, vision_features)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1])
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def embed_inputs(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings `[batch, positions, hidden]` of expanded ids, picture features in their places."""
+        is_image = input_ids == IMAGE_TOKEN_INDEX
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        features = self._features(pixel_values, image_features, vision_features)
+        decoding = input_ids.shape[1] == 1 and features is None
+        if not decoding and not torch.compiler.is_compiling():
+            _check_counts(int(is_image.sum()), 0 if features is None else features.shape[0])
+        if features is None:
+            if self.training and torch.is_grad_enabled() and image_features is None:
+                inputs_embeds = inputs_embeds + self._idle_contribution(vision_features).to(inputs_embeds)
+            return inputs_embeds
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """As the library's, with the pictures given in the first step alone: later they are in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("pixel_values", "image_features", "vision_features"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _features(self, pixel_values, image_features, vision_features) -> torch.Tensor | None:
+        """`[n_image_positions, hidden]` from whichever was given, None if there are none."""
+        given = [tensor for tensor in (pixel_values, image_features, vision_features) if tensor is not None]
+        if len(given) > 1:
+            raise LlavaError("give pixel_values, image_features or vision_features, not two of them")
+        if not given or given[0].shape[0] == 0:
+            return None
+        if image_features is not None:
+            return image_features
+        features = self.project(vision_features) if pixel_values is None else self.encode_images(pixel_values)
+        return features.flatten(0, 1)
+
+    def _idle_contribution(self, vision_features: torch.Tensor | None) -> torch.Tensor:
+        """Zero, computed through projector and tower so that they take part in a batch without pictures."""
+        if getattr(self.model, "vision_tower", None) is None:
+            return torch.zeros(())
+        tower = self.get_vision_tower()
+        if vision_features is None:
+            size = tower.image_size
+            features = self.encode_images(torch.zeros(1, 3, size, size))
+        else:
+            features = self.project(vision_features.new_zeros(1, tower.num_patches, tower.hidden_size))
+        return features.sum() * 0
+
+
+class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
+    """LLaMA-1/2 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor) with pictures."""
+
+    config_class = LlavaLlamaConfig
+    _no_split_modules = ("LlamaDecoderLayer", "CLIPEncoderLayer")
+
+    def __init__(self, config: LlavaLlamaConfig):
+        super(LlamaForCausalLM, self).__init__(config)
+        _build(self, LlavaLlamaModel(config))
+
+
+class LlavaLlamaModel(LlamaModel):
+    config_class = LlavaLlamaConfig
+
+
+class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
+    """Mistral (LLaVA-Med v1.5) with pictures."""
+
+    config_class = LlavaMistralConfig
+    _no_split_modules = ("MistralDecoderLayer", "CLIPEncoderLayer")
+
+    def __init__(self, config: LlavaMistralConfig):
+        super(MistralForCausalLM, self).__init__(config)
+        _build(self, LlavaMistralModel(config))
+
+
+class LlavaMistralModel(MistralModel):
+    config_class = LlavaMistralConfig
+
+
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
+    LlavaLlamaConfig.model_type: LlavaLlamaForCausalLM,
+    LlavaMistralConfig.model_type: LlavaMistralForCausalLM,
+}
+AutoModelForCausalLM.register(LlavaLlamaConfig, LlavaLlamaForCausalLM)
+AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)
+
+
+def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.LongTensor:
+    """Positions `[batch, length]` of the last `length` columns of a 0/1 mask, counted from its first 1."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0)[:, -length:]
+
+
+def _build(model: PreTrainedModel, core: PreTrainedModel) -> None:
+    """Put a causal language model together; tower and projector come last and keep their own initialisation."""
+    config = model.config
+    model.model = core
+    model.vocab_size = config.vocab_size
+    model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    model.post_init()
+    if config.mm_vision_config:
+        model.initialize_vision_modules()
+
+
+def _check_counts(positions: int, features: int) -> None:
+    if positions != features:
+        raise LlavaError(
+            f"the text has {positions} picture positions but the pictures give {features} features; "
+            f"expand each <image> with llava.tokenization.expand_images and give every picture once"
+        )

@@ -1,0 +1,84 @@
+"""Finding a vision tower's configuration and weights in its own folder or inside a LLaVA checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from llava.errors import LlavaError
+from llava.model.assemble import Source, is_harmless
+from llava.model.weights import WeightFiles
+from llava.records import read_json
+
+TOWER_PREFIX = "model.vision_tower."
+CLIP_PREFIX = TOWER_PREFIX + "vision_tower.vision_model."
+
+_CLIP_VISION_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+_CLIP_OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+_KEPT_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+    "projection_dim",
+)
+
+
+def read_vision_config(folder: Path) -> dict[str, Any]:
+    """The tower's configuration, from the folder of a CLIP (whole or its vision half) or of an open_clip model.
+
+    Raises:
+        LlavaError: the folder holds neither.
+    """
+    if (folder / "open_clip_config.json").is_file():
+        from llava.model.open_clip_tower import read_open_clip_config
+
+        return read_open_clip_config(folder)
+    config = read_json(folder / "config.json")
+    if "vision_config" in config:
+        config = {"model_type": "clip_vision_model"} | config["vision_config"]
+    if config.get("model_type") != "clip_vision_model":
+        raise LlavaError(f"{folder}: not a CLIP vision tower (config.json has model_type {config.get('model_type')!r})")
+    from transformers import CLIPVisionConfig
+
+    # Old files leave out what equals the defaults of their time; the whole set is kept with the checkpoint.
+    full = CLIPVisionConfig.from_dict(config).to_dict()
+    return {name: full[name] for name in _KEPT_FIELDS}
+
+
+def tower_source(folder: Path, model) -> Source:
+    """The weights of a tower's own folder under the names that `model` has for them."""
+    if (folder / "open_clip_config.json").is_file():
+        from llava.model.open_clip_tower import open_clip_source
+
+        return open_clip_source(folder, model)
+    weights = WeightFiles.of_folder(folder)
+    names, unused = {}, set()
+    for file_name in weights:
+        own_name = file_name.removeprefix("vision_model.")
+        if own_name.startswith(_CLIP_VISION_PARTS):
+            if is_behind_selection(own_name, model):
+                unused.add(file_name)
+            else:
+                names[CLIP_PREFIX + own_name] = file_name
+        elif file_name.startswith(_CLIP_OTHER_PARTS):
+            unused.add(file_name)
+    names = {name: file_name for name, file_name in names.items() if not is_harmless(name)}
+    return Source("vision tower", weights, names, frozenset(unused))
+
+
+def is_behind_selection(own_name: str, model) -> bool:
+    """Whether a CLIP vision tensor belongs to the final norm or to a block behind those that `model` runs."""
+    if own_name.startswith("post_layernorm."):
+        return True
+    if not own_name.startswith("encoder.layers."):
+        return False
+    block = own_name.removeprefix("encoder.layers.").partition(".")[0]
+    tower = model.get_vision_tower()
+    used = len(tower.vision_tower.vision_model.encoder.layers)
+    return block.isdigit() and used <= int(block) < tower.vision_config["num_hidden_layers"]

@@ -1,0 +1,186 @@
+"""The tensors of a checkpoint's files, by name, read one at a time and never executed.
+
+`find_weight_files` lists a folder's shards (safetensors before `.bin`), `WeightFiles` reads from them through
+memory maps. A `.bin` file is a pickle: it is opened with `weights_only=True` alone, so code in it can't run.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llava.errors import LlavaError
+from llava.records import read_json
+
+SAFETENSORS = "model.safetensors"
+PICKLED = "pytorch_model.bin"
+
+
+def find_weight_files(folder: str | Path) -> list[Path]:
+    """The weight files of a model folder, [] if it has none; an index's missing shard is an error."""
+    folder = Path(folder)
+    for name in (SAFETENSORS, PICKLED):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _shards(index)
+        if (folder / name).is_file():
+            return [folder / name]
+    return []
+
+
+class WeightFiles:
+    """Tensors of one or more `.safetensors` or `.bin` files.
+
+    Raises:
+        LlavaError: a file is truncated, is no weight file, holds anything but tensors, or two files hold the
+            same name; the message names the file.
+    """
+
+    def __init__(self, files: list[Path]):
+        self._handles: dict[Path, _SafetensorsFile | _PickledFile] = {}
+        owner: dict[str, Path] = {}
+        for path in files:
+            handle = _open(Path(path))
+            self._handles[path] = handle
+            for name in handle.names:
+                if name in owner:
+                    raise LlavaError(f"{path} and {owner[name]} both hold {name}; one of them is stale")
+                owner[name] = path
+        self.files = list(files)
+        self.owner = MappingProxyType(owner)
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> "WeightFiles":
+        files = find_weight_files(folder)
+        if not files:
+            raise LlavaError(
+                f"{folder}: no weights found (looked for {SAFETENSORS} and {PICKLED}, with or without index)"
+            )
+        return cls(files)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.owner)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.owner
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def file_of(self, name: str) -> Path:
+        return self.owner[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._handles[self.owner[name]].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._handles[self.owner[name]].dtype(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, memory mapped where the file allows it: copy it before changing it."""
+        return self._handles[self.owner[name]].read(name)
+
+
+class _SafetensorsFile:
+    _DTYPES = MappingProxyType(
+        {
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+            "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E5M2": torch.float8_e5m2,
+            "I64": torch.int64,
+            "I32": torch.int32,
+            "I16": torch.int16,
+            "I8": torch.int8,
+            "U8": torch.uint8,
+            "BOOL": torch.bool,
+        }
+    )
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from error
+        self.names = list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._DTYPES[self._file.get_slice(name).get_dtype()]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+
+class _PickledFile:
+    def __init__(self, path: Path):
+        self.path = path
+        tensors = _load_pickled(path)
+        if not isinstance(tensors, dict):
+            raise LlavaError(f"{path}: expected named tensors, got a {type(tensors).__name__}")
+        for name, value in tensors.items():
+            if not isinstance(value, torch.Tensor):
+                raise LlavaError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+        self._tensors: dict[str, torch.Tensor] = tensors
+        self.names = list(tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
+
+
+def _open(path: Path) -> "_SafetensorsFile | _PickledFile":
+    if not path.is_file():
+        raise LlavaError(f"{path}: no such file")
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickledFile(path)
+
+
+def _load_pickled(path: Path):
+    try:
+        # Files from before torch 1.6 are no zip archives and can't be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise LlavaError(
+            f"{path}: holds something other than tensors and was not loaded, because unpickling it could run "
+            f"code; ask its author for safetensors ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> LlavaError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return LlavaError(
+        f"{path}: can't be read as a weight file, perhaps it was cut off while downloading or copying "
+        f"({path.stat().st_size} bytes); fetch it again ({reason})"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise LlavaError(f"{index}: has no weight_map")
+    shards = []
+    for name in sorted(set(weight_map.values())):
+        if name != Path(name).name:
+            raise LlavaError(f"{index}: shard {name!r} lies outside the folder")
+        shard = index.parent / name
+        if not shard.is_file():
+            raise LlavaError(f"{shard}: no such file, but {index.name} lists it; fetch the missing shard")
+        shards.append(shard)
+    return shards

@@ -1,0 +1,172 @@
+"""Tiny models made on the spot: a tokenizer, a language model, a CLIP tower and a LLaVA of the three.
+
+Everything is random but fixed by `seed`; a whole LLaVA takes well under a second and a few hundred kilobytes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+CORPUS = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions. ###Human: Hi! ###Assistant: Hi there! USER: "
+    "ASSISTANT: [INST] <<SYS>> You are a helpful language and vision assistant. <</SYS>> [/INST] yes no left "
+    "right What does the picture show? Is there a fracture? The chest X-ray shows a large nodule in the lung. "
+    "0123456789 abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ .,;:!?'\"()[]<>/#&%+-*=_\n"
+)
+
+IMAGE_SIZE = 28
+PATCH_SIZE = 14
+
+
+def make_tokenizer(folder: str | Path, vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-fallback BPE tokenizer in the manner of LLaMA's (<unk> 0, <s> 1, </s> 2), written to `folder`."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special[:3], show_progress=False)
+    tokenizer.train_from_iterator([CORPUS] * 4, trainer)
+    return _wrap(tokenizer, special, Path(folder))
+
+
+def make_llm(folder: str | Path, kind: str = "llama", *, seed: int = 0, **fields: Any) -> Path:
+    """A language model (`llama` or `mistral`) of two layers with its tokenizer, written to `folder`."""
+    folder = Path(folder)
+    tokenizer = make_tokenizer(folder)
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[kind]
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2 if kind == "mistral" else 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if kind == "mistral":
+        sizes["sliding_window"] = None
+    with _seeded(seed):
+        model_class(config_class(**sizes | fields)).eval().save_pretrained(folder)
+    return folder
+
+
+def make_clip(folder: str | Path, *, seed: int = 1, **fields: Any) -> Path:
+    """A CLIP vision tower of three blocks for 28 px pictures (4 patches), written to `folder`."""
+    folder = Path(folder)
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    config = CLIPVisionConfig(**sizes | fields)
+    with _seeded(seed):
+        CLIPVisionModel(config).eval().save_pretrained(folder)
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "size": {"shortest_edge": config.image_size},
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def make_llava(folder: str | Path, kind: str = "llama", *, seed: int = 2, **mm_fields: Any) -> Path:
+    """A LLaVA written to `folder` (base models in `folder/llm` and `folder/clip`, the checkpoint in `folder/llava`).
+
+    `mm_fields` go to `llava.model.build_model_from_llm`. Returns the checkpoint's folder.
+    """
+    from llava.model import build_model_from_llm, save_model
+
+    folder = Path(folder)
+    llm = make_llm(folder / "llm", kind)
+    clip = make_clip(folder / "clip")
+    mm_fields = {"conversation_template": "mistral_instruct" if kind == "mistral" else "vicuna_v1"} | mm_fields
+    with _seeded(seed):
+        tokenizer, model, processor, _ = build_model_from_llm(llm, clip, device="cpu", **mm_fields)
+    save_model(folder / "llava", model, tokenizer, processor)
+    return folder / "llava"
+
+
+class _seeded:
+    """Torch's random numbers from a seed, and as they were afterwards."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self):
+        self.state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_):
+        torch.set_rng_state(self.state)
+
+
+def _wrap(tokenizer: Tokenizer, special: list[str], folder: Path) -> PreTrainedTokenizerFast:
+    content = json.loads(tokenizer.to_str())
+    merges, learned = content["model"]["merges"], content["model"]["vocab"]
+    # Byte tokens come right after the special ones, as in LLaMA's vocabulary.
+    ordered = special + [token for token in sorted(learned, key=learned.get) if token not in special]
+    content["model"]["vocab"] = {token: index for index, token in enumerate(ordered)}
+    content["model"]["merges"] = merges
+    content["added_tokens"] = [
+        token | {"id": content["model"]["vocab"][token["content"]]} for token in content["added_tokens"]
+    ]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        model_max_length=512,
+        padding_side="right",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+    return fast
