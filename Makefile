@@ -14,7 +14,7 @@ install: $(STAMP)  ## make the virtual environment and install everything into i
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,tracking]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,tracking]'
 	touch $@
 
 demo: $(STAMP)  ## train, evaluate and compare small models on the built-in pictures (about 10 minutes, no GPU)
