@@ -13,7 +13,7 @@ from llava.model.configuration import SCHEME_PATCH, LlavaLlamaConfig, LlavaMistr
 from llava.model.language_model import MODEL_CLASSES
 from llava.model.loader import LoadedModel, best_device, context_length, load_image_processor
 from llava.model.locate import locate_model
-from llava.model.tokenizer import load_tokenizer
+from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.tower_files import read_vision_config, tower_source
 from llava.model.weights import WeightFiles
 
@@ -66,7 +66,7 @@ def add_image_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         tokens.append(DEFAULT_IMAGE_PATCH_TOKEN)
     if config.mm_use_im_start_end:
         tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
-    added = tokenizer.add_tokens(tokens, special_tokens=True)
+    added = add_tokens(tokenizer, tokens, strip_blanks=config.mm_image_token_scheme == SCHEME_PATCH)
     resize_embeddings(model, len(tokenizer))
     return added
 

@@ -1,29 +1,189 @@
-"""Loading a checkpoint's tokenizer, and adding the picture tokens to one."""
+"""A checkpoint's tokenizer with the ids it was trained with, and the picture tokens added to one.
+
+`tokenizer.json` is taken as it stands. A folder with a SentencePiece `tokenizer.model` alone (LLaVA-Med's are)
+is converted here: transformers 5 orders the merges by vocabulary index and forgets the `legacy` default of the
+time, which gives other ids for double blanks and for text behind special tokens.
+"""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
 
 from llava.errors import LlavaError
+from llava.records import read_json
+
+_NORMAL, _USER_DEFINED = 1, 4
+"""Piece types of the SentencePiece model proto that take part in merges, or are matched whole."""
+
+_UNLIMITED = int(1e30)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a padding token.
+    """The tokenizer of a model folder, with a padding token (unk, else eos, if it names none).
 
     Raises:
         LlavaError: the folder holds no tokenizer, or one that can't be read.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _from_json(folder)
+    elif (folder / "tokenizer.model").is_file():
+        tokenizer = _from_sentencepiece(folder)
+    else:
         raise LlavaError(
             f"{folder}: no tokenizer found (looked for tokenizer.json and tokenizer.model); copy the "
             f"tokenizer's files of the base model there"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise LlavaError(f"{folder}: the tokenizer can't be read ({reason})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], strip_blanks: bool) -> int:
+    """Add special tokens; returns how many were new.
+
+    `strip_blanks` lets them swallow blanks and line ends on both sides, as the tokenizer did with which
+    LLaVA-Med v1.0 was trained.
+    """
+    added = [
+        AddedToken(token, lstrip=strip_blanks, rstrip=strip_blanks, normalized=False, special=True) for token in tokens
+    ]
+    return tokenizer.add_tokens(added, special_tokens=True)
+
+
+def _from_json(folder: Path) -> PreTrainedTokenizerFast:
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise _unreadable(folder / "tokenizer.json", error) from error
+
+
+def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
+    config = _optional_json(folder / "tokenizer_config.json")
+    special = config | _optional_json(folder / "special_tokens_map.json")
+    names = {
+        role: _content(special.get(role))
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if special.get(role) is not None
+    }
+    backend = _convert(folder / "tokenizer.model", legacy=config.get("legacy", True))
+    _set_template(backend, names, config)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=min(config.get("model_max_length") or _UNLIMITED, _UNLIMITED),
+        padding_side=config.get("padding_side", "right"),
+        clean_up_tokenization_spaces=False,
+        chat_template=config.get("chat_template"),
+        # A pad token that was added later must take its own id below, not the next free one.
+        **{role: name for role, name in names.items() if backend.token_to_id(name) is not None},
+    )
+    _add_in_order(tokenizer, _added_tokens(folder, config), folder)
+    pad = names.get("pad_token")
+    if pad is not None and tokenizer.convert_tokens_to_ids(pad) is not None:
+        tokenizer.pad_token = pad
+    return tokenizer
+
+
+def _convert(path: Path, legacy: bool) -> Tokenizer:
+    """The SentencePiece BPE model as a `tokenizers` pipeline with the same ids.
+
+    `legacy` (the old default) puts a blank before each piece of text between special tokens, the newer
+    behaviour before the first alone.
+    """
+    pieces = _read_pieces(path)
+    vocab = {piece.piece: index for index, piece in enumerate(pieces)}
+    scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}
+    unmergeable = {piece.piece for piece in pieces if piece.type != _NORMAL}
+    merges = generate_merges(vocab, scores, skip_tokens=unmergeable)
+    unknown = next((piece.piece for piece in pieces if piece.type == 2), "<unk>")
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    special = [piece.piece for piece in pieces if piece.type in (2, 3)]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    own = [piece.piece for piece in pieces if piece.type == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in own])
+    return tokenizer
+
+
+def _read_pieces(path: Path):
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise _unreadable(path, error) from error
+    if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise LlavaError(f"{path}: not a SentencePiece BPE model")
+    return proto.pieces
+
+
+def _set_template(backend: Tokenizer, names: dict[str, str], config: dict[str, Any]) -> None:
+    """Begin and end tokens as `add_bos_token` (default yes) and `add_eos_token` (default no) say."""
+    bos = names["bos_token"] if config.get("add_bos_token", True) and "bos_token" in names else None
+    eos = names["eos_token"] if config.get("add_eos_token", False) and "eos_token" in names else None
+    around = [token for token in (bos, eos) if token]
+    if not around:
+        return
+    first = f"{bos}:0 $A:0" if bos else "$A:0"
+    second = f"{bos}:1 $B:1" if bos else "$B:1"
+    tail, tail_second = (f" {eos}:0", f" {eos}:1") if eos else ("", "")
+    backend.post_processor = TemplateProcessing(
+        single=first + tail,
+        pair=first + tail + " " + second + tail_second,
+        special_tokens=[(token, backend.token_to_id(token)) for token in around],
+    )
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+    """Tokens added after training, by id; `added_tokens.json` knows names and ids alone."""
+    plain = _optional_json(folder / "added_tokens.json")
+    added = {index: AddedToken(token, normalized=False, special=True) for token, index in plain.items()}
+    for index, token in (config.get("added_tokens_decoder") or {}).items():
+        flags = {
+            name: token[name] for name in ("lstrip", "rstrip", "single_word", "normalized", "special") if name in token
+        }
+        added[int(index)] = AddedToken(token["content"], **flags)
+    return added
+
+
+def _add_in_order(tokenizer: PreTrainedTokenizerFast, added: dict[int, AddedToken], folder: Path) -> None:
+    for index in sorted(added):
+        token = added[index]
+        tokenizer.add_tokens([token], special_tokens=token.special)
+        found = tokenizer.convert_tokens_to_ids(token.content)
+        if found != index:
+            raise LlavaError(
+                f"{folder}: added token {token.content!r} should have id {index} but gets {found}; "
+                f"added_tokens.json doesn't belong to this tokenizer.model"
+            )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _unreadable(path: Path, error: Exception) -> LlavaError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return LlavaError(f"{path}: the tokenizer can't be read ({reason})")
