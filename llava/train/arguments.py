@@ -1,0 +1,333 @@
+"""Flags of training: three dataclasses, read from a command line of today or of the published scripts.
+
+`parse_arguments(argv)` translates old spellings, builds the dataclasses and refuses what can't be, all before
+a model is loaded.
+"""
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from llava.conversation import get_template
+from llava.errors import LlavaError
+from llava.train.legacy_flags import translate_flags
+
+logger = logging.getLogger(__name__)
+
+
+def _flag(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from and what of it to train."""
+
+    model_name_or_path: str | None = _flag(None, "language model or LLaVA checkpoint to start from")
+    version: str | None = _flag(
+        None, "prompt template (default: the checkpoint's own, else v0); unknown names are refused"
+    )
+    freeze_backbone: bool = _flag(False, "keep the language model as it is")
+    tune_mm_mlp_adapter: bool = _flag(False, "stage 1: train the projector alone")
+    freeze_mm_mlp_adapter: bool = _flag(False, "keep the projector as it is")
+    unfreeze_mm_vision_tower: bool = _flag(False, "train the vision tower too")
+    vision_tower: str | None = _flag(None, "CLIP directory or hub id (default: the checkpoint's own)")
+    mm_vision_select_layer: int | None = _flag(
+        None, "tower layer whose output is used (default: the checkpoint's, else -2)"
+    )
+    mm_vision_select_feature: Literal["patch", "cls_patch"] | None = _flag(
+        None, "with or without the class token (default: the checkpoint's, else patch)"
+    )
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin of a stage 1 to start from")
+    mm_projector_type: str | None = _flag(
+        None, "linear, mlpNx_gelu or identity (default: the checkpoint's, else linear)"
+    )
+    mm_use_im_start_end: bool | None = _flag(None, "set pictures between <im_start> and <im_end>")
+    mm_use_im_patch_token: bool | None = _flag(None, "add <im_patch> to the vocabulary")
+    mm_image_token_scheme: Literal["placeholder", "patch"] | None = _flag(
+        None, "how pictures stand in the text; patch is LLaVA-Med v1.0's (default: the checkpoint's)"
+    )
+    attn_implementation: str | None = _flag(
+        None, "sdpa, eager, flash_attention_2, … (train_mem takes the fastest that is installed)"
+    )
+    trust_remote_code: bool = _flag(False, "accepted, without effect: no code of a checkpoint is ever run")
+
+
+@dataclass
+class DataArguments:
+    """Records and pictures."""
+
+    data_path: str | None = _flag(None, "records: JSON, JSONL or Parquet")
+    image_folder: str | None = _flag(None, "folder that the records' picture names are relative to")
+    lazy_preprocess: bool | None = _flag(
+        None, "tokenise each record when it is needed (default: only if there are more than 50,000)"
+    )
+    image_aspect_ratio: Literal["square", "pad", "keep", "anyres"] | None = _flag(
+        None, "how pictures are fitted (default: the checkpoint's, else square)"
+    )
+    skip_unreadable_images: bool = _flag(
+        False, "leave out records whose picture is missing or unreadable, count and name them"
+    )
+    cache_vision_features: bool = _flag(
+        False, "compute the frozen tower's output once per distinct picture and keep it"
+    )
+    vision_cache_dir: str | None = _flag(
+        None, "folder of those features; several runs may share it (default: <output_dir>/vision_cache)"
+    )
+    packing: bool = _flag(False, "join the samples of a batch without padding, attention and positions kept apart")
+    max_tokens_per_batch: int | None = _flag(
+        None, "with --packing: fill each batch up to so many tokens instead of a number of samples"
+    )
+
+
+@dataclass
+class LlavaTrainingArguments(TrainingArguments):
+    """The Trainer's own flags and those of this family of scripts."""
+
+    cache_dir: str | None = _flag(None, "where downloaded models are kept")
+    remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
+    logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
+    model_max_length: int = _flag(2048, "longest sample in tokens, picture positions included; longer ones are cut")
+    global_batch_size: int | None = _flag(
+        None, "samples per optimizer step over all processes; finds --gradient_accumulation_steps"
+    )
+    mm_projector_lr: float | None = _flag(None, "learning rate of the projector")
+    mm_vision_tower_lr: float | None = _flag(None, "learning rate of the vision tower")
+    group_by_modality_length: bool = _flag(False, "batches of like length, with and without pictures apart")
+    bits: int = _flag(16, "16, or 8 or 4: load the language model quantized (with --lora_enable)")
+    double_quant: bool = _flag(True, "quantize the quantization constants too")
+    quant_type: Literal["nf4", "fp4"] = _flag("nf4", "4-bit data type")
+    lora_enable: bool = _flag(False, "train low-rank adapters instead of the language model")
+    lora_r: int = _flag(64, "rank")
+    lora_alpha: int = _flag(16, "scale; the update is multiplied by lora_alpha / lora_r")
+    lora_dropout: float = _flag(0.05, "dropout before the adapters")
+    lora_bias: Literal["none", "all", "lora_only"] = _flag("none", "which biases are trained")
+    lora_weight_path: str | None = _flag(None, "adapter directory to continue from")
+    lora_target_modules: str | None = _flag(
+        None, "names of layers, by comma (default: every linear layer of the language model but lm_head)"
+    )
+    force_fsdp: bool = _flag(False, "accepted for old scripts; --fsdp says what is wanted")
+    peak_tflops: float | None = _flag(None, "what one device can do at best, for MFU (default: known GPUs)")
+
+    def __post_init__(self):
+        if self.fsdp == "True":
+            self.fsdp = True
+        super().__post_init__()
+
+
+@dataclass
+class Arguments:
+    """All that a run was asked for."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: LlavaTrainingArguments
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line."""
+
+    def error(self, message: str):
+        raise LlavaError(f"{message}; see --help")
+
+
+def build_parser() -> HfArgumentParser:
+    """The parser of every flag; `--help` lists ours first, then the Trainer's."""
+    classes = (ModelArguments, DataArguments, LlavaTrainingArguments)
+    return _Parser(
+        classes,
+        prog="python -m llava.train.train",
+        allow_abbrev=False,
+        description="Train a LLaVA: stage 1 (projector), stage 2, VQA fine-tuning, LoRA and QLoRA.",
+    )
+
+
+def parse_arguments(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
+    """Read a command line of today or of the published scripts.
+
+    Old names are translated with one warning each; values that can't be are refused.
+
+    Raises:
+        LlavaError: an unknown flag, a value that can't be, flags that contradict each other, a missing file.
+    """
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    argv, warnings = translate_flags(argv, boolean_flags(), has_gpu=has_gpu, keep_fsdp=keep_fsdp)
+    for warning in warnings:
+        if _is_main_process():
+            logger.warning(warning)
+    try:
+        model, data, training, rest = build_parser().parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, OSError) as error:
+        # The Trainer's dataclass checks its own flags and speaks in exceptions.
+        raise LlavaError(f"a flag can't be what it is: {' '.join(str(error).split())}") from error
+    if rest:
+        raise LlavaError(f"unknown argument {rest[0]!r}; see --help")
+    arguments = Arguments(model, data, training)
+    check(arguments)
+    _check_distribution(training)
+    _set_accumulation(training)
+    return arguments
+
+
+def boolean_flags() -> set[str]:
+    """Names of the flags that hold True or False."""
+    names = set()
+    for cls in (ModelArguments, DataArguments, LlavaTrainingArguments):
+        names |= {f.name for f in fields(cls) if f.type is bool or bool in get_args(f.type)}
+    return names
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse what can't be, before anything is loaded."""
+    _check_paths(arguments)
+    _check_numbers(arguments)
+    _check_pairs(arguments)
+    if arguments.model.version is not None:
+        get_template(arguments.model.version)
+
+
+def _check_paths(arguments: Arguments) -> None:
+    model, data, training = arguments.model, arguments.data, arguments.training
+    for flag, value in (("model_name_or_path", model.model_name_or_path), ("data_path", data.data_path)):
+        if not value:
+            raise LlavaError(f"--{flag} is needed")
+    for flag, value in (
+        ("data_path", data.data_path),
+        ("image_folder", data.image_folder),
+        ("pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
+        ("lora_weight_path", training.lora_weight_path),
+    ):
+        if value and not Path(value).expanduser().exists():
+            raise LlavaError(f"--{flag} {value}: no such file or folder")
+    for flag, value in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("vision_tower", model.vision_tower),
+    ):
+        # A hub id has one slash at most; what looks like a path has to be one.
+        looks_like_path = value and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+        if looks_like_path and not Path(value).expanduser().is_dir():
+            raise LlavaError(f"--{flag} {value}: no such folder")
+    if Path(training.output_dir).is_file():
+        raise LlavaError(f"--output_dir {training.output_dir} is a file")
+
+
+def _check_numbers(arguments: Arguments) -> None:
+    data, training = arguments.data, arguments.training
+    at_least_one = {
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "model_max_length": training.model_max_length,
+        "global_batch_size": training.global_batch_size,
+        "lora_r": training.lora_r,
+        "lora_alpha": training.lora_alpha,
+        "max_tokens_per_batch": data.max_tokens_per_batch,
+    }
+    for flag, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise LlavaError(f"--{flag} {value}: expected at least 1")
+    rates = {
+        "learning_rate": training.learning_rate,
+        "mm_projector_lr": training.mm_projector_lr,
+        "mm_vision_tower_lr": training.mm_vision_tower_lr,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+    }
+    for flag, value in rates.items():
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise LlavaError(f"--{flag} {value}: expected a number from 0 up")
+    if training.max_steps <= 0 and not (training.num_train_epochs > 0 and math.isfinite(training.num_train_epochs)):
+        raise LlavaError(f"--num_train_epochs {training.num_train_epochs}: expected a number above 0")
+    if training.bits not in {4, 8, 16}:
+        raise LlavaError(f"--bits {training.bits}: expected 16, 8 or 4")
+    if not 0 <= training.lora_dropout < 1:
+        raise LlavaError(f"--lora_dropout {training.lora_dropout}: expected a number from 0 to below 1")
+
+
+def _check_pairs(arguments: Arguments) -> None:
+    """Flags that contradict each other."""
+    model, data, training = arguments.model, arguments.data, arguments.training
+    contradictions = [
+        (
+            model.tune_mm_mlp_adapter and model.freeze_mm_mlp_adapter,
+            "--tune_mm_mlp_adapter trains the projector alone and --freeze_mm_mlp_adapter freezes it; choose one",
+        ),
+        (
+            model.tune_mm_mlp_adapter and training.lora_enable,
+            "--tune_mm_mlp_adapter trains the projector alone and --lora_enable adapters; choose one",
+        ),
+        (
+            training.bits < 16 and not (training.lora_enable or model.tune_mm_mlp_adapter),
+            f"--bits {training.bits} weights can't be trained themselves; add --lora_enable True",
+        ),
+        (
+            data.cache_vision_features and model.unfreeze_mm_vision_tower,
+            "--cache_vision_features keeps the output of a tower that --unfreeze_mm_vision_tower changes; choose one",
+        ),
+        (
+            training.mm_vision_tower_lr is not None and not model.unfreeze_mm_vision_tower,
+            "--mm_vision_tower_lr has no meaning while the tower is frozen; add --unfreeze_mm_vision_tower True",
+        ),
+        (
+            training.mm_projector_lr is not None and model.freeze_mm_mlp_adapter,
+            "--mm_projector_lr has no meaning with --freeze_mm_mlp_adapter; leave one out",
+        ),
+        (
+            data.packing and training.group_by_modality_length,
+            "--packing leaves no padding that --group_by_modality_length could save; choose one",
+        ),
+        (
+            data.max_tokens_per_batch is not None and not data.packing,
+            "--max_tokens_per_batch fills packed batches; add --packing True",
+        ),
+        (
+            bool(training.fsdp) and bool(training.deepspeed),
+            "--fsdp and --deepspeed both shard the model; choose one",
+        ),
+        (
+            training.fp16 and training.bf16,
+            "--fp16 and --bf16 are two kinds of half precision; choose one",
+        ),
+        (
+            training.lora_weight_path is not None and not training.lora_enable,
+            "--lora_weight_path continues an adapter; add --lora_enable True",
+        ),
+    ]
+    for wrong, message in contradictions:
+        if wrong:
+            raise LlavaError(message)
+
+
+def _check_distribution(training: LlavaTrainingArguments) -> None:
+    """Under torchrun each process must know of the others, or all would train alone on all the data."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and training.world_size != started:
+        raise LlavaError(
+            f"{started} processes were started but each would train alone (world size {training.world_size}); "
+            "without GPUs add --use_cpu True, with GPUs check that torch sees them"
+        )
+
+
+def _set_accumulation(training: LlavaTrainingArguments) -> None:
+    if training.global_batch_size is None:
+        return
+    at_once = training.train_batch_size * training.world_size
+    steps, rest = divmod(training.global_batch_size, at_once)
+    if rest or steps == 0:
+        raise LlavaError(
+            f"--global_batch_size {training.global_batch_size} is no multiple of {at_once} "
+            f"({training.world_size} processes × {training.train_batch_size} samples); "
+            "change --per_device_train_batch_size"
+        )
+    training.gradient_accumulation_steps = steps
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

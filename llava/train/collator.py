@@ -1,0 +1,83 @@
+"""Samples → one batch of tensors, padded to the longest or packed without padding."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava.constants import IGNORE_INDEX
+from llava.train.feature_cache import FeatureCache
+
+
+class Collator:
+    """Makes what the model takes, and what the trainer counts (`sample_numbers`, `num_tokens`, …).
+
+    Padded: `input_ids`, `labels` int64 [batch, longest]; `attention_mask` int64 of the same shape, left out when
+    there is no padding (attention is faster without). Packed: [1, all tokens], `position_ids` that start anew
+    with each sample, and the sample's borders (`cu_seq_lens_q/k` int32 [samples + 1], `max_length_q/k`).
+    Pictures: `pixel_values` float32 [pictures, 3, H, W] in reading order, or `vision_features` [pictures,
+    patches, mm_hidden] from the cache.
+    """
+
+    def __init__(self, pad_id: int, *, packing: bool = False, cache: FeatureCache | None = None):
+        self.pad_id = pad_id
+        self.packing = packing
+        self.cache = cache
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        if items and isinstance(items[0], list):  # batches filled up to a number of tokens come as lists
+            items = [item for group in items for item in group]
+        skipped = {item["number"]: item["skipped"] for item in items if item["skipped"]}
+        kept = [item for item in items if not item["skipped"]]
+        samples = [item["sample"] for item in kept]
+        ids = [sample.input_ids for sample in samples] or [np.array([self.pad_id, self.pad_id], np.int32)]
+        labels = [sample.labels for sample in samples] or [np.full(2, IGNORE_INDEX, np.int32)]
+        batch = self._packed(ids, labels) if self.packing else self._padded(ids, labels)
+        self._add_pictures(batch, kept)
+        batch["sample_numbers"] = [item["number"] for item in kept]
+        batch["num_tokens"] = sum(len(sample.input_ids) for sample in samples)
+        batch["num_targets"] = sum(int((part[1:] != IGNORE_INDEX).sum()) for part in labels)
+        batch["truncated"] = [item["number"] for item in kept if item["sample"].truncated]
+        batch["targetless"] = [item["number"] for item in kept if not item["sample"].has_target]
+        batch["skipped"] = skipped
+        return batch
+
+    def _padded(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
+        lengths = [len(part) for part in ids]
+        shape = (len(ids), max(lengths))
+        padded_ids = np.full(shape, self.pad_id, np.int64)
+        padded_labels = np.full(shape, IGNORE_INDEX, np.int64)
+        for row, (part, part_labels) in enumerate(zip(ids, labels)):
+            padded_ids[row, : len(part)] = part
+            padded_labels[row, : len(part)] = part_labels
+        batch = {"input_ids": torch.from_numpy(padded_ids), "labels": torch.from_numpy(padded_labels)}
+        if min(lengths) < shape[1]:
+            mask = np.arange(shape[1]) < np.array(lengths)[:, None]
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return batch
+
+    def _packed(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
+        borders = np.cumsum([0] + [len(part) for part in ids]).astype(np.int32)
+        joined_labels = np.concatenate(labels).astype(np.int64)
+        # A sample's first token is predicted by nothing; unpacked, the shift drops it.
+        joined_labels[borders[:-1]] = IGNORE_INDEX
+        longest = int(np.diff(borders).max())
+        cu_seq_lens = torch.from_numpy(borders)
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+            "labels": torch.from_numpy(joined_labels)[None],
+            "position_ids": torch.from_numpy(np.concatenate([np.arange(len(part)) for part in ids]))[None],
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def _add_pictures(self, batch: dict[str, Any], items: list[dict[str, Any]]) -> None:
+        if self.cache is not None:
+            rows = [row for item in items for row in item.get("feature_rows", ())]
+            batch["vision_features"] = self.cache.take(rows)
+            return
+        pictures = [item["pixel_values"] for item in items if "pixel_values" in item]
+        if pictures:
+            batch["pixel_values"] = torch.from_numpy(np.concatenate(pictures))

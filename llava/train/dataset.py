@@ -1,0 +1,254 @@
+"""Training samples: a record's conversation as ids and labels, its pictures as pixel values or stored features.
+
+Ids are expanded here (one IMAGE_TOKEN_INDEX per feature), so every length is known before a picture is decoded.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import LlavaError
+from llava.records import Record
+from llava.train.pictures import PictureSource, image_key, record_images
+from llava.train.record_store import RecordStore, describe
+
+logger = logging.getLogger(__name__)
+
+EAGER_LIMIT = 50_000
+"""Up to so many records are tokenised before the start; more of them, when each is needed."""
+
+
+@dataclass
+class Sample:
+    """A tokenised record. `input_ids` and `labels` are int32 [length], expanded; `images` as the record has them."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: list[Any]
+    truncated: bool
+
+    @property
+    def has_target(self) -> bool:
+        # The first label has nothing before it that could predict it.
+        return bool((self.labels[1:] != IGNORE_INDEX).any())
+
+
+@dataclass
+class Report:
+    """What was cut or left out: sample numbers, so that a sample seen twice counts once."""
+
+    truncated: set[int] = field(default_factory=set)
+    targetless: set[int] = field(default_factory=set)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+class LlavaDataset(Dataset):
+    """Samples by number.
+
+    Args:
+        store: the records.
+        encode: `encode(record) -> (input_ids, labels)` with one IMAGE_TOKEN_INDEX per picture, not cut.
+        pictures: where pictures are found.
+        load_image: `load_image(path or bytes) -> float32 [features' tiles, 3, H, W]`.
+        features_per_image: positions that a picture takes.
+        max_length: longest sample in positions; longer ones are cut from the end.
+        lazy: tokenise when needed; None decides by the number of records.
+        skip_unreadable: leave out what can't be opened (counted in `report`), in place of an error.
+        feature_row: `feature_row(image) -> row` of stored tower features; then no picture is opened here.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        encode: Callable[[Record], tuple[Sequence[int], Sequence[int]]],
+        pictures: PictureSource,
+        load_image: Callable[[Any], np.ndarray],
+        *,
+        features_per_image: int,
+        max_length: int,
+        lazy: bool | None = None,
+        skip_unreadable: bool = False,
+        feature_row: Callable[[Any], int] | None = None,
+        show_progress: bool = True,
+    ):
+        self.store = store
+        self.encode = encode
+        self.pictures = pictures
+        self.load_image = load_image
+        self.features_per_image = features_per_image
+        self.max_length = max_length
+        self.skip_unreadable = skip_unreadable
+        self.feature_row = feature_row
+        self.show_progress = show_progress
+        self.report = Report()
+        self.numbers = np.arange(len(store))
+        self._samples: list[Sample] | None = None
+        self.lazy = len(store) > EAGER_LIMIT if lazy is None else lazy
+        if not self.lazy:
+            self._tokenise_all()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample: `number` (of its record), `sample`, `pixel_values` [n, 3, H, W] or `feature_rows`, `skipped`."""
+        number = int(self.numbers[index])
+        sample = self.sample(index)
+        item: dict[str, Any] = {"number": number, "sample": sample, "skipped": None}
+        if not sample.images:
+            return item
+        if self.feature_row is not None:
+            item["feature_rows"] = [self.feature_row(image) for image in sample.images]
+            return item
+        try:
+            item["pixel_values"] = np.concatenate(
+                [self.load_image(self.pictures.read(image)) for image in sample.images]
+            )
+        except (FileNotFoundError, LlavaError) as error:
+            if not self.skip_unreadable:
+                raise self.picture_error(number, error) from error
+            item["skipped"] = self.picture_error(number, error).args[0]
+        return item
+
+    def sample(self, index: int) -> Sample:
+        """The tokenised sample, without its pictures."""
+        if self._samples is not None:
+            return self._samples[index]
+        return self._tokenise(int(self.numbers[index]))
+
+    def lengths(self) -> np.ndarray:
+        """Length of every sample in positions, int64 [samples]."""
+        return np.array([len(self.sample(index).input_ids) for index in self._progress("counting tokens")])
+
+    def has_image(self) -> np.ndarray:
+        """Whether each sample has a picture, bool [samples]."""
+        return np.array([bool(self.sample(index).images) for index in range(len(self))])
+
+    def drop_unreadable(self) -> None:
+        """Open every picture once and leave out the samples whose picture can't be read (counted in `report`)."""
+        good = []
+        for index in self._progress("checking pictures"):
+            number = int(self.numbers[index])
+            try:
+                for image in self.sample(index).images:
+                    self.load_image(self.pictures.read(image))
+            except (FileNotFoundError, LlavaError) as error:
+                self.report.skipped[number] = self.picture_error(number, error).args[0]
+            else:
+                good.append(index)
+        if self._samples is not None:
+            self._samples = [self._samples[index] for index in good]
+        self.numbers = self.numbers[good]
+
+    def describe(self, number: int) -> str:
+        """Where record `number` is, for messages."""
+        return describe(self.store, number, self.store[number])
+
+    def picture_error(self, number: int, error: Exception) -> LlavaError:
+        """The message for a picture that can't be had: record, path, what to do."""
+        if isinstance(error, FileNotFoundError):
+            problem = f'image "{error.args[0]}" not found'
+            if self.pictures.folder is None:
+                problem += " (no --image_folder was given)"
+        else:
+            problem = str(error)
+        return LlavaError(
+            f"{self.describe(number)}: {problem}; correct --image_folder, run "
+            '"python -m llava.data.filter_missing" to drop such records, or add --skip_unreadable_images True'
+        )
+
+    def _progress(self, what: str):
+        long = self.show_progress and len(self.numbers) > 2000
+        return tqdm(range(len(self.numbers)), desc=what, unit="record", disable=not long, leave=False)
+
+    def _tokenise_all(self) -> None:
+        """Every sample now; missing pictures are found before the training starts."""
+        samples, numbers = [], []
+        for number in self._progress("tokenising"):
+            sample = self._tokenise(number)
+            try:
+                self._look_for(sample.images)
+            except FileNotFoundError as error:
+                if not self.skip_unreadable:
+                    raise self.picture_error(number, error) from error
+                self.report.skipped[number] = self.picture_error(number, error).args[0]
+                continue
+            if sample.truncated:
+                self.report.truncated.add(number)
+            if not sample.has_target:
+                self.report.targetless.add(number)
+            samples.append(sample)
+            numbers.append(number)
+        if not samples:
+            raise LlavaError(f"{self.store.path}: no record is left; every picture is missing or unreadable")
+        self._samples, self.numbers = samples, np.array(numbers)
+
+    def _look_for(self, images: list[Any]) -> None:
+        for image in images:
+            self.pictures.find(image)
+
+    def _tokenise(self, number: int) -> Sample:
+        record = self.store[number]
+        images = record_images(record)
+        try:
+            input_ids, labels = self.encode(record)
+        except LlavaError as error:
+            raise LlavaError(f"{describe(self.store, number, record)}: {error}") from error
+        input_ids = np.asarray(input_ids, np.int32)
+        labels = np.asarray(labels, np.int32)
+        places = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+        if places != len(images):
+            raise LlavaError(
+                f"{describe(self.store, number, record)}: the text has {places} <image> but the record names "
+                f"{len(images)} picture(s); each picture needs its <image> in the text"
+            )
+        input_ids, labels = expand(input_ids, labels, self.features_per_image)
+        full = len(input_ids)
+        if full > self.max_length:
+            input_ids, labels, images = cut(input_ids, labels, images, self.max_length, self.features_per_image)
+        return Sample(input_ids, labels, images, truncated=full > self.max_length)
+
+
+class PackedDataset(Dataset):
+    """Groups of samples, each one item: batches filled up to a number of tokens."""
+
+    def __init__(self, dataset: LlavaDataset, groups: list[list[int]]):
+        self.dataset = dataset
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.dataset[number] for number in self.groups[index]]
+
+
+def expand(input_ids: np.ndarray, labels: np.ndarray, features: int) -> tuple[np.ndarray, np.ndarray]:
+    """One IMAGE_TOKEN_INDEX per feature where there was one per picture."""
+    repeats = np.where(input_ids == IMAGE_TOKEN_INDEX, features, 1)
+    return np.repeat(input_ids, repeats), np.repeat(labels, repeats)
+
+
+def cut(
+    input_ids: np.ndarray, labels: np.ndarray, images: list[Any], max_length: int, features: int
+) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """The first `max_length` positions; a picture that wouldn't fit whole goes, with all behind it."""
+    kept, rest = divmod(int((input_ids[:max_length] == IMAGE_TOKEN_INDEX).sum()), features)
+    if rest:
+        max_length = int(np.flatnonzero(input_ids == IMAGE_TOKEN_INDEX)[kept * features])
+    return input_ids[:max_length], labels[:max_length], images[:kept]
+
+
+def distinct_images(dataset: LlavaDataset) -> dict[str, tuple[int, Any]]:
+    """{key: (record number, image)} of every picture in the data, in order of appearance."""
+    found: dict[str, tuple[int, Any]] = {}
+    for index in range(len(dataset)):
+        for image in dataset.sample(index).images:
+            found.setdefault(image_key(image), (int(dataset.numbers[index]), image))
+    return found

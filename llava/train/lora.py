@@ -1,0 +1,101 @@
+"""LoRA and QLoRA: adapters on the language model's linear layers, the projector trained beside them whole."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llava.errors import LlavaError
+from llava.train.arguments import Arguments
+
+NON_LORA = "non_lora_trainables.bin"
+"""File of the trained weights that are no adapter (projector, tower), named as LLaVA's training names it."""
+
+
+def add_adapters(model: PreTrainedModel, arguments: Arguments) -> nn.Module:
+    """Freeze the language model and put adapters on it; what else was trainable stays so.
+
+    Returns the peft model; `--lora_weight_path` continues an adapter in place of a new one.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    training = arguments.training
+    kept = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ("mm_projector" in name or "vision_tower" in name)
+    ]
+    if training.bits < 16:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=bool(training.activation_checkpointing)
+        )
+    if training.lora_weight_path:
+        peft_model = PeftModel.from_pretrained(model, training.lora_weight_path, is_trainable=True)
+        load_non_lora(peft_model, Path(training.lora_weight_path))
+    else:
+        config = LoraConfig(
+            r=training.lora_r,
+            lora_alpha=training.lora_alpha,
+            lora_dropout=training.lora_dropout,
+            bias=training.lora_bias,
+            target_modules=target_modules(model, training.lora_target_modules),
+            task_type="CAUSAL_LM",
+        )
+        peft_model = get_peft_model(model, config)
+        base = str(Path(arguments.model.model_name_or_path).expanduser())
+        peft_model.peft_config["default"].base_model_name_or_path = (
+            str(Path(base).resolve()) if Path(base).exists() else base
+        )
+    for name, parameter in peft_model.named_parameters():
+        if name.removeprefix("base_model.model.") in kept:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+    if training.activation_checkpointing:
+        peft_model.enable_input_require_grads()
+    return peft_model
+
+
+def target_modules(model: nn.Module, wanted: str | None = None) -> str:
+    """A pattern of the layers that get adapters: linear ones of the language model, lm_head, tower, projector not.
+
+    `wanted` restricts them to these last names (`q_proj,v_proj`).
+
+    Raises:
+        LlavaError: a wanted name is no linear layer of the model.
+    """
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.match(r"model\.layers\.\d+\.", name)
+    }
+    names = sorted(found) if wanted is None else [name.strip() for name in wanted.split(",")]
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise LlavaError(
+            f"--lora_target_modules: no linear layer {', '.join(unknown)}; there are {', '.join(sorted(found))}"
+        )
+    return rf"model\.layers\.\d+\..*\.({'|'.join(map(re.escape, names))})"
+
+
+def save_adapter(peft_model: nn.Module, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """Write adapter, other trained weights and config: the layout of LLaVA's LoRA directories, in safetensors."""
+    peft_model.save_pretrained(str(folder), state_dict=state_dict)
+    state = peft_model.state_dict() if state_dict is None else state_dict
+    names = [
+        name for name, parameter in peft_model.named_parameters() if parameter.requires_grad and "lora_" not in name
+    ]
+    torch.save({name: state[name].detach().to("cpu", copy=True) for name in names if name in state}, folder / NON_LORA)
+    peft_model.get_base_model().config.save_pretrained(str(folder))
+
+
+def load_non_lora(peft_model: nn.Module, folder: Path) -> None:
+    """Give the model the trained weights beside an adapter."""
+    path = folder / NON_LORA
+    if not path.is_file():
+        return
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    unexpected = peft_model.load_state_dict(tensors, strict=False).unexpected_keys
+    if unexpected:
+        raise LlavaError(f"{path}: the model has no {unexpected[0]}")

@@ -1,0 +1,152 @@
+"""The model that a run trains: loaded or built, its settings from flags, and only the asked-for parts trainable."""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llava.conversation import get_template
+from llava.errors import LlavaError
+from llava.model import LoadedModel, add_image_tokens, build_model_from_llm, load_pretrained_model
+from llava.model.locate import locate_model
+from llava.records import read_json
+from llava.train.arguments import Arguments, ModelArguments
+from llava.train.projector_file import load_projector
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPLATE = "v0"
+STAGE_1_TEMPLATE = "plain"
+LANGUAGE_MODELS = ("llama", "mistral")
+
+
+def prepare_model(arguments: Arguments) -> LoadedModel:
+    """Load what `--model_name_or_path` names (a LLaVA checkpoint, or a language model to make one of).
+
+    Returns it on the training device's side of the CPU, float32 (mixed precision is autocast's work), with the
+    flags' settings in its config and `requires_grad` set.
+
+    Raises:
+        LlavaError: a folder is incomplete, a flag contradicts the checkpoint, or nothing would be trained.
+    """
+    model_args, training = arguments.model, arguments.training
+    folder = locate_model(model_args.model_name_or_path)
+    if _is_language_model(folder):
+        loaded = _build(folder, arguments)
+    else:
+        loaded = _load(folder, arguments)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    _settings(model, arguments)
+    added = add_image_tokens(model, tokenizer)
+    if model_args.pretrain_mm_mlp_adapter:
+        load_projector(model, model_args.pretrain_mm_mlp_adapter)
+    tokenizer.model_max_length = training.model_max_length
+    tokenizer.padding_side = "right"
+    choose_trainable(model, model_args)
+    if model_args.tune_mm_mlp_adapter and added and model.config.mm_use_im_start_end:
+        train_new_tokens(model, len(tokenizer) - added)
+    return loaded
+
+
+def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> None:
+    """Set `requires_grad` as the flags say; the tower stays frozen unless it is asked for."""
+    language_model = not (arguments.freeze_backbone or arguments.tune_mm_mlp_adapter)
+    projector = not arguments.freeze_mm_mlp_adapter
+    model.requires_grad_(language_model)
+    model.get_model().mm_projector.requires_grad_(projector)
+    model.get_vision_tower().requires_grad_(arguments.unfreeze_mm_vision_tower)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise LlavaError(
+            "nothing is left to train: language model, projector and tower are all frozen; "
+            "drop --freeze_backbone or --freeze_mm_mlp_adapter"
+        )
+
+
+def train_new_tokens(model: PreTrainedModel, old_rows: int) -> None:
+    """Let stage 1 learn the input embeddings of the picture tokens that it added, and those alone."""
+    weight = model.get_input_embeddings().weight
+    weight.requires_grad_(True)
+
+    def keep_new_rows(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[:old_rows] = 0
+        return gradient
+
+    weight.register_hook(keep_new_rows)
+
+
+def template_name(model: PreTrainedModel, arguments: Arguments) -> str:
+    """The template that this run's samples are rendered with: --version, else the checkpoint's own, else v0."""
+    if arguments.model.version:
+        return arguments.model.version
+    own = getattr(model.config, "conversation_template", None)
+    return own if own and own != STAGE_1_TEMPLATE else DEFAULT_TEMPLATE
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that pads batches; masked everywhere, so any will do."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def _is_language_model(folder: Path) -> bool:
+    if (folder / "adapter_config.json").is_file():
+        return False
+    config = read_json(folder / "config.json")
+    return config.get("model_type") in LANGUAGE_MODELS and not config.get("mm_vision_tower")
+
+
+def _build(folder: Path, arguments: Arguments) -> LoadedModel:
+    flags = arguments.model
+    if not flags.vision_tower:
+        raise LlavaError(f"{folder} is a language model without a vision tower; give one with --vision_tower")
+    fields = {
+        "mm_projector_type": flags.mm_projector_type,
+        "mm_vision_select_layer": flags.mm_vision_select_layer,
+        "mm_vision_select_feature": flags.mm_vision_select_feature,
+        "mm_use_im_start_end": flags.mm_use_im_start_end,
+        "mm_use_im_patch_token": flags.mm_use_im_patch_token,
+        "mm_image_token_scheme": flags.mm_image_token_scheme,
+    }
+    torch.manual_seed(arguments.training.seed)  # the projector's first weights
+    return build_model_from_llm(
+        folder,
+        flags.vision_tower,
+        device="cpu",
+        dtype=torch.float32,
+        attn_implementation=flags.attn_implementation,
+        **{name: value for name, value in fields.items() if value is not None},
+    )
+
+
+def _load(folder: Path, arguments: Arguments) -> LoadedModel:
+    flags = arguments.model
+    loaded = load_pretrained_model(
+        folder,
+        device="cpu",
+        dtype=torch.float32,
+        vision_tower=flags.vision_tower,
+        attn_implementation=flags.attn_implementation,
+    )
+    config = loaded.model.config
+    fixed = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_image_token_scheme")
+    for name in fixed:
+        wanted, own = getattr(flags, name), getattr(config, name)
+        if wanted is not None and wanted != own:
+            raise LlavaError(f"--{name} {wanted}: the checkpoint {folder} was made with {own}; leave the flag out")
+    return loaded
+
+
+def _settings(model: PreTrainedModel, arguments: Arguments) -> None:
+    """Settings of this run that the checkpoint has to remember."""
+    config, flags = model.config, arguments.model
+    config.use_cache = False
+    for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if getattr(flags, name) is not None:
+            setattr(config, name, getattr(flags, name))
+    if arguments.data.image_aspect_ratio is not None:
+        config.image_aspect_ratio = arguments.data.image_aspect_ratio
+    config.unfreeze_mm_vision_tower = flags.unfreeze_mm_vision_tower or config.unfreeze_mm_vision_tower
+    name = template_name(model, arguments)
+    get_template(name)
+    config.conversation_template = name

@@ -1,0 +1,103 @@
+"""What a person watches: a progress bar with loss, learning rate, tokens/s, MFU, memory and time left."""
+
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121, "V100": 125}
+"""bf16 (V100: fp16) dense peak of known GPUs, TFLOP/s, from their data sheets; longer names first."""
+
+
+def flops_per_token(model: torch.nn.Module) -> int:
+    """Operations per token of one training step, the way MFU is counted.
+
+    Two per parameter that multiplies for the forward pass, two for the gradient of the activations and two for
+    that of the weight where it is trained. The embedding look-up, the tower and recomputation don't count.
+    """
+    total = 0
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name or "vision_tower" in name or "mm_projector" in name or parameter.ndim < 2:
+            continue
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        if parameter.__class__.__name__ == "Params4bit":
+            size *= 2  # two weights per byte
+        total += (6 if parameter.requires_grad else 4) * size
+    return total
+
+
+def peak_tflops(given: float | None) -> float | None:
+    """The device's peak: as given, or from the table; None where neither tells."""
+    if given or not torch.cuda.is_available():
+        return given
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def memory_mb() -> float:
+    """Most memory used so far, MB: the GPU's, or this process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class ProgressBar(TrainerCallback):
+    """The bar, on the main process; it is redrawn a few times per second at most, so it costs nothing."""
+
+    def __init__(self, counter, per_token: int, peak: float | None, disable: bool = False):
+        """`counter` has `tokens_seen`, this process's tokens so far; `per_token` is in operations."""
+        self.counter = counter
+        self.per_token = per_token
+        self.peak = peak
+        self.disable = disable
+        self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.tokens_before = time.monotonic(), self.counter.tokens_seen
+        if state.is_world_process_zero and not self.disable:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        rate = self.tokens_per_second(args.world_size)
+        if logs is not None and "loss" in logs:
+            logs["tokens_per_second"] = round(rate, 1)
+            if self.peak:
+                logs["mfu"] = round(rate * self.per_token / (self.peak * 1e12 * args.world_size), 4)
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        self.shown = {
+            "loss": f"{logs['loss']:.4f}",
+            "lr": f"{logs.get('learning_rate', 0):.2e}",
+            "tok/s": f"{rate:,.0f}",
+        }
+        if "mfu" in logs:
+            self.shown["MFU"] = f"{logs['mfu']:.1%}"
+        self.shown["mem"] = f"{memory_mb() / 1024:.1f}G"
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def tokens_per_second(self, world_size: int = 1) -> float:
+        """Real tokens (no padding) of all processes per second, so far; other ranks are taken to do as this one."""
+        passed = max(time.monotonic() - self.started, 1e-9)
+        return (self.counter.tokens_seen - self.tokens_before) * world_size / passed

@@ -1,0 +1,70 @@
+"""`mm_projector.bin`: the projector alone, as stage 1 leaves it and stage 2 may start from it."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from llava.errors import LlavaError
+from llava.records import atomic_path
+
+FILE_NAME = "mm_projector.bin"
+_PROJECTOR = re.compile(r"(?:^|.*\.)mm_projector\.(.+)")
+_EMBEDDING = re.compile(r"(?:^|.*\.)embed_tokens\.weight")
+
+
+def save_projector(path: Path, tensors: dict[str, torch.Tensor], new_tokens: int = 0) -> None:
+    """Write the projector's tensors of a model's state under their names there (`model.mm_projector.*`).
+
+    `new_tokens` > 0 adds the last rows of the input embedding, as stage 1 with <im_start>/<im_end> trains them.
+    """
+    content = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items() if _PROJECTOR.match(name)}
+    if new_tokens:
+        name = next(name for name in tensors if _EMBEDDING.match(name))
+        content[name] = tensors[name][-new_tokens:].detach().to("cpu", copy=True)
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_projector(model: PreTrainedModel, path: str | Path) -> None:
+    """Give the model the projector of a `mm_projector.bin`, or of a folder that holds one.
+
+    Raises:
+        LlavaError: not such a file, or made for another projector.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        raise LlavaError(f"--pretrain_mm_mlp_adapter {path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise LlavaError(f"{path}: not a file of tensors ({str(error).splitlines()[0]})") from error
+    found = {match[1]: tensor for name, tensor in content.items() if (match := _PROJECTOR.match(name))}
+    projector = model.get_model().mm_projector
+    own = projector.state_dict()
+    if {name: tensor.shape for name, tensor in found.items()} != {n: t.shape for n, t in own.items()}:
+        raise LlavaError(f"{path} holds another projector: {_shapes(found)}; the model's is {_shapes(own)}")
+    projector.load_state_dict(found)
+    rows = next((tensor for name, tensor in content.items() if _EMBEDDING.match(name)), None)
+    if rows is not None:
+        _load_new_rows(model, rows, path)
+
+
+def _load_new_rows(model: PreTrainedModel, rows: torch.Tensor, path: Path) -> None:
+    """Rows of the picture tokens: the last ones of the embedding, or the whole embedding."""
+    weight = model.get_input_embeddings().weight
+    if rows.shape[1] != weight.shape[1] or rows.shape[0] > weight.shape[0]:
+        raise LlavaError(
+            f"{path}: embeddings of shape {list(rows.shape)} don't fit the model's {list(weight.shape)}; "
+            "was --mm_use_im_start_end the same in stage 1?"
+        )
+    with torch.no_grad():
+        weight[-rows.shape[0] :] = rows.to(weight)
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()) or "none"

@@ -1,0 +1,236 @@
+"""The parts of a run, put together: processes, output folder, dataset, feature cache, trainer, final files."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava.conversation import get_template
+from llava.errors import LlavaError
+from llava.images import open_image
+from llava.model import LoadedModel, save_model
+from llava.tokenization import ImageTokens, encode_conversation
+from llava.train.arguments import Arguments, LlavaTrainingArguments
+from llava.train.checkpoints import STAGING_PREFIX, publish_files, remove_staging
+from llava.train.collator import Collator
+from llava.train.dataset import LlavaDataset, PackedDataset, distinct_images
+from llava.train.feature_cache import FeatureCache, build_feature_cache, fingerprint
+from llava.train.lora import add_adapters, save_adapter
+from llava.train.packing import fill_batches, use_packed_attention
+from llava.train.pictures import PictureSource
+from llava.train.prepare_model import padding_id
+from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_tflops
+from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
+from llava.train.projector_file import save_projector
+from llava.train.record_store import RecordStore
+from llava.train.trainer import LlavaTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def start_processes(training: LlavaTrainingArguments) -> None:
+    """What has to happen before a model is loaded: DeepSpeed's ZeRO-3 shards weights as they are made."""
+    if training.deepspeed and training.world_size > 1 and not torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if training.use_cpu else None)
+
+
+def prepare_output(training: LlavaTrainingArguments) -> None:
+    """Make the output folder, or say why it can't be used."""
+    folder = Path(training.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlavaError(f"--output_dir {folder}: can't be made ({error.strerror})") from error
+    if training.should_save:
+        remove_staging(folder)
+
+
+def build_dataset(
+    arguments: Arguments, loaded: LoadedModel, store: RecordStore
+) -> tuple[LlavaDataset, FeatureCache | None]:
+    """The samples, tokenised as the model's config says, and the features of their pictures if asked for."""
+    data, training = arguments.data, arguments.training
+    model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
+    template = get_template(model.config.conversation_template)
+    image_tokens = ImageTokens.from_config(model.config, tokenizer)
+    aspect_ratio = model.config.image_aspect_ratio or "square"
+
+    def encode(record):
+        encoded = encode_conversation(record, template, tokenizer, image_tokens)
+        return encoded.input_ids, encoded.labels
+
+    def load_image(source) -> np.ndarray:
+        return np.asarray(processor([open_image(source)], aspect_ratio=aspect_ratio), np.float32)
+
+    dataset = LlavaDataset(
+        store,
+        encode,
+        PictureSource(data.image_folder),
+        load_image,
+        features_per_image=model.num_patches,
+        max_length=training.model_max_length,
+        lazy=data.lazy_preprocess,
+        skip_unreadable=data.skip_unreadable_images,
+        show_progress=not training.disable_tqdm and training.should_save,
+    )
+    cache = _cache_features(arguments, loaded, dataset, aspect_ratio) if data.cache_vision_features else None
+    if cache is not None:
+        dataset.feature_row = cache.row
+    _tell(dataset)
+    return dataset, cache
+
+
+def build_trainer(
+    arguments: Arguments, loaded: LoadedModel, dataset: LlavaDataset, cache: FeatureCache | None
+) -> LlavaTrainer:
+    """The trainer, its callbacks, and how it writes the model."""
+    data, training = arguments.data, arguments.training
+    model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
+    if data.packing:
+        use_packed_attention(model.config)
+    if training.lora_enable:
+        model = add_adapters(model, arguments)
+
+    def write_model(folder: Path, state_dict: dict | None) -> None:
+        if training.lora_enable:
+            save_adapter(model, folder, state_dict)
+            tokenizer.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        else:
+            save_model(folder, model, tokenizer, processor, state_dict=state_dict)
+        if arguments.model.tune_mm_mlp_adapter:
+            state = model.state_dict() if state_dict is None else state_dict
+            save_projector(folder / PROJECTOR_FILE, state, _new_token_rows(model))
+
+    train_dataset: Any = dataset
+    if data.max_tokens_per_batch:
+        groups = fill_batches(dataset.lengths(), data.max_tokens_per_batch, training.seed)
+        train_dataset = PackedDataset(dataset, groups)
+    if training.ddp_find_unused_parameters is None:
+        # Tower and projector take part in every batch, so nothing trainable is ever unused.
+        training.ddp_find_unused_parameters = False
+    trainer = LlavaTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_dataset,
+        data_collator=Collator(padding_id(tokenizer), packing=data.packing, cache=cache),
+        write_model=write_model,
+        describe=dataset.describe,
+    )
+    from transformers import ProgressCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    bar = ProgressBar(trainer, flops_per_token(model), peak_tflops(training.peak_tflops), disable=training.disable_tqdm)
+    trainer.add_callback(bar)
+    trainer.progress = bar
+    return trainer
+
+
+def save_final(trainer: LlavaTrainer) -> None:
+    """The finished model in the output folder: written aside, moved in when whole, config.json last."""
+    output_dir = Path(trainer.args.output_dir)
+    staging = output_dir / f"{STAGING_PREFIX}final"
+    trainer.save_model(str(staging / "model"))
+    trainer.wait_for_all()
+    if trainer.args.should_save:
+        publish_files(staging / "model", output_dir)
+        staging.rmdir()
+        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+    trainer.wait_for_all()
+
+
+def summarise(
+    arguments: Arguments, trainer: LlavaTrainer, dataset: LlavaDataset, checkpoint: Path | None, seconds: float
+) -> dict[str, Any]:
+    """What `training_summary.json` says of the run itself."""
+    training, report = trainer.args, trainer.report
+    for name in ("truncated", "targetless", "skipped"):
+        getattr(report, name).update(getattr(dataset.report, name))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    parameters = list(model.parameters())
+    rate = trainer.progress.tokens_per_second(training.world_size)
+    peak = peak_tflops(training.peak_tflops)
+    return {
+        "output_dir": str(training.output_dir),
+        "resumed_from": str(checkpoint) if checkpoint else None,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "samples": len(dataset),
+        "samples_seen": trainer.samples_seen * training.world_size,
+        "tokens_seen": trainer.tokens_seen * training.world_size,
+        "tokens_per_second": round(rate, 1),
+        "mfu": round(rate * flops_per_token(model) / (peak * 1e12 * training.world_size), 4) if peak else None,
+        "seconds": round(seconds, 1),
+        "peak_memory_mb": round(memory_mb(), 1),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "processes": training.world_size,
+        "samples_per_step": training.train_batch_size * training.world_size * training.gradient_accumulation_steps,
+        "truncated": _named(dataset, sorted(report.truncated)),
+        "without_target": _named(dataset, sorted(report.targetless)),
+        "left_out": _named(dataset, sorted(report.skipped)),
+        "conversation_template": model.config.conversation_template,
+    }
+
+
+def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset, aspect_ratio: str) -> FeatureCache:
+    data, training = arguments.data, arguments.training
+    tower = loaded.model.get_vision_tower()
+    settings = {
+        "layer": loaded.model.config.mm_vision_select_layer,
+        "feature": loaded.model.config.mm_vision_select_feature,
+        "aspect_ratio": aspect_ratio,
+        "processor": vars(loaded.image_processor),
+        "dtype": "bfloat16" if training.bf16 else "float32",
+    }
+    root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
+
+    def load(number: int, image) -> np.ndarray:
+        try:
+            return dataset.load_image(dataset.pictures.read(image))
+        except (FileNotFoundError, LlavaError) as error:
+            raise dataset.picture_error(number, error) from error
+
+    if dataset.skip_unreadable:
+        dataset.drop_unreadable()
+    tower.to(training.device)
+    return build_feature_cache(
+        root / fingerprint(tower, **settings),
+        distinct_images(dataset),
+        dataset.pictures.identify,
+        load,
+        tower,
+        bfloat16=training.bf16,
+        show_progress=dataset.show_progress,
+    )
+
+
+def _tell(dataset: LlavaDataset) -> None:
+    """Say what was cut or left out, with the first names."""
+    texts = {
+        "truncated": "were cut to --model_max_length",
+        "targetless": "have no target (nothing to learn from)",
+        "skipped": "were left out: picture missing or unreadable",
+    }
+    for name, text in texts.items():
+        numbers = sorted(getattr(dataset.report, name))
+        if numbers:
+            some = ", ".join(dataset.describe(number) for number in numbers[:3])
+            logger.warning("%d of %d records %s: %s%s", len(numbers), len(dataset.store), text, some,
+                           " …" if len(numbers) > 3 else "")  # fmt: skip
+
+
+def _named(dataset: LlavaDataset, numbers: list[int]) -> dict[str, Any]:
+    return {"count": len(numbers), "first": [dataset.describe(number) for number in numbers[:20]]}
+
+
+def _new_token_rows(model) -> int:
+    """Rows of <im_start> and <im_end>, where stage 1 trained them."""
+    trained = model.get_input_embeddings().weight.requires_grad
+    return 2 if trained and model.config.mm_use_im_start_end else 0

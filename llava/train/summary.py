@@ -1,0 +1,71 @@
+"""The end of a run on one page: `training_summary.json` and a picture of the loss curve."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from llava.records import atomic_path, write_json
+
+SUMMARY = "training_summary.json"
+CURVE = "loss_curve.png"
+
+
+def write_summary(output_dir: str | Path, summary: dict[str, Any], log_history: list[dict]) -> None:
+    """Write both files; `log_history` is the Trainer's list of logs (`step`, `loss`, `learning_rate`, …)."""
+    steps = [log for log in log_history if "loss" in log]
+    losses = [log["loss"] for log in steps]
+    tail = losses[-max(1, len(losses) // 10) :]
+    content = {
+        **summary,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "mean_loss_of_last_tenth": sum(tail) / len(tail) if tail else None,
+        "versions": versions(),
+    }
+    write_json(Path(output_dir) / SUMMARY, content)
+    if losses:
+        _draw(Path(output_dir) / CURVE, [log["step"] for log in steps], losses, steps)
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, torch, transformers, the machine."""
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+    }
+
+
+def _draw(path: Path, steps: list[int], losses: list[float], logs: list[dict]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="loss")
+    if len(losses) >= 20:
+        axes.plot(steps, _smooth(losses), color="#08519c", linewidth=2, label="smoothed")
+    axes.set(xlabel="optimizer step", ylabel="loss (token mean)")
+    axes.grid(alpha=0.3)
+    rates = axes.twinx()
+    rates.plot(steps, [log.get("learning_rate", 0) for log in logs], color="#bbbbbb", linestyle=":", linewidth=1)
+    rates.set_ylabel("learning rate (dotted)")
+    axes.legend(loc="upper right")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential mean over about a twentieth of the run."""
+    weight = min(1.0, 20 / len(values))
+    out, mean = [], values[0]
+    for value in values:
+        mean += weight * (value - mean)
+        out.append(mean)
+    return out

@@ -1,0 +1,77 @@
+"""Train a LLaVA: records → samples → Trainer → checkpoint. `python -m llava.train.train --help` lists the flags."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava.commandline import run
+
+if TYPE_CHECKING:
+    from llava.train.arguments import Arguments
+
+logger = logging.getLogger(__name__)
+
+
+def train(argv: list[str] | None = None, *, keep_fsdp: bool = False) -> dict[str, Any]:
+    """Run one training, from flags to a finished output directory.
+
+    Args:
+        argv: flags, as on the command line (default: the command line's).
+        keep_fsdp: keep `--fsdp` although there is no GPU.
+
+    Returns:
+        what `training_summary.json` holds.
+
+    Raises:
+        LlavaError: flags, records, pictures or a checkpoint that can't be used.
+    """
+    # Heavy, and not needed for the messages of a wrong flag's spelling.
+    from llava.train.arguments import parse_arguments
+
+    arguments = parse_arguments(list(sys.argv[1:] if argv is None else argv), keep_fsdp=keep_fsdp)
+    return run_training(arguments)
+
+
+def run_training(arguments: "Arguments") -> dict[str, Any]:
+    """Train as `arguments` say; see `train`."""
+    from llava.train.checkpoints import last_good_checkpoint
+    from llava.train.record_store import open_records
+    from llava.train.setup_run import build_dataset, build_trainer, prepare_output, start_processes
+
+    started = time.time()
+    training = arguments.training
+    start_processes(training)
+    store = open_records(arguments.data.data_path)
+    prepare_output(training)
+    from llava.train.prepare_model import prepare_model
+
+    loaded = prepare_model(arguments)
+    dataset, cache = build_dataset(arguments, loaded, store)
+    trainer = build_trainer(arguments, loaded, dataset, cache)
+    checkpoint = last_good_checkpoint(training.output_dir)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return finish(arguments, trainer, dataset, checkpoint, time.time() - started)
+
+
+def finish(arguments, trainer, dataset, checkpoint: Path | None, seconds: float) -> dict[str, Any]:
+    """Write the final model whole, then the summary and the loss curve."""
+    from llava.train.setup_run import save_final, summarise
+    from llava.train.summary import write_summary
+
+    save_final(trainer)
+    summary = summarise(arguments, trainer, dataset, checkpoint, seconds)
+    if trainer.args.should_save:
+        write_summary(trainer.args.output_dir, summary, trainer.state.log_history)
+    return summary
+
+
+def main(argv: list[str] | None = None) -> None:
+    train(argv)
+
+
+if __name__ == "__main__":
+    run(main)

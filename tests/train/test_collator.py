@@ -1,0 +1,66 @@
+import numpy as np
+import torch
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.train.collator import Collator
+from llava.train.dataset import Sample, cut, expand
+
+
+def item(number, ids, targets, images=(), skipped=None):
+    ids = np.array(ids, np.int32)
+    labels = np.full(len(ids), IGNORE_INDEX, np.int32)
+    labels[-targets:] = ids[-targets:]
+    found = {"number": number, "sample": Sample(ids, labels, list(images), truncated=False), "skipped": skipped}
+    if images:
+        found["pixel_values"] = np.full((len(images), 3, 2, 2), number, np.float32)
+    return found
+
+
+def test_padding_is_masked_and_no_target():
+    batch = Collator(pad_id=0)([item(4, [1, 5, 6], 1, ["a"]), item(9, [1, 7], 1)])
+    assert batch["input_ids"].tolist() == [[1, 5, 6], [1, 7, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 6], [-100, 7, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["pixel_values"].shape == (1, 3, 2, 2)
+    assert (batch["sample_numbers"], batch["num_tokens"], batch["num_targets"]) == ([4, 9], 5, 2)
+
+
+def test_a_batch_of_one_length_needs_no_mask():
+    assert "attention_mask" not in Collator(pad_id=0)([item(0, [1, 2], 1), item(1, [1, 3], 1)])
+
+
+def test_pictures_come_in_reading_order():
+    batch = Collator(pad_id=0)([item(1, [1, 2], 1, ["a", "b"]), item(2, [1, 2], 1), item(3, [1, 2], 1, ["c"])])
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 1, 3]
+
+
+def test_packed_batches_carry_borders_and_fresh_positions():
+    batch = Collator(pad_id=0, packing=True)([item(0, [1, 5, 6], 3), item(1, [1, 7], 1)])
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 1, 7]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 5, 6, -100, 7]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == 3
+    assert batch["num_targets"] == 3
+
+
+def test_left_out_samples_leave_a_batch_that_can_run():
+    batch = Collator(pad_id=0)([item(0, [1, 2], 1, ["a"], skipped="gone")])
+    assert batch["skipped"] == {0: "gone"}
+    assert batch["num_targets"] == 0 and batch["num_tokens"] == 0
+    assert (batch["labels"] == IGNORE_INDEX).all()
+
+
+def test_expanding_gives_each_picture_its_positions():
+    ids, labels = expand(np.array([1, IMAGE_TOKEN_INDEX, 5]), np.array([-100, -100, 5]), 3)
+    assert ids.tolist() == [1, -200, -200, -200, 5]
+    assert labels.tolist() == [-100, -100, -100, -100, 5]
+
+
+def test_cutting_never_splits_a_picture():
+    ids, labels = expand(np.array([1, -200, 5, -200, 6]), np.array([-100, -100, 5, -100, 6]), 3)
+    for length, kept, images in [(9, 9, 2), (8, 8, 2), (7, 5, 1), (5, 5, 1), (4, 4, 1), (3, 1, 0), (1, 1, 0)]:
+        new_ids, new_labels, left = cut(ids, labels, ["a", "b"], length, 3)
+        assert (len(new_ids), len(new_labels), len(left)) == (kept, kept, images), length
+        assert (new_ids == -200).sum() == 3 * images
