@@ -1,0 +1,118 @@
+"""The wire protocol between controller, workers and their clients, as LLaVA's serving speaks it.
+
+A stream is JSON objects, each ended by a zero byte: {"text": prompt so far + generated, "error_code": 0}. An error
+carries a non-zero code and words; ours add `error_type` and `request_id`.
+"""
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+from urllib.parse import urlsplit
+
+from llava.errors import LlavaError
+
+HEARTBEAT_SECONDS = 15.0
+EXPIRY_SECONDS = 30.0
+END_OF_CHUNK = b"\0"
+
+
+class ErrorType(str, Enum):
+    """What can go wrong for a client. Each has one code of the old protocol and one HTTP status."""
+
+    NO_WORKER = "no_worker"
+    WORKER_LOST = "worker_lost"
+    QUEUE_FULL = "queue_full"
+    OUT_OF_MEMORY = "out_of_memory"
+    CONTEXT_TOO_LONG = "context_too_long"
+    BAD_PICTURE = "bad_picture"
+    BAD_REQUEST = "bad_request"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    UNAUTHORIZED = "unauthorized"
+    TOO_LARGE = "too_large"
+    RATE_LIMITED = "rate_limited"
+    INTERNAL = "internal_error"
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    code: int  # of the streaming protocol
+    status: int  # of HTTP
+    words: str  # shown where there is nothing more exact to say
+
+
+ERRORS: dict[ErrorType, ErrorKind] = {
+    ErrorType.NO_WORKER: ErrorKind(50003, 503, "No worker is ready for this model. Wait until one has loaded."),
+    ErrorType.WORKER_LOST: ErrorKind(50004, 502, "The worker stopped while it was answering. Ask again."),
+    ErrorType.QUEUE_FULL: ErrorKind(50005, 429, "The queue is full. Ask again in a moment."),
+    ErrorType.OUT_OF_MEMORY: ErrorKind(50002, 507, "The worker ran out of memory on this request."),
+    ErrorType.CONTEXT_TOO_LONG: ErrorKind(40303, 400, "The conversation is longer than the model's context."),
+    ErrorType.BAD_PICTURE: ErrorKind(40001, 400, "The picture can't be read."),
+    ErrorType.BAD_REQUEST: ErrorKind(40000, 400, "The request is not valid."),
+    ErrorType.TIMEOUT: ErrorKind(50006, 504, "No answer in time."),
+    ErrorType.CANCELLED: ErrorKind(49900, 499, "Cancelled."),
+    ErrorType.UNAUTHORIZED: ErrorKind(40101, 401, "The key or secret is missing or wrong."),
+    ErrorType.TOO_LARGE: ErrorKind(41300, 413, "The request is too large."),
+    ErrorType.RATE_LIMITED: ErrorKind(42901, 429, "Too many requests for this key. Ask again in a moment."),
+    ErrorType.INTERNAL: ErrorKind(50001, 500, "Something failed in the server; its log has the request id."),
+}
+
+
+class ServeError(Exception):
+    """An error on its way to a client: a type, words that are safe to show, and seconds to wait if that helps."""
+
+    def __init__(self, error_type: ErrorType, words: str | None = None, retry_after: float | None = None):
+        super().__init__(words or ERRORS[error_type].words)
+        self.error_type = error_type
+        self.retry_after = retry_after
+
+    @property
+    def status(self) -> int:
+        return ERRORS[self.error_type].status
+
+
+def encode_chunk(text: str, **more: Any) -> bytes:
+    """One chunk of a stream that goes well."""
+    return json.dumps({"text": text, "error_code": 0, **more}, ensure_ascii=False).encode() + END_OF_CHUNK
+
+
+def encode_error(error: ServeError, request_id: str) -> bytes:
+    """The last chunk of a stream that fails."""
+    kind = ERRORS[error.error_type]
+    content = {
+        "text": str(error),
+        "error_code": kind.code,
+        "error_type": error.error_type.value,
+        "request_id": request_id,
+    }
+    return json.dumps(content, ensure_ascii=False).encode() + END_OF_CHUNK
+
+
+def decode_error(chunk: dict) -> ServeError:
+    """The error that a chunk with a non-zero code carries, also from a worker that sends no `error_type`."""
+    try:
+        error_type = ErrorType(chunk.get("error_type"))
+    except ValueError:
+        error_type = ErrorType.INTERNAL
+    return ServeError(error_type, str(chunk.get("text") or ""))
+
+
+def split_chunks(buffer: bytes) -> tuple[list[dict], bytes]:
+    """(complete chunks, what is left) of the bytes received so far."""
+    *whole, rest = buffer.split(END_OF_CHUNK)
+    return [json.loads(part) for part in whole if part.strip()], rest
+
+
+def check_address(address: str) -> str:
+    """A worker's address in its one normal form, http(s)://host:port; anything else is a LlavaError."""
+    parts = urlsplit(address)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    plain = not (parts.username or parts.password or parts.query or parts.fragment or parts.path.strip("/"))
+    if parts.scheme not in ("http", "https") or not parts.hostname or port is None or not plain:
+        raise LlavaError(f"not a worker's address: {address!r}; expected http://HOST:PORT")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}:{port}"

@@ -1,0 +1,111 @@
+"""Which workers there are and which of them gets the next request. No network here: the controller asks and tells."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llava.errors import LlavaError
+from llava.serve.protocol import EXPIRY_SECONDS, check_address
+
+DISPATCH_METHODS = ("lottery", "shortest_queue")
+
+
+@dataclass
+class Worker:
+    """A worker as it last described itself; `seen` is when (monotonic seconds)."""
+
+    address: str
+    model_names: tuple[str, ...]
+    speed: float = 1.0
+    queue_length: int = 0
+    check_heart_beat: bool = True
+    seen: float = 0.0
+
+
+@dataclass
+class Registry:
+    """The table of workers.
+
+    A dead worker leaves after `EXPIRY_SECONDS` without a heartbeat; `replace_all` swaps the whole table at once, so
+    that a refresh never shows an empty one.
+    """
+
+    dispatch_method: str = "shortest_queue"
+    clock: Callable[[], float] = time.monotonic
+    dice: random.Random = field(default_factory=random.Random)
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    def register(self, address: str, status: dict, check_heart_beat: bool = True) -> Worker:
+        """Add or update a worker from its status {model_names, speed, queue_length}."""
+        worker = read_status(address, status, check_heart_beat, self.clock())
+        self.workers[worker.address] = worker
+        return worker
+
+    def heartbeat(self, address: str, queue_length: int) -> bool:
+        """Note a sign of life; False asks the worker to register (again)."""
+        worker = self.workers.get(address)
+        if worker is None:
+            return False
+        worker.queue_length, worker.seen = queue_length, self.clock()
+        return True
+
+    def remove(self, address: str) -> None:
+        self.workers.pop(address, None)
+
+    def expire(self) -> list[str]:
+        """Drop and return the workers whose heartbeat is overdue."""
+        limit = self.clock() - EXPIRY_SECONDS
+        overdue = [
+            worker.address for worker in self.workers.values() if worker.check_heart_beat and worker.seen < limit
+        ]
+        for address in overdue:
+            del self.workers[address]
+        return overdue
+
+    def replace_all(self, workers: list[Worker]) -> None:
+        self.workers = {worker.address: worker for worker in workers}
+
+    def models(self) -> list[str]:
+        self.expire()
+        return sorted({name for worker in self.workers.values() for name in worker.model_names})
+
+    def choose(self, model: str, exclude: frozenset[str] = frozenset()) -> str | None:
+        """The address of the worker that gets the next request for `model`; None if there is none."""
+        self.expire()
+        able = [w for w in self.workers.values() if model in w.model_names and w.address not in exclude]
+        if not able:
+            return None
+        if self.dispatch_method == "lottery":
+            weights = [max(worker.speed, 0.0) for worker in able]
+            weights = weights if sum(weights) > 0 else None
+            return self.dice.choices(able, weights)[0].address
+        chosen = min(able, key=lambda worker: (worker.queue_length + 1) / max(worker.speed, 1e-9))
+        chosen.queue_length += 1  # until its next heartbeat tells the truth, it has one more to do
+        return chosen.address
+
+    def status(self) -> dict:
+        """All workers as if they were one."""
+        workers = list(self.workers.values())
+        return {
+            "model_names": self.models(),
+            "speed": sum(worker.speed for worker in workers),
+            "queue_length": sum(worker.queue_length for worker in workers),
+        }
+
+
+def read_status(address: str, status: dict, check_heart_beat: bool, now: float) -> Worker:
+    """A Worker from what it says of itself; nonsense is a LlavaError."""
+    names = status.get("model_names") if isinstance(status, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise LlavaError(f"worker {address}: its status names no models")
+    try:
+        speed, queue_length = float(status.get("speed", 1)), int(status.get("queue_length", 0))
+    except (TypeError, ValueError) as error:
+        raise LlavaError(f"worker {address}: speed and queue_length must be numbers") from error
+    return Worker(check_address(address), tuple(names), speed, queue_length, check_heart_beat, now)
+
+
+def refreshed(worker: Worker, status: dict, now: float) -> Worker:
+    """`worker` with a fresh status."""
+    return read_status(worker.address, status, worker.check_heart_beat, now)

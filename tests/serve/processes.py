@@ -1,0 +1,56 @@
+"""Start servers as real processes on free ports, wait until they answer, and stop them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Process:
+    """`python -m module …` with its own port; `url` is where it answers, `log` what it wrote."""
+
+    def __init__(self, module: str, *words: str, port: int | None = None, env: dict | None = None, log=None):
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [sys.executable, "-m", module, "--port", str(self.port), *words]
+        stream = open(log, "ab") if log else subprocess.DEVNULL  # noqa: PTH123, SIM115
+        self.process = subprocess.Popen(command, env={**os.environ, **(env or {})}, stdout=stream, stderr=stream)
+
+    def wait(self, path: str = "/health", seconds: float = 60.0) -> "Process":
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended with {self.process.returncode} before it answered: {self.log}")
+            try:
+                if httpx.get(self.url + path).status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"no answer from {self.url}{path}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, seconds: float = 20.0) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.kill()

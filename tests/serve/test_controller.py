@@ -1,0 +1,209 @@
+"""The controller as a process, over real sockets: registering, dispatch, forwarding, and strangers kept out."""
+
+import json
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from llava.serve.protocol import split_chunks
+from llava.serve.secret import HEADER
+from tests.serve.fake_worker import FakeWorker
+from tests.serve.processes import Process, free_port
+
+SECRET = {HEADER: "s3cret"}
+
+
+@pytest.fixture(scope="module")
+def controller():
+    env = {"LLAVA_SERVE_SECRET": "s3cret"}
+    with Process("llava.serve.controller", "--host", "0.0.0.0", "--max-body-bytes", "100000", env=env) as process:
+        yield process.wait()
+
+
+def post(controller, path, headers=SECRET, **body):
+    return httpx.post(controller.url + path, json=body, headers=headers, timeout=20)
+
+
+def register(controller, worker, **more):
+    return post(controller, "/register_worker", worker_name=worker.url, check_heart_beat=False, **more)
+
+
+def stream(controller, **body):
+    chunks, rest = split_chunks(post(controller, "/worker_generate_stream", **body).content)
+    assert rest == b""
+    return chunks
+
+
+def test_starts_without_torch():
+    script = (
+        "import sys, llava.serve.controller as c; c.build_parser(); import fastapi; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_register_list_and_forward(controller):
+    with FakeWorker(models=("llava-med", "other")) as worker:
+        assert register(controller, worker).status_code == 200
+        assert post(controller, "/list_models").json() == {"models": ["llava-med", "other"]}
+        assert post(controller, "/get_worker_address", model="other").json() == {"address": worker.url}
+        assert [chunk["text"] for chunk in stream(controller, model="other", prompt="x")] == ["a", "b", "c"]
+        path, headers, body = worker.requests[-1]
+        assert (path, json.loads(body)) == ("/worker_generate_stream", {"model": "other", "prompt": "x"})
+        assert {name.lower(): value for name, value in headers.items()}[HEADER] == "s3cret"
+    assert post(controller, "/refresh_all_workers").json() == {"models": []}
+
+
+def test_strangers_stay_out(controller):
+    with FakeWorker() as worker:
+        for headers in ({}, {HEADER: "wrong"}):
+            for path in ("/register_worker", "/list_models", "/worker_generate_stream", "/refresh_all_workers"):
+                reply = post(controller, path, headers=headers, worker_name=worker.url, model="m")
+                assert reply.status_code == 401, path
+                assert reply.json()["error"]["type"] == "unauthorized"
+                assert reply.json()["error"]["request_id"] == reply.headers["x-request-id"]
+        assert worker.requests == [], "a stranger made the controller call an address"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:1/x?y=",
+        "file:///etc/passwd",
+        "http://u:p@127.0.0.1:1",
+        "127.0.0.1:9",
+        "http://127.0.0.1",
+        "gopher://h:1",
+    ],
+)
+def test_what_is_no_worker_address_is_refused(controller, address):
+    status = {"model_names": ["evil"], "speed": 1, "queue_length": 0}
+    reply = post(controller, "/register_worker", worker_name=address, worker_status=status)
+    assert reply.status_code == 400
+    assert "evil" not in post(controller, "/list_models").json()["models"]
+
+
+def test_a_client_cannot_name_an_address(controller):
+    with FakeWorker() as worker:
+        chunk = stream(controller, model="none-such", worker_address=worker.url, address=worker.url)[0]
+        assert chunk["error_type"] == "no_worker"
+        assert chunk["error_code"] != 0
+        assert "none-such" in chunk["text"]
+        assert worker.requests == []
+
+
+def test_a_dead_worker_is_passed_over(controller):
+    status = {"model_names": ["m"], "speed": 1000, "queue_length": 0}
+    dead = f"http://127.0.0.1:{free_port()}"
+    with FakeWorker() as worker:
+        register(controller, worker)
+        post(controller, "/register_worker", worker_name=dead, worker_status=status, check_heart_beat=False)
+        assert [chunk["text"] for chunk in stream(controller, model="m")] == ["a", "b", "c"]
+        assert post(controller, "/get_worker_address", model="m").json() == {"address": worker.url}
+    post(controller, "/refresh_all_workers")
+
+
+def test_a_worker_lost_in_the_middle_is_said(controller):
+    with FakeWorker(break_after=2) as worker:
+        register(controller, worker)
+        chunks = stream(controller, model="m")
+    assert [chunk["text"] for chunk in chunks[:2]] == ["a", "b"]
+    assert chunks[-1]["error_type"] == "worker_lost"
+    assert chunks[-1]["request_id"].startswith("req-")
+    post(controller, "/refresh_all_workers")
+
+
+def test_refresh_keeps_the_living(controller):
+    with FakeWorker(models=("stays",)) as alive:
+        register(controller, alive)
+        with FakeWorker(models=("goes",)) as gone:
+            register(controller, gone)
+        assert post(controller, "/refresh_all_workers").json() == {"models": ["stays"]}
+    post(controller, "/refresh_all_workers")
+
+
+def test_heartbeat_of_an_unknown_worker_asks_it_to_register(controller):
+    reply = post(controller, "/receive_heart_beat", worker_name="http://127.0.0.1:9", queue_length=0)
+    assert reply.json() == {"exist": False}
+
+
+def test_large_and_broken_bodies_are_refused(controller):
+    big = httpx.post(controller.url + "/list_models", content=b"x" * 100001, headers=SECRET)
+    assert (big.status_code, big.json()["error"]["type"]) == (413, "too_large")
+
+    def without_length():
+        for _ in range(30):
+            yield b"x" * 10000
+
+    try:
+        chunked = httpx.post(controller.url + "/get_worker_address", content=without_length(), headers=SECRET)
+        assert chunked.status_code == 413
+    except httpx.WriteError:
+        pass  # the server closed the connection while we were still sending, which is as good
+    broken = httpx.post(controller.url + "/get_worker_address", content=b"{", headers=SECRET)
+    assert (broken.status_code, broken.json()["error"]["type"]) == (400, "bad_request")
+
+
+def test_health_answers_while_a_stream_runs(controller):
+    with FakeWorker(words=("a",) * 20, delay=0.05) as worker:
+        register(controller, worker)
+        request = {"model": "m"}
+        with httpx.stream("POST", controller.url + "/worker_generate_stream", json=request, headers=SECRET) as reply:
+            pieces = reply.iter_raw()
+            next(pieces)
+            for _ in range(5):
+                assert httpx.get(controller.url + "/health", timeout=2).json() == {"status": "ok"}
+            assert b"".join(pieces)
+    post(controller, "/refresh_all_workers")
+
+
+def test_secret_file_is_made_private_and_shared_by_processes(tmp_path):
+    env = {"XDG_STATE_HOME": str(tmp_path), "LLAVA_SERVE_SECRET": ""}
+    with Process("llava.serve.controller", env=env) as process:
+        process.wait()
+        path = tmp_path / "llava" / "serve-secret"
+        assert path.stat().st_mode & 0o777 == 0o600
+        headers = {HEADER: path.read_text().strip()}
+        assert post(process, "/list_models", headers=headers).status_code == 200
+        assert post(process, "/list_models", headers={}).status_code == 401
+        assert process.stop() in (0, -15)
+
+
+def test_a_secret_that_others_can_read_is_refused(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("x")
+    path.chmod(0o644)
+    command = [sys.executable, "-m", "llava.serve.controller", "--port", "1", "--secret-file", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "chmod 600" in done.stderr
+
+
+def test_open_takes_an_explicit_flag(tmp_path):
+    with Process("llava.serve.controller", "--open-to-everyone") as process:
+        process.wait()
+        assert post(process, "/list_models", headers={}).json() == {"models": []}
+
+
+def test_expiry_and_dispatch_without_network():
+    from random import Random
+
+    from llava.serve.registry import Registry
+
+    now = [0.0]
+    registry = Registry("shortest_queue", clock=lambda: now[0], dice=Random(0))
+    for port, queue in ((1, 5), (2, 1)):
+        status = {"model_names": ["m"], "speed": 1, "queue_length": queue}
+        registry.register(f"http://h:{port}", status)
+    assert [registry.choose("m") for _ in range(6)] == ["http://h:2"] * 4 + ["http://h:1", "http://h:2"]
+    now[0] = 20.0
+    assert registry.heartbeat("http://h:1", 0)
+    now[0] = 31.0
+    assert registry.choose("m") == "http://h:1"
+    assert list(registry.workers) == ["http://h:1"]
+    lottery = Registry("lottery", clock=lambda: 0.0, dice=Random(0))
+    for port, speed in ((1, 1), (2, 3)):
+        lottery.register(f"http://h:{port}", {"model_names": ["m"], "speed": speed})
+    picks = [lottery.choose("m") for _ in range(2000)]
+    assert 0.70 < picks.count("http://h:2") / 2000 < 0.80
