@@ -16,10 +16,12 @@ from transformers import (
     MistralModel,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
+from llava.model.loss import causal_loss
 from llava.model.projector import build_projector
 from llava.model.vision_tower import VisionTower, build_vision_tower
 
@@ -83,7 +85,8 @@ class LlavaForCausalLM:
             input_ids: `[batch, positions]`, expanded: IMAGE_TOKEN_INDEX at each position of a picture.
             attention_mask: `[batch, positions]` (with a cache: past and new ones); 1 for real positions. If
                 `position_ids` is missing they are counted from it, so left padding changes no answer.
-            labels: `[batch, positions]`, -100 ignored.
+            labels: `[batch, positions]`, -100 ignored. In training mode the result then holds the loss alone:
+                logits are made for the targets only, in chunks (llava.model.loss).
             pixel_values: `[n_images, 3, H, W]` of all pictures of the batch, in reading order.
             image_features: in their place, `[n_image_positions, hidden]`, already projected.
             vision_features: in their place, `[n_images, patches, mm_hidden]`, from the tower.
@@ -98,6 +101,16 @@ class LlavaForCausalLM:
             inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_features, vision_features)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1])
+        if labels is not None and self.training:
+            outputs = self.model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=False,
+                **kwargs,
+            )
+            loss = causal_loss(outputs.last_hidden_state, self.lm_head, labels, self.config.vocab_size)
+            return CausalLMOutputWithPast(loss=loss)
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,

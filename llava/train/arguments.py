@@ -156,6 +156,15 @@ def parse_arguments(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     Raises:
         LlavaError: an unknown flag, a value that can't be, flags that contradict each other, a missing file.
     """
+    arguments = read_flags(argv, keep_fsdp=keep_fsdp)
+    check(arguments)
+    _check_distribution(arguments.training)
+    _set_accumulation(arguments.training)
+    return arguments
+
+
+def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
+    """The dataclasses of a command line, not yet checked against files or each other."""
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     argv, warnings = translate_flags(argv, boolean_flags(), has_gpu=has_gpu, keep_fsdp=keep_fsdp)
     for warning in warnings:
@@ -170,11 +179,7 @@ def parse_arguments(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
         raise LlavaError(f"a flag can't be what it is: {' '.join(str(error).split())}") from error
     if rest:
         raise LlavaError(f"unknown argument {rest[0]!r}; see --help")
-    arguments = Arguments(model, data, training)
-    check(arguments)
-    _check_distribution(training)
-    _set_accumulation(training)
-    return arguments
+    return Arguments(model, data, training)
 
 
 def boolean_flags() -> set[str]:
@@ -188,6 +193,11 @@ def boolean_flags() -> set[str]:
 def check(arguments: Arguments) -> None:
     """Refuse what can't be, before anything is loaded."""
     _check_paths(arguments)
+    check_values(arguments)
+
+
+def check_values(arguments: Arguments) -> None:
+    """Refuse numbers that can't be, flags that contradict each other, and unknown templates."""
     _check_numbers(arguments)
     _check_pairs(arguments)
     if arguments.model.version is not None:

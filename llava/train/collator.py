@@ -36,7 +36,6 @@ class Collator:
         self._add_pictures(batch, kept)
         batch["sample_numbers"] = [item["number"] for item in kept]
         batch["num_tokens"] = sum(len(sample.input_ids) for sample in samples)
-        batch["num_targets"] = sum(int((part[1:] != IGNORE_INDEX).sum()) for part in labels)
         batch["truncated"] = [item["number"] for item in kept if item["sample"].truncated]
         batch["targetless"] = [item["number"] for item in kept if not item["sample"].has_target]
         batch["skipped"] = skipped

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 PROJECTOR = "mm_projector"
 TOWER = "vision_tower"
-META_KEYS = ("sample_numbers", "num_tokens", "num_targets", "truncated", "targetless", "skipped")
+META_KEYS = ("sample_numbers", "num_tokens", "truncated", "targetless", "skipped")
 """What the collator adds for us and the model never sees."""
 
 
@@ -74,7 +74,6 @@ class LlavaTrainer(Trainer):
 
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         meta = {key: inputs.pop(key) for key in META_KEYS}
-        self._has_targets = meta["num_targets"] > 0
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss):
             self._stop_at_bad_loss(loss, meta["sample_numbers"])
@@ -82,16 +81,6 @@ class LlavaTrainer(Trainer):
         self.samples_seen += len(meta["sample_numbers"])
         self._note(meta)
         return loss
-
-    _has_targets = True
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self._has_targets:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # A mean over no token is no number; the batch still runs, because other processes wait for its gradients.
-        inputs.pop("labels")
-        loss = model(**inputs).logits.sum() * 0.0
-        return (loss, None) if return_outputs else loss
 
     def _note(self, meta: dict[str, Any]) -> None:
         """Count what was cut, has no target or was left out; a picture that is left out is said at once."""

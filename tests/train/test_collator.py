@@ -22,7 +22,7 @@ def test_padding_is_masked_and_no_target():
     assert batch["labels"].tolist() == [[-100, -100, 6], [-100, 7, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
-    assert (batch["sample_numbers"], batch["num_tokens"], batch["num_targets"]) == ([4, 9], 5, 2)
+    assert (batch["sample_numbers"], batch["num_tokens"]) == ([4, 9], 5)
 
 
 def test_a_batch_of_one_length_needs_no_mask():
@@ -42,13 +42,12 @@ def test_packed_batches_carry_borders_and_fresh_positions():
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5]
     assert batch["cu_seq_lens_q"].dtype == torch.int32
     assert batch["max_length_q"] == 3
-    assert batch["num_targets"] == 3
 
 
 def test_left_out_samples_leave_a_batch_that_can_run():
     batch = Collator(pad_id=0)([item(0, [1, 2], 1, ["a"], skipped="gone")])
     assert batch["skipped"] == {0: "gone"}
-    assert batch["num_targets"] == 0 and batch["num_tokens"] == 0
+    assert batch["num_tokens"] == 0
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
