@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
+from llava.model.quantized import quantized_parameter
 from llava.model.weights import WeightFiles
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,10 @@ class Source:
 
     what: str
     weights: WeightFiles
-    names: Mapping[str, str]
+    names: dict[str, str]
     unused: frozenset[str] = frozenset()
     convert: Callable[[str, torch.Tensor], torch.Tensor] | None = None
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape that weight `name` of the model gets from here."""
@@ -66,20 +67,23 @@ def fill_model(
     dtype: torch.dtype,
     device: torch.device | Callable[[str], torch.device],
     fresh: Callable[[str], bool] = lambda name: False,
+    statistics: Mapping[str, list[str]] | None = None,
 ) -> None:
     """Give each parameter of `model` its tensor, in `dtype` on its device; a later source goes before an earlier.
 
     `fresh(name)` says which may be missing from all files: they get torch's own initialisation, done here.
+    `statistics` is None for a model that isn't quantized; else it names what the files hold beside each weight
+    that is stored quantized.
 
     Raises:
         LlavaError: a missing, extra or misshapen tensor: its name, the files, the likely cause.
     """
     sources = list(sources)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    chosen = _match(model, sources, wanted, fresh)
+    chosen = _match(model, sources, fresh, statistics or {})
     where = device if callable(device) else lambda name: device
     for name, source in chosen.items():
-        set_weight(model, name, source.read(name), dtype, where(name))
+        if statistics is None or not _set_quantized(model, name, source, statistics, where(name)):
+            set_weight(model, name, source.read(name), dtype, where(name))
     model.tie_weights()
     _initialise(model, dtype, where)
 
@@ -98,28 +102,45 @@ def set_weight(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.d
         module._buffers[leaf] = value
 
 
+def _set_quantized(model, name: str, source: Source, statistics, device: torch.device) -> bool:
+    """Put a quantized parameter in the place of weight `name`; False if its module isn't quantized."""
+    stored = {key: source.weights.read(key) for key in statistics.get(name, ())}
+    parameter = quantized_parameter(model, name, source.read(name), stored or None, device)
+    if parameter is None:
+        return False
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._parameters[leaf] = parameter
+    return True
+
+
 def is_harmless(name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in HARMLESS)
 
 
-def _match(model, sources, wanted, fresh) -> dict[str, Source]:
+def _match(model, sources, fresh, statistics) -> dict[str, Source]:
     """Which source gives each weight, or the error that says what doesn't fit."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    beside = {key for keys in statistics.values() for key in keys}
     chosen: dict[str, Source] = {}
     for source in sources:
-        used = set(source.names.values()) | source.unused
-        extra = [name for name in source.weights if name not in used and not is_harmless(name)]
-        extra += [file_name for name, file_name in source.names.items() if name not in wanted]
+        used = {file_name for name, file_name in source.names.items() if name in wanted}
+        extra = [
+            file_name
+            for file_name in source.weights
+            if file_name not in used | source.unused | beside and not is_harmless(file_name)
+        ]
         if extra:
             raise LlavaError(_describe_extra(source, extra, model))
-        for name in source.names:
-            if source.shape(name) != wanted[name]:
-                raise LlavaError(_describe_shape(source, name, wanted[name]))
-            chosen[name] = source
+        chosen.update((name, source) for name, file_name in source.names.items() if file_name in used)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     missing = [name for name in wanted if name not in chosen and name not in tied and not fresh(name)]
     if missing:
         raise LlavaError(_describe_missing(sources, missing))
-    return {name: chosen[name] for name in wanted if name in chosen}
+    for name, source in chosen.items():
+        # A 4-bit weight is packed; bitsandbytes knows its shape.
+        if source.shape(name) != wanted[name] and name not in statistics:
+            raise LlavaError(_describe_shape(source, name, wanted[name]))
+    return chosen
 
 
 def _initialise(model, dtype, where) -> None:

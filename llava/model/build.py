@@ -11,8 +11,9 @@ from llava.errors import LlavaError
 from llava.model.assemble import Source, build_empty, fill_model, is_harmless
 from llava.model.configuration import SCHEME_PATCH, LlavaLlamaConfig, LlavaMistralConfig
 from llava.model.language_model import MODEL_CLASSES
-from llava.model.loader import LoadedModel, best_device, context_length, load_image_processor
+from llava.model.loader import LoadedModel, context_length, load_image_processor
 from llava.model.locate import locate_model
+from llava.model.placement import best_device
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.tower_files import read_vision_config, tower_source
 from llava.model.weights import WeightFiles
@@ -50,7 +51,7 @@ def build_model_from_llm(
     fill_model(model, sources, dtype, torch.device(device or best_device()), fresh=lambda name: "mm_projector" in name)
     tokenizer = load_tokenizer(llm_folder)
     add_image_tokens(model, tokenizer)
-    processor = load_image_processor(llm_folder, tower_folder, model)
+    processor = load_image_processor([tower_folder], model)
     return LoadedModel(tokenizer, model, processor, context_length(config))
 
 

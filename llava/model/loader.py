@@ -1,4 +1,4 @@
-"""`load_pretrained_model`: any released layout to a model that runs, decided from what the files hold."""
+"""`load_pretrained_model`: any released layout, from a folder or a hub id, to a model that runs."""
 
 import logging
 from pathlib import Path
@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
-from llava.model.assemble import Source, build_empty, fill_model, is_harmless
-from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
+from llava.model.assemble import build_empty, fill_model
+from llava.model.configuration import SCHEME_PATCH
 from llava.model.language_model import MODEL_CLASSES
+from llava.model.layouts import Parts, open_checkpoint
 from llava.model.locate import locate_model
-from llava.model.tokenizer import load_tokenizer
-from llava.model.tower_files import CLIP_PREFIX, TOWER_PREFIX, is_behind_selection, read_vision_config, tower_source
-from llava.model.weights import WeightFiles
-from llava.records import read_json
+from llava.model.placement import Placement, best_device, choose_dtype
+from llava.model.quantized import finish_quantized, prepare_quantized, quantization_config, split_statistics
+from llava.model.tokenizer import add_tokens, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ def load_pretrained_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: str | dict[str, Any] | None = None,
     vision_tower: str | Path | None = None,
     conversation_template: str | None = None,
     attn_implementation: str | None = None,
@@ -42,36 +46,57 @@ def load_pretrained_model(
     """Load a LLaVA checkpoint from a folder or a hub id.
 
     Args:
+        model_path: LLaVA-Med v1.0, v1.5, LLaVA-1.5, BabyDoctor, a LoRA or projector folder, or transformers'
+            `LlavaForConditionalGeneration`; told apart by what the files hold.
+        model_base: the language model (or LLaVA) that a LoRA or projector folder was trained over.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; the best there is by default.
-        dtype: float32 on the CPU and the checkpoint's own elsewhere by default.
-        vision_tower: folder or hub id to use in place of the config's `mm_vision_tower`.
+        dtype: `float32`, `float16`, `bfloat16`; float32 on the CPU and the checkpoint's own elsewhere by default.
+        load_8bit, load_4bit: quantize the language model with bitsandbytes while loading.
+        device_map: `auto`, or accelerate's map of modules to devices, to spread the model over several GPUs;
+            by default a model that one GPU can't hold is spread over all.
+        vision_tower: folder or hub id in place of the config's `mm_vision_tower`; a tower inside the
+            checkpoint goes before either.
         conversation_template: name of the prompt template, in place of the checkpoint's.
 
     Raises:
-        LlavaError: whatever is missing, extra or misshapen, and where.
+        LlavaError: what is missing, extra, misshapen or unreadable, and where; an adapter or a delta given as
+            a whole model.
     """
+    if load_8bit and load_4bit:
+        raise LlavaError("load_8bit and load_4bit exclude each other; choose one")
     folder = locate_model(model_path)
-    device = torch.device(device or best_device())
-    config = read_config(folder)
-    weights = WeightFiles.of_folder(folder)
-    tower_inside = any(name.startswith(TOWER_PREFIX) for name in weights)
-    tower_folder = _find_tower(config, folder, vision_tower, tower_inside)
+    base_folder = None if model_base is None else locate_model(model_base, "base model", beside=folder)
+    parts = open_checkpoint(folder, base_folder, vision_tower)
     if conversation_template:
-        config.conversation_template = conversation_template
-    dtype = _dtype(dtype, config, device)
+        parts.config.conversation_template = conversation_template
+    device = torch.device(device or best_device())
+    dtype = choose_dtype(dtype, parts.config, device)
+    # Before the weights: a tokenizer that can't be read is found out in a second.
+    tokenizer = load_tokenizer(next((place for place in parts.folders if _has_tokenizer(place)), folder))
+    add_missing_image_tokens(tokenizer, parts.config, folder)
+    model = load_model(parts, device, dtype, 8 * load_8bit + 4 * load_4bit, device_map, attn_implementation)
+    processor = load_image_processor([*parts.folders, parts.tower_folder], model)
+    return LoadedModel(tokenizer, model, processor, context_length(parts.config))
+
+
+def load_model(
+    parts: Parts,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int = 0,
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The model of an opened checkpoint, filled and placed, in evaluation mode."""
+    config = parts.config
     model = build_empty(MODEL_CLASSES[config.model_type], config, attn_implementation)
-    sources = [] if tower_inside else [tower_source(tower_folder, model)]
-    sources.append(_native_source(weights, model))
-    fill_model(model, sources, dtype, device)
-    tokenizer = load_tokenizer(folder)
-    processor = load_image_processor(folder, tower_folder, model)
-    return LoadedModel(tokenizer, model, processor, context_length(config))
-
-
-def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    statistics = _prepare_quantized(parts, model, bits, dtype)
+    placement = Placement(model, device, dtype, device_map, bits)
+    fill_model(model, parts.sources(model), dtype, placement.device_of, statistics=statistics)
+    if statistics is not None:
+        finish_quantized(model)
+    placement.dispatch(model)
+    return model
 
 
 def context_length(config) -> int:
@@ -79,54 +104,59 @@ def context_length(config) -> int:
     return getattr(config, "max_sequence_length", None) or config.max_position_embeddings or 2048
 
 
-def read_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
-    """The configuration of a native checkpoint, old spellings translated."""
-    content = read_json(folder / "config.json")
-    config_class = LlavaMistralConfig if content["model_type"] == "llava_mistral" else LlavaLlamaConfig
-    return config_class.from_dict(content | {"model_type": config_class.model_type})
+def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder: Path) -> None:
+    """Give the tokenizer the picture tokens that the config speaks of, if the vocabulary has rows for them.
+
+    Raises:
+        LlavaError: it has none; the tokenizer belongs to another model.
+    """
+    tokens = []
+    if config.mm_image_token_scheme == SCHEME_PATCH:
+        tokens.append(DEFAULT_IMAGE_PATCH_TOKEN)
+    if config.mm_use_im_start_end:
+        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    known = tokenizer.get_vocab()
+    missing = [token for token in tokens if token not in known]
+    if not missing:
+        return
+    if len(tokenizer) + len(missing) > config.vocab_size:
+        raise LlavaError(
+            f"{folder}: the config asks for {', '.join(missing)}, but the tokenizer doesn't have them and the "
+            f"model has {config.vocab_size} rows, no more than the tokenizer; the tokenizer's added_tokens.json "
+            f"is missing"
+        )
+    log.warning("%s: the tokenizer lacked %s; added", folder, ", ".join(missing))
+    add_tokens(tokenizer, missing, strip_blanks=False)
 
 
-def load_image_processor(folder: Path, tower_folder: Path | None, model: PreTrainedModel) -> Any:
-    """The image processor saved with the checkpoint, or the tower's, or CLIP's for the tower's size."""
+def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> Any:
+    """The image processor of the first of `folders` that has one, or CLIP's for the tower's size."""
     try:
         from llava.images import ImageProcessor
     except ImportError:
         return None
 
-    for place in (folder, tower_folder):
+    for place in folders:
         if place is not None and (place / "preprocessor_config.json").is_file():
             return ImageProcessor.from_pretrained(place)
     size = model.get_vision_tower().image_size
     return ImageProcessor.from_pretrained({"size": size, "crop_size": size})
 
 
-def _native_source(weights: WeightFiles, model: PreTrainedModel) -> Source:
-    names, unused = {}, set()
-    for name in weights:
-        if name.startswith(CLIP_PREFIX) and is_behind_selection(name.removeprefix(CLIP_PREFIX), model):
-            unused.add(name)
-        elif not is_harmless(name):
-            names[name] = name
-    return Source("checkpoint", weights, names, frozenset(unused))
+def _prepare_quantized(parts: Parts, model: PreTrainedModel, bits: int, dtype) -> dict[str, list[str]] | None:
+    """Set the model up for 8 or 4 bits; returns the names of stored statistics, None if it isn't quantized."""
+    if not parts.quantized:
+        if not bits:
+            return None
+        prepare_quantized(model, quantization_config(bits, dtype), None)
+        return {}
+    _, statistics = split_statistics(parts.weights)
+    stored = 8 if any(name.endswith(".SCB") for names in statistics.values() for name in names) else 4
+    if bits and bits != stored:
+        raise LlavaError(f"{parts.folders[0]}: the weights are stored in {stored} bits, not {bits}; drop the flag")
+    prepare_quantized(model, quantization_config(stored, dtype), set(statistics))
+    return statistics
 
 
-def _find_tower(config, folder: Path, override, inside: bool) -> Path | None:
-    """The tower's folder; fills `config.mm_vision_config` from it where the checkpoint has none."""
-    name = override or config.mm_vision_tower
-    if inside and config.mm_vision_config:
-        return None
-    if not name:
-        raise LlavaError(f"{folder / 'config.json'}: has no mm_vision_tower; is this a LLaVA checkpoint?")
-    tower_folder = locate_model(name, "vision tower", beside=folder)
-    config.mm_vision_config = read_vision_config(tower_folder)
-    return tower_folder
-
-
-def _dtype(dtype, config, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise LlavaError("dtype must be float32, float16 or bfloat16")
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float16
-    return dtype
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

@@ -23,8 +23,12 @@ _NORMAL, _USER_DEFINED = 1, 4
 _UNLIMITED = int(1e30)
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token (unk, else eos, if it names none).
+
+    Args:
+        strip_blanks: for a folder with `tokenizer.model` alone: added tokens swallow the blanks around them, as
+            when LLaVA-Med v1.0 was trained; by default they don't, as when it was evaluated.
 
     Raises:
         LlavaError: the folder holds no tokenizer, or one that can't be read.
@@ -33,7 +37,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if (folder / "tokenizer.json").is_file():
         tokenizer = _from_json(folder)
     elif (folder / "tokenizer.model").is_file():
-        tokenizer = _from_sentencepiece(folder)
+        tokenizer = _from_sentencepiece(folder, strip_blanks)
     else:
         raise LlavaError(
             f"{folder}: no tokenizer found (looked for tokenizer.json and tokenizer.model); copy the "
@@ -63,7 +67,7 @@ def _from_json(folder: Path) -> PreTrainedTokenizerFast:
         raise _unreadable(folder / "tokenizer.json", error) from error
 
 
-def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
+def _from_sentencepiece(folder: Path, strip_blanks: bool) -> PreTrainedTokenizerFast:
     config = _optional_json(folder / "tokenizer_config.json")
     special = config | _optional_json(folder / "special_tokens_map.json")
     names = {
@@ -82,7 +86,7 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
         # A pad token that was added later must take its own id below, not the next free one.
         **{role: name for role, name in names.items() if backend.token_to_id(name) is not None},
     )
-    _add_in_order(tokenizer, _added_tokens(folder, config), folder)
+    _add_in_order(tokenizer, _added_tokens(folder, config, strip_blanks), folder)
     pad = names.get("pad_token")
     if pad is not None and tokenizer.convert_tokens_to_ids(pad) is not None:
         tokenizer.pad_token = pad
@@ -152,10 +156,13 @@ def _set_template(backend: Tokenizer, names: dict[str, str], config: dict[str, A
     )
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+def _added_tokens(folder: Path, config: dict[str, Any], strip_blanks: bool) -> dict[int, AddedToken]:
     """Tokens added after training, by id; `added_tokens.json` knows names and ids alone."""
     plain = _optional_json(folder / "added_tokens.json")
-    added = {index: AddedToken(token, normalized=False, special=True) for token, index in plain.items()}
+    added = {
+        index: AddedToken(token, lstrip=strip_blanks, rstrip=strip_blanks, normalized=False, special=True)
+        for token, index in plain.items()
+    }
     for index, token in (config.get("added_tokens_decoder") or {}).items():
         flags = {
             name: token[name] for name in ("lstrip", "rstrip", "single_word", "normalized", "special") if name in token

@@ -13,6 +13,12 @@ CLIP_PREFIX = TOWER_PREFIX + "vision_tower.vision_model."
 
 _CLIP_VISION_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
 _CLIP_OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+_OPENAI_CLIP = {
+    "openai/clip-vit-large-patch14-336": (1024, 24, 16, 14, 336),
+    "openai/clip-vit-large-patch14": (1024, 24, 16, 14, 224),
+    "openai/clip-vit-base-patch16": (768, 12, 12, 16, 224),
+    "openai/clip-vit-base-patch32": (768, 12, 12, 32, 224),
+}
 _KEPT_FIELDS = (
     "model_type",
     "hidden_size",
@@ -49,6 +55,24 @@ def read_vision_config(folder: Path) -> dict[str, Any]:
     # Old files leave out what equals the defaults of their time; the whole set is kept with the checkpoint.
     full = CLIPVisionConfig.from_dict(config).to_dict()
     return {name: full[name] for name in _KEPT_FIELDS}
+
+
+def known_vision_config(name: str | None) -> dict[str, Any] | None:
+    """The configuration of OpenAI's CLIP towers by hub id: a checkpoint that holds the tower needs no download."""
+    if name not in _OPENAI_CLIP:
+        return None
+    hidden, layers, heads, patch, image = _OPENAI_CLIP[name]
+    from transformers import CLIPVisionConfig
+
+    full = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        patch_size=patch,
+        image_size=image,
+    ).to_dict()
+    return {field: full[field] for field in _KEPT_FIELDS}
 
 
 def tower_source(folder: Path, model) -> Source:

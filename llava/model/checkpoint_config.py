@@ -1,0 +1,86 @@
+"""config.json of a native checkpoint, whatever year it is from: missing fields inferred from what is there."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
+from llava.errors import LlavaError
+from llava.model.configuration import (
+    SCHEME_PATCH,
+    SCHEME_PLACEHOLDER,
+    LlavaLlamaConfig,
+    LlavaMistralConfig,
+)
+from llava.records import read_json
+
+log = logging.getLogger(__name__)
+
+_FIELDS_SINCE_PLACEHOLDER = ("mm_projector_type", "mm_use_im_patch_token", "mm_vision_select_feature")
+"""Fields that came with the one-placeholder scheme; a v1.0 config has none of them."""
+
+
+def read_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
+    """The configuration of a native LLaVA folder (also of a LoRA or projector folder that has one).
+
+    Raises:
+        LlavaError: not the configuration of a LLaMA or Mistral.
+    """
+    path = folder / "config.json"
+    content = read_json(path)
+    if not isinstance(content, dict) or "hidden_size" not in content:
+        raise LlavaError(f"{path}: not the configuration of a language model")
+    config_class = _config_class(content, path)
+    if content.get("mm_image_token_scheme") is None:
+        content["mm_image_token_scheme"] = _scheme(content, folder)
+    # None stands in old files for "as usual".
+    content = {name: value for name, value in content.items() if value is not None or not name.startswith("mm_")}
+    config = config_class.from_dict(content | {"model_type": config_class.model_type})
+    if config.conversation_template is None and config.mm_vision_tower:
+        config.conversation_template = infer_template(config, folder)
+        log.info("%s names no conversation_template; %s, by its layout", path, config.conversation_template)
+    return config
+
+
+def infer_template(config, folder: Path) -> str:
+    """The prompt template that a release of this layout was trained with."""
+    if config.mm_image_token_scheme == SCHEME_PATCH:
+        return "simple"
+    if isinstance(config, LlavaMistralConfig):
+        return "mistral_instruct"
+    if "<<SYS>>" in _chat_template(folder):
+        return "llava_llama_2"
+    # BabyDoctor and LLaVA's own LLaMA-2-chat models: one Linear over LLaMA-2 (4096 positions).
+    if config.mm_projector_type == "linear" and config.max_position_embeddings >= 4096:
+        return "llava_llama_2"
+    return "vicuna_v1"
+
+
+def _config_class(content: dict[str, Any], path: Path):
+    model_type = content.get("model_type")
+    if model_type in {"llava_mistral", "mistral"}:
+        return LlavaMistralConfig
+    if model_type in {"llava", "llava_llama", "llama"}:
+        return LlavaLlamaConfig
+    raise LlavaError(f"{path}: model_type {model_type!r} isn't supported; use a LLaMA or Mistral based LLaVA")
+
+
+def _scheme(content: dict[str, Any], folder: Path) -> str:
+    """v1.0's runs of <im_patch>, if the vocabulary has that token and the config none of the later fields."""
+    if content.get("model_type") != "llava" or any(name in content for name in _FIELDS_SINCE_PLACEHOLDER):
+        return SCHEME_PLACEHOLDER
+    has_token = any(
+        DEFAULT_IMAGE_PATCH_TOKEN in _text(folder / name) for name in ("added_tokens.json", "tokenizer.json")
+    )
+    return SCHEME_PATCH if has_token else SCHEME_PLACEHOLDER
+
+
+def _chat_template(folder: Path) -> str:
+    jinja = _text(folder / "chat_template.jinja")
+    if jinja or not (folder / "tokenizer_config.json").is_file():
+        return jinja
+    return str(read_json(folder / "tokenizer_config.json").get("chat_template") or "")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
