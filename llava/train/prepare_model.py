@@ -24,8 +24,8 @@ LANGUAGE_MODELS = ("llama", "mistral")
 def prepare_model(arguments: Arguments) -> LoadedModel:
     """Load what `--model_name_or_path` names (a LLaVA checkpoint, or a language model to make one of).
 
-    Returns it on the training device's side of the CPU, float32 (mixed precision is autocast's work), with the
-    flags' settings in its config and `requires_grad` set.
+    Returns it on the CPU (the Trainer moves it), what is trained in float32 (mixed precision is autocast's work),
+    with the flags' settings in its config and `requires_grad` set.
 
     Raises:
         LlavaError: a folder is incomplete, a flag contradicts the checkpoint, or nothing would be trained.
@@ -49,6 +49,21 @@ def prepare_model(arguments: Arguments) -> LoadedModel:
     return loaded
 
 
+def load_dtype(folder: Path, arguments: Arguments) -> torch.dtype:
+    """float32, whose copies autocast makes; a language model that stays frozen on a GPU keeps its file's dtype.
+
+    (So stage 1 and LoRA hold two bytes per frozen weight, and stage 1 writes it back unchanged.)
+    """
+    flags, training = arguments.model, arguments.training
+    frozen = flags.tune_mm_mlp_adapter or flags.freeze_backbone or training.lora_enable
+    if not (frozen and training.device.type == "cuda" and (training.bf16 or training.fp16)):
+        return torch.float32
+    config = read_json(folder / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, name, None)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
 def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> None:
     """Set `requires_grad` as the flags say; the tower stays frozen unless it is asked for."""
     language_model = not (arguments.freeze_backbone or arguments.tune_mm_mlp_adapter)
@@ -56,6 +71,9 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> None:
     model.requires_grad_(language_model)
     model.get_model().mm_projector.requires_grad_(projector)
     model.get_vision_tower().requires_grad_(arguments.unfreeze_mm_vision_tower)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # what is trained is trained in float32
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise LlavaError(
             "nothing is left to train: language model, projector and tower are all frozen; "
@@ -113,7 +131,7 @@ def _build(folder: Path, arguments: Arguments) -> LoadedModel:
         folder,
         flags.vision_tower,
         device="cpu",
-        dtype=torch.float32,
+        dtype=load_dtype(folder, arguments),
         attn_implementation=flags.attn_implementation,
         **{name: value for name, value in fields.items() if value is not None},
     )
@@ -124,7 +142,7 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
     loaded = load_pretrained_model(
         folder,
         device="cpu",
-        dtype=torch.float32,
+        dtype=load_dtype(folder, arguments),
         vision_tower=flags.vision_tower,
         attn_implementation=flags.attn_implementation,
     )
