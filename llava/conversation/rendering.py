@@ -74,6 +74,19 @@ class Conversation:
         """The rendered text in order, answers (second role, not empty) apart from the rest."""
         return [segment for segment in _RENDERERS[self.sep_style](self, self._texts()) if segment.text]
 
+    def place_images(self, text: str) -> str:
+        """A turn's text with its `<image>` where the template wants it, in training and in prompts alike.
+
+        A single `<image>` goes in front, on a line of its own; several stay where they are, for there their places
+        say which is meant. v1.0's templates leave all in place.
+        """
+        wrapped = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
+        if DEFAULT_IMAGE_TOKEN not in text or (self.wraps_images and wrapped in text):
+            return text
+        if self.image_first and text.count(DEFAULT_IMAGE_TOKEN) == 1:
+            text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+        return text.replace(DEFAULT_IMAGE_TOKEN, wrapped) if self.wraps_images else text
+
     @property
     def stop_str(self) -> str:
         """The text that ends an answer; generation stops at it."""
