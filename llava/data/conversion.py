@@ -1,0 +1,242 @@
+"""What every converter shares: records in LLaVA-Med's form, checked pictures, and a folder written whole or not at all.
+
+A converter (llava/data/sources/) yields records and counts what it leaves out; `write_conversion` writes one file per
+split, the candidate answers of the training split, and a manifest with sources, counts and checksums.
+"""
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import LlavaError
+from llava.records import Record, write_json, write_records
+
+FORMATS = ("json", "jsonl", "parquet")
+MISSING_CHOICES = ("error", "drop", "keep")
+CANDIDATES_FILE = "candidates.json"
+MANIFEST_FILE = "manifest.json"
+YES_NO = {"yes", "no"}
+
+
+@dataclass
+class Conversion:
+    """What a converter found: its splits, the files it read and, once the splits are read, what it left out."""
+
+    name: str
+    splits: dict[str, Iterable[Record]]
+    sources: list[Path]
+    left_out: Counter = field(default_factory=Counter)
+    corrected: Counter = field(default_factory=Counter)
+    pictures: "PictureFolder | None" = None
+    candidates: bool = True
+    """Whether the open answers of the training split are worth a candidate file."""
+
+
+class PictureFolder:
+    """Which pictures a folder has. Missing ones are an error at the end, dropped and counted, or kept, as asked."""
+
+    def __init__(self, folder: Path | None, missing: str = "error"):
+        self.folder = folder
+        self.policy = missing if folder is not None else "keep"
+        self.missing: dict[str, int] = {}
+        self._known: dict[str, bool] = {}
+
+    def accept(self, name: str) -> bool:
+        """Whether a record with this picture is to be written; counts the records whose picture isn't there."""
+        if name not in self._known:
+            if not is_inside(name):
+                raise LlavaError(f"image {name!r} points outside the image folder; give a relative path without '..'")
+            self._known[name] = self.folder is None or (self.folder / name).is_file()
+        if self._known[name]:
+            return True
+        self.missing[name] = self.missing.get(name, 0) + 1
+        return self.policy == "keep"
+
+    def raise_if_missing(self) -> None:
+        if self.missing and self.policy == "error":
+            first = ", ".join(list(self.missing)[:3])
+            raise LlavaError(
+                f"{len(self.missing)} pictures of {sum(self.missing.values())} records not found under {self.folder} "
+                f"(first: {first}); get them, or pass --missing drop to leave these records out"
+            )
+
+
+def vqa_record(
+    id: str, image: str | None, question: str, answer: Any, answer_type: str | None = None, **fields: Any
+) -> Record:
+    """One question and answer as a conversation, `<image>` behind the question; fields that are None are left out."""
+    text = clean_text(question)
+    record: Record = {"id": str(id)}
+    if image is not None:
+        record["image"] = image
+        text = f"{text}\n{DEFAULT_IMAGE_TOKEN}"
+    record["conversations"] = [{"from": "human", "value": text}, {"from": "gpt", "value": clean_text(answer)}]
+    if answer_type is not None:
+        record["answer_type"] = answer_type
+    record.update({key: value for key, value in fields.items() if value is not None})
+    return record
+
+
+def fault_of_texts(question: Any, answer: Any) -> str | None:
+    """Why a question and an answer make no record, in words for the manifest; None if they do."""
+    for what, value in (("question", question), ("answer", answer)):
+        if value is None or not clean_text(value):
+            return f"empty {what}"
+        if DEFAULT_IMAGE_TOKEN in str(value):
+            return f"{what} holds {DEFAULT_IMAGE_TOKEN}"
+    return None
+
+
+def clean_text(value: Any) -> str:
+    """Text without blanks around it; numbers become text (4, and 4.0 too, is "4")."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def read_answer_type(value: Any, where: str) -> str:
+    """OPEN or CLOSED, whatever its case and the blanks around it."""
+    kind = clean_text(value).upper()
+    if kind not in ("OPEN", "CLOSED"):
+        raise LlavaError(f"{where}: answer_type is {value!r}; expected OPEN or CLOSED")
+    return kind
+
+
+def yes_no_type(answer: Any) -> str:
+    """The answer type of sets that have none: yes and no are CLOSED, everything else OPEN."""
+    return "CLOSED" if clean_text(answer).lower().rstrip(".") in YES_NO else "OPEN"
+
+
+def field_of(row: Record, key: str, where: str) -> Any:
+    """`row[key]`, or an error that says where it is missing and what there is."""
+    if not isinstance(row, dict) or key not in row:
+        have = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise LlavaError(f'{where}: no "{key}" (there is: {have})')
+    return row[key]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a picture's name stays in its folder: relative, no '..', no backslash, no NUL."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
+
+
+def write_conversion(conversion: Conversion, output_dir: str | Path, file_format: str = "json") -> dict[str, Any]:
+    """Write `<split>.<format>` per split, `candidates.json` and `manifest.json`; returns the manifest.
+
+    Nothing appears in `output_dir` before everything is written; the manifest comes last.
+
+    Raises:
+        LlavaError: an id occurs twice in a split, a split is empty, or pictures are missing and may not be.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    manifest: dict[str, Any] = {
+        "data_set": conversion.name,
+        "written_by": {"llava-med": version("llava-med")},
+        "sources": [_describe(path, path.name) for path in conversion.sources],
+        "splits": {},
+    }
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=output_dir) as name:
+        temporary = Path(name)
+        for split, records in conversion.splits.items():
+            path = temporary / f"{split}.{file_format}"
+            tally = Tally(f"{conversion.name} {split}")
+            write_records(path, tally.watch(records))
+            manifest["splits"][split] = {**_describe(path, path.name), **tally.summary()}
+            if split == "train" and conversion.candidates:
+                write_json(temporary / CANDIDATES_FILE, {"0": sorted(tally.open_answers)}, indent=0)
+                manifest["candidates"] = {
+                    **_describe(temporary / CANDIDATES_FILE, CANDIDATES_FILE),
+                    "answers": len(tally.open_answers),
+                }
+        pictures = conversion.pictures
+        if pictures is not None:
+            pictures.raise_if_missing()
+            manifest["missing_pictures"] = {
+                "policy": pictures.policy,
+                "pictures": len(pictures.missing),
+                "records": sum(pictures.missing.values()),
+                "first": list(pictures.missing)[:20],
+            }
+        manifest["left_out"] = dict(conversion.left_out)
+        manifest["corrected"] = dict(conversion.corrected)
+        write_json(temporary / MANIFEST_FILE, manifest)
+        _publish(temporary, output_dir)
+    return manifest
+
+
+class Tally:
+    """Counts records on their way into a file, and refuses an id that comes twice."""
+
+    def __init__(self, where: str):
+        self.where = where
+        self.records = 0
+        self.images: set[str] = set()
+        self.answer_types: Counter = Counter()
+        self.open_answers: set[str] = set()
+        self._ids: set[str] = set()
+
+    def watch(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            if record["id"] in self._ids:
+                raise LlavaError(f'{self.where}: the id "{record["id"]}" occurs twice; answers are joined by id')
+            self._ids.add(record["id"])
+            self.records += 1
+            if "image" in record:
+                self.images.add(record["image"])
+            if "answer_type" in record:
+                self.answer_types[record["answer_type"]] += 1
+                if record["answer_type"] == "OPEN":
+                    self.open_answers.add(record["conversations"][-1]["value"].lower())
+            yield record
+
+    def summary(self) -> dict[str, Any]:
+        if not self.records:
+            raise LlavaError(f"{self.where}: no records; is this the right file, and are the pictures there?")
+        return {"records": self.records, "pictures": len(self.images), "answer_types": dict(self.answer_types)}
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def summary_lines(manifest: dict[str, Any]) -> list[str]:
+    """What a command prints about a manifest: one line per split, then what was left out."""
+    lines = []
+    for split in manifest["splits"].values():
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(split["answer_types"].items(), reverse=True))
+        lines.append(
+            f"{split['file']}: {split['records']:,} records, {split['pictures']:,} pictures"
+            + (f" ({kinds})" if kinds else "")
+        )
+    if "candidates" in manifest:
+        lines.append(f"{manifest['candidates']['file']}: {manifest['candidates']['answers']:,} open answers of train")
+    missing = manifest.get("missing_pictures", {})
+    if missing.get("records"):
+        done = "left out" if missing["policy"] == "drop" else "kept"
+        lines.append(f"{missing['records']:,} records {done}: their {missing['pictures']:,} pictures don't exist")
+    lines += [f"{count:,} records left out: {reason}" for reason, count in manifest["left_out"].items()]
+    lines += [f"{count:,} corrected: {what}" for what, count in manifest["corrected"].items()]
+    return lines
+
+
+def _describe(path: Path, name: str) -> dict[str, Any]:
+    if path.is_dir():
+        return {"file": name, "folder": True}
+    return {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _publish(temporary: Path, output_dir: Path, last: str = MANIFEST_FILE) -> None:
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+        path.replace(output_dir / path.name)

@@ -1,0 +1,44 @@
+"""Bring a medical data set into LLaVA-Med's record form: `python -m llava.data.convert NAME …`.
+
+Each data set is a module of llava/data/sources/; what is written, and how, is in llava/data/conversion.py.
+"""
+
+from llava.commandline import ArgumentParser, existing_dir, run, write_line
+from llava.data.conversion import FORMATS, MISSING_CHOICES, PictureFolder, summary_lines, write_conversion
+from llava.data.sources import vqa_rad
+
+SOURCES = {
+    "vqa-rad": vqa_rad,
+}
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME", title="data sets")
+    for name, source in SOURCES.items():
+        command = commands.add_parser(name, description=source.__doc__, help=source.__doc__.splitlines()[0])
+        source.add_arguments(command)
+        command.add_argument("--image-folder", help="where the pictures are; each record's picture is looked for there")
+        command.add_argument("--output-dir", required=True, help="gets one file per split and a manifest")
+        command.add_argument("--format", choices=FORMATS, default="json", help="of the record files")
+        command.add_argument(
+            "--missing",
+            choices=MISSING_CHOICES,
+            default=getattr(source, "MISSING_DEFAULT", "error"),
+            help="what to do with records whose picture isn't in the image folder",
+        )
+    return parser
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    folder = existing_dir(args.image_folder, "--image-folder") if args.image_folder else None
+    conversion = SOURCES[args.name].convert(args, PictureFolder(folder, args.missing))
+    manifest = write_conversion(conversion, args.output_dir, args.format)
+    for line in summary_lines(manifest):
+        write_line(line)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
