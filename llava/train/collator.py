@@ -6,13 +6,15 @@ import numpy as np
 import torch
 
 from llava.constants import IGNORE_INDEX
+from llava.tokenization import pad_batch
+from llava.train.dataset import Report
 from llava.train.feature_cache import FeatureCache
 
 
 class Collator:
     """Makes what the model takes, and what the trainer counts (`sample_numbers`, `num_tokens`, …).
 
-    Padded: `input_ids`, `labels` int64 [batch, longest]; `attention_mask` int64 of the same shape, left out when
+    Padded: `input_ids`, `labels` int64 [batch, longest]; `attention_mask` bool of the same shape, left out when
     there is no padding (attention is faster without). Packed: [1, all tokens], `position_ids` that start anew
     with each sample, and the sample's borders (`cu_seq_lens_q/k` int32 [samples + 1], `max_length_q/k`).
     Pictures: `pixel_values` float32 [pictures, 3, H, W] in reading order, or `vision_features` [pictures,
@@ -36,23 +38,17 @@ class Collator:
         self._add_pictures(batch, kept)
         batch["sample_numbers"] = [item["number"] for item in kept]
         batch["num_tokens"] = sum(len(sample.input_ids) for sample in samples)
-        batch["truncated"] = [item["number"] for item in kept if item["sample"].truncated]
-        batch["targetless"] = [item["number"] for item in kept if not item["sample"].has_target]
-        batch["skipped"] = skipped
+        report = Report(skipped=skipped)
+        for item in kept:
+            report.note(item["number"], item["sample"])
+        batch["report"] = report
         return batch
 
     def _padded(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
-        lengths = [len(part) for part in ids]
-        shape = (len(ids), max(lengths))
-        padded_ids = np.full(shape, self.pad_id, np.int64)
-        padded_labels = np.full(shape, IGNORE_INDEX, np.int64)
-        for row, (part, part_labels) in enumerate(zip(ids, labels)):
-            padded_ids[row, : len(part)] = part
-            padded_labels[row, : len(part)] = part_labels
-        batch = {"input_ids": torch.from_numpy(padded_ids), "labels": torch.from_numpy(padded_labels)}
-        if min(lengths) < shape[1]:
-            mask = np.arange(shape[1]) < np.array(lengths)[:, None]
-            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        padded = pad_batch(list(zip(ids, labels)), self.pad_id)
+        batch = {"input_ids": torch.from_numpy(padded["input_ids"]), "labels": torch.from_numpy(padded["labels"])}
+        if not padded["attention_mask"].all():
+            batch["attention_mask"] = torch.from_numpy(padded["attention_mask"])
         return batch
 
     def _packed(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:

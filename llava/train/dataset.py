@@ -4,8 +4,8 @@ Ids are expanded here (one IMAGE_TOKEN_INDEX per feature), so every length is kn
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 from llava.records import Record
+from llava.tokenization import Encoded
 from llava.train.pictures import PictureSource, image_key, record_images
 from llava.train.record_store import RecordStore, describe
 
@@ -26,12 +27,16 @@ EAGER_LIMIT = 50_000
 
 @dataclass
 class Sample:
-    """A tokenised record. `input_ids` and `labels` are int32 [length], expanded; `images` as the record has them."""
+    """A tokenised record: `input_ids` and `labels` int32 [length], expanded; `images` as the record has them.
+
+    `dropped_turns` are answers that no question comes before.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
     images: list[Any]
     truncated: bool
+    dropped_turns: int = 0
 
     @property
     def has_target(self) -> bool:
@@ -45,7 +50,22 @@ class Report:
 
     truncated: set[int] = field(default_factory=set)
     targetless: set[int] = field(default_factory=set)
+    dropped_turns: set[int] = field(default_factory=set)
     skipped: dict[int, str] = field(default_factory=dict)
+
+    def note(self, number: int, sample: Sample) -> None:
+        """Keep what is to be said of a sample."""
+        if sample.truncated:
+            self.truncated.add(number)
+        if not sample.has_target:
+            self.targetless.add(number)
+        if sample.dropped_turns:
+            self.dropped_turns.add(number)
+
+    def add(self, other: "Report") -> None:
+        """What another report says, too."""
+        for item in fields(self):
+            getattr(self, item.name).update(getattr(other, item.name))
 
 
 class LlavaDataset(Dataset):
@@ -53,7 +73,7 @@ class LlavaDataset(Dataset):
 
     Args:
         store: the records.
-        encode: `encode(record) -> (input_ids, labels)` with one IMAGE_TOKEN_INDEX per picture, not cut.
+        encode: `encode(record) -> Encoded` (llava.tokenization), expanded, not cut.
         pictures: where pictures are found.
         load_image: `load_image(path or bytes) -> float32 [features' tiles, 3, H, W]`.
         features_per_image: positions that a picture takes.
@@ -66,7 +86,7 @@ class LlavaDataset(Dataset):
     def __init__(
         self,
         store: RecordStore,
-        encode: Callable[[Record], tuple[Sequence[int], Sequence[int]]],
+        encode: Callable[[Record], Encoded],
         pictures: PictureSource,
         load_image: Callable[[Any], np.ndarray],
         *,
@@ -179,10 +199,7 @@ class LlavaDataset(Dataset):
                     raise self.picture_error(number, error) from error
                 self.report.skipped[number] = self.picture_error(number, error).args[0]
                 continue
-            if sample.truncated:
-                self.report.truncated.add(number)
-            if not sample.has_target:
-                self.report.targetless.add(number)
+            self.report.note(number, sample)
             samples.append(sample)
             numbers.append(number)
         if not samples:
@@ -197,22 +214,20 @@ class LlavaDataset(Dataset):
         record = self.store[number]
         images = record_images(record)
         try:
-            input_ids, labels = self.encode(record)
+            encoded = self.encode(record)
         except LlavaError as error:
             raise LlavaError(f"{describe(self.store, number, record)}: {error}") from error
-        input_ids = np.asarray(input_ids, np.int32)
-        labels = np.asarray(labels, np.int32)
-        places = int((input_ids == IMAGE_TOKEN_INDEX).sum())
-        if places != len(images):
+        if encoded.num_images != len(images):
             raise LlavaError(
-                f"{describe(self.store, number, record)}: the text has {places} <image> but the record names "
-                f"{len(images)} picture(s); each picture needs its <image> in the text"
+                f"{describe(self.store, number, record)}: the text has {encoded.num_images} <image> but the record "
+                f"names {len(images)} picture(s); each picture needs its <image> in the text"
             )
-        input_ids, labels = expand(input_ids, labels, self.features_per_image)
-        full = len(input_ids)
-        if full > self.max_length:
+        input_ids = np.array(encoded.input_ids, np.int32)
+        labels = np.array(encoded.labels, np.int32)
+        truncated = len(input_ids) > self.max_length
+        if truncated:
             input_ids, labels, images = cut(input_ids, labels, images, self.max_length, self.features_per_image)
-        return Sample(input_ids, labels, images, truncated=full > self.max_length)
+        return Sample(input_ids, labels, images, truncated, encoded.dropped_turns)
 
 
 class PackedDataset(Dataset):
@@ -227,12 +242,6 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         return [self.dataset[number] for number in self.groups[index]]
-
-
-def expand(input_ids: np.ndarray, labels: np.ndarray, features: int) -> tuple[np.ndarray, np.ndarray]:
-    """One IMAGE_TOKEN_INDEX per feature where there was one per picture."""
-    repeats = np.where(input_ids == IMAGE_TOKEN_INDEX, features, 1)
-    return np.repeat(input_ids, repeats), np.repeat(labels, repeats)
 
 
 def cut(

@@ -58,10 +58,10 @@ def build_dataset(
     template = get_template(model.config.conversation_template)
     image_tokens = ImageTokens.from_config(model.config, tokenizer)
     aspect_ratio = model.config.image_aspect_ratio or "square"
+    features = model.num_patches
 
     def encode(record):
-        encoded = encode_conversation(record, template, tokenizer, image_tokens)
-        return encoded.input_ids, encoded.labels
+        return encode_conversation(record, template, tokenizer, image_tokens, features_per_image=features)
 
     def load_image(source) -> np.ndarray:
         return np.asarray(processor([open_image(source)], aspect_ratio=aspect_ratio), np.float32)
@@ -71,7 +71,7 @@ def build_dataset(
         encode,
         PictureSource(data.image_folder),
         load_image,
-        features_per_image=model.num_patches,
+        features_per_image=features,
         max_length=training.model_max_length,
         lazy=data.lazy_preprocess,
         skip_unreadable=data.skip_unreadable_images,
@@ -150,8 +150,7 @@ def summarise(
 ) -> dict[str, Any]:
     """What `training_summary.json` says of the run itself."""
     training, report = trainer.args, trainer.report
-    for name in ("truncated", "targetless", "skipped"):
-        getattr(report, name).update(getattr(dataset.report, name))
+    report.add(dataset.report)
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = list(model.parameters())
     rate = trainer.progress.tokens_per_second(training.world_size)
@@ -174,6 +173,7 @@ def summarise(
         "samples_per_step": training.train_batch_size * training.world_size * training.gradient_accumulation_steps,
         "truncated": _named(dataset, sorted(report.truncated)),
         "without_target": _named(dataset, sorted(report.targetless)),
+        "answers_without_question": _named(dataset, sorted(report.dropped_turns)),
         "left_out": _named(dataset, sorted(report.skipped)),
         "conversation_template": model.config.conversation_template,
     }
@@ -216,6 +216,7 @@ def _tell(dataset: LlavaDataset) -> None:
     texts = {
         "truncated": "were cut to --model_max_length",
         "targetless": "have no target (nothing to learn from)",
+        "dropped_turns": "begin with an answer, which was left out",
         "skipped": "were left out: picture missing or unreadable",
     }
     for name, text in texts.items():

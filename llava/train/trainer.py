@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 PROJECTOR = "mm_projector"
 TOWER = "vision_tower"
-META_KEYS = ("sample_numbers", "num_tokens", "truncated", "targetless", "skipped")
+META_KEYS = ("sample_numbers", "num_tokens", "report")
 """What the collator adds for us and the model never sees."""
 
 
@@ -79,17 +79,15 @@ class LlavaTrainer(Trainer):
             self._stop_at_bad_loss(loss, meta["sample_numbers"])
         self.tokens_seen += meta["num_tokens"]
         self.samples_seen += len(meta["sample_numbers"])
-        self._note(meta)
+        self._note(meta["report"])
         return loss
 
-    def _note(self, meta: dict[str, Any]) -> None:
+    def _note(self, report: Report) -> None:
         """Count what was cut, has no target or was left out; a picture that is left out is said at once."""
-        self.report.truncated.update(meta["truncated"])
-        self.report.targetless.update(meta["targetless"])
-        for number, message in meta["skipped"].items():
+        for number, message in report.skipped.items():
             if number not in self.report.skipped:
                 logger.warning("left out: %s", message)
-        self.report.skipped.update(meta["skipped"])
+        self.report.add(report)
 
     def _stop_at_bad_loss(self, loss: torch.Tensor, numbers: Sequence[int]) -> None:
         names = ", ".join(self.describe(number) for number in numbers)

@@ -1,9 +1,10 @@
 import numpy as np
 import torch
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX
+from llava.tokenization import expand_images
 from llava.train.collator import Collator
-from llava.train.dataset import Sample, cut, expand
+from llava.train.dataset import Sample, cut
 
 
 def item(number, ids, targets, images=(), skipped=None):
@@ -20,7 +21,7 @@ def test_padding_is_masked_and_no_target():
     batch = Collator(pad_id=0)([item(4, [1, 5, 6], 1, ["a"]), item(9, [1, 7], 1)])
     assert batch["input_ids"].tolist() == [[1, 5, 6], [1, 7, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 6], [-100, 7, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[True, True, True], [True, True, False]]
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
     assert (batch["sample_numbers"], batch["num_tokens"]) == ([4, 9], 5)
 
@@ -46,19 +47,13 @@ def test_packed_batches_carry_borders_and_fresh_positions():
 
 def test_left_out_samples_leave_a_batch_that_can_run():
     batch = Collator(pad_id=0)([item(0, [1, 2], 1, ["a"], skipped="gone")])
-    assert batch["skipped"] == {0: "gone"}
+    assert batch["report"].skipped == {0: "gone"}
     assert batch["num_tokens"] == 0
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
-def test_expanding_gives_each_picture_its_positions():
-    ids, labels = expand(np.array([1, IMAGE_TOKEN_INDEX, 5]), np.array([-100, -100, 5]), 3)
-    assert ids.tolist() == [1, -200, -200, -200, 5]
-    assert labels.tolist() == [-100, -100, -100, -100, 5]
-
-
 def test_cutting_never_splits_a_picture():
-    ids, labels = expand(np.array([1, -200, 5, -200, 6]), np.array([-100, -100, 5, -100, 6]), 3)
+    ids, labels = expand_images(np.array([1, -200, 5, -200, 6]), np.array([-100, -100, 5, -100, 6]), 3)
     for length, kept, images in [(9, 9, 2), (8, 8, 2), (7, 5, 1), (5, 5, 1), (4, 4, 1), (3, 1, 0), (1, 1, 0)]:
         new_ids, new_labels, left = cut(ids, labels, ["a", "b"], length, 3)
         assert (len(new_ids), len(new_labels), len(left)) == (kept, kept, images), length
