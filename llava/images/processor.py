@@ -1,0 +1,232 @@
+"""`ImageProcessor`: RGB pictures to the pixel values that a CLIP tower was trained on.
+
+The numbers are those of CLIPImageProcessor (bicubic on 8-bit pixels, shortest edge, centre crop, normalisation),
+made with Pillow directly; the ways to fit a picture into the square are LLaVA's and LLaVA-Med's.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.images.anyres import default_pinpoints, read_pinpoints, split_into_tiles
+from llava.images.modes import to_rgb
+from llava.records import read_json, write_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FILE_NAME = "preprocessor_config.json"
+ASPECT_RATIOS = ("square", "pad", "keep", "anyres")
+
+_KEEP_LONGEST, _KEEP_SHORTEST = 448, 224
+"""LLaVA-Med v1.0's bounds for `keep` (llava/train/train.py), whatever the tower's size."""
+_MAX_STRETCH = 64
+"""Beyond this ratio of sides only the part that survives the crop is resized: the whole would fill the memory."""
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Settings of a tower's preprocessing; call it on pictures.
+
+    `size` is the shortest edge (or (height, width), which ignores the picture's shape), `crop_size` the final
+    (height, width), both in pixels; `resample` is Pillow's number of the filter.
+    """
+
+    size: int | tuple[int, int] = 224
+    crop_size: tuple[int, int] = (224, 224)
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    rescale_factor: float = 1 / 255
+    resample: int = int(Image.Resampling.BICUBIC)
+    do_resize: bool = True
+    do_center_crop: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path | dict[str, Any]) -> "ImageProcessor":
+        """From a folder with preprocessor_config.json, that file, or its content.
+
+        Raises:
+            LlavaError: no such file, or a setting that can't be.
+        """
+        if isinstance(source, dict):
+            return cls._from_config(source, "image processor settings")
+        path = Path(source)
+        path = path / FILE_NAME if path.is_dir() else path
+        return cls._from_config(read_json(path), str(path))
+
+    from_config = from_pretrained
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, as CLIP's own processor in transformers reads it."""
+        fields = asdict(self)
+        height, width = self.crop_size
+        fields["size"] = (
+            {"shortest_edge": self.size} if isinstance(self.size, int) else dict(zip(("height", "width"), self.size))
+        )
+        fields["crop_size"] = {"height": height, "width": width}
+        fields |= {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+        write_json(
+            Path(folder) / FILE_NAME, {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True} | fields
+        )
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        aspect_ratio: str | None = None,
+        grid_pinpoints: str | Sequence[Sequence[int]] | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
+        """Pixel values, float32, of pictures of any size and mode.
+
+        Args:
+            images: one or more Pillow images (`llava.images.open_image`).
+            aspect_ratio: None or `square`: shortest edge to `size`, centre cropped. `pad`: padded to a square with
+                the mean colour first, nothing is cut off. `keep`: v1.0's, shape kept, at most 448 × 224.
+                `anyres`: the whole picture and tiles of it, LLaVA's.
+            grid_pinpoints: for `anyres`, the (width, height) to choose from, also as text.
+
+        Returns:
+            `[n, 3, height, width]`; for `keep` a list of `[3, height, width]`, for `anyres` a list of
+            `[tiles, 3, height, width]`.
+        """
+        images = [to_rgb(image) for image in ([images] if isinstance(images, Image.Image) else images)]
+        if aspect_ratio in (None, "none", "square"):
+            return self._stack(self._shrink(image) for image in images)
+        if aspect_ratio == "pad":
+            return self._stack(self._shrink(self._pad_to_square(image)) for image in images)
+        if aspect_ratio == "keep":
+            return [self._normalise(self._shrink_whole(image))[0] for image in images]
+        if aspect_ratio == "anyres":
+            return [self._stack(self._tiles(image, grid_pinpoints)) for image in images]
+        raise LlavaError(f"unknown image_aspect_ratio {aspect_ratio!r}; one of {', '.join(ASPECT_RATIOS)}")
+
+    def _stack(self, pictures: Iterable[Image.Image]) -> np.ndarray:
+        pixels = [np.asarray(picture) for picture in pictures]
+        if not pixels:
+            return np.empty((0, 3, *self.crop_size), np.float32)
+        return self._normalise(np.stack(pixels))
+
+    def _normalise(self, pixels: np.ndarray | Image.Image) -> np.ndarray:
+        """uint8 `[n, height, width, 3]` to float32 `[n, 3, height, width]`."""
+        pixels = np.atleast_3d(np.asarray(pixels))
+        pixels = pixels.reshape(-1, *pixels.shape[-3:])
+        result = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32)
+        # There are 256 levels only: each is normalised once, in the reference's order and precision.
+        for channel, levels in enumerate(self._levels()):
+            np.take(levels, pixels[..., channel], out=result[:, channel])
+        return result
+
+    def _levels(self) -> np.ndarray:
+        """What each 8-bit level becomes, float32 `[3, 256]`."""
+        levels = np.arange(256).astype(np.float64)
+        if self.do_rescale:
+            levels = levels * self.rescale_factor
+        levels = np.tile(levels.astype(np.float32), (3, 1))
+        if self.do_normalize:
+            mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
+            levels = (levels - mean[:, None]) / std[:, None]
+        return levels
+
+    def _shrink(self, image: Image.Image) -> Image.Image:
+        """Resized and cropped to `crop_size`."""
+        width, height = self._resized(*image.size)
+        if self.do_center_crop and max(width, height) > _MAX_STRETCH * min(width, height):
+            return self._resize_middle(image, width, height)
+        if (width, height) != image.size:
+            image = image.resize((width, height), self.resample)
+        return self._crop(image) if self.do_center_crop else image
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        if not self.do_resize:
+            return width, height
+        if not isinstance(self.size, int):
+            return self.size[1], self.size[0]
+        return _with_shortest(width, height, self.size)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        """The middle; what is missing at the edges of a smaller picture is black."""
+        height, width = self.crop_size
+        if image.size == (width, height):
+            return image
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+    def _resize_middle(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """The crop's part of the picture resized to `width` × `height`, the rest never computed."""
+        crop_height, crop_width = min(self.crop_size[0], height), min(self.crop_size[1], width)
+        across, down = image.width / width, image.height / height
+        left, top = (width - crop_width) // 2 * across, (height - crop_height) // 2 * down
+        box = (left, top, left + crop_width * across, top + crop_height * down)
+        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+        return self._crop(image.resize((crop_width, crop_height), self.resample, box=box))
+
+    def _pad_to_square(self, image: Image.Image) -> Image.Image:
+        """Centred on a square of the mean colour; an odd pixel goes to the right or below."""
+        side = max(image.size)
+        if image.size == (side, side):
+            return image
+        square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+    def _shrink_whole(self, image: Image.Image) -> Image.Image:
+        longest, shortest = max(image.size), min(image.size)
+        edge = int(min(_KEEP_LONGEST / (longest / shortest), _KEEP_SHORTEST))
+        return image.resize(_with_shortest(*image.size, max(edge, 1)), self.resample)
+
+    def _tiles(self, image: Image.Image, grid_pinpoints) -> list[Image.Image]:
+        edge = self.size if isinstance(self.size, int) else min(self.size)
+        pinpoints = read_pinpoints(grid_pinpoints) if grid_pinpoints else default_pinpoints(self.crop_size[0])
+        tiles = split_into_tiles(image, pinpoints, self.crop_size[0])
+        return [self._shrink(tile) for tile in (image.resize((edge, edge)), *tiles)]
+
+    @classmethod
+    def _from_config(cls, config: Any, where: str) -> "ImageProcessor":
+        if not isinstance(config, dict):
+            raise LlavaError(f"{where}: expected an object with the image processor's settings")
+        known = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        try:
+            if "size" in known:
+                known["size"] = _read_size(known["size"])
+            known["crop_size"] = _read_crop(known.get("crop_size", known.get("size", 224)))
+            for name in ("image_mean", "image_std"):
+                if name in known:
+                    known[name] = tuple(float(value) for value in known[name])
+        except (TypeError, ValueError, KeyError) as error:
+            raise LlavaError(f"{where}: size, crop_size, image_mean or image_std can't be read ({error})") from error
+        processor = cls(**known)
+        if len(processor.image_mean) != 3 or len(processor.image_std) != 3 or 0 in processor.image_std:
+            raise LlavaError(f"{where}: image_mean and image_std need three values each, none of image_std 0")
+        return processor
+
+
+def _with_shortest(width: int, height: int, edge: int) -> tuple[int, int]:
+    """(width, height) scaled so that the shorter one is `edge`; the longer one is rounded down."""
+    if width <= height:
+        return edge, int(edge * height / width)
+    return int(edge * width / height), edge
+
+
+def _read_size(size: Any) -> int | tuple[int, int]:
+    if isinstance(size, dict):
+        size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+    if isinstance(size, (int, float)):
+        return _positive(size)
+    return _positive(size[0]), _positive(size[1])
+
+
+def _read_crop(size: Any) -> tuple[int, int]:
+    size = _read_size(size)
+    return (size, size) if isinstance(size, int) else size
+
+
+def _positive(value: Any) -> int:
+    if not math.isfinite(value) or int(value) < 1:
+        raise ValueError(f"{value} is no number of pixels")
+    return int(value)
