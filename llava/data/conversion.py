@@ -145,11 +145,13 @@ def write_conversion(conversion: Conversion, output_dir: str | Path, file_format
     }
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=output_dir) as name:
         temporary = Path(name)
+        tallies: list[Tally] = []
         for split, records in conversion.splits.items():
             path = temporary / f"{split}.{file_format}"
             tally = Tally(f"{conversion.name} {split}")
             write_records(path, tally.watch(records))
             manifest["splits"][split] = {**_describe(path, path.name), **tally.summary()}
+            tallies.append(tally)
             if split == "train" and conversion.candidates:
                 write_json(temporary / CANDIDATES_FILE, {"0": sorted(tally.open_answers)}, indent=0)
                 manifest["candidates"] = {
@@ -159,6 +161,9 @@ def write_conversion(conversion: Conversion, output_dir: str | Path, file_format
         pictures = conversion.pictures
         if pictures is not None:
             pictures.raise_if_missing()
+        for tally in tallies:
+            tally.raise_if_empty()
+        if pictures is not None:
             manifest["missing_pictures"] = {
                 "policy": pictures.policy,
                 "pictures": len(pictures.missing),
@@ -197,9 +202,11 @@ class Tally:
                     self.open_answers.add(record["conversations"][-1]["value"].lower())
             yield record
 
-    def summary(self) -> dict[str, Any]:
+    def raise_if_empty(self) -> None:
         if not self.records:
             raise LlavaError(f"{self.where}: no records; is this the right file, and are the pictures there?")
+
+    def summary(self) -> dict[str, Any]:
         return {"records": self.records, "pictures": len(self.images), "answer_types": dict(self.answer_types)}
 
 

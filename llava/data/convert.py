@@ -5,10 +5,15 @@ Each data set is a module of llava/data/sources/; what is written, and how, is i
 
 from llava.commandline import ArgumentParser, existing_dir, run, write_line
 from llava.data.conversion import FORMATS, MISSING_CHOICES, PictureFolder, summary_lines, write_conversion
-from llava.data.sources import vqa_rad
+from llava.data.sources import csv_table, path_vqa, pmc, roco, slake, vqa_rad
 
 SOURCES = {
     "vqa-rad": vqa_rad,
+    "slake": slake,
+    "pathvqa": path_vqa,
+    "roco": roco,
+    "pmc": pmc,
+    "csv": csv_table,
 }
 
 
@@ -32,8 +37,13 @@ def build_parser() -> ArgumentParser:
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    folder = existing_dir(args.image_folder, "--image-folder") if args.image_folder else None
-    conversion = SOURCES[args.name].convert(args, PictureFolder(folder, args.missing))
+    source = SOURCES[args.name]
+    folder = args.image_folder
+    if folder is None and hasattr(source, "default_image_folder"):
+        folder = source.default_image_folder(args)
+    if folder is not None:
+        folder = existing_dir(folder, "--image-folder")
+    conversion = source.convert(args, PictureFolder(folder, args.missing))
     manifest = write_conversion(conversion, args.output_dir, args.format)
     for line in summary_lines(manifest):
         write_line(line)

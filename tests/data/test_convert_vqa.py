@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
+import pickle
 
 import pytest
 
 from llava.data.convert import main
 from llava.errors import LlavaError
-from llava.records import read_json, read_records
+from llava.records import read_json, read_records, write_records
 
 ROWS = [
     {"qid": 7, "image_name": "a.jpg", "image_organ": "HEAD", "question": " How many? ", "question_type": "COUNT",
@@ -121,3 +123,130 @@ def test_real_vqa_rad_is_whole_and_clean(shared_dir, tmp_path):
     for row in train:
         assert row["conversations"][1]["value"] == str(by_id[row["id"]]["answer"]).strip()
     assert sum(isinstance(row["answer"], int) for row in raw) > 0, "the file no longer tests what it should"
+
+
+def slake_row(number, language="en", answer_type="CLOSED", answer="Lung"):
+    return {"img_id": 1, "img_name": "x1/source.jpg", "question": "Which?", "answer": answer, "q_lang": language,
+            "location": "Lung", "modality": "CT", "answer_type": answer_type, "base_type": "vqa",
+            "content_type": "Organ", "qid": number}  # fmt: skip
+
+
+@pytest.mark.parametrize(("language", "ids"), [("en", ["1"]), ("zh", ["2"]), ("all", ["1", "2"])])
+def test_slake_language_and_type(tmp_path, language, ids):
+    (tmp_path / "imgs" / "x1").mkdir(parents=True)
+    (tmp_path / "imgs" / "x1" / "source.jpg").write_bytes(b"x")
+    put(tmp_path / "validation.json", [slake_row(1), slake_row(2, "zh", "OPEN", "肺")])
+    main(["slake", "--folder", str(tmp_path), "--language", language, "--output-dir", str(tmp_path / "out")])
+    rows = read_records(tmp_path / "out" / "validate.json")
+    assert [row["id"] for row in rows] == ids
+    # An answer that isn't yes or no is CLOSED where the set says so.
+    assert {row["id"]: row["answer_type"] for row in rows} == {n: {"1": "CLOSED", "2": "OPEN"}[n] for n in ids}
+
+
+def test_real_slake_counts(shared_dir, tmp_path):
+    main(["slake", "--test", str(shared_dir / "slake" / "test.json"), "--output-dir", str(tmp_path)])
+    manifest = read_json(tmp_path / "manifest.json")["splits"]["test"]
+    assert (manifest["records"], manifest["answer_types"]) == (1061, {"OPEN": 645, "CLOSED": 416})
+
+
+def path_vqa_folder(folder, rows, protocol=4):
+    (folder / "qas").mkdir()
+    (folder / "qas" / "val_qa.pkl").write_bytes(pickle.dumps(rows, protocol))
+    (folder / "images" / "val").mkdir(parents=True)
+    (folder / "images" / "val" / "val_0001.jpg").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_path_vqa_from_pickles(tmp_path, protocol):
+    rows = [
+        {"image": "val_0001", "question": "is it there?", "answer": "Yes"},
+        {"image": "val_0001", "question": "what is it?", "answer": "no necrosis"},
+    ]
+    path_vqa_folder(tmp_path, rows, protocol)
+    main(["pathvqa", "--folder", str(tmp_path), "--output-dir", str(tmp_path / "out")])
+    rows = read_records(tmp_path / "out" / "validate.json")
+    assert [row["answer_type"] for row in rows] == ["CLOSED", "OPEN"]
+    assert rows[0]["image"] == "val/val_0001.jpg"
+
+
+class RunsCode:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path):
+    target = tmp_path / "ran"
+    path_vqa_folder(tmp_path, [{"image": "val_0001", "question": RunsCode(target), "answer": "x"}])
+    with pytest.raises(LlavaError, match=r"asks for \w+\.system"):
+        main(["pathvqa", "--folder", str(tmp_path), "--output-dir", str(tmp_path / "out")])
+    assert not target.exists()
+    pickle.loads((tmp_path / "qas" / "val_qa.pkl").read_bytes())
+    assert target.exists(), "the attack itself doesn't work; the test shows nothing"
+
+
+def test_broken_pickle_is_one_clear_error(tmp_path):
+    path_vqa_folder(tmp_path, [])
+    (tmp_path / "qas" / "val_qa.pkl").write_bytes(b"\x80\x04not a pickle")
+    with pytest.raises(LlavaError, match="not a pickle of plain values"):
+        main(["pathvqa", "--folder", str(tmp_path), "--output-dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", ["pathvqa", "vqa-rad"])
+def test_hub_parquet_pictures_come_out_byte_equal(tmp_path, name):
+    pictures = [b"\xff\xd8\xff one", b"\xff\xd8\xff two"]
+    rows = [{"image": {"bytes": pictures[n % 2], "path": None}, "question": f"q{n}?", "answer": "yes" if n else "liver"}
+            for n in range(3)]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    write_records(tmp_path / "data" / "validation-00000-of-00001-ab.parquet", rows)
+    main([name, "--parquet", str(tmp_path), "--output-dir", str(tmp_path / "out")])
+    written = read_records(tmp_path / "out" / "validate.json")
+    assert [row["answer_type"] for row in written] == ["OPEN", "CLOSED", "CLOSED"]
+    found = [(tmp_path / "out" / "images" / row["image"]).read_bytes() for row in written]
+    assert found == [pictures[0], pictures[1], pictures[0]]
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 2
+
+
+def csv_table(work, text, *flags):
+    (work / "my.csv").write_text(text, encoding="utf-8-sig")
+    return main(["csv", "--input", str(work / "my.csv"), "--image-folder", str(work / "images"),
+                 "--output-dir", str(work / "out"), *flags])  # fmt: skip
+
+
+def test_csv_with_own_columns(work):
+    text = 'file,ask,reply,site\na.jpg,"What, exactly?","two\nlines",A\n,text only?,no,B\n'
+    csv_table(work, text, "--image-column", "file", "--question-column", "ask", "--answer-column", "reply",
+              "--keep-columns", "site")  # fmt: skip
+    first, second = read_records(work / "out" / "train.json")
+    assert first["conversations"][0]["value"] == "What, exactly?\n<image>"
+    assert first["conversations"][1]["value"] == "two\nlines"
+    assert (first["answer_type"], first["site"]) == ("OPEN", "A")
+    assert "image" not in second and "<image>" not in second["conversations"][0]["value"]
+    assert second["answer_type"] == "CLOSED"
+
+
+def test_csv_split_shares_no_picture(work):
+    for number in range(40):
+        (work / "images" / f"{number}.jpg").write_bytes(b"x")
+    rows = "".join(f"{number % 40}.jpg,q{number}?,a\n" for number in range(120))
+    csv_table(work, "image,question,answer\n" + rows, "--test-fraction", "0.25")
+    train, test = (read_records(work / "out" / f"{name}.json") for name in ("train", "test"))
+    assert len(train) + len(test) == 120
+    assert not {row["image"] for row in train} & {row["image"] for row in test}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("picture,question,answer\n", "no column image; there are: picture, question, answer"),
+        ("image,question,answer\na.jpg,q\n", "line 2: 3 columns expected"),
+        ('image,question,answer\na.jpg,"q,a\n', "not a readable table"),
+        ("image,question,answer\nz.jpg,q,a\n", r"1 pictures of 1 records not found .*z\.jpg"),
+        ("image,question,answer\n", "no records"),
+    ],
+)
+def test_csv_faults_are_named(work, text, message):
+    with pytest.raises(LlavaError, match=message):
+        csv_table(work, text)

@@ -17,6 +17,7 @@ from llava.data.conversion import (
     read_answer_type,
     vqa_record,
 )
+from llava.data.sources.hub_parquet import parquet_conversion
 from llava.errors import LlavaError
 from llava.records import Record, read_records
 
@@ -28,11 +29,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--train", help="trainset.json")
     parser.add_argument("--test", help="testset.json")
     parser.add_argument("--public", help='the original release instead: "VQA_RAD Dataset Public.json"')
+    parser.add_argument("--parquet", help="the hub's copy instead: a folder of Parquet files; pictures are taken out")
 
 
 def convert(args, pictures: PictureFolder) -> Conversion:
-    if bool(args.public) == bool(args.train or args.test):
-        raise LlavaError("vqa-rad: give --train and/or --test, or --public alone")
+    if sum(map(bool, (args.public, args.parquet, args.train or args.test))) != 1:
+        raise LlavaError("vqa-rad: give --train and/or --test, or --public alone, or --parquet alone")
+    if args.parquet:
+        return parquet_conversion("vqa-rad", args.parquet, args.output_dir)
     given = {"train": args.train, "test": args.test, "public": args.public}
     files = {name: existing_file(path, f"--{name} file") for name, path in given.items() if path}
     conversion = Conversion("vqa-rad", {}, list(files.values()), pictures=pictures)

@@ -1,0 +1,108 @@
+"""Your own data: a CSV (or TSV) table with a column each for picture, question and answer.
+
+With --test-fraction a part of the pictures, and all their questions, is kept apart for testing.
+"""
+
+import csv
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, existing_file
+from llava.data.conversion import (
+    Conversion,
+    PictureFolder,
+    fault_of_texts,
+    read_answer_type,
+    vqa_record,
+    yes_no_type,
+)
+from llava.errors import LlavaError
+from llava.records import Record
+
+_LONGEST_CELL = 1 << 24
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--input", required=True, help="the table, UTF-8, with a line of column names")
+    parser.add_argument("--image-column", default="image", help="file name in the image folder; may be empty")
+    parser.add_argument("--question-column", default="question")
+    parser.add_argument("--answer-column", default="answer")
+    parser.add_argument("--id-column", help="unique name of each row; without it the line number serves")
+    parser.add_argument("--answer-type-column", help="OPEN or CLOSED; without it yes and no are CLOSED, all else OPEN")
+    parser.add_argument("--keep-columns", help="further columns to keep in the records, by comma")
+    parser.add_argument("--delimiter", help="between cells; default: a tab for .tsv, else a comma")
+    parser.add_argument("--test-fraction", type=float, default=0.0, help="share of the pictures that become test.json")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of test pictures")
+
+
+def convert(args, pictures: PictureFolder) -> Conversion:
+    path = existing_file(args.input, "--input table")
+    if not 0 <= args.test_fraction < 1:
+        raise LlavaError(f"--test-fraction {args.test_fraction}: give a number from 0 up to, but not including, 1")
+    conversion = Conversion("csv", {}, [path], pictures=pictures)
+    names = ["train", "test"] if args.test_fraction else ["train"]
+    # Counts are made in one pass only, or every row left out would be counted once per split.
+    records = list(_records(path, args, conversion))
+    conversion.splits = {
+        name: [record for record in records if _is_test(record, args) == (name == "test")] for name in names
+    }
+    return conversion
+
+
+def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
+    kept = [name.strip() for name in args.keep_columns.split(",")] if args.keep_columns else []
+    for line, row in _rows(path, args, kept):
+        where = f"{path} line {line}"
+        question, answer = row[args.question_column], row[args.answer_column]
+        if fault := fault_of_texts(question, answer):
+            conversion.left_out[fault] += 1
+            continue
+        image = row[args.image_column].strip() or None
+        if image is not None and not conversion.pictures.accept(image):
+            continue
+        kind = row[args.answer_type_column] if args.answer_type_column else yes_no_type(answer)
+        name = row[args.id_column].strip() if args.id_column else f"{line:06d}"
+        further = {column: row[column].strip() for column in kept}
+        yield vqa_record(name, image, question, answer, read_answer_type(kind, where), **further)
+
+
+def _rows(path: Path, args, kept: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, row) of each row that isn't blank; every row has every column."""
+    delimiter = args.delimiter or ("\t" if path.suffix.lower() in (".tsv", ".tab") else ",")
+    named = [
+        args.image_column,
+        args.question_column,
+        args.answer_column,
+        args.id_column,
+        args.answer_type_column,
+        *kept,
+    ]
+    csv.field_size_limit(_LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            columns = reader.fieldnames or []
+            absent = [name for name in named if name and name not in columns]
+            if absent:
+                raise LlavaError(
+                    f"{path}: no column {', '.join(absent)}; there are: {', '.join(columns)} "
+                    f"(--image-column, --question-column, --answer-column and --delimiter say what is what)"
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    raise LlavaError(
+                        f"{path} line {reader.line_num}: {len(columns)} columns expected; is a quote missing?"
+                    )
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise LlavaError(f"{path} line {reader.line_num}: not a readable table ({error})") from error
+        except UnicodeDecodeError as error:
+            raise LlavaError(f"{path}: not UTF-8 ({error}); save the table as UTF-8") from error
+
+
+def _is_test(record: Record, args) -> bool:
+    """Decided by the picture, so that no test picture is ever seen in training."""
+    key = record.get("image", record["id"])
+    digest = hashlib.sha256(f"{args.seed} {key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < args.test_fraction
