@@ -290,6 +290,11 @@ def _check_pairs(arguments: Arguments) -> None:
             "--mm_projector_lr has no meaning with --freeze_mm_mlp_adapter; leave one out",
         ),
         (
+            data.cache_vision_features and data.image_aspect_ratio == "anyres",
+            "--cache_vision_features keeps one square per picture, --image_aspect_ratio anyres makes several; "
+            "choose one",
+        ),
+        (
             data.packing and training.group_by_modality_length,
             "--packing leaves no padding that --group_by_modality_length could save; choose one",
         ),

@@ -73,10 +73,10 @@ class LlavaDataset(Dataset):
 
     Args:
         store: the records.
-        encode: `encode(record) -> Encoded` (llava.tokenization), expanded, not cut.
+        encode: `encode(record, features of each picture) -> Encoded` (llava.tokenization), expanded, not cut.
         pictures: where pictures are found.
-        load_image: `load_image(path or bytes) -> float32 [features' tiles, 3, H, W]`.
-        features_per_image: positions that a picture takes.
+        load_image: `load_image(path or bytes) -> float32 [tiles, 3, H, W]`.
+        count_features: `count_features(image) -> positions` that a record's picture takes.
         max_length: longest sample in positions; longer ones are cut from the end.
         lazy: tokenise when needed; None decides by the number of records.
         skip_unreadable: leave out what can't be opened (counted in `report`), in place of an error.
@@ -86,11 +86,11 @@ class LlavaDataset(Dataset):
     def __init__(
         self,
         store: RecordStore,
-        encode: Callable[[Record], Encoded],
+        encode: Callable[[Record, list[int]], Encoded],
         pictures: PictureSource,
         load_image: Callable[[Any], np.ndarray],
         *,
-        features_per_image: int,
+        count_features: Callable[[Any], int],
         max_length: int,
         lazy: bool | None = None,
         skip_unreadable: bool = False,
@@ -101,7 +101,7 @@ class LlavaDataset(Dataset):
         self.encode = encode
         self.pictures = pictures
         self.load_image = load_image
-        self.features_per_image = features_per_image
+        self.count_features = count_features
         self.max_length = max_length
         self.skip_unreadable = skip_unreadable
         self.feature_row = feature_row
@@ -191,8 +191,8 @@ class LlavaDataset(Dataset):
         """Every sample now; missing pictures are found before the training starts."""
         samples, numbers = [], []
         for number in self._progress("tokenising"):
-            sample = self._tokenise(number)
             try:
+                sample = self._tokenise(number)
                 self._look_for(sample.images)
             except FileNotFoundError as error:
                 if not self.skip_unreadable:
@@ -213,20 +213,17 @@ class LlavaDataset(Dataset):
     def _tokenise(self, number: int) -> Sample:
         record = self.store[number]
         images = record_images(record)
+        features = [self.count_features(image) for image in images]
         try:
-            encoded = self.encode(record)
+            encoded = self.encode(record, features)
         except LlavaError as error:
             raise LlavaError(f"{describe(self.store, number, record)}: {error}") from error
-        if encoded.num_images != len(images):
-            raise LlavaError(
-                f"{describe(self.store, number, record)}: the text has {encoded.num_images} <image> but the record "
-                f"names {len(images)} picture(s); each picture needs its <image> in the text"
-            )
         input_ids = np.array(encoded.input_ids, np.int32)
         labels = np.array(encoded.labels, np.int32)
         truncated = len(input_ids) > self.max_length
         if truncated:
-            input_ids, labels, images = cut(input_ids, labels, images, self.max_length, self.features_per_image)
+            length, kept = fitting(input_ids, features, self.max_length)
+            input_ids, labels, images = input_ids[:length], labels[:length], images[:kept]
         return Sample(input_ids, labels, images, truncated, encoded.dropped_turns)
 
 
@@ -244,14 +241,15 @@ class PackedDataset(Dataset):
         return [self.dataset[number] for number in self.groups[index]]
 
 
-def cut(
-    input_ids: np.ndarray, labels: np.ndarray, images: list[Any], max_length: int, features: int
-) -> tuple[np.ndarray, np.ndarray, list[Any]]:
-    """The first `max_length` positions; a picture that wouldn't fit whole goes, with all behind it."""
-    kept, rest = divmod(int((input_ids[:max_length] == IMAGE_TOKEN_INDEX).sum()), features)
-    if rest:
-        max_length = int(np.flatnonzero(input_ids == IMAGE_TOKEN_INDEX)[kept * features])
-    return input_ids[:max_length], labels[:max_length], images[:kept]
+def fitting(input_ids: np.ndarray, features: list[int], max_length: int) -> tuple[int, int]:
+    """(length, pictures) to keep of a sample longer than `max_length`: a picture that wouldn't fit whole goes too."""
+    places = np.flatnonzero(input_ids == IMAGE_TOKEN_INDEX)
+    ends = np.cumsum(features, dtype=np.int64)
+    kept = int(np.searchsorted(ends, int((places < max_length).sum()), side="right"))
+    started = int(ends[kept - 1]) if kept else 0
+    if started < len(places) and places[started] < max_length:
+        return int(places[started]), kept
+    return max_length, kept
 
 
 def distinct_images(dataset: LlavaDataset) -> dict[str, tuple[int, Any]]:

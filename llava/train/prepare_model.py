@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.model import LoadedModel, add_image_tokens, build_model_from_llm, load_pretrained_model
@@ -38,14 +39,14 @@ def prepare_model(arguments: Arguments) -> LoadedModel:
         loaded = _load(folder, arguments)
     model, tokenizer = loaded.model, loaded.tokenizer
     _settings(model, arguments)
-    added = add_image_tokens(model, tokenizer)
+    add_image_tokens(model, tokenizer)
     if model_args.pretrain_mm_mlp_adapter:
-        load_projector(model, model_args.pretrain_mm_mlp_adapter)
+        load_projector(model, model_args.pretrain_mm_mlp_adapter, start_end_ids(model, tokenizer))
     tokenizer.model_max_length = training.model_max_length
     tokenizer.padding_side = "right"
     choose_trainable(model, model_args)
-    if model_args.tune_mm_mlp_adapter and added and model.config.mm_use_im_start_end:
-        train_new_tokens(model, len(tokenizer) - added)
+    if model_args.tune_mm_mlp_adapter and model.config.mm_use_im_start_end:
+        train_rows(model, start_end_ids(model, tokenizer))
     return loaded
 
 
@@ -81,17 +82,25 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> None:
         )
 
 
-def train_new_tokens(model: PreTrainedModel, old_rows: int) -> None:
-    """Let stage 1 learn the input embeddings of the picture tokens that it added, and those alone."""
+def train_rows(model: PreTrainedModel, rows: list[int]) -> None:
+    """Let stage 1 learn the input embeddings of the tokens around a picture, and those alone (as the reference)."""
     weight = model.get_input_embeddings().weight
     weight.requires_grad_(True)
+    weight.data = weight.data.float()
 
-    def keep_new_rows(gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        gradient[:old_rows] = 0
-        return gradient
+    def keep_rows(gradient: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[rows] = gradient[rows]
+        return kept
 
-    weight.register_hook(keep_new_rows)
+    weight.register_hook(keep_rows)
+
+
+def start_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of <im_start> and <im_end>, [] where the model doesn't use them."""
+    if not model.config.mm_use_im_start_end:
+        return []
+    return tokenizer.convert_tokens_to_ids([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN])
 
 
 def template_name(model: PreTrainedModel, arguments: Arguments) -> str:
@@ -122,9 +131,6 @@ def _build(folder: Path, arguments: Arguments) -> LoadedModel:
         "mm_projector_type": flags.mm_projector_type,
         "mm_vision_select_layer": flags.mm_vision_select_layer,
         "mm_vision_select_feature": flags.mm_vision_select_feature,
-        "mm_use_im_start_end": flags.mm_use_im_start_end,
-        "mm_use_im_patch_token": flags.mm_use_im_patch_token,
-        "mm_image_token_scheme": flags.mm_image_token_scheme,
     }
     torch.manual_seed(arguments.training.seed)  # the projector's first weights
     return build_model_from_llm(
@@ -159,7 +165,7 @@ def _settings(model: PreTrainedModel, arguments: Arguments) -> None:
     """Settings of this run that the checkpoint has to remember."""
     config, flags = model.config, arguments.model
     config.use_cache = False
-    for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+    for name in ("mm_use_im_start_end", "mm_use_im_patch_token", "mm_image_token_scheme"):
         if getattr(flags, name) is not None:
             setattr(config, name, getattr(flags, name))
     if arguments.data.image_aspect_ratio is not None:

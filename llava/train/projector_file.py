@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,21 +16,23 @@ _PROJECTOR = re.compile(r"(?:^|.*\.)mm_projector\.(.+)")
 _EMBEDDING = re.compile(r"(?:^|.*\.)embed_tokens\.weight")
 
 
-def save_projector(path: Path, tensors: dict[str, torch.Tensor], new_tokens: int = 0) -> None:
+def save_projector(path: Path, tensors: dict[str, torch.Tensor], token_ids: Sequence[int] = ()) -> None:
     """Write the projector's tensors of a model's state under their names there (`model.mm_projector.*`).
 
-    `new_tokens` > 0 adds the last rows of the input embedding, as stage 1 with <im_start>/<im_end> trains them.
+    `token_ids` (of <im_start>, <im_end>) adds their rows of the input embedding, which stage 1 trains too.
     """
     content = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items() if _PROJECTOR.match(name)}
-    if new_tokens:
+    if token_ids:
         name = next(name for name in tensors if _EMBEDDING.match(name))
-        content[name] = tensors[name][-new_tokens:].detach().to("cpu", copy=True)
+        content[name] = tensors[name][list(token_ids)].detach().to("cpu", copy=True)
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
 
 
-def load_projector(model: PreTrainedModel, path: str | Path) -> None:
+def load_projector(model: PreTrainedModel, path: str | Path, token_ids: Sequence[int] = ()) -> None:
     """Give the model the projector of a `mm_projector.bin`, or of a folder that holds one.
+
+    Where the file has embeddings too, those of `token_ids` are taken from it.
 
     Raises:
         LlavaError: not such a file, or made for another projector.
@@ -50,20 +53,22 @@ def load_projector(model: PreTrainedModel, path: str | Path) -> None:
         raise LlavaError(f"{path} holds another projector: {_shapes(found)}; the model's is {_shapes(own)}")
     projector.load_state_dict(found)
     rows = next((tensor for name, tensor in content.items() if _EMBEDDING.match(name)), None)
-    if rows is not None:
-        _load_new_rows(model, rows, path)
+    if rows is not None and token_ids:
+        _load_rows(model, rows, list(token_ids), path)
 
 
-def _load_new_rows(model: PreTrainedModel, rows: torch.Tensor, path: Path) -> None:
-    """Rows of the picture tokens: the last ones of the embedding, or the whole embedding."""
+def _load_rows(model: PreTrainedModel, rows: torch.Tensor, token_ids: list[int], path: Path) -> None:
+    """Embeddings of tokens: just theirs, or picked from the whole matrix, which LLaVA's own files hold."""
     weight = model.get_input_embeddings().weight
-    if rows.shape[1] != weight.shape[1] or rows.shape[0] > weight.shape[0]:
-        raise LlavaError(
-            f"{path}: embeddings of shape {list(rows.shape)} don't fit the model's {list(weight.shape)}; "
-            "was --mm_use_im_start_end the same in stage 1?"
-        )
+    if rows.shape[0] != len(token_ids):
+        if rows.shape != weight.shape:
+            raise LlavaError(
+                f"{path}: embeddings of shape {list(rows.shape)} don't fit the model's {list(weight.shape)}; "
+                "was --mm_use_im_start_end the same in stage 1?"
+            )
+        rows = rows[token_ids]
     with torch.no_grad():
-        weight[-rows.shape[0] :] = rows.to(weight)
+        weight[token_ids] = rows.to(weight)
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> str:

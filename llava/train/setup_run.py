@@ -20,7 +20,7 @@ from llava.train.feature_cache import FeatureCache, build_feature_cache, fingerp
 from llava.train.lora import add_adapters, save_adapter
 from llava.train.packing import fill_batches, use_packed_attention
 from llava.train.pictures import PictureSource
-from llava.train.prepare_model import padding_id
+from llava.train.prepare_model import padding_id, start_end_ids
 from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_tflops
 from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
 from llava.train.projector_file import save_projector
@@ -57,27 +57,38 @@ def build_dataset(
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
     template = get_template(model.config.conversation_template)
     image_tokens = ImageTokens.from_config(model.config, tokenizer)
-    aspect_ratio = model.config.image_aspect_ratio or "square"
-    features = model.num_patches
+    pictures = PictureSource(data.image_folder)
+    patches = model.num_patches
 
-    def encode(record):
+    def encode(record, features):
         return encode_conversation(record, template, tokenizer, image_tokens, features_per_image=features)
 
+    aspect_ratio, grid = model.config.image_aspect_ratio, model.config.image_grid_pinpoints
+
     def load_image(source) -> np.ndarray:
-        return np.asarray(processor([open_image(source)], aspect_ratio=aspect_ratio), np.float32)
+        pixels = processor([open_image(source)], aspect_ratio=aspect_ratio, grid_pinpoints=grid)
+        if aspect_ratio == "keep":
+            return pixels[0][None]
+        return pixels[0] if aspect_ratio == "anyres" else pixels
+
+    def count_features(image) -> int:
+        if aspect_ratio != "anyres":
+            return patches
+        # How many tiles there are depends on the picture's size, which only opening it tells for sure.
+        return patches * len(load_image(pictures.read(image)))
 
     dataset = LlavaDataset(
         store,
         encode,
-        PictureSource(data.image_folder),
+        pictures,
         load_image,
-        features_per_image=features,
+        count_features=count_features,
         max_length=training.model_max_length,
         lazy=data.lazy_preprocess,
         skip_unreadable=data.skip_unreadable_images,
         show_progress=not training.disable_tqdm and training.should_save,
     )
-    cache = _cache_features(arguments, loaded, dataset, aspect_ratio) if data.cache_vision_features else None
+    cache = _cache_features(arguments, loaded, dataset) if data.cache_vision_features else None
     if cache is not None:
         dataset.feature_row = cache.row
     _tell(dataset)
@@ -104,7 +115,7 @@ def build_trainer(
             save_model(folder, model, tokenizer, processor, state_dict=state_dict)
         if arguments.model.tune_mm_mlp_adapter:
             state = model.state_dict() if state_dict is None else state_dict
-            save_projector(folder / PROJECTOR_FILE, state, _new_token_rows(model))
+            save_projector(folder / PROJECTOR_FILE, state, start_end_ids(model, tokenizer))
 
     train_dataset: Any = dataset
     if data.max_tokens_per_batch:
@@ -179,14 +190,14 @@ def summarise(
     }
 
 
-def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset, aspect_ratio: str) -> FeatureCache:
+def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> FeatureCache:
     data, training = arguments.data, arguments.training
     tower = loaded.model.get_vision_tower()
     settings = {
         "layer": loaded.model.config.mm_vision_select_layer,
         "feature": loaded.model.config.mm_vision_select_feature,
-        "aspect_ratio": aspect_ratio,
-        "processor": vars(loaded.image_processor),
+        "processor": repr(loaded.image_processor),
+        "aspect_ratio": loaded.model.config.image_aspect_ratio,
         "dtype": "bfloat16" if training.bf16 else "float32",
     }
     root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
@@ -229,9 +240,3 @@ def _tell(dataset: LlavaDataset) -> None:
 
 def _named(dataset: LlavaDataset, numbers: list[int]) -> dict[str, Any]:
     return {"count": len(numbers), "first": [dataset.describe(number) for number in numbers[:20]]}
-
-
-def _new_token_rows(model) -> int:
-    """Rows of <im_start> and <im_end>, where stage 1 trained them."""
-    trained = model.get_input_embeddings().weight.requires_grad
-    return 2 if trained and model.config.mm_use_im_start_end else 0

@@ -4,7 +4,7 @@ import torch
 from llava.constants import IGNORE_INDEX
 from llava.tokenization import expand_images
 from llava.train.collator import Collator
-from llava.train.dataset import Sample, cut
+from llava.train.dataset import Sample, fitting
 
 
 def item(number, ids, targets, images=(), skipped=None):
@@ -53,8 +53,7 @@ def test_left_out_samples_leave_a_batch_that_can_run():
 
 
 def test_cutting_never_splits_a_picture():
-    ids, labels = expand_images(np.array([1, -200, 5, -200, 6]), np.array([-100, -100, 5, -100, 6]), 3)
-    for length, kept, images in [(9, 9, 2), (8, 8, 2), (7, 5, 1), (5, 5, 1), (4, 4, 1), (3, 1, 0), (1, 1, 0)]:
-        new_ids, new_labels, left = cut(ids, labels, ["a", "b"], length, 3)
-        assert (len(new_ids), len(new_labels), len(left)) == (kept, kept, images), length
-        assert (new_ids == -200).sum() == 3 * images
+    ids, _ = expand_images(np.array([1, -200, 5, -200, 6]), None, [3, 2])
+    for length, kept, images in [(7, 7, 2), (6, 5, 1), (5, 5, 1), (4, 4, 1), (3, 1, 0), (1, 1, 0)]:
+        assert fitting(ids, [3, 2], length) == (kept, images), length
+    assert fitting(np.arange(9), [], 4) == (4, 0)

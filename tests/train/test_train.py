@@ -1,0 +1,250 @@
+"""Whole runs of a tiny model: stages, resuming, adapters, caches, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava.errors import LlavaError
+from llava.model import load_pretrained_model
+from llava.train.train import train
+from tests.train.helpers import flags, make_bases, make_records
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_records(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory, bases, data):
+    output_dir = tmp_path_factory.mktemp("runs") / "stage1"
+    llm, clip = bases
+    more = ("--vision_tower", str(clip), "--tune_mm_mlp_adapter", "--version", "plain", "--num_train_epochs", "2")
+    return output_dir, train(flags(output_dir, data, llm, *more))
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_stage_1_trains_the_projector_alone_and_writes_model_and_projector(stage1, bases):
+    output_dir, summary = stage1
+    found = weights(output_dir)
+    llm = load_file(bases[0] / "model.safetensors")
+    assert all(torch.equal(found[name], llm[name]) for name in llm)
+    projector = torch.load(output_dir / "mm_projector.bin", weights_only=True)
+    assert set(projector) == {"model.mm_projector.weight", "model.mm_projector.bias"}
+    assert all(torch.equal(projector[name], found[name]) for name in projector)
+    assert summary["trainable_parameters"] == sum(tensor.numel() for tensor in projector.values())
+    load_pretrained_model(output_dir)
+
+
+def test_the_summary_and_the_curve_are_written(stage1):
+    output_dir, summary = stage1
+    written = json.loads((output_dir / "training_summary.json").read_text())
+    assert written["steps"] == summary["steps"] == 12
+    assert written["samples"] == 12 and written["samples_seen"] == 24
+    assert written["first_loss"] > 0 and written["tokens_seen"] > 24 * 4
+    assert (output_dir / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_nothing_unfinished_is_left_behind(stage1):
+    assert not [path.name for path in stage1[0].rglob("*") if ".part" in path.name]
+
+
+@pytest.mark.parametrize("start", ["whole", "projector"])
+def test_stage_2_starts_from_either_and_trains_all_but_the_tower(tmp_path, stage1, bases, data, start):
+    stage1_dir, _ = stage1
+    if start == "whole":
+        model, more = stage1_dir, ()
+    else:
+        model = bases[0]
+        more = ("--vision_tower", str(bases[1]), "--pretrain_mm_mlp_adapter", str(stage1_dir / "mm_projector.bin"))
+    more += ("--version", "v1", "--max_steps", "3")
+    train(flags(tmp_path / "out", data, model, *more))
+    names = changed(weights(stage1_dir), weights(tmp_path / "out"))
+    assert any("layers" in name for name in names) and any("mm_projector" in name for name in names)
+    assert "lm_head.weight" in names and not any("vision_tower" in name for name in names)
+    model = load_pretrained_model(tmp_path / "out").model
+    assert model.config.conversation_template == "v1"
+
+
+def test_the_projector_that_is_given_really_is_loaded(tmp_path, stage1, bases, data):
+    stage1_dir, _ = stage1
+    more = ("--vision_tower", str(bases[1]), "--max_steps", "1", "--learning_rate", "0")
+    train(flags(tmp_path / "a", data, bases[0], *more))
+    train(flags(tmp_path / "b", data, bases[0], *more, "--pretrain_mm_mlp_adapter", str(stage1_dir)))
+    name = "model.mm_projector.weight"
+    assert torch.equal(weights(tmp_path / "b")[name], weights(stage1_dir)[name])
+    assert not torch.equal(weights(tmp_path / "a")[name], weights(stage1_dir)[name])
+
+
+def test_start_and_end_tokens_are_learned_in_stage_1_and_carried_over(tmp_path, bases, data):
+    llm, clip = bases
+    more = ("--vision_tower", str(clip), "--mm_use_im_start_end", "--max_steps", "2", "--version", "v0")
+    train(flags(tmp_path / "one", data, llm, *more, "--tune_mm_mlp_adapter"))
+    embedding = weights(tmp_path / "one")["model.embed_tokens.weight"]
+    old = load_file(llm / "model.safetensors")["model.embed_tokens.weight"]
+    assert embedding.shape[0] == old.shape[0] + 2
+    assert torch.equal(embedding[:-2], old) and not torch.equal(embedding[-2], embedding[-1])
+    train(
+        flags(
+            tmp_path / "two",
+            data,
+            llm,
+            *more,
+            "--pretrain_mm_mlp_adapter",
+            str(tmp_path / "one"),
+            "--learning_rate",
+            "0",
+        )
+    )
+    assert torch.equal(weights(tmp_path / "two")["model.embed_tokens.weight"], embedding)
+
+
+def losses(output_dir):
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [log["loss"] for log in state["log_history"] if "loss" in log]
+
+
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, stage1, data):
+    more = ("--version", "v1", "--num_train_epochs", "2", "--save_strategy", "steps", "--save_steps", "4")
+    more += ("--gradient_accumulation_steps", "2", "--lr_scheduler_type", "cosine", "--warmup_steps", "0.1")
+    train(flags(tmp_path / "whole", data, stage1[0], *more))
+    # The folder as a killed run leaves it: a checkpoint in the middle, something half-written, no final model.
+    (tmp_path / "killed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
+    (tmp_path / "killed" / ".part-checkpoint-5").mkdir()
+    summary = train(flags(tmp_path / "killed", data, stage1[0], *more))
+    assert summary["resumed_from"].endswith("checkpoint-4") and summary["steps"] == 6
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert changed(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == set()
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, stage1, data, caplog):
+    more = ("--version", "v1", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1")
+    train(flags(tmp_path / "out", data, stage1[0], *more))
+    path = tmp_path / "out" / "checkpoint-4" / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    summary = train(flags(tmp_path / "out", data, stage1[0], *more))
+    assert summary["resumed_from"].endswith("checkpoint-3")
+    assert "checkpoint-4 is damaged" in caplog.text
+
+
+def test_save_total_limit_keeps_the_newest(tmp_path, stage1, data):
+    more = ("--version", "v1", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1")
+    train(flags(tmp_path / "out", data, stage1[0], *more, "--save_total_limit", "2"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_cached_features_give_the_same_losses_as_the_tower(tmp_path, stage1, data):
+    more = ("--version", "v1", "--num_train_epochs", "1")
+    train(flags(tmp_path / "plain", data, stage1[0], *more))
+    shared = ("--cache_vision_features", "--vision_cache_dir", str(tmp_path / "cache"))
+    train(flags(tmp_path / "cached", data, stage1[0], *more, *shared))
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    (index,) = (tmp_path / "cache").glob("*/index.json")
+    assert len(json.loads(index.read_text())["rows"]) == 4  # distinct pictures
+    before = index.stat().st_mtime_ns
+    train(flags(tmp_path / "again", data, stage1[0], *more, *shared))
+    assert index.stat().st_mtime_ns == before
+    assert losses(tmp_path / "again") == losses(tmp_path / "cached")
+
+
+def test_packed_batches_have_the_unpacked_loss(tmp_path, stage1, bases, data):
+    more = ("--version", "v1", "--num_train_epochs", "1", "--per_device_train_batch_size", "4")
+    train(flags(tmp_path / "padded", data, stage1[0], *more))
+    train(flags(tmp_path / "packed", data, stage1[0], *more, "--packing"))
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+
+
+def test_packing_up_to_a_number_of_tokens_sees_every_sample_once(tmp_path, stage1, data):
+    more = ("--version", "v1", "--num_train_epochs", "1", "--packing", "--max_tokens_per_batch", "150")
+    summary = train(flags(tmp_path / "out", data, stage1[0], *more, "--per_device_train_batch_size", "1"))
+    assert summary["samples_seen"] == 12 and summary["steps"] < 12
+
+
+def test_grouped_mixed_batches_train(tmp_path, stage1):
+    mixed = make_records(tmp_path, 13, text_only_every=3)
+    more = ("--version", "v1", "--num_train_epochs", "1", "--group_by_modality_length", "True")
+    summary = train(flags(tmp_path / "out", mixed, stage1[0], *more))
+    assert summary["samples_seen"] == 13
+
+
+def test_own_learning_rates_move_their_part_alone(tmp_path, stage1, data):
+    more = ("--version", "v1", "--max_steps", "2", "--learning_rate", "0", "--unfreeze_mm_vision_tower")
+    train(flags(tmp_path / "out", data, stage1[0], *more, "--mm_projector_lr", "0", "--mm_vision_tower_lr", "1e-2"))
+    names = changed(weights(stage1[0]), weights(tmp_path / "out"))
+    assert names and all("vision_tower" in name for name in names)
+
+
+def test_cut_and_targetless_samples_are_counted_and_named(tmp_path, stage1, data):
+    more = ("--version", "v1", "--max_steps", "1", "--model_max_length")
+    summary = train(flags(tmp_path / "out", data, stage1[0], *more, "20"))
+    assert summary["truncated"]["count"] == 12 and summary["without_target"]["count"] == 12
+    assert 'record 0 ("r0")' in summary["truncated"]["first"][0]
+
+
+@pytest.mark.parametrize("lazy", ["True", "False"])
+def test_a_missing_picture_names_record_path_and_what_to_do(tmp_path, stage1, lazy):
+    data = make_records(tmp_path)
+    (tmp_path / "images" / "green.png").unlink()
+    more = ("--version", "v1", "--num_train_epochs", "1", "--lazy_preprocess", lazy)
+    with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\): image ".*green\.png" not found.*filter_missing'):
+        train(flags(tmp_path / "out", data, stage1[0], *more))
+    summary = train(flags(tmp_path / "out", data, stage1[0], *more, "--skip_unreadable_images"))
+    assert summary["left_out"]["count"] == 3
+    assert summary["samples_seen"] == 9
+
+
+@pytest.mark.parametrize("cached", [(), ("--cache_vision_features",)])
+def test_an_unreadable_picture_is_an_error_or_counted(tmp_path, stage1, cached):
+    data = make_records(tmp_path)
+    (tmp_path / "images" / "blue.png").write_bytes(b"not a picture")
+    more = ("--version", "v1", "--num_train_epochs", "1", *cached)
+    with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\).*blue\.png'):
+        train(flags(tmp_path / "out", data, stage1[0], *more))
+    summary = train(flags(tmp_path / "out", data, stage1[0], *more, "--skip_unreadable_images"))
+    assert summary["left_out"]["count"] == 3
+
+
+def test_a_record_without_conversations_is_named(tmp_path, stage1):
+    data = make_records(tmp_path)
+    records = json.loads(data.read_text())
+    del records[7]["conversations"]
+    data.write_text(json.dumps(records))
+    with pytest.raises(LlavaError, match=r'train\.json record 7 \("r7"\).*conversations'):
+        train(flags(tmp_path / "out", data, stage1[0]))
+
+
+def test_a_picture_without_its_place_in_the_text_is_named(tmp_path, stage1):
+    data = make_records(tmp_path)
+    records = json.loads(data.read_text())
+    records[2]["conversations"][0]["value"] = "Which colour?"
+    data.write_text(json.dumps(records))
+    with pytest.raises(LlavaError, match=r'"r2".*0 <image>.*1 picture'):
+        train(flags(tmp_path / "out", data, stage1[0], "--version", "v1"))
+
+
+def test_a_loss_that_is_no_number_stops_with_the_record_ids(tmp_path, stage1, data):
+    broken = tmp_path / "broken"
+    shutil.copytree(stage1[0], broken)
+    from safetensors.torch import save_file
+
+    tensors = weights(broken)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlavaError, match=r'loss is nan at step 1.*\("r\d+"\), .*\("r\d+"\)'):
+        train(flags(tmp_path / "out", data, broken, "--version", "v1"))
