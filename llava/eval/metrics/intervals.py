@@ -1,0 +1,118 @@
+"""How sure a score is: bootstrap intervals of a mean, and paired comparisons of two models."""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+_CHUNK = 4_000_000  # drawn indices held at a time
+
+
+def bootstrap_interval(
+    values: Sequence[float | None],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Percentile interval of the mean of `values` (None: not counted); None if nothing counts.
+
+    With `clusters` (say, each question's picture) whole clusters are drawn, because the questions on one
+    picture are not independent.
+    """
+    sums, counts = _cluster_sums(values, clusters)
+    if not len(sums):
+        return None
+    means = _resampled_means(sums, counts, resamples, seed)
+    tail = 50 * (1 - level)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same questions: fractions, `difference` is the second's mean less the first's.
+
+    `p_value` is the paired bootstrap's (two-sided). For right/wrong scores `only_first` and `only_second` count
+    the questions that one alone has right and `mcnemar_p` is McNemar's exact test; else they are None.
+    """
+
+    questions: int
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    only_first: int | None = None
+    only_second: int | None = None
+    mcnemar_p: float | None = None
+
+
+def compare_paired(
+    first: Sequence[float | None],
+    second: Sequence[float | None],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison | None:
+    """Compare two aligned lists of scores; questions that one of them doesn't count are left out."""
+    pairs = [(a, b) if a is not None and b is not None else None for a, b in zip(first, second, strict=True)]
+    differences = [None if pair is None else pair[1] - pair[0] for pair in pairs]
+    sums, counts = _cluster_sums(differences, clusters)
+    if not len(sums):
+        return None
+    means = _resampled_means(sums, counts, resamples, seed)
+    low, high = np.percentile(means, [2.5, 97.5])
+    # The smaller tail beyond "no difference", twice; one more resample keeps it above zero.
+    tail = min((means <= 0).sum(), (means >= 0).sum())
+    scored = [pair for pair in pairs if pair is not None]
+    result = {
+        "questions": len(scored),
+        "first": float(np.mean([a for a, _ in scored])),
+        "second": float(np.mean([b for _, b in scored])),
+        "difference": float(sums.sum() / counts.sum()),
+        "low": float(low),
+        "high": float(high),
+        "p_value": float(min(1.0, 2 * (tail + 1) / (resamples + 1))),
+    }
+    if all(value in (0.0, 1.0) for pair in scored for value in pair):
+        result["only_first"] = sum(a > b for a, b in scored)
+        result["only_second"] = sum(b > a for a, b in scored)
+        result["mcnemar_p"] = mcnemar(result["only_first"], result["only_second"])
+    return Comparison(**result)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """McNemar's exact two-sided p value from the two counts of questions that one model alone has right."""
+    total, smaller = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(total, count) for count in range(smaller + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def _cluster_sums(values, clusters) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the counted values of each cluster (of each question without clusters)."""
+    clusters = range(len(values)) if clusters is None else clusters
+    totals: dict[Hashable, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        if value is not None:
+            entry = totals.setdefault(cluster, [0.0, 0])
+            entry[0] += value
+            entry[1] += 1
+    table = np.array(list(totals.values()), dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    size = len(sums)
+    step = max(1, _CHUNK // size)
+    means = []
+    for start in range(0, resamples, step):
+        drawn = random.integers(0, size, size=(min(step, resamples - start), size))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    return np.concatenate(means)

@@ -1,0 +1,111 @@
+"""The *strict* set: whole words, each counted once, and yes or no only where an answer says one of them.
+
+Open questions score by set recall, closed ones by accuracy; docs/metrics.md gives the reasons.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from llava.eval.metrics.paper import percent
+from llava.eval.metrics.words import strict_words
+
+
+@dataclass(frozen=True)
+class StrictItem:
+    """Scores of one answer, fractions. `correct` is meant for closed questions, the rest for open ones.
+
+    `polarity` is what the answer says: "yes", "no", "both" or "neither".
+    """
+
+    correct: float
+    exact: float
+    f1: float
+    precision: float
+    recall: float
+    polarity: str
+
+    def as_dict(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def strict_item(prediction: str, reference: str, question: str = "") -> StrictItem:
+    """Score one answer.
+
+    Recall is the share of the reference's distinct words that are said; precision and F1 count each word at
+    most as often as it stands in the reference. A closed answer is correct if
+    - the reference says yes or no: the answer says that one, as a word, and not the other;
+    - else: the reference's words stand in the answer one after the other, and no other option that the
+      question offers ("… two options: [left, right]") does.
+    """
+    said, wanted = strict_words(str(prediction)), strict_words(str(reference))
+    if not wanted:  # a reference of marks alone, such as "+"
+        same = float(str(prediction).strip() == str(reference).strip())
+        return StrictItem(same, same, same, same, same, _polarity(said))
+    overlap = (Counter(said) & Counter(wanted)).total()
+    precision, coverage = overlap / len(said) if said else 0.0, overlap / len(wanted)
+    return StrictItem(
+        correct=float(_is_correct(said, wanted, question)),
+        exact=float(said == wanted),
+        f1=2 * precision * coverage / (precision + coverage) if overlap else 0.0,
+        precision=precision,
+        recall=len(set(said) & set(wanted)) / len(set(wanted)),
+        polarity=_polarity(said),
+    )
+
+
+def strict_summary(items: Sequence[StrictItem], answer_types: Sequence[str]) -> dict[str, float | None]:
+    """Means in percent; None where there is nothing to average."""
+    return {name: percent(values) for name, values in strict_values(items, answer_types).items()}
+
+
+def strict_values(items: Sequence[StrictItem], answer_types: Sequence[str]) -> dict[str, list[float | None]]:
+    """What each number is the mean of: one value per question, None where the question doesn't count.
+
+    `closed undecided` are the answers that say both yes and no.
+    """
+
+    def values(kind, value):
+        return [value(item) if answer_type == kind else None for item, answer_type in zip(items, answer_types)]
+
+    return {
+        "open recall": values("OPEN", lambda item: item.recall),
+        "open precision": values("OPEN", lambda item: item.precision),
+        "open f1": values("OPEN", lambda item: item.f1),
+        "open exact match": values("OPEN", lambda item: item.exact),
+        "closed accuracy": values("CLOSED", lambda item: item.correct),
+        "closed undecided": values("CLOSED", lambda item: float(item.polarity == "both")),
+    }
+
+
+def reference_polarity(reference: str) -> str:
+    """What a reference answer says: "yes", "no", "both" or "neither"."""
+    return _polarity(strict_words(str(reference)))
+
+
+def question_options(question: str) -> list[list[str]]:
+    """The options that a closed question of the released files offers, as words."""
+    match = _OPTIONS.search(question)
+    return [strict_words(option) for option in match.group(1).split(",")] if match else []
+
+
+_OPTIONS = re.compile(r"choose from the following(?: \w+)? options:\s*\[([^\]]*)\]", re.IGNORECASE)
+
+
+def _is_correct(said: list[str], wanted: list[str], question: str) -> bool:
+    polarity = _polarity(wanted)
+    if polarity in {"yes", "no"}:
+        return _polarity(said) == polarity
+    others = [option for option in question_options(question) if option and not _stands_in(option, wanted)]
+    others = [option for option in others if not _stands_in(wanted, option)]
+    return _stands_in(wanted, said) and not any(_stands_in(option, said) for option in others)
+
+
+def _stands_in(words: list[str], text: list[str]) -> bool:
+    return any(text[start : start + len(words)] == words for start in range(len(text) - len(words) + 1))
+
+
+def _polarity(words: list[str]) -> str:
+    yes, no = "yes" in words, "no" in words
+    return {(True, False): "yes", (False, True): "no", (True, True): "both", (False, False): "neither"}[yes, no]

@@ -1,0 +1,92 @@
+"""Score an answer file: the *paper* and *strict* metric sets side by side, with intervals and what made it.
+
+docs/metrics.md defines the numbers. Input that doesn't fit together is an error and prints no number.
+"""
+
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.errors import LlavaError
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.eval.run_eval", description=__doc__)
+    parser.add_argument("--gt", required=True, help="questions with answers: LLaVA-Med records or raw VQA-RAD")
+    parser.add_argument("--pred", required=True, help="answer file (JSONL)")
+    parser.add_argument("--candidate", help='open answers of the training split: {"0": [answer, …]}')
+    parser.add_argument("--compare", help="a second answer file: paired comparison with --pred")
+    parser.add_argument("--output", help="write all numbers here (JSON)")
+    parser.add_argument("--per-item", help="write one line per question here (JSONL)")
+    parser.add_argument(
+        "--group-by", nargs="*", help="record fields to give tables for (default: those with few values)"
+    )
+    parser.add_argument(
+        "--on-missing",
+        choices=("error", "skip", "wrong"),
+        default="error",
+        help="a question without answer: stop, leave it out, or count it as an empty answer",
+    )
+    parser.add_argument(
+        "--script",
+        choices=("run_eval_batch", "run_eval", "run_eval_pvqa"),
+        default="run_eval_batch",
+        help="the published script whose rules the paper set follows (the published table's: run_eval_batch)",
+    )
+    parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
+    parser.add_argument(
+        "--bootstrap-unit", choices=("question", "image"), default="question", help="what the bootstrap draws"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--audit",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="score the clean part too: the audit's JSON, or nothing and --train (with --image-folder)",
+    )
+    parser.add_argument("--train", help="training questions, to audit against")
+    parser.add_argument("--image-folder", help="pictures of both splits, for the audit")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = build_parser().parse_args(argv)
+    if args.bootstrap_samples < 0:
+        raise LlavaError(f"--bootstrap-samples is {args.bootstrap_samples}; give 0 or more")
+    from llava.eval.evaluation import evaluate
+    from llava.records import write_json, write_records
+
+    result = evaluate(
+        gt=existing_file(args.gt, "--gt"),
+        pred=existing_file(args.pred, "--pred"),
+        candidate=args.candidate,
+        on_missing=args.on_missing,
+        script=args.script,
+        group_by=args.group_by,
+        resamples=args.bootstrap_samples,
+        unit=args.bootstrap_unit,
+        seed=args.seed,
+    )
+    sections = [result.text()]
+    content = result.as_dict()
+    if args.audit is not None:
+        from llava.eval.clean_subset import score_clean_subset
+
+        clean = score_clean_subset(result, args.audit, args.train, args.image_folder)
+        sections.append(clean.text())
+        content["clean_subset"] = clean.as_dict()
+    if args.compare:
+        from llava.eval.compare import compare_answers
+
+        comparison = compare_answers(result, existing_file(args.compare, "--compare"))
+        sections.append(comparison.text())
+        content["comparison"] = comparison.as_dict()
+    if args.output:
+        write_json(Path(args.output), content)
+    if args.per_item:
+        write_records(Path(args.per_item), result.scores.rows)
+    write_line("\n\n".join(sections))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,108 @@
+"""Score every answer file below a folder, into eval_results_med_datasets.jsonl.
+
+Which data set a file answers is told by a part of its path (`data_RAD`, `vqa_rad`, `pvqa`, `Slake1.0`); its
+questions lie under --gt_parent_path in a folder of that name. --gt scores all files against one.
+"""
+
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.errors import LlavaError
+
+RESULTS_FILE = "eval_results_med_datasets.jsonl"
+DATASET_PARTS = ("data_RAD", "vqa_rad", "pvqa", "Slake1.0")
+TEST_TYPES = ("test-answer-file", "test_w_options-answer-file", "test_zh-answer-file", "test_with_options-answer-file")
+CANDIDATE_FILES = ("candidates.json", "candidate.json")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.eval.run_eval_batch", description=__doc__)
+    parser.add_argument("--pred_file_parent_path", help="folder below which the answer files (*.jsonl) are")
+    parser.add_argument(
+        "--target_test_type",
+        choices=TEST_TYPES,
+        help="only answer files whose name holds this; questions are then test.json, test_w_options.json, …",
+    )
+    parser.add_argument("--gt_parent_path", help="folder that holds data_RAD/, vqa_rad/, pvqa/, Slake1.0/")
+    parser.add_argument("--gt", help="questions of all answer files, in place of --gt_parent_path")
+    parser.add_argument("--pred", help="one answer file, in place of --pred_file_parent_path")
+    parser.add_argument("--candidate", help="open answers of the training split (default: beside the questions)")
+    parser.add_argument("--output", default=RESULTS_FILE, help="results, one line per answer file")
+    parser.add_argument("--on-missing", choices=("error", "skip", "wrong"), default="error")
+    parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = build_parser().parse_args(argv)
+    files = answer_files(args.pred, args.pred_file_parent_path, args.target_test_type)
+    if (args.gt is None) == (args.gt_parent_path is None):
+        raise LlavaError("give --gt or --gt_parent_path (one of them)")
+    questions = {pred: find_questions(pred, args.gt, args.gt_parent_path) for pred in files}
+    from llava.eval.evaluation import evaluate
+    from llava.eval.tables import number_cell, text_table
+    from llava.records import write_records
+
+    rows, lines = [], []
+    for pred, (dataset, gt) in questions.items():
+        result = evaluate(
+            gt,
+            pred,
+            args.candidate or beside(gt, CANDIDATE_FILES),
+            on_missing=args.on_missing,
+            group_by=(),
+            resamples=args.bootstrap_samples,
+            seed=args.seed,
+        )
+        rows.append({"dataset": dataset, **result.as_dict()})
+        cells = [number_cell(result.scores.headline(*key)) for key in _COLUMNS]
+        lines.append([str(pred), dataset, str(result.scores.open), str(result.scores.closed), *cells])
+    write_records(Path(args.output).with_suffix(".jsonl"), rows)
+    header = ["answers", "data set", "open", "closed", *(" ".join(key) for key in _COLUMNS)]
+    write_line(text_table(header, lines))
+    write_line(f"\n{len(rows)} answer files scored; all numbers: {Path(args.output).with_suffix('.jsonl')}")
+
+
+def answer_files(pred: str | None, parent: str | None, test_type: str | None) -> list[Path]:
+    """The answer files meant by the flags, in the order of their paths; parts of unmerged runs are left out."""
+    if (pred is None) == (parent is None):
+        raise LlavaError("give --pred or --pred_file_parent_path (one of them)")
+    if pred is not None:
+        return [existing_file(pred, "--pred")]
+    found = [
+        path
+        for path in sorted(existing_dir(parent, "--pred_file_parent_path").rglob("*.jsonl"))
+        if path.name != RESULTS_FILE and "chunk" not in path.name and (test_type is None or test_type in path.name)
+    ]
+    if not found:
+        wanted = f'"{test_type}" in the name' if test_type else ".jsonl"
+        raise LlavaError(f"no answer file ({wanted}) below {parent}")
+    return found
+
+
+def find_questions(pred: Path, gt: str | None, gt_parent: str | None) -> tuple[str, Path]:
+    """(data set, file of questions) of an answer file."""
+    parts = [part.lower() for part in pred.resolve().parts]
+    dataset = next((name for name in DATASET_PARTS if any(name.lower() in part for part in parts)), None)
+    if gt is not None:
+        return dataset or Path(gt).parent.name, existing_file(gt, "--gt")
+    if dataset is None:
+        raise LlavaError(f"{pred}: no part of the path names a data set ({', '.join(DATASET_PARTS)}); use --gt")
+    folder = existing_dir(Path(gt_parent) / dataset, "questions of the data set")
+    stem = next((name for name in TEST_TYPES if name in pred.name), TEST_TYPES[0]).removesuffix("-answer-file")
+    file = beside(folder / "x", [f"{stem}.json", f"{stem}.jsonl", f"{stem}.parquet"])
+    if file is None:
+        raise LlavaError(f"{folder}: no {stem}.json with the questions that {pred} answers")
+    return dataset, file
+
+
+def beside(path: Path, names) -> Path | None:
+    """The first of `names` that exists beside `path`."""
+    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+
+
+_COLUMNS = (("paper", "open"), ("paper", "closed"), ("strict", "open"), ("strict", "closed"))
+
+if __name__ == "__main__":
+    run(main)

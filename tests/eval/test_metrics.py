@@ -1,0 +1,129 @@
+"""Metrics: what the strict set counts and the published one doesn't, and the other way round."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.eval.metrics import normalize_word, paper_item, paper_summary, strict_item, strict_words
+from llava.eval.metrics.intervals import bootstrap_interval, compare_paired, mcnemar
+
+
+def test_a_repeated_word_counts_once_in_strict_recall():
+    assert paper_item("lung lung lung", "left lung").recall == 0.75
+    assert strict_item("lung lung lung", "left lung").recall == 0.5
+
+
+def test_no_inside_normal_is_not_no():
+    assert paper_item("the heart is normal", "no").contained == 1
+    assert strict_item("the heart is normal", "no").correct == 0
+
+
+@pytest.mark.parametrize("reference", ["yes", "no"])
+def test_an_answer_with_yes_and_no_is_undecided(reference):
+    assert paper_item("yes and no", reference).contained == 1
+    item = strict_item("yes and no", reference)
+    assert (item.correct, item.polarity) == (0, "both")
+
+
+def test_a_sentence_that_says_no_is_no():
+    assert strict_item("No, there is no effusion.", "no").correct == 1
+    assert strict_item("No, there is no effusion.", "yes").correct == 0
+    assert strict_item("There might be.", "yes").correct == 0
+
+
+def test_closed_answers_other_than_yes_and_no_are_whole_words():
+    question = "Left or right? Please choose from the following two options: [left, right]"
+    assert strict_item("It is on the left.", "left", question).correct == 1
+    assert strict_item("left and right", "left", question).correct == 0
+    assert strict_item("cleft", "left").correct == 0
+    assert strict_item("pa view", "PA").correct == 1
+
+
+def test_an_option_that_is_part_of_the_right_one_does_not_count_against_it():
+    question = "Please choose from the following two options: [lobe, upper lobe]"
+    assert strict_item("upper lobe", "upper lobe", question).correct == 1
+
+
+def test_precision_counts_a_word_as_often_as_the_reference_has_it():
+    item = strict_item("lung lung lung", "left lung")
+    assert item.precision == pytest.approx(1 / 3)
+    assert item.f1 == pytest.approx(2 * (1 / 3) * 0.5 / (1 / 3 + 0.5))
+
+
+def test_a_reference_of_marks_alone_is_compared_as_it_stands():
+    assert strict_item("+", "+").recall == 1
+    assert strict_item("-", "+").recall == 0
+
+
+def test_strict_words_keep_decimals_and_join_thousands():
+    assert strict_words("The 3.5 cm x-ray, of 1,000 (one) doesnt’t") == [
+        "3.5",
+        "cm",
+        "x",
+        "ray",
+        "of",
+        "1000",
+        "1",
+        "doesnt't",
+    ]
+    assert strict_words("It doesnt.") == ["it", "doesn't"]
+
+
+def test_only_the_first_32_periods_go_in_paper():
+    text = " ".join(["a.b."] * 20)
+    assert normalize_word(text).count(".") == 40 - 32
+    assert strict_words(text).count("b") == 20
+
+
+def test_no_closed_question_gives_no_closed_number():
+    numbers = paper_summary([paper_item("left", "left")], ["OPEN"])
+    assert numbers["yes/no accuracy"] is None and numbers["recall"] == 100
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_scores_are_fractions(prediction, reference):
+    paper, strict = paper_item(prediction, reference), strict_item(prediction, reference)
+    for value in (paper.recall, paper.precision, paper.f1, strict.recall, strict.precision, strict.f1):
+        assert 0 <= value <= 1
+    assert strict.exact <= strict.recall
+
+
+@given(st.text(min_size=1, max_size=60))
+def test_the_reference_itself_is_right(text):
+    item = strict_item(text, text)
+    assert item.recall == item.precision == item.exact == 1
+
+
+def test_interval_holds_the_mean_and_narrows_with_more_questions():
+    few = bootstrap_interval([0.0, 1.0] * 10)
+    many = bootstrap_interval([0.0, 1.0] * 1000)
+    assert few[0] < 0.5 < few[1] and many[1] - many[0] < few[1] - few[0]
+    # A mean of 2000 coin flips has a standard error of 0.0112.
+    assert many[1] - many[0] == pytest.approx(2 * 1.96 * 0.0112, rel=0.05)
+
+
+def test_interval_of_clusters_is_wider_when_a_picture_decides_all_its_questions():
+    values = [float(picture % 2) for picture in range(40) for _ in range(10)]
+    clusters = [picture for picture in range(40) for _ in range(10)]
+    alone, together = bootstrap_interval(values), bootstrap_interval(values, clusters)
+    assert together[1] - together[0] > 2 * (alone[1] - alone[0])
+
+
+def test_interval_leaves_out_what_does_not_count():
+    assert bootstrap_interval([None, 1.0, None, 1.0]) == (1.0, 1.0)
+    assert bootstrap_interval([None]) is None
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert mcnemar(5, 5) == 1
+
+
+def test_comparison_sees_a_difference_and_its_absence():
+    first, second = [0.0] * 40 + [1.0] * 60, [1.0] * 30 + [0.0] * 10 + [1.0] * 60
+    better = compare_paired(first, second)
+    assert better.difference == pytest.approx(0.3) and better.low > 0
+    assert (better.only_first, better.only_second) == (0, 30) and better.mcnemar_p < 1e-6
+    same = compare_paired(first, first)
+    assert same.difference == 0 and same.p_value == 1 and same.mcnemar_p == 1

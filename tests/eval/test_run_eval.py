@@ -1,0 +1,197 @@
+"""`run_eval` and `run_eval_batch`: joined by id, both sets side by side, and no number from bad input."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from llava.errors import LlavaError
+from llava.eval import run_eval, run_eval_batch
+
+
+def record(key, question, answer, answer_type, **fields):
+    turns = [{"from": "human", "value": f"{question}\n<image>"}, {"from": "gpt", "value": answer}]
+    return {"id": key, "image": f"{key}.jpg", "conversations": turns, "answer_type": answer_type, **fields}
+
+
+QUESTIONS = [
+    record("1", "Which side?", "left lung", "OPEN", organ="CHEST"),
+    record("2", "Is it large?", "no", "CLOSED", organ="CHEST"),
+    record("3", "Which plane?", "axial", "OPEN", organ="HEAD"),
+    record("4", "Is it normal?", "yes", "CLOSED", organ="HEAD"),
+]
+ANSWERS = {"1": "lung lung lung", "2": "it is normal", "3": "axial", "4": "yes"}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes questions and answers; returns the two paths as flags."""
+
+    def write(questions=None, answers=None, raw=None):
+        gt, pred = tmp_path / "test.json", tmp_path / "answers.jsonl"
+        gt.write_text(json.dumps(QUESTIONS if questions is None else questions))
+        answers = ANSWERS.items() if answers is None else answers
+        lines = [json.dumps({"question_id": key, "text": text}) for key, text in answers]
+        pred.write_text("".join(line + "\n" for line in lines) if raw is None else raw)
+        return ["--gt", str(gt), "--pred", str(pred)]
+
+    return write
+
+
+def run_json(flags, tmp_path, *more):
+    output = tmp_path / "out.json"
+    run_eval.main([*flags, "--output", str(output), *more])
+    return json.loads(output.read_text())
+
+
+def test_both_sets_with_counts_and_intervals(files, tmp_path, capsys):
+    content = run_json(files(), tmp_path)
+    assert (content["questions"], content["open"], content["closed"]) == (4, 2, 2)
+    assert content["paper"]["recall"]["value"] == pytest.approx(100 * (0.75 + 1) / 2)
+    assert content["strict"]["open recall"]["value"] == pytest.approx(100 * (0.5 + 1) / 2)
+    assert content["paper"]["yes/no accuracy"]["value"] == 100
+    assert content["strict"]["closed accuracy"]["value"] == 50
+    assert content["strict"]["closed accuracy"]["low"] <= 50 <= content["strict"]["closed accuracy"]["high"]
+    shown = capsys.readouterr().out
+    assert "paper" in shown and "strict" in shown and "4 questions (2 open, 2 closed)" in shown
+
+
+def test_order_of_the_answers_does_not_matter(files, tmp_path):
+    straight = run_json(files(), tmp_path)
+    shuffled = list(ANSWERS.items())
+    random.Random(3).shuffle(shuffled)
+    assert run_json(files(answers=shuffled), tmp_path)["strict"] == straight["strict"]
+
+
+def test_ids_are_compared_as_text(files, tmp_path):
+    content = run_json(files(answers=[(int(key), text) for key, text in ANSWERS.items()]), tmp_path)
+    assert content["questions"] == 4
+
+
+def test_groups_by_record_fields(files, tmp_path):
+    groups = run_json(files(), tmp_path)["groups"]["organ"]
+    assert groups["CHEST"]["strict closed"] == 0 and groups["HEAD"]["strict closed"] == 100
+    assert groups["CHEST"]["questions"] == 2
+
+
+def test_per_item_output_has_every_question_with_both_sets(files, tmp_path):
+    path = tmp_path / "items.jsonl"
+    run_eval.main([*files(), "--per-item", str(path)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == ["1", "2", "3", "4"]
+    assert rows[1]["paper"]["contained"] == 1 and rows[1]["strict"]["correct"] == 0
+
+
+def test_compare_two_models(files, tmp_path):
+    flags = files()
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"question_id": key, "text": "no"}) + "\n" for key in ANSWERS))
+    found = run_json(flags, tmp_path, "--compare", str(other))["comparison"]["strict closed"]
+    assert (found["only_first"], found["only_second"], found["difference"]) == (1, 1, 0)
+
+
+def test_missing_answers_by_choice(files, tmp_path):
+    flags = files(answers=[("1", "left lung"), ("2", "no"), ("3", "axial")])
+    skipped = run_json(flags, tmp_path, "--on-missing", "skip")
+    wrong = run_json(flags, tmp_path, "--on-missing", "wrong")
+    assert (skipped["questions"], skipped["missing_answers"]) == (3, 1)
+    assert (wrong["questions"], wrong["missing_answers"]) == (4, 1)
+    assert (skipped["strict"]["closed accuracy"]["value"], wrong["strict"]["closed accuracy"]["value"]) == (100, 50)
+
+
+BAD = {
+    "missing": ({"answers": [("1", "a"), ("2", "b"), ("3", "c")]}, "1 missing (first '4')"),
+    "doubled": ({"answers": [*ANSWERS.items(), ("2", "no")]}, "1 doubled (first '2')"),
+    "unknown": ({"answers": [*ANSWERS.items(), ("9", "no")]}, "1 unknown (first '9')"),
+    "other ids": ({"answers": [("a", "x"), ("b", "y")]}, "4 missing (first '1'), 2 unknown (first 'a')"),
+    "empty": ({"raw": ""}, "empty"),
+    "blank": ({"raw": "\n" * 100}, "no answers"),
+    "not JSON": ({"raw": '{"question_id": "1", "text": "a"}\n{"question_id": "2", "te\n'}, "answers.jsonl line 2"),
+    "no text": ({"raw": '{"question_id": "1"}\n'}, 'no "text"'),
+    "answer type": (
+        {"questions": [record("1", "q", "a", "BOTH")], "answers": [("1", "a")]},
+        "unknown answer type 'BOTH'",
+    ),
+    "doubled question": ({"questions": [QUESTIONS[0], QUESTIONS[0]]}, "more than once"),
+    "no questions": ({"questions": []}, "no questions"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_an_error_and_prints_no_number(name, files, tmp_path, capsys):
+    content, message = BAD[name]
+    output = tmp_path / "out.json"
+    with pytest.raises(LlavaError) as error:
+        run_eval.main([*files(**content), "--output", str(output)])
+    assert message in str(error.value)
+    assert capsys.readouterr().out == "" and not output.exists()
+
+
+def test_command_ends_with_2_and_one_line(files):
+    flags = files(answers=[("1", "a")])
+    done = subprocess.run([sys.executable, run_eval.__file__, *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: the ids of") and done.stderr.count("\n") == 1
+
+
+def test_raw_vqa_rad_rows_are_questions_too(files, tmp_path):
+    rows = [
+        {"qid": 7, "image_name": "x.jpg", "question": "How many?", "answer": 4, "answer_type": "OPEN"},
+        {"qid": 8, "image_name": "x.jpg", "question": "Any?", "answer": "No", "answer_type": "CLOSED "},
+    ]
+    content = run_json(files(questions=rows, answers=[("7", "four"), ("8", "no")]), tmp_path)
+    assert content["strict"]["open recall"]["value"] == content["strict"]["closed accuracy"]["value"] == 100
+
+
+def test_published_splits_are_scored_from_the_data_itself(shared_dir, tmp_path):
+    """The real 451 questions: every reference answered with itself is all right, in both sets."""
+    gt = shared_dir / "vqa_rad" / "testset.json"
+    rows = json.loads(gt.read_text())
+    pred = tmp_path / "answers.jsonl"
+    pred.write_text("".join(json.dumps({"question_id": r["qid"], "text": str(r["answer"])}) + "\n" for r in rows))
+    content = run_json(["--gt", str(gt), "--pred", str(pred)], tmp_path, "--bootstrap-samples", "0")
+    assert (content["open"], content["closed"]) == (179, 272)
+    assert content["strict"]["closed accuracy"]["value"] == content["strict"]["open recall"]["value"] == 100
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for part in ("vqa_rad", "pvqa"):
+        folder = tmp_path / "data" / part
+        folder.mkdir(parents=True)
+        (folder / "test.json").write_text(json.dumps(QUESTIONS))
+        answers = tmp_path / "runs" / part
+        answers.mkdir(parents=True)
+        lines = [json.dumps({"question_id": key, "text": text}) for key, text in ANSWERS.items()]
+        (answers / "test-answer-file-9epoch.jsonl").write_text("\n".join(lines) + "\n")
+        (answers / "test-answer-file-9epoch-chunk0.jsonl").write_text(lines[0] + "\n")
+    return tmp_path
+
+
+def batch(tree, *more):
+    output = tree / run_eval_batch.RESULTS_FILE
+    flags = ["--pred_file_parent_path", str(tree / "runs"), "--output", str(output)]
+    run_eval_batch.main([*flags, *(more or ["--gt_parent_path", str(tree / "data")])])
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_batch_scores_every_answer_file_by_its_data_set(tree):
+    rows = batch(tree)
+    assert [row["dataset"] for row in rows] == ["pvqa", "vqa_rad"]
+    assert all(row["strict"]["closed accuracy"]["value"] == 50 for row in rows)
+
+
+def test_batch_takes_the_asked_test_type_only(tree):
+    extra = tree / "runs" / "pvqa" / "test_zh-answer-file.jsonl"
+    extra.write_text("not JSON\n")
+    flags = ["--gt_parent_path", str(tree / "data"), "--target_test_type", "test-answer-file"]
+    assert len(batch(tree, *flags)) == 2
+
+
+def test_batch_writes_nothing_when_a_file_is_bad(tree):
+    (tree / "runs" / "pvqa" / "test-answer-file-9epoch.jsonl").write_text("not JSON\n")
+    with pytest.raises(LlavaError, match="line 1"):
+        batch(tree)
+    assert not (tree / run_eval_batch.RESULTS_FILE).exists()
