@@ -1,0 +1,152 @@
+"""What a judge's replies say: the score line parsed, and chat evaluations summed up by group.
+
+Rows that can't be read are counted and left out; the published summaries average them in as −1, or crash.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+from llava.records import Record
+
+UNREADABLE = (-1.0, -1.0)
+DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
+QUESTION_TYPES = ("conversation", "detailed_description")
+OVERALL = "overall"
+JUDGE_KEYS = ("gpt_eval", "result")
+"""Where a row holds the judge's reply: v1.5's name, v1.0's name."""
+
+
+def parse_scores(reply: str) -> tuple[float, float]:
+    """(reference's score, model's score) of the reply's first line, or `UNREADABLE`.
+
+    The line holds two numbers with exactly one blank or comma between them and nothing else; anything that
+    Python reads as a float is a number.
+    """
+    fields = reply.split("\n")[0].replace(",", " ").split(" ")
+    if len(fields) != 2:
+        return UNREADABLE
+    try:
+        return float(fields[0]), float(fields[1])
+    except ValueError:
+        return UNREADABLE
+
+
+def is_usable(scores: Sequence[float]) -> bool:
+    """Whether a relative score can be computed: two finite numbers, none below zero, the reference's above it."""
+    return len(scores) == 2 and all(math.isfinite(score) for score in scores) and scores[0] > 0 and scores[1] >= 0
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """One group of a chat evaluation. `pred_relative_score` is the mean of model/reference × 100 (v1.5's table),
+    `ratio_of_means` the ratio of the two means × 100 (LLaVA's)."""
+
+    gpt4_score: float
+    pred_score: float
+    pred_relative_score: float
+    ratio_of_means: float
+    data_size: int
+
+
+@dataclass
+class ChatSummary:
+    """Scores by group (question types, domains, overall; empty ones absent) and how many rows were left out."""
+
+    groups: dict[str, GroupScores]
+    rows: int
+    unreadable: int
+    zero_reference: int
+    without_domain: int
+    left_out_ids: list = field(default_factory=list)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def summarize_chat(rows: Iterable[Record]) -> ChatSummary:
+    """Sum up rows of a judged chat evaluation: `type`, `domain` and the reply under one of `JUDGE_KEYS`."""
+    scores: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    count = unreadable = zero = without_domain = 0
+    left_out = []
+    for row in rows:
+        count += 1
+        pair = parse_scores(judge_reply(row) or "")
+        if not is_usable(pair):
+            zero += pair[0] == 0
+            unreadable += pair[0] != 0
+            left_out.append(row.get("question_id"))
+            continue
+        domain = domain_of(row)
+        without_domain += domain is None
+        for group in (row.get("type"), domain, OVERALL):
+            if group is not None:
+                scores[group].append(pair)
+    known = [*QUESTION_TYPES, *DOMAINS]
+    order = [*known, *(name for name in scores if name not in known and name != OVERALL), OVERALL]
+    groups = {name: _group_scores(scores[name]) for name in order if scores.get(name)}
+    return ChatSummary(groups, count, unreadable, zero, without_domain, left_out)
+
+
+def judge_reply(row: Record) -> str | None:
+    """The judge's reply of a row, under either name."""
+    return next((row[key] for key in JUDGE_KEYS if isinstance(row.get(key), str)), None)
+
+
+def domain_of(row: Record) -> str | None:
+    """The first true of the five domains, or None."""
+    flags = row.get("domain") or {}
+    return next((name for name in DOMAINS if flags.get(name)), None)
+
+
+@dataclass(frozen=True)
+class ReviewCategory:
+    """Means of one category of reviews, rounded to 3 digits as LLaVA's summary has them; `ratio` in percent."""
+
+    name: str
+    first: float
+    second: float
+    ratio: float
+    count: int
+
+
+def summarize_reviews(rows: Iterable[Record], ignore: Collection = ()) -> tuple[list[ReviewCategory], int]:
+    """Sum up LLaVA's reviews (`category`, `tuple`); returns the categories in order of appearance, and how many
+    rows had no usable pair of scores.
+
+    Args:
+        ignore: question ids to leave out.
+    """
+    scores: dict[str, list[Sequence[float]]] = defaultdict(list)
+    left_out = 0
+    for row in rows:
+        if row.get("question_id") in ignore:
+            continue
+        pair = row.get("tuple") or ()
+        if not is_usable(pair):
+            left_out += 1
+            continue
+        for name in (row.get("category"), "all"):
+            if name is not None:
+                scores[name].append(pair)
+    categories = []
+    for name, pairs in scores.items():
+        first, second = (round(sum(pair[i] for pair in pairs) / len(pairs), 3) for i in (0, 1))
+        categories.append(ReviewCategory(name, first, second, round(second / first * 100, 1), len(pairs)))
+    return categories, left_out
+
+
+def review_lines(categories: Sequence[ReviewCategory], style: str = "llava") -> list[str]:
+    """Lines as the published summaries print them: "llava" (sorted, means × 10) or "v1.0" (means in brackets)."""
+    if style == "v1.0":
+        return [f"{c.name} {[c.first, c.second]} {c.ratio}" for c in categories]
+    ordered = sorted(categories, key=lambda c: c.name)
+    return [f"{c.name} {c.ratio} {round(c.first * 10, 1)} {round(c.second * 10, 1)}" for c in ordered]
+
+
+def _group_scores(pairs: list[tuple[float, float]]) -> GroupScores:
+    size = len(pairs)
+    reference, model = sum(a for a, _ in pairs) / size, sum(b for _, b in pairs) / size
+    relative = sum(b / a for a, b in pairs) / size * 100
+    return GroupScores(reference, model, relative, model / reference * 100, size)
