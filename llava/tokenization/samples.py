@@ -107,8 +107,9 @@ def conversation_from_record(record: Record, template: Conversation | str) -> Co
 def stop_token_ids(template: Conversation, tokenizer: Any) -> list[int]:
     """The ids that end an answer: the tokenizer's EOS, and the template's end mark where it is one token."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    mark = tokenizer.get_vocab().get(template.stop_str)
-    return ids if mark is None or mark in ids else [*ids, mark]
+    mark = tokenizer.convert_tokens_to_ids(template.stop_str)
+    is_token = mark is not None and tokenizer.convert_ids_to_tokens(mark) == template.stop_str
+    return [*ids, mark] if is_token and mark not in ids else ids
 
 
 def _from_first_question(turns: list[Turn]) -> tuple[list[Turn], int]:
