@@ -278,6 +278,11 @@ def _check_pairs(arguments: Arguments) -> None:
             f"--bits {training.bits} weights can't be trained themselves; add --lora_enable True",
         ),
         (
+            training.bits == 4 and not (training.double_quant and training.quant_type == "nf4"),
+            "--bits 4 is nf4 with double quantization; drop --quant_type fp4 and --double_quant False, which "
+            "take more memory or lose precision",
+        ),
+        (
             data.cache_vision_features and model.unfreeze_mm_vision_tower,
             "--cache_vision_features keeps the output of a tower that --unfreeze_mm_vision_tower changes; choose one",
         ),

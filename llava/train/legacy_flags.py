@@ -47,6 +47,8 @@ def translate_flags(
         LlavaError: a value that can't be translated.
     """
     flags = _split(argv)
+    if flags.get("debug") == []:
+        flags.pop("debug")  # ours, for tracebacks; the Trainer's --debug has a value
     warnings: list[str] = []
     _drop_ignored(flags, warnings)
     _rename(flags, warnings)

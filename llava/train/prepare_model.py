@@ -44,7 +44,7 @@ def prepare_model(arguments: Arguments) -> LoadedModel:
         load_projector(model, model_args.pretrain_mm_mlp_adapter, start_end_ids(model, tokenizer))
     tokenizer.model_max_length = training.model_max_length
     tokenizer.padding_side = "right"
-    choose_trainable(model, model_args)
+    choose_trainable(model, model_args, adapters=training.lora_enable)
     if model_args.tune_mm_mlp_adapter and model.config.mm_use_im_start_end:
         train_rows(model, start_end_ids(model, tokenizer))
     return loaded
@@ -65,17 +65,22 @@ def load_dtype(folder: Path, arguments: Arguments) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def choose_trainable(model: PreTrainedModel, arguments: ModelArguments) -> None:
-    """Set `requires_grad` as the flags say; the tower stays frozen unless it is asked for."""
-    language_model = not (arguments.freeze_backbone or arguments.tune_mm_mlp_adapter)
+def choose_trainable(model: PreTrainedModel, arguments: ModelArguments, adapters: bool = False) -> None:
+    """Set `requires_grad` as the flags say; the tower stays frozen unless it is asked for.
+
+    With `adapters`, which come later, the language model itself is frozen.
+    """
+    language_model = not (arguments.freeze_backbone or arguments.tune_mm_mlp_adapter or adapters)
     projector = not arguments.freeze_mm_mlp_adapter
-    model.requires_grad_(language_model)
+    for parameter in model.parameters():
+        # Quantized weights are integers and can't be trained themselves.
+        parameter.requires_grad_(language_model and parameter.is_floating_point())
     model.get_model().mm_projector.requires_grad_(projector)
     model.get_vision_tower().requires_grad_(arguments.unfreeze_mm_vision_tower)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # what is trained is trained in float32
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not adapters and not any(parameter.requires_grad for parameter in model.parameters()):
         raise LlavaError(
             "nothing is left to train: language model, projector and tower are all frozen; "
             "drop --freeze_backbone or --freeze_mm_mlp_adapter"
@@ -125,6 +130,11 @@ def _is_language_model(folder: Path) -> bool:
 
 def _build(folder: Path, arguments: Arguments) -> LoadedModel:
     flags = arguments.model
+    if arguments.training.bits < 16:
+        raise LlavaError(
+            f"--bits {arguments.training.bits}: {folder} is a language model without a projector; train one first "
+            "(--tune_mm_mlp_adapter True, 16 bits) and start from its output"
+        )
     if not flags.vision_tower:
         raise LlavaError(f"{folder} is a language model without a vision tower; give one with --vision_tower")
     fields = {
@@ -149,6 +159,8 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
         folder,
         device="cpu",
         dtype=load_dtype(folder, arguments),
+        load_8bit=arguments.training.bits == 8,
+        load_4bit=arguments.training.bits == 4,
         vision_tower=flags.vision_tower,
         attn_implementation=flags.attn_implementation,
     )

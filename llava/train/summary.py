@@ -10,21 +10,25 @@ SUMMARY = "training_summary.json"
 CURVE = "loss_curve.png"
 
 
-def write_summary(output_dir: str | Path, summary: dict[str, Any], log_history: list[dict]) -> None:
-    """Write both files; `log_history` is the Trainer's list of logs (`step`, `loss`, `learning_rate`, …)."""
-    steps = [log for log in log_history if "loss" in log]
-    losses = [log["loss"] for log in steps]
+def add_losses(summary: dict[str, Any], log_history: list[dict]) -> dict[str, Any]:
+    """The summary with what the Trainer's logs (`step`, `loss`, `learning_rate`, …) tell, and what ran."""
+    losses = [log["loss"] for log in log_history if "loss" in log]
     tail = losses[-max(1, len(losses) // 10) :]
-    content = {
+    return {
         **summary,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "mean_loss_of_last_tenth": sum(tail) / len(tail) if tail else None,
         "versions": versions(),
     }
-    write_json(Path(output_dir) / SUMMARY, content)
-    if losses:
-        _draw(Path(output_dir) / CURVE, [log["step"] for log in steps], losses, steps)
+
+
+def write_summary(output_dir: str | Path, summary: dict[str, Any], log_history: list[dict]) -> None:
+    """Write both files."""
+    write_json(Path(output_dir) / SUMMARY, summary)
+    logs = [log for log in log_history if "loss" in log]
+    if logs:
+        _draw(Path(output_dir) / CURVE, logs)
 
 
 def versions() -> dict[str, str]:
@@ -41,10 +45,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def _draw(path: Path, steps: list[int], losses: list[float], logs: list[dict]) -> None:
+def _draw(path: Path, logs: list[dict]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    steps, losses = [log["step"] for log in logs], [log["loss"] for log in logs]
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -60,10 +60,10 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
 def finish(arguments, trainer, dataset, checkpoint: Path | None, seconds: float) -> dict[str, Any]:
     """Write the final model whole, then the summary and the loss curve."""
     from llava.train.setup_run import save_final, summarise
-    from llava.train.summary import write_summary
+    from llava.train.summary import add_losses, write_summary
 
     save_final(trainer)
-    summary = summarise(arguments, trainer, dataset, checkpoint, seconds)
+    summary = add_losses(summarise(arguments, trainer, dataset, checkpoint, seconds), trainer.state.log_history)
     if trainer.args.should_save:
         write_summary(trainer.args.output_dir, summary, trainer.state.log_history)
     return summary

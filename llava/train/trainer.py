@@ -17,6 +17,7 @@ from transformers import Trainer
 from llava.errors import LlavaError
 from llava.train.checkpoints import publish, remove_old, staged
 from llava.train.dataset import Report
+from llava.train.lora import load_non_lora
 from llava.train.sampler import EpochSampler
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,12 @@ class LlavaTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.write_model(folder, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.lora_enable:
+            # The Trainer knows the adapter; the projector beside it is ours.
+            load_non_lora(self.model, Path(resume_from_checkpoint))
 
     def _get_output_dir(self, trial) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
