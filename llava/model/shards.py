@@ -15,6 +15,7 @@ import os
 import queue
 import struct
 import threading
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -148,17 +149,15 @@ def write_shards(
     return [shard.path for shard in shards]
 
 
-def recorded_checksums(path: Path) -> dict[str, int]:
-    """CRC-32 of each tensor as recorded in a safetensors file that this module wrote, {} for others'."""
-    if path.suffix != ".safetensors":
-        return {}
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    text = header.pop("__metadata__", {}).get(CHECKSUMS)
-    if text is None:
-        return {}
-    names = sorted(header, key=lambda name: (header[name]["data_offsets"], name))
-    return {name: int(value, 16) for name, value in zip(names, text.split())}
+def recorded_checksums(weights: WeightFiles) -> dict[str, int]:
+    """CRC-32 of each tensor's bytes as its file records it: this module's shards, and `.bin` (zip) files."""
+    found: dict[str, int] = {}
+    for path in weights.files:
+        names = [name for name in weights if weights.file_of(name) == path]
+        found |= (
+            _checksums_in_header(path) if path.suffix == ".safetensors" else _checksums_in_zip(path, names, weights)
+        )
+    return found
 
 
 class _Shard:
@@ -222,8 +221,8 @@ class _Run:
 
     def run(self) -> None:
         jobs = [(shard, tensor) for shard in self.shards for tensor in shard.tensors]
-        done = [job for job in jobs if job[1].name in self.journal.done]
-        todo = [job for job in jobs if job[1].name not in self.journal.done]
+        done = [job for job in jobs if job[1].name in self.journal.done and self._reads_back(*job)]
+        todo = [job for job in jobs if job not in done]
         total = sum(tensor.nbytes for _, tensor in jobs)
         if done:
             log.info("going on from an earlier attempt: %d of %d tensors are there", len(done), len(jobs))
@@ -234,12 +233,10 @@ class _Run:
             ThreadPoolExecutor(WRITERS) as writers,
             ThreadPoolExecutor(1) as verifier,
         ):
-            for job in done:
-                self.written.put(job)
             futures = [writers.submit(self._write, shard, tensor, bar) for shard, tensor in todo]
             verification = verifier.submit(self._verify)
             try:
-                finished, _ = wait([*futures, verification] if futures else [], return_when=FIRST_EXCEPTION)
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
             except BaseException:
@@ -275,7 +272,6 @@ class _Run:
 
     def _verify(self) -> None:
         """Flush, then read back; in batches, so that the disk works while the writers compute."""
-        buffer = bytearray(CHUNK_BYTES)
         batch: list[tuple[_Shard, Planned]] = []
         waiting, ended = 0, False
         while not ended:
@@ -287,27 +283,36 @@ class _Run:
                 waiting += job[1].nbytes
             if waiting < FLUSH_BYTES and not ended:
                 continue
-            for shard in {id(shard): shard for shard, _ in batch}.values():
-                os.fdatasync(shard.handle) if hasattr(os, "fdatasync") else os.fsync(shard.handle)
-            for shard, tensor in batch:
-                if self.stop.is_set():
-                    return
-                self._compare(shard, tensor, memoryview(buffer))
+            if self.stop.is_set():
+                return
+            try:
+                self._flush_and_compare(batch)
+            except BaseException:
+                self.stop.set()
+                raise
             batch, waiting = [], 0
 
-    def _compare(self, shard: _Shard, tensor: Planned, buffer: memoryview) -> None:
-        checksum, offset, end = 0, shard.offsets[tensor.name], shard.offsets[tensor.name] + tensor.nbytes
+    def _flush_and_compare(self, batch: list[tuple[_Shard, Planned]]) -> None:
+        for shard in {id(shard): shard for shard, _ in batch}.values():
+            os.fdatasync(shard.handle) if hasattr(os, "fdatasync") else os.fsync(shard.handle)
+        for shard, tensor in batch:
+            if not self._reads_back(shard, tensor):
+                raise LlavaError(
+                    f"{shard.path}: {tensor.name} reads back other than it was written; the disk or its driver "
+                    f"is faulty, or something else wrote to the file; nothing was kept, run again elsewhere"
+                )
+
+    def _reads_back(self, shard: _Shard, tensor: Planned) -> bool:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, tensor.nbytes)))
+        checksum, offset = 0, shard.offsets[tensor.name]
+        end = offset + tensor.nbytes
         while offset < end:
-            count = os.preadv(shard.handle, [buffer[: min(len(buffer), end - offset)]], offset)
+            count = os.preadv(shard.handle, [buffer[: end - offset]], offset)
             if count == 0:
                 break
             checksum = zlib.crc32(buffer[:count], checksum)
             offset += count
-        if checksum != self.journal.done[tensor.name]:
-            raise LlavaError(
-                f"{shard.path}: {tensor.name} reads back other than it was written; the disk or its driver is "
-                f"faulty, or something else wrote to the file; nothing was kept, run again on another disk"
-            )
+        return checksum == self.journal.done[tensor.name]
 
 
 class _Journal:
@@ -367,6 +372,38 @@ def _fingerprint(shards: list[_Shard], inputs: Iterable[Path]) -> str:
     ]
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     return sha256(json.dumps([plan, stats]).encode()).hexdigest()
+
+
+def _checksums_in_header(path: Path) -> dict[str, int]:
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    text = header.pop("__metadata__", {}).get(CHECKSUMS)
+    if text is None:
+        return {}
+    names = sorted(header, key=lambda name: (header[name]["data_offsets"], name))
+    return {name: int(value, 16) for name, value in zip(names, text.split())}
+
+
+def _checksums_in_zip(path: Path, names: list[str], weights: WeightFiles) -> dict[str, int]:
+    """By order: torch maps the file, so its storages lie in memory as the records do in the archive."""
+    if not zipfile.is_zipfile(path):
+        return {}
+    with zipfile.ZipFile(path) as archive:
+        records = sorted(
+            (info for info in archive.infolist() if "/data/" in info.filename and info.file_size),
+            key=lambda info: info.header_offset,
+        )
+    tensors = {name: weights.read(name) for name in names}
+    storages = sorted({(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors.values()})
+    storages = [(pointer, size) for pointer, size in storages if size]
+    if [size for _, size in storages] != [record.file_size for record in records]:
+        return {}
+    checksums = {pointer: record.CRC for (pointer, _), record in zip(storages, records)}
+    return {
+        name: checksums[tensor.data_ptr()]
+        for name, tensor in tensors.items()
+        if tensor.nbytes and tensor.nbytes == tensor.untyped_storage().nbytes() and tensor.is_contiguous()
+    }
 
 
 def _check_readable(paths: list[Path], tensors: Sequence[Planned]) -> None:

@@ -1,0 +1,30 @@
+"""The files of a model folder beside its weights, and copying them from one folder to another."""
+
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+SIDE_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
+"""Configuration, tokenizer, image processor, chat template, licence. `README.md` is written anew for each result."""
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
+
+_NEVER = ("*.index.json", "adapter_config.json", "trainer_state.json")
+
+
+def copy_side_files(source: Path, target: Path, only: Iterable[str] = SIDE_FILES) -> list[str]:
+    """Copy configuration and tokenizer files; returns their names. Weights stay where they are."""
+    only = tuple(only)
+    copied = []
+    for path in sorted(source.iterdir()):
+        wanted = any(fnmatch(path.name, pattern) for pattern in only)
+        if path.is_file() and wanted and not any(fnmatch(path.name, pattern) for pattern in _NEVER):
+            shutil.copyfile(path, target / path.name)
+            copied.append(path.name)
+    return copied
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer's main file of a model folder."""
+    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)

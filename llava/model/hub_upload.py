@@ -1,0 +1,34 @@
+"""Uploading a finished folder to the hub."""
+
+from pathlib import Path
+
+from llava.errors import LlavaError
+
+
+def check_can_upload(repo_id: str) -> None:
+    """Fail before any work if nobody is logged in or the id isn't one."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise LlavaError(f"--hub-repo-id {repo_id}: not the id of a hub repository ({error})") from error
+    if get_token() is None:
+        raise LlavaError("--hub-repo-id needs a login to the hub: run `hf auth login` or set HF_TOKEN")
+
+
+def upload_folder(folder: Path, repo_id: str) -> str:
+    """Make the repository if needed and upload the folder; returns its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise LlavaError(f"{folder} is complete, but uploading it to {repo_id} failed ({reason})") from error
+    return str(address)
