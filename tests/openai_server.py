@@ -175,8 +175,10 @@ def text_of(content):
 
 def answer_to(request, mode):
     item = text_of(request["messages"][-1]["content"])
-    if mode == "judge":
+    if mode.startswith("judge"):
         number = hashlib.sha256(item.encode()).digest()[0]
+        if mode == "judge-messy" and number % 4 == 0 and len(request["messages"]) == 2:
+            return "Both answers are good, the first one more so.\n8 7"
         return f"{5 + number % 5} {3 + number % 7}\nAssistant 1 says more of what the context supports."
     if mode == "dialogue":
         return (

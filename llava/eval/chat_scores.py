@@ -72,7 +72,7 @@ def summarize_chat(rows: Iterable[Record]) -> ChatSummary:
     left_out = []
     for row in rows:
         count += 1
-        pair = parse_scores(judge_reply(row) or "")
+        pair = row_scores(row)
         if not is_usable(pair):
             zero += pair[0] == 0
             unreadable += pair[0] != 0
@@ -87,6 +87,13 @@ def summarize_chat(rows: Iterable[Record]) -> ChatSummary:
     order = [*known, *(name for name in scores if name not in known and name != OVERALL), OVERALL]
     groups = {name: _group_scores(scores[name]) for name in order if scores.get(name)}
     return ChatSummary(groups, count, unreadable, zero, without_domain, left_out)
+
+
+def row_scores(row: Record) -> tuple[float, float]:
+    """(reference's score, model's) of a row: what the scorer read (`scores`), else parsed from the reply."""
+    if "scores" in row:
+        return tuple(row["scores"]) if row["scores"] else UNREADABLE
+    return parse_scores(judge_reply(row) or "")
 
 
 def judge_reply(row: Record) -> str | None:

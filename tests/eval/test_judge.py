@@ -1,0 +1,154 @@
+"""The chat evaluation: prompts, tolerant reading, the repair request, both orders, and the real questions."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from llava.eval.chat_summary import order_agreement, read_scores_file
+from llava.eval.judge import build_job, read_scores, repair_job
+from llava.openai_api import ChatResult
+from llava.records import read_records, write_records
+from tests.openai_server import OpenAIServer
+
+QUESTION = {
+    "question_id": 7,
+    "text": "What is shown?\n<image>",
+    "gpt4_answer": "A scan.",
+    "fig_caption": "CT of the chest.",
+    "fig_label": "Fig. 2",
+    "in_text_mention": [{"tokens": "Fig. 2 shows a mass ."}, "Plain words."],
+    "domain": {"chest_xray": False, "ct_scan": True},
+    "type": "conversation",
+}
+
+
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        ("8 7\nBecause.", (8, 7)),
+        ("8.5, 7\n", (8.5, 7)),
+        ("\n\n8/10 7/10\nx", (8, 7)),
+        ("Assistant 1: 9 Assistant 2: 3\n10 10", (9, 3)),
+        ("**8 6**", (8, 6)),
+        ("Both are fine.\n8 7", None),
+        ("8\n7", None),
+        ("8 7 6", None),
+        ("80 70", None),
+        ("", None),
+    ],
+)
+def test_first_line_is_read_tolerantly(reply, scores):
+    got = read_scores(reply)
+    assert got == scores if scores else all(math.isnan(score) for score in got)
+
+
+def test_prompt_holds_all_in_order_and_no_placeholder():
+    text = build_job(QUESTION, {"text": "The model says."}).messages[-1]["content"]
+    parts = [
+        "Fig. 2: CT of the chest.",
+        "Fig. 2 shows a mass",
+        "Plain words.",
+        "What is shown?",
+        "A scan.",
+        "The model",
+    ]
+    positions = [text.index(part) for part in parts]
+    assert positions == sorted(positions)
+    assert "<image>" not in text
+    swapped = build_job(QUESTION, {"text": "The model says."}, swapped=True).messages[-1]["content"]
+    assert swapped.index("The model says.") < swapped.index("A scan.")
+
+
+def test_repair_only_where_scores_are_missing():
+    job = build_job(QUESTION, {"text": "x"})
+    assert repair_job(job, ChatResult("8 7", "stop", "m")) is None
+    again = repair_job(job, ChatResult("Well.", "stop", "m"))
+    assert [message["role"] for message in again.messages] == ["system", "user", "assistant", "user"]
+
+
+def score(*words):
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def files(tmp_path):
+    questions = [{**QUESTION, "question_id": n, "text": f"Question {n}?\n<image>"} for n in range(40)]
+    answers = [{"question_id": n, "text": f"Answer {n}.", "model_id": "m"} for n in range(40)][::-1]
+    write_records(tmp_path / "q.jsonl", questions)
+    write_records(tmp_path / "a.jsonl", answers)
+    return tmp_path
+
+
+def test_scorer_repairs_swaps_and_joins_by_id(files):
+    words = ["--question-file", str(files / "q.jsonl"), "--answers-file", str(files / "a.jsonl"), "--swap"]
+    words += ["--scores-file", str(files / "s.jsonl"), "--api-model", "m"]
+    with OpenAIServer("--mode", "judge-messy", "--faults", "0.1", "--kinds", "429,500") as server:
+        done = score("llava.eval.eval_multimodal_chat_gpt_score", *words, "--api-base", server.url)
+        assert done.returncode == 0, done.stderr
+    rows = read_records(files / "s.jsonl")
+    assert len(rows) == 80
+    assert all(row["answer"] == f"Answer {row['question_id']}." for row in rows), "joined by line, not by id"
+    assert all(row["scores"] for row in rows), "an unreadable first line was not repaired"
+    assert {row["judge_model"] for row in rows} == {"m"}
+    judged = read_scores_file(files / "s.jsonl")
+    assert judged.summary.rows == 40
+    assert judged.agreement["questions"] == 40
+    table = score("llava.eval.summarize_gpt_review", "--scores-file", str(files / "s.jsonl"))
+    assert "both orders of 40 questions" in table.stdout
+
+
+def test_ids_that_do_not_match_are_named_and_nothing_is_asked(files):
+    write_records(files / "a.jsonl", [{"question_id": 99, "text": "x"}])
+    words = ["--question-file", str(files / "q.jsonl"), "--answers-file", str(files / "a.jsonl")]
+    words += ["--scores-file", str(files / "s.jsonl"), "--api-model", "m"]
+    with OpenAIServer("--mode", "judge") as server:
+        done = score("llava.eval.eval_multimodal_chat_gpt_score", *words, "--api-base", server.url)
+        assert server.stats()["requests"] == {}
+    assert done.returncode == 2
+    assert "40 questions" in done.stderr
+    assert "99" in done.stderr
+
+
+def test_agreement_of_orders():
+    rows = [
+        {"question_id": 1, "swapped": False, "scores": [8, 6]},
+        {"question_id": 1, "swapped": True, "scores": [7, 5]},
+        {"question_id": 2, "swapped": False, "scores": [8, 6]},
+        {"question_id": 2, "swapped": True, "scores": [6, 8]},
+    ]
+    assert order_agreement(rows) == {"questions": 2, "same_winner": 0.5, "bias_to_first": 1.0}
+    assert order_agreement(rows[:1]) is None
+
+
+def test_unreadable_rows_are_counted_and_left_out(tmp_path):
+    rows = [{"question_id": 1, "type": "conversation", "gpt_eval": "5 10\nx"}]
+    rows += [{"question_id": 2, "type": "conversation", "gpt_eval": "no idea"}]
+    rows += [{"question_id": 3, "type": "conversation", "result": "10 5\nx"}]
+    write_records(tmp_path / "s.jsonl", rows)
+    judged = read_scores_file(tmp_path / "s.jsonl")
+    assert (judged.summary.rows, judged.summary.unreadable) == (3, 1)
+    group = judged.summary.groups["conversation"]
+    assert (group.data_size, group.pred_relative_score, group.ratio_of_means) == (2, 125.0, 100.0)
+
+
+def test_the_real_questions(shared_dir, tmp_path):
+    questions = shared_dir / "llava_med_eval" / "llava_med_eval_qa50_qa.jsonl"
+    if not questions.is_file():
+        pytest.skip(f"no chat-evaluation questions at {questions}")
+    answers = [{"question_id": row["question_id"], "text": "A picture."} for row in read_records(questions)]
+    write_records(tmp_path / "a.jsonl", answers)
+    words = ["--question_input_path", str(questions), "--input_path", str(tmp_path / "a.jsonl")]
+    words += ["--output_path", str(tmp_path / "s.jsonl"), "--api-model", "m"]
+    with OpenAIServer("--mode", "judge") as server:
+        done = score("llava.eval.eval_multimodal_chat_gpt_score", *words, "--api-base", server.url)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "summary.json"
+    table = score("llava.eval.summarize_gpt_review", "--scores-file", str(tmp_path / "s.jsonl"), "--json", str(out))
+    assert table.returncode == 0, table.stderr
+    sizes = {name: group["data_size"] for name, group in json.loads(out.read_text())[0]["groups"].items()}
+    assert (sizes["conversation"], sizes["detailed_description"], sizes["overall"]) == (143, 50, 193)
+    domains = ("chest_xray", "mri", "histology", "gross", "ct_scan")
+    assert [sizes[name] for name in domains] == [37, 38, 44, 34, 40]
