@@ -195,3 +195,20 @@ def test_batch_writes_nothing_when_a_file_is_bad(tree):
     with pytest.raises(LlavaError, match="line 1"):
         batch(tree)
     assert not (tree / run_eval_batch.RESULTS_FILE).exists()
+
+
+def test_audit_scores_the_clean_subset(files, tmp_path):
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps([record("t", "Is it large?", "no", "CLOSED") | {"image": "2.jpg"}]))
+    content = run_json(files(), tmp_path, "--audit", "--train", str(train))["clean_subset"]
+    assert content["audit"]["questions"]["near_duplicates_with_same_answer"] == 1
+    for name in ("unseen picture", "no near-duplicate question"):
+        scores = content["scores"][name]
+        assert (scores["questions"], scores["closed"], scores["strict"]["closed accuracy"]["value"]) == (3, 1, 100)
+
+
+def test_audit_of_other_questions_is_refused(files, tmp_path):
+    audit = tmp_path / "audit.json"
+    audit.write_text(json.dumps({"items": [{"id": "7"}], "subsets": {}}))
+    with pytest.raises(LlavaError, match="of other questions"):
+        run_eval.main([*files(), "--audit", str(audit)])

@@ -1,0 +1,50 @@
+"""Is the test set clean? Pictures, questions and answers that training has already seen.
+
+`python -m llava.data.audit --train FILE --test FILE --image-folder DIR` reads raw VQA-RAD or SLAKE rows or
+LLaVA-Med records. Pictures count as the same by name, by their pixels, or nearly (hash and thumbnail);
+cropped or turned copies are not found.
+"""
+
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.errors import LlavaError
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.data.audit", description=__doc__)
+    parser.add_argument("--train", required=True, help="training questions")
+    parser.add_argument("--test", required=True, help="test questions")
+    parser.add_argument("--image-folder", help="pictures of both; without it pictures are compared by name alone")
+    parser.add_argument("--train-image-folder", help="pictures of training, where they lie elsewhere")
+    parser.add_argument("--jaccard", type=float, default=0.5, help="from here two questions are near duplicates")
+    parser.add_argument("--output", help="write everything here (JSON), for run_eval --audit and the report")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = build_parser().parse_args(argv)
+    if not 0 < args.jaccard <= 1:
+        raise LlavaError(f"--jaccard is {args.jaccard}; give a share above 0 and at most 1")
+    from llava.data.audit_checks import audit_splits
+    from llava.data.audit_text import audit_lines
+    from llava.data.vqa_items import read_vqa_items
+    from llava.records import write_json
+
+    train, test = existing_file(args.train, "--train"), existing_file(args.test, "--test")
+    folder = args.image_folder and existing_dir(args.image_folder, "--image-folder")
+    train_folder = args.train_image_folder and existing_dir(args.train_image_folder, "--train-image-folder")
+    audit = audit_splits(
+        read_vqa_items(train),
+        read_vqa_items(test),
+        train_images=train_folder or folder or None,
+        test_images=folder or None,
+        jaccard=args.jaccard,
+    )
+    if args.output:
+        write_json(Path(args.output), {"train_file": str(train), "test_file": str(test), **audit})
+    write_line("\n".join(audit_lines(audit)))
+
+
+if __name__ == "__main__":
+    run(main)

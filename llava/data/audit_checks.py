@@ -1,0 +1,191 @@
+"""The audit itself: two lists of questions in, one dictionary of findings out (JSON-ready)."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.data.picture_likeness import Fingerprint, alike, fingerprint, groups
+from llava.data.vqa_items import VqaItem
+from llava.errors import LlavaError
+
+UNSEEN_PICTURE = "unseen picture"
+NO_NEAR_DUPLICATE = "no near-duplicate question"
+
+
+def audit_splits(
+    train: Sequence[VqaItem],
+    test: Sequence[VqaItem],
+    train_images: str | Path | None = None,
+    test_images: str | Path | None = None,
+    jaccard: float = 0.5,
+) -> dict[str, Any]:
+    """Compare two splits.
+
+    Args:
+        train_images, test_images: folders of the pictures; None compares pictures by name alone.
+        jaccard: two questions on the same picture whose word sets overlap by at least this are near duplicates.
+
+    Returns:
+        `pictures`, `questions`, `answers` (counts), `subsets` (ids of the test questions that are clean in one
+        sense or another) and `items` (one row per test question).
+
+    Raises:
+        LlavaError: a picture is missing or can't be read.
+    """
+    pictures, same_picture = _compare_pictures(train, test, train_images, test_images)
+    by_picture: dict[Any, list[VqaItem]] = defaultdict(list)
+    for item in train:
+        if item.image is not None:
+            by_picture[same_picture["train", item.image]].append(item)
+    rows = []
+    for item in tqdm(test, desc="questions", unit="question", leave=False, disable=None):
+        seen = by_picture.get(same_picture["test", item.image], []) if item.image is not None else []
+        rows.append(_question_row(item, seen, jaccard))
+    near = [row for row in rows if row["near_duplicate"]]
+    questions = {
+        "identical": sum(row["identical"] for row in rows),
+        "identical_without_punctuation": sum(row["identical_without_punctuation"] for row in rows),
+        "near_duplicates": len(near),
+        "near_duplicates_with_same_answer": sum(row["same_answer"] for row in near),
+        "jaccard": jaccard,
+    }
+    return {
+        "train": _count(train),
+        "test": _count(test),
+        "pictures": pictures,
+        "questions": questions,
+        "answers": _compare_answers(train, test),
+        "subsets": {
+            UNSEEN_PICTURE: [row["id"] for row in rows if not row["picture_seen"]],
+            NO_NEAR_DUPLICATE: [row["id"] for row in rows if not row["near_duplicate"]],
+        },
+        "items": rows,
+    }
+
+
+def question_words(question: str) -> list[str]:
+    """The words of a question: parted by blanks, lower case, letters and digits alone."""
+    words = ("".join(filter(str.isalnum, word)) for word in question.lower().split())
+    return [word for word in words if word]
+
+
+def _question_row(item: VqaItem, seen: Sequence[VqaItem], threshold: float) -> dict[str, Any]:
+    """What training asks about the same picture; of equally near questions the first counts."""
+    text, words = item.question.strip().lower(), question_words(item.question)
+    nearest, overlap = None, 0.0
+    for other in seen:
+        found = _jaccard(set(words), set(question_words(other.question)))
+        if found > overlap:
+            nearest, overlap = other, found
+    return {
+        "id": item.id,
+        "picture_seen": bool(seen),
+        "identical": any(other.question.strip().lower() == text for other in seen),
+        "identical_without_punctuation": any(question_words(other.question) == words for other in seen),
+        "near_duplicate": nearest is not None and overlap >= threshold,
+        "jaccard": overlap,
+        "nearest": None if nearest is None else nearest.id,
+        "nearest_question": None if nearest is None else nearest.question,
+        "same_answer": nearest is not None and _answer_key(nearest.answer) == _answer_key(item.answer),
+    }
+
+
+def _jaccard(first: set[str], second: set[str]) -> float:
+    either = first | second
+    return len(first & second) / len(either) if either else 0.0
+
+
+def _answer_key(answer: str) -> str:
+    return answer.strip().lower()
+
+
+def _compare_pictures(train, test, train_images, test_images) -> tuple[dict[str, Any], dict[tuple[str, str], Any]]:
+    """Counts, and for each (split, picture name) a key that the same picture shares in both splits."""
+    names = {"train": _names(train), "test": _names(test)}
+    by_name = [name for name in names["test"] if name in set(names["train"])]
+    found: dict[str, Any] = {
+        "test_pictures": len(names["test"]),
+        "same_name": len(by_name),
+        "compared_by": "name",
+    }
+    keys = {(split, name): name for split, listed in names.items() for name in listed}
+    if train_images is None or test_images is None:
+        return found, keys
+    folders = {"train": Path(train_images), "test": Path(test_images)}
+    prints = {split: _fingerprints(names[split], folders[split], split) for split in names}
+    pairs = alike(prints["test"], prints["train"])
+    same = [pair for pair in pairs if pair.identical]
+    near = [pair for pair in pairs if not pair.identical]
+    # One key per group of pictures that share name or pixels, so that copies under other names count as the same.
+    marks = [f"{split}/{name}" for split, name in keys]
+    joined = [(f"test/{name}", f"train/{name}") for name in by_name]
+    joined += [(f"test/{pair.first}", f"train/{pair.second}") for pair in same]
+    numbers = groups(joined, marks)
+    keys = {(split, name): numbers[f"{split}/{name}"] for split, name in keys}
+    renamed = [pair for pair in same if pair.first != pair.second]
+    seen = set(by_name) | {pair.first for pair in same}
+    found |= {
+        "compared_by": "name, pixels and perceptual hash",
+        "identical_pixels": len({pair.first for pair in same}),
+        "same_name_other_pixels": sorted(set(by_name) - {p.first for p in same if p.first == p.second}),
+        "identical_under_another_name": [asdict(pair) for pair in renamed],
+        "near_identical": [asdict(pair) for pair in near],
+        "seen": len(seen),
+        "seen_or_nearly": len(seen | {pair.first for pair in near}),
+    }
+    return found, keys
+
+
+def _fingerprints(names: Iterable[str], folder: Path, split: str) -> dict[str, Fingerprint]:
+    prints = {}
+    for name in tqdm(names, desc=f"{split} pictures", unit="picture", leave=False, disable=None):
+        path = folder / name
+        if not path.is_file():
+            raise LlavaError(f"{split} picture not found: {path}; check --image-folder")
+        prints[name] = fingerprint(path)
+    return prints
+
+
+def _names(items: Iterable[VqaItem]) -> list[str]:
+    return list(dict.fromkeys(item.image for item in items if item.image is not None))
+
+
+def _count(items: Sequence[VqaItem]) -> dict[str, int]:
+    kinds = Counter(item.answer_type for item in items)
+    return {"questions": len(items), "open": kinds["OPEN"], "closed": kinds["CLOSED"], "pictures": len(_names(items))}
+
+
+def _compare_answers(train: Sequence[VqaItem], test: Sequence[VqaItem]) -> dict[str, Any]:
+    """What training's answers give away without a look at the picture, by answer type (counts of test questions).
+
+    `in_training`: the answer is one of training's. `majority`: it is training's commonest. `same_question`: it is
+    the commonest answer that training gives to the same question on whatever picture (`same_question_known` of
+    the test questions stand in training).
+    """
+    found = {}
+    for kind in ("OPEN", "CLOSED"):
+        known = Counter(_answer_key(item.answer) for item in train if item.answer_type == kind)
+        by_question: dict[tuple, Counter] = defaultdict(Counter)
+        for item in train:
+            if item.answer_type == kind:
+                by_question[tuple(question_words(item.question))][_answer_key(item.answer)] += 1
+        tested = [item for item in test if item.answer_type == kind]
+        majority = known.most_common(1)[0][0] if known else None
+        asked = [(item, by_question.get(tuple(question_words(item.question)))) for item in tested]
+        found[kind] = {
+            "questions": len(tested),
+            "in_training": sum(_answer_key(item.answer) in known for item in tested),
+            "majority_answer": majority,
+            "majority": sum(_answer_key(item.answer) == majority for item in tested),
+            "same_question_known": sum(bool(answers) for _, answers in asked),
+            "same_question": sum(
+                bool(answers) and answers.most_common(1)[0][0] == _answer_key(item.answer) for item, answers in asked
+            ),
+            "train_priors": known.most_common(10),
+            "test_priors": Counter(_answer_key(item.answer) for item in tested).most_common(10),
+        }
+    return found
