@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llava.errors import LlavaError
 
-FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 """Pillow's decoders that may run; every further one is code that strangers' bytes could reach."""
 
 

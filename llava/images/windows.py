@@ -1,0 +1,68 @@
+"""Grey windows: which range of a scan's values becomes black to white."""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import numpy as np
+
+from llava.errors import LlavaError
+from llava.images.modes import scale_range
+
+CT_WINDOWS = MappingProxyType(
+    {
+        "brain": (40, 80),
+        "subdural": (75, 215),
+        "stroke": (32, 8),
+        "lung": (-600, 1500),
+        "mediastinum": (50, 350),
+        "bone": (400, 1800),
+        "abdomen": (50, 400),
+    }
+)
+"""(centre, width) in Hounsfield units."""
+
+_PERCENTILES = (0.5, 99.5)
+
+
+def read_window(window: str | Sequence[float]) -> tuple[float, float]:
+    """(centre, width) of a preset's name or of a pair."""
+    if isinstance(window, str):
+        if window.lower() not in CT_WINDOWS:
+            raise LlavaError(f"unknown window {window!r}; give centre and width, or one of {', '.join(CT_WINDOWS)}")
+        return CT_WINDOWS[window.lower()]
+    try:
+        centre, width = (float(value) for value in window)
+    except (TypeError, ValueError) as error:
+        raise LlavaError("a window is a centre and a width, such as (40, 80)") from error
+    if not width > 0:
+        raise LlavaError(f"a window's width has to be above 0, not {width:g}")
+    return centre, width
+
+
+def apply_window(values: np.ndarray, window: tuple[float, float], function: str = "LINEAR") -> np.ndarray:
+    """uint8 by one of DICOM's functions: LINEAR, LINEAR_EXACT or SIGMOID (PS3.3 C.11.2.1)."""
+    centre, width = window
+    if function == "SIGMOID":
+        exponent = np.clip(-4 * (values.astype(np.float32) - centre) / width, -80, 80)
+        return scale_range(1 / (1 + np.exp(exponent)), 0, 1)
+    if function == "LINEAR_EXACT":
+        return scale_range(values, centre - width / 2, centre + width / 2)
+    if width <= 1:
+        return np.where(values <= centre - 0.5, 0, 255).astype(np.uint8)
+    return scale_range(values, centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2)
+
+
+def percentile_window(values: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
+    """uint8; all but the darkest and brightest half percent spread over the whole range.
+
+    `ignore` marks values that take no part in it (padding) and become black.
+    """
+    usable = np.isfinite(values)
+    if ignore is not None:
+        usable &= ~ignore
+    if not usable.any():
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.percentile(values[usable], _PERCENTILES)
+    if high <= low:
+        low, high = values[usable].min(), values[usable].max()
+    return scale_range(np.where(usable, values, low), low, high)
