@@ -1,0 +1,76 @@
+"""Ask one question about one or several pictures.
+
+python -m llava.eval.run_llava --model-path CHECKPOINT --image-file scan.png --query "What is shown?"
+"""
+
+from llava.commandline import ArgumentParser, run, write_line
+from llava.errors import LlavaError
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-path", "--model-name", dest="model_path", required=True, help="folder or hub id")
+    parser.add_argument("--model-base", help="what an adapter or projector folder was trained over")
+    parser.add_argument("--image-file", help="a picture, or several separated by --sep")
+    parser.add_argument("--sep", default=",")
+    parser.add_argument("--query", required=True)
+    parser.add_argument("--conv-mode", "--conv-template", dest="conv_mode", help="template; default: the checkpoint's")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_bool("--load-8bit")
+    parser.add_bool("--load-4bit")
+    return parser
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    from llava.images import open_image
+
+    if args.num_beams != 1:
+        raise LlavaError("--num_beams: answers are greedy or sampled here; leave it at 1")
+    # Before the model, which takes longer: a picture that can't be read is found out at once.
+    paths = [path for path in (args.image_file or "").split(args.sep) if path]
+    pictures = [open_image(path) for path in paths]
+
+    from llava.conversation import get_template
+    from llava.generation import Engine, Request, SamplingParams
+    from llava.model import load_pretrained_model
+
+    if args.conv_mode:
+        get_template(args.conv_mode)
+    loaded = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        device=args.device,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+        conversation_template=args.conv_mode,
+    )
+    conversation = get_template(loaded.model.config.conversation_template)
+    conversation.append_message(conversation.roles[0], with_pictures(args.query, len(pictures)))
+    sampling = SamplingParams(
+        temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed
+    )
+    write_line(Engine(loaded).generate([Request(conversation, pictures, sampling)])[0].text.strip())
+
+
+def with_pictures(question: str, count: int) -> str:
+    """The question with an <image> for each picture before it, where it names none itself.
+
+    Raises:
+        LlavaError: it names a number of pictures that isn't `count`.
+    """
+    from llava.constants import DEFAULT_IMAGE_TOKEN
+
+    named = question.count(DEFAULT_IMAGE_TOKEN)
+    if named not in (0, count):
+        raise LlavaError(f"the question has {named} {DEFAULT_IMAGE_TOKEN} but there are {count} pictures")
+    return question if named else (DEFAULT_IMAGE_TOKEN + "\n") * count + question
+
+
+if __name__ == "__main__":
+    run(main)

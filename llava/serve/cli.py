@@ -1,0 +1,160 @@
+"""Chat about pictures in the terminal: streaming, several turns, several pictures.
+
+python -m llava.serve.cli --model-path CHECKPOINT --image-file scan.png
+"""
+
+import sys
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, run, write_line
+from llava.constants import DEFAULT_IMAGE_TOKEN, RESEARCH_NOTICE
+from llava.errors import LlavaError
+
+HELP = """\
+/image PATH   add a picture to your next question (as often as you like)
+/reset        start again, without pictures
+/save PATH    write the conversation as JSON
+/help         this list
+/exit         leave (so does Ctrl-D; Ctrl-C stops an answer)"""
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-path", "--model-name", dest="model_path", required=True, help="folder or hub id")
+    parser.add_argument("--model-base", help="what an adapter or projector folder was trained over")
+    parser.add_argument("--image-file", action="append", default=[], help="a picture to begin with; may be repeated")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_argument("--conv-mode", "--conv-template", dest="conv_mode", help="template; default: the checkpoint's")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--seed", type=int)
+    parser.add_bool("--load-8bit")
+    parser.add_bool("--load-4bit")
+    return parser
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    from llava.images import open_image
+
+    pictures = [(path, open_image(path)) for path in args.image_file]
+
+    from llava.generation import Engine, SamplingParams
+    from llava.model import load_pretrained_model
+
+    loaded = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        device=args.device,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+        conversation_template=args.conv_mode,
+    )
+    sampling = SamplingParams(
+        temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed
+    )
+    chat = Chat(Engine(loaded), loaded.model.config.conversation_template, sampling)
+    write_line(RESEARCH_NOTICE)
+    write_line("Ask about the picture; /help lists the commands.")
+    for path, picture in pictures:
+        chat.add_picture(path, picture)
+    talk(chat)
+
+
+class Chat:
+    """One conversation: the turns so far, the pictures of them, and those waiting for the next question."""
+
+    def __init__(self, engine, template: str, sampling):
+        self.engine, self.template, self.sampling = engine, template, sampling
+        self.reset()
+
+    def reset(self) -> None:
+        from llava.conversation import get_template
+
+        self.conversation = get_template(self.template)
+        self.pictures: list = []
+        self.paths: list[str] = []
+        self.waiting = 0
+
+    def add_picture(self, path: str, picture) -> None:
+        self.pictures.append(picture)
+        self.paths.append(str(path))
+        self.waiting += 1
+        write_line(f"[{Path(path).name}, {picture.width} × {picture.height}; ask about it]")
+
+    def ask(self, question: str):
+        """Yield the pieces of the answer; an answer that fails leaves the conversation as it was."""
+        from llava.generation import Request
+
+        user, assistant = self.conversation.roles[:2]
+        before = self.conversation.copy()
+        self.conversation.append_message(user, (DEFAULT_IMAGE_TOKEN + "\n") * self.waiting + question)
+        pieces: list[str] = []
+        try:
+            for piece in self.engine.stream(Request(self.conversation, self.pictures, self.sampling)):
+                pieces.append(piece)
+                yield piece
+        except LlavaError:
+            self.conversation = before
+            raise
+        except KeyboardInterrupt:
+            pieces.append(" …")
+        self.conversation.append_message(assistant, "".join(pieces).strip())
+        self.waiting = 0
+
+    def save(self, path: str) -> None:
+        from llava.records import write_json
+
+        names = dict(zip(self.conversation.roles, ("human", "gpt"), strict=False))
+        start = self.conversation.offset
+        turns = [{"from": names.get(role, role), "value": text} for role, text in self.conversation.messages[start:]]
+        write_json(path, {"images": self.paths, "conversations": turns, "notice": RESEARCH_NOTICE})
+        write_line(f"[saved to {path}]")
+
+
+def talk(chat: Chat) -> None:
+    """Read lines until the end of input; an error of one line doesn't end the chat."""
+    while True:
+        try:
+            line = input("\nyou: " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            write_line()
+            return
+        if line in ("/exit", "/quit"):
+            return
+        try:
+            if line.startswith("/"):
+                command(chat, line)
+            elif line:
+                for piece in chat.ask(line):
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                write_line()
+        except LlavaError as error:
+            write_line(f"error: {error}")
+
+
+def command(chat: Chat, line: str) -> None:
+    """Carry out a line that starts with a slash."""
+    from llava.images import open_image
+
+    name, _, value = line.partition(" ")
+    value = value.strip()
+    if name == "/image" and value:
+        chat.add_picture(value, open_image(value))
+    elif name == "/save" and value:
+        chat.save(value)
+    elif name == "/reset":
+        chat.reset()
+        write_line("[a new conversation]")
+    elif name == "/help":
+        write_line(HELP)
+    elif name in ("/image", "/save"):
+        raise LlavaError(f"{name} needs a path")
+    else:
+        raise LlavaError(f"unknown command {name}; /help lists them")
+
+
+if __name__ == "__main__":
+    run(main)

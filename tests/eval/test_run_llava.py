@@ -1,0 +1,37 @@
+"""One question from the command line, with one picture, several, or none."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.eval.run_llava import with_pictures
+from tests import tiny
+
+
+def ask(checkpoint, *words):
+    command = [sys.executable, "-m", "llava.eval.run_llava", "--model-path", str(checkpoint), "--device", "cpu"]
+    return subprocess.run([*command, "--max_new_tokens", "5", *words], capture_output=True, text=True)
+
+
+def test_one_and_several_pictures(tmp_path):
+    checkpoint = tiny.make_llava(tmp_path / "model")
+    for name, colour in (("a", "gray"), ("b", "red")):
+        Image.new("RGB", (60, 40), colour).save(tmp_path / f"{name}.png")
+    one = ask(checkpoint, "--image-file", str(tmp_path / "a.png"), "--query", "What is it?")
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.strip()
+    two = ask(checkpoint, "--image-file", f"{tmp_path / 'a.png'};{tmp_path / 'b.png'}", "--sep", ";", "--query", "Q?")
+    assert two.returncode == 0, two.stderr
+    template = ask(checkpoint, "--query", "Q?", "--conv-mode", "nothing")
+    assert template.returncode == 2
+    assert "nothing" in template.stderr
+
+
+def test_placeholders_are_put_or_checked():
+    assert with_pictures("Q?", 2) == "<image>\n<image>\nQ?"
+    assert with_pictures("Q? <image>", 1) == "Q? <image>"
+    with pytest.raises(LlavaError, match="2 pictures"):
+        with_pictures("<image> Q?", 2)

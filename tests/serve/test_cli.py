@@ -1,0 +1,50 @@
+"""The terminal chat as a process: pictures, several turns, commands, and errors that don't end it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    Image.new("RGB", (60, 40), "gray").save(folder / "a.png")
+    return tiny.make_llava(folder / "model"), folder
+
+
+def chat(model, lines, *words):
+    checkpoint, folder = model
+    command = [sys.executable, "-m", "llava.serve.cli", "--model-path", str(checkpoint), "--device", "cpu"]
+    command += ["--temperature", "0", "--max-new-tokens", "6", "--image-file", str(folder / "a.png"), *words]
+    return subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True)
+
+
+def test_several_turns_and_pictures(model):
+    _, folder = model
+    saved = folder / "chat.json"
+    lines = ["What is it?", f"/image {folder / 'a.png'}", "And this?", "/nonsense", "/image none.png"]
+    done = chat(model, [*lines, f"/save {saved}", "/reset", "Hello", "/exit"])
+    assert done.returncode == 0, done.stderr
+    assert "research only" in done.stdout
+    assert "unknown command /nonsense" in done.stdout
+    assert "none.png" in done.stdout
+    content = json.loads(saved.read_text())
+    values = [turn["value"] for turn in content["conversations"]]
+    assert [turn["from"] for turn in content["conversations"]] == ["human", "gpt"] * 2
+    assert values[0] == "<image>\nWhat is it?"
+    assert values[2] == "<image>\nAnd this?"
+    assert len(content["images"]) == 2
+
+
+def test_a_picture_that_is_not_there_is_one_line(model):
+    checkpoint, _ = model
+    command = [sys.executable, "-m", "llava.serve.cli", "--model-path", str(checkpoint), "--image-file", "no.png"]
+    done = subprocess.run(command, input="", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no.png" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
