@@ -5,8 +5,10 @@ match first (missing, left over, misshapen) and only then reads, tensor by tenso
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -27,17 +29,23 @@ HARMLESS = (
 """Names in a file that carry no information, as patterns."""
 
 
+_READERS = 4
+"""Threads that read: one doesn't saturate a disk, nor the memory behind the page cache."""
+
+
 @dataclass
 class Source:
     """Tensors of `weights`, by the model's name for them.
 
-    `unused` are names of the files that this model has no place for and needs none (the tower's last block, the
-    text half of a CLIP). Anything else that is neither in `names` nor harmless is an error.
+    `behind` are the tower's tensors behind the selected layer, which the model has no place for, by the names
+    that they have in a checkpoint; `unused` are names in the files of what is never needed (the text half of a
+    CLIP). Anything else that is neither in `names` nor harmless is an error.
     """
 
     what: str
     weights: WeightFiles
     names: dict[str, str]
+    behind: dict[str, str] = field(default_factory=dict)
     unused: frozenset[str] = frozenset()
     convert: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -47,8 +55,18 @@ class Source:
         return self.shapes.get(name) or self.weights.shape(self.names[name])
 
     def read(self, name: str) -> torch.Tensor:
+        """The tensor for weight `name`, perhaps memory mapped."""
         tensor = self.weights.read(self.names[name])
         return tensor if self.convert is None else self.convert(name, tensor)
+
+    def copy(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The tensor for weight `name` in memory of its own: a memory-mapped weight would follow the file."""
+        file_name = self.names[name]
+        stored = self.weights.dtype(file_name)
+        target = dtype if stored.is_floating_point else stored
+        if self.convert is None and device.type == "cpu" and target == stored:
+            return self.weights.copy(file_name)
+        return self.read(name).to(device=device, dtype=target, copy=True)
 
 
 def build_empty(model_class: type[PreTrainedModel], config, attn_implementation: str | None = None):
@@ -79,27 +97,32 @@ def fill_model(
         LlavaError: a missing, extra or misshapen tensor: its name, the files, the likely cause.
     """
     sources = list(sources)
-    chosen = _match(model, sources, fresh, statistics or {})
+    chosen = match_sources(model, sources, fresh, statistics)
     where = device if callable(device) else lambda name: device
-    for name, source in chosen.items():
-        if statistics is None or not _set_quantized(model, name, source, statistics, where(name)):
-            set_weight(model, name, source.read(name), dtype, where(name))
+    plain = {
+        name: source
+        for name, source in chosen.items()
+        if statistics is None or not _set_quantized(model, name, source, statistics, where(name))
+    }
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        tensors = pool.map(lambda name: plain[name].copy(name, dtype, where(name)), plain)
+        for name, tensor in zip(plain, tensors, strict=True):
+            _set_weight(model, name, tensor)
+    for source in sources:
+        model.get_vision_tower().remember_behind(source.behind, source.weights)
     model.tie_weights()
     _initialise(model, dtype, where)
 
 
-def set_weight(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Put a copy of `tensor` in the place of parameter or buffer `name`."""
+def _set_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put `tensor` in the place of parameter or buffer `name`."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    target = dtype if tensor.is_floating_point() else tensor.dtype
-    # A copy even where nothing changes: a memory-mapped weight would follow the file.
-    value = tensor.to(device=device, dtype=target, copy=True)
     old = module._parameters.get(leaf)
     if old is not None:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
     else:
-        module._buffers[leaf] = value
+        module._buffers[leaf] = tensor
 
 
 def _set_quantized(model, name: str, source: Source, statistics, device: torch.device) -> bool:
@@ -117,18 +140,21 @@ def is_harmless(name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in HARMLESS)
 
 
-def _match(model, sources, fresh, statistics) -> dict[str, Source]:
+def match_sources(
+    model: PreTrainedModel,
+    sources: Iterable[Source],
+    fresh: Callable[[str], bool] = lambda name: False,
+    statistics: Mapping[str, list[str]] | None = None,
+) -> dict[str, Source]:
     """Which source gives each weight, or the error that says what doesn't fit."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    statistics = statistics or {}
     beside = {key for keys in statistics.values() for key in keys}
     chosen: dict[str, Source] = {}
     for source in sources:
         used = {file_name for name, file_name in source.names.items() if name in wanted}
-        extra = [
-            file_name
-            for file_name in source.weights
-            if file_name not in used | source.unused | beside and not is_harmless(file_name)
-        ]
+        expected = used | source.unused | set(source.behind.values()) | beside
+        extra = [file_name for file_name in source.weights if file_name not in expected and not is_harmless(file_name)]
         if extra:
             raise LlavaError(_describe_extra(source, extra, model))
         chosen.update((name, source) for name, file_name in source.names.items() if file_name in used)

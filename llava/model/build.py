@@ -43,7 +43,9 @@ def build_model_from_llm(
     """
     llm_folder = locate_model(llm_path, "language model")
     tower_folder = locate_model(vision_tower, "vision tower")
-    config = _config(llm_folder, str(vision_tower), read_vision_config(tower_folder), mm_fields)
+    # A folder's absolute path, so that the note of its origin stays true from any working directory.
+    tower_name = str(tower_folder.absolute()) if Path(vision_tower).expanduser().is_dir() else str(vision_tower)
+    config = _config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)
     model = build_empty(MODEL_CLASSES[config.model_type], config, attn_implementation)
     weights = WeightFiles.of_folder(llm_folder)
     names = {name: name for name in weights if not is_harmless(name)}

@@ -4,6 +4,7 @@ A checkpoint's config.json carries all that is needed to run the model; nothing 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
@@ -53,6 +54,19 @@ class LlavaConfigFields:
 
     conversation_template: str | None = None
     """Name of the prompt template that the model was trained with."""
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to config.json: also the older names, which LLaVA's own code and SGLang read."""
+        content = super().to_diff_dict()
+        if content.get("dtype") is not None:
+            content["torch_dtype"] = content["dtype"]
+        rope = content.get("rope_parameters")
+        if rope:
+            content["rope_theta"] = rope.get("rope_theta")
+            scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+            kind = scaling.get("rope_type", "default")
+            content["rope_scaling"] = None if kind == "default" else scaling | {"type": kind}
+        return content
 
 
 class LlavaLlamaConfig(LlavaConfigFields, LlamaConfig):

@@ -91,21 +91,22 @@ def hf_source(weights: WeightFiles, model) -> Source:
         LlavaError: a projector without activation whose second layer isn't the identity.
     """
     linear = model.config.mm_projector_type == "linear"
-    names, unused = {}, set()
+    names, behind, unused = {}, {}, set()
     for hf_name in weights:
         name = native_name(hf_name, linear)
         if name is None:
             if linear and re.fullmatch(_PROJECTOR, hf_name):
-                _check_identity(weights, hf_name)
+                check_identity(weights, hf_name)
                 unused.add(hf_name)
         elif name.startswith(CLIP_PREFIX) and is_behind_selection(name.removeprefix(CLIP_PREFIX), model):
-            unused.add(hf_name)
+            behind[name] = hf_name
         else:
             names[name] = hf_name
-    return Source("checkpoint", weights, names, frozenset(unused))
+    return Source("checkpoint", weights, names, behind, frozenset(unused))
 
 
-def _check_identity(weights: WeightFiles, hf_name: str) -> None:
+def check_identity(weights: WeightFiles, hf_name: str) -> None:
+    """Fail unless a tensor of the second layer of a projector without activation does nothing."""
     tensor = weights.read(hf_name)
     expected = torch.eye(len(tensor)) if tensor.ndim == 2 else torch.zeros(len(tensor))
     if tensor.shape != expected.shape or not torch.equal(tensor.float(), expected):

@@ -94,14 +94,14 @@ def projector_file(folder: Path) -> Path | None:
 
 def native_source(weights: WeightFiles, model: PreTrainedModel, what: str = "checkpoint") -> Source:
     """The weights of a native folder; prefixes that peft or LLaVA's LoRA training left are dropped."""
-    names, unused = {}, set()
+    names, behind = {}, {}
     for file_name in weights:
         name = native_name(file_name)
         if name.startswith(CLIP_PREFIX) and is_behind_selection(name.removeprefix(CLIP_PREFIX), model):
-            unused.add(file_name)
+            behind[name] = file_name
         elif not is_harmless(name):
             names[name] = file_name
-    return Source(what, weights, names, frozenset(unused))
+    return Source(what, weights, names, behind)
 
 
 def _open_native(folder: Path, vision_tower) -> Parts:
@@ -156,7 +156,7 @@ def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts
         base.convert = adapter.merged
         inside = _has_tower(weights) or _has_tower(extra)
         tower = [] if inside else [tower_source(tower_folder, model)]
-        replaced = Source("adapter", adapter.weights, adapter.overrides, _pair_names(adapter))
+        replaced = Source("adapter", adapter.weights, adapter.overrides, unused=_pair_names(adapter))
         return [*tower, base, native_source(extra, model, "adapter's other weights"), replaced]
 
     return Parts(config, weights, sources, [folder, base_folder], tower_folder)

@@ -50,7 +50,7 @@ def load_pretrained_model(
             `LlavaForConditionalGeneration`; told apart by what the files hold.
         model_base: the language model (or LLaVA) that a LoRA or projector folder was trained over.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; the best there is by default.
-        dtype: `float32`, `float16`, `bfloat16`; float32 on the CPU and the checkpoint's own elsewhere by default.
+        dtype: `float32`, `float16`, `bfloat16`; the checkpoint's own by default.
         load_8bit, load_4bit: quantize the language model with bitsandbytes while loading.
         device_map: `auto`, or accelerate's map of modules to devices, to spread the model over several GPUs;
             by default a model that one GPU can't hold is spread over all.
@@ -70,7 +70,7 @@ def load_pretrained_model(
     if conversation_template:
         parts.config.conversation_template = conversation_template
     device = torch.device(device or best_device())
-    dtype = choose_dtype(dtype, parts.config, device)
+    dtype = choose_dtype(dtype, parts.config, parts.weights)
     # Before the weights: a tokenizer that can't be read is found out in a second.
     tokenizer = load_tokenizer(next((place for place in parts.folders if _has_tokenizer(place)), folder))
     add_missing_image_tokens(tokenizer, parts.config, folder)

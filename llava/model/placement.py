@@ -1,6 +1,7 @@
 """Where a model goes: one device, or its layers spread over several GPUs."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate.utils import get_balanced_memory
 from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
+from llava.model.weights import WeightFiles
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +25,18 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose_dtype(dtype: str | torch.dtype | None, config, device: torch.device) -> torch.dtype:
-    """float32 on the CPU and the checkpoint's own dtype elsewhere, unless one is named."""
+def choose_dtype(dtype: str | torch.dtype | None, config, weights: WeightFiles) -> torch.dtype:
+    """The named dtype, else the checkpoint's own: the config's, or that of most of its weights."""
     if isinstance(dtype, str):
         dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype)
         if dtype is None:
             raise LlavaError("dtype must be float32, float16 or bfloat16")
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float16
-    return dtype
+    if dtype is not None:
+        return dtype
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    stored = Counter(weights.dtype(name) for name in weights if weights.dtype(name).is_floating_point)
+    return stored.most_common(1)[0][0] if stored else torch.float32
 
 
 class Placement:

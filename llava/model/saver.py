@@ -1,6 +1,5 @@
 """Writing a checkpoint folder: weights as safetensors, config, tokenizer, image processor; whole or not at all."""
 
-import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+from llava.model.tokenizer import save_tokenizer
 
 
 def save_model(
@@ -30,9 +29,11 @@ def save_model(
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", suffix=".part", dir=output_dir.parent))
     try:
+        if not getattr(model, "is_quantized", False):
+            state_dict = (state_dict or model.state_dict()) | model.get_vision_tower().weights_behind()
         model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=max_shard_size)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         if image_processor is not None:
             image_processor.save_pretrained(temporary)
         _move_in(temporary, output_dir)

@@ -5,6 +5,7 @@ is converted here: transformers 5 orders the merges by vocabulary index and forg
 time, which gives other ids for double blanks and for text behind special tokens.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from llava.errors import LlavaError
-from llava.records import read_json
+from llava.records import read_json, write_json
+
+SENTENCEPIECE = "tokenizer.model"
 
 _NORMAL, _USER_DEFINED = 1, 4
 """Piece types of the SentencePiece model proto that take part in merges, or are matched whole."""
@@ -36,7 +39,7 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         tokenizer = _from_json(folder)
-    elif (folder / "tokenizer.model").is_file():
+    elif (folder / SENTENCEPIECE).is_file():
         tokenizer = _from_sentencepiece(folder, strip_blanks)
     else:
         raise LlavaError(
@@ -45,7 +48,31 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer so that older transformers, SGLang and llama.cpp read it too.
+
+    Beside `tokenizer.json` these are the class's name of old, the SentencePiece model that it was made from, and
+    `added_tokens.json`.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.pop("backend", None)
+        write_json(path, config)
+    source = Path(tokenizer.name_or_path) / SENTENCEPIECE
+    if not source.is_file():
+        return
+    shutil.copyfile(source, folder / SENTENCEPIECE)
+    pieces = len(_read_pieces(source))
+    added = {token: index for token, index in tokenizer.get_added_vocab().items() if index >= pieces}
+    if added:
+        write_json(folder / "added_tokens.json", added)
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], strip_blanks: bool) -> int:
@@ -75,7 +102,7 @@ def _from_sentencepiece(folder: Path, strip_blanks: bool) -> PreTrainedTokenizer
         for role in ("bos_token", "eos_token", "unk_token", "pad_token")
         if special.get(role) is not None
     }
-    backend = _convert(folder / "tokenizer.model", legacy=config.get("legacy", True))
+    backend = _convert(folder / SENTENCEPIECE, legacy=config.get("legacy", True))
     _set_template(backend, names, config)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -82,18 +82,15 @@ def tower_source(folder: Path, model) -> Source:
 
         return open_clip_source(folder, model)
     weights = WeightFiles.of_folder(folder)
-    names, unused = {}, set()
+    names, behind, unused = {}, {}, set()
     for file_name in weights:
         own_name = file_name.removeprefix("vision_model.")
         if own_name.startswith(_CLIP_VISION_PARTS):
-            if is_behind_selection(own_name, model):
-                unused.add(file_name)
-            else:
-                names[CLIP_PREFIX + own_name] = file_name
+            (behind if is_behind_selection(own_name, model) else names)[CLIP_PREFIX + own_name] = file_name
         elif file_name.startswith(_CLIP_OTHER_PARTS):
             unused.add(file_name)
     names = {name: file_name for name, file_name in names.items() if not is_harmless(name)}
-    return Source("vision tower", weights, names, frozenset(unused))
+    return Source("vision tower", weights, names, behind, frozenset(unused))
 
 
 def is_behind_selection(own_name: str, model) -> bool:

@@ -4,6 +4,7 @@
 come from the checkpoint or from the tower's folder (llava.model.loader).
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.errors import LlavaError
+from llava.model.weights import WeightFiles
 
 OPEN_CLIP_KIND = "open_clip"
 
@@ -47,6 +49,7 @@ class VisionTower(nn.Module):
         if select_feature not in {"patch", "cls_patch"}:
             raise LlavaError(f"mm_vision_select_feature must be patch or cls_patch, not {select_feature!r}")
         self.select_feature = select_feature
+        self._behind: dict[str, tuple[Path, str]] = {}
 
     @property
     def num_patches(self) -> int:
@@ -64,6 +67,26 @@ class VisionTower(nn.Module):
     @property
     def is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def remember_behind(self, names: dict[str, str], weights: WeightFiles) -> None:
+        """Note where the tensors behind the selected layer lie: the model doesn't hold them, a checkpoint should.
+
+        `names` are their names in the files of `weights`, by their names in a checkpoint.
+        """
+        self._behind.update((name, (weights.file_of(key), key)) for name, key in names.items())
+
+    def weights_behind(self) -> dict[str, torch.Tensor]:
+        """The tensors behind the selected layer, memory mapped from where the tower was loaded.
+
+        Those whose file has gone are left out; nothing but other programs would miss them.
+        """
+        files = {path for path, _ in self._behind.values() if path.is_file()}
+        opened = {path: WeightFiles([path]) for path in files}
+        return {
+            name: opened[path].read(key)
+            for name, (path, key) in self._behind.items()
+            if path in opened and key in opened[path]
+        }
 
     def select(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[n, 1 + patches, hidden]` with the class token first, or without it."""
