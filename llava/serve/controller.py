@@ -7,6 +7,7 @@ It never loads a model and never calls an address that a client names: only addr
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 
 from llava.commandline import ArgumentParser, run
@@ -58,6 +59,13 @@ def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_B
         trust_env=False,
     )
 
+    tasks: set[asyncio.Task] = set()  # the loop itself keeps no hold of its tasks
+
+    def background(work) -> None:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
     @contextlib.asynccontextmanager
     async def lifespan(_):
         expiring = asyncio.create_task(_expire_for_ever(registry))
@@ -86,6 +94,13 @@ def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_B
         logger.info("worker %s serves %s", worker.address, ", ".join(worker.model_names))
         return {"registered": worker.address}
 
+    @app.post("/unregister_worker")
+    async def unregister_worker(request: Request) -> dict:
+        address = str((await _json(request)).get("worker_name"))
+        registry.remove(address)
+        logger.info("worker %s left", address)
+        return {"unregistered": address}
+
     @app.post("/refresh_all_workers")
     async def refresh_all_workers() -> dict:
         await _refresh(registry, client)
@@ -97,7 +112,16 @@ def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_B
 
     @app.post("/get_worker_address")
     async def get_worker_address(request: Request) -> dict:
-        return {"address": registry.choose(str((await _json(request)).get("model"))) or ""}
+        body = await _json(request)
+        # Addresses that the asker couldn't reach: passed over now, and dropped if we can't reach them either.
+        failed = frozenset(str(address) for address in body.get("exclude") or ())
+        for address in failed & registry.workers.keys():
+            background(_drop_if_dead(registry, client, address))
+        return {"address": registry.choose(str(body.get("model")), failed) or ""}
+
+    @app.post("/list_workers")
+    async def list_workers() -> dict:
+        return {"workers": [dataclasses.asdict(worker) for worker in registry.workers.values()]}
 
     @app.post("/receive_heart_beat")
     async def receive_heart_beat(request: Request) -> dict:
@@ -161,6 +185,14 @@ async def _refresh(registry: Registry, client) -> None:
     answers = await asyncio.gather(*(ask(worker) for worker in before.values()))
     joined_meanwhile = [worker for address, worker in registry.workers.items() if address not in before]
     registry.replace_all([worker for worker in answers if worker is not None] + joined_meanwhile)
+
+
+async def _drop_if_dead(registry: Registry, client, address: str) -> None:
+    try:
+        await _ask_status(client, address)
+    except LlavaError as error:
+        logger.warning("%s, dropped", error)
+        registry.remove(address)
 
 
 async def _ask_status(client, address: str) -> dict:

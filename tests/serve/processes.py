@@ -54,3 +54,11 @@ class Process:
     def __exit__(self, *_):
         if self.process.poll() is None:
             self.kill()
+
+
+def wait_until(condition, seconds: float) -> None:
+    """Return once `condition()` is true; an AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)

@@ -1,0 +1,89 @@
+"""A worker's side of being known: register with the controller, heartbeats, and leaving."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from llava.serve.protocol import HEARTBEAT_SECONDS
+from llava.serve.secret import headers
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+TIMEOUT = 5.0
+
+
+class Membership:
+    """Keeps a worker in a controller's table, also when the controller starts later or starts anew.
+
+    Args:
+        controller: address of the controller.
+        address: where this worker is reached.
+        status: gives {model_names, speed, queue_length} when asked.
+    """
+
+    def __init__(self, controller: str, address: str, status: Callable[[], dict], secret: str | None):
+        import httpx
+
+        self.controller, self.address, self.status = controller.rstrip("/"), address, status
+        self.client = httpx.AsyncClient(headers=headers(secret), timeout=TIMEOUT, trust_env=False)
+        self.known = False
+        self.complained = False
+        self.task: asyncio.Task | None = None
+
+    def start(self) -> None:
+        self.task = asyncio.create_task(self._stay_known())
+
+    async def leave(self) -> None:
+        """Tell the controller to send no more requests."""
+        if self.task is not None:
+            self.task.cancel()
+        if self.known:
+            await self._post("/unregister_worker", {"worker_name": self.address})
+        self.known = False
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+    async def _stay_known(self) -> None:
+        while True:
+            self.known = await (self._beat() if self.known else self._register())
+            await asyncio.sleep(HEARTBEAT_SECONDS if self.known else RETRY_SECONDS)
+
+    async def _register(self) -> bool:
+        body = {"worker_name": self.address, "check_heart_beat": True, "worker_status": self.status()}
+        if await self._post("/register_worker", body) is None:
+            return False
+        logger.info("registered with %s as %s", self.controller, self.address)
+        return True
+
+    async def _beat(self) -> bool:
+        body = {"worker_name": self.address, "queue_length": int(self.status()["queue_length"])}
+        reply = await self._post("/receive_heart_beat", body)
+        if reply is not None and not reply.get("exist"):
+            return await self._register()
+        return reply is not None
+
+    async def _post(self, path: str, body: dict) -> dict | None:
+        """The reply, or None after saying once why there is none."""
+        import httpx
+
+        try:
+            reply = await self.client.post(self.controller + path, json=body)
+            reply.raise_for_status()
+            self.complained = False
+            return reply.json()
+        except (httpx.HTTPError, ValueError) as error:
+            if not self.complained:
+                logger.warning("controller %s: %s; trying on", self.controller, _words(error))
+            self.complained = True
+            return None
+
+
+def _words(error: Exception) -> str:
+    reply = getattr(error, "response", None)
+    if reply is None:
+        return f"no answer ({type(error).__name__})"
+    if reply.status_code == 401:
+        return "it has another secret (see --secret-file)"
+    return f"status {reply.status_code}: {reply.text[:200]}"

@@ -1,0 +1,131 @@
+"""A worker's HTTP side: /worker_generate_stream, /worker_get_status, /health, around anything that answers."""
+
+import contextlib
+import logging
+
+from llava.serve.answering import Backend, answer_chunks
+from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, secret_check
+from llava.serve.heartbeat import Membership
+from llava.serve.job import read_job
+from llava.serve.protocol import ErrorType, ServeError, encode_error
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerApp:
+    """The ASGI application `asgi` and its state: names served, whether it is draining.
+
+    Args:
+        interval: seconds between two chunks of a stream.
+        timeout: seconds for a whole answer.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        model_names: list[str],
+        secret: str | None,
+        *,
+        speed: float = 1.0,
+        interval: float = 0.04,
+        timeout: float = 300.0,
+        max_body: int = MAX_BODY_BYTES,
+    ):
+        self.backend, self.model_names, self.speed = backend, model_names, speed
+        self.interval, self.timeout = interval, timeout
+        self.draining = False
+        self.asgi = Guard(self._routes(), secret_check(secret), max_body)
+
+    def status(self) -> dict:
+        stats = self.backend.stats()
+        queue_length = int(stats["queue_length"])
+        return {
+            "model_names": self.model_names,
+            "speed": self.speed,
+            "queue_length": queue_length,
+            "draining": self.draining,
+            "stats": stats,
+        }
+
+    def _routes(self):
+        from fastapi import FastAPI, Request
+        from fastapi.responses import StreamingResponse
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_):
+            yield
+            self.backend.close()
+
+        app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+        answer_errors(app)
+
+        @app.get("/health")
+        async def health() -> dict:
+            return {"status": "ok"}
+
+        @app.post("/worker_get_status")
+        async def worker_get_status() -> dict:
+            return self.status()
+
+        @app.post("/worker_generate_stream")
+        async def worker_generate_stream(request: Request):
+            try:
+                body = await request.json()
+            except ValueError as error:
+                raise ServeError(ErrorType.BAD_REQUEST, "The body is not JSON.") from error
+            chunks = self._chunks(body, request.state.request_id)
+            return StreamingResponse(chunks, media_type="application/octet-stream")
+
+        return app
+
+    async def _chunks(self, body, request_id: str):
+        """The answer; every error is the stream's last chunk, as clients of the old protocol expect."""
+        try:
+            if not isinstance(body, dict):
+                raise ServeError(ErrorType.BAD_REQUEST, "The body is not a JSON object.")
+            job = read_job(body)
+            request_id = job.request_id or request_id
+            if self.draining:
+                raise ServeError(ErrorType.NO_WORKER, "This worker is stopping and takes nothing new.")
+            if job.model and job.model not in self.model_names:
+                words = f"This worker serves {', '.join(self.model_names)}, not {job.model!r}."
+                raise ServeError(ErrorType.NO_WORKER, words)
+        except ServeError as error:
+            yield encode_error(error, request_id)
+            return
+        answer = answer_chunks(self.backend, job, request_id, self.interval, self.timeout)
+        try:
+            async with contextlib.aclosing(answer):
+                async for chunk in answer:
+                    yield chunk
+        except Exception:  # noqa: BLE001 -- the last place before the client: the log gets the details
+            logger.exception("%s failed", request_id)
+            yield encode_error(ServeError(ErrorType.INTERNAL), request_id)
+
+
+async def serve(worker: WorkerApp, host: str, port: int, membership: Membership | None, drain_seconds: int) -> None:
+    """Run until SIGTERM or SIGINT; then leave the controller, let running answers finish, and end."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            if membership is not None and not self.should_exit:
+                membership.start()
+
+        async def shutdown(self, sockets=None):
+            worker.draining = True
+            if membership is not None:
+                await membership.leave()
+                await membership.close()
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        worker.asgi,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=drain_seconds,
+    )
+    await Server(config).serve()

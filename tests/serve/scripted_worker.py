@@ -1,0 +1,99 @@
+"""A worker whose engine does what the question says: `python -m tests.serve.scripted_worker --port …`.
+
+All of the HTTP side is real; only the model isn't. The last word of the question decides: `oom`, `context`, `full`,
+`picture`, `crash` (the engine's thread raises), `die` (the process is gone), `slow` (20 s); else it says `echo: …`,
+word by word.
+"""
+
+import os
+import threading
+import time
+
+from llava.commandline import ArgumentParser, run
+from llava.serve.answering import Piece
+from llava.serve.protocol import ErrorType, ServeError
+
+REFUSED = {
+    "oom": ErrorType.OUT_OF_MEMORY,
+    "context": ErrorType.CONTEXT_TOO_LONG,
+    "full": ErrorType.QUEUE_FULL,
+    "picture": ErrorType.BAD_PICTURE,
+}
+
+
+class ScriptedBackend:
+    def __init__(self, pause: float):
+        self.pause = pause
+        self.running = 0
+        self.cancelled = 0
+
+    def submit(self, job, put):
+        text = job.prompt or job.messages[-1].text
+        word = text.split()[-1]
+        if word in REFUSED:
+            raise ServeError(REFUSED[word], retry_after=2.0 if word == "full" else None)
+        if word == "crash":
+            raise ValueError("address 0x7f00 of /secret/path")
+        stopped = threading.Event()
+        self.running += 1
+        threading.Thread(target=self._answer, args=(job, text, put, stopped), daemon=True).start()
+        return stopped.set
+
+    def _answer(self, job, text, put, stopped):
+        words = ["echo:", *text.split()]
+        if words[-1] == "slow":
+            words *= 100
+        said = 0
+        for word in words[: job.max_new_tokens]:
+            if word == "die":
+                time.sleep(0.2)
+                os._exit(9)
+            top = [{"token": word, "logprob": -0.5}][: job.logprobs or 0]
+            logprobs = ({"token": word + " ", "logprob": -0.5, "top": top},) if job.logprobs is not None else ()
+            put(Piece(word + " ", logprobs))
+            said += 1
+            if stopped.wait(self.pause):
+                self.cancelled += 1
+                self.running -= 1
+                return
+        reason = "length" if len(words) > job.max_new_tokens else "stop"
+        usage = {"prompt_tokens": len(text.split()), "completion_tokens": said, "cached_tokens": 0}
+        self.running -= 1
+        put(Piece(finish_reason=reason, usage=usage))
+
+    def stats(self):
+        return {"queue_length": self.running, "running": self.running, "cancelled": self.cancelled}
+
+    def close(self):
+        pass
+
+
+def main(argv=None):
+    import asyncio
+
+    from llava.serve.heartbeat import Membership
+    from llava.serve.secret import add_secret_flags, secret_from_args
+    from llava.serve.worker_app import WorkerApp, serve
+
+    parser = ArgumentParser()
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--controller")
+    parser.add_argument("--model-name", default="scripted")
+    parser.add_argument("--pause", type=float, default=0.01)
+    parser.add_argument("--timeout", type=float, default=60)
+    add_secret_flags(parser)
+    args = parser.parse_args(argv)
+
+    async def go():
+        secret = secret_from_args(args)
+        worker = WorkerApp(ScriptedBackend(args.pause), [args.model_name], secret, timeout=args.timeout)
+        member = None
+        if args.controller:
+            member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)
+        await serve(worker, "127.0.0.1", args.port, member, 20)
+
+    asyncio.run(go())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,141 @@
+"""A worker's HTTP side over real sockets: the stream, its errors, cancelling, draining, being known to a controller."""
+
+import threading
+import time
+
+import httpx
+import pytest
+
+from llava.serve.protocol import split_chunks
+from llava.serve.secret import HEADER
+from tests.serve.processes import Process, wait_until
+
+ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
+SECRET = {HEADER: "s3cret"}
+MODULE = "tests.serve.scripted_worker"
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with Process(MODULE, "--pause", "0.02", env=ENV) as process:
+        yield process.wait()
+
+
+def ask(worker, prompt, **more):
+    body = {"model": "scripted", "prompt": prompt, **more}
+    reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60)
+    assert reply.status_code == 200
+    chunks, rest = split_chunks(reply.content)
+    assert rest == b""
+    return chunks
+
+
+def stats(worker):
+    return httpx.post(worker.url + "/worker_get_status", headers=SECRET).json()["stats"]
+
+
+def test_text_grows_behind_the_prompt_and_the_last_chunk_has_the_account(worker):
+    chunks = ask(worker, "one two three")
+    assert all(chunk["error_code"] == 0 and chunk["text"].startswith("one two three") for chunk in chunks)
+    assert chunks[-1]["text"] == "one two threeecho: one two three "
+    assert chunks[-1]["finish_reason"] == "stop"
+    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": 0}
+    assert chunks[-1]["request_id"].startswith("req-")
+    assert 2 <= len(chunks) <= 5
+
+
+def test_messages_give_the_answer_alone(worker):
+    chunks = ask(worker, None, messages=[{"role": "user", "content": "hello"}])
+    assert chunks[-1]["text"] == "echo: hello "
+
+
+def test_chunks_are_gathered_and_unstreamed_answers_are_one(worker):
+    words = " ".join(str(number) for number in range(50))
+    assert len(ask(worker, words)) < 40
+    assert len(ask(worker, words, stream=False)) == 1
+
+
+def test_logprobs_come_with_each_token(worker):
+    chunks = ask(worker, "a b", logprobs=1)
+    tokens = [entry for chunk in chunks for entry in chunk["logprobs"]]
+    assert [entry["token"] for entry in tokens] == ["echo: ", "a ", "b "]
+    assert tokens[0]["top"] == [{"token": "echo:", "logprob": -0.5}]
+
+
+@pytest.mark.parametrize(
+    ("word", "error_type", "code"),
+    [
+        ("oom", "out_of_memory", 50002),
+        ("context", "context_too_long", 40303),
+        ("full", "queue_full", 50005),
+        ("picture", "bad_picture", 40001),
+        ("crash", "internal_error", 50001),
+    ],
+)
+def test_errors_are_typed_and_say_nothing_of_the_inside(worker, word, error_type, code):
+    (chunk,) = ask(worker, f"now {word}")
+    assert (chunk["error_type"], chunk["error_code"]) == (error_type, code)
+    assert chunk["request_id"].startswith("req-")
+    assert "0x" not in chunk["text"] and "/secret" not in chunk["text"]
+
+
+def test_broken_requests_are_refused(worker):
+    assert ask(worker, None)[0]["error_type"] == "bad_request"
+    assert ask(worker, "x", model="another")[0]["error_type"] == "no_worker"
+    reply = httpx.post(worker.url + "/worker_generate_stream", content=b"[1]", headers=SECRET)
+    assert split_chunks(reply.content)[0][0]["error_type"] == "bad_request"
+
+
+def test_strangers_stay_out(worker):
+    for path in ("/worker_generate_stream", "/worker_get_status"):
+        assert httpx.post(worker.url + path, json={"prompt": "x"}).status_code == 401
+    assert httpx.get(worker.url + "/health").json() == {"status": "ok"}
+
+
+def test_a_client_that_leaves_frees_its_slot(worker):
+    before = stats(worker)["cancelled"]
+    body = {"model": "scripted", "prompt": "be slow"}
+    with httpx.stream("POST", worker.url + "/worker_generate_stream", json=body, headers=SECRET) as reply:
+        pieces = reply.iter_raw()
+        next(pieces)
+        assert stats(worker)["running"] == 1
+    wait_until(lambda: stats(worker)["cancelled"] == before + 1, 5)
+    assert stats(worker)["running"] == 0
+
+
+def test_an_answer_that_takes_too_long_is_a_timeout():
+    with Process(MODULE, "--pause", "0.1", "--timeout", "0.5", env=ENV) as slow:
+        chunks = ask(slow.wait(), "be slow")
+        assert chunks[-1]["error_type"] == "timeout"
+        wait_until(lambda: stats(slow)["running"] == 0, 5)
+
+
+def test_sigterm_lets_running_answers_finish_and_leaves_the_controller():
+    with Process("llava.serve.controller", env=ENV) as controller:
+        controller.wait()
+        with Process(MODULE, "--controller", controller.url, "--pause", "0.1", env=ENV) as worker:
+            worker.wait()
+            wait_until(lambda: models(controller) == ["scripted"], 10)
+            found = []
+            thread = threading.Thread(target=lambda: found.extend(ask(worker, "1 2 3 4 5 6 7 8 9 10 11 12")))
+            thread.start()
+            wait_until(lambda: stats(worker)["running"] == 1, 5)
+            assert worker.stop() in (0, -15)
+            thread.join()
+            assert models(controller) == []
+    assert found[-1]["finish_reason"] == "stop"
+
+
+def test_a_worker_finds_a_controller_that_starts_later_or_anew(monkeypatch):
+    with Process("llava.serve.controller", env=ENV) as first:
+        port = first.port
+    with Process(MODULE, "--controller", f"http://127.0.0.1:{port}", env=ENV) as worker:
+        worker.wait()
+        time.sleep(0.3)
+        with Process("llava.serve.controller", port=port, env=ENV) as controller:
+            controller.wait()
+            wait_until(lambda: models(controller) == ["scripted"], 10)
+
+
+def models(controller):
+    return httpx.post(controller.url + "/list_models", headers=SECRET).json()["models"]
