@@ -1,0 +1,194 @@
+"""Wanted members out of a tar.gz that is still arriving, without ever trusting what the archive says of itself.
+
+Headers are parsed by `tarfile.TarInfo`; the walk from one to the next is done here, because tarfile's own reads
+a long name or an extended header of any size into memory. Only regular files are given out, as byte streams: names,
+links, devices and modes in an archive never reach the file system.
+"""
+
+import gzip
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+BLOCK = tarfile.BLOCKSIZE
+LONGEST_HEADER = 1 << 20
+_CHUNK = 1 << 16
+
+
+class ArchiveError(Exception):
+    """The archive can't be read on; the text is a reason fit for the list of failures. `permanent`: it was made so."""
+
+    def __init__(self, reason: str, permanent: bool = False):
+        super().__init__(reason)
+        self.permanent = permanent
+
+
+class Source(Protocol):
+    """Where bytes come from; `read(n)` gives at most n, and none at the end."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+@dataclass
+class Member:
+    """A member of an archive. The bytes of a regular file are read with `chunks`, before the next member."""
+
+    name: str
+    size: int
+    is_file: bool
+    kind: str
+    """In words: "regular file", "symbolic link", …"""
+    _reader: "TarReader"
+
+    def chunks(self) -> Iterator[bytes]:
+        """The content in pieces of at most 64 KiB, exactly `size` bytes in all."""
+        return self._reader.content()
+
+
+class TarReader:
+    """Walks the members of a gzipped tar stream.
+
+    Args:
+        source: the compressed bytes.
+        max_unpacked: stop with an ArchiveError after so many unpacked bytes, however few arrived.
+    """
+
+    def __init__(self, source: Source, max_unpacked: int):
+        self._file = gzip.GzipFile(fileobj=source, mode="rb")  # type: ignore[arg-type]
+        self._left = max_unpacked
+        self._content = 0
+        self._padding = 0
+
+    def __iter__(self) -> Iterator[Member]:
+        """The members in order.
+
+        Raises:
+            ArchiveError: a damaged or bottomless archive.
+            EOFError: the stream ends in the middle.
+        """
+        long_name: str | None = None
+        extended: dict[str, str] = {}
+        started = False
+        while True:
+            self._skip(self._content + self._padding)
+            self._content = self._padding = 0
+            block = self._exactly(BLOCK, may_end=True)
+            if not block and not started:
+                raise ArchiveError("the archive is empty")
+            if not block or not block.strip(b"\0"):
+                return
+            started = True
+            info = self._header(block)
+            self._claim(info.size)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = _text(self._small_content().rstrip(b"\0"))
+            elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+                extended = _pax_records(self._small_content())
+            elif info.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+                self._small_content()
+            else:
+                if info.isreg():
+                    self._claim(_pax_size(extended, info.size))
+                else:
+                    # Other kinds have no content of their own, whatever size they claim (as in tarfile).
+                    self._content = self._padding = 0
+                name = (long_name or extended.get("path") or info.name).removeprefix("./")
+                long_name, extended = None, {}
+                yield Member(name, self._content, info.isreg(), _kind(info), self)
+
+    def _claim(self, size: int) -> None:
+        if size < 0:
+            raise ArchiveError("damaged archive: a member of negative size")
+        self._content, self._padding = size, -size % BLOCK
+
+    def content(self) -> Iterator[bytes]:
+        while self._content:
+            chunk = self._read(min(_CHUNK, self._content))
+            if not chunk:
+                raise EOFError
+            self._content -= len(chunk)
+            yield chunk
+
+    def _header(self, block: bytes) -> tarfile.TarInfo:
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise ArchiveError("damaged archive: not a tar header") from error
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise ArchiveError("the archive holds a sparse file, which is not read", permanent=True)
+        return info
+
+    def _small_content(self) -> bytes:
+        """The content of a header that continues another; its size is anyone's claim."""
+        if self._content > LONGEST_HEADER:
+            raise ArchiveError("the archive has an extended header of more than 1 MiB", permanent=True)
+        return b"".join(self.content())
+
+    def _exactly(self, size: int, may_end: bool = False) -> bytes:
+        block = b""
+        while len(block) < size:
+            chunk = self._read(size - len(block))
+            if not chunk:
+                if may_end and not block:
+                    return b""
+                raise EOFError
+            block += chunk
+        return block
+
+    def _skip(self, size: int) -> None:
+        while size:
+            chunk = self._read(min(_CHUNK, size))
+            if not chunk:
+                raise EOFError
+            size -= len(chunk)
+
+    def _read(self, size: int) -> bytes:
+        if self._left <= 0:
+            raise ArchiveError("the archive unpacks to more than the cap", permanent=True)
+        try:
+            chunk = self._file.read(size)
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise ArchiveError("damaged archive: not gzip data") from error
+        self._left -= len(chunk)
+        return chunk
+
+
+def _pax_records(content: bytes) -> dict[str, str]:
+    """An extended header: lines of `<length> <key>=<value>`."""
+    records: dict[str, str] = {}
+    while content:
+        length, _, _ = content.partition(b" ")
+        if not length.isdigit() or len(length) > 8 or not 0 < int(length) <= len(content):
+            raise ArchiveError("damaged archive: not an extended header")
+        record, content = content[: int(length)], content[int(length) :]
+        key, _, value = record[len(length) + 1 :].rstrip(b"\n").partition(b"=")
+        records[_text(key)] = _text(value)
+    return records
+
+
+def _pax_size(records: dict[str, str], size: int) -> int:
+    """The true size of a member that is too large for the old header's field."""
+    claimed = records.get("size")
+    if claimed is None:
+        return size
+    if not claimed.isascii() or not claimed.isdigit() or len(claimed) > 19:
+        raise ArchiveError("damaged archive: a member of no size")
+    return int(claimed)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _kind(info: tarfile.TarInfo) -> str:
+    if info.isreg():
+        return "regular file"
+    if info.issym():
+        return "symbolic link"
+    if info.islnk():
+        return "hard link"
+    if info.isdir():
+        return "directory"
+    return "device" if info.isdev() else "special file"

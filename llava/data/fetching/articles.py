@@ -1,0 +1,113 @@
+"""The list of wanted pictures, grouped by article: one request per archive, however many figures come out of it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from llava.data.conversion import is_inside
+from llava.errors import LlavaError
+from llava.records import Record, iter_jsonl
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+_FIELDS = ("pair_id", "pmc_tar_url", "image_file_path")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A wanted member of an archive; it is saved as `<pair_id>.jpg`, whatever the archive calls it."""
+
+    number: int
+    """Its place in the list, from 0."""
+    pair_id: str
+    member: str
+
+
+@dataclass(slots=True)
+class Article:
+    """An archive and the pictures wanted from it."""
+
+    url: str
+    pictures: list[Picture] = field(default_factory=list)
+
+    @property
+    def pmc_id(self) -> str | None:
+        """PubMed Central's number of the article, if its address has one."""
+        match = re.search(r"PMC\d+", self.url)
+        return match[0] if match else None
+
+    @property
+    def archive_name(self) -> str:
+        """A file name for the archive, safe whatever the address holds."""
+        name = urlsplit(self.url).path.rsplit("/", 1)[-1]
+        return name if _SAFE_NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9]+", "_", self.url)[-150:].strip("_")
+
+
+@dataclass
+class Plan:
+    """What a list asks for. Entries that can't be fetched safely are refused, each with its reason."""
+
+    articles: list[Article]
+    pictures: int
+    refused: list[tuple[Picture, str, str]]
+    """(picture, address, reason)."""
+    duplicates: int
+
+
+def read_plan(path: str | Path, limit: int | None = None) -> Plan:
+    """Read a list of `{"pair_id", "pmc_tar_url", "image_file_path"}` lines (or its first `limit`).
+
+    It is read whole before anything is fetched, so that a bad line shows at once.
+
+    Raises:
+        LlavaError: a line isn't such an object; the message names it.
+    """
+    articles: dict[str, Article] = {}
+    seen: dict[str, tuple[str, str]] = {}
+    plan = Plan([], 0, [], 0)
+    for number, (pair_id, url, member) in enumerate(islice(_rows(path), limit)):
+        if seen.get(pair_id) == (url, member):
+            plan.duplicates += 1
+            continue
+        picture = Picture(number, pair_id, member.removeprefix("./"))
+        reason = _why_refused(picture, url)
+        if reason is None and pair_id in seen:
+            reason = "the same pair_id was listed before with another picture"
+        plan.pictures += 1
+        if reason:
+            plan.refused.append((picture, url, reason))
+            continue
+        seen[pair_id] = (url, member)
+        articles.setdefault(url, Article(url)).pictures.append(picture)
+    plan.articles = list(articles.values())
+    if not plan.pictures:
+        raise LlavaError(f"{path}: the list is empty")
+    return plan
+
+
+def _rows(path: str | Path) -> Iterator[tuple[str, str, str]]:
+    for line, row in iter_jsonl(path):
+        values: list[Any] = [row.get(name) for name in _FIELDS]
+        if not all(isinstance(value, str) and value for value in values):
+            raise LlavaError(f"{path} line {line}: expected text in {', '.join(_FIELDS)}, got {_shown(row)}")
+        yield values[0], values[1], values[2]
+
+
+def _why_refused(picture: Picture, url: str) -> str | None:
+    if not _SAFE_NAME.fullmatch(picture.pair_id):
+        return "pair_id is no safe file name"
+    if not is_inside(picture.member):
+        return "image_file_path leads out of the archive's folder"
+    try:
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        is_http = False
+    return None if is_http else "pmc_tar_url is no http(s) address"
+
+
+def _shown(row: Record) -> str:
+    return repr(row)[:200]

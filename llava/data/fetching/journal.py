@@ -1,0 +1,101 @@
+"""Which pictures are there, and which failed and why: what lets a killed download go on where it was.
+
+A picture that is in the folder is done: it got its name only when whole. Failures are appended to
+`<failures>.part` as they happen and end up in `<failures>`, in the order of the list.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+
+from llava.data.fetching.articles import Picture
+from llava.errors import LlavaError
+from llava.records import Record, write_records
+
+PART = ".part"
+
+
+class Journal:
+    """The state of a download: a folder of pictures and a file of failures. Methods may be called from any thread."""
+
+    def __init__(self, folder: Path, failures: Path):
+        if failures.suffix != ".jsonl":
+            raise LlavaError(f"{failures}: the list of failures is a .jsonl file; name it so")
+        self.folder = folder
+        self.failures = failures
+        self._part = failures.with_name(failures.name + PART)
+        self._lock = Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        failures.parent.mkdir(parents=True, exist_ok=True)
+        self.present = self._scan()
+        self._failed: dict[tuple[str, str, str], Record] = {}
+        for path in (failures, self._part):
+            self._read(path)
+        self._file = self._part.open("ab")
+
+    def path_of(self, picture: Picture) -> Path:
+        return self.folder / f"{picture.pair_id}.jpg"
+
+    def is_there(self, picture: Picture) -> bool:
+        return f"{picture.pair_id}.jpg" in self.present
+
+    def failure_of(self, picture: Picture, url: str) -> Record | None:
+        """What went wrong when this picture was last asked for; earlier runs count."""
+        return self._failed.get((picture.pair_id, url, picture.member))
+
+    def add_failure(self, picture: Picture, url: str, reason: str, permanent: bool) -> None:
+        """`permanent`: asking again is no use."""
+        record = {
+            "pair_id": picture.pair_id,
+            "pmc_tar_url": url,
+            "image_file_path": picture.member,
+            "reason": reason,
+            "permanent": permanent,
+        }
+        with self._lock:
+            self._remember(record)
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+
+    def finish(self, failures: Iterable[Record]) -> None:
+        """Write the final list of failures and drop the running one."""
+        write_records(self.failures, failures)
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _remember(self, record: Record) -> None:
+        self._failed[record["pair_id"], record["pmc_tar_url"], record["image_file_path"]] = record
+
+    def _scan(self) -> set[str]:
+        """Names of the pictures that are there; what a killed run left unfinished is removed."""
+        present = set()
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") and entry.name.endswith(PART):
+                    Path(entry.path).unlink(missing_ok=True)
+                # An empty file is what a power cut leaves of a picture that hadn't reached the disk.
+                elif entry.name.endswith(".jpg") and entry.is_file() and entry.stat().st_size:
+                    present.add(entry.name)
+        return present
+
+    def _read(self, path: Path) -> None:
+        if not path.exists():
+            return
+        end = 0
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    record = None
+                if record is None:
+                    break  # the line that was being written when the run was killed
+                self._remember(record)
+                end += len(line)
+        if path == self._part:
+            os.truncate(path, end)

@@ -1,0 +1,390 @@
+"""The downloader against a real server with everything that goes wrong: nothing lost, nothing outside, all told."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from llava.data.download_images import FAILURES_FILE, main
+from llava.data.fetching.articles import read_plan
+from llava.data.fetching.transfer import RateLimit
+from llava.errors import LlavaError
+from llava.records import read_records
+from tests.data.archive_server import ArchiveServer, Reply, archive, archive_with_bomb, header
+
+FAST = ["--requests-per-second", "0", "--backoff", "0.01", "--timeout", "1", "--min-free-gb", "0", "--retries", "2"]
+
+
+@pytest.fixture
+def server():
+    with ArchiveServer() as running:
+        yield running
+
+
+class Wanted:
+    """A list of pictures under construction, with what is expected of each."""
+
+    def __init__(self, folder: Path, server: ArchiveServer):
+        self.folder = folder
+        self.server = server
+        self.rows: list[dict] = []
+        self.good: dict[str, bytes] = {}
+        self.bad: dict[str, str] = {}
+
+    def add(self, pair_id, path, member, content=None, reason=None):
+        self.rows.append({"pair_id": pair_id, "pmc_tar_url": self.server.url(path), "image_file_path": member})
+        if content is not None:
+            self.good[pair_id] = content
+        else:
+            self.bad[pair_id] = reason
+
+    def write(self) -> Path:
+        path = self.folder / "urls.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        return path
+
+    def flags(self) -> list[str]:
+        oa = self.server.url("/oa")
+        return ["--input_path", str(self.write()), "--images_output_path", str(self.folder / "images"),
+                "--oa-service", oa, *FAST]  # fmt: skip
+
+    def check(self):
+        images = self.folder / "images"
+        saved = {path.stem: path.read_bytes() for path in images.glob("*.jpg")}
+        assert saved.keys() == self.good.keys()
+        assert saved == self.good, "a picture isn't byte-equal"
+        assert sorted(path.name for path in images.iterdir() if path.suffix != ".jpg") == [FAILURES_FILE]
+        failures = read_records(images / FAILURES_FILE) if self.bad else []
+        assert [row["pair_id"] for row in failures] == [
+            row["pair_id"] for row in self.rows if row["pair_id"] in self.bad
+        ]
+        for failure in failures:
+            assert self.bad[failure["pair_id"]] in failure["reason"], failure
+
+
+@pytest.fixture
+def wanted(tmp_path, server):
+    return Wanted(tmp_path, server)
+
+
+def picture(number, size=5000) -> bytes:
+    return b"\xff\xd8\xff" + random.Random(number).randbytes(size)
+
+
+def test_one_request_per_article_and_only_the_wanted_members(wanted, server):
+    pictures = [picture(n) for n in range(3)]
+    members = [(f"PMC1/{n}.jpg", content) for n, content in enumerate(pictures)]
+    server.pages["/PMC1.tar.gz"] = Reply(archive(("PMC1/text.nxml", b"x" * 9000), *members))
+    wanted.add("a", "/PMC1.tar.gz", "PMC1/2.jpg", pictures[2])
+    wanted.add("b", "/PMC1.tar.gz", "PMC1/0.jpg", pictures[0])
+    wanted.add("same", "/PMC1.tar.gz", "PMC1/0.jpg", pictures[0])
+    assert main(wanted.flags()) == 0
+    wanted.check()
+    assert server.requests == {"/PMC1.tar.gz": 1}
+
+
+def test_long_names_of_both_kinds(wanted, server):
+    for number, kind in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        name = f"PMC{number}/" + "long" * 40 + "é.jpg"
+        server.pages[f"/{number}.tar.gz"] = Reply(archive(("a", b"x"), (name, picture(number)), format=kind))
+        wanted.add(f"p{number}", f"/{number}.tar.gz", name, picture(number))
+    main(wanted.flags())
+    wanted.check()
+
+
+def bad_connections(wanted, server):
+    """Articles behind lines that fail, each with what has to come of it."""
+    content = picture(1, 300_000)
+    whole = archive(("PMC/x.jpg", content))
+    pages = {
+        "/dead": (Reply(b"", 404), None, "HTTP 404"),
+        "/forbidden": (Reply(b"", 403), None, "HTTP 403"),
+        "/broken": (Reply(b"", 500), None, "HTTP 500"),
+        "/cut": (Reply(whole, cut_after=len(whole) // 2), None, "the connection was cut"),
+        "/silent": (Reply(whole, stall_after=len(whole) // 2), None, "too slow"),
+        "/drips": (Reply(whole, drip=0.2), None, "too slow"),
+        "/too-short-a-length": (Reply(whole, length=len(whole) // 2), None, "cut short"),
+        "/too-long-a-length": (Reply(whole, length=len(whole) * 2), content, None),
+        "/no-length": (Reply([whole]), content, None),
+        "/not-gzip": (Reply(b"<html>Please log in</html>" * 50), None, "not gzip"),
+        "/not-tar": (Reply(gzip.compress(b"no tar" * 500)), None, "not a tar header"),
+        "/empty": (Reply(b""), None, "the archive is empty"),
+        "/recovers": ([Reply(b"", 503, headers={"Retry-After": "0"}), Reply(whole, cut_after=99), Reply(whole)],
+                      content, None),
+        "/redirects": (Reply(b"", 302, headers={"Location": "/recovers-elsewhere"}), content, None),
+        "/redirects-for-ever": (Reply(b"", 302, headers={"Location": "/redirects-for-ever"}), None, "redirects"),
+        "/slow-but-steady": (Reply(archive(("PMC/x.jpg", content[:900])), drip=0.01), content[:900], None),
+    }  # fmt: skip
+    server.pages["/recovers-elsewhere"] = Reply(whole)
+    for path, (reply, expected, reason) in pages.items():
+        server.pages[path] = reply
+        wanted.add(path[1:].replace("-", "_"), path, "PMC/x.jpg", expected, reason)
+
+
+def test_bad_connections(wanted, server):
+    bad_connections(wanted, server)
+    main([*wanted.flags(), "--article-timeout", "1.5", "--connections", "16"])
+    wanted.check()
+    assert server.requests["/dead"] == 1, "a dead link was asked again"
+    assert server.requests["/broken"] == 3
+    assert server.requests["/recovers"] == 3
+
+
+def hostile_archives(wanted, server):
+    content = picture(2)
+    good = ("PMC/good.jpg", content)
+    dangerous = [
+        ("../outside.jpg", b"evil"),
+        ("/tmp/llava_absolute_name.jpg", b"evil"),
+        header("PMC/link.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+        header("PMC/hard.jpg", tarfile.LNKTYPE, "../../outside.jpg"),
+        header("PMC/device.jpg", tarfile.CHRTYPE),
+        header("PMC/block.jpg", tarfile.BLKTYPE),
+        header("PMC/pipe.jpg", tarfile.FIFOTYPE),
+        header("PMC/folder.jpg", tarfile.DIRTYPE),
+    ]
+    server.pages["/hostile"] = Reply(archive(*dangerous, good, ("PMC/empty.jpg", b""), ("PMC/big.jpg", b"x" * 200_000)))
+    wanted.add("good", "/hostile", "PMC/good.jpg", content)
+    wanted.add("link", "/hostile", "PMC/link.jpg", reason="symbolic link")
+    wanted.add("hard", "/hostile", "PMC/hard.jpg", reason="hard link")
+    wanted.add("device", "/hostile", "PMC/device.jpg", reason="device")
+    wanted.add("block", "/hostile", "PMC/block.jpg", reason="device")
+    wanted.add("pipe", "/hostile", "PMC/pipe.jpg", reason="device")
+    wanted.add("folder", "/hostile", "PMC/folder.jpg", reason="directory")
+    wanted.add("empty", "/hostile", "PMC/empty.jpg", reason="empty")
+    wanted.add("big", "/hostile", "PMC/big.jpg", reason="larger than the cap")
+    wanted.add("absent", "/hostile", "PMC/absent.jpg", reason="not in the archive")
+    wanted.add("up", "/hostile", "../outside.jpg", reason="leads out")
+    wanted.add("root", "/hostile", "/tmp/llava_absolute_name.jpg", reason="leads out")
+    wanted.add("../escaped", "/hostile", "PMC/good.jpg", reason="no safe file name")
+    wanted.add("good2", "/twice", "PMC/good.jpg", content)
+    server.pages["/twice"] = Reply(archive(header("PMC/good.jpg", tarfile.SYMTYPE, "/etc/passwd"), good))
+
+
+def test_hostile_archives_touch_nothing_outside(wanted, server, tmp_path):
+    hostile_archives(wanted, server)
+    opened = []
+    sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
+    main([*wanted.flags(), "--max-picture-mb", "0.1"])
+    written = {
+        str(args[0])
+        for args in opened
+        if isinstance(args[0], (str, os.PathLike)) and isinstance(args[2], int) and args[2] & os.O_CREAT
+    }
+    wanted.check()
+    assert written and all(Path(path).resolve().is_relative_to(tmp_path) for path in written)
+    assert not (tmp_path / "outside.jpg").exists()
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+
+
+def test_claims_of_size_are_not_believed(wanted, server):
+    """Extended headers and names that claim gigabytes, and a file shorter than it says."""
+
+    def page(info, content=b""):
+        return Reply(gzip.compress(info.tobuf(format=tarfile.GNU_FORMAT) + content))
+
+    huge = 8 << 30
+    server.pages["/name"] = page(header("././@LongLink", tarfile.GNUTYPE_LONGNAME, size=huge), bytes(1 << 20))
+    server.pages["/pax"] = page(header("pax", tarfile.XHDTYPE, size=huge), bytes(1 << 20))
+    server.pages["/short"] = page(header("x.jpg", tarfile.REGTYPE, size=90_000), bytes(1000))
+    wanted.add("name", "/name", "x.jpg", reason="extended header")
+    wanted.add("pax", "/pax", "x.jpg", reason="extended header")
+    wanted.add("short", "/short", "x.jpg", reason="cut short")
+    main(wanted.flags())
+    wanted.check()
+
+
+def bombs(wanted, server, size):
+    for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        server.pages[f"/bomb{kind}"] = Reply(archive_with_bomb("PMC/bomb.jpg", size, format=kind))
+        wanted.add(f"bomb{kind}", f"/bomb{kind}", "PMC/bomb.jpg", reason="larger than the cap")
+    server.pages["/behind"] = Reply(archive_with_bomb("PMC/movie.avi", size, ("PMC/good.jpg", picture(3))))
+
+
+def test_a_ten_gigabyte_picture_is_refused_by_its_header(wanted, server):
+    bombs(wanted, server, 10 << 30)
+    main(wanted.flags())
+    wanted.check()
+
+
+def test_unpacking_stops_at_the_cap(wanted, server):
+    bombs(wanted, server, 10 << 30)
+    wanted.add("behind", "/behind", "PMC/good.jpg", reason="unpacks to more than the cap")
+    main([*wanted.flags(), "--max-unpacked-mb", "50", "--timeout", "5"])
+    wanted.check()
+
+
+@pytest.mark.long
+def test_a_picture_behind_ten_gigabytes_is_still_found(wanted, server):
+    bombs(wanted, server, 10 << 30)
+    wanted.add("behind", "/behind", "PMC/good.jpg", picture(3))
+    main([*wanted.flags(), "--timeout", "30"])
+    wanted.check()
+
+
+def test_second_source_of_a_dead_article(wanted, server):
+    content = picture(5)
+    server.pages["/oa?id=PMC77"] = Reply(
+        b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><OA><records><record id="PMC77">'
+        b'<link format="tgz" updated="2020" href="' + server.url("/new/PMC77.tar.gz").encode() + b'" /></record>'
+        b"</records></OA>"
+    )
+    server.pages["/oa?id=PMC78"] = Reply(b'<OA><error code="idIsNotOpenAccess">no</error></OA>')
+    server.pages["/new/PMC77.tar.gz"] = Reply(archive(("PMC77/x.jpg", content)))
+    wanted.add("moved", "/old/PMC77.tar.gz", "PMC77/x.jpg", content)
+    wanted.add("closed", "/old/PMC78.tar.gz", "PMC78/x.jpg", reason="HTTP 404")
+    main(wanted.flags())
+    wanted.check()
+
+
+def test_kept_archives_are_whole_and_used_again(wanted, server, tmp_path):
+    body = archive(("PMC1/x.jpg", picture(1)), ("PMC1/text", b"t" * 500_000))
+    server.pages["/PMC1.tar.gz"] = Reply(body)
+    wanted.add("x", "/PMC1.tar.gz", "PMC1/x.jpg", picture(1))
+    keep = ["--keep-archives", "--pmc_output_path", str(tmp_path / "tars")]
+    main([*wanted.flags(), *keep])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == {"PMC1.tar.gz": body}
+    (tmp_path / "images" / "x.jpg").unlink()
+    main([*wanted.flags(), *keep])
+    wanted.check()
+    assert server.requests["/PMC1.tar.gz"] == 1
+    main([*wanted.flags()])
+    assert len(list((tmp_path / "tars").iterdir())) == 1
+
+
+def test_a_second_run_asks_for_nothing_again(wanted, server):
+    hostile_archives(wanted, server)
+    wanted.add("dead", "/dead.tar.gz", "x.jpg", reason="HTTP 404")
+    flags = [*wanted.flags(), "--max-picture-mb", "0.1"]
+    main(flags)
+    wanted.check()
+    before = sum(server.requests.values())
+    main(flags)
+    wanted.check()
+    assert sum(server.requests.values()) == before
+    main([*flags, "--retry-failed"])
+    wanted.check()
+    assert server.requests["/dead.tar.gz"] == 2
+
+
+def test_too_many_failures_set_the_exit_code(wanted, server):
+    wanted.add("a", "/gone", "x.jpg", reason="HTTP 404")
+    wanted.add("b", "/gone", "y.jpg", reason="HTTP 404")
+    assert main(wanted.flags()) == 0
+    assert main([*wanted.flags(), "--max-failures", "1"]) == 1
+    assert main([*wanted.flags(), "--max-failures", "2"]) == 0
+
+
+def many_articles(wanted, server, count=150):
+    """One in five is dead; the others answer after a while, so that a kill hits them at work."""
+    for number in range(count):
+        content = picture(number, 40_000)
+        path = f"/PMC{number}.tar.gz"
+        if number % 5 == 0:
+            wanted.add(f"p{number}", path, "x.jpg", reason="HTTP 404")
+        else:
+            server.pages[path] = Reply(archive(("x.jpg", content), ("y.jpg", content[::-1])), delay=0.05)
+            wanted.add(f"p{number}", path, "x.jpg", content)
+            wanted.add(f"q{number}", path, "y.jpg", content[::-1])
+
+
+def test_killed_five_times_the_final_state_is_the_same(wanted, server):
+    many_articles(wanted, server)
+    command = [sys.executable, "-m", "llava.data.download_images", *wanted.flags(), "--connections", "2"]
+    killed = 0
+    for _ in range(5):
+        before = sum(server.requests.values())
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while sum(server.requests.values()) < before + 15 and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    assert killed == 5, "a run ended before it was killed"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wanted.check()
+    # What was done wasn't done again: at most the articles under way at a kill.
+    assert sum(server.requests.values()) <= 150 + 30 + 5 * 4
+
+
+def test_no_more_connections_than_asked_for(wanted, server):
+    many_articles(wanted, server, 60)
+    main([*wanted.flags(), "--connections", "4"])
+    wanted.check()
+    assert 2 <= server.most_at_once <= 4
+
+
+def test_rate_limit_spaces_requests():
+    class Clock:
+        def __init__(self):
+            self.waits = []
+
+        def wait(self, seconds):
+            self.waits.append(seconds)
+
+    clock, rate = Clock(), RateLimit(10.0)
+    for _ in range(4):
+        rate.wait(clock)
+    assert clock.waits == pytest.approx([0, 0.1, 0.2, 0.3], abs=0.05)
+    RateLimit(0).wait(clock)
+    assert len(clock.waits) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"pair_id": "a"}\n', "line 1: expected text in pair_id, pmc_tar_url, image_file_path"),
+        ('{"pair_id": "a", "pmc_tar_url": 3, "image_file_path": "b"}\n', "line 1: expected text"),
+        ("\n\n", "the list is empty"),
+        ("nonsense\n", "line 1: not JSON"),
+    ],
+)
+def test_a_bad_list_is_one_clear_error(tmp_path, text, message):
+    (tmp_path / "urls.jsonl").write_text(text)
+    with pytest.raises(LlavaError, match=message):
+        read_plan(tmp_path / "urls.jsonl")
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "http://", "http://[bad", "javascript:1"])
+def test_other_addresses_are_refused(tmp_path, url):
+    row = {"pair_id": "a", "pmc_tar_url": url, "image_file_path": "b"}
+    (tmp_path / "urls.jsonl").write_text(json.dumps(row) + "\n")
+    plan = read_plan(tmp_path / "urls.jsonl")
+    assert not plan.articles and plan.refused[0][2] == "pmc_tar_url is no http(s) address"
+
+
+def test_one_pair_id_for_two_pictures_is_reported(wanted, server):
+    server.pages["/a"] = Reply(archive(("x.jpg", picture(1)), ("y.jpg", picture(2))))
+    wanted.add("same", "/a", "x.jpg", picture(1))
+    wanted.add("same", "/a", "y.jpg", reason="listed before with another picture")
+    wanted.add("same", "/a", "x.jpg", picture(1))
+    main(wanted.flags())
+    failures = read_records(wanted.folder / "images" / FAILURES_FILE)
+    assert [row["image_file_path"] for row in failures] == ["y.jpg"]
+    assert (wanted.folder / "images" / "same.jpg").read_bytes() == picture(1)
+
+
+def test_a_dead_network_stops_the_run_and_keeps_the_state(tmp_path):
+    with ArchiveServer() as gone:
+        url = gone.url("")
+    rows = [{"pair_id": f"p{n}", "pmc_tar_url": f"{url}/{n}", "image_file_path": "x"} for n in range(300)]
+    (tmp_path / "urls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--input_path", str(tmp_path / "urls.jsonl"), "--images_output_path", str(tmp_path / "i"), *FAST]
+    with pytest.raises(LlavaError, match="is the network up"):
+        main([*flags, "--retries", "0"])
+
+
+def test_little_disk_space_stops_the_run(wanted, server):
+    wanted.add("a", "/gone", "x.jpg", reason="HTTP 404")
+    with pytest.raises(LlavaError, match="GB free"):
+        main([*wanted.flags(), "--min-free-gb", "1e9"])
+    assert not server.requests
