@@ -1,0 +1,127 @@
+"""The files of the built-in set: facts drawn by seed and split, pictures drawn by several processes, records."""
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from llava.data.phantoms.conversations import caption_record, conversation_record, test_records, text_record
+from llava.data.phantoms.drawing import draw
+from llava.data.phantoms.findings import Phantom, draw_facts
+from llava.data.phantoms.questions import TEMPLATES, Dealer
+from llava.errors import LlavaError
+from llava.records import write_json, write_records
+
+CHUNK = 256
+NORMAL_SHARE = 0.1
+TEST_NORMALS = 48
+TRAIN, TEST, TEXT = 0, 1, 2
+"""Streams of random numbers: splits share none."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many pictures and records to make.
+
+    `train` pictures have a caption each; the first `conversations` and `vqa` of them conversations (stage 2) and
+    VQA records of several turns, both in as many different versions as `rounds` says. `test` pictures have one
+    record per question. `text` conversations have no picture.
+    """
+
+    train: int = 16_000
+    test: int = 208
+    conversations: int = 3_000
+    vqa: int = 6_000
+    text: int = 16_000
+    rounds: int = 1
+
+
+def write_phantoms(
+    folder: str | Path, seed: int = 0, counts: Counts | None = None, *, size: int = 96, processes: int = 2
+) -> dict[str, int]:
+    """Write the set into `folder`: `images/*.png`, `captions.json`, `conversations.json`, `vqa_train.json`,
+    `vqa_test.json`, `text.json` and, last, `phantoms.json` with seed and counts. Returns records per file.
+
+    Args:
+        size: pixels per side of a picture.
+        processes: how many draw.
+    """
+    counts = counts or Counts()
+    _check(counts, size)
+    folder = Path(folder)
+    train = draw_facts(counts.train, seed, held_out=False, normal_share=NORMAL_SHARE, stream=TRAIN)
+    normal_share = min(TEST_NORMALS / max(counts.test, 1), 0.3)
+    test = draw_facts(counts.test, seed, held_out=True, normal_share=normal_share, stream=TEST)
+    train_names = [f"train_{index:05d}" for index in range(len(train))]
+    test_names = [f"test_{index:05d}" for index in range(len(test))]
+    _draw_all(folder / "images", [*train_names, *test_names], [*train, *test], size, seed, processes)
+    text = draw_facts(counts.text, seed, held_out=False, normal_share=NORMAL_SHARE, stream=TEXT)
+    files = {
+        "captions.json": [caption_record(name, phantom) for name, phantom in zip(train_names, train)],
+        "conversations.json": _conversations(train_names, train, counts.conversations, counts, seed, sentences=True),
+        "vqa_train.json": _conversations(train_names, train, counts.vqa, counts, seed, sentences=False),
+        "vqa_test.json": test_records(test_names, test),
+        "text.json": _texts(text, seed),
+    }
+    written = {name: write_records(folder / name, records) for name, records in files.items()}
+    write_json(
+        folder / "phantoms.json",
+        {"seed": seed, "size": size, **asdict(counts), "templates": len(TEMPLATES), "records": written},
+    )
+    return written
+
+
+def _check(counts: Counts, size: int) -> None:
+    if size < 32:
+        raise LlavaError(f"phantoms of {size} pixels show nothing; give at least 32")
+    if min(counts.train, counts.test) < 1 or max(counts.conversations, counts.vqa) > counts.train:
+        raise LlavaError("phantoms: train and test are at least 1, conversations and vqa at most as many as train")
+
+
+def _conversations(names, phantoms, pictures: int, counts: Counts, seed: int, *, sentences: bool):
+    random = np.random.default_rng([seed, TRAIN, 2 + sentences])
+    dealer = Dealer()
+    return [
+        conversation_record(f"{name}_{version}", name, phantom, dealer, random, sentences=sentences)
+        for version in range(counts.rounds)
+        for name, phantom in zip(names[:pictures], phantoms[:pictures])
+    ]
+
+
+def _texts(phantoms: Sequence[Phantom], seed: int):
+    random = np.random.default_rng([seed, TEXT, 2])
+    dealer = Dealer()
+    return [
+        text_record(f"text_{index:05d}", phantom, dealer, random, sentences=index % 3 == 0)
+        for index, phantom in enumerate(phantoms)
+    ]
+
+
+def _draw_all(folder: Path, names: list[str], phantoms: list[Phantom], size: int, seed: int, processes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(names), CHUNK)
+    jobs = [
+        (folder, names[start : start + CHUNK], phantoms[start : start + CHUNK], size, [seed, start]) for start in starts
+    ]
+    with tqdm(total=len(names), desc="drawing", unit="picture") as bar:
+        if processes == 1:
+            for job in jobs:
+                bar.update(_draw_chunk(job))
+            return
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for done in pool.map(_draw_chunk, jobs):
+                bar.update(done)
+
+
+def _draw_chunk(job: tuple) -> int:
+    """Draw a chunk and write it; its random numbers depend on the seed and its place alone."""
+    folder, names, phantoms, size, stream = job
+    pictures = draw(phantoms, size, np.random.default_rng([*stream, 1]))
+    for name, picture in zip(names, pictures):
+        Image.fromarray(picture).save(folder / f"{name}.png", compress_level=1)
+    return len(names)

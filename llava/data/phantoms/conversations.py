@@ -1,0 +1,143 @@
+"""Records of phantoms: captions for stage 1, conversations for stage 2, VQA questions; the same as text alone.
+
+Records are LLaVA-Med's. A conversation asks about a fact once, so that no answer follows from an earlier one.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.phantoms.findings import DOMAINS, SHAPES, Phantom
+from llava.data.phantoms.questions import (
+    CHOICE,
+    FINDING_FACTS,
+    OPEN,
+    TEMPLATES,
+    YES_NO,
+    Dealer,
+    Question,
+    Template,
+    statement,
+    templates_of,
+    value_of,
+)
+from llava.records import Record
+
+FORMS = (OPEN, YES_NO, CHOICE)
+FORM_SHARES = (0.35, 0.45, 0.2)
+"""How often a training question is open, yes/no, a choice of two."""
+
+_LOOKS = {"disc": "round", "ring": "hollow", "star": "spiked", "band": "long"}
+
+
+def caption_sentences(phantom: Phantom) -> list[str]:
+    """What the picture shows, a fact per sentence."""
+    facts = ["modality", "organ"] + (["normality"] if phantom.is_normal else ["kind"])
+    sentences = [statement(fact, phantom) for fact in facts]
+    if not phantom.is_normal:
+        sentences.append(f"It looks {_LOOKS[SHAPES[phantom.kind]]}.")
+        sentences += [statement(fact, phantom) for fact in ("number", "size", "side", "place")]
+    return sentences
+
+
+def caption_record(name: str, phantom: Phantom) -> Record:
+    """Stage 1: picture and caption."""
+    turns = [("Describe the picture.\n" + DEFAULT_IMAGE_TOKEN, " ".join(caption_sentences(phantom)))]
+    return _record(name, name, phantom, turns)
+
+
+def conversation_record(
+    name: str, image: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator, *, sentences: bool
+) -> Record:
+    """Several turns, each about another fact.
+
+    Args:
+        sentences: answers are sentences that say the fact before yes or no, as an assistant's (stage 2); else the
+            bare answer, as in VQA sets.
+    """
+    questions = [dealer.ask(template, phantom) for template in _agenda(phantom, random)]
+    turns = [(question.text, spoken(question) if sentences else question.answer) for question in questions]
+    turns[0] = (DEFAULT_IMAGE_TOKEN + "\n" + turns[0][0], turns[0][1])
+    return _record(name, image, phantom, turns)
+
+
+def text_record(name: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator, *, sentences: bool) -> Record:
+    """A conversation about a caption in place of a picture: what the language model learns from."""
+    record = conversation_record(name, name, phantom, dealer, random, sentences=sentences)
+    first = record["conversations"][0]
+    first["value"] = first["value"].replace(DEFAULT_IMAGE_TOKEN, " ".join(caption_sentences(phantom)))
+    del record["image"]
+    return record
+
+
+def test_records(names: Sequence[str], phantoms: Sequence[Phantom]) -> list[Record]:
+    """One question per record: of each picture every family once, its templates in turn.
+
+    Pictures without a finding, and as many with one, are asked whether they are normal.
+    """
+    records, dealer, asked = [], Dealer(), Counter()
+    families = sorted({(template.fact, template.form) for template in TEMPLATES})
+    normals = sum(phantom.is_normal for phantom in phantoms)
+    abnormal_asked = 0
+    for name, phantom in zip(names, phantoms):
+        for fact, form in families:
+            if fact == "normality" and not phantom.is_normal:
+                if abnormal_asked >= normals:
+                    continue
+                abnormal_asked += 1
+            elif fact in FINDING_FACTS and fact != "normality" and phantom.is_normal:
+                continue
+            templates = templates_of(fact, form)
+            value = value_of(fact, phantom)
+            template = templates[asked[fact, form, value] % len(templates)]
+            asked[fact, form, value] += 1
+            records.append(_test_record(f"{name}_{template.family}", name, phantom, dealer.ask(template, phantom)))
+    return records
+
+
+def spoken(question: Question) -> str:
+    """An assistant's answer: the fact, then what follows from it."""
+    if question.template.form == YES_NO:
+        return f"{question.statement} {question.answer.capitalize()}."
+    return question.statement
+
+
+def _agenda(phantom: Phantom, random: np.random.Generator) -> list[Template]:
+    """Templates for one conversation: independent facts in random order."""
+    about_picture = list(random.permutation(["modality", "organ"]))
+    if phantom.is_normal:
+        return [_pick("normality", random)] + [_pick(fact, random) for fact in about_picture[:1]]
+    place = ["where"] if random.random() < 0.2 else ["side", "place"]
+    facts = ["kind", "size", "number", *place] + about_picture[: int(random.random() < 0.25)]
+    agenda = [_pick(fact, random) for fact in random.permutation(facts)]
+    # Whatever was said of a finding would give this away: it comes first or not at all.
+    return ([_pick("normality", random)] if random.random() < 0.12 else []) + agenda
+
+
+def _pick(fact: str, random: np.random.Generator) -> Template:
+    forms = [form for form in FORMS if templates_of(fact, form)]
+    shares = np.array([FORM_SHARES[FORMS.index(form)] for form in forms])
+    form = forms[random.choice(len(forms), p=shares / shares.sum())]
+    templates = templates_of(fact, form)
+    return templates[random.integers(len(templates))]
+
+
+def _record(name: str, image: str, phantom: Phantom, turns: list[tuple[str, str]]) -> Record:
+    conversations = []
+    for question, answer in turns:
+        conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    domain = {domain.key: index == phantom.domain for index, domain in enumerate(DOMAINS)}
+    return {"id": name, "image": f"{image}.png", "domain": domain, "conversations": conversations}
+
+
+def _test_record(name: str, image: str, phantom: Phantom, question: Question) -> Record:
+    record = _record(name, image, phantom, [(f"{DEFAULT_IMAGE_TOKEN}\n{question.text}", question.answer)])
+    template = question.template
+    return record | {
+        "answer_type": "OPEN" if template.form == OPEN else "CLOSED",
+        "family": template.family,
+        "template": template.name,
+        "finding": template.is_finding,
+    }

@@ -1,0 +1,114 @@
+"""Train a small language model on text: captions, and conversations about a caption in place of a picture.
+
+It learns to say what a caption says and to answer from one, which is what the projector later builds on.
+"""
+
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, run
+
+IGNORED = -100
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.demo.language_model", description=__doc__)
+    parser.add_argument("--data-path", required=True, help="conversations without pictures")
+    parser.add_argument("--captions", required=True, help="records whose answers are captions")
+    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
+    parser.add_argument("--template", default="mistral_instruct")
+    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    train_language_model(args)
+
+
+def train_language_model(args) -> None:
+    """Train and save: a Mistral's folder with its tokenizer."""
+    from torch.nn import functional
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from llava.demo.fitting import fit, shuffled
+    from llava.model import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    samples = read_samples(args, tokenizer)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=3 * args.hidden_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=max(1, args.hidden_size // 32),
+            num_key_value_heads=max(1, args.hidden_size // 32),
+            max_position_embeddings=1024,
+            sliding_window=None,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+    def loss_of(numbers):
+        ids, labels = collate([samples[number] for number in numbers], tokenizer.pad_token_id)
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        wanted = targets != IGNORED
+        return functional.cross_entropy(model.lm_head(hidden[wanted]), targets[wanted])
+
+    fit(
+        model,
+        shuffled(len(samples), args.batch_size, args.seed),
+        loss_of,
+        steps=args.steps,
+        lr=3e-3,
+        matrix_lr=5e-3,
+        hidden=lambda name: "layers." in name,
+        name="language model",
+        folder=Path(args.output_dir),
+    )
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+
+
+def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of every conversation, and of a caption alone for every fourth."""
+    from llava.records import read_records
+    from llava.tokenization import encode_conversation
+
+    records = read_records(args.data_path)
+    encoded = [encode_conversation(record, args.template, tokenizer) for record in records]
+    samples = [(sample.input_ids, sample.labels) for sample in encoded]
+    for record in read_records(args.captions)[: len(records) // 4]:
+        ids = tokenizer(record["conversations"][1]["value"] + "\n")["input_ids"]
+        samples.append((ids, [IGNORED, *ids[1:]]))
+    return samples
+
+
+def collate(samples: list[tuple[list[int], list[int]]], padding: int):
+    """Ids and labels, `[batch, longest]`, padded on the right (which causal attention never sees)."""
+    import torch
+
+    longest = max(len(ids) for ids, _ in samples)
+    ids = torch.full((len(samples), longest), padding)
+    labels = torch.full((len(samples), longest), IGNORED)
+    for row, (sample_ids, sample_labels) in enumerate(samples):
+        ids[row, : len(sample_ids)] = torch.tensor(sample_ids)
+        labels[row, : len(sample_labels)] = torch.tensor(sample_labels)
+    return ids, labels
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,50 @@
+"""Sizes of the demo: what is drawn, how big the models are, how long each stage trains."""
+
+from dataclasses import dataclass, field
+
+from llava.data.phantoms.build import Counts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of the training command."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the demo's result beside the seed."""
+
+    counts: Counts = field(default_factory=Counts)
+    image_size: int = 96
+    patch_size: int = 16
+    tower_layers: int = 3
+    tower_steps: int = 1900
+    language_layers: int = 4
+    language_steps: int = 500
+    hidden_size: int = 128
+    stage_1: Stage = Stage(150, 3e-3, 32)
+    stage_2: Stage = Stage(150, 2e-3, 16)
+    vqa: Stage = Stage(500, 2e-3, 16)
+    evaluation_batch: int = 128
+    template: str = "mistral_instruct"
+
+
+FULL = Settings()
+
+SMALL = Settings(
+    counts=Counts(train=48, test=12, conversations=24, vqa=24, text=48),
+    image_size=48,
+    tower_layers=2,
+    tower_steps=6,
+    language_layers=2,
+    language_steps=6,
+    hidden_size=32,
+    stage_1=Stage(3, 3e-3, 8),
+    stage_2=Stage(3, 2e-3, 8),
+    vqa=Stage(4, 2e-3, 8),
+)
+"""Everything once, learning next to nothing: for tests."""

@@ -1,0 +1,140 @@
+"""Train a small CLIP on pictures and their captions' sentences: the demo's vision tower.
+
+A caption is a few sentences, a fact in each. A picture is matched with each of its sentences against all sentences
+of the batch that its caption doesn't hold, from the class token and from the patches pooled by attention, so that
+both carry the facts.
+"""
+
+import re
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, run
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.demo.tower", description=__doc__)
+    parser.add_argument("--data-path", required=True, help="records with picture and caption")
+    parser.add_argument("--image-folder", required=True)
+    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
+    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--steps", type=int, default=1900)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    train_tower(args)
+
+
+def train_tower(args) -> None:
+    """Train and save: a CLIP's folder with preprocessor_config.json."""
+    import torch
+
+    from llava.demo.fitting import fit, shuffled
+    from llava.demo.tower_model import SentenceMatching, start_embeddings
+    from llava.images import ImageProcessor
+    from llava.records import read_records
+
+    records = read_records(args.data_path)
+    size = args.image_size
+    processor = ImageProcessor(size=size, crop_size=(size, size))
+    pixels = _read_pictures([Path(args.image_folder) / record["image"] for record in records], size)
+    sentences, holds = caption_sentences([record["conversations"][1]["value"] for record in records])
+    levels = torch.from_numpy(processor._levels())
+    model = SentenceMatching(args, sentences)
+    start_embeddings(model.clip, normalise(pixels[:1500], levels))
+
+    mirrored = mirror_columns(sentences)
+
+    def loss_of(numbers):
+        flip = torch.rand(len(numbers)) < 0.5
+        batch = vary(normalise(pixels[numbers], levels), flip)
+        return model(batch, torch.where(flip[:, None], holds[numbers][:, mirrored], holds[numbers]))
+
+    fit(
+        model,
+        shuffled(len(records), args.batch_size, args.seed),
+        loss_of,
+        steps=args.steps,
+        lr=2e-3,
+        matrix_lr=5e-3,
+        hidden=lambda name: "clip.vision_model.encoder" in name or "clip.text_model.encoder" in name,
+        name="vision tower",
+        folder=Path(args.output_dir),
+    )
+    model.clip.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+
+
+def caption_sentences(captions: list[str]):
+    """(distinct sentences, bool tensor [captions, sentences] of which holds which)."""
+    import torch
+
+    split = [[part.strip() + "." for part in caption.split(".") if part.strip()] for caption in captions]
+    sentences = sorted({sentence for parts in split for sentence in parts})
+    number = {sentence: index for index, sentence in enumerate(sentences)}
+    holds = torch.zeros(len(captions), len(sentences), dtype=torch.bool)
+    for row, parts in enumerate(split):
+        holds[row, [number[part] for part in parts]] = True
+    return sentences, holds
+
+
+def mirror_columns(sentences: list[str]) -> list[int]:
+    """For each sentence the number of the one that is true of the mirrored picture."""
+    swap = {"left": "right", "right": "left"}
+    turned = [re.sub(r"\b(left|right)\b", lambda word: swap[word.group()], sentence) for sentence in sentences]
+    return [sentences.index(text) if text in sentences else own for own, text in enumerate(turned)]
+
+
+def vary(pixel_values, flip):
+    """Some pictures mirrored, all shifted by up to a twentieth and exposed a little differently."""
+    import torch
+
+    reach = pixel_values.shape[-1] // 20
+    varied = torch.empty_like(pixel_values)
+    shifts = torch.randint(-reach, reach + 1, (len(pixel_values), 2)).tolist()
+    for row, (down, across) in enumerate(shifts):
+        picture = pixel_values[row].flip(-1) if flip[row] else pixel_values[row]
+        varied[row] = picture.roll((down, across), (-2, -1))
+    gain = 1 + 0.15 * (torch.rand(len(varied), 1, 1, 1) - 0.5)
+    return varied * gain + 0.2 * (torch.rand(len(varied), 1, 1, 1) - 0.5)
+
+
+def normalise(pixels, levels):
+    """uint8 [n, 3, H, W] to the processor's float32: the same levels, looked up here batch by batch."""
+    import torch
+
+    return torch.stack([levels[channel][pixels[:, channel].long()] for channel in range(3)], dim=1)
+
+
+def _read_pictures(paths: list[Path], size: int):
+    """All pictures as uint8 [n, 3, size, size]: a quarter of what their float32 pixel values take."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from llava.errors import LlavaError
+    from llava.images import open_image
+
+    pixels = np.empty((len(paths), 3, size, size), np.uint8)
+    for index, path in enumerate(tqdm(paths, desc="reading pictures", unit="picture", mininterval=0.5)):
+        picture = np.asarray(open_image(path))
+        if picture.shape[:2] != (size, size):
+            raise LlavaError(f"{path}: {picture.shape[1]} x {picture.shape[0]} pixels, expected {size} x {size}")
+        pixels[index] = picture.transpose(2, 0, 1)
+    return torch.from_numpy(pixels)
+
+
+if __name__ == "__main__":
+    run(main)
