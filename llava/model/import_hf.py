@@ -1,0 +1,28 @@
+"""Import transformers' `LlavaForConditionalGeneration` layout.
+
+python -m llava.model.import_hf --model-path FOLDER --output FOLDER
+"""
+
+from llava.commandline import ArgumentParser, run, write_line
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Write a transformers LlavaForConditionalGeneration folder in the layout of LLaVA."
+    )
+    parser.add_argument("--model-path", "--src", required=True, help="checkpoint: folder or hub id")
+    parser.add_argument("--output", "--dst", "--save-model-path", required=True, help="folder for the result")
+    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    from llava.model.hf_reader import import_hf
+
+    output = import_hf(args.model_path, args.output, overwrite=args.overwrite)
+    write_line(f"{output}: complete and verified")
+
+
+if __name__ == "__main__":
+    run(main)
