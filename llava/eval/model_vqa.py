@@ -1,0 +1,26 @@
+"""Answer a JSONL file of questions (`question_id`, `image`, `text`): batched, greedy by default, resumable.
+
+Answers go to --answers-file in the order of the questions, with a manifest of what made them beside it.
+"""
+
+from llava.commandline import ArgumentParser, run, write_line
+from llava.eval.answer_command import add_answer_flags, add_api_answer_flags, run_answer_command
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.eval.model_vqa", description=__doc__)
+    add_answer_flags(parser)
+    parser.add_argument("--chunk-idx", type=int, default=0, help="which part of --num-chunks to answer, from 0")
+    add_api_answer_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = build_parser().parse_args(argv)
+    from llava.eval.questions import read_line_questions
+
+    write_line(str(run_answer_command(args, read_line_questions)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,292 @@
+"""Answer files: in the order of the questions, whole or resumable, with a manifest, pictures checked first."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.eval import model_vqa, model_vqa_med, run_med_datasets_eval_batch
+from llava.eval.ablation import Pictures
+from llava.eval.questions import Question, chunk_of, read_med_questions
+from llava.records import read_records
+from tests.tiny import make_llava
+
+NUMBER = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_llava(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Questions in both forms, over six pictures, a question without one among them."""
+    folder = tmp_path_factory.mktemp("data")
+    for index in range(6):
+        pixels = np.random.default_rng(index).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"p{index}.png")
+    records, lines = [], []
+    for index in range(NUMBER):
+        text = f"What does the picture show? {'abc ' * (index % 5)}".strip()
+        image = None if index == 7 else f"p{index % 6}.png"
+        record = {"id": f"q{index}", "answer_type": "CLOSED" if index % 2 else "OPEN"}
+        human = {"from": "human", "value": text if image is None else f"{text}\n<image>"}
+        record["conversations"] = [human, {"from": "gpt", "value": "yes"}]
+        line = {"question_id": index, "text": text}
+        if image:
+            record["image"] = line["image"] = image
+        records.append(record)
+        lines.append(line)
+    (folder / "test.json").write_text(json.dumps(records))
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def flags(model, data, answers, *more, questions="test.json"):
+    common = ["--model-name", str(model), "--image-folder", str(data), "--question-file", str(data / questions)]
+    return [*common, "--answers-file", str(answers), "--max_new_tokens", "8", *more]
+
+
+def answer(model, data, path, *more):
+    model_vqa_med.main(flags(model, data, path, *more))
+    return read_records(path)
+
+
+@pytest.fixture(scope="module")
+def finished(model, data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "answers.jsonl"
+    model_vqa_med.main(flags(model, data, path))
+    return path
+
+
+def test_answers_stand_in_the_order_of_the_questions(finished):
+    answers = read_records(finished)
+    assert [row["question_id"] for row in answers] == [f"q{index}" for index in range(NUMBER)]
+    assert set(answers[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+    assert answers[0]["prompt"] == "What does the picture show?" and answers[0]["model_id"] == "llava"
+    assert len({row["text"] for row in answers}) > 3
+
+
+def test_manifest_says_what_made_the_answers(finished, model, data):
+    manifest = json.loads(finished.with_name("answers.jsonl.manifest.json").read_text())
+    assert manifest["checkpoint"] == str(model) and manifest["template"] == "vicuna_v1"
+    assert manifest["decoding"] == {
+        "temperature": 0.0,
+        "top_p": None,
+        "num_beams": 1,
+        "max_new_tokens": 8,
+        "seed": 0,
+    }
+    assert manifest["counts"]["questions"] == NUMBER and manifest["counts"]["pictures"] == 6
+    assert len(manifest["sha256"]) == len(manifest["questions_sha256"]) == len(manifest["checkpoint_digest"]) == 64
+    assert {"torch", "transformers", "python"} <= set(manifest["versions"])
+
+
+def test_jsonl_questions_get_the_same_answers(finished, model, data, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    model_vqa.main(flags(model, data, path, questions="test.jsonl"))
+    rows = read_records(path)
+    assert [row["question_id"] for row in rows] == list(range(NUMBER))
+    assert [row["text"] for row in rows] == [row["text"] for row in read_records(finished)]
+
+
+def test_a_finished_file_is_not_answered_again(finished, model, data, monkeypatch):
+    before = finished.read_bytes()
+    monkeypatch.setattr("llava.eval.local_answers.LocalModel.load", lambda self: pytest.fail("loaded the model"))
+    model_vqa_med.main(flags(model, data, finished))
+    assert finished.read_bytes() == before
+
+
+def test_a_half_written_file_is_finished_and_equal(finished, model, data, tmp_path, monkeypatch):
+    """Whatever line the kill came in, also in the middle of one, the end is the same."""
+    monkeypatch.setattr("llava.eval.local_answers.SAVE_EVERY", 8)
+    path = tmp_path / "answers.jsonl"
+    whole = finished.read_bytes()
+    for cut in (1, len(whole) // 3, len(whole) - 3):
+        part = path.with_name("answers.jsonl.part")
+        stopped = stop_after(1, model, data, path)
+        assert part.exists() and not path.exists() and stopped
+        part.write_bytes(whole[:cut])
+        assert answer(model, data, path) and path.read_bytes() == whole
+        assert not part.exists() and not path.with_name("answers.jsonl.part.json").exists()
+        path.unlink()
+
+
+def stop_after(count, model, data, path):
+    """A run that fails after `count` answers, as if killed there."""
+    import llava.records
+
+    class Stop(Exception):
+        pass
+
+    add, seen = llava.records.ResumableJsonl.add, []
+
+    def stopping(self, record):
+        if len(seen) == count:
+            raise Stop
+        seen.append(record)
+        add(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llava.records.ResumableJsonl, "add", stopping)
+        with pytest.raises(Stop):
+            model_vqa_med.main(flags(model, data, path))
+    return seen
+
+
+def test_answers_of_another_run_are_not_continued(model, data, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    stop_after(3, model, data, path)
+    with pytest.raises(LlavaError, match=r"of another run \(different: decoding\)"):
+        model_vqa_med.main(flags(model, data, path, "--temperature", "0.5"))
+    assert len(answer(model, data, path, "--temperature", "0.5", "--overwrite")) == NUMBER
+
+
+def test_sampling_depends_on_the_seed_alone(model, data, tmp_path):
+    sampled = ["--temperature", "1.0", "--top_p", "0.9", "--seed"]
+    first = answer(model, data, tmp_path / "a.jsonl", *sampled, "1")
+    again = answer(model, data, tmp_path / "b.jsonl", *sampled, "1", "--batch-size", "5")
+    other = answer(model, data, tmp_path / "c.jsonl", *sampled, "2")
+    assert [row["text"] for row in first] == [row["text"] for row in again]
+    assert [row["text"] for row in first] != [row["text"] for row in other]
+
+
+def test_parts_together_are_the_whole(finished, model, data, tmp_path):
+    rows = []
+    for index in range(3):
+        rows += answer(model, data, tmp_path / f"{index}.jsonl", "--num-chunks", "3", "--chunk-idx", str(index))
+    assert rows == read_records(finished)
+
+
+def test_several_processes_write_one_file(finished, model, data, tmp_path):
+    path = tmp_path / "out" / "answers.jsonl"
+    run_med_datasets_eval_batch.main(flags(model, data, path, "--num-chunks", "2", "--device", "cpu"))
+    assert path.read_bytes() == finished.read_bytes()
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["answers.jsonl", "answers.jsonl.manifest.json"]
+    manifest = json.loads(path.with_name("answers.jsonl.manifest.json").read_text())
+    assert manifest["processes"] == 2 and manifest["counts"]["questions"] == NUMBER
+
+
+def test_a_failing_process_is_an_error_and_leaves_no_file(model, data, tmp_path, monkeypatch):
+    path, python = tmp_path / "answers.jsonl", tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 2\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(LlavaError, match="of 2 stopped at the error above"):
+        run_med_datasets_eval_batch.main(flags(model, data, path, "--num-chunks", "2"))
+    assert not path.exists()
+
+
+def test_chunks_cover_everything_once():
+    questions = [Question(index, "q") for index in range(10)]
+    for chunks in (1, 3, 4, 10, 12):
+        parts = [chunk_of(questions, chunks, index) for index in range(chunks)]
+        assert [q for part in parts for q in part] == questions
+    with pytest.raises(LlavaError, match="--chunk-idx is 3"):
+        chunk_of(questions, 3, 3)
+
+
+@pytest.mark.parametrize("ablation", ["blank", "noise", "shuffle"])
+def test_ablated_answers_name_the_ablation(ablation, finished, model, data, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    rows = answer(model, data, path, "--ablate-image", ablation)
+    plain = read_records(finished)
+    assert rows != plain and rows[7]["text"] == plain[7]["text"]  # the question without picture stays as it is
+    assert json.loads(path.with_name("answers.jsonl.manifest.json").read_text())["ablate_image"] == ablation
+
+
+def test_shuffled_pictures_are_always_others(data):
+    questions = read_med_questions(data / "test.json")
+    pictures = Pictures(data, questions, "shuffle", seed=5)
+    swapped = {question.images[0]: pictures.of(question)[0].name for question in questions if question.images}
+    assert sorted(swapped) == sorted(swapped.values()) and all(a != b for a, b in swapped.items())
+
+
+def test_noise_is_the_pictures_own_and_repeats(data):
+    questions = [question for question in read_med_questions(data / "test.json") if question.images]
+    first, second = (Pictures(data, questions, "noise", seed=1) for _ in range(2))
+    a, b, c = first.of(questions[0])[0], second.of(questions[0])[0], first.of(questions[1])[0]
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_yes_no_probabilities_are_written_for_closed_questions(model, data, tmp_path):
+    rows = answer(model, data, tmp_path / "a.jsonl", "--yes-no-probabilities")
+    known = [row["metadata"].get("p_yes") for row in rows]
+    assert all((chance is None) == (index % 2 == 0) for index, chance in enumerate(known))
+    assert all(0 < chance < 1 for chance in known if chance is not None)
+    one_by_one = answer(model, data, tmp_path / "b.jsonl", "--yes-no-probabilities", "--batch-size", "1")
+    again = [row["metadata"].get("p_yes") for row in one_by_one]
+    assert [c for c in known if c] == pytest.approx([c for c in again if c], abs=1e-5)
+
+
+def test_answer_prompter_asks_twice(finished, model, data, tmp_path):
+    rows = answer(model, data, tmp_path / "a.jsonl", "--answer-prompter")
+    for row, plain in zip(rows, read_records(finished)):
+        assert row["text"].startswith(plain["text"] + "\nANSWER:")
+
+
+BAD = {
+    "a missing picture": (["--image-folder", "{tmp}"], '23 pictures are missing|6 pictures are missing.*question "q0"'),
+    "an unknown template": (["--conv-mode", "nonsense"], "nonsense"),
+    "no such questions": (["--question-file", "{tmp}/none.json"], "--question-file not found"),
+    "no such folder": (["--image-folder", "{tmp}/none"], "--image-folder is not a folder"),
+    "no room for an answer": (["--max_new_tokens", "0"], "--max_new_tokens is 0"),
+    "a top_p above one": (["--top_p", "1.5"], "--top_p is 1.5"),
+    "a part that isn't": (["--num-chunks", "2", "--chunk-idx", "2"], "--chunk-idx is 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_an_error_before_the_model_is_loaded(name, model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava.eval.local_answers.LocalModel.load", lambda self: pytest.fail("loaded the model"))
+    more, message = BAD[name]
+    with pytest.raises(LlavaError, match=message):
+        model_vqa_med.main(flags(model, data, tmp_path / "a.jsonl", *(m.format(tmp=tmp_path) for m in more)))
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_an_unreadable_picture_is_an_error_that_names_it(model, data, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(json.dumps({"question_id": 1, "text": "?", "image": "broken.png"}) + "\n")
+    with pytest.raises(LlavaError, match=r"broken\.png"):
+        model_vqa.main(flags(model, tmp_path, tmp_path / "a.jsonl", "--question-file", str(questions)))
+
+
+def test_tags_and_pictures_have_to_agree(tmp_path):
+    path = tmp_path / "q.json"
+    turns = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
+    path.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": turns}]))
+    with pytest.raises(LlavaError, match=r"record 0 \(\"1\"\): 2 <image> in the question and 1 pictures"):
+        read_med_questions(path)
+
+
+@pytest.mark.long
+def test_killed_at_ten_random_moments_the_file_is_the_same(finished, model, data, tmp_path):
+    """Real processes, real SIGKILLs, at any moment from the start of Python to the last answer."""
+    path = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-m", "llava.eval.model_vqa_med", *flags(model, data, path, "--device", "cpu")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    whole = time.monotonic() - started
+    assert path.read_bytes() == finished.read_bytes()
+    path.unlink()
+    path.with_name("answers.jsonl.manifest.json").unlink()
+    moments = random.Random(7)
+    for _ in range(10):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.3, 1.0) * whole)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert path.read_bytes() == finished.read_bytes()
