@@ -1,0 +1,56 @@
+"""Runs a training whose FSDP 2 is real on CPU processes (gloo), for tests.
+
+accelerate turns FSDP on for GPUs alone; on CPUs it would silently become DDP. Here its state is told that it is on,
+and at the end the run proves that parameters were shards: the last line of stdout is a JSON object.
+"""
+
+import json
+import sys
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+
+class FsdpState(AcceleratorState):
+    """AcceleratorState that takes the FSDP plugin for CPU processes too."""
+
+    def __init__(self, *args, fsdp_plugin=None, **kwargs):
+        first = not self.initialized
+        super().__init__(*args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if first and fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+
+def main() -> None:
+    import accelerate.accelerator
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    accelerate.accelerator.AcceleratorState = FsdpState
+    from llava.train import train as training
+    from llava.train.setup_run import summarise
+
+    seen = {}
+
+    def note(arguments, trainer, *args):
+        parameters = list(trainer.model.parameters())
+        seen["type"] = str(trainer.accelerator.distributed_type)
+        seen["parameters"] = len(parameters)
+        seen["sharded"] = sum(isinstance(parameter, DTensor) for parameter in parameters)
+        seen["local"] = sum(parameter.to_local().numel() for parameter in parameters)
+        seen["whole"] = sum(parameter.numel() for parameter in parameters)
+        return summarise(arguments, trainer, *args)
+
+    from llava.train import setup_run
+
+    setup_run.summarise = note
+    training.train(sys.argv[1:], keep_fsdp=True)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(seen))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Two CPU processes give the single process's loss curve: DDP, FSDP 2, ZeRO-2 and ZeRO-3."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from llava.model import load_pretrained_model
+from tests.tiny import make_llava
+from tests.train.helpers import flags, make_records
+
+pytestmark = pytest.mark.long
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+RUN = ("--max_steps", str(STEPS), "--lr_scheduler_type", "cosine", "--lora_dropout", "0")
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_llava(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Mixed: every third record has no picture, so some batches of one process hold text alone."""
+    return make_records(tmp_path_factory.mktemp("data"), 24, text_only_every=3)
+
+
+def launch(processes: int, script, *argv: str) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--nnodes=1"]
+    torchrun += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*(torchrun if processes > 1 else [sys.executable]), str(script), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [log["loss"] for log in state["log_history"] if "loss" in log]
+
+
+TRAIN = ROOT / "llava" / "train" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, base, data):
+    """One process with as many micro-batches as two processes have at once: the same samples per step."""
+    folder = tmp_path_factory.mktemp("single")
+    launch(1, TRAIN, *flags(folder, data, base, *RUN, "--gradient_accumulation_steps", "2"))
+    assert len(losses(folder)) == STEPS
+    return folder
+
+
+def compare(folder: Path, single: Path) -> None:
+    assert losses(folder) == pytest.approx(losses(single), abs=1e-4)
+    wanted, found = (load_file(place / "model.safetensors") for place in (single, folder))
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        assert (wanted[name] - found[name]).abs().max() < 1e-4, name
+    load_pretrained_model(folder, device="cpu")
+
+
+def test_ddp(tmp_path, base, data, single):
+    launch(2, TRAIN, *flags(tmp_path, data, base, *RUN))
+    compare(tmp_path, single)
+
+
+def test_fsdp2_shards_and_computes_the_same(tmp_path, base, data, single):
+    more = ("--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
+    done = launch(2, Path(__file__).with_name("fsdp_on_cpu.py"), *flags(tmp_path, data, base, *RUN, *more))
+    seen = json.loads(done.stdout.strip().splitlines()[-1])
+    assert seen["type"] == "DistributedType.FSDP"
+    assert seen["sharded"] == seen["parameters"] > 0
+    assert seen["local"] < 0.6 * seen["whole"]
+    compare(tmp_path, single)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero(tmp_path, base, data, single, stage):
+    config = ROOT / "scripts" / f"zero{stage}.json"
+    launch(2, TRAIN, *flags(tmp_path / "out", data, base, *RUN, "--deepspeed", str(config)))
+    compare(tmp_path / "out", single)
+
+
+def test_stage_1_under_ddp_writes_a_whole_projector(tmp_path, base, data):
+    import torch
+
+    launch(2, TRAIN, *flags(tmp_path, data, base, "--max_steps", "3", "--tune_mm_mlp_adapter", "--version", "v1"))
+    projector = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(projector[name], found[name]) for name in projector)
+
+
+def test_resuming_with_another_number_of_processes_keeps_the_curve(tmp_path, base, data, single):
+    import shutil
+
+    more = (*RUN, "--save_strategy", "steps", "--save_steps", "10")
+    launch(2, TRAIN, *flags(tmp_path / "two", data, base, *more))
+    shutil.copytree(tmp_path / "two" / "checkpoint-10", tmp_path / "one" / "checkpoint-10")
+    launch(1, TRAIN, *flags(tmp_path / "one", data, base, *more, "--gradient_accumulation_steps", "2"))
+    assert losses(tmp_path / "one") == pytest.approx(losses(single), abs=1e-4)
