@@ -11,9 +11,11 @@ from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
 from llava.eval.joined import JoinedItem, join, read_answers
 from llava.eval.manifest import describe, read_dataset_manifest, read_manifest
+from llava.eval.metrics.calibration import Calibration, calibrate
 from llava.eval.metrics.intervals import RESAMPLES
 from llava.eval.metrics.score import Scores, group_keys, score_items
-from llava.eval.tables import group_table, score_table
+from llava.eval.metrics.strict import reference_polarity
+from llava.eval.tables import calibration_line, group_table, score_table
 from llava.records import read_json
 
 
@@ -30,6 +32,7 @@ class Evaluation:
     settings: dict[str, Any]
     missing: int
     inferred_types: int
+    calibration: Calibration | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the scores, and what made questions and answers."""
@@ -42,6 +45,7 @@ class Evaluation:
             "produced_by": self.manifest,
             "questions_from": self.dataset,
             **self.scores.as_dict(),
+            **({"calibration": self.calibration.as_dict()} if self.calibration else {}),
         }
 
     def text(self) -> str:
@@ -62,6 +66,8 @@ class Evaluation:
         if self.settings["resamples"]:
             lines.append(f"95 % intervals: {self.settings['resamples']} resamples of {self.settings['unit']}s")
         lines += ["", score_table(scores)]
+        if self.calibration:
+            lines += ["", calibration_line(self.calibration)]
         for name, groups in scores.groups.items():
             lines += ["", group_table(name, groups)]
         return "\n".join(lines)
@@ -116,7 +122,20 @@ def evaluate(
         },
         missing=len(items) - answered,
         inferred_types=sum(item.type_inferred for item in items),
+        calibration=calibration_of(joined),
     )
+
+
+def calibration_of(joined: Sequence[JoinedItem]) -> Calibration | None:
+    """Of the closed questions whose reference says yes or no and whose answer carries the probability of yes."""
+    chances, truth = [], []
+    for entry in joined:
+        chance = (entry.record.get("metadata") or {}).get("p_yes")
+        polarity = reference_polarity(entry.item.answer)
+        if entry.item.answer_type == "CLOSED" and chance is not None and polarity in {"yes", "no"}:
+            chances.append(chance)
+            truth.append(polarity == "yes")
+    return calibrate(chances, truth)
 
 
 def read_candidates(path: str | Path) -> list[object]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from llava.eval.metrics.calibration import Calibration
 from llava.eval.metrics.score import Number, Scores
 
 SCORE_ROWS = (
@@ -42,6 +43,15 @@ def group_table(name: str, groups: dict[str, dict]) -> str:
         for key, row in groups.items()
     ]
     return text_table([name, "open", "closed", *columns], rows)
+
+
+def calibration_line(found: Calibration) -> str:
+    """Yes/no questions by token probabilities, on a line."""
+    auc = "-" if found.auc is None else f"{found.auc:.4f}"
+    return (
+        f"yes against no by token probabilities, {found.questions} questions: accuracy {100 * found.accuracy:.2f} %, "
+        f"calibration error (ECE) {100 * found.ece:.2f} %, Brier {found.brier:.4f}, area under the ROC curve {auc}"
+    )
 
 
 def number_cell(number: Number | None, digits: int = 2) -> str:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.eval.metrics import normalize_word, paper_item, paper_summary, strict_item, strict_words
+from llava.eval.metrics.calibration import calibrate
 from llava.eval.metrics.intervals import bootstrap_interval, compare_paired, mcnemar
 
 
@@ -127,3 +128,22 @@ def test_comparison_sees_a_difference_and_its_absence():
     assert (better.only_first, better.only_second) == (0, 30) and better.mcnemar_p < 1e-6
     same = compare_paired(first, first)
     assert same.difference == 0 and same.p_value == 1 and same.mcnemar_p == 1
+
+
+def test_calibration_of_a_sure_and_right_model():
+    found = calibrate([1.0, 0.0, 1.0, 0.0], [True, False, True, False])
+    assert (found.accuracy, found.ece, found.auc, found.brier) == (1, 0, 1, 0)
+
+
+def test_calibration_error_is_confidence_less_accuracy():
+    # Four answers at 0.9, two of them right; one bin.
+    found = calibrate([0.9, 0.9, 0.1, 0.1], [True, False, False, True])
+    assert found.ece == pytest.approx(0.4) and found.accuracy == 0.5
+    assert [(one.count, one.accuracy) for one in found.bins] == [(4, 0.5)]
+
+
+def test_area_under_the_curve_counts_ties_half():
+    assert calibrate([0.5, 0.5, 0.5], [True, False, False]).auc == 0.5
+    assert calibrate([0.9, 0.4, 0.4, 0.1], [True, True, False, False]).auc == pytest.approx(3.5 / 4)
+    assert calibrate([0.2, 0.3], [True, True]).auc is None
+    assert calibrate([], []) is None
