@@ -21,6 +21,7 @@ USER_AGENT = "llava-med-data/2 (research; fetches figures of open-access article
 OA_SERVICE = "https://www.ncbi.nlm.nih.gov/pmc/utils/oa/oa.fcgi"
 GONE = {400, 401, 403, 404, 405, 410, 451}
 _DRAIN = 1 << 16
+_SERVERS_KEPT = 4
 _MAX_WAIT = 120.0
 
 
@@ -125,13 +126,17 @@ class Transfer:
             manager.clear()
 
     def _manager(self, url: str):
+        """The connections to the server of `url`; the proxy of the environment is looked up once per server."""
         parts = urlsplit(url)
-        proxy = getproxies().get(parts.scheme)
-        if proxy and proxy_bypass(parts.hostname or ""):
-            proxy = None
-        if proxy not in self._managers:
+        server = parts.scheme, parts.netloc
+        if server not in self._managers:
+            if len(self._managers) >= _SERVERS_KEPT:
+                self._managers.pop(next(iter(self._managers))).clear()
+            proxy = getproxies().get(parts.scheme)
+            if proxy and proxy_bypass(parts.hostname or ""):
+                proxy = None
             settings = {
-                "num_pools": 4,
+                "num_pools": 2,
                 "maxsize": 1,
                 "headers": {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
                 "timeout": urllib3.Timeout(connect=self.limits.timeout, read=self.limits.timeout),
@@ -139,8 +144,8 @@ class Transfer:
                 "retries": urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
             }
             made = urllib3.ProxyManager(proxy, **settings) if proxy else urllib3.PoolManager(**settings)
-            self._managers[proxy] = made
-        return self._managers[proxy]
+            self._managers[server] = made
+        return self._managers[server]
 
 
 class Body:
