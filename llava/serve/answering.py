@@ -5,6 +5,7 @@ of the processor than the model does. The first and the last go out at once.
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -62,10 +63,8 @@ class Mailbox:
             self.pieces.append(piece)
             quiet = len(self.pieces) > 1 and not piece.is_last
         if not quiet:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody reads any more
                 self.loop.call_soon_threadsafe(self._wake, piece.is_last)
-            except RuntimeError:
-                pass  # the loop has ended: nobody reads any more
 
     async def take(self, only_whole: bool) -> list[Piece]:
         """All that has come, once something has (or, with `only_whole`, once the last piece has)."""
@@ -77,10 +76,8 @@ class Mailbox:
 
     async def pause(self, seconds: float) -> None:
         """Let pieces gather, but not once the answer has ended."""
-        try:
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.ended.wait(), seconds)
-        except asyncio.TimeoutError:
-            pass
 
     def _wake(self, is_last: bool) -> None:
         self.arrived.set()

@@ -98,7 +98,8 @@ class WorkerApp:
             async with contextlib.aclosing(answer):
                 async for chunk in answer:
                     yield chunk
-        except Exception:  # noqa: BLE001 -- the last place before the client: the log gets the details
+        except Exception:
+            # The last place before the client: the log gets the details, the client a request id.
             logger.exception("%s failed", request_id)
             yield encode_error(ServeError(ErrorType.INTERNAL), request_id)
 

@@ -1,0 +1,120 @@
+"""A worker: one model on one machine, answering for the controller.
+
+    python -m llava.serve.model_worker --model-path CHECKPOINT [--controller http://localhost:21001]
+
+SIGTERM lets running answers finish; what waits or comes new is sent elsewhere.
+"""
+
+import logging
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from llava.commandline import ArgumentParser, run
+from llava.serve.guard import MAX_BODY_BYTES
+from llava.serve.protocol import check_address
+from llava.serve.secret import add_secret_flags, secret_from_args
+
+logger = logging.getLogger(__name__)
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=21002)
+    parser.add_argument(
+        "--worker-address", "--worker", help="where others reach this worker; by default this machine and --port"
+    )
+    parser.add_argument("--controller-address", "--controller", default="http://localhost:21001")
+    parser.add_argument("--no-register", action="store_true", help="don't tell any controller")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model-path", required=True, help="a checkpoint's folder, or a hub id")
+    model.add_argument("--model-base", help="what a LoRA or projector folder was trained over")
+    model.add_argument("--model-name", help="the name that clients ask for; by default the folder's")
+    model.add_argument("--conv-mode", "--conv-template", help="prompt template in place of the checkpoint's")
+    model.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the best there is")
+    model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="by default float32 on the CPU")
+    model.add_argument("--num-gpus", type=int, default=1, help="spread the model over the GPUs if more than 1")
+    model.add_bool("--load-8bit", help="quantize to 8 bits while loading")
+    model.add_bool("--load-4bit", help="quantize to 4 bits while loading")
+    model.add_bool("--multi-modal", help="accepted and not needed: the checkpoint says so itself")
+    model.add_bool("--keep-aspect-ratio", help="keep the picture's shape, as v1.0's flag (image_aspect_ratio keep)")
+    load = parser.add_argument_group("load")
+    load.add_argument("--limit-model-concurrency", type=int, default=32, help="answers made at the same time")
+    load.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are told to come again")
+    load.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a whole answer")
+    load.add_argument(
+        "--stream-interval",
+        type=float,
+        default=0.04,
+        help="seconds between two chunks of a stream; 1 and more are the old flag's tokens, about 0.02 s each",
+    )
+    load.add_argument("--drain-seconds", type=int, default=60, help="time for running answers after SIGTERM")
+    load.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    load.add_argument("--speed", type=float, default=1.0, help="weight beside other workers of the same model")
+    add_secret_flags(parser)
+    return parser
+
+
+def main(argv=None) -> None:
+    import asyncio
+
+    args = build_parser().parse_args(argv)
+    secret = secret_from_args(args)
+    address = check_address(args.worker_address or f"http://localhost:{args.port}")
+    host = args.host
+    if urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1") and host == "127.0.0.1":
+        logger.warning("--worker-address names another machine, but --host 127.0.0.1 listens on this one alone")
+    backend = _load(args)
+    asyncio.run(_serve(args, backend, secret, address))
+
+
+async def _serve(args, backend, secret: str | None, address: str) -> None:
+    from llava.serve.heartbeat import Membership
+    from llava.serve.worker_app import WorkerApp, serve
+
+    name = args.model_name or model_name(args.model_path)
+    interval = args.stream_interval if args.stream_interval < 1 else 0.02 * args.stream_interval
+    worker = WorkerApp(
+        backend,
+        [name],
+        secret,
+        speed=args.speed,
+        interval=interval,
+        timeout=args.request_timeout,
+        max_body=args.max_body_bytes,
+    )
+    member = None if args.no_register else Membership(args.controller_address, address, worker.status, secret)
+    logger.info("serving %s on port %d", name, args.port)
+    await serve(worker, args.host, args.port, member, args.drain_seconds)
+
+
+def model_name(path: str) -> str:
+    """The last part of a path or hub id; with its parent's where it is only a training run's `checkpoint-N`."""
+    parts = [part for part in Path(path).expanduser().parts if part not in ("/", ".", "..")]
+    if not parts:
+        parts = list(Path(path).resolve().parts[-2:])
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+def _load(args):
+    from llava.generation import Engine
+    from llava.model import load_pretrained_model
+    from llava.serve.engine_backend import EngineBackend
+
+    loaded = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        device=args.device,
+        dtype=args.dtype,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+        device_map="auto" if args.num_gpus > 1 else None,
+        conversation_template=args.conv_mode,
+    )
+    if args.keep_aspect_ratio:
+        loaded.model.config.image_aspect_ratio = "keep"
+    return EngineBackend(Engine(loaded, batch_size=args.limit_model_concurrency), args.max_queue)
+
+
+if __name__ == "__main__":
+    run(main)
