@@ -5,7 +5,7 @@ Each data set is a module of llava/data/sources/; what is written, and how, is i
 
 from llava.commandline import ArgumentParser, existing_dir, run, write_line
 from llava.data.conversion import FORMATS, MISSING_CHOICES, PictureFolder, summary_lines, write_conversion
-from llava.data.sources import csv_table, path_vqa, pmc, roco, slake, vqa_rad
+from llava.data.sources import csv_table, path_vqa, pmc, qa_captions, roco, slake, vqa_rad
 
 SOURCES = {
     "vqa-rad": vqa_rad,
@@ -14,6 +14,7 @@ SOURCES = {
     "roco": roco,
     "pmc": pmc,
     "csv": csv_table,
+    "qa-captions": qa_captions,
 }
 
 

@@ -1,0 +1,65 @@
+"""Captions out of question-answer records: one per picture, a sentence for each of its questions.
+
+For training small base models on a set that has no captions. `captions` holds picture and caption; `text` holds the
+same questions asked about the caption in place of the picture, for a language model that has no eyes yet.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, existing_file
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.conversion import Conversion, PictureFolder, clean_text
+from llava.errors import LlavaError
+from llava.records import Record, iter_records
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--records", required=True, help="LLaVA-Med records with pictures (of the training split only)")
+    parser.add_argument("--question", default="Describe the picture.")
+
+
+def convert(args, pictures: PictureFolder) -> Conversion:
+    path = existing_file(args.records, "--records file")
+    conversion = Conversion("qa-captions", {}, [path], pictures=pictures, candidates=False)
+    by_picture = _sentences(path, pictures)
+    conversion.splits = {
+        "captions": _captions(by_picture, args.question),
+        "text": _conversations(by_picture),
+    }
+    return conversion
+
+
+def statement(question: str, answer: str) -> str:
+    """Question and answer as one sentence without a full stop inside: "is the liver enlarged: no."."""
+    plain = [re.sub(r"[.?!:]+", " ", text).strip().lower() for text in (question, answer)]
+    return f"{' '.join(plain[0].split())}: {' '.join(plain[1].split())}."
+
+
+def _sentences(path: Path, pictures: PictureFolder) -> dict[str, list[tuple[str, str]]]:
+    """(question, answer) pairs of each picture, in the order of the file."""
+    by_picture: dict[str, list[tuple[str, str]]] = {}
+    for index, record in enumerate(iter_records(path)):
+        turns = record.get("conversations") or []
+        if len(turns) < 2 or not record.get("image"):
+            raise LlavaError(f"{path} record {index} ({record.get('id')!r}): expected a picture, a question, an answer")
+        if pictures.accept(record["image"]):
+            texts = [clean_text(turn.get("value", "")).replace(DEFAULT_IMAGE_TOKEN, "").strip() for turn in turns]
+            by_picture.setdefault(record["image"], []).extend(zip(texts[::2], texts[1::2], strict=False))
+    return by_picture
+
+
+def _captions(by_picture: dict[str, list[tuple[str, str]]], question: str) -> Iterator[Record]:
+    for image, pairs in by_picture.items():
+        caption = " ".join(dict.fromkeys(statement(*pair) for pair in pairs))
+        turns = [{"from": "human", "value": f"{question}\n{DEFAULT_IMAGE_TOKEN}"}, {"from": "gpt", "value": caption}]
+        yield {"id": image, "image": image, "conversations": turns}
+
+
+def _conversations(by_picture: dict[str, list[tuple[str, str]]]) -> Iterator[Record]:
+    for image, pairs in by_picture.items():
+        caption = " ".join(dict.fromkeys(statement(*pair) for pair in pairs))
+        for number, (asked, answer) in enumerate(pairs):
+            turns = [{"from": "human", "value": f"{caption}\n{asked}"}, {"from": "gpt", "value": answer}]
+            yield {"id": f"{image} {number}", "conversations": turns}

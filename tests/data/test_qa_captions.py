@@ -1,0 +1,37 @@
+"""Captions made of question-answer records."""
+
+import subprocess
+import sys
+
+from PIL import Image
+
+from llava.data.sources.qa_captions import statement
+from llava.records import read_records, write_json
+
+
+def record(number, image, question, answer):
+    turns = [{"from": "human", "value": f"{question}\n<image>"}, {"from": "gpt", "value": answer}]
+    return {"id": str(number), "image": image, "conversations": turns}
+
+
+def test_a_statement_is_one_sentence():
+    assert statement("Is the liver enlarged?", "No.") == "is the liver enlarged: no."
+    assert statement("Size?", "3.5 cm") == "size: 3 5 cm."
+
+
+def test_one_caption_a_picture_and_a_conversation_a_question(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    rows = [record(1, "a.png", "Organ?", "Lung"), record(2, "b.png", "Organ?", "Liver"), record(3, "a.png", "CT?", 1)]
+    write_json(tmp_path / "train.json", rows)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llava.data.convert", "qa-captions", "--records", str(tmp_path / "train.json")]
+    command += ["--image-folder", str(tmp_path), "--output-dir", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    captions = {row["image"]: row["conversations"][1]["value"] for row in read_records(out / "captions.json")}
+    assert captions == {"a.png": "organ: lung. ct: 1.", "b.png": "organ: liver."}
+    text = read_records(out / "text.json")
+    assert len(text) == 3
+    assert text[0]["conversations"][0]["value"] == "organ: lung. ct: 1.\nOrgan?"
+    assert all("image" not in row for row in text)
