@@ -35,3 +35,4 @@ def test_one_caption_a_picture_and_a_conversation_a_question(tmp_path):
     assert len(text) == 3
     assert text[0]["conversations"][0]["value"] == "organ: lung. ct: 1.\nOrgan?"
     assert all("image" not in row for row in text)
+    assert [row["conversations"][0]["value"] for row in read_records(out / "blind.json")] == ["Organ?", "CT?", "Organ?"]

@@ -1,7 +1,8 @@
 """Captions out of question-answer records: one per picture, a sentence for each of its questions.
 
 For training small base models on a set that has no captions. `captions` holds picture and caption; `text` holds the
-same questions asked about the caption in place of the picture, for a language model that has no eyes yet.
+same questions asked about the caption in place of the picture, for a language model that has no eyes yet; `blind`
+holds them without picture and caption, for the baseline that only knows what is usually answered.
 """
 
 import re
@@ -27,6 +28,7 @@ def convert(args, pictures: PictureFolder) -> Conversion:
     conversion.splits = {
         "captions": _captions(by_picture, args.question),
         "text": _conversations(by_picture),
+        "blind": _conversations(by_picture, with_caption=False),
     }
     return conversion
 
@@ -57,9 +59,9 @@ def _captions(by_picture: dict[str, list[tuple[str, str]]], question: str) -> It
         yield {"id": image, "image": image, "conversations": turns}
 
 
-def _conversations(by_picture: dict[str, list[tuple[str, str]]]) -> Iterator[Record]:
+def _conversations(by_picture: dict[str, list[tuple[str, str]]], with_caption: bool = True) -> Iterator[Record]:
     for image, pairs in by_picture.items():
-        caption = " ".join(dict.fromkeys(statement(*pair) for pair in pairs))
+        caption = " ".join(dict.fromkeys(statement(*pair) for pair in pairs)) + "\n" if with_caption else ""
         for number, (asked, answer) in enumerate(pairs):
-            turns = [{"from": "human", "value": f"{caption}\n{asked}"}, {"from": "gpt", "value": answer}]
+            turns = [{"from": "human", "value": caption + asked}, {"from": "gpt", "value": answer}]
             yield {"id": f"{image} {number}", "conversations": turns}
