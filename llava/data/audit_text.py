@@ -55,6 +55,7 @@ def _answer_lines(kind: str, found: dict[str, Any]) -> list[str]:
     def share(key: str) -> str:
         return f"{found[key]:,} ({100 * found[key] / total:.1f} %)"
 
+    f'"{found["majority_answer"]}"' if found["majority_answer"] else "none in training"
     priors = ", ".join(f"{answer} {count:,}" for answer, count in found["test_priors"][:4])
     return [
         f"{kind} answers (of {total:,}), without a look at the picture:",

@@ -1,0 +1,140 @@
+"""One page from any number of answer files: scores beside the paper's, intervals, what the pictures add, examples.
+
+Writes a self-contained HTML page and the score table as Markdown. Answers of the same checkpoint with
+--ablate-image are put beside those with pictures by their manifests.
+"""
+
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.errors import LlavaError
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.eval.report", description=__doc__)
+    parser.add_argument("--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files")
+    parser.add_argument("--gt", nargs="+", help="questions: one file, or one per --pred (default: the manifests')")
+    parser.add_argument("--output", default="report.html", help="the page; the table goes beside it as .md")
+    parser.add_argument("--title", default="Medical visual question answering")
+    parser.add_argument("--image-folder", help="pictures, for the examples")
+    parser.add_argument("--candidate", help="open answers of the training split")
+    parser.add_argument("--audit", help="JSON of llava.data.audit")
+    parser.add_argument("--examples", type=int, default=4, help="right and wrong ones of each answer file")
+    parser.add_argument("--on-missing", choices=("error", "skip", "wrong"), default="error")
+    parser.add_argument("--bootstrap-samples", type=int, default=10_000)
+    parser.add_argument("--bootstrap-unit", choices=("question", "image"), default="question")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the examples")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = build_parser().parse_args(argv)
+    from llava.eval.evaluation import evaluate
+    from llava.eval.report_sections import Entry
+
+    named = [_label_and_file(text) for text in args.pred]
+    entries = [
+        Entry(
+            label,
+            evaluate(
+                gt,
+                file,
+                args.candidate,
+                on_missing=args.on_missing,
+                resamples=args.bootstrap_samples,
+                unit=args.bootstrap_unit,
+                seed=args.seed,
+            ),
+        )
+        for (label, file), gt in zip(named, _questions(args.gt, [file for _, file in named]))
+    ]
+    page, markdown = write_report(
+        entries,
+        args.output,
+        title=args.title,
+        image_folder=args.image_folder,
+        audit=args.audit and existing_file(args.audit, "--audit"),
+        examples=args.examples,
+        seed=args.seed,
+    )
+    write_line(f"{page}\n{markdown}")
+
+
+def write_report(
+    entries: list,
+    output: str | Path,
+    *,
+    title: str = "Medical visual question answering",
+    image_folder: str | Path | None = None,
+    audit: str | Path | None = None,
+    examples: int = 4,
+    seed: int = 0,
+    more_sections: list[tuple[str, str]] | None = None,
+) -> tuple[Path, Path]:
+    """Write the page and the Markdown table of `Entry`s; returns the two paths.
+
+    Args:
+        audit: JSON of `llava.data.audit`, for the files that answer its questions.
+        more_sections: (heading, HTML) to put behind the scores.
+    """
+    from llava.eval import report_sections as sections
+    from llava.eval.clean_subset import score_clean_subset
+    from llava.eval.report_html import page
+    from llava.eval.tables import markdown_table
+    from llava.records import atomic_path
+
+    if not entries:
+        raise LlavaError("a report needs at least one answer file")
+    plain = [entry for entry in entries if entry.ablation == "none"] or entries
+    clean = [(entry.label, score_clean_subset(entry.result, audit)) for entry in plain] if audit else []
+    questions = len(entries), sum(entry.result.scores.questions for entry in entries)
+    html = page(
+        title,
+        f"{questions[0]} answer files, {questions[1]:,} answers",
+        [
+            ("Scores", sections.scores_section(entries)),
+            *(more_sections or []),
+            ("Does it look at the picture?", sections.ablation_section(entries)),
+            ("Is it as sure as it is right?", sections.calibration_section(plain)),
+            ("Is the test set clean?", sections.audit_section(clean)),
+            ("By kind of question", sections.groups_section(plain)),
+            ("Examples", sections.examples_section(plain, image_folder, examples, seed)),
+            ("What produced the answers", sections.provenance_section(entries)),
+        ],
+    )
+    header, rows, _ = sections.score_rows(entries)
+    output = Path(output)
+    markdown = output.with_suffix(".md")
+    for path, text in ((output, html), (markdown, f"# {title}\n\n{markdown_table(header, rows)}\n")):
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return output, markdown
+
+
+def _label_and_file(text: str) -> tuple[str, Path]:
+    label, equals, file = text.partition("=")
+    if equals and not Path(text).exists():
+        return label, existing_file(file, "--pred")
+    path = existing_file(text, "--pred")
+    return path.parent.name + "/" + path.stem if path.parent.name else path.stem, path
+
+
+def _questions(given: list[str] | None, files: list[Path]) -> list[Path]:
+    """The questions of each answer file."""
+    from llava.eval.manifest import read_manifest
+
+    if given and len(given) not in (1, len(files)):
+        raise LlavaError(f"--gt has {len(given)} files for {len(files)} of --pred; give one, or one for each")
+    if given:
+        return [existing_file(path, "--gt") for path in (given * len(files) if len(given) == 1 else given)]
+    found = []
+    for file in files:
+        questions = (read_manifest(file) or {}).get("questions")
+        if not questions:
+            raise LlavaError(f"{file}: no manifest says which questions it answers; give --gt")
+        found.append(existing_file(questions, "questions of the manifest"))
+    return found
+
+
+if __name__ == "__main__":
+    run(main)

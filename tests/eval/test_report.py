@@ -1,0 +1,92 @@
+"""The report: one page that needs nothing else, with the numbers of run_eval, and the table as Markdown."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from llava.data import audit
+from llava.errors import LlavaError
+from llava.eval import report, run_eval
+from llava.eval.manifest import write_manifest
+
+
+def record(key, question, answer, kind):
+    turns = [{"from": "human", "value": f"{question}\n<image>"}, {"from": "gpt", "value": answer}]
+    return {"id": key, "image": f"{key % 3}.png", "conversations": turns, "answer_type": kind, "organ": "AB"[key % 2]}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Questions of a set named as VQA-RAD, answers with pictures and with grey ones, their pictures."""
+    folder = tmp_path / "vqa_rad"
+    folder.mkdir()
+    records = [record(i, f"Is <b>{i}</b> there?", "yes" if i % 3 else "no", "CLOSED") for i in range(12)]
+    records += [record(i, "Where?", "left lung", "OPEN") for i in range(12, 20)]
+    (folder / "test.json").write_text(json.dumps(records))
+    (folder / "train.json").write_text(json.dumps([record(1, "Is 1 there?", "yes", "CLOSED")]))
+    for index in range(3):
+        Image.new("RGB", (40, 30), (80 * index, 10, 10)).save(folder / f"{index}.png")
+    for name, words in (("seen", {"CLOSED": "yes", "OPEN": "left lung"}), ("blank", {"CLOSED": "no", "OPEN": "it"})):
+        path = folder / f"{name}.jsonl"
+        lines = [
+            {"question_id": r["id"], "text": words[r["answer_type"]], "metadata": {"p_yes": 0.3 + 0.02 * r["id"]}}
+            for r in records
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ablation = "none" if name == "seen" else "blank"
+        questions = str(folder / "test.json")
+        write_manifest(path, checkpoint="/models/m", template="v1", ablate_image=ablation, questions=questions)
+    return folder
+
+
+def make(files, *more):
+    output = files / "page.html"
+    flags = ["--pred", f"m={files / 'seen.jsonl'}", f"m, grey={files / 'blank.jsonl'}", "--output", str(output)]
+    report.main([*flags, "--bootstrap-samples", "200", *more])
+    return output.read_text(), (files / "page.md").read_text()
+
+
+def test_page_holds_every_section_and_fetches_nothing(files):
+    audited = files / "audit.json"
+    audit.main(["--train", str(files / "train.json"), "--test", str(files / "test.json"), "--output", str(audited)])
+    html, _ = make(files, "--image-folder", str(files), "--audit", str(audited))
+    for heading in ("Scores", "look at the picture", "as sure as", "clean", "kind of question", "Examples", "produced"):
+        assert re.search(f"<h2>[^<]*{heading}", html), heading
+    assert not re.search(r'(?:src|href)="(?!data:|#)', html) and "<script" not in html and "url(" not in html
+    assert html.count("<img") == 8  # four right and four wrong answers, each with its picture
+    assert "data:image/jpeg;base64," in html
+
+
+def test_text_of_others_is_escaped(files):
+    html, _ = make(files, "--examples", "20")
+    assert "Is &lt;b&gt;1&lt;/b&gt; there?" in html and "<b>1</b>" not in html
+
+
+def test_numbers_are_those_of_run_eval(files, tmp_path):
+    output = tmp_path / "out.json"
+    run_eval.main(["--gt", str(files / "test.json"), "--pred", str(files / "seen.jsonl"), "--output", str(output)])
+    expected = json.loads(output.read_text())["strict"]["closed accuracy"]["value"]
+    _, markdown = make(files)
+    row = next(line for line in markdown.splitlines() if line.startswith("| m |"))
+    assert f"{expected:.2f}" in row.split("|")[7]
+
+
+def test_published_rows_stand_beside(files):
+    _, markdown = make(files)
+    assert "| LLaVA-Med from Vicuna | VQA-RAD, published | 179 / 272 | 64.39 | 81.98 |" in markdown
+
+
+def test_the_drop_without_pictures_is_shown(files):
+    html, _ = make(files)
+    rows = re.findall(r"<tr><td>m</td><td>blank</td><td>([^<]*)</td><td class=\"n\">([^<]*)</td>", html)
+    assert ("strict open", "100.00") in rows and len(rows) == 4
+
+
+def test_without_manifest_the_questions_have_to_be_given(files):
+    (files / "seen.jsonl.manifest.json").unlink()
+    with pytest.raises(LlavaError, match="no manifest says which questions"):
+        make(files)
+    assert not (files / "page.html").exists()
+    assert make(files, "--gt", str(files / "test.json"))
