@@ -17,11 +17,15 @@ from llava.errors import LlavaError
 
 Record = dict[str, Any]
 
+_WINDOW = 1 << 20
+"""Characters of a JSON list that are looked at together; a longer record widens it."""
+_BLANKS = (" ", "\n", "\r", "\t")
+
 
 def iter_records(path: str | Path) -> Iterator[Record]:
     """Records of a JSON list, a JSONL or a Parquet file (told apart by their first bytes).
 
-    JSONL and Parquet are streamed; a JSON list is read whole.
+    All three are streamed: memory doesn't grow with the number of records.
 
     Raises:
         LlavaError: the file is missing, empty, not one of the three, or holds something that isn't an object;
@@ -176,10 +180,52 @@ class ResumableJsonl:
 
 
 def _iter_json(path: Path) -> Iterator[Record]:
-    for index, record in enumerate(read_json(path)):
-        if not isinstance(record, dict):
-            raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
-        yield record
+    """The objects of a JSON list, parsed one by one out of a window of the file."""
+    decode = json.JSONDecoder().raw_decode
+    text, place, index = "", 0, 0
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            text = file.read(_WINDOW)
+            place = _skip_blanks(text, 0) + 1  # behind the "["
+            while True:
+                if len(text) - place < _WINDOW // 4 and (more := file.read(_WINDOW)):
+                    text, place = text[place:] + more, 0
+                place = _skip_blanks(text, place)
+                if text[place : place + 1] == "]":
+                    if text[place + 1 :].strip() or file.read().strip():
+                        raise ValueError("there is something behind the list")
+                    return
+                if index:
+                    if text[place : place + 1] != ",":
+                        raise ValueError("expected a comma or the end of the list")
+                    place = _skip_blanks(text, place + 1)
+                while True:
+                    try:
+                        record, end = decode(text, place)
+                        if end < len(text):
+                            break
+                    except json.JSONDecodeError as error:
+                        # Only an error that the rest of the file may heal is worth reading on for.
+                        unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(text) - 16
+                        if not unfinished or not (more := file.read(max(_WINDOW, len(text)))):
+                            raise
+                    else:
+                        # What ends with the window may go on behind it (a number), or the file be cut here.
+                        if not (more := file.read(_WINDOW)):
+                            raise ValueError("the list is cut off")
+                    text, place = text[place:] + more, 0
+                if not isinstance(record, dict):
+                    raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
+                yield record
+                place, index = end, index + 1
+        except ValueError as error:
+            raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
+
+
+def _skip_blanks(text: str, place: int) -> int:
+    while text[place : place + 1] in _BLANKS and place < len(text):
+        place += 1
+    return place
 
 
 def _iter_parquet(path: Path) -> Iterator[Record]:

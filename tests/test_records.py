@@ -129,3 +129,31 @@ def test_resumable_survives_sigkill(tmp_path):
     if not path.exists():
         subprocess.run([sys.executable, "-c", script, str(path)], check=True)
     assert [row["question_id"] for row in read_records(path)] == list(range(200))
+
+
+@pytest.mark.parametrize("window", [16, 64, 1000])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_list_is_read_through_a_window(tmp_path, monkeypatch, window, indent):
+    monkeypatch.setattr("llava.records._WINDOW", window)
+    records = [{"n": 1.5, "text": 'é"\\ \n' * (7 * number), "list": [{}, [number]]} for number in range(40)]
+    path = tmp_path / "x.json"
+    whole = json.dumps(records, indent=indent, ensure_ascii=False)
+    path.write_text(whole + "\n")
+    assert list(iter_records(path)) == records
+    for length in range(1, len(whole) - 1, 97):
+        path.write_text(whole[:length])
+        with pytest.raises(LlavaError, match="not JSON"):
+            list(iter_records(path))
+
+
+def test_a_fault_in_a_json_list_names_the_record(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"a": 1},\n{"a": 2}, {"a": nonsense}, {"a": 4}]')
+    with pytest.raises(LlavaError, match="x.json record 2: not JSON"):
+        list(iter_records(path))
+    path.write_text('[{"a": 1} {"a": 2}]')
+    with pytest.raises(LlavaError, match="record 1: not JSON .expected a comma"):
+        list(iter_records(path))
+    path.write_text('[{"a": 1}] {"a": 2}')
+    with pytest.raises(LlavaError, match="something behind the list"):
+        list(iter_records(path))
