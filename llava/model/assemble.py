@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError
 from llava.model.quantized import quantized_parameter
@@ -73,7 +74,7 @@ def build_empty(model_class: type[PreTrainedModel], config, attn_implementation:
     """A model whose parameters have shapes but no memory; buffers are real."""
     if attn_implementation:
         config._attn_implementation = attn_implementation
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = model_class(config)
     model.eval()
     return model

@@ -88,7 +88,7 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
 
 def _config(llm_folder: Path, tower_name: str, vision_config: dict, mm_fields: dict[str, Any]):
     try:
-        llm_config = AutoConfig.from_pretrained(llm_folder)
+        llm_config = AutoConfig.from_pretrained(llm_folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise LlavaError(f"{llm_folder}: config.json can't be read ({str(error).splitlines()[0]})") from error
     config_class = CONFIG_CLASSES.get(llm_config.model_type)

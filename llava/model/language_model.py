@@ -142,9 +142,14 @@ class LlavaForCausalLM:
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """As the library's, with the pictures given in the first step alone: later they are in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
+        """As the library's, with the pictures given in the first step alone: later they are in the cache.
+
+        `inputs_embeds` is named because the library looks for it to allow a prompt given as embeddings.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("pixel_values", "image_features", "vision_features"):
                 inputs.pop(name, None)

@@ -57,7 +57,7 @@ class Parts:
     quantized: bool = field(init=False)
 
     def __post_init__(self):
-        self.quantized = any(name.endswith((".SCB", ".absmax")) for name in self.weights)
+        self.quantized = is_quantized(self.weights)
 
 
 def open_checkpoint(folder: Path, base_folder: Path | None = None, vision_tower: str | Path | None = None) -> Parts:
@@ -85,6 +85,11 @@ def is_delta(weights: WeightFiles) -> bool:
         return True
     norm = "model.norm.weight"
     return norm in weights and weights.read(norm).float().abs().mean().item() < _DELTA_NORM
+
+
+def is_quantized(weights: WeightFiles) -> bool:
+    """Whether weights are stored in 8 or 4 bits: bitsandbytes' statistics lie beside them."""
+    return any(name.endswith((".SCB", ".absmax")) for name in weights)
 
 
 def projector_file(folder: Path) -> Path | None:
@@ -146,18 +151,25 @@ def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts
     own_config = (folder / "config.json").is_file()
     config = read_config(folder if own_config else base_folder)
     weights = WeightFiles.of_folder(base_folder)
+    if is_quantized(weights):
+        raise LlavaError(
+            f"{base_folder}: an adapter can't be added to weights that are stored in 8 or 4 bits; give the base in "
+            f"full precision, and load_8bit or load_4bit to quantize the sum"
+        )
     extra_path = non_lora_file(folder)
     extra = WeightFiles([extra_path] if extra_path else [])
     tower_folder = _find_tower(config, folder, vision_tower, weights, extra)
 
     def sources(model: PreTrainedModel) -> list[Source]:
-        base = native_source(weights, model, "base model")
-        _check_reach(adapter, base)
-        base.convert = adapter.merged
-        inside = _has_tower(weights) or _has_tower(extra)
-        tower = [] if inside else [tower_source(tower_folder, model)]
+        changed = [native_source(weights, model, "base model")]
+        changed.append(native_source(extra, model, "adapter's other weights"))
+        if not (_has_tower(weights) or _has_tower(extra)):
+            changed.insert(0, tower_source(tower_folder, model))
+        for source in changed:
+            source.convert = adapter.merged
+        _check_reach(adapter, changed, base_folder)
         replaced = Source("adapter", adapter.weights, adapter.overrides, unused=_pair_names(adapter))
-        return [*tower, base, native_source(extra, model, "adapter's other weights"), replaced]
+        return [*changed, replaced]
 
     return Parts(config, weights, sources, [folder, base_folder], tower_folder)
 
@@ -244,13 +256,12 @@ def _appending(before, name: str, new: torch.Tensor | None, rows: int):
     return convert
 
 
-def _check_reach(adapter: LoraAdapter, base: Source) -> None:
-    lost = sorted(adapter.adds_to - set(base.names))
+def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path) -> None:
+    lost = sorted(adapter.adds_to.difference(*(source.names for source in sources)))
     if lost:
-        path = adapter.weights.files[0]
         raise LlavaError(
-            f"{path}: the adapter changes {lost[0]} (one of {len(lost)}), which the base "
-            f"{base.weights.files[0].parent} doesn't have; it was trained on {adapter.base_name}"
+            f"{adapter.weights.files[0]}: the adapter changes {lost[0]} (one of {len(lost)}), which the base "
+            f"{base_folder} doesn't have; it was trained on {adapter.base_name}"
         )
 
 

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 KEPT_MODULES = ("model.vision_tower", "model.mm_projector", "lm_head")
 """What `load_8bit` and `load_4bit` leave in full precision."""
 
+_FOUR_BIT = ("absmax", "quant_map", "quant_state.bitsandbytes")
+_NESTED = ("nested_absmax", "nested_quant_map")
 _STATISTICS = re.compile(
     r"(?P<weight>.+\.weight)\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
     r"|(?P<module>.+)\.(?:SCB|weight_format)"
@@ -44,7 +46,22 @@ def split_statistics(names: Iterable[str]) -> tuple[list[str], dict[str, list[st
             statistics[match["weight"] or f"{match['module']}.weight"].append(name)
         else:
             plain.append(name)
+    for weight, keys in statistics.items():
+        _check_complete(weight, {key.removeprefix(f"{weight}.").split("__")[0] for key in keys})
     return plain, dict(statistics)
+
+
+def _check_complete(weight: str, found: set[str]) -> None:
+    needed = set(_FOUR_BIT)
+    if found & set(_NESTED):
+        needed |= set(_NESTED)
+    if any(name.endswith("SCB") for name in found):
+        needed = set()
+    if not needed <= found:
+        raise LlavaError(
+            f"{weight} is stored quantized, but {', '.join(sorted(needed - found))} is missing beside it; "
+            f"the checkpoint is incomplete"
+        )
 
 
 def prepare_quantized(model: PreTrainedModel, config: BitsAndBytesConfig, quantized: set[str] | None) -> None:
@@ -81,7 +98,10 @@ def quantized_parameter(
     `tensor` is the full weight, which is quantized here, or with `statistics` the already quantized one.
     """
     bitsandbytes = require("bitsandbytes", "quantized")
-    module = model.get_submodule(name.rpartition(".")[0])
+    path, _, leaf = name.rpartition(".")
+    if leaf != "weight":
+        return None
+    module = model.get_submodule(path)
     if isinstance(module, bitsandbytes.nn.Linear4bit):
         if statistics is None:
             old = module.weight
