@@ -1,14 +1,43 @@
-"""A small tokenizer in the manner of LLaMA's: byte-fallback BPE, so that any text can be said."""
+"""A small tokenizer in the manner of LLaMA's: byte-fallback BPE, so that any text can be said.
+
+python -m llava.demo.tokenizer --data-path text.json --output-dir tokenizer
+"""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from llava.commandline import ArgumentParser, run
+
 LEARNED = 500
 """Tokens beside the special ones and the bytes: the words of the built-in set, about."""
 
 
-def make_tokenizer(texts: Iterable[str], folder: str | Path) -> None:
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.demo.tokenizer", description=__doc__.splitlines()[0])
+    parser.add_argument("--data-path", action="append", required=True, help="records to learn from; may be repeated")
+    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--learned", type=int, default=LEARNED, help="tokens beside the special ones and the bytes")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    make_tokenizer(texts_of(args.data_path), args.output_dir, args.learned)
+
+
+def texts_of(paths: Iterable[str | Path]) -> list[str]:
+    """What is said in records, and how a prompt is written."""
+    from llava.records import iter_records
+
+    texts = ["[INST] [/INST] Describe the picture. Please answer: yes, no."] * 10
+    for path in paths:
+        for record in iter_records(path):
+            texts += [str(turn["value"]).replace("<image>", "") for turn in record["conversations"]]
+    return texts
+
+
+def make_tokenizer(texts: Iterable[str], folder: str | Path, learned: int = LEARNED) -> None:
     """Learn a tokenizer from texts and write it to `folder` (<unk> 0, <s> 1, </s> 2, then 256 bytes)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -19,12 +48,12 @@ def make_tokenizer(texts: Iterable[str], folder: str | Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation(behavior="isolated")]
     )
-    trainer = trainers.BpeTrainer(vocab_size=LEARNED, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=learned, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     content = json.loads(tokenizer.to_str())
-    learned = content["model"]["vocab"]
+    found = content["model"]["vocab"]
     # Byte tokens come right after the special ones, as in LLaMA's vocabulary.
-    ordered = first + [token for token in sorted(learned, key=learned.get) if token not in first]
+    ordered = first + [token for token in sorted(found, key=found.get) if token not in first]
     content["model"]["vocab"] = {token: index for index, token in enumerate(ordered)}
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.decoder = decoders.Sequence(
@@ -48,3 +77,7 @@ def make_tokenizer(texts: Iterable[str], folder: str | Path) -> None:
         padding_side="right",
     )
     fast.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -106,6 +106,10 @@ class ImageProcessor:
             return [self._stack(self._tiles(image, grid_pinpoints)) for image in images]
         raise LlavaError(f"unknown image_aspect_ratio {aspect_ratio!r}; one of {', '.join(ASPECT_RATIOS)}")
 
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Resized and cropped to `crop_size`, still 8-bit RGB: what `square` normalises."""
+        return self._shrink(to_rgb(image))
+
     def _stack(self, pictures: Iterable[Image.Image]) -> np.ndarray:
         pixels = [np.asarray(picture) for picture in pictures]
         if not pixels:
