@@ -19,16 +19,9 @@ from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError
 from llava.model.quantized import quantized_parameter
-from llava.model.weights import WeightFiles
+from llava.model.weights import WeightFiles, is_harmless
 
 log = logging.getLogger(__name__)
-
-HARMLESS = (
-    r".*\.rotary_emb\.inv_freq",  # computed from the config; older transformers stored it
-    r".*\.embeddings\.position_ids",  # 0, 1, 2, …; older transformers stored it
-)
-"""Names in a file that carry no information, as patterns."""
-
 
 _READERS = 4
 """Threads that read: one doesn't saturate a disk, nor the memory behind the page cache."""
@@ -135,10 +128,6 @@ def _set_quantized(model, name: str, source: Source, statistics, device: torch.d
     path, _, leaf = name.rpartition(".")
     model.get_submodule(path)._parameters[leaf] = parameter
     return True
-
-
-def is_harmless(name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in HARMLESS)
 
 
 def match_sources(

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
-from llava.model.assemble import Source, build_empty, fill_model, is_harmless
+from llava.model.assemble import Source, build_empty, fill_model
 from llava.model.configuration import SCHEME_PATCH, LlavaLlamaConfig, LlavaMistralConfig
 from llava.model.language_model import MODEL_CLASSES
 from llava.model.loader import LoadedModel, context_length, load_image_processor
@@ -16,7 +16,7 @@ from llava.model.locate import locate_model
 from llava.model.placement import best_device
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.tower_files import read_vision_config, tower_source
-from llava.model.weights import WeightFiles
+from llava.model.weights import WeightFiles, is_harmless
 
 CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
-from llava.model.assemble import is_harmless
 from llava.model.checkpoint_config import infer_template
 from llava.model.hf_layout import check_identity, is_hf_config, native_config, native_name
 from llava.model.hf_writer import EXPORT_NOTE
@@ -20,7 +19,7 @@ from llava.model.model_card import write_model_card
 from llava.model.shards import MAX_SHARD_BYTES, Fill, Planned, fill_from, planned_copy, write_shards
 from llava.model.staging import check_space, check_target, stage
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
-from llava.model.weights import WeightFiles
+from llava.model.weights import WeightFiles, is_harmless
 from llava.records import read_json, write_json
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
-from llava.model.assemble import Source, is_harmless
+from llava.model.assemble import Source
 from llava.model.checkpoint_config import infer_template, read_config
 from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
 from llava.model.hf_layout import hf_source, is_hf_config, native_config
@@ -29,7 +29,7 @@ from llava.model.tower_files import (
     read_vision_config,
     tower_source,
 )
-from llava.model.weights import WeightFiles, find_weight_files
+from llava.model.weights import WeightFiles, find_weight_files, is_harmless
 from llava.records import read_json
 
 log = logging.getLogger(__name__)

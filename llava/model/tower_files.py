@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.model.assemble import Source, is_harmless
-from llava.model.weights import WeightFiles
+from llava.model.assemble import Source
+from llava.model.weights import WeightFiles, is_harmless
 from llava.records import read_json
 
 TOWER_PREFIX = "model.vision_tower."

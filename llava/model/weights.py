@@ -7,6 +7,7 @@ memory maps. A `.bin` file is a pickle: it is opened with `weights_only=True` al
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -22,7 +23,18 @@ from llava.records import read_json
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
 
+HARMLESS = (
+    r".*\.rotary_emb\.inv_freq",  # computed from the config; older transformers stored it
+    r".*\.embeddings\.position_ids",  # 0, 1, 2, …; older transformers stored it
+)
+"""Names in a file that carry no information, as patterns."""
+
 _BLOCK = 1 << 24
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor of this name carries no information."""
+    return any(re.fullmatch(pattern, name) for pattern in HARMLESS)
 
 
 def find_weight_files(folder: str | Path) -> list[Path]:
