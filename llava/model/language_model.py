@@ -60,7 +60,8 @@ class LlavaForCausalLM:
     def project(self, vision_features: torch.Tensor) -> torch.Tensor:
         """The tower's features `[n, patches, mm_hidden]` to the language model's `[n, patches, hidden]`."""
         projector = self.model.mm_projector
-        parameter = next(projector.parameters(), None)
+        # The first floating one: an 8-bit weight is no dtype to compute in.
+        parameter = next((one for one in projector.parameters() if one.is_floating_point()), None)
         if parameter is not None:
             vision_features = vision_features.to(parameter.device, parameter.dtype)
         return projector(vision_features)

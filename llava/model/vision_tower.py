@@ -58,7 +58,7 @@ class VisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return next(one for one in self.parameters() if one.is_floating_point()).dtype
 
     @property
     def device(self) -> torch.device:
