@@ -149,10 +149,10 @@ def test_a_json_list_is_read_through_a_window(tmp_path, monkeypatch, window, ind
 def test_a_fault_in_a_json_list_names_the_record(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('[{"a": 1},\n{"a": 2}, {"a": nonsense}, {"a": 4}]')
-    with pytest.raises(LlavaError, match="x.json record 2: not JSON"):
+    with pytest.raises(LlavaError, match=r"x\.json record 2: not JSON"):
         list(iter_records(path))
     path.write_text('[{"a": 1} {"a": 2}]')
-    with pytest.raises(LlavaError, match="record 1: not JSON .expected a comma"):
+    with pytest.raises(LlavaError, match=r"record 1: not JSON \(expected a comma"):
         list(iter_records(path))
     path.write_text('[{"a": 1}] {"a": 2}')
     with pytest.raises(LlavaError, match="something behind the list"):

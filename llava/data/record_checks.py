@@ -1,0 +1,226 @@
+"""What can be wrong with one training record, and which of it can be put right.
+
+`check_form` looks at the record alone; `PictureCheck` opens its pictures; `LengthCheck` tokenises it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.conversion import is_inside
+from llava.errors import LlavaError
+from llava.records import Record
+from llava.tokenization.turns import ASSISTANT, USER, read_turns
+
+MISSPELT = "conversatons"
+
+FAULTS = {
+    "form": "not a conversation of alternating human and gpt turns",
+    "first_turn": "the conversation doesn't begin with human",
+    "no_answer": "the conversation ends with a question",
+    "empty_answer": "an assistant turn without text",
+    "image_count": "another number of <image> than of pictures",
+    "image_in_answer": "<image> in an assistant turn",
+    "image_name": "a picture's name that leads out of the image folder",
+    "image_missing": "a picture that isn't there",
+    "image_unreadable": "a picture that can't be opened",
+    "template": "a conversation that the template can't take",
+    "no_target": "nothing left to learn after truncation",
+}
+NOTES = {
+    "misspelt_key": f'turns under "{MISSPELT}"',
+    "number_as_text": "a turn whose text is a number",
+    "empty_question": "a human turn without text",
+    "text_only": "no picture",
+    "truncated": "longer than the model's maximum; its end is cut off",
+    "duplicate_id": "an id that another record has too",
+}
+
+
+class Finding(NamedTuple):
+    """A fault or a note of one record."""
+
+    kind: str
+    detail: str = ""
+
+
+def check_form(record: Record) -> list[Finding]:
+    """Faults and notes that the record shows by itself; none for a good record with a picture."""
+    if _is_plainly_good(record):
+        return []
+    try:
+        turns = read_turns(record)
+    except LlavaError as error:
+        return [Finding("form", str(error))]
+    found = []
+    pictures = count_pictures(record)
+    placeholders = 0
+    for role, text in turns:
+        marks = text.count(DEFAULT_IMAGE_TOKEN)
+        if role == USER:
+            placeholders += marks
+            if not text.strip():
+                found.append(Finding("empty_question"))
+        elif marks:
+            found.append(Finding("image_in_answer"))
+        elif not text.strip():
+            found.append(Finding("empty_answer"))
+    if turns[0].role != USER:
+        found.append(Finding("first_turn"))
+    if turns[-1].role != ASSISTANT:
+        found.append(Finding("no_answer"))
+    if placeholders != pictures:
+        found.append(Finding("image_count", f"{placeholders} {DEFAULT_IMAGE_TOKEN}, {pictures} picture(s)"))
+    if not pictures:
+        found.append(Finding("text_only"))
+    return found + _spelling(record)
+
+
+def _is_plainly_good(record: Record) -> bool:
+    """Whether a record is in the usual form without anything to find: a quick look that spares most the close one."""
+    entries = record.get("conversations")
+    if type(entries) is not list or not entries or len(entries) % 2:
+        return False
+    marks = 0
+    try:
+        for place in range(0, len(entries), 2):
+            question, answer = entries[place], entries[place + 1]
+            text, reply = question["value"], answer["value"]
+            if (
+                question["from"] != "human"
+                or answer["from"] != "gpt"
+                or type(text) is not str
+                or type(reply) is not str
+            ):
+                return False
+            if DEFAULT_IMAGE_TOKEN in reply or not reply.strip() or not text.strip():
+                return False
+            marks += text.count(DEFAULT_IMAGE_TOKEN)
+    except (TypeError, KeyError):
+        return False
+    return marks > 0 and marks == count_pictures(record)
+
+
+def _spelling(record: Record) -> list[Finding]:
+    found = []
+    entries = record.get("conversations")
+    if entries is None:
+        found.append(Finding("misspelt_key"))
+        entries = record[MISSPELT]
+    if not all(isinstance(entry["value"], str) for entry in entries):
+        found.append(Finding("number_as_text"))
+    return found
+
+
+def repair(record: Record, findings: Sequence[Finding]) -> Record | None:
+    """A copy without its faults, or None if one of them can't be put right.
+
+    Put right: the misspelt key, numbers, a question nobody answered at the end, and one missing `<image>`.
+    """
+    kinds = {finding.kind for finding in findings}
+    beyond = kinds & FAULTS.keys() - {"no_answer", "image_count"}
+    if beyond:
+        return None
+    fixed = {key: value for key, value in record.items() if value is not None and key != MISSPELT}
+    entries = record.get("conversations")
+    turns = [{**turn, "value": str(turn["value"])} for turn in (record[MISSPELT] if entries is None else entries)]
+    if "no_answer" in kinds:
+        turns = turns[:-1]
+    no_mark = not any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in turns)
+    if "image_count" in kinds and turns and no_mark and count_pictures(record) == 1:
+        turns[0] = {**turns[0], "value": f"{turns[0]['value']}\n{DEFAULT_IMAGE_TOKEN}"}
+    fixed["conversations"] = turns
+    still = {finding.kind for finding in check_form(fixed)} & FAULTS.keys()
+    return None if still else fixed
+
+
+def pictures_of(record: Record) -> list[Any]:
+    """The pictures that a record names: paths, data URLs or embedded bytes, in order."""
+    image = record.get("image")
+    if image is None:
+        image = record.get("images")
+    if not image:
+        return []
+    return list(image) if isinstance(image, (list, tuple)) else [image]
+
+
+def count_pictures(record: Record) -> int:
+    image = record.get("image")
+    return 1 if isinstance(image, str) and image else len(pictures_of(record))
+
+
+class PictureCheck:
+    """Opens each distinct picture once (per process) and remembers what was wrong with it."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._known: dict[str, Finding | None] = {}
+
+    def __call__(self, record: Record) -> list[Finding]:
+        found = (self._check(picture) for picture in pictures_of(record))
+        return [finding for finding in found if finding is not None]
+
+    def _check(self, picture: Any) -> Finding | None:
+        if not isinstance(picture, str):
+            content = picture.get("bytes") if isinstance(picture, dict) else picture
+            return _open(content if isinstance(content, bytes) else b"", "embedded picture")
+        if picture.startswith("data:"):
+            return _open(picture, "embedded picture")
+        if picture not in self._known:
+            self._known[picture] = self._check_file(picture)
+        return self._known[picture]
+
+    def _check_file(self, name: str) -> Finding | None:
+        if not is_inside(name):
+            return Finding("image_name", name)
+        path = self._folder / name
+        return _open(path, name) if path.is_file() else Finding("image_missing", name)
+
+
+def _open(source: Any, name: str) -> Finding | None:
+    from llava.images import open_image
+
+    try:
+        open_image(source)
+    except LlavaError as error:
+        return Finding("image_unreadable", f"{name}: {error}")
+    return None
+
+
+class LengthCheck:
+    """Tokenises records as training does: too long ones, and those with nothing left to learn.
+
+    `lengths` holds the number of positions of each record seen, before truncation.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, image_tokens: Any, max_length: int, features_per_image: int):
+        self._tokenizer = tokenizer
+        self._template = template
+        self._image_tokens = image_tokens
+        self._max_length = max_length
+        self._features = features_per_image
+        self.lengths: list[int] = []
+
+    def __call__(self, record: Record) -> list[Finding]:
+        from llava.tokenization import encode_conversation
+
+        try:
+            encoded = encode_conversation(
+                record,
+                self._template,
+                self._tokenizer,
+                self._image_tokens,
+                max_length=self._max_length,
+                features_per_image=self._features,
+            )
+        except LlavaError as error:
+            return [Finding("template", str(error))]
+        length = len(encoded.input_ids) + encoded.truncated
+        self.lengths.append(length)
+        found = []
+        if encoded.truncated:
+            found.append(Finding("truncated", f"{length} positions"))
+        if not encoded.num_targets:
+            found.append(Finding("no_target", f"{length} positions"))
+        return found

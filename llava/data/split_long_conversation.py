@@ -1,0 +1,140 @@
+"""Split conversations that are longer than the model's maximum into several records that fit.
+
+    python -m llava.data.split_long_conversation --in-file train.json --out-file split.json \\
+        --model-name-or-path LLM --max-length 2048
+
+Cuts are made between an answer and the next question. Every piece of a conversation about a picture shows the picture
+again, in its first question; ids become `<id>_<first turn>`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import LlavaError
+from llava.records import Record, iter_records, write_records
+
+
+@dataclass
+class Counts:
+    """What was split, and what couldn't be."""
+
+    records: int = 0
+    split: int = 0
+    pieces: int = 0
+    too_long: int = 0
+    """Pieces of one question and answer that alone are longer than the maximum."""
+    unanswered: int = 0
+    """Questions without an answer, at the end of a conversation; left out."""
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--in-file", required=True, help="JSON, JSONL or Parquet")
+    parser.add_argument("--out-file", required=True, help=".json, .jsonl or .parquet")
+    parser.add_argument("--begin", type=int, default=0, help="first record to take")
+    parser.add_argument("--end", type=int, help="first record not to take any more")
+    parser.add_argument("--model-name-or-path", required=True, help="folder with the tokenizer")
+    parser.add_argument("--max-length", type=int, default=2048, help="positions, pictures included")
+    parser.add_argument("--template", "--version", default="v1", help="the prompt template that training will use")
+    parser.add_argument("--features-per-image", type=int, default=256, help="256 for ViT-L/14 at 224, 576 at 336")
+    return parser
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    path = existing_file(args.in_file, "--in-file")
+    end = args.end if args.end is not None and args.end >= 0 else None
+    if args.begin < 0 or (end is not None and end <= args.begin):
+        raise LlavaError(f"--begin {args.begin} --end {args.end}: no record lies between them")
+    if Path(args.out_file).resolve() == path.resolve():
+        raise LlavaError(f"--out-file {args.out_file}: give another name than the input's")
+    length_of = _length_function(args)
+    counts = Counts()
+    records = islice(iter_records(path), args.begin, end)
+    write_records(args.out_file, split_all(records, length_of, args.max_length, counts))
+    write_line(
+        f"{args.out_file}: {counts.records:,} records became {counts.pieces:,}; {counts.split:,} were split, "
+        f"{counts.too_long:,} pieces are one question and answer longer than {args.max_length:,} positions, "
+        f"{counts.unanswered:,} unanswered questions left out"
+    )
+    return 0
+
+
+def split_all(
+    records: Iterator[Record], length_of: Callable[[Record], int], max_length: int, counts: Counts
+) -> Iterator[Record]:
+    """The records, long ones in pieces of at most `max_length` positions wherever that is possible."""
+    for record in records:
+        counts.records += 1
+        for piece in _pieces(record, length_of, max_length, counts):
+            counts.pieces += 1
+            yield piece
+
+
+def _pieces(record: Record, length_of: Callable[[Record], int], max_length: int, counts: Counts) -> Iterator[Record]:
+    turns = record.get("conversations") or record.get("conversatons")
+    if length_of(record) <= max_length:
+        yield record
+        return
+    pairs = [turns[place : place + 2] for place in range(0, len(turns) - 1, 2)]
+    counts.unanswered += len(turns) % 2
+    starts = _starts(record, pairs, length_of, max_length)
+    counts.split += len(starts) > 1
+    for start, end in zip(starts, [*starts[1:], len(pairs)]):
+        piece = _piece(record, pairs, start, end)
+        if length_of(piece) > max_length:
+            counts.too_long += 1
+        yield piece
+
+
+def _starts(record: Record, pairs: list, length_of: Callable[[Record], int], max_length: int) -> list[int]:
+    """The first pair of each piece; every piece takes as many pairs as fit, and at least one."""
+    starts = [0]
+    for end in range(2, len(pairs) + 1):
+        if end - starts[-1] > 1 and length_of(_piece(record, pairs, starts[-1], end)) > max_length:
+            starts.append(end - 1)
+    return starts
+
+
+def _piece(record: Record, pairs: list, start: int, end: int) -> Record:
+    turns = [dict(turn) for pair in pairs[start:end] for turn in pair]
+    # Each picture's mark stands where it was; a piece that doesn't hold it asks about the picture all the same.
+    total = sum(str(turn["value"]).count(DEFAULT_IMAGE_TOKEN) for pair in pairs for turn in pair)
+    here = sum(str(turn["value"]).count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    if here < total:
+        marks = "\n".join([DEFAULT_IMAGE_TOKEN] * total)
+        for turn in turns:
+            turn["value"] = str(turn["value"]).replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        turns[0]["value"] = f"{marks}\n{turns[0]['value']}"
+    rest = {key: value for key, value in record.items() if key != "conversatons"}
+    if start == 0 and end == len(pairs):
+        return {**rest, "conversations": turns}
+    return {**rest, "id": f"{record.get('id', '')}_{2 * start}", "conversations": turns}
+
+
+def _length_function(args) -> Callable[[Record], int]:
+    from llava.conversation import get_template
+    from llava.model.tokenizer import load_tokenizer
+    from llava.tokenization import encode_conversation
+
+    template = get_template(args.template)
+    tokenizer = load_tokenizer(existing_dir(args.model_name_or_path, "--model-name-or-path"))
+
+    def length_of(record: Record) -> int:
+        try:
+            encoded = encode_conversation(record, template, tokenizer, features_per_image=args.features_per_image)
+        except LlavaError as error:
+            raise LlavaError(
+                f'{args.in_file} id "{record.get("id")}": {error}; see llava.data.validate --fix'
+            ) from error
+        return len(encoded.input_ids)
+
+    return length_of
+
+
+if __name__ == "__main__":
+    run(main)

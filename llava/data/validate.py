@@ -1,0 +1,307 @@
+"""Check a file of training records before hours of training depend on it.
+
+    python -m llava.data.validate train.json --image-folder images --tokenizer LLM --template v1 --fix train_clean.json
+
+Every record is looked at: its form; with --image-folder its pictures, opened with all cores; with --tokenizer its
+length and what is left to learn after truncation. Faults make the exit code 1, notes don't. --fix writes a copy that
+has none: what can be put right is, other faulty records are left out.
+"""
+
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.errors import LlavaError
+from llava.records import Record, iter_records, write_json, write_records
+
+EXIT_FAULTS = 1
+_CHUNK = 128
+_CHUNKS_AHEAD = 4
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Options:
+    """What to check beside the form."""
+
+    image_folder: Path | None = None
+    tokenizer: str | None = None
+    template: str = "v1"
+    max_length: int = 2048
+    features_per_image: int = 256
+    use_start_end: bool = False
+    scheme: str = "placeholder"
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether a record costs enough to be handed to another process."""
+        return self.image_folder is not None or self.tokenizer is not None
+
+
+@dataclass
+class Report:
+    """Counts over one file, and the first cases of each kind."""
+
+    keep_first: int = 5
+    records: int = 0
+    faulty: int = 0
+    repaired: int = 0
+    kinds: Counter = field(default_factory=Counter)
+    first: dict[str, list[dict]] = field(default_factory=dict)
+    lengths: Counter = field(default_factory=Counter)
+    _ids: set[int] = field(default_factory=set)
+
+    def add(self, record: Record, findings: list) -> bool:
+        """Count a record; returns whether it is faulty."""
+        number, self.records = self.records, self.records + 1
+        # Only hashes are kept: a million ids as text would take several times as much.
+        known, name = len(self._ids), record.get("id")
+        if name is not None:
+            self._ids.add(hash(name) if isinstance(name, (str, int)) else hash(repr(name)))
+            if len(self._ids) == known:
+                findings = [*findings, ("duplicate_id", "")]
+        if not findings:
+            return False
+        from llava.data.record_checks import FAULTS
+
+        kinds = dict(reversed(findings))
+        self.kinds.update(kinds.keys())
+        for kind, detail in kinds.items():
+            first = self.first.setdefault(kind, [])
+            if len(first) < self.keep_first:
+                first.append({"record": number, "id": name, "detail": detail})
+        is_faulty = not kinds.keys().isdisjoint(FAULTS)
+        self.faulty += is_faulty
+        return is_faulty
+
+    def as_json(self) -> dict[str, Any]:
+        from llava.data.record_checks import FAULTS, NOTES
+
+        def section(meanings: dict[str, str]) -> dict:
+            return {
+                kind: {"meaning": meaning, "records": self.kinds[kind], "first": self.first[kind]}
+                for kind, meaning in meanings.items()
+                if self.kinds[kind]
+            }
+
+        report = {
+            "records": self.records,
+            "faulty": self.faulty,
+            "repaired": self.repaired,
+            "faults": section(FAULTS),
+            "notes": section(NOTES),
+        }
+        if self.lengths:
+            report["positions"] = _spread(self.lengths)
+        return report
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("input", help="JSON, JSONL or Parquet")
+    parser.add_argument("--image-folder", help="open every picture; without it pictures aren't looked at")
+    parser.add_argument("--tokenizer", help="a model folder; tokenise every record as training would")
+    parser.add_argument("--template", "--version", default="v1", help="the prompt template that training will use")
+    parser.add_argument("--model-max-length", type=int, default=2048, help="positions, pictures included")
+    parser.add_argument("--features-per-image", type=int, default=256, help="256 for ViT-L/14 at 224, 576 at 336")
+    parser.add_bool("--mm-use-im-start-end", help="<im_start> and <im_end> stand around pictures")
+    parser.add_argument("--image-tokens", choices=("placeholder", "patch"), default="placeholder", help="patch: v1.0")
+    parser.add_argument("--fix", metavar="PATH", help="write a copy without faults (.json, .jsonl or .parquet)")
+    parser.add_argument("--report", metavar="PATH", help="write the report as JSON")
+    parser.add_argument("--first", type=int, default=5, help="cases to show of each kind")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for pictures and tokens")
+    return parser
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    path = existing_file(args.input, "record file")
+    options = _options(args)
+    if args.fix and Path(args.fix).resolve() == path.resolve():
+        raise LlavaError(f"--fix {args.fix}: give another name than the file that is checked")
+    report = Report(args.first)
+    if args.fix:
+        write_records(args.fix, validate(path, report, options, args.workers, fix=True))
+    else:
+        deque(validate(path, report, options, args.workers), maxlen=0)
+    if not report.records:
+        raise LlavaError(f"{path}: there are no records in it")
+    content = {"file": str(path), **report.as_json()}
+    if args.report:
+        write_json(args.report, content)
+    _show(content, args.fix)
+    return EXIT_FAULTS if report.faulty else 0
+
+
+def validate(
+    path: Path, report: Report, options: Options | None = None, workers: int = 1, fix: bool = False
+) -> Iterator[Record]:
+    """Check every record of a file and count in `report`; yields the good ones, and with `fix` the repaired ones.
+
+    Memory doesn't grow with the file but for 40 bytes per id.
+    """
+    from tqdm import tqdm
+
+    from llava.data.record_checks import repair
+
+    options = options or Options()
+    records = tqdm(iter_records(path), unit=" records", disable=None, mininterval=0.5)
+    for record, findings, length in _checked(records, options, workers):
+        if length is not None:
+            report.lengths[length] += 1
+        is_faulty = report.add(record, findings)
+        if not is_faulty and not (fix and findings):
+            yield record
+        elif fix:
+            fixed = repair(record, findings)
+            if fixed is not None:
+                report.repaired += is_faulty
+                yield fixed
+
+
+Checked = tuple[Record, list, int | None]
+"""(record, findings, positions if tokenised)."""
+
+
+def _checked(records: Iterable[Record], options: Options, workers: int) -> Iterator[Checked]:
+    from llava.data.record_checks import check_form
+
+    if not options.is_heavy:
+        for record in records:
+            yield record, check_form(record), None
+        return
+    records = iter(records)
+    chunks = iter(lambda: list(islice(records, _CHUNK)), [])
+    if workers <= 1:
+        check = _make_checker(options)
+        for chunk in chunks:
+            yield from zip(chunk, *zip(*check(chunk)), strict=True)
+        return
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(options,)) as pool:
+        # A window of chunks under way: results come in order, and memory stays small.
+        pending: deque = deque()
+        for chunk in chunks:
+            pending.append((chunk, pool.submit(_check_chunk, chunk)))
+            if len(pending) > workers * _CHUNKS_AHEAD:
+                yield from _unpack(*pending.popleft())
+        while pending:
+            yield from _unpack(*pending.popleft())
+
+
+def _unpack(chunk: list[Record], future) -> Iterator[Checked]:
+    for record, (findings, length) in zip(chunk, future.result(), strict=True):
+        yield record, findings, length
+
+
+_worker_check: Callable | None = None
+
+
+def _start_worker(options: Options) -> None:
+    global _worker_check
+    _worker_check = _make_checker(options)
+
+
+def _check_chunk(chunk: list[Record]) -> list:
+    return _worker_check(chunk)
+
+
+def _make_checker(options: Options) -> Callable[[list[Record]], list]:
+    """A function from records to (findings, positions or None) of each."""
+    from llava.data.record_checks import FAULTS, LengthCheck, PictureCheck, check_form
+
+    pictures = PictureCheck(options.image_folder) if options.image_folder else None
+    lengths = None
+    if options.tokenizer:
+        from llava.model.tokenizer import load_tokenizer
+        from llava.tokenization import ImageTokens
+
+        tokenizer = load_tokenizer(options.tokenizer)
+        image_tokens = ImageTokens(options.scheme, options.use_start_end)
+        image_tokens.check(tokenizer)
+        lengths = LengthCheck(tokenizer, options.template, image_tokens, options.max_length, options.features_per_image)
+
+    def check(records: list[Record]) -> list:
+        results = []
+        for record in records:
+            findings = check_form(record)
+            if pictures is not None:
+                findings += pictures(record)
+            length = None
+            if lengths is not None and not any(finding.kind in FAULTS for finding in findings):
+                seen = len(lengths.lengths)
+                findings += lengths(record)
+                length = lengths.lengths.pop() if len(lengths.lengths) > seen else None
+            results.append((findings, length))
+        return results
+
+    return check
+
+
+def _options(args) -> Options:
+    from llava.conversation import get_template
+
+    if args.tokenizer:
+        get_template(args.template)  # an unknown name is an error now, not once per record
+        existing_dir(args.tokenizer, "--tokenizer")
+    for name in ("model_max_length", "features_per_image", "workers"):
+        if getattr(args, name) < 1:
+            raise LlavaError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    return Options(
+        image_folder=existing_dir(args.image_folder, "--image-folder") if args.image_folder else None,
+        tokenizer=args.tokenizer,
+        template=args.template,
+        max_length=args.model_max_length,
+        features_per_image=args.features_per_image,
+        use_start_end=args.mm_use_im_start_end,
+        scheme=args.image_tokens,
+    )
+
+
+def _spread(lengths: Counter) -> dict[str, float]:
+    """Smallest, quantiles, largest and mean of a histogram of lengths."""
+    total, ordered = sum(lengths.values()), sorted(lengths.items())
+
+    def quantile(share: float) -> int:
+        seen = 0
+        for length, count in ordered:
+            seen += count
+            if seen >= share * total:
+                return length
+        return ordered[-1][0]
+
+    mean = sum(length * count for length, count in ordered) / total
+    names = {"median": 0.5, "90 %": 0.9, "99 %": 0.99}
+    return {
+        "smallest": ordered[0][0],
+        **{name: quantile(share) for name, share in names.items()},
+        "largest": ordered[-1][0],
+        "mean": round(mean, 1),
+    }
+
+
+def _show(report: dict[str, Any], fixed: str | None) -> None:
+    write_line(f"{report['file']}: {report['records']:,} records, {report['faulty']:,} faulty")
+    for title in ("faults", "notes"):
+        for kind in report[title].values():
+            write_line(f"  {title[:-1]}: {kind['records']:,} records: {kind['meaning']}")
+            for case in kind["first"] if title == "faults" else ():
+                detail = f": {case['detail']}" if case["detail"] else ""
+                write_line(f"    record {case['record']} (id {case['id']!r}){detail}")
+    if "positions" in report:
+        write_line("  positions: " + ", ".join(f"{name} {value}" for name, value in report["positions"].items()))
+    if fixed:
+        left_out = report["faulty"] - report["repaired"]
+        written = report["records"] - left_out
+        write_line(f"{fixed}: {written:,} records; {report['repaired']:,} put right, {left_out:,} left out")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,219 @@
+"""Every fault of a record is found, counted, shown, and put right or left out by --fix."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava.data import filter_missing, split_long_conversation, validate
+from llava.data.record_checks import FAULTS, _is_plainly_good, check_form
+from llava.errors import LlavaError
+from llava.records import read_json, read_records, write_records
+from tests.tiny import make_tokenizer
+
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+
+
+def record(name, *texts, image="a.png", **fields):
+    return {"id": name, **({"image": image} if image else {}), "conversations": turns(*texts), **fields}
+
+
+GOOD = record("good", "What?\n<image>", "A lung.")
+CASES = {
+    "form": {"id": "form", "image": "a.png"},
+    "first_turn": {"id": "first_turn", "image": "a.png",
+                   "conversations": [{"from": "gpt", "value": "x"}, *turns("<image> q", "a")]},
+    "no_answer": record("no_answer", "<image>\nq", "a", "and?"),
+    "empty_answer": record("empty_answer", "<image>\nq", " "),
+    "image_count": record("image_count", "no mark", "a"),
+    "image_in_answer": record("image_in_answer", "<image> q", "a <image>"),
+    "image_name": record("image_name", "<image> q", "a", image="../a.png"),
+    "image_missing": record("image_missing", "<image> q", "a", image="none.png"),
+    "image_unreadable": record("image_unreadable", "<image> q", "a", image="cut.png"),
+}  # fmt: skip
+NOTES = {
+    "misspelt_key": {"id": "misspelt_key", "image": "a.png", "conversatons": turns("<image> q", "a")},
+    "number_as_text": record("number_as_text", "<image> q", 4),
+    "text_only": record("text_only", "q", "a", image=None),
+}
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.effect_noise((40, 40), 90).convert("RGB").save(folder / "a.png")
+    whole = (folder / "a.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def run(tmp_path, records, *flags, name="in.json"):
+    write_records(tmp_path / name, records)
+    report = tmp_path / "report.json"
+    code = validate.main([str(tmp_path / name), "--report", str(report), *flags])
+    return code, read_json(report)
+
+
+def test_a_good_file_has_no_fault(tmp_path, images):
+    code, report = run(tmp_path, [GOOD], "--image-folder", str(images))
+    assert (code, report["records"], report["faulty"], report["faults"]) == (0, 1, 0, {})
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_each_fault_is_found_once_and_named(tmp_path, images, workers):
+    records = [GOOD, *CASES.values(), *NOTES.values(), {**GOOD, "id": "last"}]
+    code, report = run(tmp_path, records, "--image-folder", str(images), "--workers", workers)
+    assert code == 1 and report["records"] == len(records) and report["faulty"] == len(CASES)
+    assert report["faults"].keys() == CASES.keys()
+    for number, kind in enumerate(CASES, 1):
+        assert [case["record"] for case in report["faults"][kind]["first"]] == [number], kind
+        assert report["faults"][kind]["first"][0]["id"] == kind
+    assert report["notes"].keys() == NOTES.keys()
+
+
+def test_repeated_ids_and_first_cases(tmp_path):
+    records = [record(str(n % 6), "<image>", " ") for n in range(10)]
+    _, report = run(tmp_path, records, "--first", "3")
+    assert report["notes"]["duplicate_id"]["records"] == 4
+    assert report["faults"]["empty_answer"]["records"] == 10
+    assert [case["record"] for case in report["faults"]["empty_answer"]["first"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_fix_writes_a_copy_without_faults(tmp_path, images, suffix):
+    records = [GOOD, *CASES.values(), *NOTES.values()]
+    fixed = tmp_path / f"fixed.{suffix}"
+    flags = ["--image-folder", str(images)]
+    # Parquet has one type per column, so a text that is a number can't be in such a file.
+    records = [row for row in records if suffix != "parquet" or row["id"] not in ("number_as_text", "misspelt_key")]
+    run(tmp_path, records, *flags, "--fix", str(fixed), name=f"in.{suffix}")
+    kept = {row["id"]: row for row in read_records(fixed)}
+    repaired = {"no_answer", "image_count"}
+    assert kept.keys() == {"good"} | repaired | ({row["id"] for row in records} & NOTES.keys())
+    assert kept["image_count"]["conversations"][0]["value"] == "no mark\n<image>"
+    assert len(kept["no_answer"]["conversations"]) == 2
+    if suffix != "parquet":
+        assert kept["misspelt_key"]["conversations"] == turns("<image> q", "a")
+        assert kept["number_as_text"]["conversations"][1]["value"] == "4"
+    code, report = run(tmp_path, read_records(fixed), *flags, name=f"again.{suffix}")
+    assert code == 0 and report["faults"] == {}
+
+
+def test_tokens_are_counted_as_in_training(tmp_path):
+    make_tokenizer(tmp_path / "llm")
+    flags = ["--tokenizer", str(tmp_path / "llm"), "--template", "v1", "--features-per-image", "16"]
+    records = [GOOD, record("long", "<image> q", "word " * 400), record("lost", "<image> " + "q " * 800, "a")]
+    code, report = run(tmp_path, records, *flags, "--model-max-length", "512")
+    assert code == 1
+    assert report["faults"]["no_target"]["first"][0]["id"] == "lost"
+    assert report["notes"]["truncated"]["records"] == 2
+    assert report["positions"]["largest"] > 512
+    from llava.model.tokenizer import load_tokenizer
+    from llava.tokenization import encode_conversation
+
+    length = len(encode_conversation(GOOD, "v1", load_tokenizer(tmp_path / "llm"), features_per_image=16).input_ids)
+    assert report["positions"]["smallest"] == length
+
+
+def test_bad_flags_are_one_clear_error(tmp_path):
+    write_records(tmp_path / "in.json", [GOOD])
+    path = str(tmp_path / "in.json")
+    for flags, message in (
+        (["--fix", path], "another name"),
+        (["--tokenizer", str(tmp_path), "--template", "nonsense"], "nonsense"),
+        (["--image-folder", "/no/such"], "not a folder"),
+        (["--workers", "0"], "--workers 0"),
+    ):
+        with pytest.raises(LlavaError, match=message):
+            validate.main([path, *flags])
+
+
+texts = st.one_of(st.text(max_size=8), st.just("<image>"), st.just("a <image>"), st.integers(), st.none(), st.just(" "))
+entries = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "user", "system", None]), "value": texts})
+any_record = st.fixed_dictionaries(
+    {"id": st.text(max_size=3)},
+    optional={
+        "image": st.one_of(st.just("a.png"), st.just(""), st.none(), st.lists(st.just("b.png"), max_size=2)),
+        "conversations": st.one_of(st.lists(entries, max_size=4), st.none(), st.text(max_size=3)),
+        "conversatons": st.lists(entries, max_size=2),
+    },
+)
+usual = st.builds(record, st.text(max_size=3), texts, texts, texts, texts)
+
+
+@given(st.one_of(any_record, usual))
+def test_the_quick_look_passes_nothing_that_the_close_one_finds(made):
+    if _is_plainly_good(made):
+        from llava.data import record_checks
+
+        quick, record_checks._is_plainly_good = record_checks._is_plainly_good, lambda _: False
+        try:
+            assert check_form(made) == []
+        finally:
+            record_checks._is_plainly_good = quick
+
+
+@given(any_record)
+def test_repair_leaves_no_fault(made):
+    from llava.data.record_checks import repair
+
+    found = check_form(made)
+    fixed = repair(made, found)
+    if fixed is not None:
+        assert not {finding.kind for finding in check_form(fixed)} & FAULTS.keys()
+        assert json.dumps(fixed)
+    else:
+        assert {finding.kind for finding in found} & FAULTS.keys()
+
+
+def test_filter_missing(tmp_path, images, capsys):
+    records = [GOOD, record("gone", "<image>", "a", image="none.png"), record("text", "q", "a", image=None)]
+    write_records(tmp_path / "in.json", records)
+    flags = [str(tmp_path / "in.json"), "--image-folder", str(images), "--output", str(tmp_path / "out.jsonl")]
+    filter_missing.main([*flags, "--missing-list", str(tmp_path / "missing.json")])
+    assert [row["id"] for row in read_records(tmp_path / "out.jsonl")] == ["good", "text"]
+    assert read_json(tmp_path / "missing.json") == ["none.png"]
+    assert "2 of 3 records" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    write_records(tmp_path / "in.json", [GOOD])
+    flags[2] = str(tmp_path / "empty")
+    with pytest.raises(LlavaError, match="is it the right folder"):
+        filter_missing.main([*flags[:4], str(tmp_path / "out2.jsonl")])
+    assert not (tmp_path / "out2.jsonl").exists()
+
+
+def split(tmp_path, records, *flags):
+    make_tokenizer(tmp_path / "llm")
+    write_records(tmp_path / "in.json", records)
+    split_long_conversation.main(["--in-file", str(tmp_path / "in.json"), "--out-file", str(tmp_path / "out.json"),
+                                  "--model-name-or-path", str(tmp_path / "llm"), "--features-per-image", "16",
+                                  *flags])  # fmt: skip
+    return read_records(tmp_path / "out.json")
+
+
+def test_split_long_conversations(tmp_path):
+    from llava.model.tokenizer import load_tokenizer
+    from llava.tokenization import encode_conversation
+
+    long = record("long", "<image>\nq0", "a0 " * 60, "q1", "a1 " * 60, "q2", "a2 " * 60, "q3", "a3")
+    pieces = split(tmp_path, [GOOD, long], "--max-length", "450")
+    tokenizer = load_tokenizer(tmp_path / "llm")
+    assert pieces[0] == GOOD
+    assert len(pieces) > 2 and pieces[1]["id"] == "long_0"
+    said = [turn["value"].replace("<image>", "").strip() for piece in pieces[1:] for turn in piece["conversations"]]
+    assert said == [turn["value"].replace("<image>", "").strip() for turn in long["conversations"]]
+    for piece in pieces:
+        assert check_form(piece) == [], "each piece is a good record with its picture"
+        assert len(encode_conversation(piece, "v1", tokenizer, features_per_image=16).input_ids) <= 450
+
+
+def test_split_takes_a_range_and_counts_what_is_too_long(tmp_path, capsys):
+    records = [record(str(n), "<image> q", "word " * 200) for n in range(5)]
+    pieces = split(tmp_path, records, "--max-length", "100", "--begin", "1", "--end", "3")
+    assert [piece["id"] for piece in pieces] == ["1", "2"]
+    assert "2 pieces are one question and answer longer than 100" in capsys.readouterr().out
