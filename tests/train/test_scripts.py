@@ -12,7 +12,8 @@ from llava.train.arguments import boolean_flags, build_parser, check_values, rea
 from llava.train.legacy_flags import translate_flags
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-RECIPES = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
+NOT_TRAINING = {"reproduce_paper.sh"}
+RECIPES = sorted(path for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")] if path.name not in NOT_TRAINING)
 
 STAND_IN = """#!/bin/sh
 for arg in "$(basename "$0")" "$@"; do printf '%s\\0' "$arg" >> "$CALLS"; done

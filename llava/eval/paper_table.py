@@ -1,0 +1,113 @@
+"""The paper's table beside ours: in each cell the expected value, our value and the tolerance.
+
+The tolerance is one standard error of a score on so many questions: the published decoding was random and
+its seed unknown.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.errors import LlavaError
+
+ROWS = {"fine-tuned": "released weights, 9 epochs", "zero-shot": "LLaVA-Med zero-shot"}
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.eval.paper_table", description=__doc__)
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        required=True,
+        metavar="ROW:SET=FILE",
+        help="results of run_eval --output; ROW is fine-tuned or zero-shot, SET vqa-rad, slake or pathvqa",
+    )
+    parser.add_argument("--output", help="write the table here too (Markdown)")
+    parser.add_bool("--fail-when-off", help="exit code 1 if a cell is outside its tolerance")
+    return parser
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table, percent."""
+
+    row: str
+    dataset: str
+    kind: str
+    expected: float
+    ours: float | None
+    questions: int
+    published_questions: int
+
+    @property
+    def tolerance(self) -> float:
+        """One standard error of a share of the size published, over the questions published."""
+        share = self.expected / 100
+        return 100 * (share * (1 - share) / self.published_questions) ** 0.5
+
+    @property
+    def is_within(self) -> bool:
+        return self.ours is not None and abs(self.ours - self.expected) <= self.tolerance
+
+    def text(self) -> str:
+        ours = "no question" if self.ours is None else f"{self.ours:.2f}"
+        verdict = "ok" if self.is_within else "off"
+        if self.questions != self.published_questions:
+            verdict += f", {self.questions} questions instead of {self.published_questions}"
+        return f"{self.expected:.2f} / {ours} ± {self.tolerance:.2f} ({verdict})"
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = build_parser().parse_args(argv)
+    from llava.eval.published import DATASET_NAMES
+    from llava.eval.tables import markdown_table
+    from llava.records import atomic_path
+
+    cells = [cell for text in args.results for cell in read_cells(text)]
+    by_row: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        by_row.setdefault((cell.row, cell.dataset), []).append(cell)
+    header = ["", "data set", "open: expected / ours ± tolerance", "closed: expected / ours ± tolerance"]
+    rows = [[row, DATASET_NAMES[name], *(cell.text() for cell in pair)] for (row, name), pair in by_row.items()]
+    table = markdown_table(header, rows)
+    if args.output:
+        with atomic_path(Path(args.output)) as temporary:
+            temporary.write_text(table + "\n", encoding="utf-8")
+    write_line(table)
+    within = sum(cell.is_within for cell in cells)
+    write_line(f"\n{within} of {len(cells)} cells within tolerance (one standard error; paper metric set, percent)")
+    return int(args.fail_when_off and within < len(cells))
+
+
+def read_cells(text: str) -> list[Cell]:
+    """The open and closed cell of one `ROW:SET=FILE`."""
+    from llava.eval.metrics.score import HEADLINE
+    from llava.eval.published import PUBLISHED, TEST_COUNTS
+    from llava.records import read_json
+
+    place, equals, file = text.partition("=")
+    row, _, dataset = place.partition(":")
+    if not equals or row not in ROWS or dataset not in PUBLISHED:
+        raise LlavaError(
+            f"--results {text}: expected ROW:SET=FILE with ROW {' or '.join(ROWS)}, SET {', '.join(PUBLISHED)}"
+        )
+    content = read_json(existing_file(file, "--results"))
+    if not isinstance(content, dict) or "paper" not in content:
+        raise LlavaError(f"{file}: not a result of run_eval --output")
+    published = next(found for found in PUBLISHED[dataset] if found.model == ROWS[row])
+    return [
+        Cell(
+            row=row,
+            dataset=dataset,
+            kind=kind,
+            expected=getattr(published, kind),
+            ours=content["paper"][HEADLINE["paper"][kind]]["value"],
+            questions=content[kind],
+            published_questions=count,
+        )
+        for kind, count in zip(("open", "closed"), TEST_COUNTS[dataset])
+    ]
+
+
+if __name__ == "__main__":
+    run(main)
