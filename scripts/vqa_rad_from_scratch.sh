@@ -9,7 +9,7 @@ set -eu
 python -m llava.data.convert vqa-rad --train "$RAD/trainset.json" --test "$RAD/testset.json" \
     --image-folder "$RAD/images" --output-dir "$OUT/data"
 python -m llava.data.convert qa-captions --records "$OUT/data/train.json" \
-    --image-folder "$RAD/images" --output-dir "$OUT/base_data"
+    --image-folder "$RAD/images" --output-dir "$OUT/base_data" --field image_organ --min-pictures 2
 
 python -m llava.demo.tokenizer --data-path "$OUT/base_data/text.json" --output-dir "$OUT/tokenizer" --learned 1500
 python -m llava.demo.tower --data-path "$OUT/base_data/captions.json" --image-folder "$RAD/images" \
@@ -29,7 +29,7 @@ train --model_name_or_path "$OUT/language_model" --vision_tower "$OUT/vision_tow
     --cache_vision_features True --output_dir "$OUT/stage_1" --num_train_epochs 10 \
     --per_device_train_batch_size 16 --learning_rate 2e-3
 train --model_name_or_path "$OUT/stage_1" --version mistral_instruct --data_path "$OUT/data/train.json" \
-    --cache_vision_features True --output_dir "$OUT/vqa" --num_train_epochs 6 \
+    --unfreeze_mm_vision_tower True --mm_vision_tower_lr 2e-4 --output_dir "$OUT/vqa" --num_train_epochs 6 \
     --per_device_train_batch_size 16 --learning_rate 1e-3
 train --model_name_or_path "$OUT/stage_1" --version mistral_instruct --data_path "$OUT/base_data/blind.json" \
     --output_dir "$OUT/blind" --num_train_epochs 6 --per_device_train_batch_size 16 --learning_rate 1e-3

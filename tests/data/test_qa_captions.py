@@ -36,3 +36,14 @@ def test_one_caption_a_picture_and_a_conversation_a_question(tmp_path):
     assert text[0]["conversations"][0]["value"] == "organ: lung. ct: 1.\nOrgan?"
     assert all("image" not in row for row in text)
     assert [row["conversations"][0]["value"] for row in read_records(out / "blind.json")] == ["Organ?", "CT?", "Organ?"]
+
+
+def test_only_shared_sentences_and_fields(tmp_path):
+    rows = [record(1, "a.png", "Organ?", "Lung"), record(2, "b.png", "Organ?", "Lung"), record(3, "a.png", "CT?", 1)]
+    write_json(tmp_path / "train.json", [{**row, "image_organ": "CHEST"} for row in rows])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llava.data.convert", "qa-captions", "--records", str(tmp_path / "train.json")]
+    command += ["--output-dir", str(out), "--min-pictures", "2", "--field", "image_organ"]
+    assert subprocess.run(command).returncode == 0
+    captions = {row["conversations"][1]["value"] for row in read_records(out / "captions.json")}
+    assert captions == {"image organ: chest. organ: lung."}

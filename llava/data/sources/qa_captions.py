@@ -6,6 +6,7 @@ holds them without picture and caption, for the baseline that only knows what is
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,14 +20,16 @@ from llava.records import Record, iter_records
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--records", required=True, help="LLaVA-Med records with pictures (of the training split only)")
     parser.add_argument("--question", default="Describe the picture.")
+    parser.add_argument("--min-pictures", type=int, default=1, help="keep sentences that so many pictures share")
+    parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")
 
 
 def convert(args, pictures: PictureFolder) -> Conversion:
     path = existing_file(args.records, "--records file")
     conversion = Conversion("qa-captions", {}, [path], pictures=pictures, candidates=False)
-    by_picture = _sentences(path, pictures)
+    by_picture, said = _read(path, pictures, args.field)
     conversion.splits = {
-        "captions": _captions(by_picture, args.question),
+        "captions": _captions(said, args.question, args.min_pictures),
         "text": _conversations(by_picture),
         "blind": _conversations(by_picture, with_caption=False),
     }
@@ -39,27 +42,40 @@ def statement(question: str, answer: str) -> str:
     return f"{' '.join(plain[0].split())}: {' '.join(plain[1].split())}."
 
 
-def _sentences(path: Path, pictures: PictureFolder) -> dict[str, list[tuple[str, str]]]:
-    """(question, answer) pairs of each picture, in the order of the file."""
-    by_picture: dict[str, list[tuple[str, str]]] = {}
+Pairs = dict[str, list[tuple[str, str]]]
+
+
+def _read(path: Path, pictures: PictureFolder, fields: list[str]) -> tuple[Pairs, Pairs]:
+    """(question, answer) pairs of each picture, in the order of the file; and the same with the fields before them."""
+    by_picture: Pairs = {}
+    said: Pairs = {}
     for index, record in enumerate(iter_records(path)):
         turns = record.get("conversations") or []
         if len(turns) < 2 or not record.get("image"):
             raise LlavaError(f"{path} record {index} ({record.get('id')!r}): expected a picture, a question, an answer")
         if pictures.accept(record["image"]):
             texts = [clean_text(turn.get("value", "")).replace(DEFAULT_IMAGE_TOKEN, "").strip() for turn in turns]
-            by_picture.setdefault(record["image"], []).extend(zip(texts[::2], texts[1::2], strict=False))
-    return by_picture
+            pairs = list(zip(texts[::2], texts[1::2], strict=False))
+            by_picture.setdefault(record["image"], []).extend(pairs)
+            named = [(field.replace("_", " "), clean_text(record[field])) for field in fields if field in record]
+            said.setdefault(record["image"], []).extend([*named, *pairs])
+    return by_picture, said
 
 
-def _captions(by_picture: dict[str, list[tuple[str, str]]], question: str) -> Iterator[Record]:
-    for image, pairs in by_picture.items():
-        caption = " ".join(dict.fromkeys(statement(*pair) for pair in pairs))
-        turns = [{"from": "human", "value": f"{question}\n{DEFAULT_IMAGE_TOKEN}"}, {"from": "gpt", "value": caption}]
-        yield {"id": image, "image": image, "conversations": turns}
+def _captions(said: Pairs, question: str, min_pictures: int) -> Iterator[Record]:
+    sentences = {image: list(dict.fromkeys(statement(*pair) for pair in pairs)) for image, pairs in said.items()}
+    shared = Counter(sentence for own in sentences.values() for sentence in own)
+    for image, own in sentences.items():
+        caption = " ".join(sentence for sentence in own if shared[sentence] >= min_pictures)
+        if caption:
+            turns = [
+                {"from": "human", "value": f"{question}\n{DEFAULT_IMAGE_TOKEN}"},
+                {"from": "gpt", "value": caption},
+            ]
+            yield {"id": image, "image": image, "conversations": turns}
 
 
-def _conversations(by_picture: dict[str, list[tuple[str, str]]], with_caption: bool = True) -> Iterator[Record]:
+def _conversations(by_picture: Pairs, with_caption: bool = True) -> Iterator[Record]:
     for image, pairs in by_picture.items():
         caption = " ".join(dict.fromkeys(statement(*pair) for pair in pairs)) + "\n" if with_caption else ""
         for number, (asked, answer) in enumerate(pairs):
