@@ -37,7 +37,7 @@ CHUNK_BYTES = 8 << 20
 FLUSH_BYTES = 128 << 20
 MAX_SHARD_BYTES = 5_000_000_000
 WRITERS = 2
-JOURNAL = "journal.jsonl"
+JOURNAL = "journal.txt"
 CHECKSUMS = "crc32"
 """Key of a shard's metadata: the CRC-32 of each tensor's bytes, 8 hex digits each, in the order of the file."""
 
