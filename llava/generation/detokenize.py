@@ -1,0 +1,101 @@
+"""Ids to text while they come: no half characters, stop strings found, nothing shown that might still go."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_UNFINISHED = "\ufffd"
+_LONGEST_WAIT = 32
+"""Tokens after which a character that won't become whole is shown as it is."""
+
+
+class Detokenizer:
+    """Text of ids, special tokens left out."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        vocabulary = tokenizer.get_vocab()
+        self.byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
+        """Ids that stand for single bytes: what a run of them means is known at its end."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True) if len(token_ids) else ""
+
+    def token(self, token_id: int) -> str:
+        """A single token's text, special ones included."""
+        return self._tokenizer.decode([token_id])
+
+
+class TextStream:
+    """The text of one answer, token by token.
+
+    `push` returns text that is final: joined, the pieces (with `flush`'s) are the answer without outer blanks,
+    up to the first stop string.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()):
+        self._detokenizer = detokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._from = 0
+        """The text of ids before this one is settled; they are decoded once more as context only."""
+        self._read = 0
+        """Ids before this one are in `_text`."""
+        self._text = ""
+        self._shown = 0
+        self.is_stopped = False
+
+    @property
+    def text(self) -> str:
+        return self._text[: self._shown].strip()
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        if self.is_stopped:
+            return ""
+        self._ids.extend(token_ids)
+        is_waiting = len(self._ids) - self._read < _LONGEST_WAIT
+        if is_waiting and self._ids[-1] in self._detokenizer.byte_ids:
+            return ""
+        known, fresh = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
+        if is_waiting and fresh.endswith(_UNFINISHED):
+            return ""
+        self._append(fresh[len(known) :])
+        self._from, self._read = self._read, len(self._ids)
+        return self._show(len(self._text) - self._held_back())
+
+    def flush(self) -> str:
+        """What was held back, once no token will follow."""
+        if not self.is_stopped and self._read < len(self._ids):
+            known, fresh = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
+            self._append(fresh[len(known) :])
+        return self._show(len(self._text.rstrip()))
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._detokenizer.decode(self._ids[start:end])
+
+    def _append(self, fresh: str) -> None:
+        start = max(0, len(self._text) - max(map(len, self._stop), default=0))
+        self._text += fresh
+        places = [place for stop in self._stop if (place := self._text.find(stop, start)) >= 0]
+        if places:
+            self._text = self._text[: min(places)]
+            self.is_stopped = True
+
+    def _held_back(self) -> int:
+        """Characters at the end that may belong to a stop string, or are blanks that may be the last."""
+        text = self._text
+        held = len(text) - len(text.rstrip())
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(text)), held, -1):
+                if text.endswith(stop[:length]):
+                    kept = text[:-length]
+                    held = max(held, len(text) - len(kept.rstrip()))
+                    break
+        return held
+
+    def _show(self, end: int) -> str:
+        if not self._text[:end].strip():
+            return ""
+        start = self._shown or len(self._text) - len(self._text.lstrip())
+        self._shown = max(end, self._shown)
+        return self._text[start : self._shown]

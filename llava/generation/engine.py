@@ -1,0 +1,302 @@
+"""`Engine`: requests in, answers out. Offline (`generate`), one at a time (`stream`), or as a service (`submit`).
+
+Whoever waits for an answer drives the engine's steps, unless `start` has given that to a thread of its own.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.errors import LlavaError
+from llava.generation.detokenize import Detokenizer
+from llava.generation.memory import cache_budget
+from llava.generation.messages import Answer, EngineBusy, Piece, Request
+from llava.generation.pictures import PictureEncoder
+from llava.generation.prompts import Prompt, PromptBuilder
+from llava.generation.runner import Runner
+from llava.generation.scheduler import Scheduler
+from llava.generation.state import Generation, Listener
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers requests with a model from `llava.model.load_pretrained_model`.
+
+    Args:
+        loaded: (tokenizer, model, image processor, context length).
+        max_batch_size: requests computed at the same time.
+        max_waiting: requests that may wait; one more is refused with EngineBusy. None is no limit.
+        cache_bytes: memory for keys and values of running requests; by default half of what is free.
+        prefix_bytes: for those of earlier prompts, kept for the next turn and the next question about a picture.
+        feature_bytes: for features of pictures.
+        max_prefill: positions of prompts computed in one pass.
+    """
+
+    def __init__(
+        self,
+        loaded: Any,
+        *,
+        max_batch_size: int = 64,
+        max_waiting: int | None = None,
+        cache_bytes: int | None = None,
+        prefix_bytes: int | None = None,
+        feature_bytes: int = 512 << 20,
+        max_prefill: int = 16_384,
+    ):
+        self.tokenizer, self.model, image_processor, self.context_len = loaded
+        self.model.eval()
+        self.max_waiting = max_waiting
+        budget = cache_budget(self.model) if cache_bytes is None else cache_bytes
+        self.encoder = PictureEncoder(self.model, image_processor, feature_bytes)
+        self.prompts = PromptBuilder(self.tokenizer, self.model.config, self.encoder, self.context_len)
+        self.scheduler = Scheduler(
+            Runner(self.model, self.encoder, budget, self.context_len),
+            Detokenizer(self.tokenizer),
+            max_batch_size,
+            max_prefill,
+            budget // 4 if prefix_bytes is None else prefix_bytes,
+        )
+        self._stepping = threading.Lock()
+        self._work = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+
+    def generate(self, requests: Sequence[Request], progress: bool | str | None = None) -> list[Answer]:
+        """Answers in the order of the requests.
+
+        Requests about the same picture are computed together, else those of like length. `progress` shows a bar
+        (with that text before it).
+
+        Raises:
+            LlavaError: a request that can't be answered: the error names it, and nothing is answered.
+        """
+        prompts = [self.prompts.build(request) for request in requests]
+        order = _batch_order(prompts)
+        answers: list[Answer | None] = [None] * len(requests)
+        underway: set[Generation] = set()
+        label = progress if isinstance(progress, str) else None
+        self.scheduler.announce(prompts)
+        announced = iter(order)
+        try:
+            with tqdm(total=len(requests), desc=label, unit="answer", disable=not progress) as bar, _patient(self):
+                for index in self._prepared(prompts, order):
+                    generation = self._generation(prompts[index], underway, answers, index, bar)
+                    underway.add(generation)
+                    next(announced)
+                    self.scheduler.submit(generation, is_announced=True)
+                    while len(self.scheduler.waiting) >= self.scheduler.max_batch_size:
+                        self._advance()
+                while underway:
+                    self._advance()
+        finally:
+            self.scheduler.announce([prompts[index] for index in announced], -1)
+            for generation in underway:
+                self.scheduler.cancel(generation)
+            if underway and self._thread is None:
+                self._advance()
+        for answer in answers:
+            if answer.error is not None:
+                raise answer.error
+        return answers
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """Pieces of one answer's text as they are made; their join is `generate`'s text.
+
+        Closing the iterator gives the request up.
+        """
+        with self.submit(request) as ticket:
+            for piece in ticket:
+                yield piece.text
+
+    def submit(self, request: Request, listener: Listener | None = None) -> "Ticket":
+        """Queue a request; pictures are opened here, in the caller's thread.
+
+        Args:
+            listener: is given each Piece and finally the Answer, in the engine's thread (it must return at once).
+                Without one the ticket is iterated.
+
+        Raises:
+            EngineBusy: too many are waiting.
+            ContextTooLong, LlavaError: the request can't be answered.
+        """
+        if self.max_waiting is not None and len(self.scheduler.waiting) >= self.max_waiting:
+            raise EngineBusy(f"{self.max_waiting} requests are waiting already; try again in a moment")
+        prompt = self.prompts.build(request)
+        self.encoder.prepare(prompt.pictures)
+        ticket = Ticket(self)
+        ticket.generation = Generation(
+            prompt, self.scheduler.detokenizer, listener or ticket.put, is_streamed=True, keep=True
+        )
+        self.scheduler.submit(ticket.generation)
+        with self._work:
+            self._work.notify()
+        return ticket
+
+    def start(self) -> None:
+        """Run the steps in a thread of the engine's own until `stop`."""
+        if self._thread is None:
+            self._is_stopping = False
+            self._thread = threading.Thread(target=self._serve, name="llava-engine", daemon=True)
+            self._thread.start()
+
+    def stop(self, drain: bool = True) -> None:
+        """End the thread: after everything taken in is answered, or (without `drain`) with errors for all."""
+        if self._thread is None:
+            return
+        if not drain:
+            self._abort(LlavaError("the engine was stopped"))
+        with self._work:
+            self._is_stopping = True
+            self._work.notify()
+        self._thread.join()
+        self._thread = None
+
+    def statistics(self) -> dict[str, int]:
+        """Numbers for a metrics page: gauges `running` and `waiting`, the rest counted since the start."""
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            **vars(self.scheduler.counts),
+            "pictures_encoded": self.encoder.encoded,
+            "pictures_reused": self.encoder.reused,
+            "prefixes": len(self.scheduler.prefixes),
+        }
+
+    def _generation(self, prompt: Prompt, underway: set, answers: list, index: int, bar: tqdm) -> Generation:
+        def done(answer: Piece | Answer) -> None:
+            answers[index] = answer
+            underway.discard(generation)
+            bar.update()
+
+        generation = Generation(prompt, self.scheduler.detokenizer, done, is_streamed=False, keep=False)
+        return generation
+
+    def _prepared(self, prompts: list[Prompt], order: list[int]) -> Iterator[int]:
+        """The indices of `order`, each once its pictures are opened; a few threads work ahead."""
+        if not any(prompt.pictures for prompt in prompts):
+            yield from order
+            return
+        workers = 4 if self.scheduler.runner.device.type == "cuda" else 1
+        ahead = 2 * self.scheduler.max_batch_size
+        with ThreadPoolExecutor(workers, "llava-pictures") as pool:
+            remaining = iter(order)
+            tasks: queue.SimpleQueue = queue.SimpleQueue()
+            for index in islice(remaining, ahead):
+                tasks.put((index, pool.submit(self.encoder.prepare, prompts[index].pictures)))
+            try:
+                while not tasks.empty():
+                    index, task = tasks.get()
+                    task.result()
+                    for following in islice(remaining, 1):
+                        tasks.put((following, pool.submit(self.encoder.prepare, prompts[following].pictures)))
+                    yield index
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _advance(self) -> None:
+        """One step, made here or by the engine's thread."""
+        if self._thread is not None:
+            threading.Event().wait(0.002)
+            return
+        with self._stepping:
+            self.scheduler.step()
+
+    def _serve(self) -> None:
+        while True:
+            with self._work:
+                while self.scheduler.is_idle and not self._is_stopping:
+                    self._work.wait(1.0)
+                if self.scheduler.is_idle:
+                    return
+            try:
+                with self._stepping:
+                    self.scheduler.step()
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+                # Whatever it was, other requests must not wait for ever.
+                log.exception("a step of the engine failed; everything under way ends with an error")
+                self._abort(LlavaError(f"the engine failed ({type(error).__name__}); send the request again"))
+
+    def _abort(self, error: LlavaError) -> None:
+        with self._stepping:
+            self.scheduler.abort(error)
+
+
+class Ticket:
+    """A request that was submitted. Iterate it for pieces; `answer` is there when the iteration is over."""
+
+    def __init__(self, engine: Engine):
+        self.generation: Generation | None = None
+        self.answer: Answer | None = None
+        self._engine = engine
+        self._news: queue.SimpleQueue[Piece | Answer] = queue.SimpleQueue()
+
+    def put(self, news: Piece | Answer) -> None:
+        self._news.put(news)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Raises the error (LlavaError) that ended the answer, if one did."""
+        while self.answer is None:
+            news = self._next()
+            if isinstance(news, Answer):
+                self.answer = news
+            else:
+                yield news
+        if self.answer.error is not None:
+            raise self.answer.error
+
+    def cancel(self) -> None:
+        """Give the request up; its place is free after the next step."""
+        if self.answer is None:
+            self._engine.scheduler.cancel(self.generation)
+            with self._engine._work:
+                self._engine._work.notify()
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.answer is None:
+            self.cancel()
+            if self._engine._thread is None:
+                self._engine._advance()
+
+    def _next(self) -> Piece | Answer:
+        if self._engine._thread is not None:
+            return self._news.get()
+        while self._news.empty():
+            self._engine._advance()
+        return self._news.get()
+
+
+class _patient:
+    """The scheduler takes requests in by the half batch while a `generate` runs and nobody else waits."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def __enter__(self) -> None:
+        self.engine.scheduler.is_patient = self.engine._thread is None
+
+    def __exit__(self, *_) -> None:
+        self.engine.scheduler.is_patient = False
+
+
+def _batch_order(prompts: Sequence[Prompt]) -> list[int]:
+    """Indices, longest first, but requests that share a beginning (a picture) one after the other."""
+    groups: dict[bytes, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        shared = prompt.beginnings[1] or prompt.beginnings[2]
+        groups.setdefault(shared.digest if shared else bytes(index), []).append(index)
+    longest = {digest: max(len(prompts[index]) for index in members) for digest, members in groups.items()}
+    return [
+        index
+        for digest in sorted(groups, key=lambda digest: -longest[digest])
+        for index in sorted(groups[digest], key=lambda index: -len(prompts[index]))
+    ]

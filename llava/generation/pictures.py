@@ -1,0 +1,162 @@
+"""Pictures of requests: opened and made into pixel values once, encoded in batches, their features kept.
+
+A picture is known by its content (or its file's path, size and time), so that a picture asked about again, in
+another turn or by another request, is neither opened nor encoded again.
+"""
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.images import open_image
+
+_ENCODE_AT_ONCE = 32
+
+
+class Picture:
+    """A picture of a request: `key` (a negative number of 62 bits made of what it is) and where it comes from."""
+
+    def __init__(self, source: Any, key: int):
+        self.source = source
+        self.key = key
+        self.pixels: np.ndarray | None = None
+        """float32 `[tiles, 3, H, W]` between preparing and encoding."""
+        self.lock = threading.Lock()
+
+
+class PictureEncoder:
+    """Features of pictures: `[positions, hidden]` each, in the language model's dtype, on its device."""
+
+    def __init__(self, model: Any, image_processor: Any, max_bytes: int):
+        self.model = model
+        self.image_processor = image_processor
+        self.aspect_ratio = model.config.image_aspect_ratio
+        self.max_bytes = max_bytes
+        self.encoded = self.reused = 0
+        """How many pictures were encoded, and how many were found."""
+        self._features: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self._pictures: WeakValueDictionary[int, Picture] = WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def identify(self, source: Any) -> Picture:
+        """The picture that `source` (whatever `open_image` takes) is, without opening it; one object for one picture.
+
+        Raises:
+            LlavaError: there is no such file.
+        """
+        key = _content_key(source)
+        with self._lock:
+            return self._pictures.setdefault(key, Picture(source, key))
+
+    def num_positions(self, picture: Picture) -> int:
+        """How many positions it takes; with `anyres` it has to be opened to know."""
+        if self.aspect_ratio != "anyres":
+            return self.model.num_patches
+        with self._lock:
+            if (found := self._features.get(picture.key)) is not None:
+                return len(found)
+        self.prepare([picture])
+        return len(picture.pixels) * self.model.num_patches
+
+    def prepare(self, pictures: Iterable[Picture]) -> None:
+        """Make pixel values of those whose features aren't there; may be called from any thread.
+
+        Raises:
+            LlavaError: a picture can't be read.
+        """
+        for picture in pictures:
+            with picture.lock:
+                with self._lock:
+                    is_known = picture.key in self._features
+                if not is_known and picture.pixels is None:
+                    picture.pixels = self._pixels(picture)
+
+    @torch.inference_mode()
+    def features(self, pictures: Sequence[Picture]) -> list[torch.Tensor]:
+        """Features of each; distinct new ones are encoded together."""
+        with self._lock:
+            found = {picture.key: self._features.get(picture.key) for picture in pictures}
+            for key in found:
+                if found[key] is not None:
+                    self._features.move_to_end(key)
+        new = {picture.key: picture for picture in pictures if found[picture.key] is None}
+        self.encoded += len(new)
+        self.reused += len(pictures) - len(new)
+        found |= self._encode(list(new.values()))
+        with self._lock:
+            self._keep({key: found[key] for key in new})
+        for picture in pictures:
+            picture.pixels = None
+        return [found[picture.key] for picture in pictures]
+
+    def _pixels(self, picture: Picture) -> np.ndarray:
+        if isinstance(picture.source, np.ndarray):
+            return picture.source
+        return np.asarray(self.image_processor([open_image(picture.source)], self.aspect_ratio)).reshape(
+            -1, 3, *self.image_processor.crop_size
+        )
+
+    def _encode(self, pictures: list[Picture]) -> dict[int, torch.Tensor]:
+        encoded = {}
+        for start in range(0, len(pictures), _ENCODE_AT_ONCE):
+            part = pictures[start : start + _ENCODE_AT_ONCE]
+            pixels = [self._pixels(picture) if picture.pixels is None else picture.pixels for picture in part]
+            tiles = torch.from_numpy(np.concatenate(pixels))
+            features = self.model.encode_images(tiles).split([len(one) for one in pixels])
+            encoded |= {
+                # A copy, or one picture kept would keep the memory of all that were encoded with it.
+                picture.key: (own.flatten(0, 1).clone() if len(part) > 1 else own.flatten(0, 1))
+                for picture, own in zip(part, features, strict=True)
+            }
+        return encoded
+
+    def _keep(self, features: dict[int, torch.Tensor]) -> None:
+        for key, value in features.items():
+            if key not in self._features:
+                self._features[key] = value
+                self._bytes += _num_bytes(value)
+        while self._bytes > self.max_bytes and self._features:
+            _, dropped = self._features.popitem(last=False)
+            self._bytes -= _num_bytes(dropped)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _content_key(source: Any) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(source, Image.Image):
+        digest.update(f"{source.mode} {source.size}".encode())
+        digest.update(source.tobytes())
+    elif isinstance(source, np.ndarray):
+        digest.update(np.ascontiguousarray(source).tobytes())
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        digest.update(source)
+    elif isinstance(source, str) and source[:5].lower() == "data:":
+        digest.update(source.encode())
+    elif isinstance(source, (str, os.PathLike)):
+        digest.update(_file_identity(Path(source).expanduser()))
+    else:
+        raise LlavaError(f"a picture is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
+    # Negative and far from IMAGE_TOKEN_INDEX and every id of a token.
+    return -(int.from_bytes(digest.digest(), "big") >> 2) - 1000
+
+
+def _file_identity(path: Path) -> bytes:
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise LlavaError(f"picture not found: {path}") from error
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode()

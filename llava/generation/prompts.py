@@ -1,0 +1,125 @@
+"""A request made ready for the model: ids, the pictures in them, and what ends the answer. No model is run here."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation
+from llava.errors import LlavaError
+from llava.generation.messages import ContextTooLong, Request
+from llava.generation.pictures import Picture, PictureEncoder
+from llava.generation.prefix_store import BLOCK
+from llava.tokenization import ImageTokens, encode_prompt, expand_images, stop_token_ids, tokenize_prompt
+
+
+class Beginning(NamedTuple):
+    """The first `length` positions of a prompt; equal digests are equal beginnings."""
+
+    length: int
+    digest: bytes
+
+
+@dataclass(eq=False)
+class Prompt:
+    """`ids` int64 `[positions]` hold IMAGE_TOKEN_INDEX at each position of a picture."""
+
+    request: Request
+    ids: np.ndarray
+    key: np.ndarray
+    """`ids` with each picture's own number in place of IMAGE_TOKEN_INDEX: alike only if the content is."""
+    pictures: list[Picture]
+    spans: list[tuple[int, int]]
+    """Where each picture begins and ends."""
+    beginnings: list["Beginning | None"]
+    """What other prompts may have in common with this one: the text before the first picture, all up to the last
+    picture's end, all but the last position. None where too short to be worth it."""
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    stop_strings: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class PromptBuilder:
+    """Makes prompts of requests for one model; may be used from any thread."""
+
+    def __init__(self, tokenizer: Any, config: Any, encoder: PictureEncoder, context_len: int):
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.context_len = context_len
+        self.image_tokens = ImageTokens.from_config(config, tokenizer)
+        self._special = set(tokenizer.all_special_tokens)
+
+    def build(self, request: Request) -> Prompt:
+        """The request's prompt; pictures are identified, not yet opened (but for `anyres`).
+
+        Raises:
+            LlavaError: pictures and `<image>` differ in number, a picture's file is missing.
+            ContextTooLong: no room for an answer; the message names both lengths.
+        """
+        ids = np.asarray(self._tokenize(request.conversation), np.int64)
+        places = int((ids == IMAGE_TOKEN_INDEX).sum())
+        if places != len(request.images):
+            raise LlavaError(
+                f"{_name(request)}the text has {places} <image> but {len(request.images)} picture(s) were given; "
+                f"each picture needs its <image> in the text"
+            )
+        pictures = [self.encoder.identify(source) for source in request.images]
+        lengths = [self.encoder.num_positions(picture) for picture in pictures]
+        ids, _ = expand_images(ids, None, lengths)
+        room = self.context_len - len(ids)
+        if room < 1:
+            raise ContextTooLong(
+                f"{_name(request)}the prompt takes {len(ids)} positions and the model's context is "
+                f"{self.context_len}; shorten the conversation or give fewer pictures"
+            )
+        where = np.flatnonzero(ids == IMAGE_TOKEN_INDEX)
+        key = ids.copy()
+        key[where] = np.repeat(np.array([picture.key for picture in pictures], np.int64), lengths)
+        starts = where[np.cumsum([0, *lengths])[:-1]].tolist() if lengths else []
+        spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        ends = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+        return Prompt(
+            request,
+            ids,
+            key,
+            pictures,
+            spans,
+            beginnings=[_beginning(key, end) for end in (*ends, len(ids) - 1)],
+            max_new_tokens=min(request.sampling.max_new_tokens, room),
+            **self._stops(request),
+        )
+
+    def _tokenize(self, conversation: Conversation | str | Sequence[int]) -> Sequence[int]:
+        if isinstance(conversation, Conversation):
+            return encode_prompt(conversation, self.tokenizer, self.image_tokens)
+        if isinstance(conversation, str):
+            return tokenize_prompt(conversation, self.tokenizer, self.image_tokens)
+        return conversation
+
+    def _stops(self, request: Request) -> dict[str, Any]:
+        strings = list(request.sampling.stop)
+        ids = {self.tokenizer.eos_token_id}
+        if isinstance(request.conversation, Conversation):
+            ids.update(stop_token_ids(request.conversation, self.tokenizer))
+            end = request.conversation.stop_str
+            if end and end not in self._special:
+                strings.append(end)
+        if request.sampling.ignore_eos:
+            ids, strings = set(), list(request.sampling.stop)
+        return {"stop_ids": frozenset(ids - {None}), "stop_strings": tuple(dict.fromkeys(strings))}
+
+
+def _beginning(key: np.ndarray, length: int) -> Beginning | None:
+    if not BLOCK <= length < len(key):
+        return None
+    return Beginning(length, hashlib.blake2b(key[:length].tobytes(), digest_size=16).digest())
+
+
+def _name(request: Request) -> str:
+    return "" if request.id is None else f"request {request.id!r}: "

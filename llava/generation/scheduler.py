@@ -1,0 +1,338 @@
+"""Continuous batching: requests join and leave the running batch at every step.
+
+A step takes in waiting requests as far as rows and memory reach, computes their prompts (what several have in
+common only once), and makes one token for every running request.
+"""
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llava.errors import LlavaError
+from llava.generation.beam import beam_search
+from llava.generation.detokenize import Detokenizer
+from llava.generation.messages import OutOfMemory
+from llava.generation.prefix_store import Prefix, PrefixStore
+from llava.generation.prompts import Prompt
+from llava.generation.runner import Runner
+from llava.generation.sampling import choose_tokens, token_logprobs
+from llava.generation.state import Generation
+
+log = logging.getLogger(__name__)
+
+_SHARED_TEXT = 4
+"""So many different prompts that begin with one text make computing it by itself worth a pass."""
+_MAX_PADDING = 1024
+"""Positions of padding in a pass; more of them cost more than a second pass."""
+_ROOM = 64
+"""Positions that a row gets beyond its prompt at once; more when it needs them."""
+
+
+@dataclass
+class Counts:
+    """What the scheduler has done since it was made."""
+
+    steps: int = 0
+    finished: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preempted: int = 0
+
+
+class Scheduler:
+    """`submit` from any thread; `step` from one at a time."""
+
+    def __init__(
+        self, runner: Runner, detokenizer: Detokenizer, max_batch_size: int, max_prefill: int, prefix_bytes: int
+    ):
+        self.runner = runner
+        self.detokenizer = detokenizer
+        self.max_batch_size = max_batch_size
+        self.max_prefill = max_prefill
+        self.prefixes = PrefixStore(prefix_bytes)
+        self.waiting: deque[Generation] = deque()
+        self.running: list[Generation] = []
+        """Generation i is in row i of the cache."""
+        self.counts = Counts()
+        self.is_patient = False
+        """Take requests in by the half batch, not one by one: more throughput, later first tokens."""
+        self._cancelled: set[Generation] = set()
+        self._expected: Counter[bytes] = Counter()
+        """How many requests are announced or waiting for each beginning."""
+        self._lock = threading.Lock()
+
+    def announce(self, prompts: Iterable[Prompt], sign: int = 1) -> None:
+        """Say which prompts will come (or, with `sign` -1, won't), so that what they share is kept for them."""
+        digests = [beginning.digest for prompt in prompts for beginning in prompt.beginnings if beginning]
+        with self._lock:
+            for digest in digests:
+                self._expected[digest] += sign
+                if self._expected[digest] <= 0:
+                    del self._expected[digest]
+
+    def submit(self, generation: Generation, is_announced: bool = False) -> None:
+        if not is_announced:
+            self.announce([generation.prompt])
+        with self._lock:
+            self.waiting.append(generation)
+
+    def cancel(self, generation: Generation) -> None:
+        """End it with the next step, whether it waits or runs; nothing happens if it is done."""
+        self._cancelled.add(generation)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Take in what fits, and make a token for each running request."""
+        self._drop_cancelled()
+        if admitted := self._admit():
+            self._start(admitted)
+        if self.running:
+            self._decode()
+        self.counts.steps += 1
+
+    def abort(self, error: LlavaError) -> None:
+        """End everything that waits or runs with `error`."""
+        generations = [*self.running, *self._waiting()]
+        self.running.clear()
+        self.waiting.clear()
+        with self._lock:
+            self._expected.clear()
+        self.runner.cache.release()
+        for generation in generations:
+            generation.finish("error", error)
+
+    def _admit(self) -> list[Generation]:
+        """The waiting requests that are taken in now, in order of arrival."""
+        free = self.max_batch_size - len(self.running)
+        if not self.waiting or not free or (self.is_patient and self.running and free < self.max_batch_size // 2):
+            return []
+        admitted: list[Generation] = []
+        positions, width = 0, max((one.length for one in self.running), default=0)
+        while self.waiting and len(admitted) < free:
+            first = self.waiting[0]
+            if not self._prepare(first):
+                continue
+            width = max(width, len(first.prompt) + min(_ROOM, first.prompt.max_new_tokens))
+            if not self.runner.cache.fits(len(self.running) + len(admitted) + 1, width):
+                if not self.running and not admitted:
+                    self._refuse(self.waiting.popleft())
+                    continue
+                break
+            positions += len(first.prompt)
+            if admitted and positions > self.max_prefill:
+                break
+            admitted.append(self.waiting.popleft())
+        self.announce([one.prompt for one in admitted], -1)
+        return admitted
+
+    def _prepare(self, first: Generation) -> bool:
+        """Whether the first waiting request can be taken in; beams are done here, what fails is finished."""
+        try:
+            self.runner.encoder.prepare(first.prompt.pictures)
+            if first.sampling.num_beams == 1:
+                return True
+            first.tokens = beam_search(self.runner, first.prompt)
+        except LlavaError as error:
+            self._leave_queue(first).finish("error", error)
+        else:
+            is_whole = len(first.tokens) >= first.prompt.max_new_tokens
+            self._leave_queue(first).finish("length" if is_whole else "stop")
+            self.counts.finished += 1
+        return False
+
+    def _leave_queue(self, generation: Generation) -> Generation:
+        with self._lock:
+            self.waiting.remove(generation)
+        self.announce([generation.prompt], -1)
+        return generation
+
+    def _refuse(self, generation: Generation) -> None:
+        self.announce([generation.prompt], -1)
+        error = OutOfMemory(
+            f"a prompt of {len(generation.prompt)} positions needs more memory than the engine was given; "
+            f"shorten it or raise cache_bytes"
+        )
+        generation.finish("error", error)
+
+    def _start(self, admitted: list[Generation]) -> None:
+        """Compute the prompts of `admitted` and their first tokens; on a full device, of as many as it holds."""
+        try:
+            self._prefill(admitted)
+        except (torch.OutOfMemoryError, LlavaError) as error:
+            if len(admitted) == 1:
+                self._fail(admitted[0], error)
+                return
+            self.prefixes.clear()
+            half = len(admitted) // 2
+            log.warning("%d prompts at once failed (%s); trying %d", len(admitted), type(error).__name__, half)
+            self._start(admitted[:half])
+            self._start(admitted[half:])
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        if not isinstance(error, LlavaError):
+            error = OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer pictures")
+        generation.finish("error", error)
+
+    def _prefill(self, admitted: list[Generation]) -> None:
+        cache = self.runner.cache
+        width = max(len(one.prompt) + min(_ROOM, one.prompt.max_new_tokens) for one in admitted)
+        width = max(width, *(one.length + 1 for one in self.running), 0)
+        cache.reserve(len(self.running) + len(admitted), width, len(self.running))
+        found = self._find_prefixes([one.prompt for one in admitted])
+        # Alike in what is left to compute, so that little padding is.
+        order = sorted(range(len(admitted)), key=lambda index: found[index][1] - len(admitted[index].prompt))
+        start = len(self.running)
+        hidden = self._compute([(admitted[i].prompt, *found[i], len(admitted[i].prompt)) for i in order], start)
+        newcomers = [admitted[index] for index in order]
+        for index, one in zip(order, newcomers, strict=True):
+            one.length = len(one.prompt)
+            one.cached = max(one.cached, found[index][1])
+            self.counts.prompt_tokens += len(one.prompt)
+            self.counts.cached_tokens += found[index][1]
+        self.running += newcomers
+        self._take_tokens(start, hidden)
+
+    def _find_prefixes(self, prompts: list[Prompt]) -> list[tuple[Prefix | None, int]]:
+        """For each prompt the longest computed beginning, (prefix, length); shared ones are computed first."""
+        found = [self.prefixes.find(prompt.key[:-1]) for prompt in prompts]
+        for level in range(len(prompts[0].beginnings)):
+            groups: dict[bytes, list[int]] = {}
+            for index, prompt in enumerate(prompts):
+                beginning = prompt.beginnings[level]
+                if beginning and beginning.length > found[index][1]:
+                    groups.setdefault(beginning.digest, []).append(index)
+            least = _SHARED_TEXT if level == 0 else 2
+            shared = [members for digest, members in groups.items() if len(members) + self._expected[digest] >= least]
+            shared.sort(key=lambda members: -prompts[members[0]].beginnings[level].length)
+            for members, prefix in zip(shared, self._compute_prefixes(prompts, found, shared, level), strict=True):
+                for index in members:
+                    found[index] = (prefix, len(prefix.key))
+        return found
+
+    def _compute_prefixes(self, prompts, found, shared: list[list[int]], level: int) -> list[Prefix]:
+        """Compute one beginning for each group, in the free rows, and keep it."""
+        if not shared:
+            return []
+        firsts = [members[0] for members in shared]
+        ends = [prompts[index].beginnings[level].length for index in firsts]
+        rows = [(prompts[index], *found[index], end) for index, end in zip(firsts, ends, strict=True)]
+        start = len(self.running)
+        self._compute(rows, start)
+        return [
+            self.prefixes.add(prompts[index].key[:end], self.runner.cache.save(start + place, end))
+            for place, (index, end) in enumerate(zip(firsts, ends, strict=True))
+        ]
+
+    def _compute(self, rows: list[tuple[Prompt, Prefix | None, int, int]], start: int) -> torch.Tensor:
+        """Compute rows (prompt, prefix, its length, end) into the cache from row `start` on; last hidden states."""
+        for place, count, prefix, length in _runs(rows):
+            self.runner.cache.load(start + place, count, prefix.states, length)
+        hidden = []
+        for first, last in _passes([end - begin for _, _, begin, end in rows], self.max_prefill):
+            prompts, _, begins, ends = zip(*rows[first:last], strict=True)
+            hidden.append(self.runner.prefill(start + first, prompts, begins, ends))
+        return torch.cat(hidden)
+
+    def _decode(self) -> None:
+        self._make_room()
+        lengths = [one.length for one in self.running]
+        hidden = self.runner.decode([one.tokens[-1] for one in self.running], lengths)
+        for one in self.running:
+            one.length += 1
+        self._take_tokens(0, hidden)
+
+    def _make_room(self) -> None:
+        """Rows as long as the next token needs; if memory is short, the latest requests wait again."""
+        cache = self.runner.cache
+        width = max(one.length for one in self.running) + 1
+        while not cache.fits(len(self.running), width) and len(self.running) > 1:
+            last = self.running.pop()
+            self.counts.preempted += 1
+            self.announce([last.prompt])
+            last.continue_later()
+            self.waiting.appendleft(last)
+            width = max(one.length for one in self.running) + 1
+        cache.reserve(len(self.running), width, len(self.running))
+
+    def _take_tokens(self, start: int, hidden: torch.Tensor) -> None:
+        """Choose the next token of the rows from `start` on; finished requests leave."""
+        generations = self.running[start:]
+        logits = self.runner.logits(hidden)
+        params = [one.sampling for one in generations]
+        tokens = choose_tokens(logits, params, [one.generator for one in generations])
+        logprobs = token_logprobs(logits, tokens, params, self.detokenizer)
+        self.counts.generated_tokens += len(tokens)
+        finished: dict[int, str] = {}
+        for row, (one, token, logprob) in enumerate(zip(generations, tokens, logprobs, strict=True), start):
+            if reason := one.take(token, logprob):
+                finished[row] = reason
+        self._leave(finished)
+
+    def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
+        cancelled, self._cancelled = self._cancelled, set()
+        self._leave({row: "cancelled" for row, one in enumerate(self.running) if one in cancelled})
+        for one in cancelled.intersection(self._waiting()):
+            self._leave_queue(one).finish("cancelled")
+
+    def _waiting(self) -> list[Generation]:
+        with self._lock:  # others may append meanwhile
+            return list(self.waiting)
+
+    def _leave(self, finished: dict[int, str]) -> None:
+        """Take rows out; the last rows move into the gaps."""
+        if not finished:
+            return
+        leaving = [(self.running[row], row, reason) for row, reason in finished.items()]
+        for one, row, _ in leaving:
+            if one.keep:
+                self.prefixes.add(one.key(), self.runner.cache.save(row, one.length))
+        left = len(self.running) - len(finished)
+        gaps = [row for row in finished if row < left]
+        movers = [row for row in range(left, len(self.running)) if row not in finished]
+        if movers:
+            self.runner.cache.move(movers, gaps, max(self.running[row].length for row in movers))
+            for gap, mover in zip(gaps, movers, strict=True):
+                self.running[gap] = self.running[mover]
+        del self.running[left:]
+        self.counts.finished += len(leaving)
+        for one, _, reason in leaving:
+            one.finish(reason)
+
+
+def _runs(rows: Sequence[tuple[Prompt, Prefix | None, int, int]]) -> Iterator[tuple[int, int, Prefix, int]]:
+    """(first row, number of rows, prefix, length) of neighbours that begin with the same prefix."""
+    place = 0
+    while place < len(rows):
+        _, prefix, length, _ = rows[place]
+        count = 1
+        while place + count < len(rows) and rows[place + count][1] is prefix and rows[place + count][2] == length:
+            count += 1
+        if prefix is not None and length:
+            yield place, count, prefix, length
+        place += count
+
+
+def _passes(lengths: Sequence[int], max_positions: int) -> Iterator[tuple[int, int]]:
+    """Slices of rows (longest first) for one pass each: at most `max_positions` with padding, little of it padding."""
+    first = 0
+    while first < len(lengths):
+        last, used = first, 0
+        while last < len(lengths):
+            used += lengths[last]
+            whole = (last + 1 - first) * lengths[first]
+            if last > first and (whole > max_positions or whole - used > _MAX_PADDING):
+                break
+            last += 1
+        yield first, last
+        first = last

@@ -1,0 +1,89 @@
+"""One answer under way: its tokens and text so far, and whom to tell about them."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from llava.errors import LlavaError
+from llava.generation.detokenize import Detokenizer, TextStream
+from llava.generation.messages import Answer, Piece, SamplingParams, TokenLogprob
+from llava.generation.prompts import Prompt
+
+Listener = Callable[[Piece | Answer], None]
+"""Is given each piece as it is made and the answer at the end, in the thread that runs the engine."""
+
+
+class Generation:
+    """A request on its way: what was generated so far, and whom to tell."""
+
+    def __init__(self, prompt: Prompt, detokenizer: Detokenizer, listener: Listener, is_streamed: bool, keep: bool):
+        self.prompt = prompt
+        self._detokenizer = detokenizer
+        self.sampling: SamplingParams = prompt.request.sampling
+        self.listener = listener
+        self.keep = keep
+        """Whether keys and values stay for the next turn of the same conversation."""
+        self.is_streamed = is_streamed
+        self.prompt_tokens = len(prompt)
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if self.sampling.logprobs is None else []
+        self.length = 0
+        """Positions in the cache."""
+        self.cached = 0
+        self.generator = None if self.sampling.is_greedy else random.Random(self.sampling.seed)
+        follows_text = is_streamed or prompt.stop_strings
+        self.text = TextStream(detokenizer, prompt.stop_strings) if follows_text else None
+        self._told = 0
+        self._in_prompt = 0
+        """How many tokens became part of the prompt, because the row was given up for a while."""
+
+    def key(self) -> np.ndarray:
+        """What the cache's row stands for: prompt and tokens, as far as they were read."""
+        own = np.array(self.tokens[self._in_prompt :], np.int64)
+        return np.concatenate([self.prompt.key, own])[: self.length]
+
+    def continue_later(self) -> None:
+        """Give up the row: the tokens so far go to the prompt, which is computed again."""
+        own = np.array(self.tokens[self._in_prompt :], np.int64)
+        ids, key = (np.concatenate([part, own]) for part in (self.prompt.ids, self.prompt.key))
+        self.prompt = replace(self.prompt, ids=ids, key=key)
+        self._in_prompt, self.length = len(self.tokens), 0
+
+    def take(self, token: int, logprob: TokenLogprob | None) -> str | None:
+        """Add a token; the reason if the answer ends with it."""
+        if token in self.prompt.stop_ids:
+            return "stop"
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if self.text is not None:
+            self._tell(self.text.push([token]))
+            if self.text.is_stopped:
+                return "stop"
+        return "length" if len(self.tokens) >= self.prompt.max_new_tokens else None
+
+    def finish(self, reason: str, error: LlavaError | None = None) -> None:
+        if self.text is None:
+            text = self._detokenizer.decode(self.tokens).strip()
+        else:
+            self._tell(self.text.flush(), is_last=True)
+            text = self.text.text
+        self.listener(
+            Answer(
+                text,
+                self.tokens,
+                reason,
+                self.prompt.request.id,
+                prompt_tokens=self.prompt_tokens,
+                cached_tokens=self.cached,
+                logprobs=self.logprobs,
+                error=error,
+            )
+        )
+
+    def _tell(self, text: str, is_last: bool = False) -> None:
+        if self.is_streamed and (text or (is_last and self._told < len(self.tokens))):
+            start, self._told = self._told, len(self.tokens)
+            self.listener(Piece(text, self.tokens[start:], None if self.logprobs is None else self.logprobs[start:]))
