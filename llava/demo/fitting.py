@@ -47,7 +47,8 @@ def fit(
     ]
     losses = []
     model.train()
-    for _ in tqdm(range(steps), desc=name, unit="step", mininterval=0.5):
+    bar = tqdm(range(steps), desc=name, unit="step", mininterval=0.5)
+    for _ in bar:
         loss = loss_of(next(batches))
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -56,6 +57,7 @@ def fit(
             optimizer.step()
             schedule.step()
         losses.append(round(loss.item(), 4))
+        bar.set_postfix(loss=losses[-1], refresh=False)
     model.eval()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / LOSSES, losses, indent=None)

@@ -44,6 +44,9 @@ class Pipeline:
         self.key = key
         self.console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
+        """Of each step."""
+        self.total = 0.0
+        """Of the whole, with steps side by side counted once; what was done before counts too."""
         for name in ("done", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -52,11 +55,12 @@ class Pipeline:
         key = self._begin(name, settings)
         if key is None:
             self._say(f"{title}: done before")
-            return
-        self._say(title)
-        started = time.monotonic()
-        function()
-        self._finish(name, key, time.monotonic() - started)
+        else:
+            self._say(title)
+            started = time.monotonic()
+            function()
+            self._finish(name, key, time.monotonic() - started)
+        self.total += self.seconds[name]
 
     def run(self, title: str, jobs: Sequence[Job]) -> None:
         """Commands side by side, as processes; one step each.
@@ -68,9 +72,12 @@ class Pipeline:
         for job in jobs:
             if job not in [started for started, _ in waiting]:
                 self._say(f"{job.name}: done before")
-        if not waiting:
-            return
-        self._say(title)
+        if waiting:
+            self._say(title)
+            self._run(waiting)
+        self.total += max(self.seconds[job.name] for job in jobs)
+
+    def _run(self, waiting: list[tuple[Job, str]]) -> None:
         bar = Progress(
             TextColumn("  {task.description:<24}"),
             BarColumn(),
@@ -100,7 +107,8 @@ class Pipeline:
             self._finish(process.job.name, process.key, process.seconds or time.monotonic() - started)
 
     def _begin(self, name: str, settings: Any) -> str | None:
-        """The step's key if it has to run, else None. A step that runs makes all later ones run too."""
+        """The step's key if it has to run, else None. Settings of a step decide all later ones too."""
+        # Each key holds those before it.
         self.key = hashlib.sha256(json.dumps([self.key, name, settings], sort_keys=True).encode()).hexdigest()
         marker = self.folder / "done" / f"{name}.json"
         if marker.is_file() and read_json(marker).get("key") == self.key:

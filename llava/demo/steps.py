@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava.data.phantoms import write_phantoms
+from llava.demo.baselines import answer_by_nearest
 from llava.demo.runner import Job, Pipeline
 from llava.demo.settings import Settings, Stage
 from llava.demo.tokenizer import make_tokenizer
@@ -37,6 +38,14 @@ def run_steps(output: Path, settings: Settings, seed: int) -> Pipeline:
             [_training(output, settings, seed, stage, prefix) for prefix in RUNS],
         )
     pipeline.run("5/6 answering the test questions", [_answers(output, settings, prefix) for prefix in RUNS])
+    pipeline.call(
+        "nearest_answers",
+        "6/6 the nearest training picture's answers",
+        lambda: answer_by_nearest(
+            data / "vqa_train.json", data / "vqa_test.json", data / "images", answers_of(output, "nearest_")
+        ),
+        None,
+    )
     return pipeline
 
 
@@ -134,5 +143,5 @@ def _answers(output: Path, settings: Settings, prefix: str) -> Job:
     argv = ["-m", "llava.eval.model_vqa_med", "--model-path", f"{output}/{prefix}vqa"]
     argv += ["--question-file", str(records_of(output, prefix, "vqa_test.json"))]
     argv += ["--image-folder", f"{output}/data/images", "--answers-file", str(file)]
-    argv += ["--max-new-tokens", "12", "--batch-size", str(settings.evaluation_batch)]
+    argv += ["--max_new_tokens", "16", "--batch-size", str(settings.evaluation_batch)]
     return Job(f"{prefix}answers", argv, [file, file.with_name(file.name + ".part")])

@@ -1,8 +1,8 @@
-"""Train a small CLIP on pictures and their captions' sentences: the demo's vision tower.
+"""Train a small CLIP vision tower on pictures and the sentences of their captions.
 
-A caption is a few sentences, a fact in each. A picture is matched with each of its sentences against all sentences
-of the batch that its caption doesn't hold, from the class token and from the patches pooled by attention, so that
-both carry the facts.
+A caption is a few sentences, a fact in each. A picture is matched with each of its sentences against those that
+never stand beside it in a caption, from the class token and from the patches pooled by attention, so that both
+carry the facts.
 """
 
 import re
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_tower(args) -> None:
-    """Train and save: a CLIP's folder with preprocessor_config.json."""
+    """Train and save: a CLIP tower's folder with preprocessor_config.json."""
     import torch
 
     from llava.demo.fitting import fit, shuffled
@@ -49,11 +49,12 @@ def train_tower(args) -> None:
     records = read_records(args.data_path)
     size = args.image_size
     processor = ImageProcessor(size=size, crop_size=(size, size))
-    pixels = _read_pictures([Path(args.image_folder) / record["image"] for record in records], size)
+    pixels = _read_pictures([Path(args.image_folder) / record["image"] for record in records], processor)
     sentences, holds = caption_sentences([record["conversations"][1]["value"] for record in records])
     levels = torch.from_numpy(processor._levels())
-    model = SentenceMatching(args, sentences)
-    start_embeddings(model.clip, normalise(pixels[:1500], levels))
+    excludes = (holds.T.float() @ holds.float()) == 0
+    model = SentenceMatching(args, sentences, excludes)
+    start_embeddings(model.tower, normalise(pixels[:1500], levels))
 
     mirrored = mirror_columns(sentences)
 
@@ -69,11 +70,11 @@ def train_tower(args) -> None:
         steps=args.steps,
         lr=2e-3,
         matrix_lr=5e-3,
-        hidden=lambda name: "clip.vision_model.encoder" in name or "clip.text_model.encoder" in name,
+        hidden=lambda name: name.startswith("tower.encoder"),
         name="vision tower",
         folder=Path(args.output_dir),
     )
-    model.clip.save_pretrained(args.output_dir)
+    model.tower.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 
 
@@ -118,21 +119,17 @@ def normalise(pixels, levels):
     return torch.stack([levels[channel][pixels[:, channel].long()] for channel in range(3)], dim=1)
 
 
-def _read_pictures(paths: list[Path], size: int):
+def _read_pictures(paths: list[Path], processor):
     """All pictures as uint8 [n, 3, size, size]: a quarter of what their float32 pixel values take."""
     import numpy as np
     import torch
     from tqdm import tqdm
 
-    from llava.errors import LlavaError
     from llava.images import open_image
 
-    pixels = np.empty((len(paths), 3, size, size), np.uint8)
+    pixels = np.empty((len(paths), 3, *processor.crop_size), np.uint8)
     for index, path in enumerate(tqdm(paths, desc="reading pictures", unit="picture", mininterval=0.5)):
-        picture = np.asarray(open_image(path))
-        if picture.shape[:2] != (size, size):
-            raise LlavaError(f"{path}: {picture.shape[1]} x {picture.shape[0]} pixels, expected {size} x {size}")
-        pixels[index] = picture.transpose(2, 0, 1)
+        pixels[index] = np.asarray(processor.fit(open_image(path))).transpose(2, 0, 1)
     return torch.from_numpy(pixels)
 
 

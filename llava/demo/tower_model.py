@@ -1,4 +1,4 @@
-"""The small CLIP of the demo: a transformers CLIPModel, its sentence matching loss and its first embeddings."""
+"""The demo's vision tower with the loss that trains it, and its first embeddings."""
 
 import math
 from types import SimpleNamespace
@@ -6,19 +6,20 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.model import load_tokenizer
 
 POOLS = 4
-TEXT_SIZE = 64
+MATCH_SIZE = 64
 
 
 class SentenceMatching(nn.Module):
     """Loss of pictures `[n, 3, H, W]` whose captions hold sentences as `holds [n, sentences]` says."""
 
-    def __init__(self, args: SimpleNamespace, sentences: list[str]):
+    def __init__(self, args: SimpleNamespace, sentences: list[str], excludes: torch.Tensor):
         super().__init__()
+        self.register_buffer("excludes", excludes, persistent=False)
         tokenizer = load_tokenizer(args.tokenizer)
         width = args.hidden_size
         heads = max(1, width // 32)
@@ -31,46 +32,23 @@ class SentenceMatching(nn.Module):
             patch_size=args.patch_size,
             hidden_act="gelu",
         )
-        text = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_SIZE,
-            intermediate_size=2 * TEXT_SIZE,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        self.clip = CLIPModel(
-            CLIPConfig(
-                text_config=text.to_dict(),
-                vision_config=vision.to_dict(),
-                projection_dim=TEXT_SIZE,
-                logit_scale_init_value=math.log(10.0),
-            )
-        )
-        ids = [tokenizer(sentence)["input_ids"] + [tokenizer.eos_token_id] for sentence in sentences]
-        longest = max(map(len, ids))
-        padded = [row + [tokenizer.eos_token_id] * (longest - len(row)) for row in ids]
-        self.register_buffer("sentence_ids", torch.tensor(padded), persistent=False)
-        self.register_buffer("sentence_ends", torch.tensor([len(row) - 1 for row in ids]), persistent=False)
+        self.tower = CLIPVisionModel(vision)
+        self.class_project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, MATCH_SIZE, bias=False))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.words = nn.Embedding(len(tokenizer), MATCH_SIZE)
+        self.register_buffer("word_shares", word_shares(sentences, tokenizer), persistent=False)
         self.pool_norm = nn.LayerNorm(width)
         self.pool_scores = nn.Linear(width, POOLS)
         self.pool_values = nn.Linear(width, width)
-        self.pool_project = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, TEXT_SIZE, bias=False))
+        self.pool_project = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, MATCH_SIZE, bias=False))
 
     def forward(self, pixel_values: torch.Tensor, holds: torch.Tensor) -> torch.Tensor:
-        vision = self.clip.vision_model(pixel_values=pixel_values)
-        pictures = [
-            self.clip.visual_projection(vision.pooler_output),
-            self.pool_project(self._pool(vision.last_hidden_state[:, 1:])),
-        ]
-        used = holds.any(0)
-        texts = functional.normalize(self._sentences(used), dim=-1)
-        scale = self.clip.logit_scale.exp()
+        states = self.tower(pixel_values=pixel_values).last_hidden_state
+        pictures = [self.class_project(states[:, 0]), self.pool_project(self._pool(states[:, 1:]))]
+        texts = self._sentences()
         losses = [
-            match_loss(scale * functional.normalize(picture, dim=-1) @ texts.T, holds[:, used]) for picture in pictures
+            match_loss(self.log_scale.exp() * functional.normalize(picture, dim=-1) @ texts.T, holds, self.excludes)
+            for picture in pictures
         ]
         return torch.stack(losses).mean()
 
@@ -81,26 +59,38 @@ class SentenceMatching(nn.Module):
         values = self.pool_values(patches).unflatten(-1, (POOLS, -1))
         return torch.cat([(weights[..., None] * values).sum(1).flatten(1), patches.mean(1)], dim=-1)
 
-    def _sentences(self, used: torch.Tensor) -> torch.Tensor:
-        """Embeddings of the used sentences, `[used, size]`, read off at their end token."""
-        states = self.clip.text_model(input_ids=self.sentence_ids[used]).last_hidden_state
-        ends = self.sentence_ends[used]
-        return self.clip.text_projection(states[torch.arange(len(ends)), ends])
+    def _sentences(self) -> torch.Tensor:
+        """Embeddings of the sentences, `[sentences, MATCH_SIZE]`, from the words they hold."""
+        return functional.normalize(self.word_shares @ self.words.weight, dim=-1)
 
 
-def match_loss(logits: torch.Tensor, holds: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each sentence that a picture's caption holds, against all those that it doesn't hold."""
-    against = logits.masked_fill(holds, -torch.inf).logsumexp(dim=1, keepdim=True)
+def word_shares(sentences: list[str], tokenizer) -> torch.Tensor:
+    """How much each token counts in each sentence, `[sentences, vocabulary]`: less, the more sentences hold it."""
+    shares = torch.zeros(len(sentences), len(tokenizer))
+    for row, sentence in enumerate(sentences):
+        shares[row, tokenizer(sentence)["input_ids"]] = 1
+    return shares / shares.sum(0).clamp(min=1)
+
+
+def match_loss(logits: torch.Tensor, holds: torch.Tensor, excludes: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each sentence that a picture's caption holds, against those that exclude it.
+
+    Args:
+        logits: `[pictures, sentences]`.
+        holds: bool `[pictures, sentences]`.
+        excludes: bool `[sentences, sentences]`: the two never stand in one caption, such as left and right.
+    """
+    against = logits[:, None].masked_fill(~excludes, -torch.inf).logsumexp(dim=-1)
     return functional.softplus(against - logits)[holds].mean()
 
 
 @torch.no_grad()
-def start_embeddings(clip: CLIPModel, pixel_values: torch.Tensor) -> None:
+def start_embeddings(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
     """First weights of the picture's embedding, from data: patches whitened, positions as sines of place.
 
     Without them the first half of the training goes into finding what differs between patches beside brightness.
     """
-    embeddings = clip.vision_model.embeddings
+    embeddings = tower.embeddings
     weight = embeddings.patch_embedding.weight
     width, channels, patch, _ = weight.shape
     patches = functional.unfold(pixel_values, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()

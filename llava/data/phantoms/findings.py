@@ -1,7 +1,7 @@
 """What a phantom shows: the five domains, their findings, and how combinations are dealt to the splits.
 
 A picture has a domain and, unless it is normal, one kind of finding with a side, a place, a size and a number.
-Every combination of the five is equally frequent; a quarter of them is kept for the test split.
+Every combination of the five is equally frequent; one in sixteen is kept for the test split.
 """
 
 from dataclasses import dataclass
@@ -99,15 +99,22 @@ def all_combinations() -> list[Phantom]:
 
 
 def is_held_out(phantom: Phantom, seed: int) -> bool:
-    """Whether only the test split may show this combination: a quarter of them.
+    """Whether only the test split may show this combination: one in sixteen, another choice for each seed.
 
-    For each side, place, size and number one kind of four is held out, by two parities of the four. So no fact
-    and no pair of facts is rarer in training than another, and nothing but the picture tells the answers.
+    Each kind of each domain has one. They are spread so that in the test split every side, place, size and number
+    is as frequent as its opposite. (Held out more densely, training learns from absence: it holds what it never
+    saw for impossible, and the test measures that instead of what the picture shows.)
     """
     if phantom.is_normal:
         return False
-    parities = 2 * (phantom.side ^ phantom.size) + (phantom.place ^ phantom.number)
-    return phantom.kind == parities ^ ((seed + phantom.domain) % len(SHAPES))
+    low, high = phantom.kind & 1, phantom.kind >> 1
+    turn = seed + phantom.domain
+    return (phantom.side, phantom.place, phantom.size, phantom.number) == (
+        low ^ (turn & 1),
+        high ^ (turn >> 1 & 1),
+        low ^ high ^ (turn >> 2 & 1),
+        (low if phantom.domain & 1 else high) ^ (phantom.domain >> 1 & 1),
+    )
 
 
 def draw_facts(count: int, seed: int, *, held_out: bool, normal_share: float, stream: int) -> list[Phantom]:

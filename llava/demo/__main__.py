@@ -1,0 +1,50 @@
+"""Train, evaluate and compare small models on pictures drawn by the program: the whole road in a few minutes.
+
+A language model and a vision tower are made from scratch, then come stage 1, stage 2 and VQA fine-tuning by the
+training command, answers and scores, the same without seeing the pictures, and a page of all of it.
+For research only, never for clinical use.
+"""
+
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, run, write_line
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.demo", description=__doc__)
+    parser.add_argument("--output-dir", default="runs/demo", help="a rerun goes on at the first unfinished step")
+    parser.add_argument("--seed", type=int, default=0, help="of pictures, models and training")
+    parser.add_bool("--small", help="the smallest size: every step once, learning next to nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    from llava.constants import RESEARCH_NOTICE
+    from llava.demo.report import write_report
+    from llava.demo.scores import results, score_runs, table
+    from llava.demo.settings import FULL, SMALL
+    from llava.demo.steps import run_steps
+    from llava.records import write_json
+
+    output, settings = Path(args.output_dir), SMALL if args.small else FULL
+    pipeline = run_steps(output, settings, args.seed)
+    scores = score_runs(output)
+    seconds = pipeline.total
+    summary = results(scores, seconds, args.seed)
+    write_json(output / "results.json", summary)
+    report = write_report(output, scores, summary, pipeline.seconds)
+    rows = table(scores)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    write_line(
+        f"{summary['questions']} questions about findings on held-out pictures, seed {args.seed}, {seconds:.0f} s"
+    )
+    write_line(f"report: {report}")
+    write_line(f"model: {output / 'vqa'}")
+    write_line(RESEARCH_NOTICE)
+
+
+if __name__ == "__main__":
+    run(main)
