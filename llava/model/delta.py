@@ -16,10 +16,11 @@ import torch
 
 from llava.errors import LlavaError
 from llava.model.checkpoint_files import copy_side_files, find_tokenizer
+from llava.model.checksums import recorded_checksums
 from llava.model.delta_archive import DeltaArchive
 from llava.model.locate import locate_model
 from llava.model.model_card import write_model_card
-from llava.model.shards import MAX_SHARD_BYTES, Fill, Planned, recorded_checksums, write_shards
+from llava.model.shards import MAX_SHARD_BYTES, Fill, Planned, write_shards
 from llava.model.staging import check_space, check_target, stage
 from llava.model.weights import WeightFiles, is_harmless
 from llava.records import read_json

@@ -5,8 +5,8 @@ threads compute and write them chunk by chunk at their final offsets. Each tenso
 before it is written. Behind the writers a third thread flushes to the disk and compares what the files then
 hold with that checksum, so verification costs no pass of its own. (Python's zlib does 1.8 GB/s here; SHA-256
 does half of that and would only guard against an attacker who can't also replace the checksum.) A journal of
-finished tensors lets a killed run go on; the checksums also stay in the header of each shard, where
-`recorded_checksums` finds them.
+finished tensors lets a killed run go on; the checksums also stay in the header of each shard, for whoever reads
+it (llava.model.checksums).
 """
 
 import json
@@ -15,7 +15,6 @@ import os
 import queue
 import struct
 import threading
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -28,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from llava.errors import LlavaError
+from llava.model.checksums import CHECKSUMS
 from llava.model.weights import WeightFiles
 from llava.records import write_json
 
@@ -38,8 +38,6 @@ FLUSH_BYTES = 128 << 20
 MAX_SHARD_BYTES = 5_000_000_000
 WRITERS = 2
 JOURNAL = "journal.txt"
-CHECKSUMS = "crc32"
-"""Key of a shard's metadata: the CRC-32 of each tensor's bytes, 8 hex digits each, in the order of the file."""
 
 DTYPE_NAMES = MappingProxyType(
     {
@@ -147,17 +145,6 @@ def write_shards(
     _check_readable([shard.path for shard in shards], tensors)
     journal.path.unlink()
     return [shard.path for shard in shards]
-
-
-def recorded_checksums(weights: WeightFiles) -> dict[str, int]:
-    """CRC-32 of each tensor's bytes as its file records it: this module's shards, and `.bin` (zip) files."""
-    found: dict[str, int] = {}
-    for path in weights.files:
-        names = [name for name in weights if weights.file_of(name) == path]
-        found |= (
-            _checksums_in_header(path) if path.suffix == ".safetensors" else _checksums_in_zip(path, names, weights)
-        )
-    return found
 
 
 class _Shard:
@@ -372,38 +359,6 @@ def _fingerprint(shards: list[_Shard], inputs: Iterable[Path]) -> str:
     ]
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     return sha256(json.dumps([plan, stats]).encode()).hexdigest()
-
-
-def _checksums_in_header(path: Path) -> dict[str, int]:
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    text = header.pop("__metadata__", {}).get(CHECKSUMS)
-    if text is None:
-        return {}
-    names = sorted(header, key=lambda name: (header[name]["data_offsets"], name))
-    return {name: int(value, 16) for name, value in zip(names, text.split())}
-
-
-def _checksums_in_zip(path: Path, names: list[str], weights: WeightFiles) -> dict[str, int]:
-    """By order: torch maps the file, so its storages lie in memory as the records do in the archive."""
-    if not zipfile.is_zipfile(path):
-        return {}
-    with zipfile.ZipFile(path) as archive:
-        records = sorted(
-            (info for info in archive.infolist() if "/data/" in info.filename and info.file_size),
-            key=lambda info: info.header_offset,
-        )
-    tensors = {name: weights.read(name) for name in names}
-    storages = sorted({(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors.values()})
-    storages = [(pointer, size) for pointer, size in storages if size]
-    if [size for _, size in storages] != [record.file_size for record in records]:
-        return {}
-    checksums = {pointer: record.CRC for (pointer, _), record in zip(storages, records)}
-    return {
-        name: checksums[tensor.data_ptr()]
-        for name, tensor in tensors.items()
-        if tensor.nbytes and tensor.nbytes == tensor.untyped_storage().nbytes() and tensor.is_contiguous()
-    }
 
 
 def _check_readable(paths: list[Path], tensors: Sequence[Planned]) -> None:
