@@ -1,16 +1,26 @@
 """The engine behind a worker: requests as jobs in, pieces of text out, exceptions as typed errors."""
 
+import hashlib
 import logging
-import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
-from llava.conversation import Conversation, SeparatorStyle, get_template
+from llava.conversation import get_template
 from llava.errors import LlavaError
-from llava.generation import Engine, Request, SamplingParams
+from llava.generation import (
+    Answer,
+    ContextTooLong,
+    Engine,
+    EngineBusy,
+    OutOfMemory,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
+from llava.generation import Piece as EnginePiece
 from llava.images import open_uploaded_image
 from llava.serve.answering import Piece
 from llava.serve.job import Job, to_conversation
@@ -18,73 +28,53 @@ from llava.serve.protocol import ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
 
+SMALLEST_TOP_P = 1e-6
+CHECKED_PICTURES = 4096  # how many to remember
+
 
 class EngineBackend:
-    """A thread that owns the model; see `llava.serve.answering.Backend`."""
+    """The engine in a thread of its own; see `llava.serve.answering.Backend`."""
 
-    def __init__(self, engine: Engine, max_queue: int = 256):
+    def __init__(self, engine: Engine):
         self.engine = engine
-        self.waiting: queue.Queue = queue.Queue(max_queue)
-        self.running = 0
-        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.thread.start()
+        self.template = get_template(engine.model.config.conversation_template)
+        self.checked = _CheckedPictures()
+        engine.start()
 
     def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
-        request = to_request(job, self.engine.model.config.conversation_template)
-        stopped = threading.Event()
         try:
-            self.waiting.put_nowait((request, put, stopped))
-        except queue.Full:
-            raise ServeError(ErrorType.QUEUE_FULL, retry_after=1.0) from None
-        return stopped.set
+            return self.engine.submit(self._request(job), _listener(put)).cancel
+        except (LlavaError, torch.OutOfMemoryError) as error:
+            raise to_serve_error(error) from error
 
     def stats(self) -> dict[str, float]:
-        return {"queue_length": self.waiting.qsize() + self.running, "running": self.running}
+        statistics = self.engine.statistics()
+        return {"queue_length": statistics["running"] + statistics["waiting"], **statistics}
 
     def close(self) -> None:
-        self.waiting.put(None)
+        self.engine.stop(drain=False)
 
-    def _run(self) -> None:
-        while (entry := self.waiting.get()) is not None:
-            request, put, stopped = entry
-            self.running = 1
-            try:
-                count = 0
-                for piece in self.engine.stream(request):
-                    count += 1
-                    if stopped.is_set():
-                        break
-                    put(Piece(piece))
-                usage = {"prompt_tokens": 0, "completion_tokens": count, "cached_tokens": 0}
-                put(Piece(finish_reason="stop", usage=usage))
-            except Exception as error:
-                put(Piece(error=to_serve_error(error)))
-            finally:
-                self.running = 0
-
-
-def to_request(job: Job, template_name: str) -> Request:
-    """The engine's request; pictures are opened here.
-
-    Raises:
-        ServeError: BAD_PICTURE.
-    """
-    template = get_template(template_name)
-    conversation = to_conversation(job.messages, template) if job.messages else ready_prompt(job.prompt, template)
-    sampling = SamplingParams(job.temperature, job.top_p, job.max_new_tokens, job.stop, job.seed)
-    return Request(conversation, [_open(picture) for picture in job.pictures], sampling)
-
-
-def ready_prompt(prompt: str, template: Conversation) -> Conversation:
-    """A text that the client has put into the template's words itself: a conversation that renders as just that."""
-    return replace(template, system=prompt, messages=[], offset=0, sep_style=SeparatorStyle.MPT, sep="", sep2=None)
+    def _request(self, job: Job) -> Request:
+        sampling = SamplingParams(
+            temperature=job.temperature,
+            top_p=max(job.top_p, SMALLEST_TOP_P),
+            max_new_tokens=job.max_new_tokens,
+            stop=job.stop,
+            seed=job.seed,
+            logprobs=job.logprobs,
+            ignore_eos=job.ignore_eos,
+        )
+        conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt
+        return Request(conversation, [self.checked.picture(text) for text in job.pictures], sampling)
 
 
 def to_serve_error(error: Exception) -> ServeError:
     """A typed error for the client; what isn't known is logged here and told to nobody."""
-    if isinstance(error, ServeError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, EngineBusy):
+        return ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
+    if isinstance(error, ContextTooLong):
+        return ServeError(ErrorType.CONTEXT_TOO_LONG, str(error))
+    if isinstance(error, (OutOfMemory, torch.OutOfMemoryError, MemoryError)):
         return ServeError(ErrorType.OUT_OF_MEMORY)
     if isinstance(error, LlavaError):
         return ServeError(ErrorType.BAD_REQUEST, str(error))
@@ -92,8 +82,62 @@ def to_serve_error(error: Exception) -> ServeError:
     return ServeError(ErrorType.INTERNAL)
 
 
-def _open(picture: str):
-    try:
-        return open_uploaded_image(picture)
-    except LlavaError as error:
-        raise ServeError(ErrorType.BAD_PICTURE, str(error)) from error
+def _listener(put: Callable[[Piece], None]) -> Callable[[EnginePiece | Answer], None]:
+    """The engine's news as this worker's pieces."""
+    count = 0
+
+    def listen(news: EnginePiece | Answer) -> None:
+        nonlocal count
+        if isinstance(news, EnginePiece):
+            count += len(news.token_ids)
+            put(Piece(news.text, tuple(_logprob(entry) for entry in news.logprobs or ())))
+        elif news.error is not None:
+            put(Piece(error=to_serve_error(news.error)))
+        elif news.finish_reason == "cancelled":
+            put(Piece(error=ServeError(ErrorType.CANCELLED)))
+        else:
+            usage = {
+                "prompt_tokens": news.prompt_tokens,
+                "completion_tokens": len(news.token_ids),
+                "cached_tokens": news.cached_tokens,
+            }
+            late = tuple(_logprob(entry) for entry in (news.logprobs or [])[count:])
+            put(Piece("", late, finish_reason=news.finish_reason, usage=usage))
+
+    return listen
+
+
+def _logprob(entry: TokenLogprob) -> dict:
+    top = [{"token": text, "logprob": logprob} for _, text, logprob in entry.top]
+    return {"token": entry.text, "logprob": entry.logprob, "top": top}
+
+
+class _CheckedPictures:
+    """Uploads that were found to be pictures within the limits. The engine opens a picture only if it doesn't know it
+    yet, and with wider limits: what strangers send is checked here, once for each content."""
+
+    def __init__(self):
+        self.known: OrderedDict[bytes, None] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def picture(self, text: str) -> str:
+        """`text` (base64 or a data: URL) as the engine takes it.
+
+        Raises:
+            ServeError: BAD_PICTURE.
+        """
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        with self.lock:
+            is_known = digest in self.known
+        if not is_known:
+            try:
+                open_uploaded_image(text)
+            except LlavaError as error:
+                raise ServeError(ErrorType.BAD_PICTURE, str(error)) from error
+        with self.lock:
+            self.known[digest] = None
+            self.known.move_to_end(digest)
+            while len(self.known) > CHECKED_PICTURES:
+                self.known.popitem(last=False)
+        is_url = text[:5].lower() == "data:"
+        return text if is_url else f"data:application/octet-stream;base64,{text}"

@@ -47,6 +47,8 @@ class Job:
     seed: int | None = None
     logprobs: int | None = None
     """How many alternatives to report at each position; None reports nothing."""
+    ignore_eos: bool = False
+    """Go on to `max_new_tokens` whatever the model says; for measurements."""
     stream: bool = True
     """False sends one chunk, at the end."""
     request_id: str | None = None
@@ -86,6 +88,7 @@ def read_job(body: Mapping[str, Any]) -> Job:
         stop=_stops(body.get("stop")),
         seed=None if body.get("seed") is None else int(_number(body, "seed", 0, -(2**63), 2**64 - 1)),
         logprobs=_logprobs(body.get("logprobs")),
+        ignore_eos=bool(body.get("ignore_eos", False)),
         stream=bool(body.get("stream", True)),
         request_id=request_id if isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id) else None,
     )

@@ -113,7 +113,8 @@ def _load(args):
     )
     if args.keep_aspect_ratio:
         loaded.model.config.image_aspect_ratio = "keep"
-    return EngineBackend(Engine(loaded, batch_size=args.limit_model_concurrency), args.max_queue)
+    engine = Engine(loaded, max_batch_size=args.limit_model_concurrency, max_waiting=args.max_queue)
+    return EngineBackend(engine)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class ChatRequest(BaseModel):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
+    ignore_eos: bool = False
+    """Not OpenAI's: go on to the last token whatever the model says, for measurements."""
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -55,6 +57,7 @@ class ChatRequest(BaseModel):
             "stop": self.stop,
             "seed": None if self.seed is None else self.seed + choice,
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "ignore_eos": self.ignore_eos,
             "stream": self.stream,
             "request_id": request_id,
         }

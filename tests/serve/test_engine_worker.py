@@ -1,0 +1,205 @@
+"""The whole road with a real (tiny) model: controller, worker, API, and the tools, as processes."""
+
+import base64
+import io
+import subprocess
+import sys
+import threading
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from llava.serve.protocol import split_chunks
+from llava.serve.secret import HEADER
+from tests.serve.processes import Process, wait_until
+from tests.tiny import make_llava
+
+ENV = {"LLAVA_SERVE_SECRET": "s3cret", "OMP_NUM_THREADS": "1"}
+SECRET = {HEADER: "s3cret"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_llava(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def serving(checkpoint):
+    """(controller, worker, API)"""
+    with Process("llava.serve.controller", env=ENV) as controller:
+        controller.wait()
+        words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--device", "cpu", "--max-queue", "8"]
+        with (
+            Process("llava.serve.model_worker", "--controller", controller.url, *words, env=ENV) as worker,
+            Process("llava.serve.openai_api_server", "--controller", controller.url, env=ENV) as api,
+        ):
+            worker.wait(seconds=180)
+            api.wait()
+            wait_until(lambda: httpx.get(api.url + "/ready").status_code == 200, 30)
+            yield controller, worker, api
+
+
+@pytest.fixture
+def client(serving):
+    with openai.OpenAI(base_url=serving[2].url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def picture(color=(200, 30, 30), size=(40, 30)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def question(text, *pictures):
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}} for data in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def ask(client, text, *pictures, **more):
+    more = {"model": "tiny", "messages": question(text, *pictures), "max_tokens": 12} | more
+    return client.chat.completions.create(**more)
+
+
+def stats(worker):
+    return httpx.post(worker.url + "/worker_get_status", headers=SECRET, timeout=10).json()["stats"]
+
+
+def test_answers_equal_the_engines_own(client, checkpoint):
+    from llava.conversation import get_template
+    from llava.generation import Engine, Request, SamplingParams
+    from llava.images import open_uploaded_image
+    from llava.model import load_pretrained_model
+
+    loaded = load_pretrained_model(checkpoint, device="cpu")
+    conversation = get_template(loaded.model.config.conversation_template)
+    conversation.append_message(conversation.roles[0], "<image>\nWhat is shown?")
+    request = Request(conversation, [open_uploaded_image(picture())], SamplingParams(max_new_tokens=12))
+    (expected,) = Engine(loaded).generate([request])
+    reply = ask(client, "What is shown?", picture())
+    assert reply.choices[0].message.content == expected.text.lstrip()
+    assert reply.usage.completion_tokens == len(expected.token_ids)
+    assert reply.usage.prompt_tokens == expected.prompt_tokens
+    with ask(client, "What is shown?", picture(), stream=True) as stream:
+        assert "".join(chunk.choices[0].delta.content for chunk in stream).strip() == expected.text.strip()
+
+
+def test_many_at_once_equal_one_at_a_time(client):
+    asked = [(f"Is there {number}?", picture((number * 20, 0, 0))) for number in range(8)]
+    alone = [ask(client, *each).choices[0].message.content for each in asked]
+    together = [None] * len(asked)
+
+    def work(place):
+        together[place] = ask(client, *asked[place]).choices[0].message.content
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_seeds_stops_logprobs_choices(client):
+    hot = {"temperature": 2.0, "seed": 7}
+    first, second = (ask(client, "Hi", **hot).choices[0].message.content for _ in range(2))
+    assert first == second
+    several = ask(client, "Hi", n=3, **hot)
+    assert several.choices[0].message.content == first
+    assert len({choice.message.content for choice in several.choices}) > 1
+    reply = ask(client, "Hi", logprobs=True, top_logprobs=2)
+    entries = reply.choices[0].logprobs.content
+    assert len(entries) == reply.usage.completion_tokens
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in entries)
+    assert all(entry.top_logprobs[0].token == entry.token for entry in entries), "greedy takes the likeliest"
+    whole = reply.choices[0].message.content
+    letter = whole[len(whole) // 2]
+    stopped = ask(client, "Hi", stop=[letter])
+    assert stopped.choices[0].message.content == whole.split(letter)[0]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_old_clients_get_prompt_and_answer(serving):
+    prompt = "USER: <image>\nWhat? ASSISTANT:"
+    body = {"model": "tiny", "prompt": prompt, "images": [picture()], "temperature": 0.2, "stop": "</s>"}
+    for server in serving[:2]:
+        reply = httpx.post(
+            server.url + "/worker_generate_stream", json=body | {"max_new_tokens": 5}, headers=SECRET, timeout=60
+        )
+        chunks, _ = split_chunks(reply.content)
+        assert all(chunk["text"].startswith(prompt) and chunk["error_code"] == 0 for chunk in chunks)
+        assert chunks[-1]["usage"]["completion_tokens"] <= 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words", "ask_for"),
+    [
+        ("context_too_long", 400, "context", lambda: question("word " * 2000)),
+        ("bad_picture", 400, "base64", lambda: question("x", "!!!")),
+        ("bad_picture", 400, "not a picture", lambda: question("x", base64.b64encode(b"<html>" * 9).decode())),
+        ("bad_picture", 400, "beyond what is allowed", lambda: question("x", picture(size=(30_000, 2)))),
+    ],
+)
+def test_failures_of_the_model_have_their_words(client, kind, status, words, ask_for):
+    with pytest.raises(openai.APIStatusError, match=words) as caught:
+        client.chat.completions.create(model="tiny", messages=ask_for())
+    assert (caught.value.status_code, caught.value.type) == (status, kind)
+    assert "/" not in caught.value.body["message"].replace("data:image/png", ""), "no path of the server"
+
+
+def test_health_answers_and_leaving_frees_the_slot(serving, client):
+    worker = serving[1]
+    stream = ask(client, "Long", stream=True, max_tokens=400, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    assert httpx.get(worker.url + "/health", timeout=5).status_code == 200
+    stream.close()
+    wait_until(lambda: stats(worker)["running"] == 0, 10)
+
+
+def test_a_full_queue_says_so(checkpoint):
+    words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--no-register", "--device", "cpu"]
+    limits = ["--max-queue", "1", "--limit-model-concurrency", "1"]
+    with Process("llava.serve.model_worker", *words, *limits, env=ENV) as worker:
+        worker.wait(seconds=180)
+        body = {"model": "tiny", "prompt": "Hi", "max_new_tokens": 450, "ignore_eos": True, "stream": False}
+        outcomes = []
+
+        def work():
+            reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=120)
+            outcomes.append(split_chunks(reply.content)[0][-1].get("error_type", "answered"))
+
+        threads = [threading.Thread(target=work) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(outcomes) == {"answered", "queue_full"}
+        assert worker.stop() in (0, -15)
+
+
+def test_the_tools(serving, tmp_path):
+    controller, worker, _ = serving
+
+    def tool(name, *words):
+        command = [sys.executable, "-m", f"llava.serve.{name}", "--controller-address", controller.url, *words]
+        return subprocess.run(command, capture_output=True, text=True, env={**_environment(), **ENV})
+
+    said = tool("test_message", "--model-name", "tiny", "--message", "Hi", "--max-new-tokens", "4")
+    assert (said.returncode, said.stderr) == (0, "")
+    direct = tool("test_message", "--worker-address", worker.url, "--message", "Hi", "--max-new-tokens", "4")
+    assert direct.stdout == said.stdout
+    missing = tool("test_message", "--model-name", "none")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "no_worker" in missing.stderr
+    assert tool("register_worker", "--worker-name", worker.url).returncode == 0
+    refused = tool("register_worker", "--worker-name", "http://127.0.0.1:1")
+    assert refused.returncode == 2
+    assert "doesn't tell its status" in refused.stderr
+
+
+def _environment():
+    import os
+
+    return dict(os.environ)
