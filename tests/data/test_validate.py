@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -146,6 +146,7 @@ any_record = st.fixed_dictionaries(
 usual = st.builds(record, st.text(max_size=3), texts, texts, texts, texts)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.one_of(any_record, usual))
 def test_the_quick_look_passes_nothing_that_the_close_one_finds(made):
     if _is_plainly_good(made):
@@ -158,6 +159,7 @@ def test_the_quick_look_passes_nothing_that_the_close_one_finds(made):
             record_checks._is_plainly_good = quick
 
 
+@settings(deadline=None, max_examples=60)
 @given(any_record)
 def test_repair_leaves_no_fault(made):
     from llava.data.record_checks import repair
