@@ -7,7 +7,7 @@ and at the end the run proves that parameters were shards: the last line of stdo
 import json
 import sys
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 
@@ -15,11 +15,13 @@ class FsdpState(AcceleratorState):
     """AcceleratorState that takes the FSDP plugin for CPU processes too."""
 
     def __init__(self, *args, fsdp_plugin=None, **kwargs):
-        first = not self.initialized
+        first = "fsdp_plugin" not in self._shared_state
         super().__init__(*args, fsdp_plugin=fsdp_plugin, **kwargs)
         if first and fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
-            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            # Both states: each new AcceleratorState copies what PartialState knows.
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
 
 
@@ -39,7 +41,7 @@ def main() -> None:
         seen["type"] = str(trainer.accelerator.distributed_type)
         seen["parameters"] = len(parameters)
         seen["sharded"] = sum(isinstance(parameter, DTensor) for parameter in parameters)
-        seen["local"] = sum(parameter.to_local().numel() for parameter in parameters)
+        seen["local"] = sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in parameters)
         seen["whole"] = sum(parameter.numel() for parameter in parameters)
         return summarise(arguments, trainer, *args)
 

@@ -1,0 +1,57 @@
+"""A training process that is killed at any moment and started again continues the same loss curve, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import make_llava
+from tests.train.helpers import flags, make_records
+
+pytestmark = pytest.mark.long
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(argv):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "llava.train.train", *argv], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [log["loss"] for log in state["log_history"] if "loss" in log]
+
+
+def test_sigkill_at_three_moments(tmp_path):
+    base = make_llava(tmp_path / "base")
+    data = make_records(tmp_path / "data", 24)
+    more = ("--num_train_epochs", "6", "--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "2")
+    assert start(flags(tmp_path / "whole", data, base, *more)).wait(timeout=300) == 0
+    killed = tmp_path / "killed"
+    kills = 0
+    # Killed when the first checkpoint begins to appear, in the middle, and near the end; then left alone.
+    for step in (3, 30, 63):
+        process = start(flags(killed, data, base, *more))
+        while process.poll() is None:
+            names = [path.name for path in killed.glob("*checkpoint-*")] if killed.is_dir() else []
+            if any(int(name.rpartition("-")[2]) >= step for name in names):
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+                break
+            time.sleep(0.01)
+        assert not (killed / "config.json").is_file(), "the final model appeared although the run was killed"
+    assert kills == 3
+    assert start(flags(killed, data, base, *more)).wait(timeout=300) == 0
+    assert losses(killed) == losses(tmp_path / "whole")
+    whole, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    assert not [path.name for path in killed.iterdir() if "part" in path.name]
