@@ -54,7 +54,7 @@ def _sample(logits: torch.Tensor, rules: Sequence[SamplingParams], numbers: Sequ
     top_p = torch.tensor([rule.top_p for rule in rules], device=device)[:, None]
     vocabulary = logits.shape[-1]
     top_k = torch.tensor([rule.top_k or vocabulary for rule in rules], device=device)[:, None]
-    sorted_logits, order = logits.sort(-1, descending=True, stable=True)
+    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax((sorted_logits - sorted_logits[:, :1]) / temperature, -1)
     before = probabilities.cumsum(-1) - probabilities
     # The first token that reaches top_p is still in; so at least one always is.
