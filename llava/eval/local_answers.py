@@ -2,18 +2,15 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from llava.conversation import get_template
-from llava.errors import LlavaError
 from llava.eval.ablation import Pictures
 from llava.eval.answering import Decoding, answer_record
 from llava.eval.questions import Question
-from llava.images import open_image
 from llava.records import ResumableJsonl
 from llava.tokenization import conversation_from_record
 
@@ -79,7 +76,7 @@ class LocalAnswers:
         from llava.generation import Engine
 
         loaded = self.model.load()
-        engine = Engine(loaded, batch_size=self.batch_size)
+        engine = Engine(loaded, max_batch_size=self.batch_size)
         template = get_template(self.model.template or loaded.model.config.conversation_template)
         groups = [questions[start : start + self.save_every] for start in range(0, len(questions), self.save_every)]
         with tqdm(total=len(questions), desc="answers", unit="answer", disable=None) as bar:
@@ -100,8 +97,7 @@ class LocalAnswers:
         }
 
     def _answer(self, group, engine, loaded, template) -> Iterator[tuple[Question, str, dict[str, Any]]]:
-        opened: dict[Any, Any] = {}  # one object per distinct picture: the engine encodes each once
-        images = [[_open(source, opened) for source in self.pictures.of(question)] for question in group]
+        images = [self.pictures.of(question) for question in group]
         conversations = [conversation_from_record(_as_record(question), template) for question in group]
         answers = self._generate(engine, group, conversations, images)
         metadata = [{"finish_reason": a.finish_reason, "tokens": len(a.token_ids)} for a in answers]
@@ -144,19 +140,9 @@ def sampling_params(decoding: Decoding, question: Question):
     if decoding.top_p is not None:
         given["top_p"] = decoding.top_p
     if decoding.num_beams != 1:
-        if "num_beams" not in {field.name for field in fields(SamplingParams)}:
-            raise LlavaError("--num_beams above 1 is not offered by the engine; use 1")
         given["num_beams"] = decoding.num_beams
     return SamplingParams(**given)
 
 
 def _as_record(question: Question) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": question.text}]}
-
-
-def _open(source, opened: dict) -> Any:
-    if not isinstance(source, (str, bytes, Path)):
-        return source
-    if source not in opened:
-        opened[source] = open_image(source)
-    return opened[source]

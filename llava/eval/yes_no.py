@@ -8,6 +8,7 @@ import torch
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation
 from llava.errors import LlavaError
+from llava.images import open_image
 from llava.tokenization import (
     ImageTokens,
     conversation_from_record,
@@ -31,7 +32,8 @@ def yes_probabilities(
 
     Args:
         loaded: a `llava.model.LoadedModel`.
-        asked: per question its turns (`{"from", "value"}`, the last one the question) and its opened pictures.
+        asked: per question its turns (`{"from", "value"}`, the last one the question) and its pictures (whatever
+            `open_image` takes).
 
     Raises:
         LlavaError: the tokenizer doesn't tell the words apart by a token.
@@ -51,7 +53,7 @@ def yes_probabilities(
             ids, _ = expand_images(ids, None, [model.num_patches] * len(images))
             encoded.append((ids, ids))
         padded = pad_batch(encoded, tokenizer.pad_token_id or 0, side="left")
-        pixels = [image for _, images in batch for image in images]
+        pixels = [open_image(image) for _, images in batch for image in images]
         pixels = torch.from_numpy(processor(pixels, model.config.image_aspect_ratio)) if pixels else None
         device = model.device
         logits = model(
