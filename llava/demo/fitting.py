@@ -1,10 +1,17 @@
-"""What the two makers of base models share: optimizers, the schedule, the loop with its bar and log."""
+"""What the two makers of base models share: optimizers, the schedule, the loop with its bar, several processes.
+
+Processes of one thread each, with a part of every batch, are faster here than threads of one process: the
+operations are too small to be divided.
+"""
 
 import math
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import nn
 from tqdm import tqdm
 
@@ -45,13 +52,15 @@ def fit(
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps)) for optimizer in optimizers
     ]
-    losses = []
+    losses: list[float] = []
+    first = is_first()
     model.train()
-    bar = tqdm(range(steps), desc=name, unit="step", mininterval=0.5)
+    bar = tqdm(range(steps), desc=name, unit="step", mininterval=0.5, disable=not first)
     for _ in bar:
         loss = loss_of(next(batches))
         model.zero_grad(set_to_none=True)
         loss.backward()
+        _share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
@@ -59,8 +68,53 @@ def fit(
         losses.append(round(loss.item(), 4))
         bar.set_postfix(loss=losses[-1], refresh=False)
     model.eval()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / LOSSES, losses, indent=None)
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / LOSSES, losses, indent=None)
+
+
+def in_processes(function: Callable[..., None], args, count: int) -> None:
+    """Call `function(args)` in `count` processes of one thread that form a group; in this one if `count` is 1."""
+    if count == 1:
+        _start(0, function, args, 1, 0)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_start, (function, args, count, port), nprocs=count)
+
+
+def process_number() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes the results."""
+    return process_number() == 0
+
+
+def _start(rank: int, function: Callable[..., None], args, count: int, port: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    if count > 1:
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    try:
+        function(args)
+    finally:
+        if count > 1:
+            dist.destroy_process_group()
+
+
+def _share_gradients(model: nn.Module) -> None:
+    """The mean of all processes' gradients, in one message."""
+    if not dist.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
 
 
 def warm_cosine(step: int, steps: int) -> float:
@@ -70,9 +124,10 @@ def warm_cosine(step: int, steps: int) -> float:
 
 
 def shuffled(count: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    """Numbers below `count` in batches, without end; a new order for each round."""
+    """Numbers below `count` in batches, without end; a new order for each round. A process gets its part of each."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
         for start in range(0, count - batch + 1, batch):
-            yield order[start : start + batch]
+            yield order[start + rank : start + batch : world]

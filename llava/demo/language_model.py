@@ -21,18 +21,16 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    import torch
+    from llava.demo.fitting import in_processes
 
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    train_language_model(args)
+    in_processes(train_language_model, args, args.processes)
 
 
 def train_language_model(args) -> None:
@@ -40,7 +38,7 @@ def train_language_model(args) -> None:
     from torch.nn import functional
     from transformers import MistralConfig, MistralForCausalLM
 
-    from llava.demo.fitting import fit, shuffled
+    from llava.demo.fitting import fit, is_first, shuffled
     from llava.model import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
@@ -79,8 +77,9 @@ def train_language_model(args) -> None:
         name="language model",
         folder=Path(args.output_dir),
     )
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    if is_first():
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
 
 
 def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:

@@ -19,16 +19,18 @@ class Settings:
     """All that decides the demo's result beside the seed."""
 
     counts: Counts = field(default_factory=Counts)
+    alignment: int = 4_000
+    """Captions that stage 1 uses."""
     image_size: int = 96
     patch_size: int = 16
     tower_layers: int = 3
     tower_steps: int = 1900
     language_layers: int = 4
-    language_steps: int = 500
+    language_steps: int = 160
     hidden_size: int = 128
-    stage_1: Stage = Stage(150, 3e-3, 32)
-    stage_2: Stage = Stage(150, 2e-3, 16)
-    vqa: Stage = Stage(500, 2e-3, 16)
+    stage_1: Stage = Stage(70, 3e-3, 32)
+    stage_2: Stage = Stage(60, 2e-3, 16)
+    vqa: Stage = Stage(280, 2e-3, 16)
     evaluation_batch: int = 128
     template: str = "mistral_instruct"
 
@@ -37,6 +39,7 @@ FULL = Settings()
 
 SMALL = Settings(
     counts=Counts(train=48, test=12, conversations=24, vqa=24, text=48),
+    alignment=24,
     image_size=48,
     tower_layers=2,
     tower_steps=6,

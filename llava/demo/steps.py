@@ -15,7 +15,7 @@ GREY = "grey.png"
 RUNS = {"": "images", "blind_": "grey"}
 """Prefix of the folders of each run, and its folder of records."""
 
-STAGES = (("stage_1", "captions.json"), ("stage_2", "conversations.json"), ("vqa", "vqa_train.json"))
+STAGES = (("stage_1", "alignment.json"), ("stage_2", "conversations.json"), ("vqa", "vqa_train.json"))
 
 
 def run_steps(output: Path, settings: Settings, seed: int) -> Pipeline:
@@ -27,7 +27,7 @@ def run_steps(output: Path, settings: Settings, seed: int) -> Pipeline:
         "data",
         "1/6 drawing the built-in set",
         lambda: make_data(data, settings, seed, cores),
-        [asdict(settings.counts), settings.image_size],
+        [asdict(settings.counts), settings.image_size, settings.alignment],
     )
     pipeline.call("tokenizer", "2/6 tokenizer", lambda: learn_tokenizer(data, output / "tokenizer"), None)
     pipeline.run("3/6 base models", [_language_model(output, settings, seed, cores)])
@@ -54,6 +54,8 @@ def make_data(data: Path, settings: Settings, seed: int, processes: int) -> None
     from PIL import Image
 
     write_phantoms(data, seed, settings.counts, size=settings.image_size, processes=processes)
+    # The tower learns from all captions, the projector from a part of them.
+    write_records(data / "alignment.json", read_records(data / "captions.json")[: settings.alignment])
     (data / "grey").mkdir(exist_ok=True)
     size = (settings.image_size, settings.image_size)
     Image.new("RGB", size, (128, 128, 128)).save(data / "images" / GREY)
@@ -81,7 +83,7 @@ def answers_of(output: Path, prefix: str) -> Path:
     return output / f"{prefix}answers.jsonl"
 
 
-def _tower(output: Path, settings: Settings, seed: int, threads: int) -> Job:
+def _tower(output: Path, settings: Settings, seed: int, processes: int) -> Job:
     folder = output / "vision_tower"
     return Job(
         "vision_tower",
@@ -90,13 +92,12 @@ def _tower(output: Path, settings: Settings, seed: int, threads: int) -> Job:
         + ["--output-dir", str(folder), "--steps", str(settings.tower_steps), "--seed", str(seed)]
         + ["--image-size", str(settings.image_size), "--patch-size", str(settings.patch_size)]
         + ["--layers", str(settings.tower_layers), "--hidden-size", str(settings.hidden_size)]
-        + ["--threads", str(threads)],
+        + ["--processes", str(processes)],
         [folder],
-        threads,
     )
 
 
-def _language_model(output: Path, settings: Settings, seed: int, threads: int) -> Job:
+def _language_model(output: Path, settings: Settings, seed: int, processes: int) -> Job:
     folder = output / "language_model"
     return Job(
         "language_model",
@@ -104,9 +105,8 @@ def _language_model(output: Path, settings: Settings, seed: int, threads: int) -
         + ["--captions", f"{output}/data/captions.json", "--tokenizer", f"{output}/tokenizer"]
         + ["--output-dir", str(folder), "--steps", str(settings.language_steps), "--seed", str(seed)]
         + ["--layers", str(settings.language_layers), "--hidden-size", str(settings.hidden_size)]
-        + ["--template", settings.template, "--threads", str(threads)],
+        + ["--template", settings.template, "--processes", str(processes)],
         [folder],
-        threads,
     )
 
 

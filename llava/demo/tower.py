@@ -23,25 +23,23 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--patch-size", type=int, default=16)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    import torch
+    from llava.demo.fitting import in_processes
 
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    train_tower(args)
+    in_processes(train_tower, args, args.processes)
 
 
 def train_tower(args) -> None:
     """Train and save: a CLIP tower's folder with preprocessor_config.json."""
     import torch
 
-    from llava.demo.fitting import fit, shuffled
+    from llava.demo.fitting import fit, is_first, process_number, shuffled
     from llava.demo.tower_model import SentenceMatching, start_embeddings
     from llava.images import ImageProcessor
     from llava.records import read_records
@@ -57,6 +55,8 @@ def train_tower(args) -> None:
     start_embeddings(model.tower, normalise(pixels[:1500], levels))
 
     mirrored = mirror_columns(sentences)
+    # The model is the same in all processes; how they vary their pictures is not.
+    torch.manual_seed(args.seed + 1 + process_number())
 
     def loss_of(numbers):
         flip = torch.rand(len(numbers)) < 0.5
@@ -74,8 +74,9 @@ def train_tower(args) -> None:
         name="vision tower",
         folder=Path(args.output_dir),
     )
-    model.tower.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    if is_first():
+        model.tower.save_pretrained(args.output_dir)
+        processor.save_pretrained(args.output_dir)
 
 
 def caption_sentences(captions: list[str]):
@@ -125,10 +126,13 @@ def _read_pictures(paths: list[Path], processor):
     import torch
     from tqdm import tqdm
 
+    from llava.demo.fitting import is_first
     from llava.images import open_image
 
     pixels = np.empty((len(paths), 3, *processor.crop_size), np.uint8)
-    for index, path in enumerate(tqdm(paths, desc="reading pictures", unit="picture", mininterval=0.5)):
+    for index, path in enumerate(
+        tqdm(paths, desc="reading pictures", unit="picture", mininterval=0.5, disable=not is_first())
+    ):
         pixels[index] = np.asarray(processor.fit(open_image(path))).transpose(2, 0, 1)
     return torch.from_numpy(pixels)
 

@@ -1,0 +1,106 @@
+"""Makers of the base models: tokenizer, optimizer, tower loss."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava.demo.fitting import shuffled, warm_cosine
+from llava.demo.muon import Muon, orthogonal
+from llava.demo.tokenizer import make_tokenizer
+from llava.demo.tower import caption_sentences, mirror_columns
+from llava.demo.tower_model import SentenceMatching, match_loss, start_embeddings
+from llava.model import load_tokenizer
+
+CAPTIONS = ["This is a scan. It is on the left side.", "This is a scan. It is on the right side."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(CAPTIONS * 20, folder)
+    return folder
+
+
+def test_tokenizer_knows_its_words_and_says_any_text(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id] == [1, 2]
+    ids = tokenizer("It is on the left side.", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 7, "a token per word and mark"
+    for text in ("It is on the left side.", "Üben: 東京, 😀!", "two  blanks\nand a line"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_orthogonal_gives_singular_values_near_one():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 16, 40)))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_reaches_a_matrix_of_either_shape():
+    torch.manual_seed(0)
+    targets = [torch.randn(8, 20), torch.randn(20, 8)]
+    weights = [torch.nn.Parameter(torch.zeros_like(target)) for target in targets]
+    optimizer = Muon(weights, lr=0.2, weight_decay=0.0)
+    losses = []
+    for step in range(80):
+        optimizer.param_groups[0]["lr"] = 0.2 * warm_cosine(step, 80)
+        optimizer.zero_grad()
+        loss = sum((weight - target).square().mean() for weight, target in zip(weights, targets))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_schedule_rises_and_falls():
+    rates = [warm_cosine(step, 200) for step in range(200)]
+    assert rates[0] < 0.2 and max(rates) == pytest.approx(1.0, abs=0.02) and rates[-1] < 0.02
+
+
+def test_batches_show_every_sample_once_per_round():
+    batches = shuffled(12, 4, seed=0)
+    first, second = [torch.cat([next(batches) for _ in range(3)]).tolist() for _ in range(2)]
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+
+
+def test_sentences_of_captions_and_of_mirrored_pictures():
+    sentences, holds = caption_sentences(CAPTIONS)
+    assert holds.sum(1).tolist() == [2, 2]
+    swapped = mirror_columns(sentences)
+    left, right = (sentences.index(f"It is on the {side} side.") for side in ("left", "right"))
+    assert swapped[left] == right and swapped[right] == left
+    same = sentences.index("This is a scan.")
+    assert swapped[same] == same
+
+
+def test_match_loss_contrasts_only_what_excludes():
+    excludes = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
+    holds = torch.tensor([[True, False, True]])
+    right = match_loss(torch.tensor([[9.0, -9.0, 0.0]]), holds, excludes)
+    wrong = match_loss(torch.tensor([[-9.0, 9.0, 0.0]]), holds, excludes)
+    assert right < 1e-3 and wrong > 8
+    unrelated = match_loss(torch.tensor([[9.0, -9.0, 50.0]]), holds, excludes)
+    assert unrelated == pytest.approx(right.item(), abs=1e-6)
+
+
+def test_tower_learns_which_side_is_bright(tokenizer_folder):
+    torch.manual_seed(0)
+    sentences, holds = caption_sentences(CAPTIONS)
+    excludes = (holds.T.float() @ holds.float()) == 0
+    args = SimpleNamespace(tokenizer=tokenizer_folder, hidden_size=32, layers=1, image_size=32, patch_size=16)
+    model = SentenceMatching(args, sentences, excludes)
+    sides = torch.randint(0, 2, (64,))
+    pictures = 0.3 * torch.randn(64, 3, 32, 32)
+    for picture, side in zip(pictures, sides):
+        picture[..., 16 * side : 16 * side + 16] += 1
+    start_embeddings(model.tower, pictures)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model(pictures, holds[sides])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]

@@ -1,0 +1,57 @@
+"""Steps run once for their settings, and a failed command says why."""
+
+import sys
+
+import pytest
+
+from llava.demo.runner import Job, Pipeline
+from llava.errors import LlavaError
+
+
+def _job(folder, name: str, code: str) -> Job:
+    return Job(name, ["-c", code], [folder / f"{name}.txt"])
+
+
+def _append(path) -> str:
+    return f"open({str(path)!r}, 'a').write('x')"
+
+
+def test_finished_steps_are_not_run_again_and_changed_settings_run_all_that_follows(tmp_path):
+    calls = []
+
+    def go(setting):
+        pipeline = Pipeline(tmp_path, 0)
+        pipeline.call("first", "first", lambda: calls.append("first"), setting)
+        pipeline.run("second", [Job("second", ["-c", _append(tmp_path / "log")], [])])
+        return pipeline
+
+    go(1)
+    again = go(1)
+    assert calls == ["first"] and (tmp_path / "log").read_text() == "x"
+    assert set(again.seconds) == {"first", "second"} and again.total == pytest.approx(sum(again.seconds.values()))
+    go(2)
+    assert calls == ["first", "first"] and (tmp_path / "log").read_text() == "xx"
+
+
+def test_what_a_killed_run_left_is_removed_first(tmp_path):
+    (tmp_path / "a.txt").write_text("half")
+    Pipeline(tmp_path, 0).run("a", [_job(tmp_path, "a", _append(tmp_path / "a.txt"))])
+    assert (tmp_path / "a.txt").read_text() == "x"
+
+
+def test_a_failed_command_is_one_line_with_its_last_words_and_stops_its_neighbour(tmp_path):
+    jobs = [
+        _job(tmp_path, "good", "import time; time.sleep(60)"),
+        _job(tmp_path, "bad", "import sys; print('no such thing'); sys.exit(3)"),
+    ]
+    with pytest.raises(LlavaError, match=r"bad failed with exit code 3: no such thing \(log: .*bad.log"):
+        Pipeline(tmp_path, 0).run("both", jobs)
+    assert not (tmp_path / "done" / "good.json").exists() and not (tmp_path / "done" / "bad.json").exists()
+
+
+def test_commands_get_their_threads_and_this_python(tmp_path):
+    code = (
+        f"import os, sys; open({str(tmp_path / 'a.txt')!r}, 'w').write(os.environ['OMP_NUM_THREADS'] + sys.executable)"
+    )
+    Pipeline(tmp_path, 0).run("a", [Job("a", ["-c", code], [], threads=3)])
+    assert (tmp_path / "a.txt").read_text() == f"3{sys.executable}"

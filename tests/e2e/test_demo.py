@@ -1,0 +1,67 @@
+"""The demo at its smallest size, through the real commands as processes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+KEYS = {
+    *(f"{run}{metric}" for run in ("", "blind_", "nearest_") for metric in ("closed_accuracy", "open_recall")),
+    "questions",
+    "seconds",
+    "seed",
+}
+
+
+def _demo(output) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "llava.demo", "--small", "--seed", "4", "--output-dir", str(output)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=540)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    return output, _demo(output)
+
+
+def test_demo_ends_with_a_table_results_and_a_page(demo):
+    output, done = demo
+    assert done.returncode == 0, done.stderr
+    assert "with pictures" in done.stdout and "nearest picture" in done.stdout
+    assert f"report: {output / 'report.html'}" in done.stdout and "research only" in done.stdout
+    results = json.loads((output / "results.json").read_text())
+    assert set(results) == KEYS and results["seed"] == 4 and results["questions"] > 80
+    page = (output / "report.html").read_text()
+    assert "<img" in page and "data:image/png;base64" in page and "research only" in page
+    assert 'src="http' not in page and "<script" not in page
+
+
+def test_demo_leaves_a_whole_model_whose_tower_stayed_as_it_was(demo):
+    from llava.model import load_pretrained_model
+
+    output, _ = demo
+    models = [load_pretrained_model(output / name, device="cpu").model for name in ("stage_1", "vqa")]
+    states = [model.state_dict() for model in models]
+    changed = {name for name in states[0] if not states[0][name].equal(states[1][name])}
+    assert changed and not any("vision_tower" in name for name in changed)
+    assert models[1].config.conversation_template == "mistral_instruct"
+
+
+def test_blind_run_never_saw_a_picture_and_trained_as_long(demo):
+    output, _ = demo
+    for stage in ("stage_1", "stage_2", "vqa"):
+        seeing, blind = (
+            json.loads((output / f"{p}{stage}" / "trainer_state.json").read_text()) for p in ("", "blind_")
+        )
+        assert seeing["max_steps"] == blind["max_steps"] > 0
+    records = json.loads((output / "data" / "grey" / "vqa_train.json").read_text())
+    assert {record["image"] for record in records} == {"grey.png"}
+
+
+def test_a_rerun_does_nothing_again(demo):
+    output, _ = demo
+    before = {path: path.stat().st_mtime_ns for path in (output / "vqa").iterdir()}
+    again = _demo(output)
+    assert again.returncode == 0 and again.stderr.count("done before") >= 10
+    assert {path: path.stat().st_mtime_ns for path in (output / "vqa").iterdir()} == before
