@@ -6,6 +6,7 @@ Ids are expanded here (one IMAGE_TOKEN_INDEX per feature), so every length is kn
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 from llava.records import Record
 from llava.tokenization import Encoded
+from llava.train.lengths import load_lengths, save_lengths
 from llava.train.pictures import PictureSource, image_key, record_images
 from llava.train.record_store import RecordStore, describe
 
@@ -80,6 +82,7 @@ class LlavaDataset(Dataset):
         max_length: longest sample in positions; longer ones are cut from the end.
         lazy: tokenise when needed; None decides by the number of records.
         skip_unreadable: leave out what can't be opened (counted in `report`), in place of an error.
+        lengths_path: file to keep the samples' lengths in, for lazy datasets that need them.
         feature_row: `feature_row(image) -> row` of stored tower features; then no picture is opened here.
     """
 
@@ -95,6 +98,7 @@ class LlavaDataset(Dataset):
         lazy: bool | None = None,
         skip_unreadable: bool = False,
         feature_row: Callable[[Any], int] | None = None,
+        lengths_path: Path | None = None,
         show_progress: bool = True,
     ):
         self.store = store
@@ -105,7 +109,9 @@ class LlavaDataset(Dataset):
         self.max_length = max_length
         self.skip_unreadable = skip_unreadable
         self.feature_row = feature_row
+        self.lengths_path = lengths_path
         self.show_progress = show_progress
+        self._lengths: np.ndarray | None = None
         self.report = Report()
         self.numbers = np.arange(len(store))
         self._samples: list[Sample] | None = None
@@ -143,12 +149,24 @@ class LlavaDataset(Dataset):
         return self._tokenise(int(self.numbers[index]))
 
     def lengths(self) -> np.ndarray:
-        """Length of every sample in positions, int64 [samples]."""
-        return np.array([len(self.sample(index).input_ids) for index in self._progress("counting tokens")])
+        """Length of every sample in positions, int32 [samples]."""
+        return np.abs(self._signed_lengths())
 
     def has_image(self) -> np.ndarray:
         """Whether each sample has a picture, bool [samples]."""
-        return np.array([bool(self.sample(index).images) for index in range(len(self))])
+        return self._signed_lengths() > 0
+
+    def _signed_lengths(self) -> np.ndarray:
+        """Lengths, negative without a picture; counted once, kept in `lengths_path` if that takes tokenising."""
+        if self._lengths is None and self.lazy and self.lengths_path is not None:
+            self._lengths = load_lengths(self.lengths_path, len(self))
+        if self._lengths is None:
+            samples = (self.sample(index) for index in self._progress("counting tokens"))
+            signed = (len(sample.input_ids) * (1 if sample.images else -1) for sample in samples)
+            self._lengths = np.fromiter(signed, np.int32, len(self))
+            if self.lazy and self.lengths_path is not None:
+                save_lengths(self.lengths_path, self._lengths)
+        return self._lengths
 
     def drop_unreadable(self) -> None:
         """Open every picture once and leave out the samples whose picture can't be read (counted in `report`)."""
@@ -165,6 +183,7 @@ class LlavaDataset(Dataset):
         if self._samples is not None:
             self._samples = [self._samples[index] for index in good]
         self.numbers = self.numbers[good]
+        self._lengths = None
 
     def describe(self, number: int) -> str:
         """Where record `number` is, for messages."""

@@ -17,6 +17,7 @@ from llava.train.checkpoints import STAGING_PREFIX, publish_files, remove_stagin
 from llava.train.collator import Collator
 from llava.train.dataset import LlavaDataset, PackedDataset, distinct_images
 from llava.train.feature_cache import FeatureCache, build_feature_cache, fingerprint
+from llava.train.lengths import cache_path
 from llava.train.lora import add_adapters, save_adapter
 from llava.train.packing import fill_batches, use_packed_attention
 from llava.train.pictures import PictureSource
@@ -86,6 +87,7 @@ def build_dataset(
         max_length=training.model_max_length,
         lazy=data.lazy_preprocess,
         skip_unreadable=data.skip_unreadable_images,
+        lengths_path=_lengths_path(arguments, loaded, store, image_tokens),
         show_progress=not training.disable_tqdm and training.should_save,
     )
     cache = _cache_features(arguments, loaded, dataset) if data.cache_vision_features else None
@@ -188,6 +190,19 @@ def summarise(
         "left_out": _named(dataset, sorted(report.skipped)),
         "conversation_template": model.config.conversation_template,
     }
+
+
+def _lengths_path(arguments: Arguments, loaded: LoadedModel, store: RecordStore, image_tokens: ImageTokens) -> Path:
+    config = loaded.model.config
+    settings = {
+        "vocabulary": sorted(loaded.tokenizer.get_vocab().items(), key=lambda item: item[1]),
+        "template": config.conversation_template,
+        "image_tokens": image_tokens,
+        "patches": loaded.model.num_patches,
+        "aspect_ratio": config.image_aspect_ratio,
+        "max_length": arguments.training.model_max_length,
+    }
+    return cache_path(store.path, Path(arguments.training.output_dir), settings)
 
 
 def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> FeatureCache:

@@ -1,0 +1,62 @@
+import json
+
+import numpy as np
+
+from llava.tokenization import Encoded
+from llava.train.dataset import LlavaDataset
+from llava.train.lengths import cache_path, load_lengths, save_lengths
+from llava.train.pictures import PictureSource
+from llava.train.record_store import open_records
+
+
+def dataset(path, calls, **more):
+    def encode(record, features):
+        calls.append(record["id"])
+        length = record["id"] + 2 + sum(features)
+        ids = [-200] * sum(features) + [5] * (length - sum(features))
+        return Encoded(ids, ids, len(features))
+
+    return LlavaDataset(
+        open_records(path),
+        encode,
+        PictureSource(None),
+        load_image=None,
+        count_features=lambda image: 3,
+        max_length=100,
+        lazy=True,
+        lengths_path=cache_path(path, path.parent, {"template": "v1"}),
+        **more,
+    )
+
+
+def test_lengths_need_no_picture_and_are_counted_once(tmp_path):
+    path = tmp_path / "data.json"
+    # No such picture exists, and nothing looks for it.
+    path.write_text(json.dumps([{"id": n, **({"image": "gone.png"} if n % 2 else {})} for n in range(4)]))
+    calls = []
+    first = dataset(path, calls)
+    assert first.lengths().tolist() == [2, 6, 4, 8]
+    assert first.has_image().tolist() == [False, True, False, True]
+    assert calls == [0, 1, 2, 3]
+    assert dataset(path, calls).lengths().tolist() == [2, 6, 4, 8]
+    assert len(calls) == 4
+
+
+def test_other_settings_or_data_are_counted_anew(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text("[{}]")
+    before = cache_path(path, tmp_path, {"template": "v1"})
+    assert before.parent == tmp_path
+    assert cache_path(path, tmp_path, {"template": "v0"}) != before
+    path.write_text("[{}, {}]")
+    assert cache_path(path, tmp_path, {"template": "v1"}) != before
+
+
+def test_a_damaged_file_is_said_and_counted_anew(tmp_path, caplog):
+    path = tmp_path / "lengths.npy"
+    save_lengths(path, np.array([3, -4]))
+    assert load_lengths(path, 2).tolist() == [3, -4]
+    assert load_lengths(path, 3) is None
+    path.write_bytes(b"broken")
+    assert load_lengths(path, 2) is None
+    assert "counting anew" in caplog.text
