@@ -15,7 +15,7 @@ set -eu
 : "${SETS:=vqa-rad slake pathvqa}"
 : "${ROWS:=fine-tuned zero-shot}"
 : "${PROCESSES:=1}"
-: "${CONV_MODE:=v0}"
+: "${CONV_MODE:=simple}"  # the prompts that the published numbers were made with
 : "${MAX_NEW_TOKENS:=256}"
 : "${PYTHON:=python}"
 

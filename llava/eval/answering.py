@@ -74,8 +74,7 @@ def answer_questions(
     about = about or _kept_about(records)
     return write_manifest(
         answers_file,
-        **settings,
-        **about,
+        **(settings | about),
         fingerprint=fingerprint,
         counts={
             "questions": len(questions),

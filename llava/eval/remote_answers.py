@@ -40,7 +40,7 @@ class RemoteAnswers:
             )
             if not summary.complete:
                 raise LlavaError(f"not all questions were answered ({summary}); run again to ask for the rest")
-        return {"model_id": self.settings.model, "served_by": self.settings.base_url or self.settings.azure_endpoint}
+        return {"model_id": self.settings.model}
 
     def job(self, question: Question) -> ChatJob:
         """The request: the question's text and pictures in their order."""

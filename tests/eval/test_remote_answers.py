@@ -1,0 +1,68 @@
+"""Questions answered by an OpenAI-compatible server, pictures sent along, through the same command."""
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.eval import model_vqa
+from llava.eval.ablation import Pictures
+from llava.eval.answering import Decoding
+from llava.eval.questions import Question
+from llava.eval.remote_answers import RemoteAnswers
+from llava.openai_api import ApiSettings
+from llava.records import read_records
+from tests.openai_server import OpenAIServer
+
+
+@pytest.fixture
+def data(tmp_path):
+    Image.new("RGB", (20, 10), (250, 0, 0)).save(tmp_path / "red.png")
+    lines = [{"question_id": i, "text": f"Question {i}?", "image": "red.png"} for i in range(30)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def ask(data, url, *more):
+    flags = ["--api-base", url, "--api-model", "some-model", "--image-folder", str(data)]
+    files = ["--question-file", str(data / "q.jsonl"), "--answers-file", str(data / "a.jsonl")]
+    model_vqa.main([*flags, *files, *more])
+    return read_records(data / "a.jsonl")
+
+
+def test_every_question_is_answered_once_in_order_whatever_fails(data):
+    with OpenAIServer("--faults", "0.3", "--kinds", "429,500,cut") as server:
+        rows = ask(data, server.url)
+        answered = server.stats()["answered"]
+    assert [row["question_id"] for row in rows] == list(range(30))
+    assert all(row["text"] and row["model_id"] == "some-model" for row in rows)
+    assert len(answered) == 30 and set(answered.values()) == {1}
+    manifest = json.loads((data / "a.jsonl.manifest.json").read_text())
+    assert manifest["checkpoint"] == "some-model" and manifest["served_by"] == server.url
+
+
+def test_an_unfinished_run_goes_on_where_it_stopped(data):
+    with OpenAIServer("--faults", "0.3", "--kinds", "500", "--faults-per-item", "3") as server:
+        with pytest.raises(LlavaError, match="run again to ask for the rest"):
+            ask(data, server.url, "--max-retries", "0")
+        assert not (data / "a.jsonl").exists()
+        rows = ask(data, server.url, "--max-retries", "8")
+        assert set(server.stats()["answered"].values()) == {1}
+    assert [row["question_id"] for row in rows] == list(range(30))
+
+
+def test_text_and_pictures_stand_in_their_order(data):
+    question = Question(1, "First\n<image>\nthen\n<image>", ("red.png", "red.png"))
+    remote = RemoteAnswers(ApiSettings("m", "k"), Pictures(data, [question]), Decoding())
+    content = remote.job(question).messages[0]["content"]
+    assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url"]
+    encoded = content[1]["image_url"]["url"].removeprefix("data:image/png;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).getpixel((0, 0)) == (250, 0, 0)
+
+
+def test_what_needs_a_checkpoint_is_refused(data):
+    with pytest.raises(LlavaError, match="need a checkpoint on this machine"):
+        ask(data, "http://127.0.0.1:1/v1", "--yes-no-probabilities")
