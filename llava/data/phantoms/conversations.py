@@ -54,11 +54,14 @@ def conversation_record(
     """Several turns, each about another fact.
 
     Args:
-        sentences: answers are sentences that say the fact before yes or no, as an assistant's (stage 2); else the
-            bare answer, as in VQA sets.
+        sentences: answers are sentences, as an assistant's (stage 2); else the bare answer, as in VQA sets. Yes or
+            no always follows the fact in a sentence: what is seen has to be said before it can be compared.
     """
     questions = [dealer.ask(template, phantom) for template in _agenda(phantom, random)]
-    turns = [(question.text, spoken(question) if sentences else question.answer) for question in questions]
+    turns = [
+        (question.text, spoken(question) if sentences or question.template.form == YES_NO else question.answer)
+        for question in questions
+    ]
     turns[0] = (DEFAULT_IMAGE_TOKEN + "\n" + turns[0][0], turns[0][1])
     return _record(name, image, phantom, turns)
 
