@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -146,7 +147,7 @@ class _Running:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *job.argv], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=environment,
+                env=environment, start_new_session=True,
             )  # fmt: skip
         self.task = bar.add_task(job.name.replace("_", " "), total=None, note="starting")
 
@@ -174,12 +175,13 @@ class _Running:
         return f"{self.job.name} failed with exit code {self.process.returncode}: {lines[-1]} (log: {self.log})"
 
     def stop(self) -> None:
+        """End the command and whatever it started."""
         if self.process.poll() is None:
-            self.process.terminate()
+            os.killpg(self.process.pid, signal.SIGTERM)
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
-                self.process.kill()
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def _tail(self, size: int) -> bytes:
         with self.log.open("rb") as file:

@@ -24,11 +24,11 @@ class Settings:
     image_size: int = 96
     patch_size: int = 16
     tower_layers: int = 3
-    tower_steps: int = 1900
+    tower_steps: int = 1700
     language_layers: int = 4
     language_steps: int = 160
     hidden_size: int = 128
-    stage_1: Stage = Stage(70, 3e-3, 32)
+    stage_1: Stage = Stage(80, 5e-3, 32)
     stage_2: Stage = Stage(60, 2e-3, 16)
     vqa: Stage = Stage(280, 2e-3, 16)
     evaluation_batch: int = 128

@@ -40,7 +40,7 @@ def train_tower(args) -> None:
     import torch
 
     from llava.demo.fitting import fit, is_first, process_number, shuffled
-    from llava.demo.tower_model import SentenceMatching, start_embeddings
+    from llava.demo.tower_model import SentenceMatching, standardise, start_embeddings
     from llava.images import ImageProcessor
     from llava.records import read_records
 
@@ -75,6 +75,7 @@ def train_tower(args) -> None:
         folder=Path(args.output_dir),
     )
     if is_first():
+        standardise(model.tower, normalise(pixels[:256], levels))
         model.tower.save_pretrained(args.output_dir)
         processor.save_pretrained(args.output_dir)
 

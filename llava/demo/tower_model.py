@@ -44,7 +44,14 @@ class SentenceMatching(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, holds: torch.Tensor) -> torch.Tensor:
         states = self.tower(pixel_values=pixel_values).last_hidden_state
-        pictures = [self.class_project(states[:, 0]), self.pool_project(self._pool(states[:, 1:]))]
+        rows = torch.arange(len(states))
+        anywhere = states[rows, torch.randint(1, states.shape[1], (len(states),))]
+        pictures = [
+            self.class_project(states[:, 0]),
+            # Any patch has to know all: a language model then finds the facts wherever it looks.
+            self.class_project(anywhere),
+            self.pool_project(self._pool(states[:, 1:])),
+        ]
         texts = self._sentences()
         losses = [
             match_loss(self.log_scale.exp() * functional.normalize(picture, dim=-1) @ texts.T, holds, self.excludes)
@@ -106,3 +113,21 @@ def start_embeddings(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None
     table = torch.cat([function(wave) for wave in waves for function in (torch.sin, torch.cos)], dim=1)
     embeddings.position_embedding.weight[1:] = 0.5 * table
     embeddings.position_embedding.weight[0] = 0
+
+
+@torch.no_grad()
+def standardise(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
+    """Bring the last hidden state to mean 0 and variance 1 over these pictures, all else the same.
+
+    Training lets it grow to any size, and a projector starts best from features of size one. All that is added to
+    the residual stream is scaled; each block's norms undo it, so only the stream itself changes.
+    """
+    states = tower(pixel_values=pixel_values).last_hidden_state
+    scale = 1 / states.std()
+    parts = [tower.pre_layrnorm]
+    for block in tower.encoder.layers:
+        parts += [block.self_attn.out_proj, block.mlp.fc2]
+    for part in parts:
+        part.weight *= scale
+        part.bias *= scale
+    tower.encoder.layers[-1].mlp.fc2.bias -= scale * states.mean((0, 1))
