@@ -7,8 +7,9 @@ def audit_lines(audit: dict[str, Any]) -> list[str]:
     """What was found, most serious first, one finding per line."""
     train, test = audit["train"], audit["test"]
     lines = [
-        f"{split}: {c['questions']:,} questions ({c['open']:,} open, {c['closed']:,} closed) on {c['pictures']:,} pictures"
-        for split, c in (("training", train), ("test", test))
+        f"{split}: {count['questions']:,} questions ({count['open']:,} open, {count['closed']:,} closed) "
+        f"on {count['pictures']:,} pictures"
+        for split, count in (("training", train), ("test", test))
     ]
     lines += ["", *_picture_lines(audit["pictures"]), "", *_question_lines(audit["questions"], test["questions"]), ""]
     for kind, found in audit["answers"].items():
