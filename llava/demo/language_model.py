@@ -1,6 +1,6 @@
-"""Train a small language model on text: captions, and conversations about a caption in place of a picture.
+"""Train a small language model on text: notes retold as a caption, and conversations about notes.
 
-It learns to say what a caption says and to answer from one, which is what the projector later builds on.
+It learns to say what notes say and to answer from them; the projector later puts a picture in their place.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ IGNORED = -100
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.demo.language_model", description=__doc__)
     parser.add_argument("--data-path", required=True, help="conversations without pictures")
-    parser.add_argument("--captions", required=True, help="records whose answers are captions")
+    parser.add_argument("--captions", help="records whose answers are learned as plain text too")
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
     parser.add_argument("--template", default="mistral_instruct")
     parser.add_argument("--output-dir", required=True)
@@ -83,17 +83,26 @@ def train_language_model(args) -> None:
 
 
 def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of every conversation, and of a caption alone for every fourth."""
+    """(ids, labels) of every record: in the template, or as plain text where the record says so; and of captions."""
     from llava.records import read_records
     from llava.tokenization import encode_conversation
 
-    records = read_records(args.data_path)
-    encoded = [encode_conversation(record, args.template, tokenizer) for record in records]
-    samples = [(sample.input_ids, sample.labels) for sample in encoded]
-    for record in read_records(args.captions)[: len(records) // 4]:
-        ids = tokenizer(record["conversations"][1]["value"] + "\n")["input_ids"]
-        samples.append((ids, [IGNORED, *ids[1:]]))
-    return samples
+    samples = []
+    for record in read_records(args.data_path):
+        if record.get("plain"):
+            samples.append(_plain(record["conversations"][0]["value"], record["conversations"][1]["value"], tokenizer))
+        else:
+            encoded = encode_conversation(record, args.template, tokenizer)
+            samples.append((encoded.input_ids, encoded.labels))
+    captions = read_records(args.captions)[: len(samples) // 4] if args.captions else []
+    return samples + [_plain("", record["conversations"][1]["value"], tokenizer) for record in captions]
+
+
+def _plain(shown: str, caption: str, tokenizer) -> tuple[list[int], list[int]]:
+    """As stage 1 has it: what is shown, its caption, a line's end. The caption alone is learned."""
+    before = tokenizer(shown)["input_ids"]
+    after = tokenizer(caption + "\n", add_special_tokens=False)["input_ids"]
+    return before + after, [IGNORED] * len(before) + after
 
 
 def collate(samples: list[tuple[list[int], list[int]]], padding: int):

@@ -102,7 +102,7 @@ def _language_model(output: Path, settings: Settings, seed: int, processes: int)
     return Job(
         "language_model",
         ["-m", "llava.demo.language_model", "--data-path", f"{output}/data/text.json"]
-        + ["--captions", f"{output}/data/captions.json", "--tokenizer", f"{output}/tokenizer"]
+        + ["--tokenizer", f"{output}/tokenizer"]
         + ["--output-dir", str(folder), "--steps", str(settings.language_steps), "--seed", str(seed)]
         + ["--layers", str(settings.language_layers), "--hidden-size", str(settings.hidden_size)]
         + ["--template", settings.template, "--processes", str(processes)],

@@ -10,7 +10,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from llava.data.phantoms.conversations import caption_record, conversation_record, test_records, text_record
+from llava.data.phantoms.conversations import (
+    caption_record,
+    conversation_record,
+    retelling_record,
+    test_records,
+    text_record,
+)
 from llava.data.phantoms.drawing import draw
 from llava.data.phantoms.findings import Phantom, draw_facts
 from llava.data.phantoms.questions import TEMPLATES, Dealer
@@ -97,7 +103,9 @@ def _texts(phantoms: Sequence[Phantom], seed: int):
     random = np.random.default_rng([seed, TEXT, 2])
     dealer = Dealer()
     return [
-        text_record(f"text_{index:05d}", phantom, dealer, random, sentences=index % 3 == 0)
+        retelling_record(f"text_{index:05d}", phantom, random)
+        if index % 4 == 0
+        else text_record(f"text_{index:05d}", phantom, dealer, random, sentences=index % 4 == 1)
         for index, phantom in enumerate(phantoms)
     ]
 

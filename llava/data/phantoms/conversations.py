@@ -67,10 +67,33 @@ def conversation_record(
 
 
 def text_record(name: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator, *, sentences: bool) -> Record:
-    """A conversation about a caption in place of a picture: what the language model learns from."""
+    """A conversation about notes in place of a picture: what the language model learns from."""
     record = conversation_record(name, name, phantom, dealer, random, sentences=sentences)
     first = record["conversations"][0]
-    first["value"] = first["value"].replace(DEFAULT_IMAGE_TOKEN, " ".join(caption_sentences(phantom)))
+    first["value"] = first["value"].replace(DEFAULT_IMAGE_TOKEN, notes(phantom, random))
+    del record["image"]
+    return record
+
+
+def notes(phantom: Phantom, random: np.random.Generator) -> str:
+    """The caption's facts in any order, as sentences or as words: where a fact stands says nothing."""
+    if random.random() < 0.4:
+        return " ".join(random.permutation(caption_sentences(phantom)))
+    facts = [
+        "modality",
+        "organ",
+        *(["normality"] if phantom.is_normal else ["kind", "number", "size", "side", "place"]),
+    ]
+    words = [value_of(fact, phantom) for fact in facts]
+    if not phantom.is_normal:
+        words.append(_LOOKS[SHAPES[phantom.kind]])
+    return ", ".join(random.permutation(words)) + "."
+
+
+def retelling_record(name: str, phantom: Phantom, random: np.random.Generator) -> Record:
+    """Notes, and the caption that they make; `plain`: text without a prompt template."""
+    turns = [(notes(phantom, random), " ".join(caption_sentences(phantom)))]
+    record = _record(name, name, phantom, turns) | {"plain": True}
     del record["image"]
     return record
 
