@@ -41,7 +41,7 @@ def main(argv=None) -> None:
     secret = secret_from_args(args)
     if secret is None:
         logger.warning("running open: anybody who reaches port %d can register workers and ask", args.port)
-    app = build_app(Registry(args.dispatch_method), secret, args.max_body_bytes)
+    app = build_app(Registry(args.dispatch_method, one_owner_per_model=secret is None), secret, args.max_body_bytes)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
 
 

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from llava.errors import LlavaError
 from llava.serve.protocol import EXPIRY_SECONDS, check_address
@@ -28,19 +29,30 @@ class Registry:
     """The table of workers.
 
     A dead worker leaves after `EXPIRY_SECONDS` without a heartbeat; `replace_all` swaps the whole table at once, so
-    that a refresh never shows an empty one.
+    that a refresh never shows an empty one. With `one_owner_per_model` (for controllers without a secret) a model's
+    name belongs to the machine that registered it first, as long as that lives.
     """
 
     dispatch_method: str = "shortest_queue"
     clock: Callable[[], float] = time.monotonic
     dice: random.Random = field(default_factory=random.Random)
     workers: dict[str, Worker] = field(default_factory=dict)
+    one_owner_per_model: bool = False
 
     def register(self, address: str, status: dict, check_heart_beat: bool = True) -> Worker:
         """Add or update a worker from its status {model_names, speed, queue_length}."""
         worker = read_status(address, status, check_heart_beat, self.clock())
+        if self.one_owner_per_model:
+            self._check_owner(worker)
         self.workers[worker.address] = worker
         return worker
+
+    def _check_owner(self, worker: Worker) -> None:
+        self.expire()
+        for other in self.workers.values():
+            taken = set(worker.model_names) & set(other.model_names)
+            if taken and urlsplit(other.address).hostname != urlsplit(worker.address).hostname:
+                raise LlavaError(f"worker {worker.address}: the name {min(taken)!r} belongs to another machine")
 
     def heartbeat(self, address: str, queue_length: int) -> bool:
         """Note a sign of life; False asks the worker to register (again)."""

@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import httpx
 
@@ -22,16 +24,17 @@ class Process:
     def __init__(self, module: str, *words: str, port: int | None = None, env: dict | None = None, log=None):
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
+        self.log = Path(log) if log else Path(tempfile.mkstemp(prefix="llava-test-")[1])
         command = [sys.executable, "-m", module, "--port", str(self.port), *words]
-        stream = open(log, "ab") if log else subprocess.DEVNULL  # noqa: PTH123, SIM115
-        self.process = subprocess.Popen(command, env={**os.environ, **(env or {})}, stdout=stream, stderr=stream)
+        with self.log.open("ab") as stream:
+            self.process = subprocess.Popen(command, env={**os.environ, **(env or {})}, stdout=stream, stderr=stream)
 
     def wait(self, path: str = "/health", seconds: float = 60.0) -> "Process":
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise AssertionError(f"ended with {self.process.returncode} before it answered: {self.log}")
+                said = self.log.read_text()[-3000:]
+                raise AssertionError(f"ended with {self.process.returncode} before it answered: {said}")
             try:
                 if httpx.get(self.url + path).status_code == 200:
                     return self
@@ -54,6 +57,8 @@ class Process:
     def __exit__(self, *_):
         if self.process.poll() is None:
             self.kill()
+        if self.log.name.startswith("llava-test-"):
+            self.log.unlink(missing_ok=True)
 
 
 def wait_until(condition, seconds: float) -> None:

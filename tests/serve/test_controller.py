@@ -184,6 +184,10 @@ def test_open_takes_an_explicit_flag(tmp_path):
     with Process("llava.serve.controller", "--open-to-everyone") as process:
         process.wait()
         assert post(process, "/list_models", headers={}).json() == {"models": []}
+        status = {"model_names": ["m"], "speed": 1, "queue_length": 0}
+        for address, code in (("http://127.0.0.1:1", 200), ("http://127.0.0.1:2", 200), ("http://127.0.0.2:1", 400)):
+            body = {"worker_name": address, "worker_status": status}
+            assert post(process, "/register_worker", headers={}, **body).status_code == code, "a name has one owner"
 
 
 def test_expiry_and_dispatch_without_network():

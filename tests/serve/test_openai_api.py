@@ -302,6 +302,57 @@ def test_a_worker_killed_in_the_middle_is_said_and_the_others_go_on():
                 assert outcomes[-4:] == [20] * 4, "requests after the kill go to the worker that is left"
 
 
+@pytest.mark.long
+def test_ten_kills_under_load_lose_only_what_was_being_said():
+    """Unstreamed answers are asked for again elsewhere; of the streamed ones only those on the killed worker end."""
+    with Process("llava.serve.controller", env=ENV) as controller:
+        controller.wait()
+        words = ["tests.serve.scripted_worker", "--controller", controller.url, "--pause", "0.02"]
+        with Process("llava.serve.openai_api_server", "--controller", controller.url, env=ENV) as api:
+            api.wait()
+            workers_alive = [Process(*words, env=ENV).wait() for _ in range(2)]
+            stopping, outcomes, in_flight = threading.Event(), [], 0
+
+            def keep_asking(stream):
+                with connect(api) as client:
+                    while not stopping.is_set():
+                        asked = {"model": "scripted", "messages": [{"role": "user", "content": "w " * 20}]}
+                        try:
+                            reply = client.chat.completions.create(**asked, stream=stream)
+                            if stream:
+                                with reply:
+                                    text = "".join(chunk.choices[0].delta.content for chunk in reply)
+                            else:
+                                text = reply.choices[0].message.content
+                            outcomes.append((stream, text.count("w")))
+                        except openai.APIError as error:
+                            outcomes.append((stream, error.body["type"]))
+
+            threads = [threading.Thread(target=keep_asking, args=(number % 2 == 0,)) for number in range(8)]
+            try:
+                wait_until(lambda: len(workers(controller)) == 2, 60)
+                for thread in threads:
+                    thread.start()
+                for _ in range(10):
+                    victim = workers_alive.pop(0)
+                    wait_until(lambda victim=victim: get_stats(victim)["running"] >= 1, 60)
+                    in_flight += get_stats(victim)["running"] + 1  # one may come between the look and the kill
+                    victim.kill()
+                    workers_alive.append(Process(*words, env=ENV).wait())
+                    new = workers_alive[-1].url
+                    wait_until(lambda new=new: new in {worker["address"] for worker in workers(controller)}, 60)
+            finally:
+                stopping.set()
+                for thread in threads:
+                    thread.join()
+                for process in workers_alive:
+                    process.kill()
+    lost = [outcome for outcome in outcomes if outcome[1] != 20]
+    assert len(outcomes) > 50
+    assert set(lost) <= {(True, "worker_lost")}
+    assert len(lost) <= in_flight
+
+
 def get_stats(worker):
     headers = {"x-llava-secret": "s3cret"}
     return httpx.post(worker.url + "/worker_get_status", headers=headers).json()["stats"]

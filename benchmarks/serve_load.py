@@ -1,0 +1,255 @@
+"""Serving under load, all of it real: controller, worker and API as processes, VQA-RAD questions over the wire.
+
+    python benchmarks/serve_load.py --model-path runs/demo/vqa --json out.json
+
+1. one closed-loop client, then 32 of them: output tokens/s each, and their ratio
+2. Poisson arrivals at half the measured capacity, streamed: what was lost, time to first token
+3. the engine alone on the same questions: its best batch throughput, and the share that the served path reaches
+"""
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from tests.serve.processes import Process
+
+ROOT = Path(__file__).resolve().parents[1]
+NEW_TOKENS = 64
+UNLOADED_REQUESTS = 30
+
+
+@dataclass
+class Outcome:
+    """One request: `first` and `whole` in seconds since it was sent, None if it was lost."""
+
+    tokens: int = 0
+    first: float | None = None
+    whole: float | None = None
+    error: str = ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-path", type=Path, help="default: runs/demo/vqa, else a tiny random model")
+    parser.add_argument("--questions", type=Path, default=ROOT.parent / "shared" / "vqa_rad" / "testset.json")
+    parser.add_argument("--image-folder", type=Path, default=ROOT.parent / "shared" / "vqa_rad" / "images")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60, help="of each closed-loop phase")
+    parser.add_argument("--requests", type=int, default=2000, help="of the Poisson phase")
+    parser.add_argument("--distinct", type=int, default=200, help="questions, with their pictures, to draw from")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.engine_only:
+        print(json.dumps(measure_engine(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.model_path = args.model_path or _default_model(Path(folder))
+        bodies = read_questions(args)
+        results = measure_served(args, bodies)
+        results |= measure_engine_in_process(args, bodies, Path(folder))
+    results["served_over_engine_ratio"] = results["served_tokens_per_second"] / results["engine_tokens_per_second"]
+    print(f"{args.model_path} on {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    for name, value in results.items():
+        print(f"{name:<36}{value:12.3f}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def measure_served(args, bodies: list[dict]) -> dict[str, float]:
+    environment = {"LLAVA_SERVE_SECRET": "benchmark", "LLAVA_API_KEYS": ""}
+    words = ["--model-path", str(args.model_path), "--model-name", "m"]
+    words += ["--limit-model-concurrency", str(args.clients), "--max-queue", "4096"]
+    words += ["--device", args.device] if args.device else []
+    with Process("llava.serve.controller", env=environment) as controller:
+        controller.wait()
+        at = ["--controller", controller.url]
+        with (
+            Process("llava.serve.model_worker", *at, *words, env=environment) as worker,
+            Process("llava.serve.openai_api_server", *at, env=environment) as api,
+        ):
+            worker.wait(seconds=1800)
+            api.wait(seconds=300)
+            while httpx.get(api.url + "/ready", timeout=60).status_code != 200:
+                time.sleep(0.2)
+            return asyncio.run(_phases(args, api.url, bodies))
+
+
+async def _phases(args, url: str, bodies: list[dict]) -> dict[str, float]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits, trust_env=False) as http:
+        await closed_loop(http, bodies, args.clients, count=len(bodies))  # every picture seen once by all phases
+        one, seconds = await closed_loop(http, bodies, 1, seconds=args.seconds)
+        sequential = sum(outcome.tokens for outcome in one) / seconds
+        many, seconds = await closed_loop(http, bodies, args.clients, seconds=args.seconds)
+        served = sum(outcome.tokens for outcome in many) / seconds
+        capacity = len(many) / seconds
+        unloaded = [await ask(http, body, stream=True) for body in bodies[:UNLOADED_REQUESTS]]
+        loaded, seconds = await poisson(http, bodies, args.requests, capacity / 2)
+    lost = [outcome for outcome in (*one, *many, *loaded, *unloaded) if outcome.error]
+    for outcome in lost[:5]:
+        print(f"lost: {outcome.error}", file=sys.stderr)
+    at_rest = _percentile([outcome.first for outcome in unloaded if outcome.first], 95)
+    under_load = _percentile([outcome.first for outcome in loaded if outcome.first], 95)
+    return {
+        "clients": args.clients,
+        "sequential_tokens_per_second": sequential,
+        "served_tokens_per_second": served,
+        "concurrent_over_sequential_ratio": served / sequential,
+        "capacity_requests_per_second": capacity,
+        "poisson_requests": len(loaded),
+        "poisson_requests_per_second": len(loaded) / seconds,
+        "lost": len(lost),
+        "first_token_p95_unloaded_seconds": at_rest,
+        "first_token_p95_seconds": under_load,
+        "first_token_p50_seconds": statistics.median(outcome.first for outcome in loaded if outcome.first),
+        "first_token_p95_over_unloaded_ratio": under_load / at_rest,
+    }
+
+
+async def closed_loop(http, bodies, clients: int, seconds: float | None = None, count: int | None = None):
+    """(outcomes, seconds): each client asks again once it has its answer, for so long or so many in all."""
+    outcomes: list[Outcome] = []
+    began, asked = time.perf_counter(), 0
+
+    async def client():
+        nonlocal asked
+        while (asked < count) if seconds is None else (time.perf_counter() - began < seconds):
+            asked += 1
+            outcomes.append(await ask(http, bodies[asked % len(bodies)], stream=False))
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return outcomes, time.perf_counter() - began
+
+
+async def poisson(http, bodies, count: int, rate: float):
+    """(outcomes, seconds): requests at random times, `rate` per second on average, whoever is still waiting."""
+    dice = random.Random(0)
+    began, tasks, due = time.perf_counter(), [], 0.0
+    for number in range(count):
+        due += dice.expovariate(rate)
+        await asyncio.sleep(max(0.0, due - (time.perf_counter() - began)))
+        tasks.append(asyncio.create_task(ask(http, bodies[number % len(bodies)], stream=True)))
+    outcomes = await asyncio.gather(*tasks)
+    return outcomes, time.perf_counter() - began
+
+
+async def ask(http, body: dict, stream: bool) -> Outcome:
+    outcome, began = Outcome(), time.perf_counter()
+    try:
+        if not stream:
+            reply = await http.post("/v1/chat/completions", json=body)
+            reply.raise_for_status()
+            outcome.tokens = reply.json()["usage"]["completion_tokens"]
+        else:
+            more = {"stream": True, "stream_options": {"include_usage": True}}
+            async with http.stream("POST", "/v1/chat/completions", json=body | more) as reply:
+                reply.raise_for_status()
+                done = False
+                async for line in reply.aiter_lines():
+                    if not line.startswith("data: {"):
+                        done = done or line == "data: [DONE]"
+                        continue
+                    if outcome.first is None and '"content": ""' not in line:
+                        outcome.first = time.perf_counter() - began
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise ValueError(event["error"]["type"])
+                    if event.get("usage"):
+                        outcome.tokens = event["usage"]["completion_tokens"]
+                if not done:
+                    raise ValueError("the stream ended early")
+        outcome.whole = time.perf_counter() - began
+        if outcome.tokens != NEW_TOKENS:
+            raise ValueError(f"{outcome.tokens} tokens, not {NEW_TOKENS}")
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    return outcome
+
+
+def measure_engine_in_process(args, bodies: list[dict], folder: Path) -> dict[str, float]:
+    """The engine in a process of its own, while nothing else runs."""
+    path = folder / "bodies.json"
+    path.write_text(json.dumps(bodies))
+    command = [sys.executable, __file__, "--engine-only", str(path), "--model-path", str(args.model_path)]
+    command += ["--clients", str(args.clients), *(["--device", args.device] if args.device else [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_engine(args) -> dict[str, float]:
+    from llava.conversation import get_template
+    from llava.generation import Engine, Request, SamplingParams
+    from llava.model import load_pretrained_model
+    from llava.serve.job import read_messages, to_conversation
+
+    loaded = load_pretrained_model(args.model_path, device=args.device)
+    template = get_template(loaded.model.config.conversation_template)
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    requests = []
+    for body in json.loads(args.engine_only.read_text()):
+        messages = read_messages(body["messages"])
+        requests.append(Request(to_conversation(messages, template), messages[-1].pictures, sampling))
+    best = 0.0
+    for size in (args.clients, 2 * args.clients):
+        engine = Engine(loaded, max_batch_size=size)
+        engine.generate(requests)  # pictures and prefixes known, as in the served phases
+        began = time.perf_counter()
+        answers = engine.generate(requests)
+        tokens = sum(len(answer.token_ids) for answer in answers)
+        best = max(best, tokens / (time.perf_counter() - began))
+    return {"engine_tokens_per_second": best}
+
+
+def read_questions(args) -> list[dict]:
+    """Chat requests: VQA-RAD's questions with their pictures; drawn pictures where VQA-RAD isn't there."""
+    if args.questions.is_file():
+        items = json.loads(args.questions.read_text())[: args.distinct]
+        pairs = [(item["question"], (args.image_folder / item["image_name"]).read_bytes()) for item in items]
+    else:
+        from llava.serve.example_pictures import EXAMPLES, draw_example
+
+        print(f"no questions at {args.questions}: two drawn pictures instead", file=sys.stderr)
+        pairs = [(f"{question} ({n})", draw_example(name)) for n in range(100) for name, question in EXAMPLES]
+    bodies = []
+    for question, picture in pairs:
+        url = "data:application/octet-stream;base64," + base64.b64encode(picture).decode()
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": parts}]
+        bodies.append({"model": "m", "messages": messages, "max_tokens": NEW_TOKENS, "ignore_eos": True})
+    return bodies
+
+
+def _default_model(folder: Path) -> Path:
+    trained = ROOT / "runs" / "demo" / "vqa"
+    if trained.is_dir():
+        return trained
+    from tests.tiny import make_llava
+
+    print("no runs/demo/vqa (make demo): a tiny random model instead", file=sys.stderr)
+    return make_llava(folder)
+
+
+def _percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""All of the serving with one command: controller, workers, API and web page; Ctrl-C stops them.
+
+python -m llava.serve --model-path CHECKPOINT [--model-path ANOTHER]
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from llava.commandline import ArgumentParser, run, write_line
+from llava.errors import LlavaError
+from llava.serve.secret import VARIABLE, add_secret_flags, secret_from_args
+
+logger = logging.getLogger(__name__)
+
+READY_SECONDS = 1800.0  # large checkpoints take their time
+STOP_SECONDS = 70.0  # workers drain for 60 by default
+LOOK_SECONDS = 0.2
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m llava.serve", description=__doc__.splitlines()[0])
+    parser.add_argument("--model-path", action="append", required=True, help="a checkpoint; several times for several")
+    parser.add_argument("--model-base", help="for all of them: what a LoRA or projector folder was trained over")
+    parser.add_argument("--model-name", action="append", help="names in the order of --model-path")
+    parser.add_argument("--device", help="cpu, cuda, …; by default the best there is")
+    parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
+    parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
+    parser.add_argument("--host", default="127.0.0.1", help="of API and web page; the rest stays on this machine")
+    parser.add_argument("--controller-port", type=int, default=21001)
+    parser.add_argument("--worker-port", type=int, default=21002, help="of the first worker; the next ones follow")
+    parser.add_argument("--api-port", type=int, default=8000)
+    parser.add_argument("--web-port", type=int, default=7860)
+    parser.add_argument("--api-key-file", help="keys of the API, one per line: name key [requests per minute]")
+    parser.add_bool("--web", default=True, help="False: no web page")
+    parser.add_argument("--feedback-dir", help="show vote and flag buttons on the page, and keep what they say here")
+    add_secret_flags(parser)
+    return parser
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    names = args.model_name or []
+    if names and len(names) != len(args.model_path):
+        raise LlavaError(f"{len(args.model_path)} --model-path but {len(names)} --model-name; give one for each")
+    servers = _servers(args, names)
+    environment = dict(os.environ)
+    if secret := secret_from_args(args):
+        environment[VARIABLE] = secret
+    # A signal to the group would reach the servers twice; each gets its own from us.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    running: list[tuple[Server, subprocess.Popen]] = []
+    try:
+        for server in servers:
+            command = [sys.executable, "-m", server.module, *server.words]
+            running.append((server, subprocess.Popen(command, env=environment, start_new_session=True)))
+        _wait_until_ready(args, running)
+        _watch(running)
+    except KeyboardInterrupt:
+        write_line("stopping")
+    finally:
+        _stop(running)
+    return 0
+
+
+@dataclass(frozen=True)
+class Server:
+    """One of the processes; `url` answers /health once it is up."""
+
+    name: str
+    module: str
+    url: str
+    words: list[str]
+
+
+def _servers(args, names: list[str]) -> list[Server]:
+    controller = f"http://127.0.0.1:{args.controller_port}"
+    shared = ["--open-to-everyone"] if args.open_to_everyone else []
+    servers = [
+        Server("controller", "llava.serve.controller", controller, ["--port", str(args.controller_port), *shared])
+    ]
+    for number, path in enumerate(args.model_path):
+        port = args.worker_port + number
+        address = f"http://127.0.0.1:{port}"
+        words = ["--model-path", path, "--port", str(port), "--controller", controller, "--worker", address, *shared]
+        for flag, value in (("--model-base", args.model_base), ("--device", args.device)):
+            words += [flag, value] if value else []
+        words += ["--model-name", names[number]] if names else []
+        words += ["--load-8bit"] * bool(args.load_8bit) + ["--load-4bit"] * bool(args.load_4bit)
+        servers.append(Server(f"worker of {path}", "llava.serve.model_worker", address, words))
+    front = ["--host", args.host, "--controller", controller, *shared]
+    keys = ["--api-key-file", args.api_key_file] if args.api_key_file else []
+    near = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
+    api = Server(
+        "API",
+        "llava.serve.openai_api_server",
+        f"http://{near}:{args.api_port}",
+        ["--port", str(args.api_port), *front, *keys],
+    )
+    servers.append(api)
+    if args.web:
+        words = ["--port", str(args.web_port), *front]
+        words += ["--feedback-dir", args.feedback_dir] if args.feedback_dir else []
+        servers.append(Server("web page", "llava.serve.gradio_web_server", f"http://{near}:{args.web_port}", words))
+    return servers
+
+
+def _wait_until_ready(args, running: list[tuple[Server, subprocess.Popen]]) -> None:
+    import httpx
+
+    deadline = time.monotonic() + READY_SECONDS
+    missing = list(running)
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while missing:
+            _check_alive(running)
+            if time.monotonic() > deadline:
+                raise LlavaError(f"{missing[0][0].name} didn't come up within {READY_SECONDS:g} s")
+            server, _ = missing[0]
+            try:
+                if client.get(server.url + "/health").status_code == 200:
+                    missing.pop(0)
+                    continue
+            except httpx.TransportError:
+                pass
+            time.sleep(LOOK_SECONDS)
+    for server, _ in running:
+        if server.name in ("API", "web page"):
+            write_line(f"{server.name}: {server.url}{'/v1' if server.name == 'API' else ''}")
+    write_line("ready; Ctrl-C stops it")
+
+
+def _watch(running: list[tuple[Server, subprocess.Popen]]) -> None:
+    while True:
+        _check_alive(running)
+        time.sleep(LOOK_SECONDS)
+
+
+def _check_alive(running: list[tuple[Server, subprocess.Popen]]) -> None:
+    for server, process in running:
+        if process.poll() is not None:
+            raise LlavaError(f"{server.name} ended with code {process.returncode}; its words are above")
+
+
+def _stop(running: list[tuple[Server, subprocess.Popen]]) -> None:
+    """Fronts first, so that nothing new comes in while the workers finish."""
+    for _, process in reversed(running):
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    for server, process in reversed(running):
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.warning("%s didn't stop in time; killed", server.name)
+            process.kill()
+            process.wait()
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run(main)

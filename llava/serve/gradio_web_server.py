@@ -1,0 +1,115 @@
+"""The web page: ask about pictures, with any model that a controller knows. Loads no model.
+
+python -m llava.serve.gradio_web_server [--controller http://localhost:21001] [--port 7860]
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from llava.commandline import ArgumentParser, run
+from llava.errors import LlavaError, require
+from llava.serve.guard import Guard
+from llava.serve.secret import add_secret_flags, secret_from_args
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 32 << 20
+MAX_BODY_BYTES = 8 * MAX_FILE_BYTES
+MEMORY_FOLDER = Path("/dev/shm")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--controller-url", "--controller", default="http://localhost:21001")
+    parser.add_argument("--concurrency-count", type=int, default=16, help="questions answered at the same time")
+    parser.add_argument(
+        "--model-list-mode", choices=("once", "reload"), default="reload", help="look for models once, or all the time"
+    )
+    parser.add_bool("--share", help="refused: it would lead pictures through another company's server")
+    parser.add_bool("--moderate", help="refused: it would send what is asked to another company")
+    parser.add_bool("--embed", help="without heading, to stand in another page")
+    parser.add_argument("--feedback-dir", help="show vote and flag buttons, and keep what they say in this folder")
+    parser.add_argument("--feedback-days", type=float, default=30.0, help="delete votes after so many days")
+    add_secret_flags(parser)
+    return parser
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.share:
+        raise LlavaError("--share leads pictures through another company's server; use a reverse proxy of your own")
+    if args.moderate:
+        raise LlavaError("--moderate sends what is asked to another company; there is no such thing here")
+    secret = secret_from_args(args)
+    uvicorn = require("uvicorn", "serve")
+    # uvicorn raises the signal anew when it has stopped; without this the folder of uploads would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with _private_folder() as folder:
+        # Both are read when gradio is imported, which `build_app` does.
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        app = build_app(args, secret)
+        logger.info("web page at http://%s:%d", args.host, args.port)
+        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+
+
+def build_app(args, secret: str | None) -> Guard:
+    """The ASGI application of the page."""
+    from fastapi import FastAPI
+
+    gradio = require("gradio", "serve")
+    from llava.serve.client import ServingClient
+    from llava.serve.feedback import FeedbackLog
+    from llava.serve.web_page import CSS, HEAD, PageOptions, build_page
+
+    client = ServingClient(args.controller_url, secret)
+    options = PageOptions(
+        reload_models=args.model_list_mode == "reload",
+        embed=args.embed,
+        concurrency=args.concurrency_count,
+        feedback=FeedbackLog(args.feedback_dir, args.feedback_days) if args.feedback_dir else None,
+    )
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"status": "ok"}
+
+    app = gradio.mount_gradio_app(
+        app,
+        build_page(client, options),
+        path="/",
+        allowed_paths=[],
+        max_file_size=MAX_FILE_BYTES,
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        footer_links=[],
+        css=CSS,
+        head=HEAD,
+    )
+    return Guard(app, lambda headers: None, MAX_BODY_BYTES)
+
+
+@contextlib.contextmanager
+def _private_folder():
+    """Where uploads pass through: in memory where the system has such a folder, and gone at the end."""
+    base = MEMORY_FOLDER if MEMORY_FOLDER.is_dir() and os.access(MEMORY_FOLDER, os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="llava-web-", dir=base))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run(main)

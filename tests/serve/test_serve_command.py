@@ -1,0 +1,61 @@
+"""`python -m llava.serve`: everything up with one command, everything gone with Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from tests.serve.processes import free_port, wait_until
+from tests.tiny import make_llava
+
+
+def answers(port):
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def start(path, ports, *words):
+    flags = ["--controller-port", "--worker-port", "--api-port", "--web-port"]
+    pairs = [word for flag, port in zip(flags, ports, strict=True) for word in (flag, str(port))]
+    command = [sys.executable, "-m", "llava.serve", "--model-path", str(path), "--device", "cpu", *pairs, *words]
+    environment = {**os.environ, "LLAVA_SERVE_SECRET": "s3cret", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_one_command_starts_all_and_a_signal_stops_all(tmp_path, number):
+    ports = [free_port() for _ in range(4)]
+    process = start(make_llava(tmp_path), ports, "--model-name", "tiny", "--web", str(number == signal.SIGINT))
+    try:
+        for line in process.stdout:
+            if line.startswith("ready"):
+                break
+        else:
+            raise AssertionError(process.stderr.read()[-2000:])
+        wait_until(lambda: httpx.get(f"http://127.0.0.1:{ports[2]}/ready").status_code == 200, 30)
+        ask = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+        reply = httpx.post(f"http://127.0.0.1:{ports[2]}/v1/chat/completions", json=ask, timeout=60)
+        assert reply.status_code == 200
+        process.send_signal(number)
+        assert process.wait(60) == 0
+        assert not any(answers(port) for port in ports)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def test_a_server_that_cannot_start_stops_the_rest(tmp_path):
+    ports = [free_port() for _ in range(4)]
+    process = start(tmp_path / "nothing", ports, "--web", "False")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "worker of" in errors.splitlines()[-1] and "ended with code 2" in errors.splitlines()[-1]
+    assert not any(answers(port) for port in ports)

@@ -1,0 +1,199 @@
+"""The web page in a real browser: accept, upload, ask, watch it stream, stop, regenerate, compare, export.
+
+LLAVA_SCREENSHOT_DIR keeps pictures of the page (docs/images holds those of the last release).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.serve.processes import Process, wait_until
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
+CHROMIUM = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install it or set LLAVA_CHROMIUM")
+
+ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
+SECRET = {"x-llava-secret": "s3cret"}
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync"
+PATIENCE = 120_000  # ms; a slow machine is no failure
+
+
+@pytest.fixture(scope="module")
+def controller():
+    with Process("llava.serve.controller", env=ENV) as process:
+        yield process.wait()
+
+
+@pytest.fixture(scope="module")
+def web(controller, tmp_path_factory):
+    """The page's server, started before any worker; `votes` is where its feedback goes."""
+    votes = tmp_path_factory.mktemp("votes")
+    words = ["--controller", controller.url, "--feedback-dir", str(votes)]
+    log = tmp_path_factory.mktemp("web") / "log"
+    with Process("llava.serve.gradio_web_server", *words, env=ENV, log=log) as process:
+        process.votes = votes
+        yield process.wait(seconds=300)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, web):
+    """Open the page with a given width; afterwards no error was on the console and nothing outside was asked for."""
+    seen = {"errors": [], "hosts": set()}
+    pages = []
+
+    def opened(width=1280, height=900):
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: seen["errors"].append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: seen["errors"].append(str(error)))
+        page.on("request", lambda request: seen["hosts"].add(urlsplit(request.url).hostname))
+        page.goto(web.url)
+        pages.append(page)
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert seen["errors"] == []
+    assert seen["hosts"] <= {"127.0.0.1", None, ""}
+
+
+def worker(controller, name, pause="0.05"):
+    words = ["--controller", controller.url, "--model-name", name, "--pause", pause]
+    return Process("tests.serve.scripted_worker", *words, env=ENV)
+
+
+def ask(page, text):
+    page.locator("#box textarea").fill(text)
+    page.locator("#box textarea").press("Enter")
+
+
+def last_answer(page, side=0):
+    return page.locator(f"#chat{side} [data-testid=bot]").last
+
+
+def expect(locator):
+    return playwright.expect(locator)
+
+
+def screenshot(page, name):
+    if folder := os.environ.get("LLAVA_SCREENSHOT_DIR"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def running(process):
+    return httpx.post(process.url + "/worker_get_status", headers=SECRET).json()["stats"]["running"]
+
+
+def test_the_whole_visit(open_page, controller, web, tmp_path):
+    page = open_page()
+    expect(page.locator("#notice")).to_contain_text("not a medical device", timeout=PATIENCE)
+    expect(page.locator("#box")).to_have_count(0)
+    screenshot(page, "web_notice")
+    page.locator("#accept").click()
+    expect(page.locator("#waiting")).to_contain_text("No model is ready yet", timeout=PATIENCE)
+    screenshot(page, "web_waiting")
+    with worker(controller, "first-model") as first, worker(controller, "second-model") as second:
+        first.wait()
+        second.wait()
+        expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#waiting")).to_have_count(0, timeout=PATIENCE)
+
+        for number, color in enumerate(((180, 180, 180), (60, 60, 60))):
+            Image.new("RGB", (200, 160), color).save(tmp_path / f"{number}.png")
+        page.locator("#box input[type=file]").set_input_files([tmp_path / "0.png", tmp_path / "1.png"])
+        expect(page.locator("#box img")).to_have_count(2, timeout=PATIENCE)
+        ask(page, "What is <b>shown</b> here?")
+        expect(last_answer(page)).to_contain_text("echo:", timeout=PATIENCE)
+        expect(last_answer(page)).to_contain_text("here?", timeout=PATIENCE)
+        expect(page.locator("#chat0 [data-testid=user] img.thumb")).to_have_count(2, timeout=PATIENCE)
+        expect(page.locator("#chat0 [data-testid=user]").last).to_contain_text("<b>shown</b>", timeout=PATIENCE)
+        screenshot(page, "web_answer")
+
+        ask(page, "go on and be slow")
+        expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
+        expect(last_answer(page)).to_contain_text("slow", timeout=PATIENCE)
+        page.keyboard.press("Escape")
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        wait_until(lambda: running(first) + running(second) == 0, 20)
+        stopped = last_answer(page).inner_text()
+        assert 0 < stopped.count("slow") < 50
+
+        page.locator("#edit").click()
+        expect(page.locator("#box textarea")).to_have_value("go on and be slow", timeout=PATIENCE)
+        ask(page, "shorter now")
+        expect(last_answer(page)).to_contain_text("shorter now", timeout=PATIENCE)
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        page.locator("#again").click()
+        expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        expect(page.locator("#chat0 [data-testid=user]")).to_have_count(2, timeout=PATIENCE)
+
+        choose(page, "#other", "second-model")
+        ask(page, "both of you")
+        for side in (0, 1):
+            expect(last_answer(page, side)).to_contain_text("both of you", timeout=PATIENCE)
+        screenshot(page, "web_side_by_side")
+
+        ask(page, "now oom")
+        expect(last_answer(page)).to_contain_text("out of memory", timeout=PATIENCE)
+        expect(last_answer(page)).to_contain_text("req-", timeout=PATIENCE)
+        screenshot(page, "web_error")
+
+        page.locator("#vote-left").click()
+        wait_until(lambda: any(web.votes.iterdir()), 60)
+        (file,) = web.votes.iterdir()
+        assert file.stat().st_mode & 0o777 == 0o600
+        vote = json.loads(file.read_text())
+        assert vote["vote"] == "left" and vote["turns"][0]["pictures"][0].startswith("sha256:")
+        assert "base64" not in file.read_text() and "127.0.0.1" not in file.read_text()
+
+        with page.expect_download(timeout=PATIENCE) as download:
+            page.locator("#export").click()
+        exported = json.loads(Path(download.value.path()).read_text())
+        assert [turn["question"] for turn in exported["turns"]][-1] == "now oom"
+        assert [answer["model"] for answer in exported["turns"][2]["answers"]] == ["first-model", "second-model"]
+
+        page.locator("#clear").click()
+        expect(page.locator("#chat0 [data-testid=bot]")).to_have_count(0, timeout=PATIENCE)
+    assert "Miller" not in web.log.read_text()
+
+
+def test_a_phone(open_page, controller):
+    with worker(controller, "phone-model") as process:
+        process.wait()
+        page = open_page(width=390, height=844)
+        page.locator("#accept").click()
+        expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
+        wait_until(lambda: page.locator("#model input").input_value() == "phone-model", 120)
+        page.locator("#example-chest").click()
+        expect(page.locator("#draft img.thumb")).to_have_count(1, timeout=PATIENCE)
+        page.locator("#box textarea").press("Enter")
+        expect(last_answer(page)).to_contain_text("half", timeout=PATIENCE)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "scrolls sideways"
+        screenshot(page, "web_phone")
+        ask(page, "slow")
+        wait_until(lambda: running(process) == 1, 60)
+        page.close()
+        wait_until(lambda: running(process) == 0, 60)
+
+
+def choose(page, dropdown, name):
+    page.locator(f"{dropdown} input").click()
+    page.get_by_role("option", name=name).click()

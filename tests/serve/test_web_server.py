@@ -1,0 +1,148 @@
+"""The web page's server over real sockets: what it refuses, what it leaves on disk; and its conversations' state."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.serve.chat_state import Chat, Exchange, Picture, Reply
+from llava.serve.example_pictures import EXAMPLES, draw_example
+from llava.serve.feedback import FeedbackLog
+from tests.serve.processes import Process
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory):
+    log = tmp_path_factory.mktemp("web") / "log"
+    env = {"LLAVA_SERVE_SECRET": "s3cret"}
+    with Process("llava.serve.gradio_web_server", "--controller", "http://127.0.0.1:1", env=env, log=log) as process:
+        yield process.wait(seconds=300)
+        folder = uploads(process)
+        assert process.stop() in (0, -15)
+        assert not folder.exists(), "uploads stay behind"
+
+
+def uploads(web):
+    """The server's folder for uploads."""
+    path = Path(upload(web).json()[0])
+    return next(parent for parent in path.parents if parent.name.startswith("llava-web-"))
+
+
+def upload(web, name="x.png", content=b"x", **more):
+    return httpx.post(f"{web.url}/gradio_api/upload", files={"files": (name, content, "image/png")}, timeout=60, **more)
+
+
+def test_starts_without_torch():
+    script = (
+        "import sys\n"
+        "import llava.serve.gradio_web_server as w\n"
+        "args = w.build_parser().parse_args([])\n"
+        "w.build_app(args, None)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../etc/passwd",
+        "/gradio_api/file=" + str(Path(__file__).resolve()),
+        "/file=/etc/passwd",
+        "/gradio_api/file=http://127.0.0.1:1/x",
+        "/gradio_api/file=https://example.org/x",
+        "/gradio_api/proxy=http://127.0.0.1:1/x",
+        "/gradio_api/static/../../../../etc/passwd",
+    ],
+)
+def test_no_file_of_the_server_and_no_other_address(web, path):
+    """CVE-2024-1561, CVE-2023-51449, CVE-2024-4941 (files), CVE-2024-9308, CVE-2026-28414 (redirects)."""
+    reply = httpx.get(web.url + path, follow_redirects=False, timeout=60)
+    assert reply.status_code in (400, 403, 404, 405)
+    assert "root:" not in reply.text and "location" not in reply.headers
+
+
+def test_strange_uploads_are_refused_and_the_server_lives(web):
+    """CVE-2024-12070, CVE-2024-10907, CVE-2024-53981: boundaries and file names; CVE-2026-40347: sizes."""
+    long_name = upload(web, name="x" * 200_000 + ".png")
+    assert long_name.status_code >= 400
+    boundary = "b" * 100_000
+    with contextlib.suppress(httpx.TransportError):
+        reply = httpx.post(
+            f"{web.url}/gradio_api/upload",
+            content=b"--x\r\n" + b"-" * 5_000_000,
+            headers={"content-type": f"multipart/form-data; boundary={boundary}"},
+            timeout=60,
+        )
+        assert reply.status_code >= 400
+    with contextlib.suppress(httpx.TransportError):
+        assert upload(web, content=b"x" * (33 << 20)).status_code >= 400
+    lying = {"content-length": str(1 << 40), "content-type": "multipart/form-data; boundary=x"}
+    with contextlib.suppress(httpx.TransportError):
+        assert httpx.post(f"{web.url}/gradio_api/upload", content=b"x", headers=lying, timeout=5).status_code == 413
+    assert httpx.get(web.url + "/health", timeout=60).json() == {"status": "ok"}
+
+
+def test_uploads_lie_in_a_private_folder(web):
+    path = Path(upload(web, content=b"picture of a patient").json()[0])
+    assert path.read_bytes() == b"picture of a patient"
+    assert uploads(web).stat().st_mode & 0o077 == 0
+    assert "patient" not in web.log.read_text()
+
+
+def test_flags_that_would_tell_others_are_refused():
+    for flag in ("--share", "--moderate"):
+        command = [sys.executable, "-m", "llava.serve.gradio_web_server", flag]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "another company" in done.stderr
+
+
+def test_a_side_gets_what_it_has_answered_itself():
+    picture = Picture.from_bytes(draw_example("chest"))
+    first = Exchange("a", (picture,), [Reply("m", "A"), None])
+    chat = Chat([first, Exchange("b", (), [Reply("m", "B"), Reply("n", "X")]), Exchange("c")])
+    assert [message["role"] for message in chat.messages(0)] == ["user", "assistant"] * 2 + ["user"]
+    assert chat.messages(0)[0]["content"][0]["image_url"]["url"] == picture.url
+    assert [message["content"][-1]["text"] for message in chat.messages(1)[::2]] == ["b", "c"]
+    assert len(chat.shown(0)) == 4 and len(chat.shown(1)) == 2
+    assert json.loads(chat.export())["turns"][0]["pictures"] == [f"sha256:{picture.sha256}"]
+
+
+def test_what_is_typed_is_shown_as_typed_and_errors_have_an_id():
+    reply = Reply("m", error="The queue is full.", request_id="req-1")
+    chat = Chat([Exchange("<img src=x onerror=alert(1)>", (), [reply, None])])
+    question, answer = chat.shown(0)
+    assert "<img" not in question["content"]
+    assert answer["content"] == "**The queue is full.** (request req-1)"
+
+
+def test_pictures_are_checked_before_they_are_sent():
+    buffer = io.BytesIO()
+    Image.new("L", (1000, 10)).save(buffer, "PNG")
+    assert Picture.from_bytes(buffer.getvalue()).thumbnail.startswith("data:image/png;base64,")
+    with pytest.raises(LlavaError, match="not a picture"):
+        Picture.from_bytes(b"no picture at all")
+    for name, _ in EXAMPLES:
+        assert Image.open(io.BytesIO(draw_example(name))).size == (336, 336)
+
+
+def test_feedback_is_private_and_forgotten_in_time(tmp_path):
+    log = FeedbackLog(tmp_path / "votes", keep_days=7)
+    old = tmp_path / "votes" / "2001-01-01.jsonl"
+    old.write_text("{}\n")
+    os.utime(old, (1, 1))
+    log.write("flag", Chat([Exchange("q", (Picture.from_bytes(draw_example("chest")),), [Reply("m", "a"), None])]))
+    (path,) = (tmp_path / "votes").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600 and (tmp_path / "votes").stat().st_mode & 0o777 == 0o700
+    assert json.loads(path.read_text())["turns"][0]["answers"][0]["text"] == "a"
+    assert "base64" not in path.read_text()
