@@ -13,32 +13,40 @@ python -m llava.data.convert qa-captions --records "$OUT/data/train.json" \
 
 python -m llava.demo.tokenizer --data-path "$OUT/base_data/text.json" --output-dir "$OUT/tokenizer" --learned 1500
 python -m llava.demo.tower --data-path "$OUT/base_data/captions.json" --image-folder "$RAD/images" \
-    --tokenizer "$OUT/tokenizer" --output-dir "$OUT/vision_tower" --steps 600 --seed "$SEED"
+    --tokenizer "$OUT/tokenizer" --output-dir "$OUT/vision_tower" --steps 300 --seed "$SEED"
 python -m llava.demo.language_model --data-path "$OUT/base_data/text.json" \
     --captions "$OUT/base_data/captions.json" --tokenizer "$OUT/tokenizer" \
-    --output-dir "$OUT/language_model" --steps 600 --seed "$SEED"
+    --output-dir "$OUT/language_model" --steps 300 --seed "$SEED"
+
+# The blind baseline: the same recipe on pictures that are all grey.
+python - "$RAD/images" "$OUT/grey" <<'PYTHON'
+import sys
+from pathlib import Path
+from PIL import Image
+
+source, target = map(Path, sys.argv[1:])
+target.mkdir(parents=True, exist_ok=True)
+for path in source.iterdir():
+    Image.new("RGB", (96, 96), (128, 128, 128)).save(target / path.name)
+PYTHON
 
 train() {
-    python llava/train/train.py --image_folder "$RAD/images" --lr_scheduler_type cosine --warmup_steps 0.03 \
-        --weight_decay 0.05 --logging_steps 10 --save_strategy no --report_to none --use_cpu True \
-        --model_max_length 768 --seed "$SEED" "$@"
+    python llava/train/train.py --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0.05 \
+        --logging_steps 10 --save_strategy no --report_to none --use_cpu True --model_max_length 768 \
+        --per_device_train_batch_size 16 --seed "$SEED" "$@"
 }
-train --model_name_or_path "$OUT/language_model" --vision_tower "$OUT/vision_tower" --version plain \
-    --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu --mm_vision_select_layer -1 \
-    --mm_vision_select_feature cls_patch --image_aspect_ratio pad --data_path "$OUT/base_data/captions.json" \
-    --cache_vision_features True --output_dir "$OUT/stage_1" --num_train_epochs 10 \
-    --per_device_train_batch_size 16 --learning_rate 2e-3
-train --model_name_or_path "$OUT/stage_1" --version mistral_instruct --data_path "$OUT/data/train.json" \
-    --unfreeze_mm_vision_tower True --mm_vision_tower_lr 2e-4 --output_dir "$OUT/vqa" --num_train_epochs 6 \
-    --per_device_train_batch_size 16 --learning_rate 1e-3
-train --model_name_or_path "$OUT/stage_1" --version mistral_instruct --data_path "$OUT/base_data/blind.json" \
-    --output_dir "$OUT/blind" --num_train_epochs 6 --per_device_train_batch_size 16 --learning_rate 1e-3
-
-python llava/eval/model_vqa_med.py --model-path "$OUT/vqa" --question-file "$OUT/data/test.json" \
-    --image-folder "$RAD/images" --answers-file "$OUT/answers.jsonl"
-python llava/eval/model_vqa_med.py --model-path "$OUT/blind" --question-file "$OUT/data/test.json" \
-    --image-folder "$RAD/images" --answers-file "$OUT/blind_answers.jsonl" --ablate-image none
-for name in answers blind_answers; do
-    python llava/eval/run_eval.py --gt "$OUT/data/test.json" --pred "$OUT/$name.jsonl" \
+for run in seeing blind; do
+    if [ "$run" = blind ]; then images="$OUT/grey"; else images="$RAD/images"; fi
+    train --model_name_or_path "$OUT/language_model" --vision_tower "$OUT/vision_tower" --version plain \
+        --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu --mm_vision_select_layer -1 \
+        --mm_vision_select_feature cls_patch --image_aspect_ratio pad --data_path "$OUT/base_data/captions.json" \
+        --image_folder "$images" --cache_vision_features True --output_dir "$OUT/${run}_stage_1" \
+        --num_train_epochs 10 --learning_rate 2e-3
+    train --model_name_or_path "$OUT/${run}_stage_1" --version mistral_instruct --data_path "$OUT/data/train.json" \
+        --image_folder "$images" --unfreeze_mm_vision_tower True --mm_vision_tower_lr 2e-4 \
+        --output_dir "$OUT/${run}_vqa" --num_train_epochs 4 --learning_rate 1e-3
+    python llava/eval/model_vqa_med.py --model-path "$OUT/${run}_vqa" --question-file "$OUT/data/test.json" \
+        --image-folder "$images" --answers-file "$OUT/${run}_answers.jsonl" --max_new_tokens 32
+    python llava/eval/run_eval.py --gt "$OUT/data/test.json" --pred "$OUT/${run}_answers.jsonl" \
         --candidate "$OUT/data/candidates.json"
 done
