@@ -26,7 +26,7 @@ class Settings:
     tower_layers: int = 3
     tower_steps: int = 1700
     language_layers: int = 4
-    language_steps: int = 160
+    language_steps: int = 480
     hidden_size: int = 128
     stage_1: Stage = Stage(80, 5e-3, 32)
     stage_2: Stage = Stage(60, 2e-3, 16)
