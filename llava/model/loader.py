@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
+from llava.images import ImageProcessor
 from llava.model.assemble import build_empty, fill_model
 from llava.model.configuration import SCHEME_PATCH
 from llava.model.language_model import MODEL_CLASSES
@@ -17,8 +18,11 @@ from llava.model.locate import locate_model
 from llava.model.placement import Placement, best_device, choose_dtype
 from llava.model.quantized import finish_quantized, prepare_quantized, quantization_config, split_statistics
 from llava.model.tokenizer import add_tokens, load_tokenizer
+from llava.records import read_json
 
 log = logging.getLogger(__name__)
+
+_NORMALISATION = ("image_mean", "image_std")
 
 
 class LoadedModel(NamedTuple):
@@ -26,7 +30,7 @@ class LoadedModel(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
-    image_processor: Any
+    image_processor: ImageProcessor
     context_len: int
 
 
@@ -129,18 +133,20 @@ def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder:
     add_tokens(tokenizer, missing, strip_blanks=False)
 
 
-def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> Any:
+def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> ImageProcessor:
     """The image processor of the first of `folders` that has one, or CLIP's for the tower's size."""
-    try:
-        from llava.images import ImageProcessor
-    except ImportError:
-        return None
-
     for place in folders:
-        if place is not None and (place / "preprocessor_config.json").is_file():
+        if place is None:
+            continue
+        if (place / "preprocessor_config.json").is_file():
             return ImageProcessor.from_pretrained(place)
-    size = model.get_vision_tower().image_size
-    return ImageProcessor.from_pretrained({"size": size, "crop_size": size})
+        if (place / "processor_config.json").is_file():
+            settings = read_json(place / "processor_config.json").get("image_processor")
+            if settings:
+                return ImageProcessor.from_pretrained(settings)
+    tower = model.get_vision_tower()
+    normalisation = {name: tower.vision_config[name] for name in _NORMALISATION if name in tower.vision_config}
+    return ImageProcessor.from_pretrained({"size": tower.image_size, "crop_size": tower.image_size} | normalisation)
 
 
 def _prepare_quantized(parts: Parts, model: PreTrainedModel, bits: int, dtype) -> dict[str, list[str]] | None:

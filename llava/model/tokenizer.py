@@ -23,6 +23,9 @@ SENTENCEPIECE = "tokenizer.model"
 _NORMAL, _USER_DEFINED = 1, 4
 """Piece types of the SentencePiece model proto that take part in merges, or are matched whole."""
 
+_NOTES_OF_LOADING = ("backend", "is_local", "local_files_only")
+"""What transformers 5 writes into tokenizer_config.json about how it came by the tokenizer."""
+
 _UNLIMITED = int(1e30)
 
 
@@ -60,11 +63,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = read_json(path)
+    config = {name: value for name, value in read_json(path).items() if name not in _NOTES_OF_LOADING}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config.pop("backend", None)
-        write_json(path, config)
+    write_json(path, config)
     source = Path(tokenizer.name_or_path) / SENTENCEPIECE
     if not source.is_file():
         return

@@ -1,0 +1,70 @@
+"""Folders and hub ids: where a name is looked for, and what is downloaded."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from llava.errors import LlavaError
+from llava.model.locate import locate_model
+
+
+def test_folder_as_given(tmp_path):
+    assert locate_model(tmp_path) == tmp_path
+    assert locate_model(str(tmp_path)) == tmp_path
+
+
+def test_relative_folder_beside_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "models" / "llava"
+    for folder in (checkpoint / "inside", tmp_path / "models" / "beside", tmp_path / "here"):
+        folder.mkdir(parents=True)
+    assert locate_model("here", beside=checkpoint) == Path("here")
+    assert locate_model("inside", beside=checkpoint) == checkpoint / "inside"
+    assert locate_model("beside", beside=checkpoint) == tmp_path / "models" / "beside"
+
+
+@pytest.mark.parametrize("name", ["./none", "/no/such/folder", "a/b/c", "~/none here", "../up"])
+def test_path_that_is_not_there(name):
+    with pytest.raises(LlavaError, match="vision tower not found: no folder"):
+        locate_model(name, "vision tower")
+
+
+def test_file_in_place_of_a_folder(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    with pytest.raises(LlavaError, match="expected a folder or a hub id, this is a file"):
+        locate_model(path)
+
+
+def test_hub_that_can_not_be_reached(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", _offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", _offline)
+    with pytest.raises(LlavaError, match="model not found: some/model is no folder here, and the hub"):
+        locate_model("some/model")
+
+
+def _offline(*_, **__):
+    raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+
+@pytest.mark.parametrize(
+    ("files", "ignored"),
+    [
+        (["config.json", "model-00001-of-2.safetensors", "pytorch_model-1.bin"], ["pytorch_model*.bin"]),
+        (["config.json", "pytorch_model.bin"], []),
+        (["adapter_model.safetensors", "non_lora_trainables.bin"], []),
+    ],
+)
+def test_one_format_is_downloaded(monkeypatch, tmp_path, files, ignored):
+    asked = {}
+
+    def download(repo_id, **kwargs):
+        asked.update(kwargs, repo_id=repo_id)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo_id: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate_model("some/model") == tmp_path
+    assert asked["repo_id"] == "some/model" and asked["ignore_patterns"] == ignored
+    assert "*.py" not in asked["allow_patterns"]

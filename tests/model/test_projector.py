@@ -1,0 +1,42 @@
+"""The projector's forms and the key names that LLaVA gives them."""
+
+import pytest
+import torch
+
+from llava.errors import LlavaError
+from llava.model.projector import build_projector
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("linear", ["weight", "bias"]),
+        ("mlp1x_gelu", ["0.weight", "0.bias"]),
+        ("mlp2x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias"]),
+        ("mlp3x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]),
+    ],
+)
+def test_keys_and_shapes(kind, keys):
+    projector = build_projector(kind, 6, 10)
+    assert list(projector.state_dict()) == keys
+    assert projector(torch.zeros(2, 5, 6)).shape == (2, 5, 10)
+
+
+def test_mlp_is_linear_gelu_linear():
+    projector = build_projector("mlp2x_gelu", 6, 10)
+    values = torch.rand(3, 6)
+    expected = projector[2](torch.nn.functional.gelu(projector[0](values)))
+    assert torch.equal(projector(values), expected)
+
+
+def test_identity():
+    values = torch.rand(3, 6)
+    assert torch.equal(build_projector("identity", 6, 6)(values), values)
+    with pytest.raises(LlavaError, match="one width, but they have 6 and 10"):
+        build_projector("identity", 6, 10)
+
+
+@pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "mlp2x", "", "qformer"])
+def test_unknown(kind):
+    with pytest.raises(LlavaError, match="unknown mm_projector_type"):
+        build_projector(kind, 6, 10)

@@ -1,0 +1,143 @@
+"""Tokenizers from SentencePiece files: the ids that sentencepiece itself gives, added tokens, saved files."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+
+from llava.errors import LlavaError
+from llava.model.tokenizer import load_tokenizer, save_tokenizer
+from tests.tiny import CORPUS, make_tokenizer
+
+TEXTS = (
+    "The chest X-ray shows a large nodule.",
+    " blanks  in   all    places ",
+    "line\nends\n\nand\ttabs",
+    "é 胸部 😀 unknown bytes",
+    "USER: yes ASSISTANT: no",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A SentencePiece BPE of LLaMA's kind: byte fallback, a blank in front, runs of blanks as pieces."""
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*CORPUS.split(". "), "a  b   c    d"] * 3),
+        model_writer=stream,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+@pytest.fixture
+def folder(model_file, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | special))
+    return tmp_path
+
+
+def configure(folder, **settings):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_ids_are_those_of_sentencepiece(folder):
+    tokenizer = load_tokenizer(folder)
+    processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert len(tokenizer) == processor.get_piece_size()
+    for text in TEXTS:
+        assert tokenizer(text).input_ids == [1, *processor.encode(text)], text
+        assert tokenizer.decode(processor.encode(text)) == text.lstrip(" ") or text.startswith(" ")
+
+
+def test_text_behind_a_special_token(folder):
+    processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    legacy = load_tokenizer(folder)("yes</s>no").input_ids
+    assert legacy == [1, *processor.encode("yes"), 2, *processor.encode("no")], "a blank before each piece of text"
+    configure(folder, legacy=False)
+    newer = load_tokenizer(folder)("yes</s>no").input_ids
+    assert newer[: len(legacy) - len(processor.encode("no"))] == [1, *processor.encode("yes"), 2]
+    assert newer != legacy
+
+
+def test_begin_and_end(folder):
+    configure(folder, add_bos_token=False, add_eos_token=True)
+    ids = load_tokenizer(folder)("yes").input_ids
+    assert ids[0] != 1 and ids[-1] == 2
+
+
+def test_padding_token(folder):
+    assert load_tokenizer(folder).pad_token == "<unk>"
+    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 420}))
+    configure(folder, pad_token="[PAD]")
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.pad_token_id, len(tokenizer)) == (420, 421)
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_added_tokens_keep_their_ids(folder, strip):
+    added = {"<im_end>": 422, "<im_patch>": 420, "<im_start>": 421}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    tokenizer = load_tokenizer(folder, strip_blanks=strip)
+    assert tokenizer.convert_tokens_to_ids(list(added)) == list(added.values())
+    ids, tight = tokenizer("a \n<im_start> b").input_ids, tokenizer("a<im_start>b").input_ids
+    assert 421 in ids and (ids == tight) == strip
+
+
+def test_added_tokens_with_their_flags(folder):
+    flags = {"content": "<x>", "lstrip": True, "rstrip": False, "normalized": False, "special": False}
+    configure(folder, added_tokens_decoder={"420": flags})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("a <x>").input_ids == tokenizer("a<x>").input_ids
+    assert "<x>" in tokenizer.decode([420], skip_special_tokens=True)
+
+
+def test_added_tokens_of_another_model(folder):
+    (folder / "added_tokens.json").write_text(json.dumps({"<im_patch>": 32000}))
+    with pytest.raises(LlavaError, match="'<im_patch>' should have id 32000 but gets 420"):
+        load_tokenizer(folder)
+
+
+def test_saved_for_older_programs_too(folder, tmp_path_factory):
+    (folder / "added_tokens.json").write_text(json.dumps({"<im_patch>": 420}))
+    tokenizer = load_tokenizer(folder, strip_blanks=True)
+    saved = tmp_path_factory.mktemp("saved")
+    save_tokenizer(tokenizer, saved)
+    assert (saved / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    assert json.loads((saved / "added_tokens.json").read_text()) == {"<im_patch>": 420}
+    again = load_tokenizer(saved)
+    for text in (*TEXTS, "a \n<im_patch> b"):
+        assert again(text).input_ids == tokenizer(text).input_ids
+
+
+def test_json_is_taken_as_it_stands(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path)("The chest X-ray.").input_ids == tokenizer("The chest X-ray.").input_ids
+
+
+def test_folder_without(tmp_path):
+    with pytest.raises(LlavaError, match=r"no tokenizer found \(looked for tokenizer.json and tokenizer.model\)"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"nonsense"])
+def test_damaged(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LlavaError, match=name.replace(".", r"\.")):
+        load_tokenizer(tmp_path)
