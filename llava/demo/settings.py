@@ -29,8 +29,8 @@ class Settings:
     language_steps: int = 480
     hidden_size: int = 128
     stage_1: Stage = Stage(80, 5e-3, 32)
-    stage_2: Stage = Stage(60, 2e-3, 16)
-    vqa: Stage = Stage(280, 2e-3, 16)
+    stage_2: Stage = Stage(80, 2e-3, 16)
+    vqa: Stage = Stage(360, 2e-3, 16)
     evaluation_batch: int = 128
     template: str = "mistral_instruct"
 
