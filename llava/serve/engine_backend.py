@@ -139,5 +139,5 @@ class _CheckedPictures:
             self.known.move_to_end(digest)
             while len(self.known) > CHECKED_PICTURES:
                 self.known.popitem(last=False)
-        is_url = text[:5].lower() == "data:"
-        return text if is_url else f"data:application/octet-stream;base64,{text}"
+        # In one form, so that the engine knows it again however it was sent.
+        return f"data:application/octet-stream;base64,{text.rpartition(',')[2]}"

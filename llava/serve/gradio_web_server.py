@@ -58,7 +58,9 @@ def main(argv=None) -> None:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         app = build_app(args, secret)
         logger.info("web page at http://%s:%d", args.host, args.port)
-        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+        uvicorn.run(
+            app, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_graceful_shutdown=5
+        )
 
 
 def build_app(args, secret: str | None) -> Guard:

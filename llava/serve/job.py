@@ -19,6 +19,7 @@ MAX_STOPS = 8
 MAX_TOP_LOGPROBS = 20
 DEFAULT_NEW_TOKENS = 256
 ROLES = ("system", "developer", "user", "assistant")
+_NO_PICTURE = "< image>"
 _REQUEST_ID = re.compile(r"req-[0-9a-f]{16}")
 
 
@@ -146,6 +147,9 @@ def _read_content(content: Any, role: str, number: int, loose: list[str]) -> Mes
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
             text = _text(part.get("text"), f"messages.{number}: text")
+            if role == "assistant":
+                # A model may have said it; it must not become the place of a picture in the next turn.
+                text = text.replace(DEFAULT_IMAGE_TOKEN, _NO_PICTURE)
             if DEFAULT_IMAGE_TOKEN in text:
                 raise _bad(f"messages.{number}: text can't hold {DEFAULT_IMAGE_TOKEN}; send the picture as a part")
             pieces.append(text)

@@ -34,10 +34,11 @@ The page looks for one every few seconds and opens by itself. Whoever runs this 
 LOGGED = "Votes and flags, with the conversation's text, are kept on this server for {days:g} days. Pictures aren't."
 
 CSS = """
-.thumbs {display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 6px}
-.thumbs img.thumb {max-height: 160px; max-width: 100%; border-radius: 6px; margin: 0}
-#draft .thumb {max-height: 72px}
-.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+.thumbs {display: flex !important; flex-wrap: wrap; gap: 6px; margin-bottom: 6px}
+.thumbs img.thumb {width: auto !important; height: auto !important; max-height: 160px !important;
+  max-width: 100% !important; border-radius: 6px; margin: 0 !important}
+#draft .thumbs img.thumb {max-height: 72px !important}
+.gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
 #actions button, #votes button {min-width: 6.5rem}
 @media (max-width: 640px) {
   .gradio-container {padding: 8px !important}
@@ -72,7 +73,7 @@ class PageOptions:
 
 def build_page(client, options: PageOptions) -> gr.Blocks:
     """The page over a `ServingClient`."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 600)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 600), fill_width=True) as page:
         Page(client, options)
     page.queue(default_concurrency_limit=options.concurrency)
     return page
@@ -177,6 +178,9 @@ class Page:
         self.stop.click(self.on_stop, self.chat, self.chat, queue=False, **quiet)
         self.edit.click(self.on_edit, self.chat, view, **quiet)
         self.clear.click(self.on_clear, self.chat, view, **quiet)
+        for each in self.views:
+            # The component's own bin empties only what is seen.
+            each.clear(self.on_clear, self.chat, view, **quiet)
         self.export.click(self.on_export, self.chat, self.exported, **quiet).success(
             None, self.exported, None, js=DOWNLOAD, **quiet
         )

@@ -29,7 +29,7 @@ class Process:
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(command, env={**os.environ, **(env or {})}, stdout=stream, stderr=stream)
 
-    def wait(self, path: str = "/health", seconds: float = 60.0) -> "Process":
+    def wait(self, path: str = "/health", seconds: float = 240.0) -> "Process":
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -35,7 +35,7 @@ def serving(checkpoint):
             Process("llava.serve.model_worker", "--controller", controller.url, *words, env=ENV) as worker,
             Process("llava.serve.openai_api_server", "--controller", controller.url, env=ENV) as api,
         ):
-            worker.wait(seconds=180)
+            worker.wait(seconds=500)
             api.wait()
             wait_until(lambda: httpx.get(api.url + "/ready").status_code == 200, 30)
             yield controller, worker, api
@@ -162,7 +162,7 @@ def test_a_full_queue_says_so(checkpoint):
     words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--no-register", "--device", "cpu"]
     limits = ["--max-queue", "1", "--limit-model-concurrency", "1"]
     with Process("llava.serve.model_worker", *words, *limits, env=ENV) as worker:
-        worker.wait(seconds=180)
+        worker.wait(seconds=500)
         body = {"model": "tiny", "prompt": "Hi", "max_new_tokens": 450, "ignore_eos": True, "stream": False}
         outcomes = []
 

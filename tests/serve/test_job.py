@@ -74,6 +74,11 @@ def test_what_is_no_request_is_refused_in_words(body, words):
     assert caught.value.error_type is ErrorType.BAD_REQUEST
 
 
+def test_what_a_model_said_is_no_place_for_a_picture():
+    messages = read_messages([USER, {"role": "assistant", "content": "I see <image>."}, USER])
+    assert messages[1].text == "I see < image>."
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1/x.png", "https://h/x", "file:///etc/passwd", "/etc/passwd", 7, None])
 def test_pictures_are_never_fetched(url):
     content = [{"type": "image_url", "image_url": {"url": url}}]

@@ -23,7 +23,7 @@ ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
 SECRET = {"x-llava-secret": "s3cret"}
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync"
-PATIENCE = 120_000  # ms; a slow machine is no failure
+PATIENCE = 240_000  # ms; a slow machine is no failure
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def web(controller, tmp_path_factory):
     log = tmp_path_factory.mktemp("web") / "log"
     with Process("llava.serve.gradio_web_server", *words, env=ENV, log=log) as process:
         process.votes = votes
-        yield process.wait(seconds=300)
+        yield process.wait(seconds=500)
 
 
 @pytest.fixture(scope="module")
