@@ -39,6 +39,7 @@ CSS = """
   max-width: 100% !important; border-radius: 6px; margin: 0 !important}
 #draft .thumbs img.thumb {max-height: 72px !important}
 .gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
+#exported {display: none !important}
 #actions button, #votes button {min-width: 6.5rem}
 @media (max-width: 640px) {
   .gradio-container {padding: 8px !important}

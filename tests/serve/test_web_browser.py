@@ -187,6 +187,8 @@ def test_a_phone(open_page, controller):
         page.locator("#box textarea").press("Enter")
         expect(last_answer(page)).to_contain_text("half", timeout=PATIENCE)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "scrolls sideways"
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        expect(page.locator("#exported")).to_be_hidden()
         screenshot(page, "web_phone")
         ask(page, "slow")
         wait_until(lambda: running(process) == 1, 60)
