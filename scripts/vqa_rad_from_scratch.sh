@@ -13,10 +13,10 @@ python -m llava.data.convert qa-captions --records "$OUT/data/train.json" \
 
 python -m llava.demo.tokenizer --data-path "$OUT/base_data/text.json" --output-dir "$OUT/tokenizer" --learned 1500
 python -m llava.demo.tower --data-path "$OUT/base_data/captions.json" --image-folder "$RAD/images" \
-    --tokenizer "$OUT/tokenizer" --output-dir "$OUT/vision_tower" --steps 300 --seed "$SEED"
+    --tokenizer "$OUT/tokenizer" --output-dir "$OUT/vision_tower" --steps 200 --seed "$SEED"
 python -m llava.demo.language_model --data-path "$OUT/base_data/text.json" \
     --captions "$OUT/base_data/captions.json" --tokenizer "$OUT/tokenizer" \
-    --output-dir "$OUT/language_model" --steps 300 --seed "$SEED"
+    --output-dir "$OUT/language_model" --steps 200 --seed "$SEED"
 
 # The blind baseline: the same recipe on pictures that are all grey.
 python - "$RAD/images" "$OUT/grey" <<'PYTHON'
@@ -41,10 +41,10 @@ for run in seeing blind; do
         --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu --mm_vision_select_layer -1 \
         --mm_vision_select_feature cls_patch --image_aspect_ratio pad --data_path "$OUT/base_data/captions.json" \
         --image_folder "$images" --cache_vision_features True --output_dir "$OUT/${run}_stage_1" \
-        --num_train_epochs 10 --learning_rate 2e-3
+        --num_train_epochs 5 --learning_rate 2e-3
     train --model_name_or_path "$OUT/${run}_stage_1" --version mistral_instruct --data_path "$OUT/data/train.json" \
         --image_folder "$images" --unfreeze_mm_vision_tower True --mm_vision_tower_lr 2e-4 \
-        --output_dir "$OUT/${run}_vqa" --num_train_epochs 4 --learning_rate 1e-3
+        --output_dir "$OUT/${run}_vqa" --num_train_epochs 2 --learning_rate 1e-3
     python llava/eval/model_vqa_med.py --model-path "$OUT/${run}_vqa" --question-file "$OUT/data/test.json" \
         --image-folder "$images" --answers-file "$OUT/${run}_answers.jsonl" --max_new_tokens 32
     python llava/eval/run_eval.py --gt "$OUT/data/test.json" --pred "$OUT/${run}_answers.jsonl" \
