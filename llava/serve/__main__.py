@@ -52,7 +52,8 @@ def main(argv=None) -> int:
     if secret := secret_from_args(args):
         environment[VARIABLE] = secret
     # A signal to the group would reach the servers twice; each gets its own from us.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: a shell's background job inherits it as ignored, and then Python leaves it so.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     running: list[tuple[Server, subprocess.Popen]] = []
     try:
