@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OPENCLIP := $(VENV)/openclip
 
 .PHONY: help install demo serve test test-all lint format clean
 help:  ## list the targets
@@ -17,16 +18,22 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,tracking]'
 	touch $@
 
+# Apart from the environment: beside a CPU build of torch, torchvision breaks transformers where it is importable.
+$(OPENCLIP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part \
+		torchvision==0.28.0 timm==1.0.31 open-clip-torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
+	rm -rf $@ && mv $@.part $@
+
 demo: $(STAMP)  ## train, evaluate and compare small models on the built-in pictures (about 10 minutes, no GPU)
 	$(BIN)/python -m llava.demo --output-dir runs/demo
 
 serve: $(STAMP)  ## chat with the demo's model
 	$(BIN)/python -m llava.serve.cli --model-path runs/demo/vqa
 
-test: $(STAMP)  ## the tests that CI runs
+test: $(STAMP) $(OPENCLIP)  ## the tests that CI runs
 	$(BIN)/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile
 
-test-all: $(STAMP)  ## all tests, the long ones too
+test-all: $(STAMP) $(OPENCLIP)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
 lint: $(STAMP)  ## linter, formatter and the contract of the layers

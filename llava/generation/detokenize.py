@@ -13,6 +13,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
+        self.special_ids = frozenset(tokenizer.all_special_ids)
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         vocabulary = tokenizer.get_vocab()
         self.byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
@@ -52,7 +53,9 @@ class TextStream:
     def push(self, token_ids: Sequence[int]) -> str:
         if self.is_stopped:
             return ""
-        self._ids.extend(token_ids)
+        self._ids.extend(token for token in token_ids if token not in self._detokenizer.special_ids)
+        if self._read == len(self._ids):
+            return ""
         is_waiting = len(self._ids) - self._read < _LONGEST_WAIT
         if is_waiting and self._ids[-1] in self._detokenizer.byte_ids:
             return ""

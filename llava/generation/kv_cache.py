@@ -1,7 +1,7 @@
 """Keys and values of all running requests: one row each, kept dense, written in place.
 
-Row r holds positions 0 … length-1 of the request in that row. Rows in use are always the first ones, so a step
-reads a slice of the buffers and copies nothing. What lies behind a row's length is garbage that the mask hides.
+Row r holds positions 0 … length-1 of the request in that row. Rows in use are always the first ones, so a pass
+reads slices of the buffers and copies nothing. What lies behind a row's length is garbage that a mask hides.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class RowCache:
         self.rows = self.width = 0
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first `length` positions of rows to other rows."""
+        """Copy the first `length` positions of rows to other rows, in every layer."""
         for layer in self.layers:
             if layer is not None:
                 layer[:, targets, :, :length] = layer[:, sources, :, :length]
@@ -54,7 +54,7 @@ class RowCache:
     def load(self, start: int, count: int, states: Sequence[torch.Tensor], length: int) -> None:
         """Copy `length` positions of `states` (per layer `[2, kv_heads, positions, head_dim]`) to `count` rows."""
         for index, state in enumerate(states):
-            layer = self._layer(index, state)
+            layer = self._layer(index, state[0].transpose(0, 1))
             layer[:, start : start + count, :, :length] = state[:, None, :, :length]
 
     def save(self, row: int, length: int) -> list[torch.Tensor]:
@@ -62,29 +62,27 @@ class RowCache:
         return [layer[:, row, :, :length].clone() for layer in self.layers]
 
     def write(
-        self, index: int, start: int, keys: torch.Tensor, values: torch.Tensor, offset: int | None, positions
+        self, index: int, rows: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Write `[rows, kv_heads, new, head_dim]` into rows from `start` on; returns these rows, `[2, rows, …]`."""
+        """Write keys and values `[tokens, kv_heads, head_dim]` of a layer where `rows` and `positions` say.
+
+        Returns the layer's whole buffer.
+        """
         layer = self._layer(index, keys)
-        rows = layer[:, start : start + keys.shape[0]]
-        if offset is not None:
-            rows[0, :, :, offset : offset + keys.shape[2]] = keys
-            rows[1, :, :, offset : offset + keys.shape[2]] = values
-        else:
-            places = torch.arange(keys.shape[0], device=keys.device)[:, None]
-            rows[0].transpose(1, 2)[places, positions] = keys.transpose(1, 2)
-            rows[1].transpose(1, 2)[places, positions] = values.transpose(1, 2)
-        return rows
+        layer[0][rows, :, positions] = keys
+        layer[1][rows, :, positions] = values
+        return layer
 
     def _bytes(self, rows: int, width: int) -> int:
         return rows * width * self.bytes_per_position
 
     def _rounded(self, width: int) -> int:
-        return min(-(-width // _WIDTH_STEP) * _WIDTH_STEP, -(-self.max_width // _WIDTH_STEP) * _WIDTH_STEP)
+        return min(-(-width // _WIDTH_STEP) * _WIDTH_STEP, max(width, self.max_width))
 
     def _layer(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """The buffer of a layer; `like` is `[tokens, kv_heads, head_dim]`."""
         if self.layers[index] is None:
-            heads, head_dim = like.shape[1], like.shape[-1]
+            _, heads, head_dim = like.shape
             # Zeros, not empty: a masked position may hold anything but NaN, which no mask can hide.
             self.layers[index] = like.new_zeros(2, self.rows, heads, self.width, head_dim)
         return self.layers[index]
@@ -95,22 +93,3 @@ def _resized(old: torch.Tensor, rows: int, width: int, used_rows: int) -> torch.
     kept = min(old.shape[3], width)
     new[:, :used_rows, :, :kept] = old[:, :used_rows, :, :kept]
     return new
-
-
-class CachePass:
-    """What one forward pass of the model sees of the cache, in the place of transformers' own Cache.
-
-    Rows `start` … `start + count` take new positions: `offset` … for all of them, or where `positions`
-    `[count, new]` says; attention reads the first `width` positions.
-    """
-
-    def __init__(self, cache: RowCache, start: int, width: int, offset: int | None, positions: torch.Tensor):
-        self.cache, self.start, self.width, self.offset = cache, start, width, offset
-        self.positions = positions
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_, **__):
-        rows = self.cache.write(layer_idx, self.start, keys, values, self.offset, self.positions)
-        return rows[0, :, :, : self.width], rows[1, :, :, : self.width]
-
-    def get_seq_length(self, *_) -> int:
-        return self.width

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.images import open_image
+from llava.images import Limits, open_image
 
 _ENCODE_AT_ONCE = 32
 
@@ -37,8 +37,9 @@ class Picture:
 class PictureEncoder:
     """Features of pictures: `[positions, hidden]` each, in the language model's dtype, on its device."""
 
-    def __init__(self, model: Any, image_processor: Any, max_bytes: int):
+    def __init__(self, model: Any, image_processor: Any, max_bytes: int, limits: Limits | None = None):
         self.model = model
+        self.limits = limits
         self.image_processor = image_processor
         self.aspect_ratio = model.config.image_aspect_ratio
         self.max_bytes = max_bytes
@@ -101,11 +102,18 @@ class PictureEncoder:
         return [found[picture.key] for picture in pictures]
 
     def _pixels(self, picture: Picture) -> np.ndarray:
-        if isinstance(picture.source, np.ndarray):
-            return picture.source
-        return np.asarray(self.image_processor([open_image(picture.source)], self.aspect_ratio)).reshape(
-            -1, 3, *self.image_processor.crop_size
-        )
+        pixels = picture.source
+        if not isinstance(pixels, np.ndarray):
+            image = open_image(pixels, limits=self.limits)
+            pixels = np.asarray(self.image_processor([image], self.aspect_ratio), np.float32)
+        pixels = pixels.reshape(-1, *pixels.shape[-3:])
+        size = self.model.get_vision_tower().image_size
+        if pixels.shape[1:] != (3, size, size):
+            raise LlavaError(
+                f"the vision tower takes pictures of {size} × {size}, but the image processor made "
+                f"{pixels.shape[-2]} × {pixels.shape[-1]}; check image_aspect_ratio and preprocessor_config.json"
+            )
+        return pixels
 
     def _encode(self, pictures: list[Picture]) -> dict[int, torch.Tensor]:
         encoded = {}

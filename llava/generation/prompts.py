@@ -13,6 +13,7 @@ from llava.errors import LlavaError
 from llava.generation.messages import ContextTooLong, Request
 from llava.generation.pictures import Picture, PictureEncoder
 from llava.generation.prefix_store import BLOCK
+from llava.generation.tokenizer_cache import TokenizerCache
 from llava.tokenization import ImageTokens, encode_prompt, expand_images, stop_token_ids, tokenize_prompt
 
 
@@ -49,14 +50,17 @@ class PromptBuilder:
     """Makes prompts of requests for one model; may be used from any thread."""
 
     def __init__(self, tokenizer: Any, config: Any, encoder: PictureEncoder, context_len: int):
-        self.tokenizer = tokenizer
+        self.tokenizer = TokenizerCache(tokenizer)
         self.encoder = encoder
         self.context_len = context_len
         self.image_tokens = ImageTokens.from_config(config, tokenizer)
         self._special = set(tokenizer.all_special_tokens)
+        self._stop_ids: dict[str, frozenset[int]] = {}
 
-    def build(self, request: Request) -> Prompt:
+    def build(self, request: Request, known: dict[int, Picture] | None = None) -> Prompt:
         """The request's prompt; pictures are identified, not yet opened (but for `anyres`).
+
+        `known` collects pictures by the identity of their source, so that a source used again isn't hashed again.
 
         Raises:
             LlavaError: pictures and `<image>` differ in number, a picture's file is missing.
@@ -69,7 +73,7 @@ class PromptBuilder:
                 f"{_name(request)}the text has {places} <image> but {len(request.images)} picture(s) were given; "
                 f"each picture needs its <image> in the text"
             )
-        pictures = [self.encoder.identify(source) for source in request.images]
+        pictures = [self._identify(source, {} if known is None else known) for source in request.images]
         lengths = [self.encoder.num_positions(picture) for picture in pictures]
         ids, _ = expand_images(ids, None, lengths)
         room = self.context_len - len(ids)
@@ -102,17 +106,23 @@ class PromptBuilder:
             return tokenize_prompt(conversation, self.tokenizer, self.image_tokens)
         return conversation
 
+    def _identify(self, source: Any, known: dict[int, Picture]) -> Picture:
+        picture = known.get(id(source))
+        if picture is None:
+            picture = known[id(source)] = self.encoder.identify(source)
+        return picture
+
     def _stops(self, request: Request) -> dict[str, Any]:
         strings = list(request.sampling.stop)
-        ids = {self.tokenizer.eos_token_id}
-        if isinstance(request.conversation, Conversation):
-            ids.update(stop_token_ids(request.conversation, self.tokenizer))
-            end = request.conversation.stop_str
-            if end and end not in self._special:
-                strings.append(end)
         if request.sampling.ignore_eos:
-            ids, strings = set(), list(request.sampling.stop)
-        return {"stop_ids": frozenset(ids - {None}), "stop_strings": tuple(dict.fromkeys(strings))}
+            return {"stop_ids": frozenset(), "stop_strings": tuple(strings)}
+        end = request.conversation.stop_str if isinstance(request.conversation, Conversation) else ""
+        if end not in self._stop_ids:
+            ids = stop_token_ids(request.conversation, self.tokenizer) if end else [self.tokenizer.eos_token_id]
+            self._stop_ids[end] = frozenset(ids) - {None}
+        if end and end not in self._special:
+            strings.append(end)
+        return {"stop_ids": self._stop_ids[end], "stop_strings": tuple(dict.fromkeys(strings))}
 
 
 def _beginning(key: np.ndarray, length: int) -> Beginning | None:

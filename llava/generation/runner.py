@@ -1,102 +1,75 @@
-"""The model's forward passes over rows of the cache: prompts (or what is new of them), and one token for each row."""
+"""The language model over rows of the cache: what is new of prompts, and one token for each running row."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.generation.kv_cache import CachePass, RowCache
+from llava.generation.kv_cache import RowCache
+from llava.generation.packing import PackedPass, Row
 from llava.generation.pictures import PictureEncoder
 from llava.generation.prompts import Prompt
 
 
 class Runner:
-    """Runs the language model; rows are those of `cache`."""
+    """Runs LLaMA's or Mistral's blocks on packed tokens; their modules are transformers' (quantized or not)."""
 
     def __init__(self, model: Any, encoder: PictureEncoder, cache_bytes: int, context_len: int):
         config = model.config
-        if "flash" in (config._attn_implementation or ""):
-            # Those kernels take no mask, and rows of different lengths need one.
-            model.set_attn_implementation("sdpa")
         self.model = model
         self.encoder = encoder
         self.window = getattr(config, "sliding_window", None)
-        self.is_eager = config._attn_implementation == "eager"
         embedding = model.get_input_embeddings().weight
         self.device = embedding.device
         self.dtype = embedding.dtype
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * embedding.element_size()
-        # One position more than a context, for what padding writes.
-        self.cache = RowCache(config.num_hidden_layers, per_position, cache_bytes, context_len + 1)
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv_size = config.num_key_value_heads * self.head_dim
+        per_position = 2 * config.num_hidden_layers * kv_size * embedding.element_size()
+        self.cache = RowCache(config.num_hidden_layers, per_position, cache_bytes, context_len)
 
-    def prefill(self, start: int, prompts: Sequence[Prompt], begins: Sequence[int], ends: Sequence[int]):
-        """Compute positions `begins[i]` to `ends[i]` of each prompt in row `start` + i, whose earlier ones are there.
-
-        Returns the last position's hidden state of each, `[rows, hidden]`.
-        """
-        lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        longest = max(lengths)
-        ids = np.zeros((len(prompts), longest), np.int64)
-        for row, (prompt, begin, end) in enumerate(zip(prompts, begins, ends, strict=True)):
-            ids[row, : end - begin] = prompt.ids[begin:end]
-        features = self._features(prompts, begins, ends)
-        embeds = self.model.embed_inputs(torch.from_numpy(ids).to(self.device), image_features=features)
-        hidden = self._forward(embeds, start, begins, lengths)
-        places = torch.tensor(lengths, device=hidden.device) - 1
-        return hidden[torch.arange(len(lengths), device=hidden.device), places]
+    def prefill(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> torch.Tensor:
+        """Compute `rows` of the prompts; returns the hidden state of each row's last position, `[rows, hidden]`."""
+        ids = np.concatenate([prompt.ids[row.begin : row.end] for prompt, row in zip(prompts, rows, strict=True)])
+        features = self._features(prompts, rows)
+        embeds = self.model.embed_inputs(torch.from_numpy(ids)[None].to(self.device), image_features=features)
+        packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
+        return self._forward(embeds[0], packed)[packed.last]
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """One token into each of the first rows, behind its `lengths[i]` positions; hidden states `[rows, hidden]`."""
-        ids = torch.tensor(tokens, device=self.device)[:, None]
-        embeds = self.model.get_input_embeddings()(ids)
-        return self._forward(embeds, 0, lengths, [1] * len(tokens))[:, 0]
+        embeds = self.model.get_input_embeddings()(torch.tensor(tokens, device=self.device))
+        rows = [Row(row, length, length + 1) for row, length in enumerate(lengths)]
+        return self._forward(embeds, PackedPass(self.cache, rows, self.device, self.dtype, self.window))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[rows, vocabulary]`."""
+        """`[rows, vocabulary]` of hidden states `[rows, hidden]`."""
         return self.model.lm_head(hidden)
 
-    def _forward(self, embeds: torch.Tensor, start: int, begins: Sequence[int], lengths: Sequence[int]):
-        """Hidden states `[rows, new, hidden]`; row i has `lengths[i]` new positions from `begins[i]` on."""
-        new = embeds.shape[1]
-        width = max(begin + length for begin, length in zip(begins, lengths, strict=True))
-        columns = torch.arange(new, device=self.device)
-        offset = begins[0] if min(begins) == max(begins) else None
-        positions = torch.tensor(begins, device=self.device)[:, None] + columns
-        targets = positions
-        if offset is None and min(lengths) < new:
-            # Padding is written behind all that is read; it must not overwrite a longer row's positions.
-            is_padding = columns >= torch.tensor(lengths, device=self.device)[:, None]
-            targets = positions.masked_fill(is_padding, width)
-        cache = CachePass(self.cache, start, width, offset, targets)
-        output = self.model.get_model()(
-            inputs_embeds=embeds,
-            attention_mask=self._mask(positions if offset is None else positions[:1], width, embeds.dtype),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state
+    def _forward(self, hidden: torch.Tensor, packed: PackedPass) -> torch.Tensor:
+        """Embeddings `[tokens, hidden]` through all blocks and the final norm."""
+        core = self.model.get_model()
+        cos, sin = (part[0] for part in core.rotary_emb(hidden[None], packed.positions[None]))
+        for index, layer in enumerate(core.layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            queries, keys, values = (
+                projection(normed).view(len(hidden), -1, self.head_dim)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
+            hidden = hidden + attention.o_proj(packed.attend(index, attention, queries, keys, values))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return core.norm(hidden)
 
-    def _mask(self, positions: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """`[rows, 1, new, width]`: each position sees itself and what comes before it (in the window)."""
-        keys = torch.arange(width, device=self.device)
-        mask = keys <= positions[:, :, None]
-        if self.window is not None:
-            mask &= keys > positions[:, :, None] - self.window
-        mask = mask[:, None]
-        if self.is_eager:
-            return torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill(~mask, torch.finfo(dtype).min)
-        return mask
-
-    def _features(self, prompts: Sequence[Prompt], begins: Sequence[int], ends: Sequence[int]) -> torch.Tensor | None:
+    def _features(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> torch.Tensor | None:
         """Features of the pictures (or parts of pictures) within the computed positions, in reading order."""
         needed = [
-            (picture, max(begin, first) - first, min(end, last) - first)
-            for prompt, begin, end in zip(prompts, begins, ends, strict=True)
+            (picture, max(row.begin, first) - first, min(row.end, last) - first)
+            for prompt, row in zip(prompts, rows, strict=True)
             for picture, (first, last) in zip(prompt.pictures, prompt.spans, strict=True)
-            if first < end and last > begin
+            if first < row.end and last > row.begin
         ]
         if not needed:
             return None

@@ -16,6 +16,7 @@ from llava.errors import LlavaError
 from llava.generation.beam import beam_search
 from llava.generation.detokenize import Detokenizer
 from llava.generation.messages import OutOfMemory
+from llava.generation.packing import Row
 from llava.generation.prefix_store import Prefix, PrefixStore
 from llava.generation.prompts import Prompt
 from llava.generation.runner import Runner
@@ -24,10 +25,6 @@ from llava.generation.state import Generation
 
 log = logging.getLogger(__name__)
 
-_SHARED_TEXT = 4
-"""So many different prompts that begin with one text make computing it by itself worth a pass."""
-_MAX_PADDING = 1024
-"""Positions of padding in a pass; more of them cost more than a second pass."""
 _ROOM = 64
 """Positions that a row gets beyond its prompt at once; more when it needs them."""
 
@@ -164,18 +161,20 @@ class Scheduler:
         generation.finish("error", error)
 
     def _start(self, admitted: list[Generation]) -> None:
-        """Compute the prompts of `admitted` and their first tokens; on a full device, of as many as it holds."""
-        try:
-            self._prefill(admitted)
-        except (torch.OutOfMemoryError, LlavaError) as error:
-            if len(admitted) == 1:
-                self._fail(admitted[0], error)
-                return
-            self.prefixes.clear()
-            half = len(admitted) // 2
-            log.warning("%d prompts at once failed (%s); trying %d", len(admitted), type(error).__name__, half)
-            self._start(admitted[:half])
-            self._start(admitted[half:])
+        """Compute the prompts of `admitted` and their first tokens; on a full device, of fewer at a time."""
+        todo = [admitted]
+        while todo:
+            part = todo.pop(0)
+            try:
+                self._prefill(part)
+            except (torch.OutOfMemoryError, LlavaError) as error:
+                self.prefixes.clear()
+                if len(part) == 1:
+                    self._fail(part[0], error)
+                else:
+                    log.warning("%d prompts at once failed (%s); trying fewer", len(part), type(error).__name__)
+                    half = len(part) // 2 if isinstance(error, torch.OutOfMemoryError) else 1
+                    todo[:0] = [part[start : start + half] for start in range(0, len(part), half)]
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         if not isinstance(error, LlavaError):
@@ -183,64 +182,55 @@ class Scheduler:
         generation.finish("error", error)
 
     def _prefill(self, admitted: list[Generation]) -> None:
-        cache = self.runner.cache
+        """Compute the prompts, each beginning once, and the first token of each."""
+        plans = self._plan(admitted)
+        running = len(self.running)
+        row_of = {id(plan): running + place for place, plan in enumerate(plans)}
         width = max(len(one.prompt) + min(_ROOM, one.prompt.max_new_tokens) for one in admitted)
-        width = max(width, *(one.length + 1 for one in self.running), 0)
-        cache.reserve(len(self.running) + len(admitted), width, len(self.running))
-        found = self._find_prefixes([one.prompt for one in admitted])
-        # Alike in what is left to compute, so that little padding is.
-        order = sorted(range(len(admitted)), key=lambda index: found[index][1] - len(admitted[index].prompt))
-        start = len(self.running)
-        hidden = self._compute([(admitted[i].prompt, *found[i], len(admitted[i].prompt)) for i in order], start)
-        newcomers = [admitted[index] for index in order]
-        for index, one in zip(order, newcomers, strict=True):
-            one.length = len(one.prompt)
-            one.cached = max(one.cached, found[index][1])
-            self.counts.prompt_tokens += len(one.prompt)
-            self.counts.cached_tokens += found[index][1]
-        self.running += newcomers
-        self._take_tokens(start, hidden)
+        width = min(max(width, *(one.length + 1 for one in self.running), 0), self.runner.cache.max_width)
+        self.runner.cache.reserve(running + len(plans), width, running)
+        rows = []
+        for row, plan in enumerate(plans, running):
+            if plan.prefix is not None:
+                self.runner.cache.load(row, 1, plan.prefix.states, plan.begin)
+            rows.append(Row(row, plan.begin, len(plan.prompt), plan.source and row_of[id(plan.source)]))
+        hidden = torch.cat(
+            [
+                self.runner.prefill([plan.prompt for plan in plans[first:last]], rows[first:last])
+                for first, last in _passes([row.end - row.begin for row in rows], self.max_prefill)
+            ]
+        )
+        for row, plan in enumerate(plans, running):
+            self._started(plan, row)
+        self._take_tokens(running, hidden)
 
-    def _find_prefixes(self, prompts: list[Prompt]) -> list[tuple[Prefix | None, int]]:
-        """For each prompt the longest computed beginning, (prefix, length); shared ones are computed first."""
-        found = [self.prefixes.find(prompt.key[:-1]) for prompt in prompts]
-        for level in range(len(prompts[0].beginnings)):
-            groups: dict[bytes, list[int]] = {}
-            for index, prompt in enumerate(prompts):
-                beginning = prompt.beginnings[level]
-                if beginning and beginning.length > found[index][1]:
-                    groups.setdefault(beginning.digest, []).append(index)
-            least = _SHARED_TEXT if level == 0 else 2
-            shared = [members for digest, members in groups.items() if len(members) + self._expected[digest] >= least]
-            shared.sort(key=lambda members: -prompts[members[0]].beginnings[level].length)
-            for members, prefix in zip(shared, self._compute_prefixes(prompts, found, shared, level), strict=True):
-                for index in members:
-                    found[index] = (prefix, len(prefix.key))
-        return found
+    def _plan(self, admitted: list[Generation]) -> list["Plan"]:
+        """What to compute of each prompt: not what was kept, and not what another one begins with too."""
+        plans = [Plan(one, *self.prefixes.find(one.prompt.key[:-1])) for one in admitted]
+        for level in range(len(admitted[0].prompt.beginnings)):
+            owners: dict[bytes, Plan] = {}
+            for plan in plans:
+                beginning = plan.prompt.beginnings[level]
+                if beginning is None or beginning.length <= plan.begin:
+                    continue
+                owner = owners.setdefault(beginning.digest, plan)
+                if owner is not plan:
+                    plan.prefix, plan.source, plan.begin = None, owner, beginning.length
+                elif self._expected[beginning.digest]:
+                    plan.kept_length = beginning.length
+        # Sources first; then by length, so that attention's groups are of like ones.
+        return sorted(plans, key=lambda plan: (plan.depth, plan.begin - len(plan.prompt)))
 
-    def _compute_prefixes(self, prompts, found, shared: list[list[int]], level: int) -> list[Prefix]:
-        """Compute one beginning for each group, in the free rows, and keep it."""
-        if not shared:
-            return []
-        firsts = [members[0] for members in shared]
-        ends = [prompts[index].beginnings[level].length for index in firsts]
-        rows = [(prompts[index], *found[index], end) for index, end in zip(firsts, ends, strict=True)]
-        start = len(self.running)
-        self._compute(rows, start)
-        return [
-            self.prefixes.add(prompts[index].key[:end], self.runner.cache.save(start + place, end))
-            for place, (index, end) in enumerate(zip(firsts, ends, strict=True))
-        ]
-
-    def _compute(self, rows: list[tuple[Prompt, Prefix | None, int, int]], start: int) -> torch.Tensor:
-        """Compute rows (prompt, prefix, its length, end) into the cache from row `start` on; last hidden states."""
-        for place, count, prefix, length in _runs(rows):
-            self.runner.cache.load(start + place, count, prefix.states, length)
-        hidden = []
-        for first, last in _passes([end - begin for _, _, begin, end in rows], self.max_prefill):
-            prompts, _, begins, ends = zip(*rows[first:last], strict=True)
-            hidden.append(self.runner.prefill(start + first, prompts, begins, ends))
-        return torch.cat(hidden)
+    def _started(self, plan: "Plan", row: int) -> None:
+        one = plan.generation
+        one.length = len(one.prompt)
+        one.cached = max(one.cached, plan.begin)
+        self.counts.prompt_tokens += one.length
+        self.counts.cached_tokens += plan.begin
+        if plan.kept_length:
+            key = one.prompt.key[: plan.kept_length]
+            self.prefixes.add(key, self.runner.cache.save(row, plan.kept_length))
+        self.running.append(one)
 
     def _decode(self) -> None:
         self._make_room()
@@ -310,29 +300,31 @@ class Scheduler:
             one.finish(reason)
 
 
-def _runs(rows: Sequence[tuple[Prompt, Prefix | None, int, int]]) -> Iterator[tuple[int, int, Prefix, int]]:
-    """(first row, number of rows, prefix, length) of neighbours that begin with the same prefix."""
-    place = 0
-    while place < len(rows):
-        _, prefix, length, _ = rows[place]
-        count = 1
-        while place + count < len(rows) and rows[place + count][1] is prefix and rows[place + count][2] == length:
-            count += 1
-        if prefix is not None and length:
-            yield place, count, prefix, length
-        place += count
+class Plan:
+    """What is computed of one prompt: positions from `begin` on."""
+
+    def __init__(self, generation: Generation, prefix: Prefix | None, begin: int):
+        self.generation = generation
+        self.prompt = generation.prompt
+        self.begin = begin
+        self.prefix = prefix
+        """Where the positions before come from; or"""
+        self.source: Plan | None = None
+        """another prompt of this step, which computes them."""
+        self.kept_length = 0
+        """How much of the beginning is kept for requests that are still to come."""
+
+    @property
+    def depth(self) -> int:
+        return 0 if self.source is None else self.source.depth + 1
 
 
 def _passes(lengths: Sequence[int], max_positions: int) -> Iterator[tuple[int, int]]:
-    """Slices of rows (longest first) for one pass each: at most `max_positions` with padding, little of it padding."""
-    first = 0
-    while first < len(lengths):
-        last, used = first, 0
-        while last < len(lengths):
-            used += lengths[last]
-            whole = (last + 1 - first) * lengths[first]
-            if last > first and (whole > max_positions or whole - used > _MAX_PADDING):
-                break
-            last += 1
-        yield first, last
-        first = last
+    """Slices of rows, one for each pass of about `max_positions` at most."""
+    first, used = 0, 0
+    for place, length in enumerate(lengths):
+        if place > first and used + length > max_positions:
+            yield first, place
+            first, used = place, 0
+        used += length
+    yield first, len(lengths)

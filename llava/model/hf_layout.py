@@ -98,7 +98,7 @@ def hf_source(weights: WeightFiles, model) -> Source:
             if linear and re.fullmatch(_PROJECTOR, hf_name):
                 check_identity(weights, hf_name)
                 unused.add(hf_name)
-        elif name.startswith(CLIP_PREFIX) and is_behind_selection(name.removeprefix(CLIP_PREFIX), model):
+        elif is_behind_selection(name, model):
             behind[name] = hf_name
         else:
             names[name] = hf_name

@@ -47,6 +47,7 @@ class LlavaForCausalLM:
     def initialize_vision_modules(self) -> None:
         """Add tower and projector as `config` describes them; their weights are random."""
         tower = build_vision_tower(self.config)
+        self._no_split_modules = {*self._no_split_modules, *tower.no_split_modules}
         self.config.mm_hidden_size = tower.hidden_size
         self.model.vision_tower = tower
         self.model.mm_projector = build_projector(
@@ -185,7 +186,7 @@ class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
     """LLaMA-1/2 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor) with pictures."""
 
     config_class = LlavaLlamaConfig
-    _no_split_modules = ("LlamaDecoderLayer", "CLIPEncoderLayer")
+    _no_split_modules = ("LlamaDecoderLayer",)
 
     def __init__(self, config: LlavaLlamaConfig):
         super(LlamaForCausalLM, self).__init__(config)
@@ -200,7 +201,7 @@ class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
     """Mistral (LLaVA-Med v1.5) with pictures."""
 
     config_class = LlavaMistralConfig
-    _no_split_modules = ("MistralDecoderLayer", "CLIPEncoderLayer")
+    _no_split_modules = ("MistralDecoderLayer",)
 
     def __init__(self, config: LlavaMistralConfig):
         super(MistralForCausalLM, self).__init__(config)

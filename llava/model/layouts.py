@@ -22,7 +22,6 @@ from llava.model.hf_layout import hf_source, is_hf_config, native_config
 from llava.model.locate import locate_model
 from llava.model.lora import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
 from llava.model.tower_files import (
-    CLIP_PREFIX,
     TOWER_PREFIX,
     is_behind_selection,
     known_vision_config,
@@ -102,7 +101,7 @@ def native_source(weights: WeightFiles, model: PreTrainedModel, what: str = "che
     names, behind = {}, {}
     for file_name in weights:
         name = native_name(file_name)
-        if name.startswith(CLIP_PREFIX) and is_behind_selection(name.removeprefix(CLIP_PREFIX), model):
+        if is_behind_selection(name, model):
             behind[name] = file_name
         elif not is_harmless(name):
             names[name] = file_name

@@ -5,10 +5,11 @@ from typing import Any
 
 from llava.errors import LlavaError
 from llava.model.assemble import Source
+from llava.model.open_clip_tower import is_open_clip_folder, open_clip_source, read_open_clip_config
+from llava.model.vision_tower import TOWER_PREFIX
 from llava.model.weights import WeightFiles, is_harmless
 from llava.records import read_json
 
-TOWER_PREFIX = "model.vision_tower."
 CLIP_PREFIX = TOWER_PREFIX + "vision_tower.vision_model."
 
 _CLIP_VISION_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
@@ -41,9 +42,7 @@ def read_vision_config(folder: Path) -> dict[str, Any]:
     Raises:
         LlavaError: the folder holds neither.
     """
-    if (folder / "open_clip_config.json").is_file():
-        from llava.model.open_clip_tower import read_open_clip_config
-
+    if is_open_clip_folder(folder):
         return read_open_clip_config(folder)
     config = read_json(folder / "config.json")
     if "vision_config" in config:
@@ -77,29 +76,21 @@ def known_vision_config(name: str | None) -> dict[str, Any] | None:
 
 def tower_source(folder: Path, model) -> Source:
     """The weights of a tower's own folder under the names that `model` has for them."""
-    if (folder / "open_clip_config.json").is_file():
-        from llava.model.open_clip_tower import open_clip_source
-
+    if is_open_clip_folder(folder):
         return open_clip_source(folder, model)
     weights = WeightFiles.of_folder(folder)
     names, behind, unused = {}, {}, set()
     for file_name in weights:
         own_name = file_name.removeprefix("vision_model.")
         if own_name.startswith(_CLIP_VISION_PARTS):
-            (behind if is_behind_selection(own_name, model) else names)[CLIP_PREFIX + own_name] = file_name
+            name = CLIP_PREFIX + own_name
+            (behind if is_behind_selection(name, model) else names)[name] = file_name
         elif file_name.startswith(_CLIP_OTHER_PARTS):
             unused.add(file_name)
     names = {name: file_name for name, file_name in names.items() if not is_harmless(name)}
     return Source("vision tower", weights, names, behind, frozenset(unused))
 
 
-def is_behind_selection(own_name: str, model) -> bool:
-    """Whether a CLIP vision tensor belongs to the final norm or to a block behind those that `model` runs."""
-    if own_name.startswith("post_layernorm."):
-        return True
-    if not own_name.startswith("encoder.layers."):
-        return False
-    block = own_name.removeprefix("encoder.layers.").partition(".")[0]
-    tower = model.get_vision_tower()
-    used = len(tower.vision_tower.vision_model.encoder.layers)
-    return block.isdigit() and used <= int(block) < tower.vision_config["num_hidden_layers"]
+def is_behind_selection(name: str, model) -> bool:
+    """Whether a checkpoint's tensor belongs to the part of the tower that `model` doesn't run."""
+    return name.startswith(TOWER_PREFIX) and model.get_vision_tower().is_behind(name.removeprefix(TOWER_PREFIX))

@@ -16,6 +16,9 @@ from llava.model.weights import WeightFiles
 
 OPEN_CLIP_KIND = "open_clip"
 
+TOWER_PREFIX = "model.vision_tower."
+"""What stands before the tower's names in a checkpoint."""
+
 
 def build_vision_tower(config: Any) -> "VisionTower":
     """The tower of `config.mm_vision_config`, select layer and feature as the config says.
@@ -38,6 +41,9 @@ class VisionTower(nn.Module):
 
     `forward(pixel_values [n, 3, H, W]) -> [n, num_patches, hidden_size]`, in the tower's dtype.
     """
+
+    no_split_modules: tuple[str, ...] = ()
+    """Classes whose modules stay on one device, and are sharded one by one."""
 
     hidden_size: int
     image_size: int
@@ -88,6 +94,10 @@ class VisionTower(nn.Module):
             if path in opened and key in opened[path]
         }
 
+    def is_behind(self, name: str) -> bool:
+        """Whether a tensor of the whole tower, named as here, belongs to what isn't run and therefore not held."""
+        raise NotImplementedError
+
     def select(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[n, 1 + patches, hidden]` with the class token first, or without it."""
         return hidden_states[:, 1:] if self.select_feature == "patch" else hidden_states
@@ -113,6 +123,8 @@ class CLIPVisionTower(VisionTower):
     State keys are `vision_tower.vision_model.*`, as LLaVA writes them.
     """
 
+    no_split_modules = ("CLIPEncoderLayer",)
+
     def __init__(self, vision_config: dict, select_layer: int = -2, select_feature: str = "patch"):
         super().__init__(select_feature)
         self.vision_config = vision_config
@@ -125,6 +137,14 @@ class CLIPVisionTower(VisionTower):
         self.vision_tower = nn.Module()
         self.vision_tower.vision_model = CLIPVisionModel(used)
         self.vision_tower.vision_model.post_layernorm = nn.Identity()
+
+    def is_behind(self, name: str) -> bool:
+        own_name = name.removeprefix("vision_tower.vision_model.")
+        if own_name.startswith("post_layernorm."):
+            return True
+        block = own_name.removeprefix("encoder.layers.").partition(".")[0]
+        used = len(self.vision_tower.vision_model.encoder.layers)
+        return block.isdigit() and used <= int(block) < self.vision_config["num_hidden_layers"]
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         clip = self.vision_tower.vision_model

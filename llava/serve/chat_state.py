@@ -56,10 +56,11 @@ class Exchange:
 
 @dataclass
 class Chat:
-    """`draft` are the pictures of the question being written; `stopping` asks a running answer to end."""
+    """`draft` are the pictures of the question being written; `stopping` asks a `running` answer to end."""
 
     exchanges: list[Exchange] = field(default_factory=list)
     draft: list[Picture] = field(default_factory=list)
+    running: bool = False
     stopping: bool = False
 
     def messages(self, side: int) -> list[dict[str, Any]]:

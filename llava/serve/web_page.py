@@ -1,5 +1,6 @@
 """The web page: its parts and what they do. `build_page(client, options)` gives gradio's Blocks."""
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +175,10 @@ class Page:
         self.accept.click(self.on_accept, self.known, [self.notice, self.waiting, self.main, self.accepted], **quiet)
         self.timer.tick(self.on_tick, [self.known, self.accepted, self.model, self.other], places, **quiet)
         self.other.change(self.on_other, [self.other, self.chat], self.views[1], **quiet)
-        self.box.submit(self.on_ask, [self.chat, self.box, *chosen], view, **quiet)
-        self.again.click(self.on_again, [self.chat, self.box, *chosen], view, **quiet)
+        # "multiple": otherwise gradio drops, without a word, what is asked while an answer is being made.
+        asking = {**quiet, "trigger_mode": "multiple"}
+        self.box.submit(self.on_ask, [self.chat, self.box, *chosen], view, **asking)
+        self.again.click(self.on_again, [self.chat, self.box, *chosen], view, **asking)
         self.stop.click(self.on_stop, self.chat, self.chat, queue=False, **quiet)
         self.edit.click(self.on_edit, self.chat, view, **quiet)
         self.clear.click(self.on_clear, self.chat, view, **quiet)
@@ -218,6 +221,9 @@ class Page:
         return gr.Chatbot(value=chat.shown(1), visible=other != NO_SECOND)
 
     async def on_ask(self, chat: Chat, box: dict, *chosen):
+        if await _is_busy(chat):
+            yield [gr.skip()] * 6
+            return
         text = (box["text"] or "").strip()
         try:
             pictures = [*chat.draft, *_read_pictures(box["files"] or [])]
@@ -239,6 +245,9 @@ class Page:
             yield update
 
     async def on_again(self, chat: Chat, box: dict, *chosen):
+        if await _is_busy(chat):
+            yield [gr.skip()] * 6
+            return
         if not chat.exchanges or not chosen[0]:
             gr.Info("There is no question yet.")
             yield self._show(chat)
@@ -251,9 +260,13 @@ class Page:
         settings = Settings(temperature, top_p, int(max_new_tokens))
         # The box is emptied once: the next question may be typed while this one is answered.
         box = {"text": "", "files": []}
-        async for _ in answer(self.client, chat, models, settings):
-            yield self._show(chat, box, running=True)
-            box = None
+        chat.running = True
+        try:
+            async for _ in answer(self.client, chat, models, settings):
+                yield self._show(chat, box, running=True)
+                box = None
+        finally:
+            chat.running = False
         yield self._show(chat)
 
     async def on_stop(self, chat: Chat):
@@ -306,6 +319,15 @@ class Page:
             thumbnails(chat.draft),
             gr.Button(interactive=running),
         )
+
+
+async def _is_busy(chat: Chat) -> bool:
+    """Whether an answer is still being made; one that was told to stop is waited for."""
+    while chat.running and chat.stopping:
+        await asyncio.sleep(0.02)
+    if chat.running:
+        gr.Info("The last question is still being answered. Wait for its end, or stop it.")
+    return chat.running
 
 
 def _error(words: str, title: str) -> gr.Error:

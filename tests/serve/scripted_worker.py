@@ -1,7 +1,8 @@
 """A worker whose engine does what the question says: `python -m tests.serve.scripted_worker --port …`.
 
 All of the HTTP side is real; only the model isn't. The last word of the question decides: `oom`, `context`, `full`,
-`picture`, `crash` (the engine's thread raises), `die` (the process is gone), `slow` (20 s); else it says `echo: …`,
+`picture`, `crash` (the engine's thread raises), `die` (the process is gone), `slow` (20 s),
+`hold` (says its words, then waits to be stopped, 5 minutes at most); else it says `echo: …`,
 word by word.
 """
 
@@ -44,7 +45,8 @@ class ScriptedBackend:
         if words[-1] == "slow":
             words *= 100
         said = 0
-        for word in words[: job.max_new_tokens]:
+        last = len(words) - 1 if words[-1] == "hold" else None
+        for place, word in enumerate(words[: job.max_new_tokens]):
             if word == "die":
                 time.sleep(0.2)
                 os._exit(9)
@@ -52,7 +54,7 @@ class ScriptedBackend:
             logprobs = ({"token": word + " ", "logprob": -0.5, "top": top},) if job.logprobs is not None else ()
             put(Piece(word + " ", logprobs))
             said += 1
-            if stopped.wait(self.pause):
+            if stopped.wait(300 if place == last else self.pause):
                 self.cancelled += 1
                 self.running -= 1
                 return

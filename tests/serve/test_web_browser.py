@@ -135,20 +135,26 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         stopped = last_answer(page).inner_text()
         assert 0 < stopped.count("slow") < 50
 
+        ask(page, "now hold")
+        expect(last_answer(page)).to_contain_text("now hold", timeout=PATIENCE)
+        ask(page, "too early")
+        expect(page.get_by_text("still being answered")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#box textarea")).to_have_value("too early", timeout=PATIENCE)
         page.locator("#edit").click()
-        expect(page.locator("#box textarea")).to_have_value("go on and be slow", timeout=PATIENCE)
+        expect(page.locator("#box textarea")).to_have_value("now hold", timeout=PATIENCE)
         ask(page, "shorter now")
         expect(last_answer(page)).to_contain_text("shorter now", timeout=PATIENCE)
         expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
         page.locator("#again").click()
         expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
         expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
-        expect(page.locator("#chat0 [data-testid=user]")).to_have_count(2, timeout=PATIENCE)
+        expect(page.locator("#chat0 [data-testid=user]")).to_have_count(3, timeout=PATIENCE)
 
         choose(page, "#other", "second-model")
         ask(page, "both of you")
         for side in (0, 1):
             expect(last_answer(page, side)).to_contain_text("both of you", timeout=PATIENCE)
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
         screenshot(page, "web_side_by_side")
 
         ask(page, "now oom")
@@ -168,7 +174,7 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
             page.locator("#export").click()
         exported = json.loads(Path(download.value.path()).read_text())
         assert [turn["question"] for turn in exported["turns"]][-1] == "now oom"
-        assert [answer["model"] for answer in exported["turns"][2]["answers"]] == ["first-model", "second-model"]
+        assert [answer["model"] for answer in exported["turns"][3]["answers"]] == ["first-model", "second-model"]
 
         page.locator("#clear").click()
         expect(page.locator("#chat0 [data-testid=bot]")).to_have_count(0, timeout=PATIENCE)

@@ -1,0 +1,154 @@
+"""One forward pass over rows of the cache: which tokens go where, and who sees whom.
+
+All new tokens of all rows stand in one line, so that no padding goes through the products; attention alone works
+on rows, in groups of like length.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llava.generation.kv_cache import RowCache
+
+_GROUP_COST = 64
+"""Query positions of padding that cost as much as another call of the attention kernel."""
+
+
+class Row(NamedTuple):
+    """New positions `begin` … `end` of cache row `row`; the ones before are in it, or copied from row `source`."""
+
+    row: int
+    begin: int
+    end: int
+    source: int | None = None
+
+
+class Group(NamedTuple):
+    """Neighbouring rows whose attention is computed together, padded to `new` queries and `width` keys."""
+
+    tokens: slice
+    rows: slice
+    shape: tuple[int, int]
+    """(rows, new)."""
+    width: int
+    spread: torch.Tensor | None
+    """From the group's tokens to the padded ones; None if nothing is padded."""
+    collect: torch.Tensor | None
+    """From the padded ones back."""
+    mask: torch.Tensor
+
+
+class PackedPass:
+    """The indices of one pass; `rows` must be neighbours in the cache, in this order.
+
+    A row's source must be among the rows of this pass or complete in the cache; the source of a source comes
+    earlier in `rows`.
+    """
+
+    def __init__(self, cache: RowCache, rows: Sequence[Row], device: torch.device, dtype, window: int | None):
+        self.cache = cache
+        self.window = window
+        self.dtype = dtype
+        lengths = [row.end - row.begin for row in rows]
+        self.num_tokens = sum(lengths)
+        counts = torch.tensor(lengths)
+        first = counts.cumsum(0) - counts
+        self.last = (first + counts - 1).to(device)
+        """Where each row's last token stands in the line."""
+        within = torch.arange(self.num_tokens) - first.repeat_interleave(counts)
+        begins = torch.tensor([row.begin for row in rows])
+        self.positions = (begins.repeat_interleave(counts) + within).to(device)
+        """Of each token in its row."""
+        self.rows = torch.tensor([row.row for row in rows]).repeat_interleave(counts).to(device)
+        self.groups = [
+            self._group(rows[start:end], int(first[start]), device) for start, end in split_into_groups(lengths)
+        ]
+        self.copies = _copies(rows)
+
+    def attend(self, index: int, attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+        """Put keys and values into the cache and attend; all `[tokens, heads, head_dim]`.
+
+        Returns `[tokens, heads * head_dim]`.
+        """
+        layer = self.cache.write(index, self.rows, self.positions, keys, values)
+        for sources, targets, length in self.copies:
+            layer[:, targets, :, :length] = layer[:, sources, :, :length]
+        outputs = []
+        for group in self.groups:
+            own = queries[group.tokens]
+            own = own if group.spread is None else own[group.spread]
+            own = own.view(*group.shape, *own.shape[1:]).transpose(1, 2)
+            known, seen = layer[:, group.rows, :, : group.width]
+            output, _ = sdpa_attention_forward(attention, own, known, seen, group.mask, scaling=attention.scaling)
+            output = output.reshape(group.shape[0] * group.shape[1], -1)
+            outputs.append(output if group.collect is None else output[group.collect])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _group(self, rows: Sequence[Row], first: int, device: torch.device) -> Group:
+        lengths = torch.tensor([row.end - row.begin for row in rows])
+        new, total = int(lengths.max()), int(lengths.sum())
+        width = max(row.end for row in rows)
+        columns = torch.arange(new)
+        spread = collect = None
+        if total < new * len(rows):
+            starts = lengths.cumsum(0) - lengths
+            # Padding repeats a row's last token; what comes of it is dropped.
+            spread = (starts[:, None] + columns.minimum(lengths[:, None] - 1)).flatten().to(device)
+            collect = (columns < lengths[:, None]).flatten().nonzero()[:, 0].to(device)
+        queries = torch.tensor([row.begin for row in rows])[:, None] + columns
+        return Group(
+            slice(first, first + total),
+            slice(rows[0].row, rows[0].row + len(rows)),
+            (len(rows), new),
+            width,
+            spread,
+            collect,
+            self._mask(queries.to(device), width),
+        )
+
+    def _mask(self, queries: torch.Tensor, width: int) -> torch.Tensor:
+        """`[rows, 1, new, width]` of positions `[rows, new]`: each sees itself and what is before."""
+        keys = torch.arange(width, device=queries.device)
+        mask = keys <= queries[:, :, None]
+        if self.window is not None:
+            mask &= keys > queries[:, :, None] - self.window
+        mask = mask[:, None]
+        if mask.device.type != "cpu":
+            return mask
+        # torch's kernel for the CPU is faster where it may add its mask.
+        return torch.zeros(mask.shape, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
+
+
+def split_into_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Slices of neighbouring rows for which padding and the number of groups together cost least."""
+    runs = [0, *(place for place in range(1, len(lengths)) if lengths[place] != lengths[place - 1]), len(lengths)]
+    best: list[tuple[int, int]] = [(0, 0)]
+    """(cost up to here, where the last group begins), in runs of equal length."""
+    for end in range(1, len(runs)):
+        longest, options = 0, []
+        for start in range(end - 1, -1, -1):
+            longest = max(longest, lengths[runs[start]])
+            padded = longest * (runs[end] - runs[start])
+            options.append((best[start][0] + padded + _GROUP_COST, start))
+        best.append(min(options))
+    groups, end = [], len(runs) - 1
+    while end:
+        start = best[end][1]
+        groups.append((runs[start], runs[end]))
+        end = start
+    return groups[::-1]
+
+
+def _copies(rows: Sequence[Row]) -> list[tuple[list[int], list[int], int]]:
+    """(sources, targets, length) in an order in which every source is complete before it is copied."""
+    copies: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    depth: dict[int, int] = {}
+    for row in rows:
+        if row.source is not None:
+            depth[row.row] = depth.get(row.source, 0) + 1
+            sources, targets = copies.setdefault((depth[row.row], row.begin), ([], []))
+            sources.append(row.source)
+            targets.append(row.row)
+    return [(*copies[key], key[1]) for key in sorted(copies)]

@@ -1,0 +1,35 @@
+"""A tokenizer that remembers: prompts of one template have most of their pieces in common."""
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+_SIZE = 4096
+
+
+class TokenizerCache:
+    """As the tokenizer for those who only ask it for ids; everything else is passed on."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._known: OrderedDict[tuple, list[int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.added_tokens_decoder = dict(getattr(tokenizer, "added_tokens_decoder", {}))
+        self.all_special_tokens = list(tokenizer.all_special_tokens)
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        key = (text, *options.items())
+        with self._lock:
+            ids = self._known.get(key)
+            if ids is not None:
+                self._known.move_to_end(key)
+        if ids is None:
+            ids = list(self._tokenizer(text, **options)["input_ids"])
+            with self._lock:
+                self._known[key] = ids
+                while len(self._known) > _SIZE:
+                    self._known.popitem(last=False)
+        return {"input_ids": list(ids)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)

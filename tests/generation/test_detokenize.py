@@ -1,0 +1,71 @@
+"""Text that streams: whole characters only, stop strings never shown, and in sum the answer."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.generation.detokenize import Detokenizer, TextStream
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def stream(tokenizer, ids, stop=()):
+    text = TextStream(Detokenizer(tokenizer), stop)
+    pieces = []
+    for token in ids:
+        pieces.append(text.push([token]))
+        if text.is_stopped:
+            break
+    pieces.append(text.flush())
+    assert "".join(pieces) == text.text
+    return pieces
+
+
+@given(text=st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=40))
+def test_any_text_comes_out_as_it_went_in(text, tokenizer):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+@given(ids=st.lists(st.integers(0, 399), max_size=40))
+def test_any_tokens_give_what_they_decode_to(ids, tokenizer):
+    """Random ids make broken characters; what is shown is still what the whole decodes to."""
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@given(text=st.text("ab#", max_size=30), stop=st.lists(st.text("ab#", min_size=1, max_size=3), max_size=3))
+def test_stop_strings(text, stop, tokenizer):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    places = [text.find(one) for one in stop if one in text]
+    shown = "".join(stream(tokenizer, ids, stop))
+    # Several tokens may complete a stop string at once, so the first one found is not always the first in the text.
+    assert text.startswith(shown)
+    assert not any(one in shown for one in stop)
+    if places:
+        assert len(shown) <= max(places)
+    else:
+        assert shown == text
+
+
+def test_pieces_come_as_soon_as_they_can(tokenizer):
+    text = "The chest X-ray shows a large nodule"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = stream(tokenizer, ids, ["###"])
+    assert sum(bool(piece) for piece in pieces) > len(ids) // 2
+
+
+def test_half_a_stop_string_at_the_end_is_shown(tokenizer):
+    ids = tokenizer("yes ##", add_special_tokens=False)["input_ids"]
+    assert "".join(stream(tokenizer, ids, ["###"])) == "yes ##"
+
+
+def test_blanks_around_are_not_shown(tokenizer):
+    ids = tokenizer("  yes  no  ", add_special_tokens=False)["input_ids"]
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == "yes  no"

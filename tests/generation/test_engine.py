@@ -1,0 +1,276 @@
+"""The engine's answers: those of transformers' own generation, whatever is answered at the same time."""
+
+import pytest
+import torch
+
+from llava.errors import LlavaError
+from llava.generation import ContextTooLong, Engine, OutOfMemory, Request, SamplingParams
+from tests.generation.conftest import answer_alone, ask, assert_same, mixed_requests
+
+
+def test_batched_answers_are_those_of_single_generation(loaded, pictures):
+    requests = mixed_requests(pictures)
+    engine = Engine(loaded)
+    answers = engine.generate(requests)
+    assert [answer.id for answer in answers] == [request.id for request in requests]
+    assert engine.statistics()["cached_tokens"] > 0
+    for request, answer in zip(requests, answers):
+        expected, margins = answer_alone(loaded, engine, request)
+        assert_same(expected, margins, answer.token_ids)
+        assert answer.prompt_tokens == len(engine.prompts.build(request))
+        assert answer.finish_reason in ("stop", "length")
+        assert answer.text == loaded.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("options", [{"max_batch_size": 3}, {"max_prefill": 40}, {"prefix_bytes": 0}])
+def test_answers_do_not_depend_on_how_they_were_batched(llama, pictures, options):
+    requests = mixed_requests(pictures)
+    engine = Engine(llama)
+    together = engine.generate(requests)
+    for request, answer, other in zip(requests, together, Engine(llama, **options).generate(requests)):
+        assert_same(answer.token_ids, answer_alone(llama, engine, request)[1], other.token_ids)
+
+
+def test_sliding_window(llama, pictures, monkeypatch):
+    """Mistral-7B v0.1 sees 4096 positions back; here it is 20."""
+    monkeypatch.setattr(llama.model.config, "sliding_window", 20, raising=False)
+    requests = [ask("left right " * 12, [pictures[0]]), ask("Is there a fracture?")]
+    answers = Engine(llama).generate(requests)
+    engine = Engine(llama)
+    for request, answer in zip(requests, answers):
+        prompt = engine.prompts.build(request)
+        ids = [*prompt.ids.tolist(), *answer.token_ids]
+        features = engine.encoder.features(prompt.pictures)
+        with torch.inference_mode():
+            embeds = llama.model.embed_inputs(
+                torch.tensor([ids]), image_features=torch.cat(features) if features else None
+            )
+            places = torch.arange(len(ids))
+            mask = (places[None] <= places[:, None]) & (places[None] > places[:, None] - 20)
+            logits = llama.model(inputs_embeds=embeds, attention_mask=mask[None, None]).logits[0]
+        expected = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert expected == answer.token_ids
+
+
+def test_each_picture_is_opened_and_encoded_once(llama, tmp_path, pictures, monkeypatch):
+    from llava.generation import pictures as module
+
+    opened = []
+    monkeypatch.setattr(module, "open_image", lambda source, **options: opened.append(source) or original(source))
+    from llava.images import open_image as original
+
+    for index, picture in enumerate(pictures[:2]):
+        picture.save(tmp_path / f"{index}.png")
+    requests = [ask(f"Question {index}?", [tmp_path / f"{index % 2}.png"]) for index in range(12)]
+    engine = Engine(llama, max_batch_size=4)
+    engine.generate(requests)
+    assert len(opened) == 2
+    assert engine.statistics()["pictures_encoded"] == 2
+    engine.generate(requests)
+    assert len(opened) == 2
+
+
+def test_what_prompts_have_in_common_is_computed_once(llama, pictures):
+    requests = [ask(f"Is there {word}?", [pictures[0]]) for word in ("a fracture", "a nodule", "no", "left")]
+    engine = Engine(llama)
+    engine.generate(requests)
+    prompts = [engine.prompts.build(request) for request in requests]
+    shared = prompts[0].spans[-1][1]
+    assert engine.statistics()["cached_tokens"] == 3 * shared
+    # More than a batch of them: what is still to come finds it, too.
+    engine = Engine(llama, max_batch_size=2)
+    engine.generate(requests)
+    assert engine.statistics()["cached_tokens"] == 3 * shared
+
+
+def test_the_next_turn_goes_on_where_the_last_one_ended(llama, pictures):
+    engine = Engine(llama)
+    first = ask("What does the picture show?", [pictures[0]])
+    (answer,) = [piece for piece in [engine.submit(first)] if list(piece)]
+    conversation = first.conversation.copy()
+    conversation.append_message(conversation.roles[1], answer.answer.text)
+    conversation.append_message(conversation.roles[0], "Is it left?")
+    second = Request(conversation, [pictures[0]], SamplingParams(max_new_tokens=8))
+    ticket = engine.submit(second)
+    list(ticket)
+    assert ticket.answer.cached_tokens > answer.answer.prompt_tokens - 8
+    expected, margins = answer_alone(llama, Engine(llama), second)
+    assert_same(expected, margins, ticket.answer.token_ids)
+
+
+def test_another_picture_in_the_same_place_is_another_prompt(llama, pictures):
+    engine = Engine(llama)
+    for picture in pictures[:3]:
+        request = ask("What is it?", [picture])
+        ticket = engine.submit(request)
+        list(ticket)
+        expected, margins = answer_alone(llama, Engine(llama), request)
+        assert_same(expected, margins, ticket.answer.token_ids)
+
+
+def test_prompts_as_text_and_as_ids(llama, pictures):
+    engine = Engine(llama)
+    text = "USER: <image>\nWhat is it? ASSISTANT:"
+    ids = llama.tokenizer("USER: ")["input_ids"] + [-200] + llama.tokenizer("a?")["input_ids"][1:]
+    sampling = SamplingParams(max_new_tokens=4)
+    for conversation in (text, ids):
+        (answer,) = engine.generate([Request(conversation, [pictures[0]], sampling)])
+        expected, margins = answer_alone(llama, engine, Request(conversation, [pictures[0]], sampling))
+        assert_same(expected, margins, answer.token_ids)
+
+
+def test_stop_strings_end_the_answer(llama, pictures):
+    request = ask("What is it?", [pictures[1]], max_new_tokens=30)
+    (whole,) = Engine(llama).generate([request])
+    middle = whole.text[len(whole.text) // 3 : len(whole.text) // 3 + 2]
+    (answer,) = Engine(llama).generate([ask("What is it?", [pictures[1]], max_new_tokens=30, stop=middle)])
+    assert answer.finish_reason == "stop"
+    assert answer.text == whole.text[: whole.text.index(middle)].strip()
+    assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+
+
+def test_end_marks_of_the_template_and_ignore_eos(llama):
+    engine = Engine(llama)
+    prompt = engine.prompts.build(ask("Hi"))
+    assert prompt.stop_ids == {llama.tokenizer.eos_token_id}
+    assert engine.prompts.build(ask("Hi", template="llava_v0")).stop_strings == ("###",)
+    assert engine.prompts.build(ask("Hi", stop=("x",), ignore_eos=True)).stop_ids == frozenset()
+    (answer,) = engine.generate([ask("Hi", ignore_eos=True, max_new_tokens=25)])
+    assert len(answer.token_ids) == 25 and answer.finish_reason == "length"
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(llama, pictures):
+    request = ask("What is it?", [pictures[0]], temperature=1.5, seed=7, max_new_tokens=16)
+    (alone,) = Engine(llama).generate([request])
+    others = mixed_requests(pictures, temperature=0.9, seed=3)
+    found = Engine(llama).generate([*others[:5], request, *others[5:]])[5]
+    assert found.token_ids == alone.token_ids
+    different = Engine(llama).generate(
+        [ask("What is it?", [pictures[0]], temperature=1.5, seed=seed, max_new_tokens=16) for seed in range(6)]
+    )
+    assert len({tuple(answer.token_ids) for answer in different}) > 1
+
+
+def test_logprobs_are_the_models(llama, pictures):
+    request = ask("What is it?", [pictures[0]], logprobs=3, max_new_tokens=5)
+    engine = Engine(llama)
+    answer, _ = engine.generate([request, ask("Hi")])
+    prompt = engine.prompts.build(request)
+    ids = torch.tensor([[*prompt.ids.tolist(), *answer.token_ids]])
+    with torch.inference_mode():
+        features = torch.cat(engine.encoder.features(prompt.pictures))
+        scores = llama.model(input_ids=ids, image_features=features).logits[0, len(prompt) - 1 :].log_softmax(-1)
+    assert len(answer.logprobs) == len(answer.token_ids) == 5
+    for place, (token, found) in enumerate(zip(answer.token_ids, answer.logprobs)):
+        assert found.token_id == token
+        assert found.logprob == pytest.approx(float(scores[place, token]), abs=1e-4)
+        assert [entry[2] for entry in found.top] == pytest.approx(scores[place].topk(3).values.tolist(), abs=1e-4)
+        assert found.top[0][0] == token
+
+
+def test_beam_search_is_transformers_own(llama, pictures):
+    request = ask("What is it?", [pictures[0]], num_beams=3, max_new_tokens=6)
+    engine = Engine(llama)
+    answer, other = engine.generate([request, ask("Hi")])
+    prompt = engine.prompts.build(request)
+    ids = torch.from_numpy(prompt.ids)[None]
+    with torch.inference_mode():
+        embeds = llama.model.embed_inputs(ids, image_features=torch.cat(engine.encoder.features(prompt.pictures)))
+        expected = llama.model.generate(
+            inputs_embeds=embeds, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=6, do_sample=False,
+            eos_token_id=2, pad_token_id=2,
+        )[0].tolist()  # fmt: skip
+    assert answer.token_ids == expected[: expected.index(2) if 2 in expected else None]
+    assert other.token_ids
+
+
+def test_a_prompt_that_leaves_no_room_names_the_lengths(llama, pictures):
+    engine = Engine(llama)
+    request = ask("left right " * 300, id="q17")
+    with pytest.raises(ContextTooLong, match=r"q17.* positions and the model's context is 512"):
+        engine.generate([ask("Hi"), request])
+    with pytest.raises(ContextTooLong):
+        engine.submit(request)
+    # An answer that reaches the end of the context ends there.
+    nearly = ask("left right " * 100, max_new_tokens=1000, ignore_eos=True)
+    (answer,) = engine.generate([nearly])
+    assert answer.finish_reason == "length"
+    assert answer.prompt_tokens + len(answer.token_ids) == 512
+
+
+def test_pictures_and_placeholders_have_to_match(llama, pictures, tmp_path):
+    engine = Engine(llama)
+    with pytest.raises(LlavaError, match=r"'x'.*the text has 1 <image> but 2 picture"):
+        engine.generate([Request("<image> a", pictures[:2], id="x")])
+    with pytest.raises(LlavaError, match=r"not found: .*none\.png"):
+        engine.generate([ask("What?", [tmp_path / "none.png"])])
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(LlavaError, match=r"bad\.png"):
+        engine.generate([ask("Hi"), ask("What?", [tmp_path / "bad.png"])])
+    assert engine.scheduler.is_idle
+    assert engine.generate([ask("Hi")])[0].token_ids
+
+
+def test_wrong_sampling_parameters():
+    wrong = [
+        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.2}, {"max_new_tokens": 0}, {"stop": ("",)}, {"logprobs": 99},
+        {"num_beams": 0}, {"num_beams": 2, "temperature": 1.0},
+    ]  # fmt: skip
+    for settings in wrong:
+        with pytest.raises(LlavaError):
+            SamplingParams(**settings)
+
+
+def test_little_memory_means_waiting_not_failing(llama, pictures):
+    requests = mixed_requests(pictures, max_new_tokens=100, ignore_eos=True)
+    plenty = Engine(llama).generate(requests)
+    per_position = Engine(llama).scheduler.runner.cache.bytes_per_position
+    engine = Engine(llama, cache_bytes=per_position * 64 * 10)
+    answers = engine.generate(requests)
+    reference = Engine(llama)
+    for request, one, other in zip(requests, plenty, answers):
+        assert len(other.token_ids) == 100
+        assert_same(one.token_ids, answer_alone(llama, reference, request)[1], other.token_ids)
+    assert engine.statistics()["preempted"] > 0
+
+
+def test_a_request_beyond_all_memory_is_refused(llama):
+    per_position = Engine(llama).scheduler.runner.cache.bytes_per_position
+    engine = Engine(llama, cache_bytes=per_position * 64)
+    with pytest.raises(OutOfMemory, match="cache_bytes"):
+        engine.generate([ask("left right " * 100)])
+    assert engine.generate([Request("Hi", (), SamplingParams(max_new_tokens=3))])[0].token_ids
+
+
+def test_out_of_memory_on_the_device_hits_only_who_needs_it(llama, pictures, monkeypatch):
+    """More than four prompts in one pass don't fit; one of them never does."""
+    engine = Engine(llama)
+    runner = engine.scheduler.runner
+    original = runner.prefill
+
+    def prefill(prompts, rows):
+        if len(prompts) > 4 or any(prompt.request.id == 3 for prompt in prompts):
+            raise torch.OutOfMemoryError("full")
+        return original(prompts, rows)
+
+    monkeypatch.setattr(runner, "prefill", prefill)
+    requests = mixed_requests(pictures, count=9)
+    tickets = [engine.submit(request) for request in requests]
+    for ticket, request in zip(tickets, requests):
+        if request.id == 3:
+            with pytest.raises(OutOfMemory):
+                list(ticket)
+        else:
+            list(ticket)
+            expected, margins = answer_alone(llama, Engine(llama), request)
+            assert_same(expected, margins, ticket.answer.token_ids)
+
+
+def test_empty_list(llama):
+    assert Engine(llama).generate([]) == []
+
+
+def test_weights_and_attention_of_the_model_stay_as_they_are(llama):
+    before = llama.model.config._attn_implementation
+    Engine(llama).generate([ask("Hi")])
+    assert llama.model.config._attn_implementation == before

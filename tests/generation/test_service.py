@@ -1,0 +1,164 @@
+"""The engine as a service: requests that come and go, pieces as they are made, cancelling, a full queue."""
+
+import threading
+import time
+
+import pytest
+
+from llava.errors import LlavaError
+from llava.generation import Answer, Engine, EngineBusy, Piece
+from tests.generation.conftest import answer_alone, ask, assert_same, mixed_requests
+
+
+@pytest.fixture
+def running(llama):
+    engine = Engine(llama, max_batch_size=4)
+    engine.start()
+    yield engine
+    engine.stop(drain=False)
+
+
+def test_pieces_join_to_the_answer(loaded, pictures):
+    engine = Engine(loaded)
+    for request in mixed_requests(pictures, max_new_tokens=30)[:6]:
+        (whole,) = Engine(loaded).generate([request])
+        ticket = engine.submit(request)
+        pieces = list(ticket)
+        assert "".join(piece.text for piece in pieces) == ticket.answer.text == whole.text
+        assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+        assert "".join(engine.stream(request)) == whole.text
+
+
+def test_requests_join_a_running_batch(llama, pictures):
+    engine = Engine(llama)
+    first = engine.submit(ask("What?", [pictures[0]], max_new_tokens=40, ignore_eos=True))
+    for _ in range(5):
+        engine.scheduler.step()
+    second = engine.submit(ask("Is it left?", max_new_tokens=3, ignore_eos=True))
+    engine.scheduler.step()
+    assert len(engine.scheduler.running) == 2
+    list(second)
+    assert len(second.answer.token_ids) == 3
+    assert len(engine.scheduler.running) == 1
+    list(first)
+    expected, margins = answer_alone(
+        llama, Engine(llama), ask("What?", [pictures[0]], max_new_tokens=40, ignore_eos=False)
+    )
+    assert_same(expected, margins, first.answer.token_ids[: len(expected)])
+
+
+def test_many_threads(llama, running, pictures):
+    requests = mixed_requests(pictures)
+    found: dict[int, Answer] = {}
+
+    def client(index):
+        ticket = running.submit(requests[index])
+        list(ticket)
+        found[index] = ticket.answer
+
+    threads = [threading.Thread(target=client, args=(index,)) for index in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    reference = Engine(llama)
+    for index, request in enumerate(requests):
+        expected, margins = answer_alone(llama, reference, request)
+        assert_same(expected, margins, found[index].token_ids)
+
+
+def test_listener_and_generate_beside_the_service(running, pictures):
+    news = []
+    done = threading.Event()
+
+    def listen(piece):
+        news.append(piece)
+        if isinstance(piece, Answer):
+            done.set()
+
+    running.submit(ask("What?", [pictures[0]], logprobs=1), listen)
+    assert len(running.generate([ask("Hi"), ask("And this?", [pictures[1]])])) == 2
+    assert done.wait(30)
+    *pieces, answer = news
+    assert all(isinstance(piece, Piece) for piece in pieces)
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert [entry for piece in pieces for entry in piece.logprobs] == answer.logprobs
+
+
+def test_cancelling_frees_the_row_with_the_next_step(llama, pictures):
+    engine = Engine(llama)
+    long = {"max_new_tokens": 300, "ignore_eos": True}
+    tickets = [engine.submit(ask("What?", [pictures[index]], **long)) for index in range(3)]
+    engine.scheduler.step()
+    tickets[0].cancel()
+    waiting = engine.submit(ask("Hi", **long))
+    waiting.cancel()
+    engine.scheduler.step()
+    assert len(engine.scheduler.running) == 2 and not engine.scheduler.waiting
+    list(tickets[0])
+    assert tickets[0].answer.finish_reason == "cancelled"
+    list(waiting)
+    assert waiting.answer.finish_reason == "cancelled" and waiting.answer.token_ids == []
+    tickets[0].cancel()  # once more does nothing
+    for ticket in tickets[1:]:
+        ticket.cancel()
+    engine.scheduler.step()
+    assert engine.scheduler.is_idle
+
+
+def test_a_stream_that_is_closed_gives_its_row_back(llama):
+    engine = Engine(llama)
+    stream = engine.stream(ask("Hi", max_new_tokens=300, ignore_eos=True))
+    next(stream)
+    assert len(engine.scheduler.running) == 1
+    stream.close()
+    assert engine.scheduler.is_idle
+
+
+def test_a_full_queue_says_busy(llama):
+    engine = Engine(llama, max_waiting=2)
+    tickets = [engine.submit(ask("Hi")) for _ in range(2)]
+    with pytest.raises(EngineBusy, match="2 requests are waiting"):
+        engine.submit(ask("Hi"))
+    for ticket in tickets:
+        list(ticket)
+    engine.submit(ask("Hi")).cancel()
+
+
+def test_first_come_first_served(llama):
+    engine = Engine(llama, max_batch_size=1)
+    finished = []
+    for index in range(4):
+        engine.submit(ask("Hi", id=index), lambda news: isinstance(news, Answer) and finished.append(news.id))
+    while not engine.scheduler.is_idle:
+        engine.scheduler.step()
+    assert finished == [0, 1, 2, 3]
+
+
+def test_a_step_that_fails_ends_what_is_underway_and_the_service_goes_on(running, monkeypatch):
+    runner = running.scheduler.runner
+    original = runner.decode
+    monkeypatch.setattr(runner, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(LlavaError, match="send the request again"):
+        list(running.submit(ask("Hi", max_new_tokens=50, ignore_eos=True)))
+    monkeypatch.setattr(runner, "decode", original)
+    ticket = running.submit(ask("Hi", max_new_tokens=5, ignore_eos=True))
+    list(ticket)
+    assert len(ticket.answer.token_ids) == 5
+
+
+def test_stop_answers_what_was_taken_in(llama):
+    engine = Engine(llama)
+    engine.start()
+    tickets = [engine.submit(ask("Hi", max_new_tokens=40, ignore_eos=True)) for _ in range(5)]
+    engine.stop(drain=True)
+    for ticket in tickets:
+        list(ticket)
+        assert len(ticket.answer.token_ids) == 40
+    engine.start()
+    ticket = engine.submit(ask("Hi", max_new_tokens=400, ignore_eos=True))
+    while not engine.scheduler.running:
+        time.sleep(0.001)
+    engine.stop(drain=False)
+    with pytest.raises(LlavaError, match="stopped"):
+        list(ticket)
