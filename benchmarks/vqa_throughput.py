@@ -159,6 +159,8 @@ def prefill_share(engine, requests, device: str) -> float:
     """Arithmetic of the prompts' products per second, over what one large product reaches here."""
     import torch
 
+    from llava.generation.packing import Row
+
     prompts = [engine.prompts.build(request) for request in requests]
     runner = engine.scheduler.runner
     count = min(len(prompts), engine.scheduler.max_batch_size)
@@ -168,8 +170,9 @@ def prefill_share(engine, requests, device: str) -> float:
     multiplying = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
     with torch.inference_mode():
         runner.cache.reserve(count, max(lengths), 0)
-        runner.prefill(0, prompts, [0] * count, lengths)
-        seconds = fastest(lambda: runner.prefill(0, prompts, [0] * count, lengths), device)
+        rows = [Row(row, 0, length) for row, length in enumerate(lengths)]
+        runner.prefill(prompts, rows)
+        seconds = fastest(lambda: runner.prefill(prompts, rows), device)
     reached = 2 * multiplying * sum(lengths) / seconds
     return reached / peak(device, engine.model.dtype)
 

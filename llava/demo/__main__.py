@@ -5,6 +5,7 @@ training command, answers and scores, the same without seeing the pictures, and 
 For research only, never for clinical use.
 """
 
+import time
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
@@ -29,8 +30,10 @@ def main(argv: list[str] | None = None) -> None:
 
     output, settings = Path(args.output_dir), SMALL if args.small else FULL
     pipeline = run_steps(output, settings, args.seed)
+    started = time.monotonic()
     scores = score_runs(output)
-    seconds = pipeline.total
+    pipeline.seconds["scores"] = time.monotonic() - started
+    seconds = pipeline.total + pipeline.seconds["scores"]
     summary = results(scores, seconds, args.seed)
     write_json(output / "results.json", summary)
     report = write_report(output, scores, summary, pipeline.seconds)

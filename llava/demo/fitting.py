@@ -6,7 +6,7 @@ operations are too small to be divided.
 
 import math
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -123,11 +123,16 @@ def warm_cosine(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm) * (0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) + 0.01)
 
 
-def shuffled(count: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    """Numbers below `count` in batches, without end; a new order for each round. A process gets its part of each."""
+def own_part(batches: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+    """Of each batch what this process takes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (batch[rank::world] for batch in batches)
+
+
+def shuffled(count: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
+    """Numbers below `count` in batches, without end; a new order for each round."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
         for start in range(0, count - batch + 1, batch):
-            yield order[start + rank : start + batch : world]
+            yield order[start : start + batch]

@@ -1,6 +1,7 @@
-"""Train a small language model on text: notes retold as a caption, and conversations about notes.
+"""Train a small language model on text: comparisons, notes retold as a caption, conversations about notes.
 
-It learns to say what notes say and to answer from them; the projector later puts a picture in their place.
+It learns to say what notes say and to answer from them; the projector later puts a picture in their place. The file
+is read once, from beginning to end, as it gets harder.
 """
 
 from pathlib import Path
@@ -8,18 +9,21 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, run
 
 IGNORED = -100
+HEAD_SIZE = 16
+"""Small, so that there are many heads: each kind of fact is found by one of its own."""
+
+WINDOW = 128
+"""Samples sorted by length at a time: little padding, and still batches of many kinds."""
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.demo.language_model", description=__doc__)
     parser.add_argument("--data-path", required=True, help="conversations without pictures")
-    parser.add_argument("--captions", help="records whose answers are learned as plain text too")
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
     parser.add_argument("--template", default="mistral_instruct")
     parser.add_argument("--output-dir", required=True)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch-tokens", type=int, default=3600, help="of one step, padding included")
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--seed", type=int, default=0)
@@ -38,19 +42,20 @@ def train_language_model(args) -> None:
     from torch.nn import functional
     from transformers import MistralConfig, MistralForCausalLM
 
-    from llava.demo.fitting import fit, is_first, shuffled
+    from llava.demo.fitting import fit, is_first, own_part
     from llava.model import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
     samples = read_samples(args, tokenizer)
+    batches = in_order([len(ids) for ids, _ in samples], args.batch_tokens, args.seed)
     model = MistralForCausalLM(
         MistralConfig(
             vocab_size=len(tokenizer),
             hidden_size=args.hidden_size,
             intermediate_size=3 * args.hidden_size,
             num_hidden_layers=args.layers,
-            num_attention_heads=max(1, args.hidden_size // 32),
-            num_key_value_heads=max(1, args.hidden_size // 32),
+            num_attention_heads=max(1, args.hidden_size // HEAD_SIZE),
+            num_key_value_heads=max(1, args.hidden_size // HEAD_SIZE),
             max_position_embeddings=1024,
             sliding_window=None,
             bos_token_id=tokenizer.bos_token_id,
@@ -68,9 +73,9 @@ def train_language_model(args) -> None:
 
     fit(
         model,
-        shuffled(len(samples), args.batch_size, args.seed),
+        own_part(batches),
         loss_of,
-        steps=args.steps,
+        steps=len(batches),
         lr=3e-3,
         matrix_lr=5e-3,
         hidden=lambda name: "layers." in name,
@@ -83,7 +88,7 @@ def train_language_model(args) -> None:
 
 
 def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of every record: in the template, or as plain text where the record says so; and of captions."""
+    """(ids, labels) of every record: in the template, or as plain text where the record says so."""
     from llava.records import read_records
     from llava.tokenization import encode_conversation
 
@@ -94,8 +99,29 @@ def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:
         else:
             encoded = encode_conversation(record, args.template, tokenizer)
             samples.append((encoded.input_ids, encoded.labels))
-    captions = read_records(args.captions)[: len(samples) // 4] if args.captions else []
-    return samples + [_plain("", record["conversations"][1]["value"], tokenizer) for record in captions]
+    return samples
+
+
+def in_order(lengths: list[int], batch_tokens: int, seed: int) -> list[list[int]]:
+    """Numbers of samples in batches of about `batch_tokens` with padding: windows in order, shuffled within."""
+    import random
+
+    generator = random.Random(seed)
+    batches = []
+    for start in range(0, len(lengths), WINDOW):
+        window = sorted(range(start, min(start + WINDOW, len(lengths))), key=lengths.__getitem__)
+        found = [[]]
+        for number in window:
+            if found[-1] and (len(found[-1]) + 1) * lengths[number] > batch_tokens:
+                found.append([])
+            found[-1].append(number)
+        # Each process needs a part of each batch.
+        if len(found) > 1 and len(found[-1]) < 8:
+            small = found.pop()
+            found[-1] += small
+        generator.shuffle(found)
+        batches += found
+    return batches
 
 
 def _plain(shown: str, caption: str, tokenizer) -> tuple[list[int], list[int]]:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.evaluation import evaluate
+from llava.data.vqa_items import read_vqa_items
+from llava.eval.joined import join, read_answers
 from llava.eval.metrics.score import Scores, score_items
 
 RUNS = {"": "with pictures", "blind_": "blind: trained and asked with grey pictures", "nearest_": "nearest picture"}
@@ -49,7 +50,8 @@ def table(scores: dict[str, RunScores]) -> list[list[str]]:
 
 
 def _score(output: Path, prefix: str, resamples: int) -> RunScores:
-    joined = evaluate(output / "data" / "vqa_test.json", output / f"{prefix}answers.jsonl", resamples=0).joined
+    questions, answers = output / "data" / "vqa_test.json", output / f"{prefix}answers.jsonl"
+    joined = join(read_vqa_items(questions), read_answers(answers), questions, answers)
     finding = [entry for entry in joined if entry.item.fields["finding"]]
     other = [entry for entry in joined if not entry.item.fields["finding"]]
     scores = score_items(finding, resamples=resamples, group_by=["family", "template"])

@@ -19,18 +19,18 @@ class Settings:
     """All that decides the demo's result beside the seed."""
 
     counts: Counts = field(default_factory=Counts)
-    alignment: int = 4_000
+    alignment: int = 2_400
     """Captions that stage 1 uses."""
     image_size: int = 96
     patch_size: int = 16
     tower_layers: int = 3
-    tower_steps: int = 1700
-    language_layers: int = 4
-    language_steps: int = 480
+    tower_steps: int = 1200
+    language_layers: int = 3
+    batch_tokens: int = 3600
     hidden_size: int = 128
-    stage_1: Stage = Stage(80, 5e-3, 32)
-    stage_2: Stage = Stage(80, 2e-3, 16)
-    vqa: Stage = Stage(360, 2e-3, 16)
+    stage_1: Stage = Stage(72, 5e-3, 32)
+    stage_2: Stage = Stage(48, 2e-3, 16)
+    vqa: Stage = Stage(104, 2e-3, 16)
     evaluation_batch: int = 128
     template: str = "mistral_instruct"
 
@@ -44,7 +44,6 @@ SMALL = Settings(
     tower_layers=2,
     tower_steps=6,
     language_layers=2,
-    language_steps=6,
     hidden_size=32,
     stage_1=Stage(3, 3e-3, 8),
     stage_2=Stage(3, 2e-3, 8),

@@ -66,7 +66,7 @@ def make_data(data: Path, settings: Settings, seed: int, processes: int) -> None
 
 def learn_tokenizer(data: Path, folder: Path) -> None:
     """From the set's texts as the prompts hold them."""
-    texts = ["[INST] [/INST] Describe the picture. Please answer: yes, no."] * 10
+    texts = ["Describe the picture. Please answer: yes, no."] * 10
     for name in ("captions.json", "text.json"):
         for record in read_records(data / name)[:6000]:
             texts += [turn["value"].replace("<image>", "") for turn in record["conversations"]]
@@ -88,7 +88,7 @@ def _tower(output: Path, settings: Settings, seed: int, processes: int) -> Job:
     return Job(
         "vision_tower",
         ["-m", "llava.demo.tower", "--data-path", f"{output}/data/captions.json"]
-        + ["--image-folder", f"{output}/data/images", "--tokenizer", f"{output}/tokenizer"]
+        + ["--image-folder", f"{output}/data/images", "--language-model", f"{output}/language_model"]
         + ["--output-dir", str(folder), "--steps", str(settings.tower_steps), "--seed", str(seed)]
         + ["--image-size", str(settings.image_size), "--patch-size", str(settings.patch_size)]
         + ["--layers", str(settings.tower_layers), "--hidden-size", str(settings.hidden_size)]
@@ -103,7 +103,7 @@ def _language_model(output: Path, settings: Settings, seed: int, processes: int)
         "language_model",
         ["-m", "llava.demo.language_model", "--data-path", f"{output}/data/text.json"]
         + ["--tokenizer", f"{output}/tokenizer"]
-        + ["--output-dir", str(folder), "--steps", str(settings.language_steps), "--seed", str(seed)]
+        + ["--output-dir", str(folder), "--batch-tokens", str(settings.batch_tokens), "--seed", str(seed)]
         + ["--layers", str(settings.language_layers), "--hidden-size", str(settings.hidden_size)]
         + ["--template", settings.template, "--processes", str(processes)],
         [folder],
@@ -122,7 +122,7 @@ def _training(output: Path, settings: Settings, seed: int, stage: str, prefix: s
     argv = ["-m", "llava.train.train", "--model_name_or_path", str(before[stage])]
     if stage == "stage_1":
         argv += ["--version", "plain", "--tune_mm_mlp_adapter", "True"]
-        argv += ["--vision_tower", f"{output}/vision_tower", "--mm_projector_type", "mlp2x_gelu"]
+        argv += ["--vision_tower", f"{output}/vision_tower", "--mm_projector_type", "linear"]
         argv += ["--mm_vision_select_layer", "-1", "--mm_vision_select_feature", "cls_patch"]
     else:
         argv += ["--version", settings.template]

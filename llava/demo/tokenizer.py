@@ -1,5 +1,7 @@
 """A small tokenizer in the manner of LLaMA's: byte-fallback BPE, so that any text can be said.
 
+As in Mistral's later ones, the marks of a turn are one token each; with the space before them, prompts get shorter.
+
 python -m llava.demo.tokenizer --data-path text.json --output-dir tokenizer
 """
 
@@ -8,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
+
+MARKS = ("[INST]", "[/INST]")
 
 LEARNED = 500
 """Tokens beside the special ones and the bytes: the words of the built-in set, about."""
@@ -30,7 +34,7 @@ def texts_of(paths: Iterable[str | Path]) -> list[str]:
     """What is said in records, and how a prompt is written."""
     from llava.records import iter_records
 
-    texts = ["[INST] [/INST] Describe the picture. Please answer: yes, no."] * 10
+    texts = ["Describe the picture. Please answer: yes, no."] * 10
     for path in paths:
         for record in iter_records(path):
             texts += [str(turn["value"]).replace("<image>", "") for turn in record["conversations"]]
@@ -39,11 +43,11 @@ def texts_of(paths: Iterable[str | Path]) -> list[str]:
 
 def make_tokenizer(texts: Iterable[str], folder: str | Path, learned: int = LEARNED) -> None:
     """Learn a tokenizer from texts and write it to `folder` (<unk> 0, <s> 1, </s> 2, then 256 bytes)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<s>", "</s>"]
-    first = special + [f"<0x{byte:02X}>" for byte in range(256)]
+    first = special + [f"<0x{byte:02X}>" for byte in range(256)] + list(MARKS)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation(behavior="isolated")]
@@ -67,6 +71,8 @@ def make_tokenizer(texts: Iterable[str], folder: str | Path, learned: int = LEAR
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    marks = [AddedToken(mark, lstrip=True, normalized=False, special=True) for mark in ("</s>", *MARKS)]
+    tokenizer.add_special_tokens(marks)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

@@ -1,8 +1,7 @@
 """Train a small CLIP vision tower on pictures and the sentences of their captions.
 
-A caption is a few sentences, a fact in each. A picture is matched with each of its sentences against those that
-never stand beside it in a caption, from the class token and from the patches pooled by attention, so that both
-carry the facts.
+A caption is a few sentences, a fact in each. Each token of the tower learns to tell one of them from those that
+never stand beside it in a caption.
 """
 
 import re
@@ -15,7 +14,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.demo.tower", description=__doc__)
     parser.add_argument("--data-path", required=True, help="records with picture and caption")
     parser.add_argument("--image-folder", required=True)
-    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
+    parser.add_argument("--language-model", required=True, help="folder of the one whose words captions are made of")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--steps", type=int, default=1900)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -39,8 +38,8 @@ def train_tower(args) -> None:
     """Train and save: a CLIP tower's folder with preprocessor_config.json."""
     import torch
 
-    from llava.demo.fitting import fit, is_first, process_number, shuffled
-    from llava.demo.tower_model import SentenceMatching, standardise, start_embeddings
+    from llava.demo.fitting import fit, is_first, own_part, process_number, shuffled
+    from llava.demo.tower_model import SentenceMatching, sentence_embeddings, standardise, start_embeddings
     from llava.images import ImageProcessor
     from llava.records import read_records
 
@@ -48,28 +47,28 @@ def train_tower(args) -> None:
     size = args.image_size
     processor = ImageProcessor(size=size, crop_size=(size, size))
     pixels = _read_pictures([Path(args.image_folder) / record["image"] for record in records], processor)
-    sentences, holds = caption_sentences([record["conversations"][1]["value"] for record in records])
+    sentences, captions = caption_sentences([record["conversations"][1]["value"] for record in records])
     levels = torch.from_numpy(processor._levels())
-    excludes = (holds.T.float() @ holds.float()) == 0
-    model = SentenceMatching(args, sentences, excludes)
+    texts = sentence_embeddings(sentences, args.language_model)
+    model = SentenceMatching(args, texts, exclusions(captions, len(sentences)))
     start_embeddings(model.tower, normalise(pixels[:1500], levels))
 
-    mirrored = mirror_columns(sentences)
+    mirrored = torch.tensor(mirror_columns(sentences))
     # The model is the same in all processes; how they vary their pictures is not.
     torch.manual_seed(args.seed + 1 + process_number())
 
     def loss_of(numbers):
         flip = torch.rand(len(numbers)) < 0.5
         batch = vary(normalise(pixels[numbers], levels), flip)
-        return model(batch, torch.where(flip[:, None], holds[numbers][:, mirrored], holds[numbers]))
+        return model(batch, torch.where(flip[:, None], mirrored[captions[numbers]], captions[numbers]))
 
     fit(
         model,
-        shuffled(len(records), args.batch_size, args.seed),
+        own_part(shuffled(len(records), args.batch_size, args.seed)),
         loss_of,
         steps=args.steps,
-        lr=2e-3,
-        matrix_lr=5e-3,
+        lr=6e-4,
+        matrix_lr=3e-3,
         hidden=lambda name: name.startswith("tower.encoder"),
         name="vision tower",
         folder=Path(args.output_dir),
@@ -81,16 +80,23 @@ def train_tower(args) -> None:
 
 
 def caption_sentences(captions: list[str]):
-    """(distinct sentences, bool tensor [captions, sentences] of which holds which)."""
+    """(distinct sentences, int64 tensor `[captions, most sentences]` of their numbers; short ones repeat the last)."""
     import torch
 
     split = [[part.strip() + "." for part in caption.split(".") if part.strip()] for caption in captions]
     sentences = sorted({sentence for parts in split for sentence in parts})
     number = {sentence: index for index, sentence in enumerate(sentences)}
-    holds = torch.zeros(len(captions), len(sentences), dtype=torch.bool)
-    for row, parts in enumerate(split):
-        holds[row, [number[part] for part in parts]] = True
-    return sentences, holds
+    longest = max(map(len, split))
+    numbers = [[number[part] for part in parts] + [number[parts[-1]]] * (longest - len(parts)) for parts in split]
+    return sentences, torch.tensor(numbers)
+
+
+def exclusions(captions, count: int):
+    """bool `[count, count]`: the two sentences never stand in one caption, such as left and right."""
+    import torch
+
+    holds = torch.zeros(len(captions), count).scatter_(1, captions, 1.0)
+    return holds.T @ holds == 0
 
 
 def mirror_columns(sentences: list[str]) -> list[int]:

@@ -6,58 +6,59 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from llava.model import load_tokenizer
 
 POOLS = 4
-MATCH_SIZE = 64
 
 
 class SentenceMatching(nn.Module):
-    """Loss of pictures `[n, 3, H, W]` whose captions hold sentences as `holds [n, sentences]` says."""
+    """Loss of pictures whose captions consist of sentences: each token of the tower says one of them.
 
-    def __init__(self, args: SimpleNamespace, sentences: list[str], excludes: torch.Tensor):
+    The sentences go round: token t says sentence t modulo their number. A language model then finds facts in the
+    tokens as it finds words in a text. Sentences are compared by the language model's own embeddings of their words.
+    Beside that the patches pooled by attention say all of them, which is learned first and leads the way.
+    """
+
+    def __init__(self, args: SimpleNamespace, texts: torch.Tensor, excludes: torch.Tensor):
+        """`texts` `[sentences, size]` are the sentences' embeddings; for `excludes` see `match_loss`."""
         super().__init__()
         self.register_buffer("excludes", excludes, persistent=False)
-        tokenizer = load_tokenizer(args.tokenizer)
         width = args.hidden_size
-        heads = max(1, width // 32)
         vision = CLIPVisionConfig(
             hidden_size=width,
             intermediate_size=4 * width,
             num_hidden_layers=args.layers,
-            num_attention_heads=heads,
+            num_attention_heads=max(1, width // 32),
             image_size=args.image_size,
             patch_size=args.patch_size,
             hidden_act="gelu",
         )
         self.tower = CLIPVisionModel(vision)
-        self.class_project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, MATCH_SIZE, bias=False))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.words = nn.Embedding(len(tokenizer), MATCH_SIZE)
-        self.register_buffer("word_shares", word_shares(sentences, tokenizer), persistent=False)
+        self.register_buffer("texts", texts, persistent=False)
+        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, texts.shape[1], bias=False))
         self.pool_norm = nn.LayerNorm(width)
         self.pool_scores = nn.Linear(width, POOLS)
         self.pool_values = nn.Linear(width, width)
-        self.pool_project = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, MATCH_SIZE, bias=False))
+        self.pool_project = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, texts.shape[1], bias=False))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
-    def forward(self, pixel_values: torch.Tensor, holds: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+        """Loss of pictures `[n, 3, H, W]` with captions `[n, sentences per caption]`, numbers of sentences."""
         states = self.tower(pixel_values=pixel_values).last_hidden_state
-        rows = torch.arange(len(states))
-        anywhere = states[rows, torch.randint(1, states.shape[1], (len(states),))]
-        pictures = [
-            self.class_project(states[:, 0]),
-            # Any patch has to know all: a language model then finds the facts wherever it looks.
-            self.class_project(anywhere),
-            self.pool_project(self._pool(states[:, 1:])),
-        ]
-        texts = self._sentences()
-        losses = [
-            match_loss(self.log_scale.exp() * functional.normalize(picture, dim=-1) @ texts.T, holds, self.excludes)
-            for picture in pictures
-        ]
-        return torch.stack(losses).mean()
+        said = self.said(captions, states.shape[1])
+        pooled = self.similarity(self.pool_project(self._pool(states[:, 1:])))
+        pooled = pooled[:, None].expand(-1, captions.shape[1], -1)
+        tokens = self.similarity(self.project(states))
+        return match_loss(tokens, said, self.excludes) + match_loss(pooled, captions, self.excludes)
+
+    def match(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """How well each token of each picture matches each sentence, `[n, tokens, sentences]`."""
+        return self.similarity(self.project(self.tower(pixel_values=pixel_values).last_hidden_state))
+
+    def similarity(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.log_scale.exp() * functional.normalize(vectors, dim=-1) @ self.texts.T
 
     def _pool(self, patches: torch.Tensor) -> torch.Tensor:
         """Patches `[n, patches, width]` weighed by what stands out, and their mean: `[n, 2 * width]`."""
@@ -66,29 +67,32 @@ class SentenceMatching(nn.Module):
         values = self.pool_values(patches).unflatten(-1, (POOLS, -1))
         return torch.cat([(weights[..., None] * values).sum(1).flatten(1), patches.mean(1)], dim=-1)
 
-    def _sentences(self) -> torch.Tensor:
-        """Embeddings of the sentences, `[sentences, MATCH_SIZE]`, from the words they hold."""
-        return functional.normalize(self.word_shares @ self.words.weight, dim=-1)
+    def said(self, captions: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Which sentence each token says, `[n, tokens]`."""
+        return captions[:, torch.arange(tokens) % captions.shape[1]]
 
 
-def word_shares(sentences: list[str], tokenizer) -> torch.Tensor:
-    """How much each token counts in each sentence, `[sentences, vocabulary]`: less, the more sentences hold it."""
-    shares = torch.zeros(len(sentences), len(tokenizer))
-    for row, sentence in enumerate(sentences):
-        shares[row, tokenizer(sentence)["input_ids"]] = 1
-    return shares / shares.sum(0).clamp(min=1)
-
-
-def match_loss(logits: torch.Tensor, holds: torch.Tensor, excludes: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each sentence that a picture's caption holds, against those that exclude it.
+def match_loss(logits: torch.Tensor, said: torch.Tensor, excludes: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of the sentence that is said against those that it excludes.
 
     Args:
-        logits: `[pictures, sentences]`.
-        holds: bool `[pictures, sentences]`.
+        logits: `[pictures, places, sentences]`.
+        said: `[pictures, places]`, numbers of sentences.
         excludes: bool `[sentences, sentences]`: the two never stand in one caption, such as left and right.
     """
-    against = logits[:, None].masked_fill(~excludes, -torch.inf).logsumexp(dim=-1)
-    return functional.softplus(against - logits)[holds].mean()
+    against = logits.masked_fill(~excludes[said], -torch.inf).logsumexp(dim=-1)
+    return functional.softplus(against - logits.gather(2, said[..., None])[..., 0]).mean()
+
+
+def sentence_embeddings(sentences: list[str], language_model: str) -> torch.Tensor:
+    """Unit vectors `[sentences, hidden]`: sums of word embeddings; a word counts less, the more sentences hold it."""
+    tokenizer = load_tokenizer(language_model)
+    words = AutoModelForCausalLM.from_pretrained(language_model).get_input_embeddings().weight.detach()
+    shares = torch.zeros(len(sentences), len(tokenizer))
+    for row, sentence in enumerate(sentences):
+        shares[row, tokenizer(sentence, add_special_tokens=False)["input_ids"]] = 1
+    sums = (shares / shares.sum(0).clamp(min=1)) @ functional.normalize(words.float(), dim=-1)
+    return functional.normalize(sums - sums.mean(0), dim=-1)
 
 
 @torch.no_grad()

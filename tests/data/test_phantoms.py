@@ -83,7 +83,7 @@ def test_answers_are_true(test_split):
         question, answer = (turn["value"].removeprefix("<image>\n") for turn in record["conversations"])
         fact, form = next((t.fact, t.form) for t in TEMPLATES if t.name == record["template"])
         truth = value_of(fact, phantom)
-        words = {"one": "only one", "several": "more than one"}.get(truth, truth) if form == YES_NO else truth
+        words = {"one": "only one"}.get(truth, truth) if form == YES_NO else truth
         if form == YES_NO:
             named = f" {words}" in question.rstrip("?") + " " and not (words == "normal" and "abnormal" in question)
             assert answer == ("yes" if named else "no"), question
@@ -98,7 +98,7 @@ def test_a_conversation_asks_about_a_fact_once():
     random, dealer = np.random.default_rng(0), Dealer()
     facts_of = {template.text: template.fact for template in TEMPLATES}
     for phantom in draw_facts(200, 0, held_out=False, normal_share=0.1, stream=0):
-        record = conversation_record("a", "a", phantom, dealer, random, sentences=False)
+        record = conversation_record("a", "a", phantom, dealer, random)
         questions = [turn["value"] for turn in record["conversations"][::2]]
         assert questions[0].startswith("<image>\n") and not any("<image>" in text for text in questions[1:])
         facts = [facts_of[text] for text in questions[1:] if text in facts_of]
@@ -113,7 +113,7 @@ def test_an_assistants_answer_states_the_fact_and_scores_as_the_bare_one():
         for template in templates_of("side", YES_NO) * 2
         if (question := dealer.ask(template, phantom)).answer == "no"
     )
-    assert spoken(question) == "It is on the right side. No."
+    assert spoken(question) == "It is on the right side. So left: no."
     assert strict_item(spoken(question), "no").correct == 1.0
 
 

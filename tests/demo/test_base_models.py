@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional
 
-from llava.demo.fitting import shuffled, warm_cosine
+from llava.demo.fitting import own_part, shuffled, warm_cosine
+from llava.demo.language_model import in_order
 from llava.demo.muon import Muon, orthogonal
 from llava.demo.tokenizer import make_tokenizer
-from llava.demo.tower import caption_sentences, mirror_columns
+from llava.demo.tower import caption_sentences, exclusions, mirror_columns
 from llava.demo.tower_model import SentenceMatching, match_loss, start_embeddings
 from llava.model import load_tokenizer
 
@@ -64,32 +66,50 @@ def test_batches_show_every_sample_once_per_round():
     assert sorted(first) == sorted(second) == list(range(12)) and first != second
 
 
+def test_processes_share_a_batch():
+    assert list(own_part([[1, 2, 3], [4]])) == [[1, 2, 3], [4]]
+
+
+def test_text_is_read_once_in_order_in_batches_of_little_padding():
+    lengths = [5, 90, 7, 60, 8, 30] * 100
+    batches = in_order(lengths, 400, seed=0)
+    assert sorted(number for batch in batches for number in batch) == list(range(600))
+    assert all(len(batch) > 1 for batch in batches)
+    assert max(number for batch in batches[:5] for number in batch) < 128, "from beginning to end"
+    padded = sum(len(batch) * max(lengths[number] for number in batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)
+
+
 def test_sentences_of_captions_and_of_mirrored_pictures():
-    sentences, holds = caption_sentences(CAPTIONS)
-    assert holds.sum(1).tolist() == [2, 2]
+    sentences, captions = caption_sentences([*CAPTIONS, "This is a scan."])
+    assert [[sentences[number] for number in caption] for caption in captions[1:]] == [
+        ["This is a scan.", "It is on the right side."],
+        ["This is a scan.", "This is a scan."],
+    ]
     swapped = mirror_columns(sentences)
     left, right = (sentences.index(f"It is on the {side} side.") for side in ("left", "right"))
     assert swapped[left] == right and swapped[right] == left
     same = sentences.index("This is a scan.")
     assert swapped[same] == same
+    assert exclusions(captions, 3).nonzero().tolist() == [[0, 1], [1, 0]]
 
 
 def test_match_loss_contrasts_only_what_excludes():
     excludes = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
-    holds = torch.tensor([[True, False, True]])
-    right = match_loss(torch.tensor([[9.0, -9.0, 0.0]]), holds, excludes)
-    wrong = match_loss(torch.tensor([[-9.0, 9.0, 0.0]]), holds, excludes)
-    assert right < 1e-3 and wrong > 8
-    unrelated = match_loss(torch.tensor([[9.0, -9.0, 50.0]]), holds, excludes)
-    assert unrelated == pytest.approx(right.item(), abs=1e-6)
+    said = torch.tensor([[0, 2]])
+
+    def loss(*logits):
+        return match_loss(torch.tensor(logits).expand(1, 2, 3), said, excludes)
+
+    assert loss(9.0, -9.0, 0.0) < 1e-3 and loss(-9.0, 9.0, 0.0) > 8
+    assert loss(9.0, -9.0, 50.0) == pytest.approx(loss(9.0, -9.0, 0.0).item(), abs=1e-6)
 
 
-def test_tower_learns_which_side_is_bright(tokenizer_folder):
+def test_tower_learns_which_side_is_bright():
     torch.manual_seed(0)
-    sentences, holds = caption_sentences(CAPTIONS)
-    excludes = (holds.T.float() @ holds.float()) == 0
-    args = SimpleNamespace(tokenizer=tokenizer_folder, hidden_size=32, layers=1, image_size=32, patch_size=16)
-    model = SentenceMatching(args, sentences, excludes)
+    sentences, captions = caption_sentences(CAPTIONS)
+    args = SimpleNamespace(hidden_size=32, layers=1, image_size=32, patch_size=16)
+    model = SentenceMatching(args, torch.eye(len(sentences)), exclusions(captions, len(sentences)))
     sides = torch.randint(0, 2, (64,))
     pictures = 0.3 * torch.randn(64, 3, 32, 32)
     for picture, side in zip(pictures, sides):
@@ -99,8 +119,12 @@ def test_tower_learns_which_side_is_bright(tokenizer_folder):
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        loss = model(pictures, holds[sides])
+        loss = model(pictures, captions[sides])
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+    said = model.said(captions[sides], 5)
+    found = model.match(pictures).masked_fill(~(model.excludes[said] | functional.one_hot(said, 3).bool()), -torch.inf)
+    told = said != sentences.index("This is a scan.")
+    assert (found.argmax(-1) == said)[told].float().mean() > 0.95, "every second token says the side"

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from llava.data.phantoms.conversations import (
     caption_record,
+    comparison_record,
     conversation_record,
     retelling_record,
     test_records,
@@ -36,13 +37,13 @@ class Counts:
 
     `train` pictures have a caption each; the first `conversations` and `vqa` of them conversations (stage 2) and
     VQA records of several turns, both in as many different versions as `rounds` says. `test` pictures have one
-    record per question. `text` conversations have no picture.
+    record per question. `text` records have no picture; they get harder from first to last.
     """
 
     train: int = 16_000
     test: int = 208
-    conversations: int = 3_000
-    vqa: int = 6_000
+    conversations: int = 1_000
+    vqa: int = 2_000
     text: int = 16_000
     rounds: int = 1
 
@@ -69,8 +70,8 @@ def write_phantoms(
     text = draw_facts(counts.text, seed, held_out=False, normal_share=NORMAL_SHARE, stream=TEXT)
     files = {
         "captions.json": [caption_record(name, phantom) for name, phantom in zip(train_names, train)],
-        "conversations.json": _conversations(train_names, train, counts.conversations, counts, seed, sentences=True),
-        "vqa_train.json": _conversations(train_names, train, counts.vqa, counts, seed, sentences=False),
+        "conversations.json": _conversations(train_names, train, counts.conversations, counts, seed, 2),
+        "vqa_train.json": _conversations(train_names, train, counts.vqa, counts, seed, 3),
         "vqa_test.json": test_records(test_names, test),
         "text.json": _texts(text, seed),
     }
@@ -89,25 +90,35 @@ def _check(counts: Counts, size: int) -> None:
         raise LlavaError("phantoms: train and test are at least 1, conversations and vqa at most as many as train")
 
 
-def _conversations(names, phantoms, pictures: int, counts: Counts, seed: int, *, sentences: bool):
-    random = np.random.default_rng([seed, TRAIN, 2 + sentences])
+def _conversations(names, phantoms, pictures: int, counts: Counts, seed: int, stream: int):
+    random = np.random.default_rng([seed, TRAIN, stream])
     dealer = Dealer()
     return [
-        conversation_record(f"{name}_{version}", name, phantom, dealer, random, sentences=sentences)
+        conversation_record(f"{name}_{version}", name, phantom, dealer, random)
         for version in range(counts.rounds)
         for name, phantom in zip(names[:pictures], phantoms[:pictures])
     ]
 
 
+LESSONS = ((0.36, "c"), (0.28, "rrc"), (0.36, "rtttcc"))
+"""What the language model reads, from easy to hard: shares of the records, and which kinds go round in each.
+
+c compares, r retells notes as a caption, t talks about notes.
+"""
+
+
 def _texts(phantoms: Sequence[Phantom], seed: int):
     random = np.random.default_rng([seed, TEXT, 2])
     dealer = Dealer()
-    return [
-        retelling_record(f"text_{index:05d}", phantom, random)
-        if index % 4 == 0
-        else text_record(f"text_{index:05d}", phantom, dealer, random, sentences=index % 4 == 1)
-        for index, phantom in enumerate(phantoms)
-    ]
+    kinds = "".join((kinds * len(phantoms))[: round(share * len(phantoms))] for share, kinds in LESSONS)
+    makers = {
+        "c": lambda name, phantom: comparison_record(name, phantom, dealer, random),
+        "r": lambda name, phantom: retelling_record(name, phantom, random),
+        "t": lambda name, phantom: text_record(name, phantom, dealer, random),
+    }
+    # Rounding may leave one or two over, which are of the last kind.
+    kinds = kinds[: len(phantoms)].ljust(len(phantoms), LESSONS[-1][1][-1])
+    return [makers[kind](f"text_{index:05d}", phantom) for index, (kind, phantom) in enumerate(zip(kinds, phantoms))]
 
 
 def _draw_all(folder: Path, names: list[str], phantoms: list[Phantom], size: int, seed: int, processes: int) -> None:

@@ -1,6 +1,7 @@
 """Records of phantoms: captions for stage 1, conversations for stage 2, VQA questions; the same as text alone.
 
 Records are LLaVA-Med's. A conversation asks about a fact once, so that no answer follows from an earlier one.
+Training answers are sentences that say the fact; the test's references are the bare fact, or yes or no.
 """
 
 from collections import Counter
@@ -14,6 +15,7 @@ from llava.data.phantoms.questions import (
     CHOICE,
     FINDING_FACTS,
     OPEN,
+    PICTURE_FACTS,
     TEMPLATES,
     YES_NO,
     Dealer,
@@ -48,29 +50,29 @@ def caption_record(name: str, phantom: Phantom) -> Record:
     return _record(name, name, phantom, turns)
 
 
-def conversation_record(
-    name: str, image: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator, *, sentences: bool
-) -> Record:
-    """Several turns, each about another fact.
-
-    Args:
-        sentences: answers are sentences, as an assistant's (stage 2); else the bare answer, as in VQA sets. Yes or
-            no always follows the fact in a sentence: what is seen has to be said before it can be compared.
-    """
+def conversation_record(name: str, image: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator) -> Record:
+    """Several turns, each about another fact; answers are sentences, as an assistant's."""
     questions = [dealer.ask(template, phantom) for template in _agenda(phantom, random)]
-    turns = [
-        (question.text, spoken(question) if sentences or question.template.form == YES_NO else question.answer)
-        for question in questions
-    ]
+    turns = [(question.text, spoken(question)) for question in questions]
     turns[0] = (DEFAULT_IMAGE_TOKEN + "\n" + turns[0][0], turns[0][1])
     return _record(name, image, phantom, turns)
 
 
-def text_record(name: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator, *, sentences: bool) -> Record:
+def text_record(name: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator) -> Record:
     """A conversation about notes in place of a picture: what the language model learns from."""
-    record = conversation_record(name, name, phantom, dealer, random, sentences=sentences)
+    record = conversation_record(name, name, phantom, dealer, random)
     first = record["conversations"][0]
     first["value"] = first["value"].replace(DEFAULT_IMAGE_TOKEN, notes(phantom, random))
+    del record["image"]
+    return record
+
+
+def comparison_record(name: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator) -> Record:
+    """A yes/no question about nothing that is shown: the fact in the answer is a guess, but yes or no follows."""
+    facts = [*PICTURE_FACTS, *(["normality"] if phantom.is_normal else ["kind", "side", "place", "size", "number"])]
+    templates = templates_of(facts[random.integers(len(facts))], YES_NO)
+    question = dealer.ask(templates[random.integers(len(templates))], phantom)
+    record = _record(name, name, phantom, [(question.text, spoken(question))])
     del record["image"]
     return record
 
@@ -124,9 +126,12 @@ def test_records(names: Sequence[str], phantoms: Sequence[Phantom]) -> list[Reco
 
 
 def spoken(question: Question) -> str:
-    """An assistant's answer: the fact, then what follows from it."""
+    """An assistant's answer: the fact, then what follows from it.
+
+    Before yes or no both that are compared are said again, side by side: a small model can't compare what is far apart.
+    """
     if question.template.form == YES_NO:
-        return f"{question.statement} {question.answer.capitalize()}."
+        return f"{question.statement} So {question.named}: {question.answer}."
     return question.statement
 
 

@@ -14,7 +14,7 @@ from llava.data.phantoms.findings import DOMAINS, NUMBERS, SHAPES, SIZES, Phanto
 BATCH = 16
 """Pictures drawn at once: what fits the processor's cache."""
 
-RADII = (0.105, 0.19)
+RADII = (0.115, 0.24)
 """Radius of a small and of a large finding, in half widths of the picture."""
 
 CENTERS = {
@@ -119,7 +119,7 @@ class Scene:
             room = 0.1 if SIZES[phantom.size] == "small" else 0.05
             return [(x + random.uniform(-room, room), y + random.uniform(-room, room), radius)]
         copies = 3
-        spread = max(0.23, 1.32 * radius)
+        spread = max(0.26, 1.2 * radius)
         start = random.uniform(0, 2 * np.pi)
         angles = start + np.arange(copies) * (2 * np.pi / copies) + random.uniform(-0.2, 0.2, copies)
         return [(x + spread * np.cos(a), y + spread * np.sin(a), radius * random.uniform(0.92, 1.08)) for a in angles]
@@ -260,7 +260,7 @@ PAINTERS: dict[str, Callable[[Scene], np.ndarray]] = {
 def _show(picture: np.ndarray, scene: Scene) -> np.ndarray:
     """Findings of a grey picture: each shape has its own density."""
     opacity = scene.vary(0.8, 0.95)
-    for shape, level in (("disc", 0.66), ("core", 0.03), ("ring", 0.8), ("star", 0.9), ("band", 1.0)):
+    for shape, level in (("disc", 0.75), ("core", 0.0), ("ring", 0.85), ("star", 0.95), ("band", 1.0)):
         picture = picture + (level - picture) * (opacity * scene.masks[shape])
     return picture
 

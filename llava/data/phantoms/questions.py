@@ -40,12 +40,13 @@ class Template:
 
 @dataclass(frozen=True)
 class Question:
-    """A filled template. `statement` says the fact in a sentence."""
+    """A filled template. `statement` says the fact in a sentence; `named` is what a yes/no question asks about."""
 
     template: Template
     text: str
     answer: str
     statement: str
+    named: str = ""
 
 
 _TEXTS = {
@@ -59,7 +60,7 @@ _TEXTS = {
     ("side", YES_NO): ("Is the finding on the {value} side?", "Does it lie on the {value}?"),
     ("place", YES_NO): ("Is the finding in the {value} half?", "Does it lie in the {value} part?"),
     ("size", YES_NO): ("Is the finding {value}?", "Does it look {value}?"),
-    ("number", YES_NO): ("Is there {value}?", "Does the picture show {value}?"),
+    ("number", YES_NO): ("Does the picture show {value}?", "Do you see {value}?"),
     ("normality", YES_NO): ("Is the picture {value}?", "Does it look {value}?"),
     ("kind", CHOICE): ("Which finding is it?",),
     ("side", CHOICE): ("Which side is it?",),
@@ -129,7 +130,7 @@ def statement(fact: str, phantom: Phantom) -> str:
         "place": f"It is in the {value} half.",
         "where": f"It is in the {value} quarter.",
         "size": f"It is {value}.",
-        "number": f"There is {_NAMED_NUMBER.get(value, value)}.",
+        "number": "There is one finding." if value == NUMBERS[0] else "There are several findings.",
         "normality": f"The picture is {value}.",
         "modality": f"This is {with_article(value)}.",
         "organ": f"It shows the {value}.",
@@ -169,10 +170,10 @@ class Dealer:
             return Question(template, template.text + OPTIONS.format(*options), truth, said)
         named = truth if turn % 2 else other
         answer = "yes" if named == truth else "no"
-        return Question(template, _fill(template.text, fact, named), answer, said)
+        return Question(template, _fill(template.text, fact, named), answer, said, named)
 
 
-_NAMED_NUMBER = {"one": "only one finding", "several": "more than one finding"}
+_NAMED_NUMBER = {"one": "only one finding", "several": "several findings"}
 
 
 def _fill(text: str, fact: str, value: str) -> str:
