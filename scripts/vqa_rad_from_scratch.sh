@@ -12,11 +12,10 @@ python -m llava.data.convert qa-captions --records "$OUT/data/train.json" \
     --image-folder "$RAD/images" --output-dir "$OUT/base_data" --field image_organ --min-pictures 2
 
 python -m llava.demo.tokenizer --data-path "$OUT/base_data/text.json" --output-dir "$OUT/tokenizer" --learned 1500
+python -m llava.demo.language_model --data-path "$OUT/base_data/captions.json" \
+    --data-path "$OUT/base_data/text.json" --tokenizer "$OUT/tokenizer" --output-dir "$OUT/language_model" --seed "$SEED"
 python -m llava.demo.tower --data-path "$OUT/base_data/captions.json" --image-folder "$RAD/images" \
-    --tokenizer "$OUT/tokenizer" --output-dir "$OUT/vision_tower" --steps 200 --seed "$SEED"
-python -m llava.demo.language_model --data-path "$OUT/base_data/text.json" \
-    --captions "$OUT/base_data/captions.json" --tokenizer "$OUT/tokenizer" \
-    --output-dir "$OUT/language_model" --steps 200 --seed "$SEED"
+    --language-model "$OUT/language_model" --output-dir "$OUT/vision_tower" --steps 200 --seed "$SEED"
 
 # The blind baseline: the same recipe on pictures that are all grey.
 python - "$RAD/images" "$OUT/grey" <<'PYTHON'

@@ -1,7 +1,7 @@
 """Train a small language model on text: comparisons, notes retold as a caption, conversations about notes.
 
-It learns to say what notes say and to answer from them; the projector later puts a picture in their place. The file
-is read once, from beginning to end, as it gets harder.
+It learns to say what notes say and to answer from them; the projector later puts a picture in their place. All is
+read once, from beginning to end: the demo's text gets harder.
 """
 
 from pathlib import Path
@@ -18,7 +18,9 @@ WINDOW = 128
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.demo.language_model", description=__doc__)
-    parser.add_argument("--data-path", required=True, help="conversations without pictures")
+    parser.add_argument(
+        "--data-path", action="append", required=True, help="records, read one file after the other; may be repeated"
+    )
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
     parser.add_argument("--template", default="mistral_instruct")
     parser.add_argument("--output-dir", required=True)
@@ -88,14 +90,18 @@ def train_language_model(args) -> None:
 
 
 def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of every record: in the template, or as plain text where the record says so."""
+    """(ids, labels) of every record: in the template, or as plain text where it says so.
+
+    Of a record with a picture the answer is learned, as plain text.
+    """
     from llava.records import read_records
     from llava.tokenization import encode_conversation
 
     samples = []
-    for record in read_records(args.data_path):
-        if record.get("plain"):
-            samples.append(_plain(record["conversations"][0]["value"], record["conversations"][1]["value"], tokenizer))
+    for record in (record for path in args.data_path for record in read_records(path)):
+        if record.get("plain") or record.get("image"):
+            shown, caption = (turn["value"] for turn in record["conversations"][:2])
+            samples.append(_plain("" if record.get("image") else shown, caption, tokenizer))
         else:
             encoded = encode_conversation(record, args.template, tokenizer)
             samples.append((encoded.input_ids, encoded.labels))

@@ -91,7 +91,7 @@ def _curves(output: Path) -> str:
 
     figure = Figure(figsize=(12, 5.6), dpi=80, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 3).flat
+    panels = list(figure.subplots(2, 3).flat)
     for axes, name in zip(panels, ("language_model", "vision_tower", "stage_1", "stage_2", "vqa")):
         for prefix, color in (("", "#08519c"), ("blind_", "#999999")):
             losses = _losses(output / f"{prefix}{name}")
@@ -101,7 +101,7 @@ def _curves(output: Path) -> str:
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend()
-    for axes in panels:
+    for axes in panels[5:]:
         axes.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

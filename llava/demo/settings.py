@@ -24,13 +24,13 @@ class Settings:
     image_size: int = 96
     patch_size: int = 16
     tower_layers: int = 3
-    tower_steps: int = 1200
+    tower_steps: int = 1400
     language_layers: int = 3
     batch_tokens: int = 3600
     hidden_size: int = 128
     stage_1: Stage = Stage(72, 5e-3, 32)
     stage_2: Stage = Stage(48, 2e-3, 16)
-    vqa: Stage = Stage(104, 2e-3, 16)
+    vqa: Stage = Stage(150, 2e-3, 16)
     evaluation_batch: int = 128
     template: str = "mistral_instruct"
 

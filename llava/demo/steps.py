@@ -4,6 +4,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from llava import __version__
 from llava.data.phantoms import write_phantoms
 from llava.demo.baselines import answer_by_nearest
 from llava.demo.runner import Job, Pipeline
@@ -20,7 +21,7 @@ STAGES = (("stage_1", "alignment.json"), ("stage_2", "conversations.json"), ("vq
 
 def run_steps(output: Path, settings: Settings, seed: int) -> Pipeline:
     """Everything up to the answers. The final models lie in `output/vqa` and `output/blind_vqa`."""
-    pipeline = Pipeline(output, [seed])
+    pipeline = Pipeline(output, [seed, __version__])
     data = output / "data"
     cores = min(2, os.cpu_count() or 1)
     pipeline.call(

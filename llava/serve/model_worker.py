@@ -6,15 +6,19 @@ SIGTERM lets running answers finish; what waits or comes new is sent elsewhere.
 """
 
 import logging
+import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run
+from llava.errors import LlavaError
 from llava.serve.guard import MAX_BODY_BYTES
 from llava.serve.protocol import check_address
 from llava.serve.secret import add_secret_flags, secret_from_args
 
 logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "LLAVA_UPSTREAM_API_KEY"
 
 
 def build_parser() -> ArgumentParser:
@@ -27,13 +31,16 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--controller-address", "--controller", default="http://localhost:21001")
     parser.add_argument("--no-register", action="store_true", help="don't tell any controller")
     model = parser.add_argument_group("model")
-    model.add_argument("--model-path", required=True, help="a checkpoint's folder, or a hub id")
+    model.add_argument("--model-path", help="a checkpoint's folder, or a hub id")
     model.add_argument("--model-base", help="what a LoRA or projector folder was trained over")
     model.add_argument("--model-name", help="the name that clients ask for; by default the folder's")
     model.add_argument("--conv-mode", "--conv-template", help="prompt template in place of the checkpoint's")
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the best there is")
     model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="by default float32 on the CPU")
     model.add_argument("--num-gpus", type=int, default=1, help="spread the model over the GPUs if more than 1")
+    upstream = parser.add_argument_group("model behind an OpenAI-compatible server (vLLM, SGLang, transformers serve)")
+    upstream.add_argument("--api-base", help="its address with /v1, in place of --model-path")
+    upstream.add_argument("--api-model", help=f"the name it knows the model by; its key comes from {KEY_VARIABLE}")
     parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
     parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
     parser.add_bool("--multi-modal", help="accepted and not needed: the checkpoint says so itself")
@@ -72,7 +79,7 @@ async def _serve(args, backend, secret: str | None, address: str) -> None:
     from llava.serve.heartbeat import Membership
     from llava.serve.worker_app import WorkerApp, serve
 
-    name = args.model_name or model_name(args.model_path)
+    name = args.model_name or model_name(args.model_path or args.api_model)
     interval = args.stream_interval if args.stream_interval < 1 else 0.02 * args.stream_interval
     worker = WorkerApp(
         backend,
@@ -97,6 +104,10 @@ def model_name(path: str) -> str:
 
 
 def _load(args):
+    if bool(args.model_path) == bool(args.api_base and args.api_model):
+        raise LlavaError("give --model-path (a checkpoint), or --api-base and --api-model (a server)")
+    if args.api_base:
+        return _connect(args)
     from llava.generation import Engine
     from llava.model import load_pretrained_model
     from llava.serve.engine_backend import EngineBackend
@@ -115,6 +126,19 @@ def _load(args):
         loaded.model.config.image_aspect_ratio = "keep"
     engine = Engine(loaded, max_batch_size=args.limit_model_concurrency, max_waiting=args.max_queue)
     return EngineBackend(engine)
+
+
+def _connect(args):
+    from llava.serve.upstream_backend import UpstreamBackend
+
+    return UpstreamBackend(
+        args.api_base,
+        args.api_model,
+        os.environ.get(KEY_VARIABLE),
+        args.limit_model_concurrency,
+        args.max_queue,
+        args.request_timeout,
+    )
 
 
 if __name__ == "__main__":

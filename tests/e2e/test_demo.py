@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from llava.records import read_records
+from tests.openai_server import OpenAIServer
+
 KEYS = {
     *(f"{run}{metric}" for run in ("", "blind_", "nearest_") for metric in ("closed_accuracy", "open_recall")),
     "questions",
@@ -14,9 +17,12 @@ KEYS = {
 }
 
 
+def _python(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=540)
+
+
 def _demo(output) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "llava.demo", "--small", "--seed", "4", "--output-dir", str(output)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=540)
+    return _python("llava.demo", "--small", "--seed", "4", "--output-dir", output)
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +71,30 @@ def test_a_rerun_does_nothing_again(demo):
     again = _demo(output)
     assert again.returncode == 0 and again.stderr.count("done before") >= 10
     assert {path: path.stat().st_mtime_ns for path in (output / "vqa").iterdir()} == before
+
+
+def test_its_model_answers_the_chat_questions_and_is_judged(demo, shared_dir, tmp_path):
+    """The whole chain of the chat evaluation; its pictures are not released, so drawn ones stand in."""
+    questions = shared_dir / "llava_med_eval" / "llava_med_eval_qa50_qa.jsonl"
+    if not questions.is_file():
+        pytest.skip(f"no chat-evaluation questions at {questions}")
+    output, _ = demo
+    (tmp_path / "images").mkdir()
+    drawn = sorted((output / "data" / "images").glob("test_*.png"))
+    names = dict.fromkeys(record["image"] for record in read_records(questions))
+    for number, name in enumerate(names):
+        (tmp_path / "images" / name).write_bytes(drawn[number % len(drawn)].read_bytes())
+    files = [tmp_path / name for name in ("answers.jsonl", "scores.jsonl", "summary.json")]
+    words = ["--model-path", output / "vqa", "--question-file", questions, "--image-folder", tmp_path / "images"]
+    answered = _python("llava.eval.model_vqa", *words, "--answers-file", files[0], "--max_new_tokens", 8)
+    assert answered.returncode == 0, answered.stderr
+    words = ["--question_input_path", questions, "--input_path", files[0], "--output_path", files[1]]
+    with OpenAIServer("--mode", "judge") as server:
+        words += ["--api-model", "m", "--api-base", server.url]
+        scored = _python("llava.eval.eval_multimodal_chat_gpt_score", *words)
+    assert scored.returncode == 0, scored.stderr
+    summarised = _python("llava.eval.summarize_gpt_review", "--scores-file", files[1], "--json", files[2])
+    assert summarised.returncode == 0, summarised.stderr
+    sizes = {name: group["data_size"] for name, group in json.loads(files[2].read_text())[0]["groups"].items()}
+    assert (sizes["conversation"], sizes["detailed_description"], sizes["overall"]) == (143, 50, 193)
+    assert [sizes[name] for name in ("chest_xray", "mri", "histology", "gross", "ct_scan")] == [37, 38, 44, 34, 40]

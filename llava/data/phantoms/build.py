@@ -43,7 +43,7 @@ class Counts:
     train: int = 16_000
     test: int = 208
     conversations: int = 1_000
-    vqa: int = 2_000
+    vqa: int = 2_400
     text: int = 16_000
     rounds: int = 1
 

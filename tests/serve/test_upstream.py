@@ -1,0 +1,118 @@
+"""A worker in front of an OpenAI-compatible server, over real sockets: our own API is the server behind it."""
+
+import dataclasses
+
+import httpx
+import pytest
+
+from llava.serve.job import Message, read_job
+from llava.serve.protocol import ErrorType, split_chunks
+from llava.serve.secret import HEADER
+from llava.serve.upstream_backend import to_request
+from tests.serve.processes import Process, wait_until
+from tests.serve.test_openai_api import data_url
+
+KEY = "key-for-tests"
+ENV = {"LLAVA_SERVE_SECRET": "s3cret", "LLAVA_API_KEYS": KEY, "LLAVA_UPSTREAM_API_KEY": KEY}
+SECRET = {HEADER: "s3cret"}
+FLAGS = ("--no-register", "--api-model", "scripted", "--model-name", "behind")
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    """(API, the worker that answers behind it)."""
+    with Process("llava.serve.controller", env=ENV) as controller:
+        controller.wait()
+        with (
+            Process(
+                "tests.serve.scripted_worker", "--controller", controller.url, "--pause", "0.02", env=ENV
+            ) as worker,
+            Process("llava.serve.openai_api_server", "--controller", controller.url, env=ENV) as api,
+        ):
+            worker.wait()
+            api.wait("/ready")
+            yield api, worker
+
+
+@pytest.fixture(scope="module")
+def worker(upstream, tmp_path_factory):
+    log = tmp_path_factory.mktemp("worker") / "log"
+    words = (*FLAGS, "--api-base", upstream[0].url + "/v1", "--limit-model-concurrency", "4", "--max-queue", "2")
+    with Process("llava.serve.model_worker", *words, env=ENV, log=log) as process:
+        yield process.wait()
+
+
+def ask(worker, text, *pictures, **more):
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in pictures] + [{"type": "text", "text": text}]
+    body = {"model": "behind", "messages": [{"role": "user", "content": content}], **more}
+    reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60)
+    assert reply.status_code == 200
+    return split_chunks(reply.content)[0]
+
+
+def queue_length(process):
+    return httpx.post(process.url + "/worker_get_status", headers=SECRET).json()["queue_length"]
+
+
+def test_an_answer_comes_through_in_pieces_with_its_account(worker):
+    chunks = ask(worker, "one two three four five six", data_url(), logprobs=1)
+    assert chunks[-1]["text"] == "echo: one two three four five six "
+    assert chunks[-1]["finish_reason"] == "stop" and len(chunks) > 2
+    assert chunks[-1]["usage"]["completion_tokens"] == 7
+    assert ask(worker, "one two three", max_new_tokens=2)[-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("word", "error_type"),
+    [("context", ErrorType.CONTEXT_TOO_LONG), ("full", ErrorType.QUEUE_FULL), ("oom", ErrorType.INTERNAL)],
+)
+def test_refusals_keep_their_kind(worker, word, error_type):
+    assert ask(worker, f"please {word}")[-1]["error_type"] == error_type.value
+
+
+def test_a_broken_picture_and_a_ready_prompt_are_refused_here(worker):
+    broken = "data:image/png;base64,aGVsbG8="
+    assert ask(worker, "What?", broken)[-1]["error_type"] == ErrorType.BAD_PICTURE.value
+    body = {"model": "behind", "prompt": "USER: hi ASSISTANT:"}
+    reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60)
+    chunk = split_chunks(reply.content)[0][-1]
+    assert chunk["error_type"] == ErrorType.BAD_REQUEST.value and "messages" in chunk["text"]
+
+
+def test_a_client_that_leaves_is_gone_from_the_server_behind_too(upstream, worker):
+    body = {"model": "behind", "messages": [{"role": "user", "content": "now hold"}]}
+    with httpx.stream("POST", worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60) as reply:
+        next(reply.iter_bytes())
+        wait_until(lambda: queue_length(upstream[1]) == 1, 20)
+    wait_until(lambda: queue_length(worker) == 0, 20)
+    wait_until(lambda: queue_length(upstream[1]) == 0, 20)
+
+
+def test_nobody_there_and_a_wrong_key(upstream, tmp_path):
+    for base, key, error_type in (
+        ("http://127.0.0.1:9/v1", KEY, ErrorType.WORKER_LOST),
+        (upstream[0].url + "/v1", "wrong-key-of-ours", ErrorType.INTERNAL),
+    ):
+        env = ENV | {"LLAVA_UPSTREAM_API_KEY": key}
+        with Process("llava.serve.model_worker", *FLAGS, "--api-base", base, env=env, log=tmp_path / "log") as process:
+            assert ask(process.wait(), "hello")[-1]["error_type"] == error_type.value
+        assert key not in (tmp_path / "log").read_text()
+
+
+def test_pictures_go_on_as_png_in_their_places():
+    text = "<image>\nbefore\n<image>\nafter"
+    job = read_job({"messages": [{"role": "user", "content": "x"}], "stop": ["###"], "seed": 3})
+    message = Message("user", text, (data_url(), data_url()))
+    request = to_request(dataclasses.replace(job, messages=(message,)), "m")
+    parts = request["messages"][0]["content"]
+    assert [part.get("text") for part in parts] == [None, "before", None, "after"]
+    assert all(part["image_url"]["url"].startswith("data:image/png;base64,iVBOR") for part in parts[::2])
+    assert (request["stop"], request["seed"], request["temperature"]) == (["###"], 3, 0.0)
+
+
+def test_either_a_checkpoint_or_a_server():
+    from llava.errors import LlavaError
+    from llava.serve.model_worker import main
+
+    with pytest.raises(LlavaError, match=r"--model-path \(a checkpoint\), or --api-base and --api-model"):
+        main(["--api-base", "http://127.0.0.1:9/v1"])
