@@ -10,7 +10,7 @@ from llava.serve.protocol import ErrorType, split_chunks
 from llava.serve.secret import HEADER
 from llava.serve.upstream_backend import to_request
 from tests.serve.processes import Process, wait_until
-from tests.serve.test_openai_api import data_url
+from tests.serve.test_openai_api import data_url, get
 
 KEY = "key-for-tests"
 ENV = {"LLAVA_SERVE_SECRET": "s3cret", "LLAVA_API_KEYS": KEY, "LLAVA_UPSTREAM_API_KEY": KEY}
@@ -30,7 +30,8 @@ def upstream():
             Process("llava.serve.openai_api_server", "--controller", controller.url, env=ENV) as api,
         ):
             worker.wait()
-            api.wait("/ready")
+            api.wait()
+            wait_until(lambda: get(api, "/ready").status_code == 200, 60)
             yield api, worker
 
 
@@ -56,9 +57,9 @@ def queue_length(process):
 
 def test_an_answer_comes_through_in_pieces_with_its_account(worker):
     chunks = ask(worker, "one two three four five six", data_url(), logprobs=1)
-    assert chunks[-1]["text"] == "echo: one two three four five six "
+    assert chunks[-1]["text"] == "echo: <image> one two three four five six ", "the picture in its place"
     assert chunks[-1]["finish_reason"] == "stop" and len(chunks) > 2
-    assert chunks[-1]["usage"]["completion_tokens"] == 7
+    assert chunks[-1]["usage"]["completion_tokens"] == 8
     assert ask(worker, "one two three", max_new_tokens=2)[-1]["finish_reason"] == "length"
 
 
