@@ -83,7 +83,8 @@ def test_a_broken_picture_and_a_ready_prompt_are_refused_here(worker):
 def test_a_client_that_leaves_is_gone_from_the_server_behind_too(upstream, worker):
     body = {"model": "behind", "messages": [{"role": "user", "content": "now hold"}]}
     with httpx.stream("POST", worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60) as reply:
-        next(reply.iter_bytes())
+        pieces = reply.iter_bytes()  # kept: dropping it would close the stream
+        next(pieces)
         wait_until(lambda: queue_length(upstream[1]) == 1, 20)
     wait_until(lambda: queue_length(worker) == 0, 20)
     wait_until(lambda: queue_length(upstream[1]) == 0, 20)
