@@ -5,6 +5,8 @@ set -eu
 : "${RAD:=data/vqa_rad_source}"     # trainset.json, testset.json and images/ of VQA-RAD
 : "${OUT:=runs/vqa_rad}"
 : "${SEED:=0}"
+# The models are too small to be divided among threads: with one, training is faster, on a busy machine several times.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 python -m llava.data.convert vqa-rad --train "$RAD/trainset.json" --test "$RAD/testset.json" \
     --image-folder "$RAD/images" --output-dir "$OUT/data"

@@ -5,7 +5,7 @@ from typing import Any
 
 _UNFINISHED = "\ufffd"
 _LONGEST_WAIT = 32
-"""Tokens after which a character that won't become whole is shown as it is."""
+"""Tokens after which what has come is shown, broken characters too."""
 
 
 class Detokenizer:
@@ -59,11 +59,12 @@ class TextStream:
         is_waiting = len(self._ids) - self._read < _LONGEST_WAIT
         if is_waiting and self._ids[-1] in self._detokenizer.byte_ids:
             return ""
-        known, fresh = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
+        end = len(self._ids) if is_waiting else self._last_whole()
+        known, fresh = self._decode(self._from, self._read), self._decode(self._from, end)
         if is_waiting and fresh.endswith(_UNFINISHED):
             return ""
         self._append(fresh[len(known) :])
-        self._from, self._read = self._read, len(self._ids)
+        self._from, self._read = self._read, end
         return self._show(len(self._text) - self._held_back())
 
     def flush(self) -> str:
@@ -72,6 +73,14 @@ class TextStream:
             known, fresh = self._decode(self._from, self._read), self._decode(self._from, len(self._ids))
             self._append(fresh[len(known) :])
         return self._show(len(self._text.rstrip()))
+
+    def _last_whole(self) -> int:
+        """Where the last whole character ends, if it does within the last tokens; one has four bytes at most."""
+        known = len(self._decode(self._from, self._read))
+        for end in range(len(self._ids), max(self._read, len(self._ids) - 4), -1):
+            if _UNFINISHED not in self._decode(self._from, end)[known:]:
+                return end
+        return len(self._ids)
 
     def _decode(self, start: int, end: int) -> str:
         return self._detokenizer.decode(self._ids[start:end])

@@ -4,12 +4,12 @@ The checkpoint goes there in transformers' layout (`python -m llava.model.export
 as tensor parallelism over GPUs and machines, then serves this project's controller, API and page. Needs no torch.
 """
 
+import asyncio
 import base64
 import io
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -45,12 +45,16 @@ class UpstreamBackend:
         timeout: float = 300.0,
     ):
         self.openai = require("openai", "openai")
-        self.client = self.openai.OpenAI(base_url=api_base, api_key=api_key or "none", timeout=timeout, max_retries=0)
+        self.client = self.openai.AsyncOpenAI(
+            base_url=api_base, api_key=api_key or "none", timeout=timeout, max_retries=0
+        )
         self.model = model
         self.limit = concurrency + max_waiting
-        self.pool = ThreadPoolExecutor(concurrency, "upstream")
         self.counts = {"running": 0, "waiting": 0, "finished": 0, "failed": 0}
         self.lock = threading.Lock()
+        self.slots = asyncio.Semaphore(concurrency)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="upstream", daemon=True).start()
 
     def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
         if job.messages is None:
@@ -58,73 +62,57 @@ class UpstreamBackend:
                 ErrorType.BAD_REQUEST,
                 "this model is served through an OpenAI-compatible server: send messages, not a ready prompt",
             )
-        call = _Call(self, to_request(job, self.model), put)
+        request = to_request(job, self.model)
         with self.lock:
             if self.counts["running"] + self.counts["waiting"] >= self.limit:
                 raise ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
             self.counts["waiting"] += 1
-        self.pool.submit(call.run)
-        return call.cancel
+        task = asyncio.run_coroutine_threadsafe(self._answer(request, put), self.loop)
+        # A turn of the loop later: a task that is cancelled before its first step would never say that it has ended.
+        return lambda: self.loop.call_soon_threadsafe(self.loop.call_soon, task.cancel)
 
     def stats(self) -> dict[str, float]:
         with self.lock:
             return {"queue_length": self.counts["running"] + self.counts["waiting"], **self.counts}
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self.client.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
-    def count(self, **changes: int) -> None:
-        with self.lock:
-            for name, change in changes.items():
-                self.counts[name] += change
-
-
-class _Call:
-    """One request at the server, in a thread of the pool."""
-
-    def __init__(self, backend: UpstreamBackend, request: dict[str, Any], put: Callable[[Piece], None]):
-        self.backend, self.request, self.put = backend, request, put
-        self.cancelled = threading.Event()
-        self.stream: Any = None
-
-    def cancel(self) -> None:
-        self.cancelled.set()
-        if self.stream is not None:
-            # Ends the read that the thread waits in, and tells the server that nobody listens any more.
-            self.stream.close()
-
-    def run(self) -> None:
-        self.backend.count(waiting=-1, running=1)
+    async def _answer(self, request: dict[str, Any], put: Callable[[Piece], None]) -> None:
+        """One request, to its last piece; cancelling it closes the connection, so that the server stops too."""
+        state = "waiting"
+        last = Piece(error=ServeError(ErrorType.CANCELLED))
         try:
-            last = self._forward()
-        except (self.backend.openai.OpenAIError, httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+            async with self.slots:
+                self._count(waiting=-1, running=1)
+                state = "running"
+                last = await self._forward(request, put)
+        except (self.openai.OpenAIError, httpx.HTTPError, OSError, ValueError) as error:
             last = Piece(error=to_serve_error(error))
-        if self.cancelled.is_set():
-            last = Piece(error=ServeError(ErrorType.CANCELLED))
-        self.backend.count(running=-1, **{"finished" if last.error is None else "failed": 1})
-        self.put(last)
+        finally:
+            self._count(**{state: -1, "finished" if last.error is None else "failed": 1})
+            put(last)
 
-    def _forward(self) -> Piece:
+    async def _forward(self, request: dict[str, Any], put: Callable[[Piece], None]) -> Piece:
         """Pass on what comes; the piece that ends it."""
-        if self.cancelled.is_set():
-            return Piece(error=ServeError(ErrorType.CANCELLED))
         reason = usage = None
-        self.stream = self.backend.client.chat.completions.create(**self.request)
-        for chunk in self.stream:
-            if self.cancelled.is_set():
-                self.stream.close()
-                break
-            if chunk.usage is not None:
-                usage = _usage(chunk.usage)
-            for choice in chunk.choices:
-                reason = choice.finish_reason or reason
-                logprobs = tuple(_logprob(entry) for entry in (choice.logprobs and choice.logprobs.content) or ())
-                if choice.delta.content or logprobs:
-                    self.put(Piece(choice.delta.content or "", logprobs))
+        async with await self.client.chat.completions.create(**request) as stream:
+            async for chunk in stream:
+                if chunk.usage is not None:
+                    usage = _usage(chunk.usage)
+                for choice in chunk.choices:
+                    reason = choice.finish_reason or reason
+                    logprobs = tuple(_logprob(entry) for entry in (choice.logprobs and choice.logprobs.content) or ())
+                    if choice.delta.content or logprobs:
+                        put(Piece(choice.delta.content or "", logprobs))
         if reason is None:
             return Piece(error=ServeError(ErrorType.WORKER_LOST))
         return Piece(finish_reason="length" if reason == "length" else "stop", usage=usage)
+
+    def _count(self, **changes: int) -> None:
+        with self.lock:
+            for name, change in changes.items():
+                self.counts[name] += change
 
 
 def to_request(job: Job, model: str) -> dict[str, Any]:

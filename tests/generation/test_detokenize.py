@@ -33,6 +33,11 @@ def test_any_text_comes_out_as_it_went_in(text, tokenizer):
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 
 
+@pytest.mark.parametrize("text", ["{" + "\xa0" * 12 + "𐀀𐀀", "𐀀" * 30, "é" * 50 + "x", "東京" * 20])
+def test_long_runs_of_bytes_come_out_whole(text, tokenizer):
+    test_any_text_comes_out_as_it_went_in.hypothesis.inner_test(text, tokenizer)
+
+
 @given(ids=st.lists(st.integers(0, 399), max_size=40))
 def test_any_tokens_give_what_they_decode_to(ids, tokenizer):
     """Random ids make broken characters; what is shown is still what the whole decodes to."""
