@@ -73,5 +73,12 @@ def main(argv: list[str] | None = None) -> None:
     train(argv)
 
 
+def only_prints_help() -> None:
+    """Leave peft out where flags are only listed: transformers imports it along, which takes longer than all else."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.modules["peft"] = None  # type: ignore[assignment]
+
+
 if __name__ == "__main__":
+    only_prints_help()
     run(main)

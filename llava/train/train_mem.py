@@ -3,7 +3,7 @@
 import sys
 
 from llava.commandline import run
-from llava.train.train import train
+from llava.train.train import only_prints_help, train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,4 +27,5 @@ def fastest_attention() -> str:
 
 
 if __name__ == "__main__":
+    only_prints_help()
     run(main)
