@@ -9,7 +9,7 @@ from llava.data.phantoms import write_phantoms
 from llava.demo.baselines import answer_by_nearest
 from llava.demo.runner import Job, Pipeline
 from llava.demo.settings import Settings, Stage
-from llava.demo.tokenizer import make_tokenizer
+from llava.demo.tokenizer import make_tokenizer, texts_of
 from llava.records import read_records, write_records
 
 GREY = "grey.png"
@@ -66,12 +66,8 @@ def make_data(data: Path, settings: Settings, seed: int, processes: int) -> None
 
 
 def learn_tokenizer(data: Path, folder: Path) -> None:
-    """From the set's texts as the prompts hold them."""
-    texts = ["Describe the picture. Please answer: yes, no."] * 10
-    for name in ("captions.json", "text.json"):
-        for record in read_records(data / name)[:6000]:
-            texts += [turn["value"].replace("<image>", "") for turn in record["conversations"]]
-    make_tokenizer(texts, folder)
+    """From the set's texts."""
+    make_tokenizer(texts_of([data / "captions.json", data / "text.json"], limit=6000), folder)
 
 
 def records_of(output: Path, prefix: str, name: str) -> Path:

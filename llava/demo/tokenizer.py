@@ -7,6 +7,7 @@ python -m llava.demo.tokenizer --data-path text.json --output-dir tokenizer
 
 import json
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
@@ -30,13 +31,13 @@ def main(argv: list[str] | None = None) -> None:
     make_tokenizer(texts_of(args.data_path), args.output_dir, args.learned)
 
 
-def texts_of(paths: Iterable[str | Path]) -> list[str]:
-    """What is said in records, and how a prompt is written."""
+def texts_of(paths: Iterable[str | Path], limit: int | None = None) -> list[str]:
+    """What is said in records (in the first `limit` of each file), and how a prompt is written."""
     from llava.records import iter_records
 
     texts = ["Describe the picture. Please answer: yes, no."] * 10
     for path in paths:
-        for record in iter_records(path):
+        for record in islice(iter_records(path), limit):
             texts += [str(turn["value"]).replace("<image>", "") for turn in record["conversations"]]
     return texts
 
