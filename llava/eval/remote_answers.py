@@ -1,7 +1,5 @@
 """Answers from an OpenAI-compatible server (vLLM, SGLang, a commercial model), pictures sent with the question."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from llava.errors import LlavaError
 from llava.eval.ablation import Pictures
 from llava.eval.answering import Decoding, answer_record
 from llava.eval.questions import Question
-from llava.images import open_image
+from llava.images import open_image, png_data_url
 from llava.openai_api import ApiSettings, ChatJob, ChatResult, run_jobs
 from llava.records import ResumableJsonl
 
@@ -63,6 +61,4 @@ class RemoteAnswers:
 def _data_url(picture: Any) -> str:
     """The picture as the server can read it: our own reading of it (DICOM, 16 bit, …), without loss, as PNG."""
     image = open_image(picture) if isinstance(picture, (str, bytes, Path)) else picture
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return png_data_url(image)

@@ -159,3 +159,10 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
         return image
+
+
+def png_data_url(image: Image.Image) -> str:
+    """The picture without loss as a data: URL, which every OpenAI-compatible server and browser can read."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -5,8 +5,6 @@ as tensor parallelism over GPUs and machines, then serves this project's control
 """
 
 import asyncio
-import base64
-import io
 import logging
 import threading
 from collections.abc import Callable
@@ -16,7 +14,7 @@ import httpx
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, require
-from llava.images import open_uploaded_image
+from llava.images import open_uploaded_image, png_data_url
 from llava.serve.answering import Piece
 from llava.serve.job import Job, Message
 from llava.serve.protocol import ErrorType, ServeError
@@ -176,12 +174,9 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
 
 def _png_url(picture: str) -> str:
     try:
-        image = open_uploaded_image(picture)
+        return png_data_url(open_uploaded_image(picture))
     except LlavaError as error:
         raise ServeError(ErrorType.BAD_PICTURE, str(error)) from error
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _usage(usage: Any) -> dict[str, int]:
