@@ -22,7 +22,6 @@ from llava.generation.prompts import Prompt, PromptBuilder
 from llava.generation.runner import Runner
 from llava.generation.scheduler import Scheduler
 from llava.generation.state import Generation, Listener
-from llava.images import Limits
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ class Engine:
         prefix_bytes: for those of earlier prompts, kept for the next turn and the next question about a picture.
         feature_bytes: for features of pictures.
         max_prefill: positions of prompts computed in one pass.
-        limits: what a picture may cost; `llava.images.UPLOAD_LIMITS` for those of strangers.
     """
 
     def __init__(
@@ -51,13 +49,12 @@ class Engine:
         prefix_bytes: int | None = None,
         feature_bytes: int = 512 << 20,
         max_prefill: int = 16_384,
-        limits: Limits | None = None,
     ):
         self.tokenizer, self.model, image_processor, self.context_len = loaded
         self.model.eval()
         self.max_waiting = max_waiting
         budget = cache_budget(self.model) if cache_bytes is None else cache_bytes
-        self.encoder = PictureEncoder(self.model, image_processor, feature_bytes, limits)
+        self.encoder = PictureEncoder(self.model, image_processor, feature_bytes)
         self.prompts = PromptBuilder(self.tokenizer, self.model.config, self.encoder, self.context_len)
         self.scheduler = Scheduler(
             Runner(self.model, self.encoder, budget, self.context_len),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.images import Limits, open_image
+from llava.images import open_image
 
 _ENCODE_AT_ONCE = 32
 
@@ -37,9 +37,8 @@ class Picture:
 class PictureEncoder:
     """Features of pictures: `[positions, hidden]` each, in the language model's dtype, on its device."""
 
-    def __init__(self, model: Any, image_processor: Any, max_bytes: int, limits: Limits | None = None):
+    def __init__(self, model: Any, image_processor: Any, max_bytes: int):
         self.model = model
-        self.limits = limits
         self.image_processor = image_processor
         self.aspect_ratio = model.config.image_aspect_ratio
         self.max_bytes = max_bytes
@@ -104,7 +103,7 @@ class PictureEncoder:
     def _pixels(self, picture: Picture) -> np.ndarray:
         pixels = picture.source
         if not isinstance(pixels, np.ndarray):
-            image = open_image(pixels, limits=self.limits)
+            image = open_image(pixels)
             pixels = np.asarray(self.image_processor([image], self.aspect_ratio), np.float32)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         size = self.model.get_vision_tower().image_size
