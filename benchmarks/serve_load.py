@@ -5,6 +5,8 @@
 1. one closed-loop client, then 32 of them: output tokens/s each, and their ratio
 2. Poisson arrivals at half the measured capacity, streamed: what was lost, time to first token
 3. the engine alone on the same questions: its best batch throughput, and the share that the served path reaches
+
+The engine gets `--threads` threads in all parts; the other half of the cores is left to the servers and the clients.
 """
 
 import argparse
@@ -51,6 +53,7 @@ def main():
     parser.add_argument("--requests", type=int, default=2000, help="of the Poisson phase")
     parser.add_argument("--distinct", type=int, default=200, help="questions, with their pictures, to draw from")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2), help="of the engine, on the CPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -63,7 +66,9 @@ def main():
         results = measure_served(args, bodies)
         results |= measure_engine_in_process(args, bodies, Path(folder))
     results["served_over_engine_ratio"] = results["served_tokens_per_second"] / results["engine_tokens_per_second"]
-    print(f"{args.model_path} on {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(
+        f"{args.model_path} on {platform.machine()}, {os.cpu_count()} cores, {args.threads} for the engine, Python {platform.python_version()}"
+    )
     for name, value in results.items():
         print(f"{name:<36}{value:12.3f}")
     if args.json:
@@ -71,7 +76,7 @@ def main():
 
 
 def measure_served(args, bodies: list[dict]) -> dict[str, float]:
-    environment = {"LLAVA_SERVE_SECRET": "benchmark", "LLAVA_API_KEYS": ""}
+    environment = {"LLAVA_SERVE_SECRET": "benchmark", "LLAVA_API_KEYS": "", "OMP_NUM_THREADS": str(args.threads)}
     words = ["--model-path", str(args.model_path), "--model-name", "m"]
     words += ["--limit-model-concurrency", str(args.clients), "--max-queue", "4096"]
     words += ["--device", args.device] if args.device else []
@@ -187,7 +192,8 @@ def measure_engine_in_process(args, bodies: list[dict], folder: Path) -> dict[st
     path.write_text(json.dumps(bodies))
     command = [sys.executable, __file__, "--engine-only", str(path), "--model-path", str(args.model_path)]
     command += ["--clients", str(args.clients), *(["--device", args.device] if args.device else [])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -116,12 +116,13 @@ class Engine:
             for piece in ticket:
                 yield piece.text
 
-    def submit(self, request: Request, listener: Listener | None = None) -> "Ticket":
+    def submit(self, request: Request, listener: Listener | None = None, pieces: bool = True) -> "Ticket":
         """Queue a request; pictures are opened here, in the caller's thread.
 
         Args:
             listener: is given each Piece and finally the Answer, in the engine's thread (it must return at once).
                 Without one the ticket is iterated.
+            pieces: False gives the Answer alone, which costs less.
 
         Raises:
             EngineBusy: too many are waiting.
@@ -133,7 +134,7 @@ class Engine:
         self.encoder.prepare(prompt.pictures)
         ticket = Ticket(self)
         ticket.generation = Generation(
-            prompt, self.scheduler.detokenizer, listener or ticket.put, is_streamed=True, keep=True
+            prompt, self.scheduler.detokenizer, listener or ticket.put, is_streamed=pieces, keep=True
         )
         self.scheduler.submit(ticket.generation)
         with self._work:

@@ -4,13 +4,14 @@ Needs no torch. A worker that can't be reached, or is lost before its first word
 """
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
 from llava.serve.secret import headers
 
-CONTROLLER_TIMEOUT = 10.0
+SHORT_TIMEOUT = 10.0
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first
 _TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL)  # a worker that is stopping, or has enough to do
@@ -20,18 +21,26 @@ class ServingClient:
     """Answers of the workers behind a controller. Close it with `await client.close()`."""
 
     def __init__(self, controller: str, secret: str | None):
-        import httpx
-
         self.controller = controller.rstrip("/")
-        self.http = httpx.AsyncClient(
-            headers=headers(secret),
-            timeout=httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=False,
-        )
+        self.headers = headers(secret)
+        self._session: Any = None
+
+    @property
+    def session(self):
+        """Made at the first request: a session belongs to the event loop it is made in."""
+        if self._session is None:
+            import aiohttp
+
+            self._session = aiohttp.ClientSession(
+                headers=self.headers,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT),
+            )
+        return self._session
 
     async def close(self) -> None:
-        await self.http.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     async def models(self) -> list[str]:
         """Names of the models that are ready."""
@@ -42,13 +51,13 @@ class ServingClient:
 
     async def worker_stats(self) -> list[dict[str, Any]]:
         """Each worker's own status, with its address; who doesn't answer is left out."""
-        import httpx
+        import aiohttp
 
         found = []
         for worker in (await self._ask_controller("/list_workers"))["workers"]:
-            with contextlib.suppress(httpx.HTTPError, ValueError):
-                reply = await self.http.post(f"{worker['address']}/worker_get_status", timeout=CONTROLLER_TIMEOUT)
-                found.append({"address": worker["address"], **reply.raise_for_status().json()})
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+                status = await self._post(f"{worker['address']}/worker_get_status", {})
+                found.append({"address": worker["address"], **status})
         return found
 
     async def address(self, model: str, exclude: set[str] | frozenset[str] = frozenset()) -> str | None:
@@ -87,38 +96,44 @@ class ServingClient:
         raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
 
     async def _stream(self, address: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        import httpx
+        import aiohttp
 
         ended, rest = False, b""
         try:
-            async with self.http.stream("POST", f"{address}/worker_generate_stream", json=body) as reply:
-                if reply.status_code != 200:
-                    await reply.aread()
-                    raise _http_error(reply)
-                async for data in reply.aiter_raw():
+            async with self.session.post(f"{address}/worker_generate_stream", json=body) as reply:
+                if reply.status != 200:
+                    raise _http_error(reply.status, await reply.read())
+                async for data in reply.content.iter_any():
                     chunks, rest = split_chunks(rest + data)
                     for chunk in chunks:
                         if chunk.get("error_code"):
                             raise decode_error(chunk)
                         ended = ended or chunk.get("finish_reason") is not None
                         yield chunk
-        except httpx.ReadTimeout as error:
+        except aiohttp.SocketTimeoutError as error:
             raise ServeError(ErrorType.TIMEOUT) from error
-        except (httpx.TransportError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise _Unreachable from error
         if not ended:
             raise _Unreachable
 
     async def _ask_controller(self, path: str, body: dict | None = None) -> dict[str, Any]:
-        import httpx
+        import aiohttp
 
         try:
-            reply = await self.http.post(self.controller + path, json=body or {}, timeout=CONTROLLER_TIMEOUT)
-            return reply.raise_for_status().json()
-        except (httpx.HTTPError, ValueError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            words = "The controller has another secret." if status == 401 else "The controller can't be reached."
+            return await self._post(self.controller + path, body or {})
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            is_refused = isinstance(error, aiohttp.ClientResponseError) and error.status == 401
+            words = "The controller has another secret." if is_refused else "The controller can't be reached."
             raise ServeError(ErrorType.NO_WORKER, words) from error
+
+    async def _post(self, url: str, body: dict[str, Any]) -> Any:
+        """The JSON of a short answer."""
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=SHORT_TIMEOUT)
+        async with self.session.post(url, json=body, timeout=timeout, raise_for_status=True) as reply:
+            return await reply.json()
 
 
 class WorkerClient(ServingClient):
@@ -132,10 +147,10 @@ class _Unreachable(Exception):
     """The worker is gone, or what it sends is no answer."""
 
 
-def _http_error(reply) -> Exception:
+def _http_error(status: int, content: bytes) -> Exception:
     """A status other than 200: the worker's own words where it is one of ours."""
     try:
-        error = reply.json()["error"]
+        error = json.loads(content)["error"]
         return ServeError(ErrorType(error["type"]), error["message"])
     except (ValueError, KeyError, TypeError):
-        return _Unreachable(f"status {reply.status_code}")
+        return _Unreachable(f"status {status}")

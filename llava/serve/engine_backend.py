@@ -43,7 +43,7 @@ class EngineBackend:
 
     def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
         try:
-            return self.engine.submit(self._request(job), _listener(put)).cancel
+            return self.engine.submit(self._request(job), _listener(put, job.stream), pieces=job.stream).cancel
         except (LlavaError, torch.OutOfMemoryError) as error:
             raise to_serve_error(error) from error
 
@@ -82,8 +82,8 @@ def to_serve_error(error: Exception) -> ServeError:
     return ServeError(ErrorType.INTERNAL)
 
 
-def _listener(put: Callable[[Piece], None]) -> Callable[[EnginePiece | Answer], None]:
-    """The engine's news as this worker's pieces."""
+def _listener(put: Callable[[Piece], None], is_streamed: bool) -> Callable[[EnginePiece | Answer], None]:
+    """The engine's news as this worker's pieces; the text of an answer that isn't streamed comes with the last."""
     count = 0
 
     def listen(news: EnginePiece | Answer) -> None:
@@ -102,7 +102,8 @@ def _listener(put: Callable[[Piece], None]) -> Callable[[EnginePiece | Answer], 
                 "cached_tokens": news.cached_tokens,
             }
             late = tuple(_logprob(entry) for entry in (news.logprobs or [])[count:])
-            put(Piece("", late, finish_reason=news.finish_reason, usage=usage))
+            text = "" if is_streamed else news.text
+            put(Piece(text, late, finish_reason=news.finish_reason, usage=usage))
 
     return listen
 

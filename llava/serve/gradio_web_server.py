@@ -79,7 +79,13 @@ def build_app(args, secret: str | None) -> Guard:
         concurrency=args.concurrency_count,
         feedback=FeedbackLog(args.feedback_dir, args.feedback_days) if args.feedback_dir else None,
     )
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_):
+        yield
+        await client.close()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/health")
     async def health() -> dict:

@@ -7,6 +7,7 @@ SIGTERM lets running answers finish; what waits or comes new is sent elsewhere.
 
 import logging
 import os
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ from llava.serve.secret import add_secret_flags, secret_from_args
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "LLAVA_UPSTREAM_API_KEY"
+SWITCH_SECONDS = 0.0005
 
 
 def build_parser() -> ArgumentParser:
@@ -65,14 +67,20 @@ def build_parser() -> ArgumentParser:
 def main(argv=None) -> None:
     import asyncio
 
+    import uvicorn
+
     args = build_parser().parse_args(argv)
     secret = secret_from_args(args)
     address = check_address(args.worker_address or f"http://localhost:{args.port}")
     host = args.host
     if urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1") and host == "127.0.0.1":
         logger.warning("--worker-address names another machine, but --host 127.0.0.1 listens on this one alone")
+    # The model's thread gives the interpreter away only when told to; each request changes threads several times.
+    sys.setswitchinterval(SWITCH_SECONDS)
     backend = _load(args)
-    asyncio.run(_serve(args, backend, secret, address))
+    # uvloop where it is installed, as uvicorn.run would take it: the model's thread waits for every turn of the loop.
+    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        runner.run(_serve(args, backend, secret, address))
 
 
 async def _serve(args, backend, secret: str | None, address: str) -> None:
