@@ -24,12 +24,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import httpx
 
 from tests.serve.processes import Process
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 64
+JSON = {"Content-Type": "application/json"}
 UNLOADED_REQUESTS = 30
 
 
@@ -66,9 +68,8 @@ def main():
         results = measure_served(args, bodies)
         results |= measure_engine_in_process(args, bodies, Path(folder))
     results["served_over_engine_ratio"] = results["served_tokens_per_second"] / results["engine_tokens_per_second"]
-    print(
-        f"{args.model_path} on {platform.machine()}, {os.cpu_count()} cores, {args.threads} for the engine, Python {platform.python_version()}"
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} for the engine"
+    print(f"{args.model_path} on {machine}, Python {platform.python_version()}")
     for name, value in results.items():
         print(f"{name:<36}{value:12.3f}")
     if args.json:
@@ -91,12 +92,12 @@ def measure_served(args, bodies: list[dict]) -> dict[str, float]:
             api.wait(seconds=300)
             while httpx.get(api.url + "/ready", timeout=60).status_code != 200:
                 time.sleep(0.2)
-            return asyncio.run(_phases(args, api.url, bodies))
+            return asyncio.run(_phases(args, api.url, [json.dumps(body).encode()[:-1] for body in bodies]))
 
 
 async def _phases(args, url: str, bodies: list[dict]) -> dict[str, float]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits, trust_env=False) as http:
+    # The lightest client there is: it takes its time from the same cores.
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
         await closed_loop(http, bodies, args.clients, count=len(bodies))  # every picture seen once by all phases
         one, seconds = await closed_loop(http, bodies, 1, seconds=args.seconds)
         sequential = sum(outcome.tokens for outcome in one) / seconds
@@ -153,37 +154,40 @@ async def poisson(http, bodies, count: int, rate: float):
     return outcomes, time.perf_counter() - began
 
 
-async def ask(http, body: dict, stream: bool) -> Outcome:
+async def ask(http, body: bytes, stream: bool) -> Outcome:
+    """`body` is JSON without its last brace: what is asked for is put behind it, nothing is written anew."""
     outcome, began = Outcome(), time.perf_counter()
+    more = b', "stream": true, "stream_options": {"include_usage": true}}' if stream else b"}"
     try:
-        if not stream:
-            reply = await http.post("/v1/chat/completions", json=body)
-            reply.raise_for_status()
-            outcome.tokens = reply.json()["usage"]["completion_tokens"]
-        else:
-            more = {"stream": True, "stream_options": {"include_usage": True}}
-            async with http.stream("POST", "/v1/chat/completions", json=body | more) as reply:
-                reply.raise_for_status()
-                done = False
-                async for line in reply.aiter_lines():
-                    if not line.startswith("data: {"):
-                        done = done or line == "data: [DONE]"
-                        continue
-                    if outcome.first is None and '"content": ""' not in line:
-                        outcome.first = time.perf_counter() - began
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise ValueError(event["error"]["type"])
-                    if event.get("usage"):
-                        outcome.tokens = event["usage"]["completion_tokens"]
-                if not done:
-                    raise ValueError("the stream ended early")
+        async with http.post("/v1/chat/completions", data=body + more, headers=JSON, raise_for_status=True) as reply:
+            if stream:
+                outcome.first, outcome.tokens = await _read_stream(reply, began)
+            else:
+                outcome.tokens = (await reply.json())["usage"]["completion_tokens"]
         outcome.whole = time.perf_counter() - began
         if outcome.tokens != NEW_TOKENS:
             raise ValueError(f"{outcome.tokens} tokens, not {NEW_TOKENS}")
-    except (httpx.HTTPError, ValueError, KeyError) as error:
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     return outcome
+
+
+async def _read_stream(reply, began: float) -> tuple[float | None, int]:
+    """(seconds to the first text, tokens) of a stream that has to end as one does."""
+    first, tokens, done = None, 0, False
+    async for line in reply.content:
+        if not line.startswith(b"data: {"):
+            done = done or line == b"data: [DONE]\n"
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise ValueError(event["error"]["type"])
+        if first is None and any(choice["delta"].get("content") for choice in event["choices"]):
+            first = time.perf_counter() - began
+        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    if not done:
+        raise ValueError("the stream ended early")
+    return first, tokens
 
 
 def measure_engine_in_process(args, bodies: list[dict], folder: Path) -> dict[str, float]:

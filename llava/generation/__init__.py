@@ -8,6 +8,7 @@ _PUBLIC = {
     "ContextTooLong": "messages",
     "Engine": "engine",
     "EngineBusy": "messages",
+    "Look": "look",
     "OutOfMemory": "messages",
     "Piece": "messages",
     "Request": "messages",
@@ -21,6 +22,7 @@ __all__ = [
     "ContextTooLong",
     "Engine",
     "EngineBusy",
+    "Look",
     "OutOfMemory",
     "Piece",
     "Request",
@@ -31,6 +33,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from llava.generation.engine import Engine, Ticket
+    from llava.generation.look import Look
     from llava.generation.messages import (
         Answer,
         ContextTooLong,

@@ -8,15 +8,19 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from llava.errors import LlavaError
 from llava.generation.detokenize import Detokenizer
+from llava.generation.look import Look, read_weights
 from llava.generation.memory import cache_budget
-from llava.generation.messages import Answer, EngineBusy, Piece, Request
+from llava.generation.messages import Answer, ContextTooLong, EngineBusy, OutOfMemory, Piece, Request
 from llava.generation.pictures import PictureEncoder
 from llava.generation.prompts import Prompt, PromptBuilder
 from llava.generation.runner import Runner
@@ -140,6 +144,31 @@ class Engine:
         with self._work:
             self._work.notify()
         return ticket
+
+    def look(self, request: Request, token_ids: Sequence[int]) -> Look:
+        """Where the model looked when it answered `request` with `token_ids` (an Answer's): computed anew.
+
+        Between two steps, so that requests under way wait as long as for one prompt.
+
+        Raises:
+            ContextTooLong, OutOfMemory, LlavaError: no token, or an id that the vocabulary doesn't have.
+        """
+        prompt = self.prompts.build(request)
+        ids = np.asarray(token_ids, np.int64)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if not len(ids) or ids.min() < 0 or ids.max() >= vocabulary:
+            raise LlavaError(f"the answer's token_ids have to be at least one id from 0 to {vocabulary - 1}")
+        if len(prompt) + len(ids) > self.context_len:
+            raise ContextTooLong(f"prompt and answer are longer than the model's context of {self.context_len}")
+        self.encoder.prepare(prompt.pictures)
+        # The last token is no query: what made it is the position before it.
+        whole = replace(prompt, ids=np.concatenate([prompt.ids, ids[:-1]]))
+        with self._stepping, torch.inference_mode():
+            try:
+                weights = self.scheduler.runner.watch(whole, len(ids)).cpu().numpy()
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory("the device ran out of memory for this view; try a shorter answer") from error
+        return read_weights(prompt, ids.tolist(), weights, self.encoder, self.scheduler.detokenizer)
 
     def start(self) -> None:
         """Run the steps in a thread of the engine's own until `stop`."""

@@ -121,6 +121,31 @@ class PackedPass:
         return torch.zeros(mask.shape, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
 
 
+class WatchedPass(PackedPass):
+    """A pass over one row that also notes where its last `count` positions look.
+
+    `weights` float32 `[count, row.end]` are attention's, averaged over heads, summed over the layers so far.
+    """
+
+    def __init__(self, cache: RowCache, row: Row, count: int, device: torch.device, dtype, window: int | None):
+        super().__init__(cache, [row], device, dtype, window)
+        self.count = count
+        self.weights = torch.zeros(count, row.end, device=device)
+
+    def attend(self, index: int, attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+        output = super().attend(index, attention, queries, keys, values)
+        group = self.groups[0]
+        mask = group.mask[0, 0, -self.count :]
+        seen = self.cache.layers[index][0, group.rows.start, :, : group.width]
+        # Key head by key head: all at once would be heads x positions x positions.
+        own = queries[-self.count :].unflatten(1, (len(seen), -1)).movedim(0, 2)
+        for watching, known in zip(own, seen, strict=True):
+            scores = watching @ known.T * attention.scaling
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            self.weights += scores.float().softmax(-1).sum(0) / queries.shape[1]
+        return output
+
+
 def split_into_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Slices of neighbouring rows for which padding and the number of groups together cost least."""
     runs = [0, *(place for place in range(1, len(lengths)) if lengths[place] != lengths[place - 1]), len(lengths)]

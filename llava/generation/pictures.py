@@ -100,6 +100,10 @@ class PictureEncoder:
             picture.pixels = None
         return [found[picture.key] for picture in pictures]
 
+    def seen(self, picture: Picture) -> list[Image.Image]:
+        """What the tower gets of it: the picture in the tower's size, or with `anyres` also tiles of it."""
+        return [self.image_processor.restore(tile) for tile in self._pixels(picture)]
+
     def _pixels(self, picture: Picture) -> np.ndarray:
         pixels = picture.source
         if not isinstance(pixels, np.ndarray):

@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.generation.kv_cache import RowCache
-from llava.generation.packing import PackedPass, Row
+from llava.generation.packing import PackedPass, Row, WatchedPass
 from llava.generation.pictures import PictureEncoder
 from llava.generation.prompts import Prompt
 
@@ -42,6 +42,21 @@ class Runner:
         embeds = self.model.get_input_embeddings()(torch.tensor(tokens, device=self.device))
         rows = [Row(row, length, length + 1) for row, length in enumerate(lengths)]
         return self._forward(embeds, PackedPass(self.cache, rows, self.device, self.dtype, self.window))
+
+    def watch(self, prompt: Prompt, count: int) -> torch.Tensor:
+        """Where the last `count` positions of a prompt look: `[count, positions]`, rows sum to 1.
+
+        Attention's weights, averaged over heads and layers. Nothing that runs is touched: the pass has a cache of
+        its own.
+        """
+        row, layers = Row(0, 0, len(prompt)), len(self.cache.layers)
+        cache = RowCache(layers, self.cache.bytes_per_position, 0, len(prompt))
+        cache.reserve(1, len(prompt), 0)
+        ids = torch.from_numpy(prompt.ids)[None].to(self.device)
+        embeds = self.model.embed_inputs(ids, image_features=self._features([prompt], [row]))
+        watched = WatchedPass(cache, row, count, self.device, self.dtype, self.window)
+        self._forward(embeds[0], watched)
+        return watched.weights / layers
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, vocabulary]` of hidden states `[rows, hidden]`."""

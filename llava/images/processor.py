@@ -110,6 +110,16 @@ class ImageProcessor:
         """Resized and cropped to `crop_size`, still 8-bit RGB: what `square` normalises."""
         return self._shrink(to_rgb(image))
 
+    def restore(self, pixels: np.ndarray) -> Image.Image:
+        """The picture that pixel values `[3, height, width]` were made of, as the tower sees it."""
+        values = pixels.astype(np.float32)
+        if self.do_normalize:
+            mean, std = (np.array(part, np.float32)[:, None, None] for part in (self.image_mean, self.image_std))
+            values = values * std + mean
+        if self.do_rescale:
+            values = values / self.rescale_factor
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
     def _stack(self, pictures: Iterable[Image.Image]) -> np.ndarray:
         pixels = [np.asarray(picture) for picture in pictures]
         if not pixels:

@@ -22,6 +22,8 @@ class Piece:
     text: str = ""
     logprobs: tuple[dict[str, Any], ...] = ()
     """Per token: {"token", "logprob", "top": [{"token", "logprob"}]}."""
+    token_ids: tuple[int, ...] = ()
+    """Where the engine knows them."""
     finish_reason: str | None = None
     usage: dict[str, int] | None = None
     """prompt_tokens, completion_tokens, cached_tokens."""
@@ -40,6 +42,13 @@ class Backend(Protocol):
 
         Raises:
             ServeError: refused (queue full, context too long, bad picture, ...).
+        """
+
+    def look(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
+        """Where the model looked when it answered `job` with `token_ids`: the JSON of /worker_look. May block.
+
+        Raises:
+            ServeError: the request isn't valid, or this backend can't tell.
         """
 
     def stats(self) -> dict[str, float]:
@@ -105,7 +114,7 @@ async def answer_chunks(
             # The client left while the engine was taking the request: it has to be taken back nevertheless.
             submitting.add_done_callback(_cancel_late)
             raise
-        text, logprobs, last = job.prompt or "", [], None
+        text, logprobs, token_ids, last = job.prompt or "", [], [], None
         while last is None:
             remaining = deadline - asyncio.get_running_loop().time()
             try:
@@ -117,10 +126,13 @@ async def answer_chunks(
                     raise piece.error
                 text += piece.text
                 logprobs += piece.logprobs
+                token_ids += piece.token_ids
                 last = piece if piece.is_last else last
             more: dict[str, Any] = {}
             if job.logprobs is not None:
                 more["logprobs"], logprobs = logprobs, []
+            if job.token_ids:
+                more["token_ids"], token_ids = token_ids, []
             if last is not None:
                 cancel = None
                 more |= {"finish_reason": last.finish_reason, "usage": last.usage, "request_id": request_id}

@@ -45,6 +45,8 @@ class Reply:
     error: str = ""
     request_id: str = ""
     is_whole: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    """What was said so far, where the worker tells."""
 
 
 @dataclass

@@ -95,6 +95,27 @@ class ServingClient:
             raise ServeError(ErrorType.WORKER_LOST)
         raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
 
+    async def look(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What a worker's /worker_look answers.
+
+        Raises:
+            ServeError: no worker, or what the worker itself answered.
+        """
+        import aiohttp
+
+        address = await self.address(body["model"])
+        if address is None:
+            raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
+        try:
+            async with self.session.post(f"{address}/worker_look", json=body) as reply:
+                content = await reply.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ServeError(ErrorType.WORKER_LOST) from error
+        if reply.status != 200:
+            error = _http_error(reply.status, content)
+            raise error if isinstance(error, ServeError) else ServeError(ErrorType.INTERNAL)
+        return json.loads(content)
+
     async def _stream(self, address: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         import aiohttp
 

@@ -1,10 +1,12 @@
 """The engine behind a worker: requests as jobs in, pieces of text out, exceptions as typed errors."""
 
+import base64
 import hashlib
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ from llava.generation import (
     TokenLogprob,
 )
 from llava.generation import Piece as EnginePiece
-from llava.images import open_uploaded_image
+from llava.images import open_uploaded_image, png_data_url
 from llava.serve.answering import Piece
 from llava.serve.job import Job, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
@@ -46,6 +48,22 @@ class EngineBackend:
             return self.engine.submit(self._request(job), _listener(put, job.stream), pieces=job.stream).cancel
         except (LlavaError, torch.OutOfMemoryError) as error:
             raise to_serve_error(error) from error
+
+    def look(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
+        try:
+            look = self.engine.look(self._request(job), token_ids)
+        except (LlavaError, torch.OutOfMemoryError) as error:
+            raise to_serve_error(error) from error
+        views = [
+            {
+                "picture": view.picture,
+                "image": png_data_url(view.image),
+                "side": view.weights.shape[1],
+                "weights": base64.b64encode(view.weights.astype("<f2").tobytes()).decode(),
+            }
+            for view in look.views
+        ]
+        return {"tokens": look.tokens, "shares": [round(float(share), 4) for share in look.shares], "views": views}
 
     def stats(self) -> dict[str, float]:
         statistics = self.engine.statistics()
@@ -90,7 +108,8 @@ def _listener(put: Callable[[Piece], None], is_streamed: bool) -> Callable[[Engi
         nonlocal count
         if isinstance(news, EnginePiece):
             count += len(news.token_ids)
-            put(Piece(news.text, tuple(_logprob(entry) for entry in news.logprobs or ())))
+            logprobs = tuple(_logprob(entry) for entry in news.logprobs or ())
+            put(Piece(news.text, logprobs, tuple(news.token_ids)))
         elif news.error is not None:
             put(Piece(error=to_serve_error(news.error)))
         elif news.finish_reason == "cancelled":
@@ -103,7 +122,7 @@ def _listener(put: Callable[[Piece], None], is_streamed: bool) -> Callable[[Engi
             }
             late = tuple(_logprob(entry) for entry in (news.logprobs or [])[count:])
             text = "" if is_streamed else news.text
-            put(Piece(text, late, finish_reason=news.finish_reason, usage=usage))
+            put(Piece(text, late, tuple(news.token_ids[count:]), news.finish_reason, usage))
 
     return listen
 

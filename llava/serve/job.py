@@ -50,6 +50,8 @@ class Job:
     """How many alternatives to report at each position; None reports nothing."""
     ignore_eos: bool = False
     """Go on to `max_new_tokens` whatever the model says; for measurements."""
+    token_ids: bool = False
+    """Report them too: what a later request for a look needs."""
     stream: bool = True
     """False sends one chunk, at the end."""
     request_id: str | None = None
@@ -90,9 +92,24 @@ def read_job(body: Mapping[str, Any]) -> Job:
         seed=None if body.get("seed") is None else int(_number(body, "seed", 0, -(2**63), 2**64 - 1)),
         logprobs=_logprobs(body.get("logprobs")),
         ignore_eos=bool(body.get("ignore_eos", False)),
+        token_ids=bool(body.get("return_token_ids", False)),
         stream=bool(body.get("stream", True)),
         request_id=request_id if isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id) else None,
     )
+
+
+def read_look(body: Mapping[str, Any]) -> tuple[Job, list[int]]:
+    """(what was asked, the answer's token ids) from the JSON of /worker_look.
+
+    Raises:
+        ServeError: BAD_REQUEST that names the field.
+    """
+    token_ids = body.get("token_ids")
+    if not isinstance(token_ids, Sequence) or isinstance(token_ids, str) or not token_ids:
+        raise _bad("token_ids has to be a list of an answer's ids")
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in token_ids):
+        raise _bad("token_ids has to hold integers")
+    return read_job(body), list(token_ids)
 
 
 def read_messages(messages: Any, loose: Sequence[str] = ()) -> tuple[Message, ...]:

@@ -69,6 +69,9 @@ class UpstreamBackend:
         # A turn of the loop later: a task that is cancelled before its first step would never say that it has ended.
         return lambda: self.loop.call_soon_threadsafe(self.loop.call_soon, task.cancel)
 
+    def look(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
+        raise ServeError(ErrorType.BAD_REQUEST, "The server behind this worker doesn't tell where the model looked.")
+
     def stats(self) -> dict[str, float]:
         with self.lock:
             return {"queue_length": self.counts["running"] + self.counts["waiting"], **self.counts}

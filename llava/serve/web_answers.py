@@ -60,11 +60,13 @@ async def _fill(client, chat: Chat, exchange: Exchange, side: int, settings: Set
         "top_p": settings.top_p,
         "max_new_tokens": settings.max_new_tokens,
         "request_id": reply.request_id,
+        "return_token_ids": True,
     }
     try:
         async with contextlib.aclosing(client.generate(body)) as chunks:
             async for chunk in chunks:
                 reply.text = chunk["text"].lstrip()
+                reply.token_ids += chunk.get("token_ids", ())
                 changed.set()
         reply.is_whole = True
     except ServeError as error:

@@ -14,6 +14,7 @@ from llava.serve.feedback import FeedbackLog
 from llava.serve.job import MAX_PICTURES
 from llava.serve.protocol import ServeError
 from llava.serve.web_answers import Settings, answer
+from llava.serve.web_look import LookPart
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ CSS = """
 .thumbs img.thumb {width: auto !important; height: auto !important; max-height: 160px !important;
   max-width: 100% !important; border-radius: 6px; margin: 0 !important}
 #draft .thumbs img.thumb {max-height: 72px !important}
+.looks {display: flex; flex-wrap: wrap; gap: 8px}
+.looks img.look {max-width: 100%; border-radius: 6px}
 .gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
 #exported {display: none !important}
 #actions button, #votes button {min-width: 6.5rem}
@@ -161,6 +164,7 @@ class Page:
                     )
                     for name, question in EXAMPLES
                 ]
+            self.look = LookPart(self.client)
             with gr.Accordion("Settings", open=False):
                 self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)")
                 self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
@@ -174,7 +178,7 @@ class Page:
         places = [self.known, self.waiting, self.main, self.model, self.other]
         self.accept.click(self.on_accept, self.known, [self.notice, self.waiting, self.main, self.accepted], **quiet)
         self.timer.tick(self.on_tick, [self.known, self.accepted, self.model, self.other], places, **quiet)
-        self.other.change(self.on_other, [self.other, self.chat], self.views[1], **quiet)
+        self.other.change(self.on_other, [self.other, self.chat], [self.views[1], self.look.side], **quiet)
         # "multiple": otherwise gradio drops, without a word, what is asked while an answer is being made.
         asking = {**quiet, "trigger_mode": "multiple"}
         self.box.submit(self.on_ask, [self.chat, self.box, *chosen], view, **asking)
@@ -190,6 +194,7 @@ class Page:
         )
         for button, name, question in self.examples:
             button.click(self._example(name, question), self.chat, [self.chat, self.box, self.draft], **quiet)
+        self.look.connect(self.chat, quiet)
         for vote, button in self.votes.items():
             button.click(self._vote(vote), self.chat, None, **quiet)
 
@@ -218,7 +223,8 @@ class Page:
         )
 
     async def on_other(self, other: str, chat: Chat):
-        return gr.Chatbot(value=chat.shown(1), visible=other != NO_SECOND)
+        has_second = other != NO_SECOND
+        return gr.Chatbot(value=chat.shown(1), visible=has_second), gr.Radio(visible=has_second, value=0)
 
     async def on_ask(self, chat: Chat, box: dict, *chosen):
         if await _is_busy(chat):

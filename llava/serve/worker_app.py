@@ -1,12 +1,15 @@
-"""A worker's HTTP side: /worker_generate_stream, /worker_get_status, /health, around anything that answers."""
+"""A worker's HTTP side, around anything that answers: /worker_generate_stream, /worker_look, /worker_get_status."""
 
+import asyncio
 import contextlib
+import json
 import logging
+from typing import Any
 
 from llava.serve.answering import Backend, answer_chunks
 from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, secret_check
 from llava.serve.heartbeat import Membership
-from llava.serve.job import read_job
+from llava.serve.job import Job, read_job, read_look
 from llava.serve.protocol import ErrorType, ServeError, encode_error
 
 logger = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class WorkerApp:
         }
 
     def _routes(self):
-        from fastapi import FastAPI, Request
+        from fastapi import FastAPI, Request, Response
         from fastapi.responses import StreamingResponse
 
         @contextlib.asynccontextmanager
@@ -69,27 +72,31 @@ class WorkerApp:
 
         @app.post("/worker_generate_stream")
         async def worker_generate_stream(request: Request):
-            try:
-                body = await request.json()
-            except ValueError as error:
-                raise ServeError(ErrorType.BAD_REQUEST, "The body is not JSON.") from error
-            chunks = self._chunks(body, request.state.request_id)
+            chunks = self._chunks(await _json(request), request.state.request_id)
             return StreamingResponse(chunks, media_type="application/octet-stream")
 
+        @app.post("/worker_look")
+        async def worker_look(request: Request) -> Response:
+            job, token_ids = read_look(_object(await _json(request)))
+            self._check(job)
+            found = await asyncio.to_thread(self.backend.look, job, token_ids)
+            return Response(json.dumps(found), media_type="application/json")
+
         return app
+
+    def _check(self, job: Job) -> None:
+        if self.draining:
+            raise ServeError(ErrorType.NO_WORKER, "This worker is stopping and takes nothing new.")
+        if job.model and job.model not in self.model_names:
+            words = f"This worker serves {', '.join(self.model_names)}, not {job.model!r}."
+            raise ServeError(ErrorType.NO_WORKER, words)
 
     async def _chunks(self, body, request_id: str):
         """The answer; every error is the stream's last chunk, as clients of the old protocol expect."""
         try:
-            if not isinstance(body, dict):
-                raise ServeError(ErrorType.BAD_REQUEST, "The body is not a JSON object.")
-            job = read_job(body)
+            job = read_job(_object(body))
             request_id = job.request_id or request_id
-            if self.draining:
-                raise ServeError(ErrorType.NO_WORKER, "This worker is stopping and takes nothing new.")
-            if job.model and job.model not in self.model_names:
-                words = f"This worker serves {', '.join(self.model_names)}, not {job.model!r}."
-                raise ServeError(ErrorType.NO_WORKER, words)
+            self._check(job)
         except ServeError as error:
             yield encode_error(error, request_id)
             return
@@ -102,6 +109,19 @@ class WorkerApp:
             # The last place before the client: the log gets the details, the client a request id.
             logger.exception("%s failed", request_id)
             yield encode_error(ServeError(ErrorType.INTERNAL), request_id)
+
+
+async def _json(request) -> Any:
+    try:
+        return await request.json()
+    except ValueError as error:
+        raise ServeError(ErrorType.BAD_REQUEST, "The body is not JSON.") from error
+
+
+def _object(body: Any) -> dict:
+    if not isinstance(body, dict):
+        raise ServeError(ErrorType.BAD_REQUEST, "The body is not a JSON object.")
+    return body
 
 
 async def serve(worker: WorkerApp, host: str, port: int, membership: Membership | None, drain_seconds: int) -> None:

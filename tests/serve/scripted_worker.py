@@ -6,11 +6,16 @@ All of the HTTP side is real; only the model isn't. The last word of the questio
 word by word.
 """
 
+import base64
 import os
 import threading
 import time
 
+import numpy as np
+from PIL import Image
+
 from llava.commandline import ArgumentParser, run
+from llava.images import png_data_url
 from llava.serve.answering import Piece
 from llava.serve.protocol import ErrorType, ServeError
 
@@ -52,7 +57,7 @@ class ScriptedBackend:
                 os._exit(9)
             top = [{"token": word, "logprob": -0.5}][: job.logprobs or 0]
             logprobs = ({"token": word + " ", "logprob": -0.5, "top": top},) if job.logprobs is not None else ()
-            put(Piece(word + " ", logprobs))
+            put(Piece(word + " ", logprobs, (place,)))
             said += 1
             if stopped.wait(300 if place == last else self.pause):
                 self.cancelled += 1
@@ -62,6 +67,18 @@ class ScriptedBackend:
         usage = {"prompt_tokens": len(text.split()), "completion_tokens": said, "cached_tokens": 0}
         self.running -= 1
         put(Piece(finish_reason=reason, usage=usage))
+
+    def look(self, job, token_ids):
+        """Token n looks at patch n alone, with half of its attention; every picture is grey."""
+        views = []
+        for number in range(len(job.pictures)):
+            weights = np.zeros((len(token_ids), 4, 4), "<f2")
+            weights.reshape(-1, 16)[np.arange(len(token_ids)), np.array(token_ids) % 16] = 0.5 / len(job.pictures)
+            image = png_data_url(Image.new("RGB", (32, 32), (90, 90, 90)))
+            content = base64.b64encode(weights.tobytes()).decode()
+            views.append({"picture": number, "image": image, "side": 4, "weights": content})
+        words = ["echo:", *job.messages[-1].text.split()]
+        return {"tokens": [words[token] + " " for token in token_ids], "shares": [0.5] * len(token_ids), "views": views}
 
     def stats(self):
         return {"queue_length": self.running, "running": self.running, "cancelled": self.cancelled}

@@ -7,12 +7,14 @@ import sys
 import threading
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from PIL import Image
 
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
+from llava.serve.web_look import Shown
 from tests.serve.processes import Process, wait_until
 from tests.tiny import make_llava
 
@@ -119,6 +121,30 @@ def test_seeds_stops_logprobs_choices(client):
     stopped = ask(client, "Hi", stop=[letter])
     assert stopped.choices[0].message.content == whole.split(letter)[0]
     assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_where_the_model_looked(serving):
+    """The worker's own ids of an answer lead to weights that sum to what they say, in the page's form."""
+    worker = serving[1]
+    asked = {"model": "tiny", "messages": question("What is shown?", picture(), picture((0, 0, 9)))}
+    told = {"max_new_tokens": 6, "ignore_eos": True, "return_token_ids": True}
+
+    def post(path, **body):
+        return httpx.post(worker.url + path, json=asked | body, headers=SECRET, timeout=60)
+
+    chunks, _ = split_chunks(post("/worker_generate_stream", **told).content)
+    token_ids = [token for chunk in chunks for token in chunk["token_ids"]]
+    assert len(token_ids) == 6
+    shown = Shown.from_reply(post("/worker_look", token_ids=token_ids).json())
+    assert "".join(shown.tokens) == chunks[-1]["text"].strip()
+    assert [picture for picture, _, _ in shown.views] == [0, 1]
+    sums = sum(weights.sum((1, 2)) for _, _, weights in shown.views)
+    np.testing.assert_allclose(sums, shown.shares, atol=2e-3)
+    assert shown.drawn(5).count("<img") == 4
+    for wrong in ([], "5", [1.5], [True], [10**9]):
+        reply = post("/worker_look", token_ids=wrong)
+        assert reply.status_code == 400 and "token_ids" in reply.json()["error"]["message"]
+    assert httpx.post(worker.url + "/worker_look", json=asked, timeout=10).status_code == 401
 
 
 def test_old_clients_get_prompt_and_answer(serving):

@@ -35,6 +35,12 @@ def upstream():
             yield api, worker
 
 
+def test_it_cant_tell_where_the_model_looked(worker):
+    body = {"model": "behind", "messages": [{"role": "user", "content": "Hi"}], "token_ids": [1]}
+    reply = httpx.post(worker.url + "/worker_look", json=body, headers=SECRET, timeout=10)
+    assert reply.status_code == 400 and "doesn't tell" in reply.json()["error"]["message"]
+
+
 @pytest.fixture(scope="module")
 def worker(upstream, tmp_path_factory):
     log = tmp_path_factory.mktemp("worker") / "log"

@@ -10,9 +10,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
+from tests.images.test_medical import PATIENT, dicom
 from tests.serve.processes import Process, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
@@ -115,16 +117,28 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
         expect(page.locator("#waiting")).to_have_count(0, timeout=PATIENCE)
 
-        for number, color in enumerate(((180, 180, 180), (60, 60, 60))):
-            Image.new("RGB", (200, 160), color).save(tmp_path / f"{number}.png")
-        page.locator("#box input[type=file]").set_input_files([tmp_path / "0.png", tmp_path / "1.png"])
-        expect(page.locator("#box img")).to_have_count(2, timeout=PATIENCE)
+        Image.new("RGB", (200, 160), (180, 180, 180)).save(tmp_path / "photo.png")
+        (tmp_path / "slice.dcm").write_bytes(dicom(np.arange(160 * 200, dtype=np.uint16).reshape(160, 200)))
+        page.locator("#box input[type=file]").set_input_files([tmp_path / "photo.png", tmp_path / "slice.dcm"])
+        expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(2, timeout=PATIENCE)
         ask(page, "What is <b>shown</b> here?")
         expect(last_answer(page)).to_contain_text("echo:", timeout=PATIENCE)
         expect(last_answer(page)).to_contain_text("here?", timeout=PATIENCE)
         expect(page.locator("#chat0 [data-testid=user] img.thumb")).to_have_count(2, timeout=PATIENCE)
         expect(page.locator("#chat0 [data-testid=user]").last).to_contain_text("<b>shown</b>", timeout=PATIENCE)
         screenshot(page, "web_answer")
+
+        page.get_by_text("Where the model looked").click()
+        page.locator("#look").click()
+        expect(page.locator("#look-tokens .token")).to_have_count(7, timeout=PATIENCE)
+        expect(page.locator("#look-views img.look")).to_have_count(4, timeout=PATIENCE)
+        expect(page.locator("#look-views")).to_contain_text("Token 1 of 7, echo:", timeout=PATIENCE)
+        expect(page.locator("#look-views")).to_contain_text("50.0% of its attention", timeout=PATIENCE)
+        page.locator("#look-tokens .token").nth(5).click()
+        expect(page.locator("#look-views")).to_contain_text("Token 6 of 7, <b>shown</b>", timeout=PATIENCE)
+        page.locator("#look-number input[type=range]").press("ArrowRight")
+        expect(page.locator("#look-views")).to_contain_text("Token 7 of 7, here?", timeout=PATIENCE)
+        screenshot(page, "web_look")
 
         ask(page, "go on and be slow")
         expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
@@ -178,7 +192,7 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
 
         page.locator("#clear").click()
         expect(page.locator("#chat0 [data-testid=bot]")).to_have_count(0, timeout=PATIENCE)
-    assert "Miller" not in web.log.read_text()
+    assert PATIENT not in web.log.read_text()
 
 
 def test_a_phone(open_page, controller):
