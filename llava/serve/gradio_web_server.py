@@ -4,6 +4,7 @@ python -m llava.serve.gradio_web_server [--controller http://localhost:21001] [-
 """
 
 import contextlib
+import inspect
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_FILE_BYTES = 32 << 20
 MAX_BODY_BYTES = 8 * MAX_FILE_BYTES
 MEMORY_FOLDER = Path("/dev/shm")
+PREFIX, LOCK = "llava-web-", ".lock"
 
 
 def build_parser() -> ArgumentParser:
@@ -67,7 +69,8 @@ def build_app(args, secret: str | None) -> Guard:
     """The ASGI application of the page."""
     from fastapi import FastAPI
 
-    gradio = require("gradio", "serve")
+    with _no_stub_files():
+        gradio = require("gradio", "serve")
     from llava.serve.client import ServingClient
     from llava.serve.feedback import FeedbackLog
     from llava.serve.web_page import CSS, HEAD, PageOptions, build_page
@@ -109,12 +112,40 @@ def build_app(args, secret: str | None) -> Guard:
 
 
 @contextlib.contextmanager
-def _private_folder():
-    """Where uploads pass through: in memory where the system has such a folder, and gone at the end."""
-    base = MEMORY_FOLDER if MEMORY_FOLDER.is_dir() and os.access(MEMORY_FOLDER, os.W_OK) else None
-    folder = Path(tempfile.mkdtemp(prefix="llava-web-", dir=base))
+def _no_stub_files():
+    """gradio writes .pyi files for editors whenever it is imported, which takes longer than all the rest of it. It
+    leaves out classes that are in no file."""
+    getfile = inspect.getfile
+
+    def without_components(thing):
+        if isinstance(thing, type) and thing.__module__.startswith("gradio."):
+            raise OSError("no stub file for this one")
+        return getfile(thing)
+
+    inspect.getfile = without_components
     try:
-        yield folder
+        yield
+    finally:
+        inspect.getfile = getfile
+
+
+@contextlib.contextmanager
+def _private_folder():
+    """Where uploads pass through: in memory where the system has such a folder, and gone at the end.
+
+    What a server that was killed has left is removed too: nobody holds its lock any more.
+    """
+    from filelock import FileLock
+
+    in_memory = MEMORY_FOLDER.is_dir() and os.access(MEMORY_FOLDER, os.W_OK)
+    base = MEMORY_FOLDER if in_memory else Path(tempfile.gettempdir())
+    for left in base.glob(PREFIX + "*"):
+        with contextlib.suppress(OSError), FileLock(left / LOCK, timeout=0):
+            shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    try:
+        with FileLock(folder / LOCK):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

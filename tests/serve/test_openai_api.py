@@ -302,7 +302,6 @@ def test_a_worker_killed_in_the_middle_is_said_and_the_others_go_on():
                 assert outcomes[-4:] == [20] * 4, "requests after the kill go to the worker that is left"
 
 
-@pytest.mark.long
 def test_ten_kills_under_load_lose_only_what_was_being_said():
     """Unstreamed answers are asked for again elsewhere; of the streamed ones only those on the killed worker end."""
     with Process("llava.serve.controller", env=ENV) as controller:

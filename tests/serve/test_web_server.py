@@ -19,12 +19,13 @@ from llava.serve.example_pictures import EXAMPLES, draw_example
 from llava.serve.feedback import FeedbackLog
 from tests.serve.processes import Process
 
+ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
+
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
     log = tmp_path_factory.mktemp("web") / "log"
-    env = {"LLAVA_SERVE_SECRET": "s3cret"}
-    with Process("llava.serve.gradio_web_server", "--controller", "http://127.0.0.1:1", env=env, log=log) as process:
+    with Process("llava.serve.gradio_web_server", "--controller", "http://127.0.0.1:1", env=ENV, log=log) as process:
         yield process.wait(seconds=500)
         folder = uploads(process)
         assert process.stop() in (0, -15)
@@ -39,6 +40,19 @@ def uploads(web):
 
 def upload(web, name="x.png", content=b"x", **more):
     return httpx.post(f"{web.url}/gradio_api/upload", files={"files": (name, content, "image/png")}, timeout=60, **more)
+
+
+def test_the_next_server_removes_what_a_killed_one_left(web):
+    """Only that: the folder of one that runs stays."""
+    words = ["--controller", "http://127.0.0.1:1"]
+    with Process("llava.serve.gradio_web_server", *words, env=ENV) as killed:
+        killed.wait(seconds=500)
+        left, kept = uploads(killed), uploads(web)
+        killed.kill()
+    assert any(left.iterdir())
+    with Process("llava.serve.gradio_web_server", *words, env=ENV) as following:
+        following.wait(seconds=500)
+        assert not left.exists() and any(kept.iterdir())
 
 
 def test_starts_without_torch():
