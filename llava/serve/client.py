@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
+from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError, decode_error, split_chunks
 from llava.serve.secret import headers
 
 SHORT_TIMEOUT = 10.0
@@ -33,7 +33,7 @@ class ServingClient:
 
             self._session = aiohttp.ClientSession(
                 headers=self.headers,
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS / 3),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT),
             )
         return self._session

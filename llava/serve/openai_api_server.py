@@ -15,7 +15,7 @@ from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.serve.api_keys import VARIABLE, Keys, read_keys
 from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, error_body
-from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,14 @@ def main(argv=None) -> None:
         )
     client = ServingClient(args.controller_address, secret_from_args(args))
     app = build_app(client, keys, args.max_body_bytes)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
 
 
 def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> Guard:

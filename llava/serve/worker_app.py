@@ -10,7 +10,7 @@ from llava.serve.answering import Backend, answer_chunks
 from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, secret_check
 from llava.serve.heartbeat import Membership
 from llava.serve.job import Job, read_job, read_look
-from llava.serve.protocol import ErrorType, ServeError, encode_error
+from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError, encode_error
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ async def serve(worker: WorkerApp, host: str, port: int, membership: Membership 
         port=port,
         log_level="warning",
         access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=drain_seconds,
     )
     await Server(config).serve()

@@ -44,6 +44,17 @@ def test_text_grows_behind_the_prompt_and_the_last_chunk_has_the_account(worker)
     assert 2 <= len(chunks) <= 5
 
 
+def test_a_silent_connection_is_kept_longer_than_clients_keep_it(worker):
+    """Else a client asks over one that is just being closed, and takes the worker for lost."""
+    with httpx.Client(headers=SECRET, limits=httpx.Limits(keepalive_expiry=60)) as client:
+        opened = []
+        track = {"trace": lambda name, _: opened.append(name) if name == "connection.connect_tcp.started" else None}
+        for pause in (0, 6):
+            time.sleep(pause)
+            client.post(worker.url + "/worker_get_status", extensions=track).raise_for_status()
+    assert len(opened) == 1
+
+
 def test_messages_give_the_answer_alone(worker):
     chunks = ask(worker, None, messages=[{"role": "user", "content": "hello"}])
     assert chunks[-1]["text"] == "echo: hello "
