@@ -233,7 +233,9 @@ def _iter_parquet(path: Path) -> Iterator[Record]:
 
     with parquet.ParquetFile(path) as file:
         for batch in file.iter_batches():
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                # What a record doesn't have is null in its column.
+                yield {name: value for name, value in row.items() if value is not None}
 
 
 def _write_json_list(path: Path, records: Iterable[Record]) -> int:
@@ -260,5 +262,12 @@ def _write_parquet(path: Path, records: Iterable[Record]) -> int:
     import pyarrow.parquet as parquet
 
     rows = list(records)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    columns = {}
+    # Of all records, not of the first, as pyarrow would take them: that one may have no picture.
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            columns[name] = pyarrow.array([row.get(name) for row in rows])
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            raise LlavaError(f"{name!r} can't be a column of Parquet ({error}); write .jsonl instead") from error
+    parquet.write_table(pyarrow.table(columns), path)
     return len(rows)

@@ -157,3 +157,13 @@ def test_a_fault_in_a_json_list_names_the_record(tmp_path):
     path.write_text('[{"a": 1}] {"a": 2}')
     with pytest.raises(LlavaError, match="something behind the list"):
         list(iter_records(path))
+
+
+def test_parquet_keeps_what_the_first_record_lacks(tmp_path):
+    pytest.importorskip("pyarrow")
+    records = [{"id": 1}, {"id": 2, "image": "a.png"}]
+    write_records(tmp_path / "a.parquet", records)
+    assert list(iter_records(tmp_path / "a.parquet")) == records
+    with pytest.raises(LlavaError, match="'answer' can't be a column"):
+        write_records(tmp_path / "b.parquet", [{"answer": 1}, {"answer": "one"}])
+    assert not (tmp_path / "b.parquet").exists()

@@ -6,6 +6,7 @@ from typing import Any
 
 from llava.errors import LlavaError
 from llava.records import Record
+from llava.train.tar_index import Place, TarIndex
 
 
 def record_images(record: Record) -> list[Any]:
@@ -31,12 +32,12 @@ class PictureSource:
     """Opens the pictures of records.
 
     `folder` may be a folder of pictures, a folder of `.tar` shards (WebDataset), a single `.tar`, or None when
-    records hold absolute paths or the pictures themselves. Members of tar files are read in place.
+    records hold absolute paths or the pictures themselves. Members of tar files are read in place, by full name or
+    by the name's last part; what is where is kept beside the first of them, or in `output_dir`.
     """
 
-    def __init__(self, folder: str | Path | None):
+    def __init__(self, folder: str | Path | None, output_dir: str | Path = "."):
         self.folder = Path(folder).expanduser() if folder else None
-        self._members: dict[str, tuple[Path, int, int]] = {}
         shards: list[Path] = []
         if self.folder is not None and self.folder.is_file():
             if not tarfile.is_tarfile(self.folder):
@@ -44,8 +45,7 @@ class PictureSource:
             shards = [self.folder]
         elif self.folder is not None:
             shards = sorted(self.folder.glob("*.tar"))
-        for shard in shards:
-            self._members.update(_tar_index(shard))
+        self._members = TarIndex(shards, Path(output_dir)) if shards else None
 
     def read(self, image: Any) -> Path | bytes | str:
         """What `llava.images.open_image` takes: a path, the file's bytes or a data URL.
@@ -58,13 +58,12 @@ class PictureSource:
         place = self.find(image)
         if isinstance(place, (str, Path)):
             return place
-        shard, offset, size = place
-        with shard.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        with place.shard.open("rb") as file:
+            file.seek(place.offset)
+            return file.read(place.size)
 
-    def find(self, image: Any) -> Path | str | tuple[Path, int, int] | None:
-        """Where a picture is, without reading it: its path, its data URL, (tar, offset, size), None if embedded.
+    def find(self, image: Any) -> Path | str | Place | None:
+        """Where a picture is, without reading it: its path, its data URL, its place in a tar, None if embedded.
 
         Raises:
             FileNotFoundError: there is no such picture.
@@ -73,8 +72,7 @@ class PictureSource:
             return None
         if image.startswith("data:"):
             return image
-        member = self._members.get(image)
-        if member is not None:
+        if self._members is not None and (member := self._members.find(image)):
             return member
         path = Path(image) if self.folder is None else self.folder / image
         if not path.is_file():
@@ -87,8 +85,8 @@ class PictureSource:
         if isinstance(place, Path):
             status = place.stat()
             return f"{place.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-        if isinstance(place, tuple):
-            return f"{place[0].resolve()}|{place[1]}|{place[2]}|{place[0].stat().st_mtime_ns}"
+        if isinstance(place, Place):
+            return f"{place.shard.resolve()}|{place.offset}|{place.size}|{place.shard.stat().st_mtime_ns}"
         return image_key(image)
 
 
@@ -98,18 +96,3 @@ def _embedded(image: Any) -> bytes:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
     raise LlavaError(f"a picture must be a path, bytes or {{'bytes': …}}, not {type(image).__name__}")
-
-
-def _tar_index(shard: Path) -> dict[str, tuple[Path, int, int]]:
-    """{member's name: (tar file, offset, size)}, by full name and by last part."""
-    index: dict[str, tuple[Path, int, int]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    place = (shard, member.offset_data, member.size)
-                    index[member.name.removeprefix("./")] = place
-                    index.setdefault(Path(member.name).name, place)
-    except tarfile.TarError as error:
-        raise LlavaError(f"{shard}: not an uncompressed tar file ({error})") from error
-    return index

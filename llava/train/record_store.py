@@ -1,7 +1,7 @@
 """Records by number: what a random sampler needs, in little memory however many there are.
 
-JSONL is read through an index of line offsets, Arrow by memory map, Parquet as an Arrow table; a JSON list has
-to be parsed whole and is then kept as bytes if it is long.
+JSONL is read through an index of line offsets, Arrow by memory map; Parquet, which can't be read by number, is
+unpacked into an Arrow file first; a JSON list has to be parsed whole and is then kept as bytes if it is long.
 """
 
 import json
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from llava.errors import LlavaError
-from llava.records import Record, read_json
+from llava.records import Record, atomic_path, read_json
+from llava.train.kept_files import kept_path
 
 KEEP_PARSED = 20_000
 """Longest JSON list that is kept as Python objects (about 3 kB each); longer ones are kept as bytes."""
@@ -31,8 +33,10 @@ class RecordStore(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-def open_records(path: str | Path) -> RecordStore:
+def open_records(path: str | Path, output_dir: str | Path = ".") -> RecordStore:
     """Open a JSON list, JSONL, Parquet or Arrow file for reading by number (told apart by its first bytes).
+
+    What Parquet is unpacked to is kept beside it, or in `output_dir` where that can't be written.
 
     Raises:
         LlavaError: the file is missing, empty or none of these.
@@ -44,8 +48,10 @@ def open_records(path: str | Path) -> RecordStore:
         head = file.read(64)
     if not head.strip():
         raise LlavaError(f"{path}: the file is empty")
-    if head[:4] == b"PAR1" or head[:6] == b"ARROW1":
-        store: RecordStore = ArrowRecords(path, parquet=head[:4] == b"PAR1")
+    if head[:4] == b"PAR1":
+        store: RecordStore = ArrowRecords(path, _unpacked(path, Path(output_dir)))
+    elif head[:6] == b"ARROW1":
+        store = ArrowRecords(path, path)
     elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         store = ListRecords(path)
     else:
@@ -117,18 +123,17 @@ class ListRecords:
 
 
 class ArrowRecords:
-    """Parquet (read as a table) or Arrow IPC (memory-mapped)."""
+    """An Arrow IPC file, memory-mapped: what isn't being read takes no memory. `path` is what the user gave."""
 
-    def __init__(self, path: Path, parquet: bool):
+    def __init__(self, path: Path, arrow: Path):
         import pyarrow
-        import pyarrow.parquet
 
         self.path = path
-        if parquet:
-            self._table = pyarrow.parquet.read_table(path, memory_map=True)
-        else:
-            with pyarrow.memory_map(str(path)) as source:
-                self._table = pyarrow.ipc.open_file(source).read_all()
+        self._arrow = arrow
+        try:
+            self._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(arrow))).read_all()
+        except pyarrow.ArrowInvalid as error:
+            raise LlavaError(f"{path}: not a whole Arrow file ({error})") from error
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -136,6 +141,33 @@ class ArrowRecords:
     def __getitem__(self, index: int) -> Record:
         row = self._table.slice(index, 1).to_pylist()[0]
         return {key: value for key, value in row.items() if value is not None}
+
+    def __reduce__(self):
+        # A worker process maps the file itself; the table would travel with all its rows.
+        return ArrowRecords, (self.path, self._arrow)
+
+
+def _unpacked(path: Path, output_dir: Path) -> Path:
+    """The Arrow file with the rows of a Parquet file, written if it isn't there; one row group in memory at a time."""
+    import pyarrow
+    import pyarrow.parquet
+    from filelock import FileLock
+
+    target = kept_path(path, output_dir, "arrow", {})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The first of the processes of a run writes it, the others wait.
+    with FileLock(target.with_name(target.name + ".lock")):
+        if target.is_file():
+            return target
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file, atomic_path(target) as temporary:
+                rows = file.iter_batches()
+                with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, file.schema_arrow) as out:
+                    for batch in tqdm(rows, desc="unpacking records", unit=" batches", delay=2):
+                        out.write_batch(batch)
+        except pyarrow.ArrowInvalid as error:
+            raise LlavaError(f"{path}: not a whole Parquet file ({error})") from error
+    return target
 
 
 def _parse(line: bytes, path: Path, index: int) -> Record:

@@ -17,7 +17,7 @@ from llava.train.checkpoints import STAGING_PREFIX, publish_files, remove_stagin
 from llava.train.collator import Collator
 from llava.train.dataset import LlavaDataset, PackedDataset, distinct_images
 from llava.train.feature_cache import FeatureCache, build_feature_cache, fingerprint
-from llava.train.lengths import cache_path
+from llava.train.kept_files import kept_path
 from llava.train.lora import add_adapters, save_adapter
 from llava.train.packing import fill_batches, use_packed_attention
 from llava.train.pictures import PictureSource
@@ -58,7 +58,7 @@ def build_dataset(
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
     template = get_template(model.config.conversation_template)
     image_tokens = ImageTokens.from_config(model.config, tokenizer)
-    pictures = PictureSource(data.image_folder)
+    pictures = PictureSource(data.image_folder, Path(training.output_dir))
     patches = model.num_patches
 
     def encode(record, features):
@@ -202,7 +202,7 @@ def _lengths_path(arguments: Arguments, loaded: LoadedModel, store: RecordStore,
         "aspect_ratio": config.image_aspect_ratio,
         "max_length": arguments.training.model_max_length,
     }
-    return cache_path(store.path, Path(arguments.training.output_dir), settings)
+    return kept_path(store.path, Path(arguments.training.output_dir), "lengths.npy", settings)
 
 
 def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> FeatureCache:

@@ -43,7 +43,7 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
     started = time.time()
     training = arguments.training
     start_processes(training)
-    store = open_records(arguments.data.data_path)
+    store = open_records(arguments.data.data_path, training.output_dir)
     prepare_output(training)
     from llava.train.prepare_model import prepare_model
 

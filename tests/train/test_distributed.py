@@ -14,7 +14,7 @@ from llava.model import load_pretrained_model
 from tests.tiny import make_llava
 from tests.train.helpers import flags, make_records
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 RUN = ("--max_steps", str(STEPS), "--lr_scheduler_type", "cosine", "--lora_dropout", "0")

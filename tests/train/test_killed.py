@@ -8,14 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.tiny import make_llava
 from tests.train.helpers import flags, make_records
 
-pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -4,7 +4,8 @@ import numpy as np
 
 from llava.tokenization import Encoded
 from llava.train.dataset import LlavaDataset
-from llava.train.lengths import cache_path, load_lengths, save_lengths
+from llava.train.kept_files import kept_path
+from llava.train.lengths import load_lengths, save_lengths
 from llava.train.pictures import PictureSource
 from llava.train.record_store import open_records
 
@@ -24,7 +25,7 @@ def dataset(path, calls, **more):
         count_features=lambda image: 3,
         max_length=100,
         lazy=True,
-        lengths_path=cache_path(path, path.parent, {"template": "v1"}),
+        lengths_path=kept_path(path, path.parent, "lengths.npy", {"template": "v1"}),
         **more,
     )
 
@@ -45,11 +46,11 @@ def test_lengths_need_no_picture_and_are_counted_once(tmp_path):
 def test_other_settings_or_data_are_counted_anew(tmp_path):
     path = tmp_path / "data.json"
     path.write_text("[{}]")
-    before = cache_path(path, tmp_path, {"template": "v1"})
+    before = kept_path(path, tmp_path, "lengths.npy", {"template": "v1"})
     assert before.parent == tmp_path
-    assert cache_path(path, tmp_path, {"template": "v0"}) != before
+    assert kept_path(path, tmp_path, "lengths.npy", {"template": "v0"}) != before
     path.write_text("[{}, {}]")
-    assert cache_path(path, tmp_path, {"template": "v1"}) != before
+    assert kept_path(path, tmp_path, "lengths.npy", {"template": "v1"}) != before
 
 
 def test_a_damaged_file_is_said_and_counted_anew(tmp_path, caplog):
