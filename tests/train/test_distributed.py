@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,9 +76,16 @@ def test_ddp(tmp_path, base, data, single):
     compare(tmp_path, single)
 
 
+FSDP = ("--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
+FSDP_ON_CPU = Path(__file__).with_name("fsdp_on_cpu.py")
+
+
+def zero(stage) -> tuple[str, str]:
+    return "--deepspeed", str(ROOT / "scripts" / f"zero{stage}.json")
+
+
 def test_fsdp2_shards_and_computes_the_same(tmp_path, base, data, single):
-    more = ("--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
-    done = launch(2, Path(__file__).with_name("fsdp_on_cpu.py"), *flags(tmp_path, data, base, *RUN, *more))
+    done = launch(2, FSDP_ON_CPU, *flags(tmp_path, data, base, *RUN, *FSDP))
     seen = json.loads(done.stdout.strip().splitlines()[-1])
     assert seen["type"] == "DistributedType.FSDP"
     assert seen["sharded"] == seen["parameters"] > 0
@@ -88,9 +96,26 @@ def test_fsdp2_shards_and_computes_the_same(tmp_path, base, data, single):
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero(tmp_path, base, data, single, stage):
-    config = ROOT / "scripts" / f"zero{stage}.json"
-    launch(2, TRAIN, *flags(tmp_path / "out", data, base, *RUN, "--deepspeed", str(config)))
+    launch(2, TRAIN, *flags(tmp_path / "out", data, base, *RUN, *zero(stage)))
     compare(tmp_path / "out", single)
+
+
+@pytest.mark.parametrize(
+    ("script", "sharding"),
+    [
+        pytest.param(FSDP_ON_CPU, FSDP, id="fsdp2"),
+        pytest.param(TRAIN, zero("3_offload"), id="zero3_offload", marks=needs_deepspeed),
+    ],
+)
+def test_a_sharded_run_resumes_on_the_same_curve(tmp_path, base, data, script, sharding):
+    """Model, optimizer and place in the data come back from what each process wrote."""
+    more = (*RUN, "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", *sharding)
+    launch(2, script, *flags(tmp_path / "whole", data, base, *more))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "killed" / "checkpoint-3")
+    launch(2, script, *flags(tmp_path / "killed", data, base, *more))
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all((whole[name] - killed[name]).abs().max() < 1e-5 for name in whole)
 
 
 def test_stage_1_under_ddp_writes_a_whole_projector(tmp_path, base, data):
@@ -103,8 +128,6 @@ def test_stage_1_under_ddp_writes_a_whole_projector(tmp_path, base, data):
 
 
 def test_resuming_with_another_number_of_processes_keeps_the_curve(tmp_path, base, data, single):
-    import shutil
-
     more = (*RUN, "--save_strategy", "steps", "--save_steps", "10")
     launch(2, TRAIN, *flags(tmp_path / "two", data, base, *more))
     shutil.copytree(tmp_path / "two" / "checkpoint-10", tmp_path / "one" / "checkpoint-10")
