@@ -43,6 +43,8 @@ class Recipe:
     per_device_train_batch_size: int = 8
     model_max_length: int = 2048
     gradient_checkpointing: bool = False
+    every_n_layers: int = 1
+    """With gradient_checkpointing: one layer of so many computes its activations again, the others keep them."""
     half_precision: bool = True
     tune_mm_mlp_adapter: bool = False
     lora_enable: bool = False
@@ -102,8 +104,10 @@ def estimate(recipe: Recipe) -> dict[str, float]:
         weights = 0 if recipe.shard == 3 else weights
     tokens = recipe.per_device_train_batch_size * recipe.model_max_length
     per_layer = tokens * shape["hidden_size"] * ACTIVATION_BYTES * (1 if recipe.half_precision else 2)
-    kept_inputs = tokens * shape["hidden_size"] * shape["num_hidden_layers"] * (2 if recipe.half_precision else 4)
-    activations = kept_inputs + per_layer if recipe.gradient_checkpointing else per_layer * shape["num_hidden_layers"]
+    layers = shape["num_hidden_layers"]
+    again = -(-layers // recipe.every_n_layers) if recipe.gradient_checkpointing else 0
+    kept_inputs = tokens * shape["hidden_size"] * again * (2 if recipe.half_precision else 4)
+    activations = kept_inputs + per_layer * (layers - again + bool(again))
     parts = {
         "weights": weights / GB,
         "half-precision copy": copy / GB,
@@ -119,7 +123,7 @@ def estimate(recipe: Recipe) -> dict[str, float]:
 def remedies(recipe: Recipe, limit: float) -> list[tuple[str, Recipe]]:
     """Flags that make it fit, gentlest first; each line adds to those before it. Empty if nothing helps."""
     steps: list[tuple[str, dict[str, Any]]] = [
-        ("--gradient_checkpointing True", {"gradient_checkpointing": True}),
+        ("--gradient_checkpointing True", {"gradient_checkpointing": True, "every_n_layers": 1}),
         ("--per_device_train_batch_size 1 (keep --global_batch_size)", {"per_device_train_batch_size": 1}),
     ]
     if recipe.gpus > 1 and recipe.shard < 3:
@@ -158,6 +162,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--json", help="also write the parts to this file")
     for flag in ("--gradient_checkpointing", "--tune_mm_mlp_adapter", "--lora_enable", "--unfreeze_mm_vision_tower"):
         parser.add_bool(flag, help="as in the training command")
+    parser.add_argument("--gradient_checkpointing_kwargs", help="as in the training command")
     parser.add_bool("--bf16", default=False, help="as in the training command")
     parser.add_bool("--fp16", default=False, help="as in the training command")
     return parser
@@ -177,6 +182,7 @@ def recipe_of(args) -> Recipe:
         per_device_train_batch_size=args.per_device_train_batch_size,
         model_max_length=args.model_max_length,
         gradient_checkpointing=args.gradient_checkpointing,
+        every_n_layers=_every_n_layers(args.gradient_checkpointing_kwargs),
         half_precision=args.bf16 or args.fp16,
         tune_mm_mlp_adapter=args.tune_mm_mlp_adapter,
         lora_enable=args.lora_enable,
@@ -187,6 +193,17 @@ def recipe_of(args) -> Recipe:
         offload=offload,
         unfreeze_mm_vision_tower=args.unfreeze_mm_vision_tower,
     )
+
+
+def _every_n_layers(text: str | None) -> int:
+    try:
+        value = json.loads(text or "{}").get("every_n_layers", 1)
+        number = int(value)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise LlavaError(f"--gradient_checkpointing_kwargs {text}: expected a JSON object") from error
+    if number < 1:
+        raise LlavaError(f"--gradient_checkpointing_kwargs: every_n_layers is {number}; expected at least 1")
+    return number
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,6 +61,20 @@ def test_every_saving_saves(change):
     assert estimate(replace(recipe, **change))["total"] < estimate(recipe)["total"]
 
 
+def test_partial_checkpointing_lies_between_none_and_all(capsys):
+    half = Recipe(SEVEN, gradient_checkpointing=True, every_n_layers=2)
+    everything = replace(half, every_n_layers=1)
+    nothing = replace(half, gradient_checkpointing=False)
+    sizes = [estimate(recipe)["activations"] for recipe in (everything, half, nothing)]
+    assert sizes == sorted(sizes) and sizes[1] == pytest.approx((sizes[0] + sizes[2]) / 2, rel=0.1)
+    argv = ["--model_name_or_path", "llama-7b", "--gradient_checkpointing", "--gradient_checkpointing_kwargs"]
+    main([*argv, '{"every_n_layers": 2}', "--gpu-memory-gb", "500"])
+    assert "activations" in capsys.readouterr().out
+    for wrong in ("{", "[]", '{"every_n_layers": 0}', '{"every_n_layers": "x"}'):
+        with pytest.raises(LlavaError, match="gradient_checkpointing_kwargs"):
+            main([*argv, wrong])
+
+
 def test_remedies_end_with_a_recipe_that_fits():
     changes = remedies(Recipe(SEVEN), 24)
     assert changes and estimate(changes[-1][1])["total"] <= 24

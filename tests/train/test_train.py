@@ -183,6 +183,39 @@ def test_grouped_mixed_batches_train(tmp_path, stage1):
     assert summary["samples_seen"] == 13
 
 
+@pytest.mark.parametrize(("kwargs", "runs"), [(None, [2, 2]), ('{"every_n_layers": 2}', [2, 1])])
+def test_checkpointed_layers_run_twice_and_the_loss_stays(tmp_path, stage1, data, monkeypatch, kwargs, runs):
+    """Forward passes of each of the two layers in one step: again in the backward pass where checkpointed."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    more = ("--version", "v1", "--max_steps", "1", "--gradient_accumulation_steps", "1")
+    plain = train(flags(tmp_path / "plain", data, stage1[0], *more))
+    counted, forward = {}, LlamaAttention.forward
+
+    def count(self, *args, **kwargs):
+        counted[self.layer_idx] = counted.get(self.layer_idx, 0) + 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", count)
+    more += ("--gradient_checkpointing", "True")
+    more += ("--gradient_checkpointing_kwargs", kwargs) if kwargs else ()
+    summary = train(flags(tmp_path / "again", data, stage1[0], *more))
+    assert sorted(counted.values(), reverse=True) == runs
+    assert summary["first_loss"] == pytest.approx(plain["first_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("tool", ["tensorboard", "wandb"])
+def test_what_a_person_watches_is_written(tmp_path, stage1, data, monkeypatch, tool):
+    pytest.importorskip(tool)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    words = flags(tmp_path / "out", data, stage1[0], "--version", "v1", "--max_steps", "2")
+    words[words.index("--report_to") + 1] = tool
+    train(words)
+    pattern = {"tensorboard": "events.out.tfevents.*", "wandb": "run-*.wandb"}[tool]
+    assert [path for path in tmp_path.rglob(pattern) if path.stat().st_size]
+
+
 def test_own_learning_rates_move_their_part_alone(tmp_path, stage1, data):
     more = ("--version", "v1", "--max_steps", "2", "--learning_rate", "0", "--unfreeze_mm_vision_tower")
     train(flags(tmp_path / "out", data, stage1[0], *more, "--mm_projector_lr", "0", "--mm_vision_tower_lr", "1e-2"))
