@@ -205,6 +205,17 @@ def test_a_full_queue_says_so(checkpoint):
         assert worker.stop() in (0, -15)
 
 
+@pytest.mark.parametrize("flag", ["--load-4bit", "--load-8bit"])
+def test_a_quantized_worker_answers(checkpoint, flag):
+    pytest.importorskip("bitsandbytes")
+    words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--no-register", "--device", "cpu", flag]
+    with Process("llava.serve.model_worker", *words, env=ENV) as worker:
+        worker.wait(seconds=500)
+        body = {"model": "tiny", "messages": question("What?", picture()), "max_new_tokens": 5, "ignore_eos": True}
+        reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60)
+        assert split_chunks(reply.content)[0][-1]["usage"]["completion_tokens"] == 5
+
+
 def test_the_tools(serving, tmp_path):
     controller, worker, _ = serving
 
