@@ -12,8 +12,8 @@ import logging
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
-from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, secret_check
-from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError, check_address, encode_error
+from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, run_server, secret_check
+from llava.serve.protocol import ErrorType, ServeError, check_address, encode_error
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
 from llava.serve.secret import add_secret_flags, headers, secret_from_args
 
@@ -35,21 +35,12 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv=None) -> None:
-    import uvicorn
-
     args = build_parser().parse_args(argv)
     secret = secret_from_args(args)
     if secret is None:
         logger.warning("running open: anybody who reaches port %d can register workers and ask", args.port)
     app = build_app(Registry(args.dispatch_method, one_owner_per_model=secret is None), secret, args.max_body_bytes)
-    uvicorn.run(
-        app,
-        host=args.host,
-        port=args.port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-    )
+    run_server(app, args.host, args.port)
 
 
 def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_BYTES) -> Guard:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError, require
-from llava.serve.guard import Guard
+from llava.serve.guard import Guard, run_server
 from llava.serve.secret import add_secret_flags, secret_from_args
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,6 @@ def main(argv=None) -> None:
     if args.moderate:
         raise LlavaError("--moderate sends what is asked to another company; there is no such thing here")
     secret = secret_from_args(args)
-    uvicorn = require("uvicorn", "serve")
     # uvicorn raises the signal anew when it has stopped; without this the folder of uploads would stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with _private_folder() as folder:
@@ -60,9 +59,7 @@ def main(argv=None) -> None:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         app = build_app(args, secret)
         logger.info("web page at http://%s:%d", args.host, args.port)
-        uvicorn.run(
-            app, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_graceful_shutdown=5
-        )
+        run_server(app, args.host, args.port, timeout_graceful_shutdown=5)
 
 
 def build_app(args, secret: str | None) -> Guard:

@@ -7,8 +7,10 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
+from typing import Any
 
-from llava.serve.protocol import ERRORS, ErrorType, ServeError
+from llava.errors import require
+from llava.serve.protocol import ERRORS, KEEP_ALIVE_SECONDS, ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,19 @@ class Guard:
             error = self.authorize(headers)
             if error is not None:
                 raise error
+
+
+def run_server(app, host: str, port: int, **more: Any) -> None:
+    """Serve an ASGI application until a signal ends it. Nothing is logged of who asks; `more` goes to uvicorn."""
+    require("uvicorn", "serve").run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        **more,
+    )
 
 
 def answer_errors(app) -> None:

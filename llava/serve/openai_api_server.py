@@ -14,8 +14,8 @@ from typing import Any
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.serve.api_keys import VARIABLE, Keys, read_keys
-from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, error_body
-from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError
+from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, error_body, run_server
+from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv=None) -> None:
-    import uvicorn
-
     from llava.serve.client import ServingClient
 
     args = build_parser().parse_args(argv)
@@ -50,14 +48,7 @@ def main(argv=None) -> None:
         )
     client = ServingClient(args.controller_address, secret_from_args(args))
     app = build_app(client, keys, args.max_body_bytes)
-    uvicorn.run(
-        app,
-        host=args.host,
-        port=args.port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-    )
+    run_server(app, args.host, args.port)
 
 
 def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> Guard:

@@ -2,7 +2,7 @@
 
 import hashlib
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,35 +77,39 @@ def _reopened(shards: list[Path], path: Path) -> TarIndex:
 
 def _index(shards: Sequence[Path]) -> np.ndarray:
     """uint64 `[5, names]`, sorted: two halves of the name's digest, shard, offset, size."""
-    parts = []
+    whole, last = [], []
     for number, shard in enumerate(tqdm(shards, desc="indexing tar files", unit=" file", delay=2)):
-        rows = [(*_digest(name), number, offset, size) for name, offset, size in _members(shard)]
-        parts.append(np.array(rows, np.uint64).reshape(-1, 5))
-    full = _sorted(np.concatenate(parts))
-    repeated = np.flatnonzero((full[1:, :2] == full[:-1, :2]).all(1) & (full[1:, 2] != full[:-1, 2]))
-    if len(repeated):
-        both = {shards[int(full[place + more, 2])].name for place in repeated[:1] for more in (0, 1)}
-        raise LlavaError(f"{len(repeated)} member(s) are in two tar files, one of them in {' and '.join(sorted(both))}")
-    short = [
-        np.array([(*_digest(last), number, offset, size)], np.uint64)
-        for number, shard in enumerate(shards)
-        for name, offset, size in _members(shard)
-        if (last := name.rpartition("/")[2]) != name
-    ]
-    if not short:
-        return full.T.copy()
-    known = _sorted(np.concatenate(short))
-    again = (known[1:, :2] == known[:-1, :2]).all(1)
-    known[1:, 2][again] = _AMBIGUOUS
-    known[:-1, 2][again] = _AMBIGUOUS
-    # A full name comes before the last part of another.
-    both = np.concatenate([full, known])
-    _, first = np.unique(both[:, :2], axis=0, return_index=True)
-    return _sorted(both[first]).T.copy()
+        members = _members(shard)
+        whole.append(_rows((name, number, *place) for name, place in members.items()))
+        last.append(_rows((name.rpartition("/")[2], number, *place) for name, place in members.items() if "/" in name))
+    names = _sorted(np.concatenate(whole))
+    if (repeated := np.flatnonzero(_as_before(names)[1:])).size:
+        both = sorted({shards[int(names[place + more, 2])].name for place in repeated[:1] for more in (0, 1)})
+        raise LlavaError(f"{len(repeated)} member(s) are in two tar files, one of them in {' and '.join(both)}")
+    parts = _sorted(np.concatenate(last))
+    again = _as_before(parts)
+    parts[:-1, 2][again[1:]] = _AMBIGUOUS
+    # The sort keeps the order of equals: a full name comes before the last part of another.
+    both = _sorted(np.concatenate([names, parts[~again]]))
+    return both[~_as_before(both)].T.copy()
 
 
-def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of regular files; of two with one name the later, as tar means it."""
+def _rows(members: Iterable[tuple[str, int, int, int]]) -> np.ndarray:
+    rows = [(*_digest(name), shard, offset, size) for name, shard, offset, size in members]
+    return np.array(rows, np.uint64).reshape(-1, 5)
+
+
+def _sorted(rows: np.ndarray) -> np.ndarray:
+    return rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+
+
+def _as_before(rows: np.ndarray) -> np.ndarray:
+    """bool `[rows]`: whether a row has the same name as the one before it."""
+    return np.concatenate([[False], (rows[1:, :2] == rows[:-1, :2]).all(1)])[: len(rows)]
+
+
+def _members(shard: Path) -> dict[str, tuple[int, int]]:
+    """{name: (offset, size)} of regular files; of two with one name the later, as tar means it."""
     members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -115,12 +119,7 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
                 tar.members = []  # tarfile would keep all of them
     except tarfile.TarError as error:
         raise LlavaError(f"{shard}: not an uncompressed tar file ({error})") from error
-    for name, (offset, size) in members.items():
-        yield name, offset, size
-
-
-def _sorted(rows: np.ndarray) -> np.ndarray:
-    return rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    return members
 
 
 def _digest(name: str) -> tuple[int, int]:
