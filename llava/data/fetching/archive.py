@@ -5,16 +5,17 @@ a long name or an extended header of any size into memory. Only regular files ar
 links, devices and modes in an archive never reach the file system.
 """
 
-import gzip
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_HEADER = 1 << 20
 _CHUNK = 1 << 16
+_PIECE = 1 << 13
+_GZIP = 16 + zlib.MAX_WBITS
 
 
 class ArchiveError(Exception):
@@ -26,9 +27,9 @@ class ArchiveError(Exception):
 
 
 class Source(Protocol):
-    """Where bytes come from; `read(n)` gives at most n, and none at the end."""
+    """Where compressed bytes come from; `read` gives what there is next, and none at the end."""
 
-    def read(self, size: int = -1, /) -> bytes: ...
+    async def read(self) -> bytes: ...
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Member:
     """In words: "regular file", "symbolic link", …"""
     _reader: "TarReader"
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> AsyncIterator[bytes]:
         """The content in pieces of at most 64 KiB, exactly `size` bytes in all."""
         return self._reader.content()
 
@@ -56,12 +57,17 @@ class TarReader:
     """
 
     def __init__(self, source: Source, max_unpacked: int):
-        self._file = gzip.GzipFile(fileobj=source, mode="rb")  # type: ignore[arg-type]
+        self._source = source
+        self._gzip = zlib.decompressobj(_GZIP)
+        self._received = memoryview(b"")
+        self._packed = b""
+        self._has_begun = self._was_full = False
+        self._unpacked = memoryview(b"")
         self._left = max_unpacked
         self._content = 0
         self._padding = 0
 
-    def __iter__(self) -> Iterator[Member]:
+    async def __aiter__(self) -> AsyncIterator[Member]:
         """The members in order.
 
         Raises:
@@ -72,9 +78,9 @@ class TarReader:
         extended: dict[str, str] = {}
         started = False
         while True:
-            self._skip(self._content + self._padding)
+            await self._skip(self._content + self._padding)
             self._content = self._padding = 0
-            block = self._exactly(BLOCK, may_end=True)
+            block = await self._exactly(BLOCK, may_end=True)
             if not block and not started:
                 raise ArchiveError("the archive is empty")
             if not block or not block.strip(b"\0"):
@@ -83,11 +89,11 @@ class TarReader:
             info = self._header(block)
             self._claim(info.size)
             if info.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = _text(self._small_content().rstrip(b"\0"))
+                long_name = _text((await self._small_content()).rstrip(b"\0"))
             elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                extended = _pax_records(self._small_content())
+                extended = _pax_records(await self._small_content())
             elif info.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-                self._small_content()
+                await self._small_content()
             else:
                 if info.isreg():
                     self._claim(_pax_size(extended, info.size))
@@ -103,9 +109,9 @@ class TarReader:
             raise ArchiveError("damaged archive: a member of negative size")
         self._content, self._padding = size, -size % BLOCK
 
-    def content(self) -> Iterator[bytes]:
+    async def content(self) -> AsyncIterator[bytes]:
         while self._content:
-            chunk = self._read(min(_CHUNK, self._content))
+            chunk = await self._read(min(_CHUNK, self._content))
             if not chunk:
                 raise EOFError
             self._content -= len(chunk)
@@ -120,16 +126,16 @@ class TarReader:
             raise ArchiveError("the archive holds a sparse file, which is not read", permanent=True)
         return info
 
-    def _small_content(self) -> bytes:
+    async def _small_content(self) -> bytes:
         """The content of a header that continues another; its size is anyone's claim."""
         if self._content > LONGEST_HEADER:
             raise ArchiveError("the archive has an extended header of more than 1 MiB", permanent=True)
-        return b"".join(self.content())
+        return b"".join([chunk async for chunk in self.content()])
 
-    def _exactly(self, size: int, may_end: bool = False) -> bytes:
+    async def _exactly(self, size: int, may_end: bool = False) -> bytes:
         block = b""
         while len(block) < size:
-            chunk = self._read(size - len(block))
+            chunk = await self._read(size - len(block))
             if not chunk:
                 if may_end and not block:
                     return b""
@@ -137,22 +143,61 @@ class TarReader:
             block += chunk
         return block
 
-    def _skip(self, size: int) -> None:
+    async def _skip(self, size: int) -> None:
         while size:
-            chunk = self._read(min(_CHUNK, size))
+            chunk = await self._read(min(_CHUNK, size))
             if not chunk:
                 raise EOFError
             size -= len(chunk)
 
-    def _read(self, size: int) -> bytes:
+    async def _read(self, size: int) -> bytes:
+        """At most `size` unpacked bytes; none at the end."""
+        if not self._unpacked:
+            await self._unpack()
+        chunk, self._unpacked = bytes(self._unpacked[:size]), self._unpacked[size:]
+        return chunk
+
+    async def _unpack(self) -> None:
+        """Have some unpacked bytes, 64 KiB at most, however few packed ones they come from; none at the end."""
         if self._left <= 0:
             raise ArchiveError("the archive unpacks to more than the cap", permanent=True)
-        try:
-            chunk = self._file.read(size)
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise ArchiveError("damaged archive: not gzip data") from error
+        chunk = b""
+        while not chunk:
+            if self._gzip.eof and not await self._begin_next():
+                return
+            # A full chunk may have left some unpacked in zlib, though all of the packed was read.
+            if not self._packed and not self._was_full:
+                self._packed = await self._receive()
+                if not self._packed and self._has_begun:
+                    raise EOFError
+                if not self._packed:
+                    return
+            self._has_begun = True
+            try:
+                chunk = self._gzip.decompress(self._packed, _CHUNK)
+            except zlib.error as error:
+                raise ArchiveError("damaged archive: not gzip data") from error
+            self._packed, self._was_full = self._gzip.unconsumed_tail, len(chunk) == _CHUNK
         self._left -= len(chunk)
-        return chunk
+        self._unpacked = memoryview(chunk)
+
+    async def _receive(self) -> bytes:
+        """The next packed bytes, few at a time: zlib copies what is left of them at each call."""
+        if not self._received:
+            self._received = memoryview(await self._source.read())
+        piece, self._received = bytes(self._received[:_PIECE]), self._received[_PIECE:]
+        return piece
+
+    async def _begin_next(self) -> bool:
+        """Go on with another gzip stream behind the one that has ended; False if only zeros follow, or nothing."""
+        self._packed = self._gzip.unused_data.lstrip(b"\0")
+        while not self._packed:
+            more = await self._receive()
+            if not more:
+                return False
+            self._packed = more.lstrip(b"\0")
+        self._gzip = zlib.decompressobj(_GZIP)
+        return True
 
 
 def _pax_records(content: bytes) -> dict[str, str]:

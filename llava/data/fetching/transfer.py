@@ -1,27 +1,22 @@
-"""One archive over HTTP: asked for politely, read as it arrives, tried again when the line fails.
+"""One archive over HTTP: asked for politely, read as it arrives, tried again when the line fails."""
 
-Each worker thread has a `Transfer` of its own, so no connection is ever shared.
-"""
-
+import asyncio
 import random
 import re
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
-from threading import Event, Lock
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import urllib3
+import aiohttp
 
 USER_AGENT = "llava-med-data/2 (research; fetches figures of open-access articles)"
 OA_SERVICE = "https://www.ncbi.nlm.nih.gov/pmc/utils/oa/oa.fcgi"
 GONE = {400, 401, 403, 404, 405, 410, 451}
 _DRAIN = 1 << 16
-_SERVERS_KEPT = 4
+_REDIRECTS = 5
 _MAX_WAIT = 120.0
 
 
@@ -54,60 +49,79 @@ class Limits:
 
 
 class RateLimit:
-    """At most so many requests per second over all threads; 0 is no limit."""
+    """At most so many requests per second over all connections; 0 is no limit."""
 
     def __init__(self, per_second: float):
         self._interval = 1 / per_second if per_second else 0.0
         self._next = 0.0
-        self._lock = Lock()
 
-    def wait(self, stop: Event) -> None:
-        if not self._interval:
-            return
-        with self._lock:
+    async def wait(self) -> None:
+        if self._interval:
             start = max(time.monotonic(), self._next)
             self._next = start + self._interval
-        stop.wait(max(0.0, start - time.monotonic()))
+            await asyncio.sleep(max(0.0, start - time.monotonic()))
 
 
 class Transfer:
-    """Fetches archives one after the other over kept-open connections."""
+    """Fetches archives over kept-open connections, many at once; an asynchronous context."""
 
-    def __init__(self, limits: Limits, rate: RateLimit, stop: Event):
+    def __init__(self, limits: Limits):
         self.limits = limits
         self.bytes = 0
-        self._rate = rate
-        self._stop = stop
-        self._managers: dict[str, Any] = {}
+        """Received so far."""
+        self._rate = RateLimit(limits.requests_per_second)
+        self._proxies: dict[tuple[str, str], str | None] = {}
 
-    @contextmanager
-    def open(self, url: str):
-        """The compressed body of an archive as a `read(n)` source; one request.
+    async def __aenter__(self) -> "Transfer":
+        self._session = aiohttp.ClientSession(
+            # The caller has as many connections as it asks at once.
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.timeout, sock_read=self.limits.timeout),
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+            auto_decompress=False,
+        )
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self._session.close()
+
+    @asynccontextmanager
+    async def open(self, url: str):
+        """The compressed body of an archive as a source of bytes; one request.
 
         Raises:
             TransferError: from here or from a `read`, with a reason fit for the list of failures.
         """
-        self._rate.wait(self._stop)
+        await self._rate.wait()
         try:
-            response = self._manager(url).request("GET", url, preload_content=False)
-        except urllib3.exceptions.HTTPError as error:
-            raise TransferError(_reason(error)) from error
-        except (ValueError, HTTPException) as error:
+            response = await self._session.get(url, max_redirects=_REDIRECTS, proxy=self._proxy(url))
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _transfer_error(error) from error
+        except ValueError as error:
             raise TransferError("not an address", permanent=True) from error
-        body = Body(response, self.limits, self._stop)
+        body = Body(response, self.limits)
         try:
             if response.status != 200:
                 raise _status_error(response)
             yield body
         finally:
             self.bytes += body.received
-            _let_go(response)
+            await _let_go(response)
 
-    def second_source(self, pmc_id: str, service: str) -> str | None:
+    def _proxy(self, url: str) -> str | None:
+        """The environment's for the server of `url`, looked up once; aiohttp would do it in a thread, each time."""
+        parts = urlsplit(url)
+        server = parts.scheme, parts.netloc
+        if server not in self._proxies:
+            proxy = getproxies().get(parts.scheme)
+            self._proxies[server] = None if proxy and proxy_bypass(parts.hostname or "") else proxy
+        return self._proxies[server]
+
+    async def second_source(self, pmc_id: str, service: str) -> str | None:
         """The address that the open-access service gives for an article now, or None."""
-        with self.open(f"{service}?id={pmc_id}") as body:
+        async with self.open(f"{service}?id={pmc_id}") as body:
             answer = b""
-            while len(answer) < 1 << 20 and (chunk := body.read(1 << 16)):
+            while len(answer) < 1 << 20 and (chunk := await body.read()):
                 answer += chunk
         # One attribute of one element; a pattern can't be led into expanding entities, as XML parsers can.
         link = re.search(rb'<link\b[^>]*\bformat="tgz"[^>]*\bhref="([^"<>\s]+)"', answer)
@@ -116,57 +130,28 @@ class Transfer:
         url = link[1].decode("ascii", "replace").replace("&amp;", "&")
         return re.sub(r"^ftp://ftp\.ncbi\.", "https://ftp.ncbi.", url)
 
-    def pause(self, attempt: int, wait: float | None) -> None:
+    async def pause(self, attempt: int, wait: float | None) -> None:
         """Wait before the next try: as long as the server asked, else doubling, with some chance to spread them."""
         delay = wait if wait is not None else self.limits.backoff * 2**attempt * random.uniform(0.5, 1.0)
-        self._stop.wait(min(delay, _MAX_WAIT))
-
-    def close(self) -> None:
-        for manager in self._managers.values():
-            manager.clear()
-
-    def _manager(self, url: str):
-        """The connections to the server of `url`; the proxy of the environment is looked up once per server."""
-        parts = urlsplit(url)
-        server = parts.scheme, parts.netloc
-        if server not in self._managers:
-            if len(self._managers) >= _SERVERS_KEPT:
-                self._managers.pop(next(iter(self._managers))).clear()
-            proxy = getproxies().get(parts.scheme)
-            if proxy and proxy_bypass(parts.hostname or ""):
-                proxy = None
-            settings = {
-                "num_pools": 2,
-                "maxsize": 1,
-                "headers": {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-                "timeout": urllib3.Timeout(connect=self.limits.timeout, read=self.limits.timeout),
-                # A failed line is tried again by the caller, who also knows of bodies that break off.
-                "retries": urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
-            }
-            made = urllib3.ProxyManager(proxy, **settings) if proxy else urllib3.PoolManager(**settings)
-            self._managers[server] = made
-        return self._managers[server]
+        await asyncio.sleep(min(delay, _MAX_WAIT))
 
 
 class Body:
     """What is left of a response, with its caps of bytes and time."""
 
-    def __init__(self, response, limits: Limits, stop: Event):
+    def __init__(self, response: aiohttp.ClientResponse, limits: Limits):
         self.received = 0
         self._response = response
         self._limits = limits
-        self._stop = stop
         self._deadline = time.monotonic() + limits.article_timeout
 
-    def read(self, size: int = -1) -> bytes:
-        if self._stop.is_set():
-            raise TransferError("stopped")
+    async def read(self) -> bytes:
         if time.monotonic() > self._deadline:
             raise TransferError("too slow: the archive took longer than the time allowed for one")
         try:
-            chunk = self._response.read1(size if size > 0 else 1 << 16, decode_content=False)
-        except urllib3.exceptions.HTTPError as error:
-            raise TransferError(_reason(error)) from error
+            chunk = await self._response.content.readany()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _transfer_error(error) from error
         self.received += len(chunk)
         if self.received > self._limits.max_article_bytes:
             raise TransferError("the archive is larger than the cap", permanent=True)
@@ -191,28 +176,37 @@ def _retry_after(value: str | None) -> float | None:
         return None
 
 
-def _let_go(response) -> None:
+async def _let_go(response: aiohttp.ClientResponse) -> None:
     """Keep the connection if little is left to read, else close it: the rest of an archive isn't worth it."""
-    left = response.length_remaining
-    if left is not None and left <= _DRAIN:
-        response.drain_conn()
-        response.release_conn()
+    length = response.content_length
+    if length is not None and length - response.content.total_bytes <= _DRAIN:
+        try:
+            await response.read()
+        except (aiohttp.ClientError, TimeoutError):
+            response.close()
     else:
         response.close()
 
 
-def _reason(error: Exception) -> str:
+def _transfer_error(error: Exception) -> TransferError:
     """The same few words for the same fault, without addresses."""
-    known = (
-        (urllib3.exceptions.ConnectTimeoutError, "no connection: timed out"),
-        (urllib3.exceptions.ReadTimeoutError, "too slow: nothing arrived within the timeout"),
-        (urllib3.exceptions.NameResolutionError, "no connection: unknown host"),
-        (urllib3.exceptions.NewConnectionError, "no connection"),
-        (urllib3.exceptions.SSLError, "no connection: TLS failed"),
-        (urllib3.exceptions.IncompleteRead, "the connection was cut"),
-        (urllib3.exceptions.ProtocolError, "the connection was cut"),
-        (urllib3.exceptions.LocationParseError, "not an address"),
-    )
-    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
-        return "too many redirects" if "redirect" in str(error.reason) else _reason(error.reason)
-    return next((words for kind, words in known if isinstance(error, kind)), type(error).__name__)
+    for kind, words in _FAULTS:
+        if isinstance(error, kind):
+            return TransferError(words, permanent=kind in (aiohttp.InvalidURL, aiohttp.TooManyRedirects))
+    return TransferError(type(error).__name__)
+
+
+_FAULTS = (
+    (aiohttp.ConnectionTimeoutError, "no connection: timed out"),
+    (aiohttp.SocketTimeoutError, "too slow: nothing arrived within the timeout"),
+    (aiohttp.ClientConnectorDNSError, "no connection: unknown host"),
+    (aiohttp.ClientSSLError, "no connection: TLS failed"),
+    (aiohttp.ClientConnectorError, "no connection"),
+    (aiohttp.ClientProxyConnectionError, "no connection"),
+    (aiohttp.InvalidURL, "not an address"),
+    (aiohttp.TooManyRedirects, "too many redirects"),
+    (aiohttp.ClientPayloadError, "the connection was cut"),
+    (aiohttp.ClientConnectionError, "the connection was cut"),
+    (aiohttp.ClientResponseError, "the connection was cut"),
+)
+"""From the most exact kind to the widest."""

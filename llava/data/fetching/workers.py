@@ -1,20 +1,22 @@
-"""Many articles at once: threads that each take the next one, fetch it, and save its wanted pictures."""
+"""Many articles at once: tasks that each take the next one, fetch it, and save its wanted pictures.
 
+Tasks of one event loop, not threads: those would take longer to hand Python's lock over than to do the work.
+"""
+
+import asyncio
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, Lock
 
 from tqdm import tqdm
 
 from llava.data.fetching.archive import ArchiveError, Member, TarReader
 from llava.data.fetching.articles import Article, Picture
 from llava.data.fetching.journal import PART, Journal
-from llava.data.fetching.transfer import OA_SERVICE, Limits, RateLimit, Transfer, TransferError
+from llava.data.fetching.transfer import OA_SERVICE, Limits, Transfer, TransferError
 from llava.errors import LlavaError
 
 logger = logging.getLogger(__name__)
@@ -54,23 +56,14 @@ def download(articles: Iterable[Article], journal: Journal, settings: Settings, 
     Raises:
         LlavaError: the disk is full, or the network is down; what is done is kept, and a new run goes on from there.
     """
-    run = _Run(iter(articles), journal, settings, progress)
-    threads = [threading.Thread(target=run.work, name=f"fetch-{n}", daemon=True) for n in range(settings.connections)]
-    for thread in threads:
-        thread.start()
     try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        run.stop.set()
-        raise
-    if run.fatal is not None:
-        raise run.fatal
-    return run.totals
+        return asyncio.run(_Run(iter(articles), journal, settings, progress).work())
+    except OSError as error:
+        raise LlavaError(f"{journal.folder}: can't be written to ({error.strerror or error})") from error
 
 
 class _Run:
-    """What the threads of one download share."""
+    """What the tasks of one download share."""
 
     def __init__(self, articles, journal: Journal, settings: Settings, progress: tqdm | None):
         self.articles = articles
@@ -78,37 +71,31 @@ class _Run:
         self.settings = settings
         self.progress = progress
         self.totals = Totals()
-        self.stop = Event()
-        self.fatal: BaseException | None = None
-        self.rate = RateLimit(settings.limits.requests_per_second)
-        self._lock = Lock()
         self._taken = 0
         self._unreachable = 0
 
-    def work(self) -> None:
-        transfer = Transfer(self.settings.limits, self.rate, self.stop)
-        try:
-            while (article := self._next()) is not None:
-                result = _fetch(article, transfer, self)
-                if self.stop.is_set():
-                    return
-                self._account(article, result, transfer)
-        except BaseException as error:  # noqa: BLE001 - carried out of the thread and raised by download()
-            if isinstance(error, OSError):
-                error = LlavaError(f"{self.journal.folder}: can't be written to ({error.strerror or error})")
-            self.fatal = self.fatal or error
-            self.stop.set()
-        finally:
-            transfer.close()
+    async def work(self) -> Totals:
+        async with Transfer(self.settings.limits) as transfer:
+            tasks = [asyncio.create_task(self._fetch_all(transfer)) for _ in range(self.settings.connections)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self.totals.received_bytes = transfer.bytes
+        return self.totals
+
+    async def _fetch_all(self, transfer: Transfer) -> None:
+        while (article := self._next()) is not None:
+            result = await _fetch(article, transfer, self)
+            self._account(article, result, transfer)
 
     def _next(self) -> Article | None:
-        with self._lock:
-            if self.stop.is_set():
-                return None
-            if self._taken % _CHECK_DISK_EVERY == 0:
-                self._check_disk()
-            self._taken += 1
-            return next(self.articles, None)
+        if self._taken % _CHECK_DISK_EVERY == 0:
+            self._check_disk()
+        self._taken += 1
+        return next(self.articles, None)
 
     def _check_disk(self) -> None:
         free, keep = shutil.disk_usage(self.journal.folder).free, self.settings.min_free_bytes
@@ -123,23 +110,20 @@ class _Run:
             if picture.number not in result.saved:
                 reason, permanent = result.why(picture)
                 self.journal.add_failure(picture, article.url, reason, permanent)
-        with self._lock:
-            totals = self.totals
-            totals.saved += len(result.saved)
-            totals.saved_pairs.update(picture.pair_id for picture in article.pictures if picture.number in result.saved)
-            totals.saved_bytes += sum(result.saved.values())
-            totals.requests += result.requests
-            totals.received_bytes += transfer.bytes
-            transfer.bytes = 0
-            if self.progress is not None:
-                self.progress.update(len(article.pictures))
-                self.progress.set_postfix_str(f"{totals.received_bytes / 1e6:,.0f} MB received", refresh=False)
-            self._unreachable = self._unreachable + 1 if result.reason.startswith("no connection") else 0
-            if self._unreachable >= self.settings.give_up_after:
-                raise LlavaError(
-                    f"{self._unreachable} articles in a row couldn't be connected to ({result.reason}); is the network "
-                    f"up? Start again when it is: it goes on from here"
-                )
+        totals = self.totals
+        totals.saved += len(result.saved)
+        totals.saved_pairs.update(picture.pair_id for picture in article.pictures if picture.number in result.saved)
+        totals.saved_bytes += sum(result.saved.values())
+        totals.requests += result.requests
+        if self.progress is not None:
+            self.progress.update(len(article.pictures))
+            self.progress.set_postfix_str(f"{transfer.bytes / 1e6:,.0f} MB received", refresh=False)
+        self._unreachable = self._unreachable + 1 if result.reason.startswith("no connection") else 0
+        if self._unreachable >= self.settings.give_up_after:
+            raise LlavaError(
+                f"{self._unreachable} articles in a row couldn't be connected to ({result.reason}); is the network "
+                f"up? Start again when it is: it goes on from here"
+            )
 
 
 @dataclass
@@ -169,62 +153,64 @@ class _Result:
         return wanted
 
 
-def _fetch(article: Article, transfer: Transfer, run: _Run) -> _Result:
+async def _fetch(article: Article, transfer: Transfer, run: _Run) -> _Result:
     """Try the article's own address, then the one that the open-access service gives."""
     result = _Result()
     kept = run.settings.keep_archives / article.archive_name if run.settings.keep_archives else None
     if kept is not None and kept.is_file():
-        with kept.open("rb") as file:
-            _take(article, file, result, run)
+        with _Kept(kept) as source:
+            await _take(article, source, result, run)
         return result
-    _try_address(article, article.url, transfer, result, run, kept)
+    await _try_address(article, article.url, transfer, result, run, kept)
     service, pmc_id = run.settings.oa_service, article.pmc_id
-    if result.reason and result.wanted(article) and service and pmc_id and not run.stop.is_set():
+    if result.reason and result.wanted(article) and service and pmc_id:
         first = result.reason, result.permanent
         try:
             result.requests += 1
-            other = transfer.second_source(pmc_id, service)
+            other = await transfer.second_source(pmc_id, service)
         except TransferError as error:
             logger.debug("open-access service, %s: %s", pmc_id, error.reason)
             other = None
         if other and other != article.url and other.startswith(("http://", "https://")):
-            _try_address(article, other, transfer, result, run, kept)
+            await _try_address(article, other, transfer, result, run, kept)
         if result.reason:
             result.reason, result.permanent = first
     return result
 
 
-def _try_address(article: Article, url: str, transfer: Transfer, result: _Result, run: _Run, kept: Path | None) -> None:
+async def _try_address(
+    article: Article, url: str, transfer: Transfer, result: _Result, run: _Run, kept: Path | None
+) -> None:
     for attempt in range(transfer.limits.retries + 1):
         wait = None
         result.requests += 1
         try:
-            with transfer.open(url) as body:
+            async with transfer.open(url) as body:
                 if kept is None:
-                    _take(article, body, result, run)
+                    await _take(article, body, result, run)
                 else:
-                    with _Tee(body, kept) as copy:
-                        _take(article, copy, result, run)
+                    async with _Tee(body, kept) as copy:
+                        await _take(article, copy, result, run)
         except TransferError as error:
             result.reason, result.permanent, wait = error.reason, error.permanent, error.wait
-        if not result.reason or result.permanent or not result.wanted(article) or run.stop.is_set():
+        if not result.reason or result.permanent or not result.wanted(article):
             return
         if attempt < transfer.limits.retries:
-            transfer.pause(attempt, wait)
+            await transfer.pause(attempt, wait)
 
 
-def _take(article: Article, source, result: _Result, run: _Run) -> None:
+async def _take(article: Article, source, result: _Result, run: _Run) -> None:
     """Save the wanted members of an archive as they come by; stops when all are found."""
     result.reason, result.permanent = "", True
     wanted = result.wanted(article)
     reader = TarReader(source, run.settings.limits.max_unpacked_bytes)
     try:
-        for member in reader:
+        async for member in reader:
             if member.name in wanted:
                 cap = run.settings.limits.max_picture_bytes
                 fault = _why_not(member, cap)
                 if fault is None:
-                    _save(wanted.pop(member.name), member, result, run)
+                    await _save(wanted.pop(member.name), member, result, run)
                 else:
                     result.reasons.update((picture.number, (fault, True)) for picture in wanted[member.name])
                     # A later member of the same name may still be a proper one; behind a bomb none is looked for.
@@ -246,7 +232,7 @@ def _why_not(member: Member, cap: int) -> str | None:
     return None if member.size else "empty in the archive"
 
 
-def _save(pictures: list[Picture], member: Member, result: _Result, run: _Run) -> None:
+async def _save(pictures: list[Picture], member: Member, result: _Result, run: _Run) -> None:
     """Stream a member to a hidden file and give it its name when whole; further pairs of one member get copies."""
     first = run.journal.path_of(pictures[0])
     for picture in pictures:
@@ -255,7 +241,7 @@ def _save(pictures: list[Picture], member: Member, result: _Result, run: _Run) -
         try:
             with temporary.open("wb") as file:
                 if path == first:
-                    for chunk in member.chunks():
+                    async for chunk in member.chunks():
                         file.write(chunk)
                 else:
                     with first.open("rb") as source:
@@ -269,6 +255,22 @@ def _save(pictures: list[Picture], member: Member, result: _Result, run: _Run) -
         result.saved[picture.number] = member.size
 
 
+class _Kept:
+    """An archive that was kept, as a source."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+
+    def __enter__(self) -> "_Kept":
+        return self
+
+    async def read(self) -> bytes:
+        return self._file.read(1 << 16)
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+
 class _Tee:
     """A source that also writes what is read through it, and at the end the rest, to a file."""
 
@@ -276,21 +278,21 @@ class _Tee:
         self._source = source
         self._path = path
 
-    def __enter__(self) -> "_Tee":
+    async def __aenter__(self) -> "_Tee":
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self._path.with_name(f".{self._path.name}.{threading.get_ident()}{PART}")
+        self._temporary = self._path.with_name(f".{self._path.name}.{id(self)}{PART}")
         self._file = self._temporary.open("wb")
         return self
 
-    def read(self, size: int = -1) -> bytes:
-        chunk = self._source.read(size)
+    async def read(self) -> bytes:
+        chunk = await self._source.read()
         self._file.write(chunk)
         return chunk
 
-    def __exit__(self, kind, error, trace) -> None:
+    async def __aexit__(self, kind, error, trace) -> None:
         try:
             if error is None:
-                while self.read(1 << 16):
+                while await self.read():
                     pass
                 self._file.close()
                 os.replace(self._temporary, self._path)
