@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from threading import Lock
 
 from llava.data.fetching.articles import Picture
 from llava.errors import LlavaError
@@ -18,7 +17,7 @@ PART = ".part"
 
 
 class Journal:
-    """The state of a download: a folder of pictures and a file of failures. Methods may be called from any thread."""
+    """The state of a download: a folder of pictures and a file of failures."""
 
     def __init__(self, folder: Path, failures: Path):
         if failures.suffix != ".jsonl":
@@ -26,7 +25,6 @@ class Journal:
         self.folder = folder
         self.failures = failures
         self._part = failures.with_name(failures.name + PART)
-        self._lock = Lock()
         folder.mkdir(parents=True, exist_ok=True)
         failures.parent.mkdir(parents=True, exist_ok=True)
         self.present = self._scan()
@@ -54,10 +52,9 @@ class Journal:
             "reason": reason,
             "permanent": permanent,
         }
-        with self._lock:
-            self._remember(record)
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
+        self._remember(record)
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
 
     def finish(self, failures: Iterable[Record]) -> None:
         """Write the final list of failures and drop the running one."""
