@@ -52,3 +52,9 @@ def flags(output_dir: Path, data: Path, model: Path, *more: str) -> list[str]:
         *("--learning_rate", "1e-3", "--model_max_length", "256"),
         *more,
     ]
+
+
+def losses(folder: Path) -> list[float]:
+    """Of each logged step of the run that wrote `folder`."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]

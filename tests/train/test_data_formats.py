@@ -17,7 +17,7 @@ from llava.train.pictures import PictureSource
 from llava.train.record_store import open_records
 from llava.train.train import train
 from tests.tiny import make_llava
-from tests.train.helpers import flags, make_records
+from tests.train.helpers import flags, losses, make_records
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_records(tmp_path_factory.mktemp("data"), 12, text_only_every=4)
-
-
-def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def run(output_dir, base, data, images, *more):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llava.model import load_pretrained_model
 from tests.tiny import make_llava
-from tests.train.helpers import flags, make_records
+from tests.train.helpers import flags, losses, make_records
 
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,11 +41,6 @@ def launch(processes: int, script, *argv: str) -> subprocess.CompletedProcess:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-def losses(folder: Path) -> list[float]:
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [log["loss"] for log in state["log_history"] if "loss" in log]
 
 
 TRAIN = ROOT / "llava" / "train" / "train.py"

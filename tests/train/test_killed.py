@@ -1,6 +1,5 @@
 """A training process that is killed at any moment and started again continues the same loss curve, bit for bit."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import make_llava
-from tests.train.helpers import flags, make_records
+from tests.train.helpers import flags, losses, make_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,11 +21,6 @@ def start(argv):
     return subprocess.Popen(
         [sys.executable, "-m", "llava.train.train", *argv], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
     )
-
-
-def losses(folder: Path) -> list[float]:
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [log["loss"] for log in state["log_history"] if "loss" in log]
 
 
 def test_sigkill_at_three_moments(tmp_path):
