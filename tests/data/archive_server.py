@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 @dataclass
 class Reply:
     """What a path answers. `length` overrides the true Content-Length; `cut_after` bytes the line is cut;
-    `stall_after` bytes it falls silent; `drip` waits so many seconds between pieces of 64 bytes."""
+    `stall_after` bytes it falls silent; `drip` waits so many seconds between pieces of 64 bytes, `drip_headers` between
+    bytes of the headers."""
 
     body: bytes | Iterable[bytes] = b""
     status: int = 200
@@ -21,6 +22,7 @@ class Reply:
     cut_after: int | None = None
     stall_after: int | None = None
     drip: float = 0.0
+    drip_headers: float = 0.0
     delay: float = 0.0
     headers: dict = field(default_factory=dict)
 
@@ -92,7 +94,10 @@ class ArchiveServer:
         length = reply.length if reply.length is not None else length
         headers = {**reply.headers, **({"Content-Length": length} if length is not None else {"Connection": "close"})}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        writer.write(f"HTTP/1.1 {reply.status} X\r\n{lines}\r\n".encode())
+        for byte in f"HTTP/1.1 {reply.status} X\r\n{lines}".encode() if reply.drip_headers else b"":
+            writer.write(bytes([byte]))
+            await asyncio.sleep(reply.drip_headers)
+        writer.write(b"\r\n" if reply.drip_headers else f"HTTP/1.1 {reply.status} X\r\n{lines}\r\n".encode())
         sent = 0
         for piece in body:
             size = 64 if reply.drip else 1 << 16

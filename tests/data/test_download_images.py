@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def bad_connections(wanted, server):
         "/cut": (Reply(whole, cut_after=len(whole) // 2), None, "the connection was cut"),
         "/silent": (Reply(whole, stall_after=len(whole) // 2), None, "too slow"),
         "/drips": (Reply(whole, drip=0.2), None, "too slow"),
+        "/drips-headers": (Reply(whole, drip_headers=0.2), None, "too slow"),
         "/too-short-a-length": (Reply(whole, length=len(whole) // 2), None, "cut"),  # the line, or the archive
         "/too-long-a-length": (Reply(whole, length=len(whole) * 2), content, None),
         "/no-length": (Reply([whole]), content, None),
@@ -383,6 +385,36 @@ def test_a_dead_network_stops_the_run_and_keeps_the_state(tmp_path):
     flags = ["--input_path", str(tmp_path / "urls.jsonl"), "--images_output_path", str(tmp_path / "i"), *FAST]
     with pytest.raises(LlavaError, match="is the network up"):
         main([*flags, "--retries", "0"])
+
+
+def test_large_pictures_are_whole_or_gone(wanted, server):
+    """Larger than the pieces that they are written in; the second breaks off when some are on the disk already."""
+    large = picture(3, 5_000_000)
+    server.pages["/large"] = Reply(archive(("x.jpg", large), format=tarfile.GNU_FORMAT))
+    server.pages["/cut"] = Reply(archive(("x.jpg", large)), cut_after=4_000_000)
+    wanted.add("large", "/large", "x.jpg", large)
+    wanted.add("again", "/large", "x.jpg", large)
+    wanted.add("cut", "/cut", "x.jpg", reason="the connection was cut")
+    main(wanted.flags())
+    wanted.check()
+
+
+def test_a_disk_that_takes_no_more_stops_the_run(wanted, server):
+    """A file may have 20 kB here: Linux refuses the rest as it does on a full disk."""
+    server.pages["/small"] = Reply(archive(("x.jpg", picture(1))))
+    server.pages["/large"] = Reply(archive(("x.jpg", picture(2, 3_000_000))))
+    wanted.add("small", "/small", "x.jpg")
+    wanted.add("large", "/large", "x.jpg")
+    for number in range(50):
+        wanted.add(f"late{number}", "/large", "x.jpg")
+    command = [sys.executable, "-m", "llava.data.download_images", *wanted.flags(), "--connections", "1"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert run.returncode == 2, run.stderr
+    assert "can't be written to (File too large)" in run.stderr
+    assert server.requests["/large"] < 50, "it went on fetching what can't be kept"
+    images = wanted.folder / "images"
+    assert [path.name for path in images.iterdir() if path.name != f"{FAILURES_FILE}.part"] == ["small.jpg"]
 
 
 def test_little_disk_space_stops_the_run(wanted, server):

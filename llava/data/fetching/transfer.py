@@ -4,7 +4,7 @@ import asyncio
 import random
 import re
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
@@ -70,7 +70,7 @@ class Transfer:
         self.bytes = 0
         """Received so far."""
         self._rate = RateLimit(limits.requests_per_second)
-        self._proxies: dict[tuple[str, str], str | None] = {}
+        self._proxies: dict[str, str | None] = {}
 
     async def __aenter__(self) -> "Transfer":
         self._session = aiohttp.ClientSession(
@@ -94,25 +94,33 @@ class Transfer:
         """
         await self._rate.wait()
         try:
-            response = await self._session.get(url, max_redirects=_REDIRECTS, proxy=self._proxy(url))
+            async with asyncio.timeout(self.limits.article_timeout):
+                response = await self._get(url)
+                body = Body(response, self.limits)
+                try:
+                    if response.status != 200:
+                        raise _status_error(response)
+                    yield body
+                    await _let_go(response)
+                finally:
+                    self.bytes += body.received
+                    response.close()
+        except TimeoutError as error:
+            raise TransferError("too slow: the archive took longer than the time allowed for one") from error
+
+    async def _get(self, url: str) -> aiohttp.ClientResponse:
+        try:
+            return await self._session.get(url, max_redirects=_REDIRECTS, proxy=self._proxy(url))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _transfer_error(error) from error
         except ValueError as error:
             raise TransferError("not an address", permanent=True) from error
-        body = Body(response, self.limits)
-        try:
-            if response.status != 200:
-                raise _status_error(response)
-            yield body
-        finally:
-            self.bytes += body.received
-            await _let_go(response)
 
     def _proxy(self, url: str) -> str | None:
         """The environment's for the server of `url`, looked up once; aiohttp would do it in a thread, each time."""
-        parts = urlsplit(url)
-        server = parts.scheme, parts.netloc
+        server = "/".join(url.split("/", 3)[:3])
         if server not in self._proxies:
+            parts = urlsplit(server)
             proxy = getproxies().get(parts.scheme)
             self._proxies[server] = None if proxy and proxy_bypass(parts.hostname or "") else proxy
         return self._proxies[server]
@@ -137,17 +145,14 @@ class Transfer:
 
 
 class Body:
-    """What is left of a response, with its caps of bytes and time."""
+    """What is left of a response, with its cap of bytes."""
 
     def __init__(self, response: aiohttp.ClientResponse, limits: Limits):
         self.received = 0
         self._response = response
         self._limits = limits
-        self._deadline = time.monotonic() + limits.article_timeout
 
     async def read(self) -> bytes:
-        if time.monotonic() > self._deadline:
-            raise TransferError("too slow: the archive took longer than the time allowed for one")
         try:
             chunk = await self._response.content.readany()
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -177,15 +182,11 @@ def _retry_after(value: str | None) -> float | None:
 
 
 async def _let_go(response: aiohttp.ClientResponse) -> None:
-    """Keep the connection if little is left to read, else close it: the rest of an archive isn't worth it."""
+    """Read what is left if it is little, so that the connection is kept: the rest of an archive isn't worth it."""
     length = response.content_length
     if length is not None and length - response.content.total_bytes <= _DRAIN:
-        try:
+        with suppress(aiohttp.ClientError, aiohttp.ServerTimeoutError):
             await response.read()
-        except (aiohttp.ClientError, TimeoutError):
-            response.close()
-    else:
-        response.close()
 
 
 def _transfer_error(error: Exception) -> TransferError:

@@ -1,6 +1,7 @@
 """Many articles at once: tasks that each take the next one, fetch it, and save its wanted pictures.
 
-Tasks of one event loop, not threads: those would take longer to hand Python's lock over than to do the work.
+Tasks of one event loop, not threads: those would take longer to hand Python's lock over than to do the work. Only
+the disk has a thread.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from llava.data.fetching.archive import ArchiveError, Member, TarReader
 from llava.data.fetching.articles import Article, Picture
 from llava.data.fetching.journal import PART, Journal
 from llava.data.fetching.transfer import OA_SERVICE, Limits, Transfer, TransferError
+from llava.data.fetching.writer import PictureWriter
 from llava.errors import LlavaError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class _Run:
         self._unreachable = 0
 
     async def work(self) -> Totals:
-        async with Transfer(self.settings.limits) as transfer:
+        async with PictureWriter() as self.writer, Transfer(self.settings.limits) as transfer:
             tasks = [asyncio.create_task(self._fetch_all(transfer)) for _ in range(self.settings.connections)]
             try:
                 await asyncio.gather(*tasks)
@@ -233,26 +235,13 @@ def _why_not(member: Member, cap: int) -> str | None:
 
 
 async def _save(pictures: list[Picture], member: Member, result: _Result, run: _Run) -> None:
-    """Stream a member to a hidden file and give it its name when whole; further pairs of one member get copies."""
-    first = run.journal.path_of(pictures[0])
-    for picture in pictures:
-        path = run.journal.path_of(picture)
-        temporary = path.with_name(f".{path.name}{PART}")
-        try:
-            with temporary.open("wb") as file:
-                if path == first:
-                    async for chunk in member.chunks():
-                        file.write(chunk)
-                else:
-                    with first.open("rb") as source:
-                        shutil.copyfileobj(source, file)
-            # Not forced to the disk one by one: that would cost more than the transfer, and what a power cut
-            # empties is fetched again.
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        result.saved[picture.number] = member.size
+    """Save a member; further pairs of one member get copies."""
+    paths = [run.journal.path_of(picture) for picture in pictures]
+    size = member.size
+    await run.writer.write(paths[0], member.chunks())
+    for path in paths[1:]:
+        await run.writer.copy(paths[0], path)
+    result.saved.update((picture.number, size) for picture in pictures)
 
 
 class _Kept:
