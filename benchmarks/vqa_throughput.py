@@ -171,8 +171,8 @@ def prefill_share(engine, requests, device: str) -> float:
     with torch.inference_mode():
         runner.cache.reserve(count, max(lengths), 0)
         rows = [Row(row, 0, length) for row, length in enumerate(lengths)]
-        runner.prefill(prompts, rows)
-        seconds = fastest(lambda: runner.prefill(prompts, rows), device)
+        runner.run(rows, [], prompts)
+        seconds = fastest(lambda: runner.run(rows, [], prompts), device)
     reached = 2 * multiplying * sum(lengths) / seconds
     return reached / peak(device, engine.model.dtype)
 

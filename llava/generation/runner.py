@@ -1,4 +1,4 @@
-"""The language model over rows of the cache: what is new of prompts, and one token for each running row."""
+"""The language model over rows of the cache: one token for each running row, and what is new of prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,19 +29,21 @@ class Runner:
         per_position = 2 * config.num_hidden_layers * kv_size * embedding.element_size()
         self.cache = RowCache(config.num_hidden_layers, per_position, cache_bytes, context_len)
 
-    def prefill(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> torch.Tensor:
-        """Compute `rows` of the prompts; returns the hidden state of each row's last position, `[rows, hidden]`."""
-        ids = np.concatenate([prompt.ids[row.begin : row.end] for prompt, row in zip(prompts, rows, strict=True)])
-        features = self._features(prompts, rows)
-        embeds = self.model.embed_inputs(torch.from_numpy(ids)[None].to(self.device), image_features=features)
-        packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
-        return self._forward(embeds[0], packed)[packed.last]
+    def run(self, rows: Sequence[Row], tokens: Sequence[int], prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Compute `rows` in one pass: the first take a token each, of the others each takes its part of a prompt.
 
-    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """One token into each of the first rows, behind its `lengths[i]` positions; hidden states `[rows, hidden]`."""
-        embeds = self.model.get_input_embeddings()(torch.tensor(tokens, device=self.device))
-        rows = [Row(row, length, length + 1) for row, length in enumerate(lengths)]
-        return self._forward(embeds, PackedPass(self.cache, rows, self.device, self.dtype, self.window))
+        Returns the hidden state of each row's last position, `[rows, hidden]`.
+        """
+        fresh = rows[len(tokens) :]
+        parts = [prompt.ids[row.begin : row.end] for prompt, row in zip(prompts, fresh, strict=True)]
+        ids = torch.from_numpy(np.concatenate([np.array(tokens, np.int64), *parts])).to(self.device)
+        if prompts:
+            features = self._features(prompts, fresh)
+            embeds = self.model.embed_inputs(ids[None], image_features=features)[0]
+        else:
+            embeds = self.model.get_input_embeddings()(ids)
+        packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
+        return self.model.get_model().norm(self._forward(embeds, packed)[packed.last])
 
     def watch(self, prompt: Prompt, count: int) -> torch.Tensor:
         """Where the last `count` positions of a prompt look: `[count, positions]`, rows sum to 1.
@@ -63,7 +65,7 @@ class Runner:
         return self.model.lm_head(hidden)
 
     def _forward(self, hidden: torch.Tensor, packed: PackedPass) -> torch.Tensor:
-        """Embeddings `[tokens, hidden]` through all blocks and the final norm."""
+        """Embeddings `[tokens, hidden]` through all blocks."""
         core = self.model.get_model()
         cos, sin = (part[0] for part in core.rotary_emb(hidden[None], packed.positions[None]))
         for index, layer in enumerate(core.layers):
@@ -76,7 +78,7 @@ class Runner:
             queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
             hidden = hidden + attention.o_proj(packed.attend(index, attention, queries, keys, values))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return core.norm(hidden)
+        return hidden
 
     def _features(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> torch.Tensor | None:
         """Features of the pictures (or parts of pictures) within the computed positions, in reading order."""

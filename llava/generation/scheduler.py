@@ -55,6 +55,8 @@ class Scheduler:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         """Generation i is in row i of the cache."""
+        self.starting: list[Generation] = []
+        """Taken in by the present step, and not yet running."""
         self.counts = Counts()
         self.is_patient = False
         """Take requests in by the half batch, not one by one: more throughput, later first tokens."""
@@ -90,16 +92,24 @@ class Scheduler:
     def step(self) -> None:
         """Take in what fits, and make a token for each running request."""
         self._drop_cancelled()
-        if admitted := self._admit():
-            self._start(admitted)
-        if self.running:
-            self._decode()
+        self._make_room()
+        self.starting = self._admit()
+        try:
+            if self.running or self.starting:
+                self._compute(len(self.running), list(self.starting))
+        except (torch.OutOfMemoryError, LlavaError) as error:
+            if not self.starting:
+                raise
+            counts = len(self.starting), len(self.running)
+            log.warning("%d prompts beside %d running requests failed (%s)", *counts, type(error).__name__)
+            self._start(list(self.starting))
         self.counts.steps += 1
 
     def abort(self, error: LlavaError) -> None:
         """End everything that waits or runs with `error`."""
-        generations = [*self.running, *self._waiting()]
+        generations = [*self.running, *self.starting, *self._waiting()]
         self.running.clear()
+        self.starting.clear()
         self.waiting.clear()
         with self._lock:
             self._expected.clear()
@@ -113,7 +123,7 @@ class Scheduler:
         if not self.waiting or not free or (self.is_patient and self.running and free < self.max_batch_size // 2):
             return []
         admitted: list[Generation] = []
-        positions, width = 0, max((one.length for one in self.running), default=0)
+        positions, width = 0, self._width()
         while self.waiting and len(admitted) < free:
             first = self.waiting[0]
             if not self._prepare(first):
@@ -161,14 +171,14 @@ class Scheduler:
         generation.finish("error", error)
 
     def _start(self, admitted: list[Generation]) -> None:
-        """Compute the prompts of `admitted` and their first tokens; on a full device, of fewer at a time."""
+        """Compute the prompts of `admitted` apart from those who run; where that fails too, of fewer at a time."""
         todo = [admitted]
         while todo:
             part = todo.pop(0)
             try:
-                self._prefill(part)
-            except (torch.OutOfMemoryError, LlavaError) as error:
                 self.prefixes.clear()
+                self._compute(0, part)
+            except (torch.OutOfMemoryError, LlavaError) as error:
                 if len(part) == 1:
                     self._fail(part[0], error)
                 else:
@@ -179,33 +189,38 @@ class Scheduler:
     def _fail(self, generation: Generation, error: Exception) -> None:
         if not isinstance(error, LlavaError):
             error = OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer pictures")
+        self.starting.remove(generation)
         generation.finish("error", error)
 
-    def _prefill(self, admitted: list[Generation]) -> None:
-        """Compute the prompts, each beginning once, and the first token of each."""
-        plans = self._plan(admitted)
-        running = len(self.running)
+    def _compute(self, decoding: int, admitted: list[Generation]) -> None:
+        """The next token of all who run (`decoding` is their number; 0 leaves them as they are), and of `admitted` the
+        prompts, each beginning once, and the first token: together, for a pass costs much whatever is in it."""
+        running, plans = len(self.running), self._plan(admitted)
         row_of = {id(plan): running + place for place, plan in enumerate(plans)}
-        width = max(len(one.prompt) + min(_ROOM, one.prompt.max_new_tokens) for one in admitted)
-        width = min(max(width, *(one.length + 1 for one in self.running), 0), self.runner.cache.max_width)
+        widths = [len(one.prompt) + min(_ROOM, one.prompt.max_new_tokens) for one in admitted]
+        width = min(max([self._width(), *widths]), self.runner.cache.max_width)
         self.runner.cache.reserve(running + len(plans), width, running)
-        rows = []
+        rows = [Row(row, one.length, one.length + 1) for row, one in enumerate(self.running[:decoding])]
         for row, plan in enumerate(plans, running):
             if plan.prefix is not None:
                 self.runner.cache.load(row, 1, plan.prefix.states, plan.begin)
             rows.append(Row(row, plan.begin, len(plan.prompt), plan.source and row_of[id(plan.source)]))
-        hidden = torch.cat(
-            [
-                self.runner.prefill([plan.prompt for plan in plans[first:last]], rows[first:last])
-                for first, last in _passes([row.end - row.begin for row in rows], self.max_prefill)
-            ]
-        )
+        tokens = [one.tokens[-1] for one in self.running[:decoding]]
+        prompts = [plan.prompt for plan in plans]
+        hidden = [
+            self.runner.run(rows[i:j], tokens[i:j], prompts[max(i - decoding, 0) : max(j - decoding, 0)])
+            for i, j in _passes([row.end - row.begin for row in rows], self.max_prefill)
+        ]
+        for one in self.running[:decoding]:
+            one.length += 1
         for row, plan in enumerate(plans, running):
             self._started(plan, row)
-        self._take_tokens(running, hidden)
+        self._take_tokens(running - decoding, torch.cat(hidden))
 
     def _plan(self, admitted: list[Generation]) -> list["Plan"]:
         """What to compute of each prompt: not what was kept, and not what another one begins with too."""
+        if not admitted:
+            return []
         plans = [Plan(one, *self.prefixes.find(one.prompt.key[:-1])) for one in admitted]
         for level in range(len(admitted[0].prompt.beginnings)):
             owners: dict[bytes, Plan] = {}
@@ -230,28 +245,21 @@ class Scheduler:
         if plan.kept_length:
             key = one.prompt.key[: plan.kept_length]
             self.prefixes.add(key, self.runner.cache.save(row, plan.kept_length))
+        self.starting.remove(one)
         self.running.append(one)
 
-    def _decode(self) -> None:
-        self._make_room()
-        lengths = [one.length for one in self.running]
-        hidden = self.runner.decode([one.tokens[-1] for one in self.running], lengths)
-        for one in self.running:
-            one.length += 1
-        self._take_tokens(0, hidden)
+    def _width(self) -> int:
+        """Positions that the running rows need for their next token."""
+        return max((one.length for one in self.running), default=-1) + 1
 
     def _make_room(self) -> None:
-        """Rows as long as the next token needs; if memory is short, the latest requests wait again."""
-        cache = self.runner.cache
-        width = max(one.length for one in self.running) + 1
-        while not cache.fits(len(self.running), width) and len(self.running) > 1:
+        """If memory is short for the next tokens, the latest requests wait again."""
+        while len(self.running) > 1 and not self.runner.cache.fits(len(self.running), self._width()):
             last = self.running.pop()
             self.counts.preempted += 1
             self.announce([last.prompt])
             last.continue_later()
             self.waiting.appendleft(last)
-            width = max(one.length for one in self.running) + 1
-        cache.reserve(len(self.running), width, len(self.running))
 
     def _take_tokens(self, start: int, hidden: torch.Tensor) -> None:
         """Choose the next token of the rows from `start` on; finished requests leave."""

@@ -242,20 +242,24 @@ def test_a_request_beyond_all_memory_is_refused(llama):
     assert engine.generate([Request("Hi", (), SamplingParams(max_new_tokens=3))])[0].token_ids
 
 
-def test_out_of_memory_on_the_device_hits_only_who_needs_it(llama, pictures, monkeypatch):
-    """More than four prompts in one pass don't fit; one of them never does."""
+@pytest.mark.parametrize("already_running", [0, 2])
+def test_out_of_memory_on_the_device_hits_only_who_needs_it(llama, pictures, monkeypatch, already_running):
+    """More than four prompts in one pass don't fit; one of them never does; who runs goes on."""
     engine = Engine(llama)
     runner = engine.scheduler.runner
-    original = runner.prefill
+    original = runner.run
 
-    def prefill(prompts, rows):
+    def run(rows, tokens, prompts):
         if len(prompts) > 4 or any(prompt.request.id == 3 for prompt in prompts):
             raise torch.OutOfMemoryError("full")
-        return original(prompts, rows)
+        return original(rows, tokens, prompts)
 
-    monkeypatch.setattr(runner, "prefill", prefill)
+    monkeypatch.setattr(runner, "run", run)
     requests = mixed_requests(pictures, count=9)
-    tickets = [engine.submit(request) for request in requests]
+    tickets = [engine.submit(request) for request in requests[:already_running]]
+    engine.scheduler.step()
+    assert len(engine.scheduler.running) == already_running
+    tickets += [engine.submit(request) for request in requests[already_running:]]
     for ticket, request in zip(tickets, requests):
         if request.id == 3:
             with pytest.raises(OutOfMemory):

@@ -116,9 +116,9 @@ def test_hidden_states_are_transformers_own(llama, pictures, size):
     with torch.inference_mode():
         runner.cache.reserve(size, 512, 0)
         begun = 10
-        runner.prefill(prompts[-1:], [Row(size - 1, 0, begun)])
+        runner.run([Row(size - 1, 0, begun)], [], prompts[-1:])
         rows = [Row(row, 0, len(prompt)) for row, prompt in enumerate(prompts[:-1])]
-        found = runner.prefill(prompts, [*rows, Row(size - 1, begun, len(prompts[-1]))])
+        found = runner.run([*rows, Row(size - 1, begun, len(prompts[-1]))], [], prompts)
         for prompt, hidden in zip(prompts, found):
             features = engine.encoder.features(prompt.pictures)
             embeds = llama.model.embed_inputs(

@@ -135,13 +135,20 @@ def test_first_come_first_served(llama):
     assert finished == [0, 1, 2, 3]
 
 
-def test_a_step_that_fails_ends_what_is_underway_and_the_service_goes_on(running, monkeypatch):
+@pytest.mark.parametrize("already_running", [False, True])
+def test_a_step_that_fails_ends_what_is_underway_and_the_service_goes_on(running, monkeypatch, already_running):
     runner = running.scheduler.runner
-    original = runner.decode
-    monkeypatch.setattr(runner, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    original = runner.run
+
+    def fail(rows, tokens, prompts):
+        if len(tokens) == already_running:
+            raise RuntimeError("broken")
+        return original(rows, tokens, prompts)
+
+    monkeypatch.setattr(runner, "run", fail)
     with pytest.raises(LlavaError, match="send the request again"):
         list(running.submit(ask("Hi", max_new_tokens=50, ignore_eos=True)))
-    monkeypatch.setattr(runner, "decode", original)
+    monkeypatch.setattr(runner, "run", original)
     ticket = running.submit(ask("Hi", max_new_tokens=5, ignore_eos=True))
     list(ticket)
     assert len(ticket.answer.token_ids) == 5
