@@ -24,11 +24,14 @@ _ENCODE_AT_ONCE = 32
 
 
 class Picture:
-    """A picture of a request: `key` (a negative number of 62 bits made of what it is) and where it comes from."""
+    """A picture of a request: a digest (16 bytes) of what it is, and where it comes from."""
 
-    def __init__(self, source: Any, key: int):
+    def __init__(self, source: Any, digest: bytes):
         self.source = source
-        self.key = key
+        self.digest = digest
+        # Negative and far from IMAGE_TOKEN_INDEX and every id of a token.
+        self.key = -(int.from_bytes(digest[:8], "big") >> 2) - 1000
+        """A number of 62 bits made of the digest."""
         self.pixels: np.ndarray | None = None
         """float32 `[tiles, 3, H, W]` between preparing and encoding."""
         self.lock = threading.Lock()
@@ -46,7 +49,7 @@ class PictureEncoder:
         """How many pictures were encoded, and how many were found."""
         self._features: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._bytes = 0
-        self._pictures: WeakValueDictionary[int, Picture] = WeakValueDictionary()
+        self._pictures: WeakValueDictionary[bytes, Picture] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def identify(self, source: Any) -> Picture:
@@ -55,9 +58,9 @@ class PictureEncoder:
         Raises:
             LlavaError: there is no such file.
         """
-        key = _content_key(source)
+        picture = source if isinstance(source, Picture) else Picture(source, _digest(source))
         with self._lock:
-            return self._pictures.setdefault(key, Picture(source, key))
+            return self._pictures.setdefault(picture.digest, picture)
 
     def num_positions(self, picture: Picture) -> int:
         """How many positions it takes; with `anyres` it has to be opened to know."""
@@ -146,8 +149,8 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _content_key(source: Any) -> int:
-    digest = hashlib.blake2b(digest_size=8)
+def _digest(source: Any) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, Image.Image):
         digest.update(f"{source.mode} {source.size}".encode())
         digest.update(source.tobytes())
@@ -161,8 +164,7 @@ def _content_key(source: Any) -> int:
         digest.update(_file_identity(Path(source).expanduser()))
     else:
         raise LlavaError(f"a picture is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
-    # Negative and far from IMAGE_TOKEN_INDEX and every id of a token.
-    return -(int.from_bytes(digest.digest(), "big") >> 2) - 1000
+    return digest.digest()
 
 
 def _file_identity(path: Path) -> bytes:

@@ -1,7 +1,6 @@
 """The engine behind a worker: requests as jobs in, pieces of text out, exceptions as typed errors."""
 
 import base64
-import hashlib
 import logging
 import threading
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from llava.generation import (
     TokenLogprob,
 )
 from llava.generation import Piece as EnginePiece
+from llava.generation.pictures import Picture, PictureEncoder
 from llava.images import open_uploaded_image, png_data_url
 from llava.serve.answering import Piece
 from llava.serve.job import Job, to_conversation
@@ -40,7 +40,7 @@ class EngineBackend:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.template = get_template(engine.model.config.conversation_template)
-        self.checked = _CheckedPictures()
+        self.checked = _CheckedPictures(engine.encoder)
         engine.start()
 
     def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
@@ -136,28 +136,29 @@ class _CheckedPictures:
     """Uploads that were found to be pictures within the limits. The engine opens a picture only if it doesn't know it
     yet, and with wider limits: what strangers send is checked here, once for each content."""
 
-    def __init__(self):
+    def __init__(self, encoder: PictureEncoder):
+        self.encoder = encoder
         self.known: OrderedDict[bytes, None] = OrderedDict()
         self.lock = threading.Lock()
 
-    def picture(self, text: str) -> str:
+    def picture(self, text: str) -> Picture:
         """`text` (base64 or a data: URL) as the engine takes it.
 
         Raises:
             ServeError: BAD_PICTURE.
         """
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        # In one form, so that the engine knows it again however it was sent.
+        picture = self.encoder.identify(f"data:application/octet-stream;base64,{text.rpartition(',')[2]}")
         with self.lock:
-            is_known = digest in self.known
+            is_known = picture.digest in self.known
         if not is_known:
             try:
-                open_uploaded_image(text)
+                open_uploaded_image(picture.source)
             except LlavaError as error:
                 raise ServeError(ErrorType.BAD_PICTURE, str(error)) from error
         with self.lock:
-            self.known[digest] = None
-            self.known.move_to_end(digest)
+            self.known[picture.digest] = None
+            self.known.move_to_end(picture.digest)
             while len(self.known) > CHECKED_PICTURES:
                 self.known.popitem(last=False)
-        # In one form, so that the engine knows it again however it was sent.
-        return f"data:application/octet-stream;base64,{text.rpartition(',')[2]}"
+        return picture

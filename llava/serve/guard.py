@@ -3,6 +3,8 @@
 Plain ASGI, so that a body is counted while it arrives, before anything parses it.
 """
 
+import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -87,6 +89,31 @@ class Guard:
             error = self.authorize(headers)
             if error is not None:
                 raise error
+
+
+async def unless_gone(receive, work):
+    """The result of `work`, which is given up once the client has gone.
+
+    Raises:
+        ServeError: CANCELLED, the client has gone; and what `work` raises.
+    """
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_wait_until_gone(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ServeError(ErrorType.CANCELLED)
+        return task.result()
+    finally:
+        leaving.cancel()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ServeError):
+            await task
+
+
+async def _wait_until_gone(receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def run_server(app, host: str, port: int, **more: Any) -> None:

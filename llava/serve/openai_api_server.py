@@ -14,7 +14,7 @@ from typing import Any
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.serve.api_keys import VARIABLE, Keys, read_keys
-from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, error_body, run_server
+from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, error_body, run_server, unless_gone
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 
@@ -106,13 +106,13 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> Guard:
             key = keys.admit({name.lower(): value for name, value in request.headers.items()})
             body.check()
             if not body.stream:
-                reply = await _unless_gone(request, answer.whole())
+                reply = await unless_gone(request.receive, answer.whole())
                 answer.count("ok")
                 logger.info("%s key %s model %s: answered", request_id, key, body.model)
                 return reply
             events = answer.events()
             # The first event decides the status: an error before it is no stream at all.
-            first = await _unless_gone(request, anext(events))
+            first = await unless_gone(request.receive, anext(events))
         except ServeError as error:
             answer.count(error.error_type.value)
             logger.warning("%s model %s: %s", request_id, body.model, error.error_type.value)
@@ -246,27 +246,6 @@ async def _event_stream(first: dict, events: AsyncIterator[dict], answer: ChatAn
     finally:
         answer.count(status)
         logger.info("%s model %s: %s", answer.request_id, answer.body.model, status)
-
-
-async def _unless_gone(request, work):
-    """The result of `work`, which is given up once the client has gone."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(_wait_until_gone(request))
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ServeError(ErrorType.CANCELLED)
-        return task.result()
-    finally:
-        leaving.cancel()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ServeError):
-            await task
-
-
-async def _wait_until_gone(request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(content: dict) -> bytes:

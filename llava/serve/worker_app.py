@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 from typing import Any
 
 from llava.serve.answering import Backend, answer_chunks
-from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, secret_check
+from llava.serve.guard import MAX_BODY_BYTES, Guard, secret_check, unless_gone
 from llava.serve.heartbeat import Membership
 from llava.serve.job import Job, read_job, read_look
 from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError, encode_error
@@ -51,38 +50,33 @@ class WorkerApp:
         }
 
     def _routes(self):
-        from fastapi import FastAPI, Request, Response
-        from fastapi.responses import StreamingResponse
+        from starlette.responses import JSONResponse
+        from starlette.routing import Route, Router
 
         @contextlib.asynccontextmanager
         async def lifespan(_):
             yield
             self.backend.close()
 
-        app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-        answer_errors(app)
+        async def health(_):
+            return JSONResponse({"status": "ok"})
 
-        @app.get("/health")
-        async def health() -> dict:
-            return {"status": "ok"}
+        async def worker_get_status(_):
+            return JSONResponse(self.status())
 
-        @app.post("/worker_get_status")
-        async def worker_get_status() -> dict:
-            return self.status()
-
-        @app.post("/worker_generate_stream")
-        async def worker_generate_stream(request: Request):
-            chunks = self._chunks(await _json(request), request.state.request_id)
-            return StreamingResponse(chunks, media_type="application/octet-stream")
-
-        @app.post("/worker_look")
-        async def worker_look(request: Request) -> Response:
+        async def worker_look(request):
             job, token_ids = read_look(_object(await _json(request)))
             self._check(job)
-            found = await asyncio.to_thread(self.backend.look, job, token_ids)
-            return Response(json.dumps(found), media_type="application/json")
+            return JSONResponse(await asyncio.to_thread(self.backend.look, job, token_ids))
 
-        return app
+        routes = [
+            Route("/health", health),
+            Route("/worker_get_status", worker_get_status, methods=["POST"]),
+            Route("/worker_generate_stream", _Stream(self), methods=["POST"]),
+            Route("/worker_look", worker_look, methods=["POST"]),
+        ]
+        # No more of a framework than this: what it does for a request would cost as much as the model's answer.
+        return Router(routes, lifespan=lifespan)
 
     def _check(self, job: Job) -> None:
         if self.draining:
@@ -91,7 +85,7 @@ class WorkerApp:
             words = f"This worker serves {', '.join(self.model_names)}, not {job.model!r}."
             raise ServeError(ErrorType.NO_WORKER, words)
 
-    async def _chunks(self, body, request_id: str):
+    async def chunks(self, body, request_id: str):
         """The answer; every error is the stream's last chunk, as clients of the old protocol expect."""
         try:
             job = read_job(_object(body))
@@ -109,6 +103,28 @@ class WorkerApp:
             # The last place before the client: the log gets the details, the client a request id.
             logger.exception("%s failed", request_id)
             yield encode_error(ServeError(ErrorType.INTERNAL), request_id)
+
+
+class _Stream:
+    """/worker_generate_stream as plain ASGI."""
+
+    def __init__(self, worker: WorkerApp):
+        self.worker = worker
+
+    async def __call__(self, scope, receive, send) -> None:
+        from starlette.requests import Request
+
+        body = await _json(Request(scope, receive))
+        headers = [(b"content-type", b"application/octet-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        with contextlib.suppress(ServeError):
+            await unless_gone(receive, self._send(self.worker.chunks(body, scope["state"]["request_id"]), send))
+
+    async def _send(self, chunks, send) -> None:
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _json(request) -> Any:
