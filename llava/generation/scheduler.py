@@ -211,11 +211,13 @@ class Scheduler:
             self.runner.run(rows[i:j], tokens[i:j], prompts[max(i - decoding, 0) : max(j - decoding, 0)])
             for i, j in _passes([row.end - row.begin for row in rows], self.max_prefill)
         ]
+        # What may fail for want of memory comes before anything is noted down.
+        logits = self.runner.logits(torch.cat(hidden))
         for one in self.running[:decoding]:
             one.length += 1
         for row, plan in enumerate(plans, running):
             self._started(plan, row)
-        self._take_tokens(running - decoding, torch.cat(hidden))
+        self._take_tokens(running - decoding, logits)
 
     def _plan(self, admitted: list[Generation]) -> list["Plan"]:
         """What to compute of each prompt: not what was kept, and not what another one begins with too."""
@@ -261,10 +263,9 @@ class Scheduler:
             last.continue_later()
             self.waiting.appendleft(last)
 
-    def _take_tokens(self, start: int, hidden: torch.Tensor) -> None:
+    def _take_tokens(self, start: int, logits: torch.Tensor) -> None:
         """Choose the next token of the rows from `start` on; finished requests leave."""
         generations = self.running[start:]
-        logits = self.runner.logits(hidden)
         params = [one.sampling for one in generations]
         tokens = choose_tokens(logits, params, [one.generator for one in generations])
         logprobs = token_logprobs(logits, tokens, params, self.detokenizer)
