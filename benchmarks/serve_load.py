@@ -3,9 +3,9 @@
     python benchmarks/serve_load.py --model-path runs/demo/vqa --json out.json
 
 1. one closed-loop client, then 32 of them: output tokens/s each, and their ratio
-2. Poisson arrivals at half the measured capacity, streamed: what was lost, time to first token
-3. twice as many clients, and the engine alone on the same questions in batches of 32 and 64: the share of the engine's
-   best that the served path reaches at its best
+2. in turns: 32 clients, 64 clients, and the engine alone on the same questions in batches of 32 and of 64: the share
+   of the engine's best that the served path reaches, as the median of the turns
+3. Poisson arrivals at half the capacity of 32 clients, streamed: what was lost, time to first token
 
 The engine gets `--threads` threads in all parts; the other half of the cores is left to the servers and the clients.
 """
@@ -52,7 +52,8 @@ def main():
     parser.add_argument("--questions", type=Path, default=ROOT.parent / "shared" / "vqa_rad" / "testset.json")
     parser.add_argument("--image-folder", type=Path, default=ROOT.parent / "shared" / "vqa_rad" / "images")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=60, help="of each closed-loop phase")
+    parser.add_argument("--seconds", type=float, default=60, help="of each closed-loop phase, over all turns")
+    parser.add_argument("--turns", type=int, default=5, help="of server and engine")
     parser.add_argument("--requests", type=int, default=2000, help="of the Poisson phase")
     parser.add_argument("--distinct", type=int, default=200, help="questions, with their pictures, to draw from")
     parser.add_argument("--device", default=None)
@@ -61,15 +62,13 @@ def main():
     parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine_only:
-        print(json.dumps(measure_engine(args)))
+        measure_engine(args)
         return
     with tempfile.TemporaryDirectory() as folder:
         args.model_path = args.model_path or _default_model(Path(folder))
         bodies = read_questions(args)
-        results = measure_served(args, bodies)
-        results |= measure_engine_in_process(args, bodies, Path(folder))
-    best = max(results["served_tokens_per_second"], results["served_to_twice_the_clients_tokens_per_second"])
-    results["served_over_engine_ratio"] = best / results["engine_tokens_per_second"]
+        with EngineProcess(args, bodies, Path(folder)) as engine:
+            results = measure_served(args, bodies, engine)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} for the engine"
     print(f"{args.model_path} on {machine}, Python {platform.python_version()}")
     for name, value in results.items():
@@ -78,7 +77,7 @@ def main():
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def measure_served(args, bodies: list[dict]) -> dict[str, float]:
+def measure_served(args, bodies: list[dict], engine: "EngineProcess") -> dict[str, float]:
     environment = {"LLAVA_SERVE_SECRET": "benchmark", "LLAVA_API_KEYS": "", "OMP_NUM_THREADS": str(args.threads)}
     words = ["--model-path", str(args.model_path), "--model-name", "m"]
     words += ["--limit-model-concurrency", str(2 * args.clients), "--max-queue", "4096"]
@@ -94,22 +93,27 @@ def measure_served(args, bodies: list[dict]) -> dict[str, float]:
             api.wait(seconds=300)
             while httpx.get(api.url + "/ready", timeout=60).status_code != 200:
                 time.sleep(0.2)
-            return asyncio.run(_phases(args, api.url, [json.dumps(body).encode()[:-1] for body in bodies]))
+            return asyncio.run(_phases(args, api.url, [json.dumps(body).encode()[:-1] for body in bodies], engine))
 
 
-async def _phases(args, url: str, bodies: list[dict]) -> dict[str, float]:
+async def _phases(args, url: str, bodies: list[bytes], engine: "EngineProcess") -> dict[str, float]:
     # The lightest client there is: it takes its time from the same cores.
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
         await closed_loop(http, bodies, args.clients, count=len(bodies))  # every picture seen once by all phases
         one, seconds = await closed_loop(http, bodies, 1, seconds=args.seconds)
         sequential = sum(outcome.tokens for outcome in one) / seconds
-        many, seconds = await closed_loop(http, bodies, args.clients, seconds=args.seconds)
-        served = sum(outcome.tokens for outcome in many) / seconds
-        capacity = len(many) / seconds
+        closed, rates, alone = [], {args.clients: [], 2 * args.clients: []}, []
+        for _ in range(args.turns):
+            for clients, own in rates.items():
+                outcomes, seconds = await closed_loop(http, bodies, clients, seconds=args.seconds / args.turns)
+                own.append(sum(outcome.tokens for outcome in outcomes) / seconds)
+                closed += outcomes
+            alone.append(engine.measure())
+        served = statistics.mean(rates[args.clients])
         unloaded = [await ask(http, body, stream=True) for body in bodies[:UNLOADED_REQUESTS]]
-        loaded, seconds = await poisson(http, bodies, args.requests, capacity / 2)
-        twice, its_seconds = await closed_loop(http, bodies, 2 * args.clients, seconds=args.seconds)
-    lost = [outcome for outcome in (*one, *many, *loaded, *unloaded, *twice) if outcome.error]
+        loaded, seconds = await poisson(http, bodies, args.requests, served / NEW_TOKENS / 2)
+        unloaded += [await ask(http, body, stream=True) for body in bodies[:UNLOADED_REQUESTS]]
+    lost = [outcome for outcome in (*one, *closed, *loaded, *unloaded) if outcome.error]
     for outcome in lost[:5]:
         print(f"lost: {outcome.error}", file=sys.stderr)
     at_rest = _percentile([outcome.first for outcome in unloaded if outcome.first], 95)
@@ -118,9 +122,13 @@ async def _phases(args, url: str, bodies: list[dict]) -> dict[str, float]:
         "clients": args.clients,
         "sequential_tokens_per_second": sequential,
         "served_tokens_per_second": served,
-        "served_to_twice_the_clients_tokens_per_second": sum(outcome.tokens for outcome in twice) / its_seconds,
+        "served_to_twice_the_clients_tokens_per_second": statistics.mean(rates[2 * args.clients]),
+        "engine_tokens_per_second": statistics.mean(alone),
         "concurrent_over_sequential_ratio": served / sequential,
-        "capacity_requests_per_second": capacity,
+        "served_over_engine_ratio": statistics.median(map(_share, zip(*rates.values(), strict=True), alone)),
+        "served_over_engine_with_so_many_clients_ratio": statistics.median(
+            share / best for share, best in zip(rates[args.clients], alone, strict=True)
+        ),
         "poisson_requests": len(loaded),
         "poisson_requests_per_second": len(loaded) / seconds,
         "lost": len(lost),
@@ -194,20 +202,43 @@ async def _read_stream(reply, began: float) -> tuple[float | None, int]:
     return first, tokens
 
 
-def measure_engine_in_process(args, bodies: list[dict], folder: Path) -> dict[str, float]:
-    """The engine in a process of its own, while nothing else runs."""
-    path = folder / "bodies.json"
-    path.write_text(json.dumps(bodies))
-    command = [sys.executable, __file__, "--engine-only", str(path), "--model-path", str(args.model_path)]
-    command += ["--clients", str(args.clients), *(["--device", args.device] if args.device else [])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+class EngineProcess:
+    """The engine in a process of its own, ready to be measured while the servers have nothing to do."""
+
+    def __init__(self, args, bodies: list[dict], folder: Path):
+        path = folder / "bodies.json"
+        path.write_text(json.dumps(bodies))
+        self.command = [sys.executable, __file__, "--engine-only", str(path), "--model-path", str(args.model_path)]
+        self.command += ["--clients", str(args.clients), *(["--device", args.device] if args.device else [])]
+        self.environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
+
+    def __enter__(self) -> "EngineProcess":
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            self.command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=self.environment
+        )
+        self._line()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def measure(self) -> float:
+        """Output tokens per second, the better of both sizes of batch."""
+        self.process.stdin.write("measure\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("the engine's process ended; its last words are above")
+        return line
 
 
-def measure_engine(args) -> dict[str, float]:
+def measure_engine(args) -> None:
+    """Be the engine's process: a line when ready, and then a figure for each line that comes."""
     from llava.conversation import get_template
     from llava.generation import Engine, Request, SamplingParams
     from llava.model import load_pretrained_model
@@ -220,15 +251,21 @@ def measure_engine(args) -> dict[str, float]:
     for body in json.loads(args.engine_only.read_text()):
         messages = read_messages(body["messages"])
         requests.append(Request(to_conversation(messages, template), messages[-1].pictures, sampling))
-    best = 0.0
-    for size in (args.clients, 2 * args.clients):
-        engine = Engine(loaded, max_batch_size=size)
+    engines = [Engine(loaded, max_batch_size=size) for size in (args.clients, 2 * args.clients)]
+    for engine in engines:
         engine.generate(requests)  # pictures and prefixes known, as in the served phases
-        began = time.perf_counter()
-        answers = engine.generate(requests)
-        tokens = sum(len(answer.token_ids) for answer in answers)
-        best = max(best, tokens / (time.perf_counter() - began))
-    return {"engine_tokens_per_second": best}
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        best = 0.0
+        for engine in engines:
+            began = time.perf_counter()
+            tokens = sum(len(answer.token_ids) for answer in engine.generate(requests))
+            best = max(best, tokens / (time.perf_counter() - began))
+        print(best, flush=True)
+
+
+def _share(served: tuple[float, ...], engine: float) -> float:
+    return max(served) / engine
 
 
 def read_questions(args) -> list[dict]:
