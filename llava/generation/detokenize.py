@@ -1,11 +1,14 @@
 """Ids to text while they come: no half characters, stop strings found, nothing shown that might still go."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 _UNFINISHED = "\ufffd"
 _LONGEST_WAIT = 32
 """Tokens after which what has come is shown, broken characters too."""
+_FEW, _REMEMBERED = 3, 1 << 16
+"""Texts of so few tokens are remembered, so many of them."""
 
 
 class Detokenizer:
@@ -18,9 +21,14 @@ class Detokenizer:
         vocabulary = tokenizer.get_vocab()
         self.byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
         """Ids that stand for single bytes: what a run of them means is known at its end."""
+        self._few = lru_cache(_REMEMBERED)(self._decode)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True) if len(token_ids) else ""
+        # A stream decodes the same pairs of tokens again and again, each time at the price of a small layer.
+        return self._few(*token_ids) if len(token_ids) <= _FEW else self._decode(*token_ids)
+
+    def _decode(self, *token_ids: int) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True) if token_ids else ""
 
     def token(self, token_id: int) -> str:
         """A single token's text, special ones included."""

@@ -55,12 +55,15 @@ class Guard:
                 message["headers"] = [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id.encode())]
             await send(message)
 
-        received = 0
+        received, is_whole = 0, False
 
         async def counted_receive():
-            nonlocal received
+            nonlocal received, is_whole
             message = await receive()
+            if message["type"] == "http.disconnect" and not is_whole:
+                raise ServeError(ErrorType.CANCELLED)  # left while it was sending: no fault of anyone here
             received += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if received > self.max_body:
                 raise ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
             return message

@@ -1,5 +1,6 @@
 """A worker's HTTP side over real sockets: the stream, its errors, cancelling, draining, being known to a controller."""
 
+import socket
 import threading
 import time
 
@@ -95,6 +96,16 @@ def test_broken_requests_are_refused(worker):
     assert ask(worker, "x", model="another")[0]["error_type"] == "no_worker"
     reply = httpx.post(worker.url + "/worker_generate_stream", content=b"[1]", headers=SECRET)
     assert split_chunks(reply.content)[0][0]["error_type"] == "bad_request"
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure(worker):
+    request = f"POST /worker_generate_stream HTTP/1.1\r\nHost: x\r\n{HEADER}: s3cret\r\nContent-Length: 999\r\n\r\n"
+    before = worker.log.read_text()
+    with socket.create_connection(("127.0.0.1", worker.port)) as connection:
+        connection.sendall(request.encode() + b'{"model": "scr')
+    with pytest.raises(AssertionError):
+        wait_until(lambda: worker.log.read_text() != before, seconds=1)
+    assert ask(worker, "still there")[-1]["error_code"] == 0
 
 
 def test_strangers_stay_out(worker):
