@@ -34,6 +34,8 @@ class RowCache:
         grown = max(rows, self.rows), max(width, self.width)
         # Within the memory it only grows; beyond it, what is not needed now is given up.
         rows, width = grown if self._bytes(*grown) <= self.max_bytes else (rows, width)
+        # Should memory end on the way, no layer is smaller than this.
+        self.rows, self.width = min(rows, self.rows), min(width, self.width)
         for index, old in enumerate(self.layers):
             if old is not None:
                 # Layer by layer, so that old and new are never both there as a whole.

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from llava.errors import LlavaError
@@ -93,8 +94,8 @@ class Scheduler:
         """Take in what fits, and make a token for each running request."""
         self._drop_cancelled()
         self._make_room()
-        self.starting = self._admit()
         try:
+            self._admit()
             if self.running or self.starting:
                 self._compute(len(self.running), list(self.starting))
         except (torch.OutOfMemoryError, LlavaError) as error:
@@ -103,43 +104,49 @@ class Scheduler:
             counts = len(self.starting), len(self.running)
             log.warning("%d prompts beside %d running requests failed (%s)", *counts, type(error).__name__)
             self._start(list(self.starting))
+        finally:
+            self._put_back()
         self.counts.steps += 1
 
     def abort(self, error: LlavaError) -> None:
         """End everything that waits or runs with `error`."""
-        generations = [*self.running, *self.starting, *self._waiting()]
-        self.running.clear()
-        self.starting.clear()
-        self.waiting.clear()
         with self._lock:
+            generations = [*self.running, *self.waiting]
+            self.waiting.clear()
             self._expected.clear()
+        self.running.clear()
         self.runner.cache.release()
         for generation in generations:
             generation.finish("error", error)
 
-    def _admit(self) -> list[Generation]:
-        """The waiting requests that are taken in now, in order of arrival."""
+    def _admit(self) -> None:
+        """Move the waiting requests that are taken in now to `starting`, in order of arrival."""
         free = self.max_batch_size - len(self.running)
         if not self.waiting or not free or (self.is_patient and self.running and free < self.max_batch_size // 2):
-            return []
-        admitted: list[Generation] = []
+            return
         positions, width = 0, self._width()
-        while self.waiting and len(admitted) < free:
+        while self.waiting and len(self.starting) < free:
             first = self.waiting[0]
             if not self._prepare(first):
                 continue
-            width = max(width, len(first.prompt) + min(_ROOM, first.prompt.max_new_tokens))
-            if not self.runner.cache.fits(len(self.running) + len(admitted) + 1, width):
-                if not self.running and not admitted:
+            width = max(width, len(first.prompt) + min(_ROOM, first.left))
+            if not self.runner.cache.fits(len(self.running) + len(self.starting) + 1, width):
+                if not self.running and not self.starting:
                     self._refuse(self.waiting.popleft())
                     continue
                 break
             positions += len(first.prompt)
-            if admitted and positions > self.max_prefill:
+            if self.starting and positions > self.max_prefill:
                 break
-            admitted.append(self.waiting.popleft())
-        self.announce([one.prompt for one in admitted], -1)
-        return admitted
+            self.announce([first.prompt], -1)
+            self.starting.append(self.waiting.popleft())
+
+    def _put_back(self) -> None:
+        """Have those wait who were taken in and neither started nor failed: something else went wrong."""
+        self.announce([one.prompt for one in self.starting])
+        with self._lock:
+            self.waiting.extendleft(reversed(self.starting))
+        self.starting.clear()
 
     def _prepare(self, first: Generation) -> bool:
         """Whether the first waiting request can be taken in; beams are done here, what fails is finished."""
@@ -148,8 +155,8 @@ class Scheduler:
             if first.sampling.num_beams == 1:
                 return True
             first.tokens = beam_search(self.runner, first.prompt)
-        except LlavaError as error:
-            self._leave_queue(first).finish("error", error)
+        except (torch.OutOfMemoryError, LlavaError) as error:
+            self._leave_queue(first).finish("error", _for_user(error))
         else:
             is_whole = len(first.tokens) >= first.prompt.max_new_tokens
             self._leave_queue(first).finish("length" if is_whole else "stop")
@@ -180,24 +187,19 @@ class Scheduler:
                 self._compute(0, part)
             except (torch.OutOfMemoryError, LlavaError) as error:
                 if len(part) == 1:
-                    self._fail(part[0], error)
+                    self.starting.remove(part[0])
+                    part[0].finish("error", _for_user(error))
                 else:
                     log.warning("%d prompts at once failed (%s); trying fewer", len(part), type(error).__name__)
                     half = len(part) // 2 if isinstance(error, torch.OutOfMemoryError) else 1
                     todo[:0] = [part[start : start + half] for start in range(0, len(part), half)]
-
-    def _fail(self, generation: Generation, error: Exception) -> None:
-        if not isinstance(error, LlavaError):
-            error = OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer pictures")
-        self.starting.remove(generation)
-        generation.finish("error", error)
 
     def _compute(self, decoding: int, admitted: list[Generation]) -> None:
         """The next token of all who run (`decoding` is their number; 0 leaves them as they are), and of `admitted` the
         prompts, each beginning once, and the first token: together, for a pass costs much whatever is in it."""
         running, plans = len(self.running), self._plan(admitted)
         row_of = {id(plan): running + place for place, plan in enumerate(plans)}
-        widths = [len(one.prompt) + min(_ROOM, one.prompt.max_new_tokens) for one in admitted]
+        widths = [len(one.prompt) + min(_ROOM, one.left) for one in admitted]
         width = min(max([self._width(), *widths]), self.runner.cache.max_width)
         self.runner.cache.reserve(running + len(plans), width, running)
         rows = [Row(row, one.length, one.length + 1) for row, one in enumerate(self.running[:decoding])]
@@ -245,8 +247,7 @@ class Scheduler:
         self.counts.prompt_tokens += one.length
         self.counts.cached_tokens += plan.begin
         if plan.kept_length:
-            key = one.prompt.key[: plan.kept_length]
-            self.prefixes.add(key, self.runner.cache.save(row, plan.kept_length))
+            self._keep(one.prompt.key[: plan.kept_length], row)
         self.starting.remove(one)
         self.running.append(one)
 
@@ -276,6 +277,13 @@ class Scheduler:
                 finished[row] = reason
         self._leave(finished)
 
+    def _keep(self, key: np.ndarray, row: int) -> None:
+        """Keep the beginning of a row that `key` stands for, if there is memory for a copy."""
+        try:
+            self.prefixes.add(key, self.runner.cache.save(row, len(key)))
+        except torch.OutOfMemoryError:
+            self.prefixes.clear()
+
     def _drop_cancelled(self) -> None:
         if not self._cancelled:
             return
@@ -295,7 +303,7 @@ class Scheduler:
         leaving = [(self.running[row], row, reason) for row, reason in finished.items()]
         for one, row, _ in leaving:
             if one.keep:
-                self.prefixes.add(one.key(), self.runner.cache.save(row, one.length))
+                self._keep(one.key(), row)
         left = len(self.running) - len(finished)
         gaps = [row for row in finished if row < left]
         movers = [row for row in range(left, len(self.running)) if row not in finished]
@@ -326,6 +334,12 @@ class Plan:
     @property
     def depth(self) -> int:
         return 0 if self.source is None else self.source.depth + 1
+
+
+def _for_user(error: Exception) -> LlavaError:
+    if isinstance(error, LlavaError):
+        return error
+    return OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer pictures")
 
 
 def _passes(lengths: Sequence[int], max_positions: int) -> Iterator[tuple[int, int]]:

@@ -39,6 +39,11 @@ class Generation:
         self._in_prompt = 0
         """How many tokens became part of the prompt, because the row was given up for a while."""
 
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.prompt.max_new_tokens - len(self.tokens)
+
     def key(self) -> np.ndarray:
         """What the cache's row stands for: prompt and tokens, as far as they were read."""
         own = np.array(self.tokens[self._in_prompt :], np.int64)
@@ -62,7 +67,7 @@ class Generation:
             self._tell(self.text.push([token]))
             if self.text.is_stopped:
                 return "stop"
-        return "length" if len(self.tokens) >= self.prompt.max_new_tokens else None
+        return "length" if self.left <= 0 else None
 
     def finish(self, reason: str, error: LlavaError | None = None) -> None:
         if self.text is None:

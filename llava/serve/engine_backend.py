@@ -148,12 +148,13 @@ class _CheckedPictures:
             ServeError: BAD_PICTURE.
         """
         # In one form, so that the engine knows it again however it was sent.
-        picture = self.encoder.identify(f"data:application/octet-stream;base64,{text.rpartition(',')[2]}")
+        content = text.partition(",")[2] if text[:5].lower() == "data:" else text
+        picture = self.encoder.identify(f"data:application/octet-stream;base64,{content}")
         with self.lock:
             is_known = picture.digest in self.known
         if not is_known:
             try:
-                open_uploaded_image(picture.source)
+                open_uploaded_image(text)
             except LlavaError as error:
                 raise ServeError(ErrorType.BAD_PICTURE, str(error)) from error
         with self.lock:

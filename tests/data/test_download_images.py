@@ -18,6 +18,7 @@ import pytest
 from llava.data.download_images import FAILURES_FILE, main
 from llava.data.fetching.articles import read_plan
 from llava.data.fetching.transfer import RateLimit
+from llava.data.fetching.writer import PictureWriter
 from llava.errors import LlavaError
 from llava.records import read_records
 from tests.data.archive_server import ArchiveServer, Reply, archive, archive_with_bomb, header
@@ -415,6 +416,24 @@ def test_a_disk_that_takes_no_more_stops_the_run(wanted, server):
     assert server.requests["/large"] < 50, "it went on fetching what can't be kept"
     images = wanted.folder / "images"
     assert [path.name for path in images.iterdir() if path.name != f"{FAILURES_FILE}.part"] == ["small.jpg"]
+
+
+def test_a_folder_that_is_gone_stops_the_writer(tmp_path):
+    """Nothing can be removed there either: the error is told all the same, to every later picture and at the end."""
+
+    async def chunks(content):
+        yield content
+
+    async def write_on():
+        async with PictureWriter() as writer:
+            for number in range(100):
+                await writer.write(tmp_path / "file" / f"{number}.jpg", chunks(bytes(1 << 20)))
+                await asyncio.sleep(0.001)
+
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(NotADirectoryError):
+        asyncio.run(asyncio.wait_for(write_on(), 20))
+    assert (tmp_path / "file").read_text() == "no folder"
 
 
 def test_little_disk_space_stops_the_run(wanted, server):

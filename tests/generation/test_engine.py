@@ -270,6 +270,52 @@ def test_out_of_memory_on_the_device_hits_only_who_needs_it(llama, pictures, mon
             assert_same(expected, margins, ticket.answer.token_ids)
 
 
+def test_no_memory_for_keeping_a_prefix_changes_no_answer(llama, pictures, monkeypatch):
+    engine = Engine(llama)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(engine.scheduler.runner.cache, "save", full)
+    requests = mixed_requests(pictures, count=9)
+    tickets = []
+    for request in requests:
+        tickets.append(engine.submit(request))
+        engine.scheduler.step()
+    for ticket, request in zip(tickets, requests):
+        list(ticket)
+        expected, margins = answer_alone(llama, Engine(llama), request)
+        assert_same(expected, margins, ticket.answer.token_ids)
+    assert not len(engine.scheduler.prefixes)
+
+
+def test_a_beam_search_without_memory_ends_alone(llama, monkeypatch):
+    from llava.generation import scheduler
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(scheduler, "beam_search", full)
+    engine = Engine(llama)
+    first, beams = engine.submit(ask("Hi", max_new_tokens=4)), engine.submit(ask("Hi", num_beams=2))
+    list(first)
+    with pytest.raises(OutOfMemory):
+        list(beams)
+
+
+def test_who_was_in_a_step_that_failed_waits_again(llama, monkeypatch):
+    """Without a thread of the engine's own the error goes to whoever drove the step; the others ask again."""
+    engine = Engine(llama)
+    tickets = [engine.submit(ask("Hi", max_new_tokens=4, ignore_eos=True)) for _ in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler.runner, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        with pytest.raises(RuntimeError, match="broken"):
+            list(tickets[0])
+    for ticket in tickets:
+        list(ticket)
+        assert len(ticket.answer.token_ids) == 4
+
+
 def test_empty_list(llama):
     assert Engine(llama).generate([]) == []
 

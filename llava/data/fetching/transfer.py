@@ -99,6 +99,7 @@ class Transfer:
                 body = Body(response, self.limits)
                 try:
                     if response.status != 200:
+                        await _let_go(response)
                         raise _status_error(response)
                     yield body
                     await _let_go(response)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from llava.data.fetching.journal import PART
@@ -31,15 +32,17 @@ class PictureWriter:
         self._waiting: list[tuple] = []
         self._held = 0
         self._work: asyncio.Task | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     async def __aenter__(self) -> "PictureWriter":
         return self
 
     async def __aexit__(self, kind, error, trace) -> None:
-        if self._work is not None:
-            await self._work
-        self._thread.shutdown()
+        try:
+            if self._work is not None:
+                await self._work
+        finally:
+            self._thread.shutdown()
         if error is None and self._error is not None:
             raise self._error
 
@@ -83,12 +86,12 @@ class PictureWriter:
         self._work = None
 
 
-def _do_all(tasks: list[tuple], error: OSError | None) -> OSError | None:
+def _do_all(tasks: list[tuple], error: Exception | None) -> Exception | None:
     """Do each task until one fails, and remove what the others began; returns the error."""
     for work, temporary, *args in tasks:
         try:
             (work if error is None else _remove)(temporary, *args)
-        except OSError as failure:
+        except (OSError, MemoryError, ValueError) as failure:
             error = failure
             _remove(temporary)
     return error
@@ -121,7 +124,9 @@ def _copy(temporary: str, first: Path, path: Path) -> None:
 
 
 def _remove(temporary: str, *_) -> None:
-    Path(temporary).unlink(missing_ok=True)
+    # What can't be removed now is swept by the next start.
+    with suppress(OSError):
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _hidden(path: Path) -> str:
