@@ -13,7 +13,9 @@ from pathlib import Path
 from llava.data.fetching.journal import PART
 
 _PIECE = 1 << 20
+"""Bytes of a picture that are gathered before they are written."""
 _MOST_HELD = 32 << 20
+"""Bytes that may wait while the thread is at work; more makes those who bring them wait."""
 
 
 class PictureWriter:
@@ -80,10 +82,13 @@ class PictureWriter:
             self._work = asyncio.create_task(self._write_all())
 
     async def _write_all(self) -> None:
-        while self._waiting:
-            tasks, self._waiting, self._held = self._waiting, [], 0
-            self._error = await asyncio.get_running_loop().run_in_executor(self._thread, _do_all, tasks, self._error)
-        self._work = None
+        loop = asyncio.get_running_loop()
+        try:
+            while self._waiting:
+                tasks, self._waiting, self._held = self._waiting, [], 0
+                self._error = await loop.run_in_executor(self._thread, _do_all, tasks, self._error)
+        finally:
+            self._work = None
 
 
 def _do_all(tasks: list[tuple], error: Exception | None) -> Exception | None:
