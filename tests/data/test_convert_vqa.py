@@ -237,6 +237,18 @@ def test_csv_split_shares_no_picture(work):
     assert not {row["image"] for row in train} & {row["image"] for row in test}
 
 
+@pytest.mark.parametrize("fraction", ["0.001", "0.999"])
+def test_csv_of_few_pictures_is_split_too(work, fraction):
+    rows = "".join(f"{name},q?,a\n" for name in ("a.jpg", "b.jpg", "b.jpg"))
+    (work / "images" / "b.jpg").write_bytes(b"x")
+    csv_table(work, "image,question,answer\n" + rows, "--test-fraction", fraction)
+    train, test = (read_records(work / "out" / f"{name}.json") for name in ("train", "test"))
+    assert len(train) + len(test) == 3
+    assert {row["image"] for row in train} ^ {row["image"] for row in test} == {"a.jpg", "b.jpg"}
+    with pytest.raises(LlavaError, match="one picture can't be split"):
+        csv_table(work, "image,question,answer\na.jpg,q?,a\n", "--test-fraction", fraction)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -44,8 +44,9 @@ def convert(args, pictures: PictureFolder) -> Conversion:
     names = ["train", "test"] if args.test_fraction else ["train"]
     # Counts are made in one pass only, or every row left out would be counted once per split.
     records = list(_records(path, args, conversion))
+    tested = _choose({_picture(record) for record in records}, args) if args.test_fraction else set()
     conversion.splits = {
-        name: [record for record in records if _is_test(record, args) == (name == "test")] for name in names
+        name: [record for record in records if (_picture(record) in tested) == (name == "test")] for name in names
     }
     return conversion
 
@@ -101,8 +102,21 @@ def _rows(path: Path, args, kept: list[str]) -> Iterator[tuple[int, dict[str, st
             raise LlavaError(f"{path}: not UTF-8 ({error}); save the table as UTF-8") from error
 
 
-def _is_test(record: Record, args) -> bool:
-    """Decided by the picture, so that no test picture is ever seen in training."""
-    key = record.get("image", record["id"])
-    digest = hashlib.sha256(f"{args.seed} {key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < args.test_fraction
+def _picture(record: Record) -> str:
+    """What the split goes by, so that no test picture is ever seen in training."""
+    return str(record.get("image", record["id"]))
+
+
+def _choose(pictures: set[str], args) -> set[str]:
+    """The pictures for testing, by their names, so that each stays where it is when others come. At least one is
+    chosen, and one isn't."""
+    if len(pictures) == 1:
+        raise LlavaError(f"{args.input}: one picture can't be split; bring more, or leave --test-fraction out")
+
+    def share(picture: str) -> float:
+        digest = hashlib.sha256(f"{args.seed} {picture}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    ordered = sorted(pictures, key=share)
+    count = sum(share(picture) < args.test_fraction for picture in ordered)
+    return set(ordered[: max(1, min(count, len(ordered) - 1))])
