@@ -6,6 +6,7 @@ LLAVA_SCREENSHOT_DIR keeps pictures of the page (docs/images holds those of the 
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -111,10 +112,11 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
     page.locator("#accept").click()
     expect(page.locator("#waiting")).to_contain_text("No model is ready yet", timeout=PATIENCE)
     screenshot(page, "web_waiting")
-    with worker(controller, "first-model") as first, worker(controller, "second-model") as second:
-        first.wait()
-        second.wait()
+    with ExitStack() as stack:
+        # One after the other: the page takes the model that is there first.
+        first = stack.enter_context(worker(controller, "first-model")).wait()
         expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
+        second = stack.enter_context(worker(controller, "second-model")).wait()
         expect(page.locator("#waiting")).to_have_count(0, timeout=PATIENCE)
 
         Image.new("RGB", (200, 160), (180, 180, 180)).save(tmp_path / "photo.png")
