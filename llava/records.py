@@ -5,6 +5,7 @@ under its name only when it is complete, and `ResumableJsonl` collects results o
 run loses at most the line it was writing.
 """
 
+import codecs
 import json
 import os
 import tempfile
@@ -57,10 +58,13 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
     path = Path(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                # Given bytes, json would try each line for other encodings, which takes as long as reading it.
+                record = json.loads(line.decode("utf-8", "surrogatepass"))
             except ValueError as error:
                 raise LlavaError(f"{path} line {number}: not JSON ({error})") from error
             if not isinstance(record, dict):
