@@ -103,7 +103,7 @@ class Scheduler:
                 raise
             counts = len(self.starting), len(self.running)
             log.warning("%d prompts beside %d running requests failed (%s)", *counts, type(error).__name__)
-            self._start(list(self.starting))
+            self._start_apart()
         finally:
             self._put_back()
         self.counts.steps += 1
@@ -177,9 +177,9 @@ class Scheduler:
         )
         generation.finish("error", error)
 
-    def _start(self, admitted: list[Generation]) -> None:
-        """Compute the prompts of `admitted` apart from those who run; where that fails too, of fewer at a time."""
-        todo = [admitted]
+    def _start_apart(self) -> None:
+        """Compute the prompts of `starting` without those who run; where that fails too, of fewer at a time."""
+        todo = [list(self.starting)]
         while todo:
             part = todo.pop(0)
             try:
