@@ -125,7 +125,9 @@ async def _phases(args, url: str, bodies: list[bytes], engine: "EngineProcess") 
         "served_to_twice_the_clients_tokens_per_second": statistics.mean(rates[2 * args.clients]),
         "engine_tokens_per_second": statistics.mean(alone),
         "concurrent_over_sequential_ratio": served / sequential,
-        "served_over_engine_ratio": statistics.median(map(_share, zip(*rates.values(), strict=True), alone)),
+        "served_over_engine_ratio": statistics.median(
+            max(served_now) / best for *served_now, best in zip(*rates.values(), alone, strict=True)
+        ),
         "served_over_engine_with_so_many_clients_ratio": statistics.median(
             share / best for share, best in zip(rates[args.clients], alone, strict=True)
         ),
@@ -262,10 +264,6 @@ def measure_engine(args) -> None:
             tokens = sum(len(answer.token_ids) for answer in engine.generate(requests))
             best = max(best, tokens / (time.perf_counter() - began))
         print(best, flush=True)
-
-
-def _share(served: tuple[float, ...], engine: float) -> float:
-    return max(served) / engine
 
 
 def read_questions(args) -> list[dict]:
