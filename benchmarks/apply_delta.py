@@ -95,7 +95,7 @@ def copy_once(folder: Path) -> dict[str, float]:
 def apply_once(folder: Path) -> dict[str, float]:
     import transformers  # noqa: F401
 
-    from llava.model.delta import apply_delta
+    from llava.model.convert.delta import apply_delta
 
     before = anonymous_mb()
     peak, stop = [before], threading.Event()

@@ -24,7 +24,7 @@ from llava.data.fetching.journal import Journal
 from llava.data.fetching.transfer import Limits
 from llava.data.fetching.workers import Settings, download
 
-PICTURE_BYTES = 6_000
+IMAGE_BYTES = 6_000
 
 
 def build_parser() -> ArgumentParser:
@@ -34,7 +34,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
     parser.add_argument("--sequential-articles", type=int, default=100, help="fetched over one connection")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
-    parser.add_argument("--folder", help="where pictures are written; default: the system's folder of temporary files")
+    parser.add_argument("--folder", help="where images are written; default: the system's folder of temporary files")
     parser.add_argument("--json", help="write the figures here")
     return parser
 
@@ -42,7 +42,7 @@ def build_parser() -> ArgumentParser:
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     logging.getLogger("llava").setLevel(logging.WARNING)
-    content = os.urandom(PICTURE_BYTES)
+    content = os.urandom(IMAGE_BYTES)
     port_is = multiprocessing.get_context("spawn").Queue()
     server = multiprocessing.get_context("spawn").Process(
         target=serve, args=(archive(content), args.latency, port_is), daemon=True
@@ -78,7 +78,7 @@ def main(argv=None) -> int:
 
 
 def fetch(address: str, articles: int, connections: int, content: bytes, where: str) -> tuple[float, float]:
-    """(wall seconds, CPU seconds) of a download into a new folder in `where`; every picture is checked."""
+    """(wall seconds, CPU seconds) of a download into a new folder in `where`; every image is checked."""
     folder = Path(tempfile.mkdtemp(dir=where))
     rows = (
         {"pair_id": f"p{n}", "pmc_tar_url": f"{address}/PMC{n}.tar.gz", "image_file_path": "PMC/x.jpg"}
@@ -94,7 +94,7 @@ def fetch(address: str, articles: int, connections: int, content: bytes, where: 
     journal.close()
     saved = list((folder / "images").iterdir())
     if len(saved) != articles or any(path.read_bytes() != content for path in saved):
-        raise SystemExit("pictures are missing or differ: the figures would mean nothing")
+        raise SystemExit("images are missing or differ: the figures would mean nothing")
     return taken
 
 

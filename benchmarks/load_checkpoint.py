@@ -67,7 +67,7 @@ def _make(folder: Path, gigabytes: float) -> Path:
     from safetensors.torch import save_file
 
     from llava.model import LlavaLlamaConfig, LlavaLlamaForCausalLM
-    from llava.model.assemble import build_empty
+    from llava.model.weights.assemble import build_empty
     from tests.tiny import make_clip, make_tokenizer
 
     layers = max(1, round((gigabytes * 2**30 - 2 * 2 * 32003 * 4096) / LAYER_BYTES))

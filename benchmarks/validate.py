@@ -1,4 +1,4 @@
-"""Speed and memory of `llava.data.validate` on a million records, without pictures and tokenizer, on one core.
+"""Speed and memory of `llava.data.validate` on a million records, without images and tokenizer, on one core.
 
 python benchmarks/validate.py [--json figures.json]
 """
@@ -52,7 +52,7 @@ def main(argv=None) -> int:
 
 
 def make_records(count: int):
-    """Two turns and a picture each; the last of every thousand has an empty answer."""
+    """Two turns and an image each; the last of every thousand has an empty answer."""
     for number in range(count):
         answer = "" if number % 1000 == 999 else ANSWERS[number % 4]
         yield {

@@ -3,7 +3,7 @@
     python benchmarks/vqa_throughput.py --model-path runs/demo/vqa \
         --question-file data/vqa_rad/testset.json --image-folder data/vqa_rad/images
 
-Both get the same conversations and ready pixel values, and do the rest: tokenising, encoding pictures, prefill
+Both get the same conversations and ready pixel values, and do the rest: tokenising, encoding images, prefill
 and decoding with a cache. Answers are compared token by token up to the first place where the two likeliest tokens
 are closer than 1e-4, where rounding may decide.
 """
@@ -50,13 +50,12 @@ def main(argv=None) -> None:
     loaded = load_pretrained_model(args.model_path, device=args.device, dtype=args.dtype)
     records = read_records(question_file)[: args.limit]
     sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
-    pixels = read_pictures(records, folder, loaded)
+    pixels = read_images(records, folder, loaded)
     requests = [
-        Request(conversation(record, loaded.model.config), [pixels[picture_name(record)]], sampling)
-        for record in records
+        Request(conversation(record, loaded.model.config), [pixels[image_name(record)]], sampling) for record in records
     ]
     write_line(
-        f"{len(requests)} questions about {len(pixels)} pictures, {args.device}, {torch.get_num_threads()} threads"
+        f"{len(requests)} questions about {len(pixels)} images, {args.device}, {torch.get_num_threads()} threads"
     )
 
     single_seconds, batched_seconds = [], []
@@ -87,7 +86,7 @@ def main(argv=None) -> None:
 
 
 def conversation(record, config):
-    """The record's question in the model's template, the picture before it."""
+    """The record's question in the model's template, the image before it."""
     from llava.conversation import get_template
     from llava.tokenization import conversation_from_record
 
@@ -96,15 +95,15 @@ def conversation(record, config):
     return conversation_from_record(record, get_template(config.conversation_template))
 
 
-def picture_name(record) -> str:
+def image_name(record) -> str:
     return record.get("image_name") or record["image"]
 
 
-def read_pictures(records, folder: Path, loaded) -> dict[str, np.ndarray]:
-    """Pixel values `[1, 3, H, W]` of each distinct picture."""
+def read_images(records, folder: Path, loaded) -> dict[str, np.ndarray]:
+    """Pixel values `[1, 3, H, W]` of each distinct image."""
     from llava.images import open_image
 
-    names = dict.fromkeys(picture_name(record) for record in records)
+    names = dict.fromkeys(image_name(record) for record in records)
     ratio = loaded.model.config.image_aspect_ratio
     return {name: loaded.image_processor([open_image(folder / name)], ratio) for name in names}
 
@@ -159,7 +158,7 @@ def prefill_share(engine, requests, device: str) -> float:
     """Arithmetic of the prompts' products per second, over what one large product reaches here."""
     import torch
 
-    from llava.generation.packing import Row
+    from llava.generation.forward_pass import Row
 
     prompts = [engine.prompts.build(request) for request in requests]
     runner = engine.scheduler.runner

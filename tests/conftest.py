@@ -47,7 +47,7 @@ def golden_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real data (VQA-RAD, SLAKE, ROCO, pictures) beside the repository."""
+    """Real data (VQA-RAD, SLAKE, ROCO, images) beside the repository."""
     root = Path(os.environ.get("LLAVA_SHARED_DIR", ROOT.parent / "shared"))
     if not root.is_dir():
         pytest.skip(f"no data at {root}; set LLAVA_SHARED_DIR")

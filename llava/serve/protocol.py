@@ -27,7 +27,7 @@ class ErrorType(str, Enum):
     QUEUE_FULL = "queue_full"
     OUT_OF_MEMORY = "out_of_memory"
     CONTEXT_TOO_LONG = "context_too_long"
-    BAD_PICTURE = "bad_picture"
+    BAD_IMAGE = "bad_image"
     BAD_REQUEST = "bad_request"
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
@@ -50,7 +50,7 @@ ERRORS: dict[ErrorType, ErrorKind] = {
     ErrorType.QUEUE_FULL: ErrorKind(50005, 429, "The queue is full. Ask again in a moment."),
     ErrorType.OUT_OF_MEMORY: ErrorKind(50002, 507, "The worker ran out of memory on this request."),
     ErrorType.CONTEXT_TOO_LONG: ErrorKind(40303, 400, "The conversation is longer than the model's context."),
-    ErrorType.BAD_PICTURE: ErrorKind(40001, 400, "The picture can't be read."),
+    ErrorType.BAD_IMAGE: ErrorKind(40001, 400, "The image can't be read."),
     ErrorType.BAD_REQUEST: ErrorKind(40000, 400, "The request is not valid."),
     ErrorType.TIMEOUT: ErrorKind(50006, 504, "No answer in time."),
     ErrorType.CANCELLED: ErrorKind(49900, 499, "Cancelled."),

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from llava.errors import LlavaError
 from llava.model import consolidate, extract_mm_projector, load_pretrained_model, merge_lora, quantize
-from llava.model.hf_writer import export_hf
-from llava.model.weights import WeightFiles
+from llava.model.convert.hf_writer import export_hf
+from llava.model.weights.files import WeightFiles
 from llava.records import read_json, write_json
 from tests.tiny import make_llava, make_llm
 
@@ -143,7 +143,7 @@ def test_projector_of_other_layouts(llava, lora, tmp_path):
         assert torch.equal(WeightFiles([path]).read(name), weights.read(name) + difference)
 
 
-def test_projector_with_rows_of_picture_tokens(tmp_path):
+def test_projector_with_rows_of_image_tokens(tmp_path):
     llava = make_llava(tmp_path, mm_use_im_start_end=True, mm_use_im_patch_token=True)
     extract_mm_projector.main(["--model-path", str(llava), "--output", str(tmp_path / "p.bin")])
     embedding = WeightFiles.of_folder(llava).read("model.embed_tokens.weight")

@@ -5,7 +5,7 @@ import torch
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model, save_model
-from llava.model.weights import WeightFiles
+from llava.model.weights.files import WeightFiles
 from tests.model.checkpoints import Tiny, logits, save
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

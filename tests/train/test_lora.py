@@ -48,8 +48,8 @@ def test_the_merged_model_computes_what_the_adapter_did(tmp_path, base, data):
     """The training's own forward pass with adapters against the loaded, merged model."""
     from llava.train import setup_run
     from llava.train.arguments import parse_arguments
+    from llava.train.data.record_store import open_records
     from llava.train.prepare_model import prepare_model
-    from llava.train.record_store import open_records
 
     arguments = parse_arguments(flags(tmp_path / "lora", data, base, *LORA))
     loaded = prepare_model(arguments)
