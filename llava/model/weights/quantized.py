@@ -1,7 +1,7 @@
 """8- and 4-bit language models through bitsandbytes; tower, projector and head keep their precision.
 
-On a CPU 4-bit weights are dequantized and multiplied (`llava.model.weights.linear4bit`), never repacked for AVX512-BF16:
-the answers are the exact ones and the same on every processor, any width works, and what is saved is what was read.
+On a CPU 4-bit weights are dequantized and multiplied (llava.model.weights.linear4bit), never repacked for
+AVX512-BF16: the answers are exact and the same on every processor, any width works, and what is saved is what was read.
 """
 
 import logging
