@@ -80,7 +80,9 @@ def _value(value: Any, belongs: Callable[[str], bool]) -> Any:
     if not isinstance(value, dict):
         return _plain(value, "data")
     files = value.get("files")
-    if value.keys() != {"text", "files"} or not isinstance(files, list) or len(files) > MAX_ITEMS:
+    # A value that the server has set comes back with this mark.
+    keys = value.keys() - ({"__type__"} if value.get("__type__") == "update" else set())
+    if keys != {"text", "files"} or not isinstance(files, list) or len(files) > MAX_ITEMS:
         raise _bad("data")
     written = [_file(each, belongs) for each in files]
     if len({each["path"] for each in written}) < len(written):

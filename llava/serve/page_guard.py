@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 API = "/gradio_api"
 FILE = f"{API}/file="
-PAGES = {"/", "/health", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json"}
-PAGES |= {f"{API}/startup-events", f"{API}/app_id", f"{API}/theme.css"}
+PAGES = {"/health", "/theme.css", "/favicon.ico", "/robots.txt", f"{API}/app_id"}
 ASSET = re.compile(r"/(assets|static)(/[\w@+-][\w@+.-]*)+", re.ASCII)  # no segment begins with a dot
 HEARTBEAT = re.compile(rf"{API}/heartbeat/[A-Za-z0-9_-]{{1,64}}", re.ASCII)
-CHECKS = {f"{API}/queue/join", f"{API}/cancel"}
+CANCEL = f"{API}/cancel"
+CALLS = {f"{API}/queue/join", f"{API}/run/predict", CANCEL}
 
 MAX_CALL_BYTES = 1 << 20
 MAX_CONTENT_TYPE = 256
@@ -91,7 +91,7 @@ class PageGuard:
             await self._show_file(scope, receive, send, visitor)
         elif method == "POST" and path == f"{API}/upload":
             await self._take_files(scope, receive, send, visitor)
-        elif method == "POST" and path in CHECKS:
+        elif method == "POST" and path in CALLS:
             await self._call(scope, receive, send, visitor)
         else:
             raise Refusal(404, "There is no such page.")
@@ -99,7 +99,7 @@ class PageGuard:
     async def _call(self, scope, receive, send, visitor: str) -> None:
         """A handler's call: gradio gets the body that was checked, never the one that came."""
         body = await _read_body(receive)
-        if scope["path"] == f"{API}/cancel":
+        if scope["path"] == CANCEL:
             body = checked_cancel(body)
         else:
             body = checked_call(body, lambda path: self.uploads.belongs(path, visitor))
@@ -284,9 +284,11 @@ async def _read_body(receive) -> bytes:
 
 
 async def _refuse(scope, receive, send, status: int, line: str) -> None:
-    """One plain line; as JSON where the page's script looks for `detail`."""
+    """One plain line; as JSON where the page's script looks for `detail` or `error`."""
     from starlette.responses import JSONResponse, PlainTextResponse
 
-    is_call = scope["path"] in CHECKS
-    response = JSONResponse({"detail": line}, status) if is_call else PlainTextResponse(line + "\n", status)
+    if scope["path"] in CALLS:
+        response = JSONResponse({"detail": line, "error": line}, status)
+    else:
+        response = PlainTextResponse(line + "\n", status)
     await response(scope, receive, send)
