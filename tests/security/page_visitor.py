@@ -42,7 +42,7 @@ class Visitor:
     def upload(self, name="x.png", content=b"x") -> httpx.Response:
         return self.client.post("/gradio_api/upload", files={"files": (name, content, "image/png")})
 
-    def body(self, data, element="look-number", event="change", **more) -> dict:
+    def body(self, data, element="other", event="change", **more) -> dict:
         number = self.handler(element, event)
         return {"data": data, "fn_index": number, "trigger_id": None, "session_hash": self.session, **more}
 
