@@ -1,8 +1,8 @@
 """What stands between the web page's visitors and gradio: a list of allowed routes, uploads, and checked requests.
 
-gradio has some sixty routes, of which the page needs a dozen; no other is reached, and no query or header that its
+gradio has some sixty routes, of which the page needs a dozen; no other is reached, and no query that its
 own scripts don't send. Uploads are received and shown here, so that a file belongs to the visitor who sent it (a
-cookie says who that is) and only to him. Plain ASGI, behind `guard.Guard`, which caps the size of a body.
+cookie says who that is) and to nobody else. Plain ASGI, behind `guard.Guard`, which caps the size of a body.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ import mimetypes
 import re
 import secrets
 from collections.abc import AsyncIterator
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode
 
@@ -201,7 +200,7 @@ class PageGuard:
         await FileResponse(path, media_type=kind, headers=headers)(scope, receive, send)
 
     def _with_cookie(self, scope, send, visitor: str):
-        """`send` that gives a visitor without a cookie one. Laid down by the browser until it is closed."""
+        """`send` that gives a visitor without a cookie one, which the browser keeps until it is closed."""
         if _cookie(scope) == visitor:
             return send
         site = "Lax"
@@ -248,14 +247,12 @@ def _visitor(scope) -> str:
 
 
 def _cookie(scope) -> str | None:
+    from starlette.requests import cookie_parser  # unlike the standard one it lives with other programs' odd cookies
+
     for name, value in scope["headers"]:
-        if name == b"cookie":
-            try:
-                morsel = SimpleCookie(value.decode("latin-1")).get(COOKIE)
-            except CookieError:
-                continue
-            if morsel is not None and VISITOR.fullmatch(morsel.value):
-                return morsel.value
+        visitor = cookie_parser(value.decode("latin-1")).get(COOKIE, "") if name == b"cookie" else ""
+        if VISITOR.fullmatch(visitor):
+            return visitor
     return None
 
 

@@ -158,9 +158,10 @@ def test_no_file_anywhere_in_a_request(closed, attacked, secret):
     assert read > 3, "the attack never succeeds"
 
 
-def test_own_uploads_and_only_those(closed, attacked, servers):
+def test_own_uploads_and_only_those(closed, attacked):
     """A visitor's file is his: shown to him, taken from him, and neither to or from another."""
     for first in (closed, attacked):
+        first.client.cookies.set("another", '{"program\'s": ["odd, cookie"]}')
         path = first.upload("patient.png", WORDS).json()[0]
         other = Visitor(str(first.client.base_url))
         assert first.read(path).content == WORDS
