@@ -74,7 +74,7 @@ def build_app(args, secret: str | None, folder: Path) -> Guard:
         gradio = require("gradio", "serve")
     from llava.serve.client import ServingClient
     from llava.serve.feedback import FeedbackLog
-    from llava.serve.page_guard import PageGuard
+    from llava.serve.page_guard import DIRECT, QUEUED, PageGuard
     from llava.serve.page_uploads import Uploads
     from llava.serve.web_page import CSS, HEAD, PageOptions, build_page
 
@@ -121,7 +121,11 @@ def build_app(args, secret: str | None, folder: Path) -> Guard:
     )
     # `launch` sets these, mounting doesn't; without them gradio checks no path that a request names.
     page.has_launched = page.is_running = True
-    return Guard(PageGuard(app, uploads, MAX_FILE_BYTES, args.embed), lambda headers: None, MAX_BODY_BYTES)
+    handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
+    for number, handler in page.fns.items():
+        handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
+    app = PageGuard(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
+    return Guard(app, lambda headers: None, MAX_BODY_BYTES)
 
 
 async def _sweep(uploads) -> None:

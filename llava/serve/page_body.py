@@ -6,7 +6,6 @@ box has, and its files are uploads of the same visitor. Needs no gradio.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,8 @@ from llava.serve.page_uploads import Refusal
 
 FILE_KEYS = {"path", "url", "orig_name", "size", "mime_type", "is_stream", "meta"}
 FILE_META = {"_type": "gradio.FileData"}
-MAX_ITEMS = 64  # values of a handler, files of a question, indices of a choice
+MAX_ITEMS = 64  # files of a question, values of a choice
+MAX_NUMBER = 2**53  # the largest that scripts count exactly
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 # Also values that no component would take for a file or an address: none of the page's own looks like this.
 SCHEME_OR_ROOT = r"\s*([a-z][a-z0-9+.-]*:[/\\]|(data|file|blob|javascript):|[/\\~{\[])"
@@ -24,25 +24,28 @@ FILE_LIKE = re.compile(SCHEME_OR_ROOT + r"|(.*[/\\])?\.\.([/\\]|$)", re.IGNORECA
 NOT_YOURS = "A file of the request isn't an upload of yours, or is no longer kept. Add it again."
 
 
-def checked_call(body: bytes, belongs: Callable[[str], bool]) -> bytes:
+def checked_call(body: bytes, handlers: dict[int, int], belongs: Callable[[str], bool]) -> bytes:
     """The body of a call of one of the page's handlers, written anew.
 
     Args:
         body: JSON as it came.
+        handlers: how many values each handler takes that may be called here, by its number.
         belongs: whether a path is an upload of the visitor who asks.
 
     Raises:
         Refusal: 400 for what the page's own scripts never send, 403 for a file that isn't the visitor's.
     """
     call = _object(body, {"data", "event_data", "fn_index", "trigger_id", "session_hash"})
-    data = call.get("data")
-    if not isinstance(data, list) or len(data) > MAX_ITEMS:
+    number, data = _number(call.get("fn_index"), "fn_index"), call.get("data")
+    if number not in handlers:
+        raise _bad("fn_index")
+    if not isinstance(data, list) or len(data) != handlers[number]:
         raise _bad("data")
     return _written(
         {
             "data": [_value(each, belongs) for each in data],
             "event_data": _event(call.get("event_data")),
-            "fn_index": _number(call.get("fn_index"), "fn_index"),
+            "fn_index": number,
             "trigger_id": _number(call.get("trigger_id"), "trigger_id"),
             "session_hash": _name(call.get("session_hash"), "session_hash"),
         }
@@ -110,11 +113,11 @@ def _file(value: Any, belongs: Callable[[str], bool]) -> dict[str, Any]:
     }
 
 
-def _event(value: Any) -> Any:
-    """What was chosen: plain values, or flat lists of them."""
-    if not isinstance(value, dict):
-        return _plain(value, "event_data")
-    if len(value) > MAX_ITEMS or value.keys() & {*FILE_KEYS, "files", "_type"}:
+def _event(value: Any) -> dict[str, Any] | None:
+    """What was chosen: plain values by name, or flat lists of them."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > MAX_ITEMS or value.keys() & {*FILE_KEYS, "files", "_type"}:
         raise _bad("event_data")
     return {
         _text(key, "event_data"): [_chosen(each) for each in item] if isinstance(item, list) else _chosen(item)
@@ -132,9 +135,9 @@ def _plain(value: Any, where: str) -> Any:
         if FILE_LIKE.match(value):
             raise Refusal(403, NOT_YOURS)
         return _text(value, where)
-    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    raise _bad(where)
+    if value is not None and not (isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER):  # nor NaN
+        raise _bad(where)
+    return value
 
 
 def _text(value: Any, where: str) -> str:
@@ -148,7 +151,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _number(value: Any, where: str) -> int | None:
-    if value is not None and type(value) is not int:
+    if value is not None and not (type(value) is int and abs(value) <= MAX_NUMBER):
         raise _bad(where)
     return value
 

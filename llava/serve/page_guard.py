@@ -28,7 +28,8 @@ PAGES = {"/health", "/theme.css", "/favicon.ico", "/robots.txt", f"{API}/app_id"
 ASSET = re.compile(r"/(assets|static)(/[\w@+-][\w@+.-]*)+", re.ASCII)  # no segment begins with a dot
 HEARTBEAT = re.compile(rf"{API}/heartbeat/[A-Za-z0-9_-]{{1,64}}", re.ASCII)
 CANCEL = f"{API}/cancel"
-CALLS = {f"{API}/queue/join", f"{API}/run/predict", CANCEL}
+QUEUED, DIRECT = f"{API}/queue/join", f"{API}/run/predict"
+CALLS = {QUEUED, DIRECT, CANCEL}
 
 MAX_CALL_BYTES = 1 << 20
 MAX_CONTENT_TYPE = 256
@@ -46,13 +47,15 @@ class PageGuard:
 
     Args:
         app: gradio's application.
+        handlers: how many values each handler takes, by its number, for those that go through gradio's queue (QUEUED)
+            and those that don't (DIRECT); a queued one called directly would pass by the cap on answers at a time.
         uploads: the record of uploads, below the folder that gradio takes for its own.
         max_file: bytes of one uploaded file.
         embed: whether the page stands in another site's page: the cookie then has to be sent there too.
     """
 
-    def __init__(self, app, uploads: Uploads, max_file: int, embed: bool = False):
-        self.app, self.uploads, self.max_file, self.embed = app, uploads, max_file, embed
+    def __init__(self, app, handlers: dict[str, dict[int, int]], uploads: Uploads, max_file: int, embed: bool = False):
+        self.app, self.handlers, self.uploads, self.max_file, self.embed = app, handlers, uploads, max_file, embed
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -101,7 +104,7 @@ class PageGuard:
         if scope["path"] == CANCEL:
             body = checked_cancel(body)
         else:
-            body = checked_call(body, lambda path: self.uploads.belongs(path, visitor))
+            body = checked_call(body, self.handlers[scope["path"]], lambda path: self.uploads.belongs(path, visitor))
         headers = [each for each in scope["headers"] if each[0] not in (b"content-type", b"content-length")]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         sent = False

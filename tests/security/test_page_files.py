@@ -238,6 +238,22 @@ def test_nothing_is_fetched(closed, attacked, scheme):
             assert asked == ["/inner.txt"] and content == WORDS
 
 
+def test_handlers_are_called_as_the_page_calls_them(closed, attacked):
+    """A handler of the queue called directly would pass by the cap on answers at a time."""
+    stop = closed.body([None], "stop", "click")
+    assert closed.send(stop, "run/predict")[0].status_code == 200
+    queued = closed.body(["none", None])
+    assert closed.send(queued)[0].status_code == 200
+    for call, route in (
+        (stop, "queue/join"),
+        (queued, "run/predict"),
+        ({**queued, "data": []}, "queue/join"),
+        ({**queued, "fn_index": 9999}, "queue/join"),
+    ):
+        assert_refused(closed.send(call, route)[0])
+        assert attacked.send({**call, "session_hash": attacked.session}, route)[0].status_code in (200, 500)
+
+
 @pytest.mark.parametrize(
     "route",
     """GET /config
