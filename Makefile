@@ -25,7 +25,7 @@ $(OPENCLIP): $(STAMP)
 		torchvision==0.28.0 timm==1.0.31 open-clip-torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
 	rm -rf $@ && mv $@.part $@
 
-demo: $(STAMP)  ## train, evaluate and compare small models on the built-in pictures (about 10 minutes, no GPU)
+demo: $(STAMP)  ## train, evaluate and compare small models on the built-in images (about 10 minutes, no GPU)
 	$(BIN)/python -m llava.demo --output-dir runs/demo
 
 serve: $(STAMP)  ## chat with the demo's model

@@ -7,7 +7,7 @@
 #
 # LLAVA_MED_DATA_URL   another address to fetch from      LLAVA_MED_DATA_DIR   another folder than data/
 # LLAVA_MED_DATA_LIST  another list: lines of "file bytes sha256"
-# The pictures come through: python -m llava.data.download_images --input_path data/llava_med_image_urls.jsonl …
+# The images come through: python -m llava.data.download_images --input_path data/llava_med_image_urls.jsonl …
 set -u
 
 url=${LLAVA_MED_DATA_URL:-https://hanoverprod.z21.web.core.windows.net/med_llava}

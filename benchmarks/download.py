@@ -18,13 +18,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from checkout import add_json_flag, show
+
 from llava.commandline import ArgumentParser, run
 from llava.data.fetching.articles import read_plan
 from llava.data.fetching.journal import Journal
 from llava.data.fetching.transfer import Limits
 from llava.data.fetching.workers import Settings, download
 
-PICTURE_BYTES = 6_000
+IMAGE_BYTES = 6_000
 
 
 def build_parser() -> ArgumentParser:
@@ -34,15 +36,15 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
     parser.add_argument("--sequential-articles", type=int, default=100, help="fetched over one connection")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
-    parser.add_argument("--folder", help="where pictures are written; default: the system's folder of temporary files")
-    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--folder", help="where images are written; default: the system's folder of temporary files")
+    add_json_flag(parser)
     return parser
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     logging.getLogger("llava").setLevel(logging.WARNING)
-    content = os.urandom(PICTURE_BYTES)
+    content = os.urandom(IMAGE_BYTES)
     port_is = multiprocessing.get_context("spawn").Queue()
     server = multiprocessing.get_context("spawn").Process(
         target=serve, args=(archive(content), args.latency, port_is), daemon=True
@@ -68,17 +70,14 @@ def main(argv=None) -> int:
         "cpu_ms_per_article": 1000 * cpu / args.articles,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    print(f"{args.articles} articles, {args.connections} connections, {args.latency * 1000:.0f} ms latency")
-    for name, value in figures.items():
-        print(f"{name:24} {value:10.3f}")
-    print("seconds of all rounds    " + ", ".join(f"{taken:.3f}" for taken, _ in rounds))
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    title = f"{args.articles} articles, {args.connections} connections, {args.latency * 1000:.0f} ms latency"
+    print("seconds of all rounds: " + ", ".join(f"{taken:.3f}" for taken, _ in rounds))
+    show(title, figures, args.json)
     return 0
 
 
 def fetch(address: str, articles: int, connections: int, content: bytes, where: str) -> tuple[float, float]:
-    """(wall seconds, CPU seconds) of a download into a new folder in `where`; every picture is checked."""
+    """(wall seconds, CPU seconds) of a download into a new folder in `where`; every image is checked."""
     folder = Path(tempfile.mkdtemp(dir=where))
     rows = (
         {"pair_id": f"p{n}", "pmc_tar_url": f"{address}/PMC{n}.tar.gz", "image_file_path": "PMC/x.jpg"}
@@ -94,7 +93,7 @@ def fetch(address: str, articles: int, connections: int, content: bytes, where: 
     journal.close()
     saved = list((folder / "images").iterdir())
     if len(saved) != articles or any(path.read_bytes() != content for path in saved):
-        raise SystemExit("pictures are missing or differ: the figures would mean nothing")
+        raise SystemExit("images are missing or differ: the figures would mean nothing")
     return taken
 
 

@@ -15,7 +15,6 @@ import asyncio
 import base64
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -27,10 +26,10 @@ from pathlib import Path
 
 import aiohttp
 import httpx
+from checkout import DEMO_MODEL, IMAGES, QUESTIONS, ROOT, add_json_flag, show
 
 from tests.serve.processes import Process
 
-ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 64
 JSON = {"Content-Type": "application/json"}
 UNLOADED_REQUESTS = 30
@@ -49,16 +48,16 @@ class Outcome:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", type=Path, help="default: runs/demo/vqa, else a tiny random model")
-    parser.add_argument("--questions", type=Path, default=ROOT.parent / "shared" / "vqa_rad" / "testset.json")
-    parser.add_argument("--image-folder", type=Path, default=ROOT.parent / "shared" / "vqa_rad" / "images")
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--image-folder", type=Path, default=IMAGES)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60, help="of each closed-loop phase, over all turns")
     parser.add_argument("--turns", type=int, default=5, help="of server and engine")
     parser.add_argument("--requests", type=int, default=2000, help="of the Poisson phase")
-    parser.add_argument("--distinct", type=int, default=200, help="questions, with their pictures, to draw from")
+    parser.add_argument("--distinct", type=int, default=200, help="questions, with their images, to draw from")
     parser.add_argument("--device", default=None)
     parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2), help="of the engine, on the CPU")
-    parser.add_argument("--json", type=Path)
+    add_json_flag(parser)
     parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine_only:
@@ -69,12 +68,7 @@ def main():
         bodies = read_questions(args)
         with EngineProcess(args, bodies, Path(folder)) as engine:
             results = measure_served(args, bodies, engine)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} for the engine"
-    print(f"{args.model_path} on {machine}, Python {platform.python_version()}")
-    for name, value in results.items():
-        print(f"{name:<36}{value:12.3f}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    show(f"{args.model_path}, {args.threads} threads for the engine", results, args.json)
 
 
 def measure_served(args, bodies: list[dict], engine: "EngineProcess") -> dict[str, float]:
@@ -99,7 +93,7 @@ def measure_served(args, bodies: list[dict], engine: "EngineProcess") -> dict[st
 async def _phases(args, url: str, bodies: list[bytes], engine: "EngineProcess") -> dict[str, float]:
     # The lightest client there is: it takes its time from the same cores.
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
-        await closed_loop(http, bodies, args.clients, count=len(bodies))  # every picture seen once by all phases
+        await closed_loop(http, bodies, args.clients, count=len(bodies))  # every image seen once by all phases
         one, seconds = await closed_loop(http, bodies, 1, seconds=args.seconds)
         sequential = sum(outcome.tokens for outcome in one) / seconds
         closed, rates, alone = [], {args.clients: [], 2 * args.clients: []}, []
@@ -252,10 +246,10 @@ def measure_engine(args) -> None:
     requests = []
     for body in json.loads(args.engine_only.read_text()):
         messages = read_messages(body["messages"])
-        requests.append(Request(to_conversation(messages, template), messages[-1].pictures, sampling))
+        requests.append(Request(to_conversation(messages, template), messages[-1].images, sampling))
     engines = [Engine(loaded, max_batch_size=size) for size in (args.clients, 2 * args.clients)]
     for engine in engines:
-        engine.generate(requests)  # pictures and prefixes known, as in the served phases
+        engine.generate(requests)  # images and prefixes known, as in the served phases
     print("ready", flush=True)
     for _ in sys.stdin:
         best = 0.0
@@ -267,18 +261,18 @@ def measure_engine(args) -> None:
 
 
 def read_questions(args) -> list[dict]:
-    """Chat requests: VQA-RAD's questions with their pictures; drawn pictures where VQA-RAD isn't there."""
+    """Chat requests: VQA-RAD's questions with their images; drawn images where VQA-RAD isn't there."""
     if args.questions.is_file():
         items = json.loads(args.questions.read_text())[: args.distinct]
         pairs = [(item["question"], (args.image_folder / item["image_name"]).read_bytes()) for item in items]
     else:
-        from llava.serve.example_pictures import EXAMPLES, draw_example
+        from llava.serve.web.examples import EXAMPLES, draw_example
 
-        print(f"no questions at {args.questions}: two drawn pictures instead", file=sys.stderr)
+        print(f"no questions at {args.questions}: two drawn images instead", file=sys.stderr)
         pairs = [(f"{question} ({n})", draw_example(name)) for n in range(100) for name, question in EXAMPLES]
     bodies = []
-    for question, picture in pairs:
-        url = "data:application/octet-stream;base64," + base64.b64encode(picture).decode()
+    for question, image in pairs:
+        url = "data:application/octet-stream;base64," + base64.b64encode(image).decode()
         parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": parts}]
         bodies.append({"model": "m", "messages": messages, "max_tokens": NEW_TOKENS, "ignore_eos": True})
@@ -286,9 +280,8 @@ def read_questions(args) -> list[dict]:
 
 
 def _default_model(folder: Path) -> Path:
-    trained = ROOT / "runs" / "demo" / "vqa"
-    if trained.is_dir():
-        return trained
+    if DEMO_MODEL.is_dir():
+        return DEMO_MODEL
     from tests.tiny import make_llava
 
     print("no runs/demo/vqa (make demo): a tiny random model instead", file=sys.stderr)

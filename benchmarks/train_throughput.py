@@ -1,21 +1,17 @@
 """Training throughput: padded, grouped and packed batches of the same samples, side by side in one run.
 
 Text lengths are log-normal (mean 300, standard deviation 250, clipped to 20–1500), 90 % of the samples have 256
-picture positions; a global batch is 8 samples. Prints real tokens per second, MFU and the ratios.
+image positions; a global batch is 8 samples. Prints real tokens per second, MFU and the ratios.
 """
 
 import argparse
-import json
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from checkout import add_json_flag, show
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-PICTURE_POSITIONS, BATCH = 256, 8
+IMAGE_POSITIONS, BATCH = 256, 8
 SIZES = {  # hidden, layers, middle, heads, vocabulary, steps
     "cpu": (128, 4, 344, 2, 1000, 30),
     "7b": (4096, 32, 11008, 32, 32000, 20),
@@ -27,21 +23,18 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="7b" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-tflops", type=float, help="of this machine; default: measured with a large product")
-    parser.add_argument("--json", type=Path, help="write {name: number} here")
+    add_json_flag(parser)
     args = parser.parse_args()
     result = measure(args.size, args.seed, args.peak_tflops)
-    for name, value in result.items():
-        print(f"{name:32}{value:14.4f}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(f"size {args.size}", result, args.json)
 
 
 def measure(size: str, seed: int, peak: float | None) -> dict[str, float]:
     hidden, layers, middle, heads, vocabulary, steps = SIZES[size]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = peak or measured_peak(device)
-    texts, with_picture = draw_lengths(steps * BATCH, seed)
-    samples = make_samples(texts, with_picture, vocabulary, seed)
+    texts, with_image = draw_lengths(steps * BATCH, seed)
+    samples = make_samples(texts, with_image, vocabulary, seed)
     model = make_model(hidden, layers, middle, heads, vocabulary, device, seed)
     orders = {"padded": random_order(samples, seed), "grouped": grouped_order(samples, seed)}
     orders["packed"] = orders["padded"]
@@ -63,7 +56,7 @@ def measure(size: str, seed: int, peak: float | None) -> dict[str, float]:
 
 
 def draw_lengths(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(text lengths, whether there is a picture)."""
+    """(text lengths, whether there is an image)."""
     random = np.random.default_rng(seed)
     mean, deviation = 300.0, 250.0
     variance = np.log(1 + (deviation / mean) ** 2)
@@ -71,19 +64,19 @@ def draw_lengths(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return lengths.clip(20, 1500).astype(int), random.random(count) < 0.9
 
 
-def make_samples(texts, with_picture, vocabulary: int, seed: int) -> list:
+def make_samples(texts, with_image, vocabulary: int, seed: int) -> list:
     from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-    from llava.train.dataset import Sample
+    from llava.train.data.dataset import Sample
 
     random = np.random.default_rng(seed + 1)
     samples = []
-    for length, picture in zip(texts, with_picture):
+    for length, image in zip(texts, with_image):
         ids = random.integers(3, vocabulary, length).astype(np.int32)
         labels = np.where(np.arange(length) < length // 3, IGNORE_INDEX, ids)
-        if picture:
-            ids = np.insert(ids, 4, np.full(PICTURE_POSITIONS, IMAGE_TOKEN_INDEX))
-            labels = np.insert(labels, 4, np.full(PICTURE_POSITIONS, IGNORE_INDEX))
-        samples.append(Sample(ids.astype(np.int32), labels.astype(np.int32), ["a"] if picture else [], False))
+        if image:
+            ids = np.insert(ids, 4, np.full(IMAGE_POSITIONS, IMAGE_TOKEN_INDEX))
+            labels = np.insert(labels, 4, np.full(IMAGE_POSITIONS, IGNORE_INDEX))
+        samples.append(Sample(ids.astype(np.int32), labels.astype(np.int32), ["a"] if image else [], False))
     return samples
 
 
@@ -107,13 +100,13 @@ def make_model(hidden, layers, middle, heads, vocabulary, device, seed: int):
 
 
 def random_order(samples, seed: int) -> list[int]:
-    from llava.train.sampler import EpochSampler
+    from llava.train.data.sampler import EpochSampler
 
     return list(EpochSampler(len(samples), seed))
 
 
 def grouped_order(samples, seed: int) -> list[int]:
-    from llava.train.sampler import EpochSampler
+    from llava.train.data.sampler import EpochSampler
 
     lengths = [len(sample.input_ids) for sample in samples]
     kinds = [bool(sample.images) for sample in samples]
@@ -124,11 +117,11 @@ class Features:
     """Stands for the feature cache."""
 
     def take(self, rows):
-        return torch.zeros(len(rows), PICTURE_POSITIONS, 64)
+        return torch.zeros(len(rows), IMAGE_POSITIONS, 64)
 
 
 def batch_of(samples, numbers, packed: bool, device) -> tuple[dict, int]:
-    from llava.train.collator import Collator
+    from llava.train.data.collator import Collator
     from llava.train.trainer import META_KEYS
 
     items = [

@@ -1,4 +1,4 @@
-"""LLaVA-Med: assistants that look at medical pictures and talk about them. For research only.
+"""LLaVA-Med: assistants that look at medical images and talk about them. For research only.
 
 The public names are loaded on first use, so that `import llava` needs neither torch nor time.
 """

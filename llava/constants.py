@@ -4,7 +4,7 @@ IGNORE_INDEX = -100
 """Label of a position that is not a training target (torch's cross entropy skips it)."""
 
 IMAGE_TOKEN_INDEX = -200
-"""Id that stands for a picture in `input_ids`; no tokenizer has it, so text can't forge it."""
+"""Id that stands for an image in `input_ids`; no tokenizer has it, so text can't forge it."""
 
 DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"

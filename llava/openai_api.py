@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.commandline import write_line
 from llava.errors import LlavaError, require
-from llava.openai_limits import LIST_PRICES, Account, RateGate, backoff_seconds, estimate_tokens
+from llava.openai_client.limits import LIST_PRICES, Account, RateGate, backoff_seconds, estimate_tokens
 from llava.records import Record, ResumableJsonl
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def run_jobs(
     todo = [job for job in jobs if job.key not in output.done]
     summary = RunSummary(total=len(jobs), resumed=len(jobs) - len(todo), account=settings.account())
     if todo and settings.batch_api:
-        from llava.openai_batch import run_batch
+        from llava.openai_client.batch import run_batch
 
         run_batch(todo, settings, output, to_record, summary)
     elif todo:
@@ -395,4 +395,4 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 def _shown(content: str | list[dict]) -> str:
     if isinstance(content, str):
         return content
-    return "\n".join(part["text"] if part["type"] == "text" else "[picture]" for part in content)
+    return "\n".join(part["text"] if part["type"] == "text" else "[image]" for part in content)

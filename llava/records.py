@@ -267,7 +267,7 @@ def _write_parquet(path: Path, records: Iterable[Record]) -> int:
 
     rows = list(records)
     columns = {}
-    # Of all records, not of the first, as pyarrow would take them: that one may have no picture.
+    # Of all records, not of the first, as pyarrow would take them: that one may have no image.
     for name in dict.fromkeys(name for row in rows for name in row):
         try:
             columns[name] = pyarrow.array([row.get(name) for row in rows])

@@ -11,7 +11,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python -m llava.data.convert vqa-rad --train "$RAD/trainset.json" --test "$RAD/testset.json" \
     --image-folder "$RAD/images" --output-dir "$OUT/data"
 python -m llava.data.convert qa-captions --records "$OUT/data/train.json" \
-    --image-folder "$RAD/images" --output-dir "$OUT/base_data" --field image_organ --min-pictures 2
+    --image-folder "$RAD/images" --output-dir "$OUT/base_data" --field image_organ --min-images 2
 
 python -m llava.demo.tokenizer --data-path "$OUT/base_data/text.json" --output-dir "$OUT/tokenizer" --learned 1500
 python -m llava.demo.language_model --data-path "$OUT/base_data/captions.json" \
@@ -19,7 +19,7 @@ python -m llava.demo.language_model --data-path "$OUT/base_data/captions.json" \
 python -m llava.demo.tower --data-path "$OUT/base_data/captions.json" --image-folder "$RAD/images" \
     --language-model "$OUT/language_model" --output-dir "$OUT/vision_tower" --steps 200 --seed "$SEED"
 
-# The blind baseline: the same recipe on pictures that are all grey.
+# The blind baseline: the same recipe on images that are all grey.
 python - "$RAD/images" "$OUT/grey" <<'PYTHON'
 import sys
 from pathlib import Path

@@ -47,8 +47,17 @@ def golden_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real data (VQA-RAD, SLAKE, ROCO, pictures) beside the repository."""
+    """Real data (VQA-RAD, SLAKE, ROCO, images) beside the repository."""
     root = Path(os.environ.get("LLAVA_SHARED_DIR", ROOT.parent / "shared"))
     if not root.is_dir():
         pytest.skip(f"no data at {root}; set LLAVA_SHARED_DIR")
     return root
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "avx512bf16"])
+def processor(request):
+    """A processor without and one with AVX512-BF16, as bitsandbytes sees it when 4-bit modules are made."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
+        yield

@@ -182,7 +182,7 @@ def answer_to(request, mode):
         return f"{5 + number % 5} {3 + number % 7}\nAssistant 1 says more of what the context supports."
     if mode == "dialogue":
         return (
-            "User: What kind of picture is this?\nAssistant: It seems to be a radiological picture.\n"
+            "User: What kind of picture is this?\nAssistant: It seems to be a radiological image.\n"
             "User: What stands out?\nAssistant: A region of different density stands out."
         )
     return f"answer to {item[:60]}"

@@ -12,7 +12,7 @@ from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 def main():
     args = ArgumentParser().parse_args()
-    raise LlavaError("record 17: picture not found\\nrun something")
+    raise LlavaError("record 17: image not found\\nrun something")
 run(main)
 """
 
@@ -49,6 +49,6 @@ def test_bad_boolean():
 def test_bad_input_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == ["error: record 17: picture not found run something"]
+    assert done.stderr.strip().splitlines() == ["error: record 17: image not found run something"]
     debug = subprocess.run([sys.executable, "-c", COMMAND, "--debug"], capture_output=True, text=True)
     assert "Traceback" in debug.stderr

@@ -76,7 +76,7 @@ def test_answers_are_apart_and_end_with_the_end_mark(name):
         ("v1", "<image>\nWhere?", "<image>\nWhere?"),
         ("v1", "a<image> b", "<image>\na b"),
         ("v1", "<image>", "<image>"),
-        ("v1", "no picture ", "no picture "),
+        ("v1", "no image ", "no image "),
         ("v1", "<image> or <image>?", "<image> or <image>?"),
         ("simple", "Where?\n<image>", "Where?\n<image>"),
         ("v1_mmtag", "Where?\n<image>", "<Image><image></Image>\nWhere?"),
@@ -84,7 +84,7 @@ def test_answers_are_apart_and_end_with_the_end_mark(name):
         ("v1_mmtag", "<image> or <image>", "<Image><image></Image> or <Image><image></Image>"),
     ],
 )
-def test_place_of_pictures(name, text, placed):
+def test_place_of_images(name, text, placed):
     template = get_template(name)
     assert template.place_images(text) == placed
     assert template.place_images(placed) == placed

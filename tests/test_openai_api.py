@@ -18,7 +18,7 @@ from llava.openai_api import (
     run_jobs,
     settings_from_args,
 )
-from llava.openai_limits import Account, RateGate, estimate_tokens
+from llava.openai_client.limits import Account, RateGate, estimate_tokens
 from llava.records import ResumableJsonl, read_records
 from tests.openai_server import OpenAIServer
 
@@ -234,7 +234,7 @@ def test_dry_run_shows_the_first_prompt_and_the_cost():
     assert "1000 requests" in text
 
 
-def test_pictures_count_as_tokens():
+def test_images_count_as_tokens():
     content = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "data:x"}}]
     assert estimate_tokens([{"role": "user", "content": content}]) > 500
 

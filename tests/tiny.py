@@ -77,7 +77,7 @@ def make_llm(folder: str | Path, kind: str = "llama", *, seed: int = 0, **fields
 
 
 def make_clip(folder: str | Path, *, seed: int = 1, **fields: Any) -> Path:
-    """A CLIP vision tower of three blocks for 28 px pictures (4 patches), written to `folder`."""
+    """A CLIP vision tower of three blocks for 28 px images (4 patches), written to `folder`."""
     folder = Path(folder)
     sizes = {
         "hidden_size": 24,

@@ -7,13 +7,13 @@ its segments joined, the labels for training follow which of them are answers (l
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
 
-class SeparatorStyle(str, Enum):
+class SeparatorStyle(StrEnum):
     """How turns are kept apart (names are the reference's)."""
 
     SINGLE = "SINGLE"
@@ -40,7 +40,7 @@ class Conversation:
     """A template and the turns said so far.
 
     A message is `[role, text]`; text None (or "") renders as the cue alone, which is where the model goes on.
-    `(text, picture, ...)` in place of a text marks a picture given with it, as the reference's web demo does:
+    `(text, image, ...)` in place of a text marks an image given with it, as the reference's web demo does:
     templates with `image_first` then put `<image>` in front of the first question.
     """
 
@@ -94,11 +94,11 @@ class Conversation:
 
     @property
     def wraps_images(self) -> bool:
-        """Whether pictures stand between `<Image>` and `</Image>`."""
+        """Whether images stand between `<Image>` and `</Image>`."""
         return "mmtag" in self.version
 
     def _texts(self) -> list[tuple[str, str]]:
-        """(role, text) of all messages, a picture given with the first of them put in its place."""
+        """(role, text) of all messages, an image given with the first of them put in its place."""
         texts = [(role, _plain(text)) for role, text in self.messages]
         if not (self.image_first and self.messages and isinstance(self.messages[0][1], tuple)):
             return texts
@@ -106,8 +106,8 @@ class Conversation:
         text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
         if not self.wraps_images:
             return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *texts[1:]]
-        picture = (self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
-        return [picture, (self.roles[1], "Received."), (role, text), *texts[1:]]
+        image = (self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
+        return [image, (self.roles[1], "Received."), (role, text), *texts[1:]]
 
 
 def _plain(text: Any) -> str:

@@ -168,7 +168,7 @@ _BY_RELEASE = {
 }
 
 # Where releases disagree, LLaVA's meaning is the one that most checkpoints and users have (v1, llava_v1, ...).
-# The two `###` names with the long example are LLaVA-Med v1.0's, which was trained with them: pictures stay in place.
+# The two `###` names with the long example are LLaVA-Med v1.0's, which was trained with them: images stay in place.
 _CANONICAL = _BY_RELEASE[V1_0] | _BY_RELEASE[LLAVA] | {"mistral_instruct": _BY_RELEASE[V1_5]["mistral_instruct"]}
 _CANONICAL |= {name: replace(_BY_RELEASE[V1_0]["default"], name=name) for name in ("default", "v0")}
 

@@ -1,7 +1,7 @@
-"""Is the test set clean? Pictures, questions and answers that training has already seen.
+"""Is the test set clean? Images, questions and answers that training has already seen.
 
 `python -m llava.data.audit --train FILE --test FILE --image-folder DIR` reads raw VQA-RAD or SLAKE rows or
-LLaVA-Med records. Pictures count as the same by name, by their pixels, or nearly (hash and thumbnail);
+LLaVA-Med records. Images count as the same by name, by their pixels, or nearly (hash and thumbnail);
 cropped or turned copies are not found.
 """
 
@@ -15,8 +15,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.data.audit", description=__doc__)
     parser.add_argument("--train", required=True, help="training questions")
     parser.add_argument("--test", required=True, help="test questions")
-    parser.add_argument("--image-folder", help="pictures of both; without it pictures are compared by name alone")
-    parser.add_argument("--train-image-folder", help="pictures of training, where they lie elsewhere")
+    parser.add_argument("--image-folder", help="images of both; without it images are compared by name alone")
+    parser.add_argument("--train-image-folder", help="images of training, where they lie elsewhere")
     parser.add_argument("--jaccard", type=float, default=0.5, help="from here two questions are near duplicates")
     parser.add_argument("--output", help="write everything here (JSON), for run_eval --audit and the report")
     return parser

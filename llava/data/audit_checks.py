@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.data.picture_likeness import Fingerprint, alike, fingerprint, groups
+from llava.data.image_likeness import Fingerprint, alike, fingerprint, groups
 from llava.data.vqa_items import VqaItem
 from llava.errors import LlavaError
 
-UNSEEN_PICTURE = "unseen picture"
+UNSEEN_IMAGE = "unseen image"
 NO_NEAR_DUPLICATE = "no near-duplicate question"
 
 
@@ -26,24 +26,24 @@ def audit_splits(
     """Compare two splits.
 
     Args:
-        train_images, test_images: folders of the pictures; None compares pictures by name alone.
-        jaccard: two questions on the same picture whose word sets overlap by at least this are near duplicates.
+        train_images, test_images: folders of the images; None compares images by name alone.
+        jaccard: two questions on the same image whose word sets overlap by at least this are near duplicates.
 
     Returns:
-        `pictures`, `questions`, `answers` (counts), `subsets` (ids of the test questions that are clean in one
+        `images`, `questions`, `answers` (counts), `subsets` (ids of the test questions that are clean in one
         sense or another) and `items` (one row per test question).
 
     Raises:
-        LlavaError: a picture is missing or can't be read.
+        LlavaError: an image is missing or can't be read.
     """
-    pictures, same_picture = _compare_pictures(train, test, train_images, test_images)
-    by_picture: dict[Any, list[VqaItem]] = defaultdict(list)
+    images, same_image = _compare_images(train, test, train_images, test_images)
+    by_image: dict[Any, list[VqaItem]] = defaultdict(list)
     for item in train:
         if item.image is not None:
-            by_picture[same_picture["train", item.image]].append(item)
+            by_image[same_image["train", item.image]].append(item)
     rows = []
     for item in tqdm(test, desc="questions", unit="question", leave=False, disable=None):
-        seen = by_picture.get(same_picture["test", item.image], []) if item.image is not None else []
+        seen = by_image.get(same_image["test", item.image], []) if item.image is not None else []
         rows.append(_question_row(item, seen, jaccard))
     near = [row for row in rows if row["near_duplicate"]]
     questions = {
@@ -56,11 +56,11 @@ def audit_splits(
     return {
         "train": _count(train),
         "test": _count(test),
-        "pictures": pictures,
+        "images": images,
         "questions": questions,
         "answers": _compare_answers(train, test),
         "subsets": {
-            UNSEEN_PICTURE: [row["id"] for row in rows if not row["picture_seen"]],
+            UNSEEN_IMAGE: [row["id"] for row in rows if not row["image_seen"]],
             NO_NEAR_DUPLICATE: [row["id"] for row in rows if not row["near_duplicate"]],
         },
         "items": rows,
@@ -74,7 +74,7 @@ def question_words(question: str) -> list[str]:
 
 
 def _question_row(item: VqaItem, seen: Sequence[VqaItem], threshold: float) -> dict[str, Any]:
-    """What training asks about the same picture; of equally near questions the first counts."""
+    """What training asks about the same image; of equally near questions the first counts."""
     text, words = item.question.strip().lower(), question_words(item.question)
     nearest, overlap = None, 0.0
     for other in seen:
@@ -83,7 +83,7 @@ def _question_row(item: VqaItem, seen: Sequence[VqaItem], threshold: float) -> d
             nearest, overlap = other, found
     return {
         "id": item.id,
-        "picture_seen": bool(seen),
+        "image_seen": bool(seen),
         "identical": any(other.question.strip().lower() == text for other in seen),
         "identical_without_punctuation": any(question_words(other.question) == words for other in seen),
         "near_duplicate": nearest is not None and overlap >= threshold,
@@ -103,12 +103,12 @@ def _answer_key(answer: str) -> str:
     return answer.strip().lower()
 
 
-def _compare_pictures(train, test, train_images, test_images) -> tuple[dict[str, Any], dict[tuple[str, str], Any]]:
-    """Counts, and for each (split, picture name) a key that the same picture shares in both splits."""
+def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, Any], dict[tuple[str, str], Any]]:
+    """Counts, and for each (split, image name) a key that the same image shares in both splits."""
     names = {"train": _names(train), "test": _names(test)}
     by_name = [name for name in names["test"] if name in set(names["train"])]
     found: dict[str, Any] = {
-        "test_pictures": len(names["test"]),
+        "test_images": len(names["test"]),
         "same_name": len(by_name),
         "compared_by": "name",
     }
@@ -120,7 +120,7 @@ def _compare_pictures(train, test, train_images, test_images) -> tuple[dict[str,
     pairs = alike(prints["test"], prints["train"])
     same = [pair for pair in pairs if pair.identical]
     near = [pair for pair in pairs if not pair.identical]
-    # One key per group of pictures that share name or pixels, so that copies under other names count as the same.
+    # One key per group of images that share name or pixels, so that copies under other names count as the same.
     marks = [f"{split}/{name}" for split, name in keys]
     joined = [(f"test/{name}", f"train/{name}") for name in by_name]
     joined += [(f"test/{pair.first}", f"train/{pair.second}") for pair in same]
@@ -142,10 +142,10 @@ def _compare_pictures(train, test, train_images, test_images) -> tuple[dict[str,
 
 def _fingerprints(names: Iterable[str], folder: Path, split: str) -> dict[str, Fingerprint]:
     prints = {}
-    for name in tqdm(names, desc=f"{split} pictures", unit="picture", leave=False, disable=None):
+    for name in tqdm(names, desc=f"{split} images", unit="image", leave=False, disable=None):
         path = folder / name
         if not path.is_file():
-            raise LlavaError(f"{split} picture not found: {path}; check --image-folder")
+            raise LlavaError(f"{split} image not found: {path}; check --image-folder")
         prints[name] = fingerprint(path)
     return prints
 
@@ -156,14 +156,14 @@ def _names(items: Iterable[VqaItem]) -> list[str]:
 
 def _count(items: Sequence[VqaItem]) -> dict[str, int]:
     kinds = Counter(item.answer_type for item in items)
-    return {"questions": len(items), "open": kinds["OPEN"], "closed": kinds["CLOSED"], "pictures": len(_names(items))}
+    return {"questions": len(items), "open": kinds["OPEN"], "closed": kinds["CLOSED"], "images": len(_names(items))}
 
 
 def _compare_answers(train: Sequence[VqaItem], test: Sequence[VqaItem]) -> dict[str, Any]:
-    """What training's answers give away without a look at the picture, by answer type (counts of test questions).
+    """What training's answers give away without a look at the image, by answer type (counts of test questions).
 
     `in_training`: the answer is one of training's. `majority`: it is training's commonest. `same_question`: it is
-    the commonest answer that training gives to the same question on whatever picture (`same_question_known` of
+    the commonest answer that training gives to the same question on whatever image (`same_question_known` of
     the test questions stand in training).
     """
     found = {}

@@ -8,10 +8,10 @@ def audit_lines(audit: dict[str, Any]) -> list[str]:
     train, test = audit["train"], audit["test"]
     lines = [
         f"{split}: {count['questions']:,} questions ({count['open']:,} open, {count['closed']:,} closed) "
-        f"on {count['pictures']:,} pictures"
+        f"on {count['images']:,} images"
         for split, count in (("training", train), ("test", test))
     ]
-    lines += ["", *_picture_lines(audit["pictures"]), "", *_question_lines(audit["questions"], test["questions"]), ""]
+    lines += ["", *_image_lines(audit["images"]), "", *_question_lines(audit["questions"], test["questions"]), ""]
     for kind, found in audit["answers"].items():
         lines += _answer_lines(kind, found)
     lines += ["", "clean test questions:"]
@@ -19,12 +19,12 @@ def audit_lines(audit: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _picture_lines(found: dict[str, Any]) -> list[str]:
-    total = found["test_pictures"]
-    lines = [f"pictures (compared by {found['compared_by']}):"]
-    lines.append(f"  {found['same_name']:,} of {total:,} test pictures have the name of a training picture")
+def _image_lines(found: dict[str, Any]) -> list[str]:
+    total = found["test_images"]
+    lines = [f"images (compared by {found['compared_by']}):"]
+    lines.append(f"  {found['same_name']:,} of {total:,} test images have the name of a training image")
     if "seen" in found:
-        lines.append(f"  {found['identical_pixels']:,} have the pixels of a training picture")
+        lines.append(f"  {found['identical_pixels']:,} have the pixels of a training image")
         for key, what in (
             ("identical_under_another_name", "identical pairs under different names"),
             ("near_identical", "nearly identical pairs"),
@@ -32,15 +32,13 @@ def _picture_lines(found: dict[str, Any]) -> list[str]:
         ):
             if found[key]:
                 lines.append(f"  {len(found[key]):,} {what}")
-        lines.append(
-            f"  {found['seen']:,} are training pictures, {found['seen_or_nearly']:,} with nearly identical ones"
-        )
+        lines.append(f"  {found['seen']:,} are training images, {found['seen_or_nearly']:,} with nearly identical ones")
     return lines
 
 
 def _question_lines(found: dict[str, Any], total: int) -> list[str]:
     return [
-        f"questions on the same picture (of {total:,}):",
+        f"questions on the same image (of {total:,}):",
         f"  {found['identical']:,} stand in training, case and outer blanks apart",
         f"  {found['identical_without_punctuation']:,} with punctuation dropped",
         f"  {found['near_duplicates']:,} have a near duplicate (Jaccard of the word sets >= {found['jaccard']:g}), "
@@ -59,10 +57,10 @@ def _answer_lines(kind: str, found: dict[str, Any]) -> list[str]:
     f'"{found["majority_answer"]}"' if found["majority_answer"] else "none in training"
     priors = ", ".join(f"{answer} {count:,}" for answer, count in found["test_priors"][:4])
     return [
-        f"{kind} answers (of {total:,}), without a look at the picture:",
+        f"{kind} answers (of {total:,}), without a look at the image:",
         f"  {share('in_training')} are among training's answers",
         f'  {share("majority")} are training\'s commonest, "{found["majority_answer"]}"',
-        f"  {share('same_question')} are the commonest answer to the same question on any training picture "
+        f"  {share('same_question')} are the commonest answer to the same question on any training image "
         f"({found['same_question_known']:,} are asked there)",
         f"  commonest in test: {priors}",
     ]

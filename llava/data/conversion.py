@@ -1,4 +1,4 @@
-"""What every converter shares: records in LLaVA-Med's form, checked pictures, and a folder written whole or not at all.
+"""What every converter shares: records in LLaVA-Med's form, checked images, and a folder written whole or not at all.
 
 A converter (llava/data/sources/) yields records and counts what it leaves out; `write_conversion` writes one file per
 split, the candidate answers of the training split, and a manifest with sources, counts and checksums.
@@ -33,13 +33,13 @@ class Conversion:
     sources: list[Path]
     left_out: Counter = field(default_factory=Counter)
     corrected: Counter = field(default_factory=Counter)
-    pictures: "PictureFolder | None" = None
+    image_folder: "ImageFolder | None" = None
     candidates: bool = True
     """Whether the open answers of the training split are worth a candidate file."""
 
 
-class PictureFolder:
-    """Which pictures a folder has. Missing ones are an error at the end, dropped and counted, or kept, as asked."""
+class ImageFolder:
+    """Which images a folder has. Missing ones are an error at the end, dropped and counted, or kept, as asked."""
 
     def __init__(self, folder: Path | None, missing: str = "error"):
         self.folder = folder
@@ -48,7 +48,7 @@ class PictureFolder:
         self._known: dict[str, bool] = {}
 
     def accept(self, name: str) -> bool:
-        """Whether a record with this picture is to be written; counts the records whose picture isn't there."""
+        """Whether a record with this image is to be written; counts the records whose image isn't there."""
         if name not in self._known:
             if not is_inside(name):
                 raise LlavaError(f"image {name!r} points outside the image folder; give a relative path without '..'")
@@ -62,7 +62,7 @@ class PictureFolder:
         if self.missing and self.policy == "error":
             first = ", ".join(list(self.missing)[:3])
             raise LlavaError(
-                f"{len(self.missing)} pictures of {sum(self.missing.values())} records not found under {self.folder} "
+                f"{len(self.missing)} images of {sum(self.missing.values())} records not found under {self.folder} "
                 f"(first: {first}); get them, or pass --missing drop to leave these records out"
             )
 
@@ -122,7 +122,7 @@ def field_of(row: Record, key: str, where: str) -> Any:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a picture's name stays in its folder: relative, no '..', no backslash, no NUL."""
+    """Whether an image's name stays in its folder: relative, no '..', no backslash, no NUL."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
 
@@ -133,7 +133,7 @@ def write_conversion(conversion: Conversion, output_dir: str | Path, file_format
     Nothing appears in `output_dir` before everything is written; the manifest comes last.
 
     Raises:
-        LlavaError: an id occurs twice in a split, a split is empty, or pictures are missing and may not be.
+        LlavaError: an id occurs twice in a split, a split is empty, or images are missing and may not be.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -158,17 +158,17 @@ def write_conversion(conversion: Conversion, output_dir: str | Path, file_format
                     **_describe(temporary / CANDIDATES_FILE, CANDIDATES_FILE),
                     "answers": len(tally.open_answers),
                 }
-        pictures = conversion.pictures
-        if pictures is not None:
-            pictures.raise_if_missing()
+        folder = conversion.image_folder
+        if folder is not None:
+            folder.raise_if_missing()
         for tally in tallies:
             tally.raise_if_empty()
-        if pictures is not None:
-            manifest["missing_pictures"] = {
-                "policy": pictures.policy,
-                "pictures": len(pictures.missing),
-                "records": sum(pictures.missing.values()),
-                "first": list(pictures.missing)[:20],
+        if folder is not None:
+            manifest["missing_images"] = {
+                "policy": folder.policy,
+                "images": len(folder.missing),
+                "records": sum(folder.missing.values()),
+                "first": list(folder.missing)[:20],
             }
         manifest["left_out"] = dict(conversion.left_out)
         manifest["corrected"] = dict(conversion.corrected)
@@ -204,10 +204,10 @@ class Tally:
 
     def raise_if_empty(self) -> None:
         if not self.records:
-            raise LlavaError(f"{self.where}: no records; is this the right file, and are the pictures there?")
+            raise LlavaError(f"{self.where}: no records; is this the right file, and are the images there?")
 
     def summary(self) -> dict[str, Any]:
-        return {"records": self.records, "pictures": len(self.images), "answer_types": dict(self.answer_types)}
+        return {"records": self.records, "images": len(self.images), "answer_types": dict(self.answer_types)}
 
 
 def sha256_of(path: Path) -> str:
@@ -224,15 +224,15 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
     for split in manifest["splits"].values():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(split["answer_types"].items(), reverse=True))
         lines.append(
-            f"{split['file']}: {split['records']:,} records, {split['pictures']:,} pictures"
+            f"{split['file']}: {split['records']:,} records, {split['images']:,} images"
             + (f" ({kinds})" if kinds else "")
         )
     if "candidates" in manifest:
         lines.append(f"{manifest['candidates']['file']}: {manifest['candidates']['answers']:,} open answers of train")
-    missing = manifest.get("missing_pictures", {})
+    missing = manifest.get("missing_images", {})
     if missing.get("records"):
         done = "left out" if missing["policy"] == "drop" else "kept"
-        lines.append(f"{missing['records']:,} records {done}: their {missing['pictures']:,} pictures don't exist")
+        lines.append(f"{missing['records']:,} records {done}: their {missing['images']:,} images don't exist")
     lines += [f"{count:,} records left out: {reason}" for reason, count in manifest["left_out"].items()]
     lines += [f"{count:,} corrected: {what}" for what, count in manifest["corrected"].items()]
     return lines

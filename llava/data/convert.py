@@ -4,7 +4,7 @@ Each data set is a module of llava/data/sources/; what is written, and how, is i
 """
 
 from llava.commandline import ArgumentParser, existing_dir, run, write_line
-from llava.data.conversion import FORMATS, MISSING_CHOICES, PictureFolder, summary_lines, write_conversion
+from llava.data.conversion import FORMATS, MISSING_CHOICES, ImageFolder, summary_lines, write_conversion
 from llava.data.sources import csv_table, path_vqa, pmc, qa_captions, roco, slake, vqa_rad
 
 SOURCES = {
@@ -24,14 +24,14 @@ def build_parser() -> ArgumentParser:
     for name, source in SOURCES.items():
         command = commands.add_parser(name, description=source.__doc__, help=source.__doc__.splitlines()[0])
         source.add_arguments(command)
-        command.add_argument("--image-folder", help="where the pictures are; each record's picture is looked for there")
+        command.add_argument("--image-folder", help="where the images are; each record's image is looked for there")
         command.add_argument("--output-dir", required=True, help="gets one file per split and a manifest")
         command.add_argument("--format", choices=FORMATS, default="json", help="of the record files")
         command.add_argument(
             "--missing",
             choices=MISSING_CHOICES,
             default=getattr(source, "MISSING_DEFAULT", "error"),
-            help="what to do with records whose picture isn't in the image folder",
+            help="what to do with records whose image isn't in the image folder",
         )
     return parser
 
@@ -44,7 +44,7 @@ def main(argv=None) -> int:
         folder = source.default_image_folder(args)
     if folder is not None:
         folder = existing_dir(folder, "--image-folder")
-    conversion = source.convert(args, PictureFolder(folder, args.missing))
+    conversion = source.convert(args, ImageFolder(folder, args.missing))
     manifest = write_conversion(conversion, args.output_dir, args.format)
     for line in summary_lines(manifest):
         write_line(line)

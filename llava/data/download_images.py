@@ -1,4 +1,4 @@
-"""Fetch the pictures of LLaVA-Med out of PubMed Central's article archives: many at once, politely, resumable.
+"""Fetch the images of LLaVA-Med out of PubMed Central's article archives: many at once, politely, resumable.
 
     python -m llava.data.download_images --input_path data/llava_med_image_urls.jsonl \\
         --pmc_output_path data/pmc_articles --images_output_path data/images
@@ -17,8 +17,8 @@ from llava.errors import LlavaError
 EXIT_TOO_MANY_FAILURES = 1
 FAILURES_FILE = "download_failures.jsonl"
 OA_SERVICE = "https://www.ncbi.nlm.nih.gov/pmc/utils/oa/oa.fcgi"
-MEAN_PICTURE_BYTES = 96_000
-"""69 GB over 721,154 pictures."""
+MEAN_IMAGE_BYTES = 96_000
+"""69 GB over 721,154 images."""
 
 
 def build_parser() -> ArgumentParser:
@@ -27,9 +27,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--images_output_path", required=True, help="gets <pair_id>.jpg and the list of failures")
     parser.add_argument("--pmc_output_path", help="where whole archives go with --keep-archives; else not used")
     parser.add_bool("--keep-archives", help="keep every archive (3.6 TB in all); kept ones are read instead of fetched")
-    parser.add_argument("--failures", help=f"list of failures (JSONL); default: {FAILURES_FILE} beside the pictures")
+    parser.add_argument("--failures", help=f"list of failures (JSONL); default: {FAILURES_FILE} beside the images")
     parser.add_bool("--retry-failed", help="ask again also for what an earlier run found to be gone for good")
-    parser.add_argument("--max-failures", type=int, help="exit with 1 if more pictures than this failed")
+    parser.add_argument("--max-failures", type=int, help="exit with 1 if more images than this failed")
     parser.add_argument("--limit", type=int, help="only the first so many lines of the list")
     polite = parser.add_argument_group("how fast")
     polite.add_argument("--connections", type=int, default=8, help="archives fetched at once")
@@ -40,7 +40,7 @@ def build_parser() -> ArgumentParser:
     caps = parser.add_argument_group("how much")
     caps.add_argument("--timeout", type=float, default=30.0, help="seconds without a byte")
     caps.add_argument("--article-timeout", type=float, default=900.0, help="seconds for one archive")
-    caps.add_argument("--max-picture-mb", type=float, default=64.0, help="larger pictures are not saved")
+    caps.add_argument("--max-image-mb", type=float, default=64.0, help="larger images are not saved")
     caps.add_argument("--max-article-mb", type=float, default=4096.0, help="larger archives are given up")
     caps.add_argument("--max-unpacked-mb", type=float, default=16384.0, help="archives are unpacked no further")
     caps.add_argument("--min-free-gb", type=float, default=2.0, help="stop when less disk space is free")
@@ -59,17 +59,17 @@ def main(argv=None) -> int:
     plan = read_plan(existing_file(args.input_path, "--input_path"), args.limit)
     folder = Path(args.images_output_path)
     journal = Journal(folder, Path(args.failures) if args.failures else folder / FAILURES_FILE)
-    for picture, url, reason in plan.refused:
-        journal.add_failure(picture, url, reason, permanent=True)
+    for image, url, reason in plan.refused:
+        journal.add_failure(image, url, reason, permanent=True)
     articles, there, given_up = _left_to_do(plan.articles, journal, args.retry_failed)
-    left = sum(len(article.pictures) for article in articles)
+    left = sum(len(article.images) for article in articles)
     _check_disk(folder, left, settings.min_free_bytes)
     write_line(
-        f"{plan.pictures:,} pictures listed: {there:,} there already, {given_up:,} known to be gone, "
+        f"{plan.images:,} images listed: {there:,} there already, {given_up:,} known to be gone, "
         f"{len(plan.refused):,} refused, {left:,} to fetch from {len(articles):,} articles"
     )
     started = time.monotonic()
-    # The bar's rate and time left are in pictures; it is drawn on stderr only.
+    # The bar's rate and time left are in images; it is drawn on stderr only.
     with tqdm(total=left, unit="pic", smoothing=0.05, disable=not sys.stderr.isatty()) as progress:
         try:
             totals = download(articles, journal, settings, progress)
@@ -87,7 +87,7 @@ def _settings(args):
     from llava.data.fetching.transfer import Limits
     from llava.data.fetching.workers import Settings
 
-    for name in ("connections", "timeout", "article_timeout", "max_picture_mb", "max_article_mb", "max_unpacked_mb"):
+    for name in ("connections", "timeout", "article_timeout", "max_image_mb", "max_article_mb", "max_unpacked_mb"):
         if getattr(args, name) <= 0:
             raise LlavaError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
     for name in ("requests_per_second", "retries", "backoff", "min_free_gb"):
@@ -101,7 +101,7 @@ def _settings(args):
         retries=args.retries,
         backoff=args.backoff,
         requests_per_second=args.requests_per_second,
-        max_picture_bytes=int(args.max_picture_mb * 1e6),
+        max_image_bytes=int(args.max_image_mb * 1e6),
         max_article_bytes=int(args.max_article_mb * 1e6),
         max_unpacked_bytes=int(args.max_unpacked_mb * 1e6),
     )
@@ -115,54 +115,54 @@ def _settings(args):
 
 
 def _left_to_do(articles, journal, retry_failed: bool):
-    """(articles with the pictures still to fetch, how many pictures are there, how many are known to be gone)."""
+    """(articles with the images still to fetch, how many images are there, how many are known to be gone)."""
     from llava.data.fetching.articles import Article
 
     left, there, given_up = [], 0, 0
     for article in articles:
-        pictures = []
-        for picture in article.pictures:
-            if journal.is_there(picture):
+        images = []
+        for image in article.images:
+            if journal.is_there(image):
                 there += 1
-            elif not retry_failed and (journal.failure_of(picture, article.url) or {}).get("permanent"):
+            elif not retry_failed and (journal.failure_of(image, article.url) or {}).get("permanent"):
                 given_up += 1
             else:
-                pictures.append(picture)
-        if pictures:
-            left.append(Article(article.url, pictures))
+                images.append(image)
+        if images:
+            left.append(Article(article.url, images))
     return left, there, given_up
 
 
-def _check_disk(folder: Path, pictures: int, keep_free: int) -> None:
+def _check_disk(folder: Path, images: int, keep_free: int) -> None:
     import logging
     import shutil
 
-    free, needed = shutil.disk_usage(folder).free, pictures * MEAN_PICTURE_BYTES
+    free, needed = shutil.disk_usage(folder).free, images * MEAN_IMAGE_BYTES
     if free < needed + keep_free:
         logging.getLogger(__name__).warning(
-            "%s has %.1f GB free; %s pictures take about %.1f GB. The download stops when %.1f GB are left",
-            folder, free / 1e9, f"{pictures:,}", needed / 1e9, keep_free / 1e9,
+            "%s has %.1f GB free; %s images take about %.1f GB. The download stops when %.1f GB are left",
+            folder, free / 1e9, f"{images:,}", needed / 1e9, keep_free / 1e9,
         )  # fmt: skip
 
 
 def _failures(plan, journal, saved_pairs: set[str]) -> list[dict]:
     """The failures in the list's order; what came in the end, or isn't listed any more, is none."""
-    found = [(picture, url) for picture, url, _ in plan.refused]
+    found = [(image, url) for image, url, _ in plan.refused]
     for article in plan.articles:
-        for picture in article.pictures:
-            if not journal.is_there(picture) and picture.pair_id not in saved_pairs:
-                found.append((picture, article.url))
+        for image in article.images:
+            if not journal.is_there(image) and image.pair_id not in saved_pairs:
+                found.append((image, article.url))
     found.sort(key=lambda pair: pair[0].number)
-    return [journal.failure_of(picture, url) for picture, url in found]
+    return [journal.failure_of(image, url) for image, url in found]
 
 
 def _summary(totals, there: int, failures: list[dict], path: Path, seconds: float) -> None:
     write_line(
-        f"{totals.saved:,} pictures saved ({totals.saved_bytes / 1e6:,.1f} MB) out of "
+        f"{totals.saved:,} images saved ({totals.saved_bytes / 1e6:,.1f} MB) out of "
         f"{totals.received_bytes / 1e6:,.1f} MB received with {totals.requests:,} requests in {seconds:,.1f} s; "
         f"{there + totals.saved:,} there now"
     )
-    write_line(f"{len(failures):,} pictures failed; each with its reason in {path}")
+    write_line(f"{len(failures):,} images failed; each with its reason in {path}")
     for reason, count in Counter(failure["reason"] for failure in failures).most_common():
         write_line(f"  {count:,}: {reason}")
 

@@ -1,8 +1,8 @@
-"""Drop records whose picture isn't in the image folder: what a download that lost some pictures calls for.
+"""Drop records whose image isn't in the image folder: what a download that lost some images calls for.
 
     python -m llava.data.filter_missing train.json --image-folder images --output train_there.json
 
-Only the presence of pictures is looked at; `llava.data.validate` opens them.
+Only the presence of images is looked at; `llava.data.validate` opens them.
 """
 
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ from llava.records import Record, iter_records, write_json, write_records
 
 
 class Missing:
-    """Records read, records dropped, and the pictures that aren't there."""
+    """Records read, records dropped, and the images that aren't there."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.records = 0
         self.dropped = 0
         self.text_only = 0
-        self.pictures: dict[str, None] = {}
+        self.images: dict[str, None] = {}
         self._there: dict[str, bool] = {}
 
     def is_there(self, name: str) -> bool:
         if name not in self._there:
             self._there[name] = (self.folder / name).is_file()
         if not self._there[name]:
-            self.pictures[name] = None
+            self.images[name] = None
         return self._there[name]
 
 
@@ -37,7 +37,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("input", help="JSON, JSONL or Parquet")
     parser.add_argument("--image-folder", required=True)
     parser.add_argument("--output", required=True, help=".json, .jsonl or .parquet")
-    parser.add_argument("--missing-list", metavar="PATH", help="write the names of the missing pictures as JSON")
+    parser.add_argument("--missing-list", metavar="PATH", help="write the names of the missing images as JSON")
     return parser
 
 
@@ -47,28 +47,28 @@ def main(argv=None) -> int:
     if Path(args.output).resolve() == path.resolve():
         raise LlavaError(f"--output {args.output}: give another name than the input's")
     missing = Missing(existing_dir(args.image_folder, "--image-folder"))
-    kept = write_records(args.output, with_pictures(path, missing))
+    kept = write_records(args.output, with_images(path, missing))
     if args.missing_list:
-        write_json(args.missing_list, list(missing.pictures))
+        write_json(args.missing_list, list(missing.images))
     write_line(
         f"{args.output}: {kept:,} of {missing.records:,} records ({missing.text_only:,} of text alone); "
-        f"{missing.dropped:,} dropped for {len(missing.pictures):,} missing pictures"
+        f"{missing.dropped:,} dropped for {len(missing.images):,} missing images"
     )
     return 0
 
 
-def with_pictures(path: Path, missing: Missing) -> Iterator[Record]:
-    """The records whose pictures are all there, text-only ones too.
+def with_images(path: Path, missing: Missing) -> Iterator[Record]:
+    """The records whose images are all there, text-only ones too.
 
     Raises:
         LlavaError: none is left: the folder is most likely the wrong one.
     """
-    from llava.data.record_checks import pictures_of
+    from llava.data.record_checks import images_of
 
     for record in iter_records(path):
         missing.records += 1
-        # A list, so that every missing picture is noted, not only the first of a record.
-        found = [missing.is_there(name) for name in pictures_of(record) if _is_file_name(name)]
+        # A list, so that every missing image is noted, not only the first of a record.
+        found = [missing.is_there(name) for name in images_of(record) if _is_file_name(name)]
         missing.text_only += not found
         if all(found):
             yield record
@@ -76,13 +76,13 @@ def with_pictures(path: Path, missing: Missing) -> Iterator[Record]:
             missing.dropped += 1
     if missing.dropped == missing.records:
         raise LlavaError(
-            f"{path}: none of its {missing.records:,} records has its picture under {missing.folder} "
-            f"(first: {next(iter(missing.pictures), '')}); is it the right folder?"
+            f"{path}: none of its {missing.records:,} records has its image under {missing.folder} "
+            f"(first: {next(iter(missing.images), '')}); is it the right folder?"
         )
 
 
-def _is_file_name(picture) -> bool:
-    return isinstance(picture, str) and not picture.startswith("data:")
+def _is_file_name(image) -> bool:
+    return isinstance(image, str) and not image.startswith("data:")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What can be wrong with one training record, and which of it can be put right.
 
-`check_form` looks at the record alone; `PictureCheck` opens its pictures; `LengthCheck` tokenises it.
+`check_form` looks at the record alone; `ImageCheck` opens its images; `LengthCheck` tokenises it.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ FAULTS = {
     "first_turn": "the conversation doesn't begin with human",
     "no_answer": "the conversation ends with a question",
     "empty_answer": "an assistant turn without text",
-    "image_count": "another number of <image> than of pictures",
+    "image_count": "another number of <image> than of images",
     "image_in_answer": "<image> in an assistant turn",
-    "image_name": "a picture's name that leads out of the image folder",
-    "image_missing": "a picture that isn't there",
-    "image_unreadable": "a picture that can't be opened",
+    "image_name": "an image's name that leads out of the image folder",
+    "image_missing": "an image that isn't there",
+    "image_unreadable": "an image that can't be opened",
     "template": "a conversation that the template can't take",
     "no_target": "nothing left to learn after truncation",
 }
@@ -32,7 +32,7 @@ NOTES = {
     "misspelt_key": f'turns under "{MISSPELT}"',
     "number_as_text": "a turn whose text is a number",
     "empty_question": "a human turn without text",
-    "text_only": "no picture",
+    "text_only": "no image",
     "truncated": "longer than the model's maximum; its end is cut off",
     "duplicate_id": "an id that another record has too",
 }
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 
 def check_form(record: Record) -> list[Finding]:
-    """Faults and notes that the record shows by itself; none for a good record with a picture."""
+    """Faults and notes that the record shows by itself; none for a good record with an image."""
     if _is_plainly_good(record):
         return []
     try:
@@ -54,7 +54,7 @@ def check_form(record: Record) -> list[Finding]:
     except LlavaError as error:
         return [Finding("form", str(error))]
     found = []
-    pictures = count_pictures(record)
+    images = count_images(record)
     placeholders = 0
     for role, text in turns:
         marks = text.count(DEFAULT_IMAGE_TOKEN)
@@ -70,9 +70,9 @@ def check_form(record: Record) -> list[Finding]:
         found.append(Finding("first_turn"))
     if turns[-1].role != ASSISTANT:
         found.append(Finding("no_answer"))
-    if placeholders != pictures:
-        found.append(Finding("image_count", f"{placeholders} {DEFAULT_IMAGE_TOKEN}, {pictures} picture(s)"))
-    if not pictures:
+    if placeholders != images:
+        found.append(Finding("image_count", f"{placeholders} {DEFAULT_IMAGE_TOKEN}, {images} image(s)"))
+    if not images:
         found.append(Finding("text_only"))
     return found + _spelling(record)
 
@@ -99,7 +99,7 @@ def _is_plainly_good(record: Record) -> bool:
             marks += text.count(DEFAULT_IMAGE_TOKEN)
     except (TypeError, KeyError):
         return False
-    return marks > 0 and marks == count_pictures(record)
+    return marks > 0 and marks == count_images(record)
 
 
 def _spelling(record: Record) -> list[Finding]:
@@ -128,15 +128,15 @@ def repair(record: Record, findings: Sequence[Finding]) -> Record | None:
     if "no_answer" in kinds:
         turns = turns[:-1]
     no_mark = not any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in turns)
-    if "image_count" in kinds and turns and no_mark and count_pictures(record) == 1:
+    if "image_count" in kinds and turns and no_mark and count_images(record) == 1:
         turns[0] = {**turns[0], "value": f"{turns[0]['value']}\n{DEFAULT_IMAGE_TOKEN}"}
     fixed["conversations"] = turns
     still = {finding.kind for finding in check_form(fixed)} & FAULTS.keys()
     return None if still else fixed
 
 
-def pictures_of(record: Record) -> list[Any]:
-    """The pictures that a record names: paths, data URLs or embedded bytes, in order."""
+def images_of(record: Record) -> list[Any]:
+    """The images that a record names: paths, data URLs or embedded bytes, in order."""
     image = record.get("image")
     if image is None:
         image = record.get("images")
@@ -145,31 +145,31 @@ def pictures_of(record: Record) -> list[Any]:
     return list(image) if isinstance(image, (list, tuple)) else [image]
 
 
-def count_pictures(record: Record) -> int:
+def count_images(record: Record) -> int:
     image = record.get("image")
-    return 1 if isinstance(image, str) and image else len(pictures_of(record))
+    return 1 if isinstance(image, str) and image else len(images_of(record))
 
 
-class PictureCheck:
-    """Opens each distinct picture once (per process) and remembers what was wrong with it."""
+class ImageCheck:
+    """Opens each distinct image once (per process) and remembers what was wrong with it."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._known: dict[str, Finding | None] = {}
 
     def __call__(self, record: Record) -> list[Finding]:
-        found = (self._check(picture) for picture in pictures_of(record))
+        found = (self._check(image) for image in images_of(record))
         return [finding for finding in found if finding is not None]
 
-    def _check(self, picture: Any) -> Finding | None:
-        if not isinstance(picture, str):
-            content = picture.get("bytes") if isinstance(picture, dict) else picture
-            return _open(content if isinstance(content, bytes) else b"", "embedded picture")
-        if picture.startswith("data:"):
-            return _open(picture, "embedded picture")
-        if picture not in self._known:
-            self._known[picture] = self._check_file(picture)
-        return self._known[picture]
+    def _check(self, image: Any) -> Finding | None:
+        if not isinstance(image, str):
+            content = image.get("bytes") if isinstance(image, dict) else image
+            return _open(content if isinstance(content, bytes) else b"", "embedded image")
+        if image.startswith("data:"):
+            return _open(image, "embedded image")
+        if image not in self._known:
+            self._known[image] = self._check_file(image)
+        return self._known[image]
 
     def _check_file(self, name: str) -> Finding | None:
         if not is_inside(name):

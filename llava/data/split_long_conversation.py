@@ -3,7 +3,7 @@
     python -m llava.data.split_long_conversation --in-file train.json --out-file split.json \\
         --model-name-or-path LLM --max-length 2048
 
-Cuts are made between an answer and the next question. Every piece of a conversation about a picture shows the picture
+Cuts are made between an answer and the next question. Every piece of a conversation about an image shows the image
 again, in its first question; ids become `<id>_<first turn>`.
 """
 
@@ -38,7 +38,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--begin", type=int, default=0, help="first record to take")
     parser.add_argument("--end", type=int, help="first record not to take any more")
     parser.add_argument("--model-name-or-path", required=True, help="folder with the tokenizer")
-    parser.add_argument("--max-length", type=int, default=2048, help="positions, pictures included")
+    parser.add_argument("--max-length", type=int, default=2048, help="positions, images included")
     parser.add_argument("--template", "--version", default="v1", help="the prompt template that training will use")
     parser.add_argument("--features-per-image", type=int, default=256, help="256 for ViT-L/14 at 224, 576 at 336")
     return parser
@@ -102,7 +102,7 @@ def _starts(record: Record, pairs: list, length_of: Callable[[Record], int], max
 
 def _piece(record: Record, pairs: list, start: int, end: int) -> Record:
     turns = [dict(turn) for pair in pairs[start:end] for turn in pair]
-    # Each picture's mark stands where it was; a piece that doesn't hold it asks about the picture all the same.
+    # Each image's mark stands where it was; a piece that doesn't hold it asks about the image all the same.
     total = sum(str(turn["value"]).count(DEFAULT_IMAGE_TOKEN) for pair in pairs for turn in pair)
     here = sum(str(turn["value"]).count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     if here < total:

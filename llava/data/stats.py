@@ -1,4 +1,4 @@
-"""What an instruct file holds, as a picture: root verbs and their objects, domains, lengths, turns.
+"""What an instruct file holds, as an image: root verbs and their objects, domains, lengths, turns.
 
     python -m llava.data.stats instruct.json --output-dir runs/stats
 

@@ -100,7 +100,7 @@ def _wedge(axes, start: float, sweep: float, inner: float, outer: float, colour,
 
 
 def _page(stats: InstructStats, png: Path, title: str) -> str:
-    picture = base64.b64encode(png.read_bytes()).decode()
+    image = base64.b64encode(png.read_bytes()).decode()
     tables = []
     for name, pairs in stats.verbs.items():
         rows = "".join(
@@ -117,7 +117,7 @@ def _page(stats: InstructStats, png: Path, title: str) -> str:
         "<style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}"
         "img{width:100%}main{display:flex;gap:3rem;flex-wrap:wrap}td,th{padding:.1rem .8rem .1rem 0;text-align:left}"
         "</style>"
-        f"<h1>{html.escape(title)}</h1><p>{stats.records} records, {stats.text_only} without a picture.</p>"
-        f'<img alt="verbs and objects, domains, lengths" src="data:image/png;base64,{picture}">'
+        f"<h1>{html.escape(title)}</h1><p>{stats.records} records, {stats.text_only} without an image.</p>"
+        f'<img alt="verbs and objects, domains, lengths" src="data:image/png;base64,{image}">'
         f"<main>{''.join(tables)}</main></html>\n"
     )

@@ -2,7 +2,7 @@
 
     python -m llava.data.validate train.json --image-folder images --tokenizer LLM --template v1 --fix train_clean.json
 
-Every record is looked at: its form; with --image-folder its pictures, opened with all cores; with --tokenizer its
+Every record is looked at: its form; with --image-folder its images, opened with all cores; with --tokenizer its
 length and what is left to learn after truncation. Faults make the exit code 1, notes don't. --fix writes a copy that
 has none: what can be put right is, other faulty records are left out.
 """
@@ -107,17 +107,17 @@ class Report:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("input", help="JSON, JSONL or Parquet")
-    parser.add_argument("--image-folder", help="open every picture; without it pictures aren't looked at")
+    parser.add_argument("--image-folder", help="open every image; without it images aren't looked at")
     parser.add_argument("--tokenizer", help="a model folder; tokenise every record as training would")
     parser.add_argument("--template", "--version", default="v1", help="the prompt template that training will use")
-    parser.add_argument("--model-max-length", type=int, default=2048, help="positions, pictures included")
+    parser.add_argument("--model-max-length", type=int, default=2048, help="positions, images included")
     parser.add_argument("--features-per-image", type=int, default=256, help="256 for ViT-L/14 at 224, 576 at 336")
-    parser.add_bool("--mm-use-im-start-end", help="<im_start> and <im_end> stand around pictures")
+    parser.add_bool("--mm-use-im-start-end", help="<im_start> and <im_end> stand around images")
     parser.add_argument("--image-tokens", choices=("placeholder", "patch"), default="placeholder", help="patch: v1.0")
     parser.add_argument("--fix", metavar="PATH", help="write a copy without faults (.json, .jsonl or .parquet)")
     parser.add_argument("--report", metavar="PATH", help="write the report as JSON")
     parser.add_argument("--first", type=int, default=5, help="cases to show of each kind")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for pictures and tokens")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for images and tokens")
     return parser
 
 
@@ -215,9 +215,9 @@ def _check_chunk(chunk: list[Record]) -> list:
 
 def _make_checker(options: Options) -> Callable[[list[Record]], list]:
     """A function from records to (findings, positions or None) of each."""
-    from llava.data.record_checks import FAULTS, LengthCheck, PictureCheck, check_form
+    from llava.data.record_checks import FAULTS, ImageCheck, LengthCheck, check_form
 
-    pictures = PictureCheck(options.image_folder) if options.image_folder else None
+    images = ImageCheck(options.image_folder) if options.image_folder else None
     lengths = None
     if options.tokenizer:
         from llava.model.tokenizer import load_tokenizer
@@ -232,8 +232,8 @@ def _make_checker(options: Options) -> Callable[[list[Record]], list]:
         results = []
         for record in records:
             findings = check_form(record)
-            if pictures is not None:
-                findings += pictures(record)
+            if images is not None:
+                findings += images(record)
             length = None
             if lengths is not None and not any(finding.kind in FAULTS for finding in findings):
                 seen = len(lengths.lengths)

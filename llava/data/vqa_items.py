@@ -74,7 +74,7 @@ def record_turns(record: Record, where: str) -> list[Record]:
 
 
 def plain_question(text: str) -> str:
-    """A question without its picture tag."""
+    """A question without its image tag."""
     return re.sub(rf"\s*{re.escape(DEFAULT_IMAGE_TOKEN)}\s*", " ", str(text)).strip()
 
 

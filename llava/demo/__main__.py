@@ -1,7 +1,7 @@
-"""Train, evaluate and compare small models on pictures drawn by the program: the whole road in a few minutes.
+"""Train, evaluate and compare small models on images drawn by the program: the whole road in a few minutes.
 
 A language model and a vision tower are made from scratch, then come stage 1, stage 2 and VQA fine-tuning by the
-training command, answers and scores, the same without seeing the pictures, and a page of all of it.
+training command, answers and scores, the same without seeing the images, and a page of all of it.
 For research only, never for clinical use.
 """
 
@@ -14,7 +14,7 @@ from llava.commandline import ArgumentParser, run, write_line
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.demo", description=__doc__)
     parser.add_argument("--output-dir", default="runs/demo", help="a rerun goes on at the first unfinished step")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures, models and training")
+    parser.add_argument("--seed", type=int, default=0, help="of images, models and training")
     parser.add_bool("--small", help="the smallest size: every step once, learning next to nothing")
     return parser
 
@@ -41,9 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    write_line(
-        f"{summary['questions']} questions about findings on held-out pictures, seed {args.seed}, {seconds:.0f} s"
-    )
+    write_line(f"{summary['questions']} questions about findings on held-out images, seed {args.seed}, {seconds:.0f} s")
     write_line(f"report: {report}")
     write_line(f"model: {output / 'vqa'}")
     write_line(RESEARCH_NOTICE)

@@ -1,4 +1,4 @@
-"""The baseline of nearest pictures: a test question is answered as it was for the most similar training picture."""
+"""The baseline of nearest images: a test question is answered as it was for the most similar training image."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from llava.records import Record, read_records, write_records
 
 
 def answer_by_nearest(train: Path, test: Path, image_folder: Path, answers: Path) -> int:
-    """Answer each test question from the training picture that is nearest by pixels (least mean square) among
+    """Answer each test question from the training image that is nearest by pixels (least mean square) among
     those that the same question was asked about; empty where it was asked about none. Returns how many are empty.
     """
     train_records, test_records = read_records(train), read_records(test)
     train_names = sorted({record["image"] for record in train_records})
     test_names = sorted({record["image"] for record in test_records})
     distances = _distances(
-        _pixels(image_folder, test_names, "test pictures"), _pixels(image_folder, train_names, "training pictures")
+        _pixels(image_folder, test_names, "test images"), _pixels(image_folder, train_names, "training images")
     )
     row = {name: index for index, name in enumerate(test_names)}
     column = {name: index for index, name in enumerate(train_names)}
@@ -38,13 +38,13 @@ def _nearest(record: Record, asked: dict[str, list[tuple[int, str]]], distances:
 
 
 def _pixels(folder: Path, names: list[str], what: str) -> np.ndarray:
-    """float32 [pictures, values], 0 to 1."""
-    bar = tqdm(names, desc=what, unit="picture", leave=False, disable=None)
+    """float32 [images, values], 0 to 1."""
+    bar = tqdm(names, desc=what, unit="image", leave=False, disable=None)
     return np.stack([np.asarray(open_image(folder / name), np.uint8).reshape(-1) for name in bar])
 
 
 def _distances(test: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Squared distances [test, train], in parts: pictures are kept as bytes."""
+    """Squared distances [test, train], in parts: images are kept as bytes."""
     test = test.astype(np.float32) / 255
     parts = []
     for start in range(0, len(train), 1000):

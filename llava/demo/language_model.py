@@ -1,6 +1,6 @@
 """Train a small language model on text: comparisons, notes retold as a caption, conversations about notes.
 
-It learns to say what notes say and to answer from them; the projector later puts a picture in their place. All is
+It learns to say what notes say and to answer from them; the projector later puts an image in their place. All is
 read once, from beginning to end: the demo's text gets harder.
 """
 
@@ -92,7 +92,7 @@ def train_language_model(args) -> None:
 def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:
     """(ids, labels) of every record: in the template, or as plain text where it says so.
 
-    Of a record with a picture the answer is learned, as plain text.
+    Of a record with an image the answer is learned, as plain text.
     """
     from llava.records import read_records
     from llava.tokenization import encode_conversation

@@ -29,9 +29,9 @@ def write_report(
     """Write `output/report.html` and return its path."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Demo</title>",
-        f"<style>{_STYLE}</style><h1>From drawn pictures to answers</h1>",
+        f"<style>{_STYLE}</style><h1>From drawn images to answers</h1>",
         f'<p class="notice">{html.escape(RESEARCH_NOTICE)}</p>',
-        f"<p>{summary['questions']} questions about findings on pictures that training never showed, in combinations "
+        f"<p>{summary['questions']} questions about findings on images that training never showed, in combinations "
         f"that it never showed. Seed {summary['seed']}, {summary['seconds']:.0f} seconds. Brackets hold 95 % "
         "bootstrap intervals.</p>",
         "<h2>Scores</h2>",
@@ -85,7 +85,7 @@ def _others(scores: dict[str, RunScores]) -> list[list[str]]:
 
 
 def _curves(output: Path) -> str:
-    """Loss of the base models and of each stage, with pictures and blind."""
+    """Loss of the base models and of each stage, with images and blind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -125,12 +125,12 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def _examples(output: Path, rows: list[dict[str, Any]], *, right: bool) -> str:
-    """Some answers, a picture once and the families in turn."""
-    chosen, pictures, families = [], set(), set()
+    """Some answers, an image once and the families in turn."""
+    chosen, images, families = [], set(), set()
     for row in sorted(rows, key=lambda row: row["image"][::-1]):
-        if row["right"] == right and row["image"] not in pictures and row["family"] not in families:
+        if row["right"] == right and row["image"] not in images and row["family"] not in families:
             chosen.append(row)
-            pictures.add(row["image"])
+            images.add(row["image"])
             families.add(row["family"])
     if not chosen:
         return "<p>none</p>"
@@ -138,10 +138,10 @@ def _examples(output: Path, rows: list[dict[str, Any]], *, right: bool) -> str:
 
 
 def _figure(output: Path, row: dict[str, Any]) -> str:
-    picture = _data_url((output / "data" / "images" / row["image"]).read_bytes())
+    image = _data_url((output / "data" / "images" / row["image"]).read_bytes())
     mark = "right" if row["right"] else "wrong"
     return (
-        f'<figure><img alt="{html.escape(row["image"])}" src="{picture}"><figcaption>{html.escape(row["question"])}'
+        f'<figure><img alt="{html.escape(row["image"])}" src="{image}"><figcaption>{html.escape(row["question"])}'
         f"<br>truth: <b>{html.escape(str(row['reference']))}</b>"
         f'<br>answer: <b class="{mark}">{html.escape(row["prediction"])}</b></figcaption></figure>'
     )

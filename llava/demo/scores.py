@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.vqa_items import read_vqa_items
-from llava.eval.joined import join, read_answers
+from llava.eval.metrics.joined import join, read_answers
 from llava.eval.metrics.score import Scores, score_items
 
-RUNS = {"": "with pictures", "blind_": "blind: trained and asked with grey pictures", "nearest_": "nearest picture"}
+RUNS = {"": "with images", "blind_": "blind: trained and asked with grey images", "nearest_": "nearest image"}
 """Prefix of a run's files, and its name."""
 
 

@@ -1,4 +1,4 @@
-"""The demo's road: set, base models, three trainings and the answers, once with pictures and once without."""
+"""The demo's road: set, base models, three trainings and the answers, once with images and once without."""
 
 import os
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from pathlib import Path
 from llava import __version__
 from llava.data.phantoms import write_phantoms
 from llava.demo.baselines import answer_by_nearest
-from llava.demo.runner import Job, Pipeline
+from llava.demo.pipeline import Job, Pipeline
 from llava.demo.settings import Settings, Stage
 from llava.demo.tokenizer import make_tokenizer, texts_of
 from llava.records import read_records, write_records
@@ -41,7 +41,7 @@ def run_steps(output: Path, settings: Settings, seed: int) -> Pipeline:
     pipeline.run("5/6 answering the test questions", [_answers(output, settings, prefix) for prefix in RUNS])
     pipeline.call(
         "nearest_answers",
-        "6/6 the nearest training picture's answers",
+        "6/6 the nearest training image's answers",
         lambda: answer_by_nearest(
             data / "vqa_train.json", data / "vqa_test.json", data / "images", answers_of(output, "nearest_")
         ),
@@ -51,7 +51,7 @@ def run_steps(output: Path, settings: Settings, seed: int) -> Pipeline:
 
 
 def make_data(data: Path, settings: Settings, seed: int, processes: int) -> None:
-    """Draw the set; beside it, the same records with a grey picture in place of each."""
+    """Draw the set; beside it, the same records with a grey image in place of each."""
     from PIL import Image
 
     write_phantoms(data, seed, settings.counts, size=settings.image_size, processes=processes)
@@ -71,7 +71,7 @@ def learn_tokenizer(data: Path, folder: Path) -> None:
 
 
 def records_of(output: Path, prefix: str, name: str) -> Path:
-    """The record file `name` of the run with pictures ("") or of the blind one ("blind_")."""
+    """The record file `name` of the run with images ("") or of the blind one ("blind_")."""
     data = output / "data"
     return data / "grey" / name if prefix else data / name
 

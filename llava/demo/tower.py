@@ -1,4 +1,4 @@
-"""Train a small CLIP vision tower on pictures and the sentences of their captions.
+"""Train a small CLIP vision tower on images and the sentences of their captions.
 
 A caption is a few sentences, a fact in each. Each token of the tower learns to tell one of them from those that
 never stand beside it in a caption.
@@ -12,7 +12,7 @@ from llava.commandline import ArgumentParser, run
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.demo.tower", description=__doc__)
-    parser.add_argument("--data-path", required=True, help="records with picture and caption")
+    parser.add_argument("--data-path", required=True, help="records with image and caption")
     parser.add_argument("--image-folder", required=True)
     parser.add_argument("--language-model", required=True, help="folder of the one whose words captions are made of")
     parser.add_argument("--output-dir", required=True)
@@ -46,7 +46,7 @@ def train_tower(args) -> None:
     records = read_records(args.data_path)
     size = args.image_size
     processor = ImageProcessor(size=size, crop_size=(size, size))
-    pixels = _read_pictures([Path(args.image_folder) / record["image"] for record in records], processor)
+    pixels = _read_images([Path(args.image_folder) / record["image"] for record in records], processor)
     sentences, captions = caption_sentences([record["conversations"][1]["value"] for record in records])
     levels = torch.from_numpy(processor._levels())
     texts = sentence_embeddings(sentences, args.language_model)
@@ -54,7 +54,7 @@ def train_tower(args) -> None:
     start_embeddings(model.tower, normalise(pixels[:1500], levels))
 
     mirrored = torch.tensor(mirror_columns(sentences))
-    # The model is the same in all processes; how they vary their pictures is not.
+    # The model is the same in all processes; how they vary their images is not.
     torch.manual_seed(args.seed + 1 + process_number())
 
     def loss_of(numbers):
@@ -100,22 +100,22 @@ def exclusions(captions, count: int):
 
 
 def mirror_columns(sentences: list[str]) -> list[int]:
-    """For each sentence the number of the one that is true of the mirrored picture."""
+    """For each sentence the number of the one that is true of the mirrored image."""
     swap = {"left": "right", "right": "left"}
     turned = [re.sub(r"\b(left|right)\b", lambda word: swap[word.group()], sentence) for sentence in sentences]
     return [sentences.index(text) if text in sentences else own for own, text in enumerate(turned)]
 
 
 def vary(pixel_values, flip):
-    """Some pictures mirrored, all shifted by up to a twentieth and exposed a little differently."""
+    """Some images mirrored, all shifted by up to a twentieth and exposed a little differently."""
     import torch
 
     reach = pixel_values.shape[-1] // 20
     varied = torch.empty_like(pixel_values)
     shifts = torch.randint(-reach, reach + 1, (len(pixel_values), 2)).tolist()
     for row, (down, across) in enumerate(shifts):
-        picture = pixel_values[row].flip(-1) if flip[row] else pixel_values[row]
-        varied[row] = picture.roll((down, across), (-2, -1))
+        image = pixel_values[row].flip(-1) if flip[row] else pixel_values[row]
+        varied[row] = image.roll((down, across), (-2, -1))
     gain = 1 + 0.15 * (torch.rand(len(varied), 1, 1, 1) - 0.5)
     return varied * gain + 0.2 * (torch.rand(len(varied), 1, 1, 1) - 0.5)
 
@@ -127,8 +127,8 @@ def normalise(pixels, levels):
     return torch.stack([levels[channel][pixels[:, channel].long()] for channel in range(3)], dim=1)
 
 
-def _read_pictures(paths: list[Path], processor):
-    """All pictures as uint8 [n, 3, size, size]: a quarter of what their float32 pixel values take."""
+def _read_images(paths: list[Path], processor):
+    """All images as uint8 [n, 3, size, size]: a quarter of what their float32 pixel values take."""
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -138,7 +138,7 @@ def _read_pictures(paths: list[Path], processor):
 
     pixels = np.empty((len(paths), 3, *processor.crop_size), np.uint8)
     for index, path in enumerate(
-        tqdm(paths, desc="reading pictures", unit="picture", mininterval=0.5, disable=not is_first())
+        tqdm(paths, desc="reading images", unit="image", mininterval=0.5, disable=not is_first())
     ):
         pixels[index] = np.asarray(processor.fit(open_image(path))).transpose(2, 0, 1)
     return torch.from_numpy(pixels)

@@ -14,7 +14,7 @@ POOLS = 4
 
 
 class SentenceMatching(nn.Module):
-    """Loss of pictures whose captions consist of sentences: each token of the tower says one of them.
+    """Loss of images whose captions consist of sentences: each token of the tower says one of them.
 
     The sentences go round: token t says sentence t modulo their number. A language model then finds facts in the
     tokens as it finds words in a text. Sentences are compared by the language model's own embeddings of their words.
@@ -45,7 +45,7 @@ class SentenceMatching(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, pixel_values: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
-        """Loss of pictures `[n, 3, H, W]` with captions `[n, sentences per caption]`, numbers of sentences."""
+        """Loss of images `[n, 3, H, W]` with captions `[n, sentences per caption]`, numbers of sentences."""
         states = self.tower(pixel_values=pixel_values).last_hidden_state
         said = self.said(captions, states.shape[1])
         pooled = self.similarity(self.pool_project(self._pool(states[:, 1:])))
@@ -54,7 +54,7 @@ class SentenceMatching(nn.Module):
         return match_loss(tokens, said, self.excludes) + match_loss(pooled, captions, self.excludes)
 
     def match(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """How well each token of each picture matches each sentence, `[n, tokens, sentences]`."""
+        """How well each token of each image matches each sentence, `[n, tokens, sentences]`."""
         return self.similarity(self.project(self.tower(pixel_values=pixel_values).last_hidden_state))
 
     def similarity(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -76,8 +76,8 @@ def match_loss(logits: torch.Tensor, said: torch.Tensor, excludes: torch.Tensor)
     """Cross entropy of the sentence that is said against those that it excludes.
 
     Args:
-        logits: `[pictures, places, sentences]`.
-        said: `[pictures, places]`, numbers of sentences.
+        logits: `[images, places, sentences]`.
+        said: `[images, places]`, numbers of sentences.
         excludes: bool `[sentences, sentences]`: the two never stand in one caption, such as left and right.
     """
     against = logits.masked_fill(~excludes[said], -torch.inf).logsumexp(dim=-1)
@@ -97,7 +97,7 @@ def sentence_embeddings(sentences: list[str], language_model: str) -> torch.Tens
 
 @torch.no_grad()
 def start_embeddings(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
-    """First weights of the picture's embedding, from data: patches whitened, positions as sines of place.
+    """First weights of the image's embedding, from data: patches whitened, positions as sines of place.
 
     Without them the first half of the training goes into finding what differs between patches beside brightness.
     """
@@ -121,7 +121,7 @@ def start_embeddings(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None
 
 @torch.no_grad()
 def standardise(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
-    """Bring the last hidden state to mean 0 and variance 1 over these pictures, all else the same.
+    """Bring the last hidden state to mean 0 and variance 1 over these images, all else the same.
 
     Training lets it grow to any size, and a projector starts best from features of size one. All that is added to
     the residual stream is scaled; each block's norms undo it, so only the stream itself changes.

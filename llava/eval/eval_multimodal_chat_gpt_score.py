@@ -26,7 +26,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv=None) -> int:
-    from llava.eval.judge import build_job, repair_job
+    from llava.eval.chat.judge import build_job, repair_job
     from llava.openai_api import print_dry_run, run_jobs, settings_from_args
     from llava.records import ResumableJsonl
 
@@ -77,8 +77,8 @@ def score_row(question: dict, answer: dict, swapped: bool, result) -> dict:
 
     `scores` is (reference's, model's) whatever the order of asking; null where the reply can't be read.
     """
-    from llava.eval.chat_scores import is_usable
-    from llava.eval.judge import judgement_key, read_scores
+    from llava.eval.chat.judge import judgement_key, read_scores
+    from llava.eval.chat.scores import is_usable
 
     scores = read_scores(result.text)
     kept = ("question_id", "type", "domain", "fig_label", "fig_caption", "gpt4_answer")

@@ -4,7 +4,7 @@ Answers go to --answers-file in the order of the questions, with a manifest of w
 """
 
 from llava.commandline import ArgumentParser, run, write_line
-from llava.eval.answer_command import add_answer_flags, add_api_answer_flags, run_answer_command
+from llava.eval.answers.command import add_answer_flags, add_api_answer_flags, run_answer_command
 
 
 def build_parser() -> ArgumentParser:
@@ -17,7 +17,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int | None:
     args = build_parser().parse_args(argv)
-    from llava.eval.questions import read_med_questions
+    from llava.eval.answers.questions import read_med_questions
 
     write_line(str(run_answer_command(args, read_med_questions)))
 

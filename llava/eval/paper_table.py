@@ -59,8 +59,8 @@ class Cell:
 
 def main(argv: list[str] | None = None) -> int | None:
     args = build_parser().parse_args(argv)
-    from llava.eval.published import DATASET_NAMES
-    from llava.eval.tables import markdown_table
+    from llava.eval.reports.published import DATASET_NAMES
+    from llava.eval.reports.tables import markdown_table
     from llava.records import atomic_path
 
     cells = [cell for text in args.results for cell in read_cells(text)]
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int | None:
 def read_cells(text: str) -> list[Cell]:
     """The open and closed cell of one `ROW:SET=FILE`."""
     from llava.eval.metrics.score import HEADLINE
-    from llava.eval.published import PUBLISHED, TEST_COUNTS
+    from llava.eval.reports.published import PUBLISHED, TEST_COUNTS
     from llava.records import read_json
 
     place, equals, file = text.partition("=")

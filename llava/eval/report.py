@@ -1,7 +1,7 @@
-"""One page from any number of answer files: scores beside the paper's, intervals, what the pictures add, examples.
+"""One page from any number of answer files: scores beside the paper's, intervals, what the images add, examples.
 
 Writes a self-contained HTML page and the score table as Markdown. Answers of the same checkpoint with
---ablate-image are put beside those with pictures by their manifests.
+--ablate-image are put beside those with images by their manifests.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--gt", nargs="+", help="questions: one file, or one per --pred (default: the manifests')")
     parser.add_argument("--output", default="report.html", help="the page; the table goes beside it as .md")
     parser.add_argument("--title", default="Medical visual question answering")
-    parser.add_argument("--image-folder", help="pictures, for the examples")
+    parser.add_argument("--image-folder", help="images, for the examples")
     parser.add_argument("--candidate", help="open answers of the training split")
     parser.add_argument("--audit", help="JSON of llava.data.audit")
     parser.add_argument("--examples", type=int, default=4, help="right and wrong ones of each answer file")
@@ -29,8 +29,8 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int | None:
     args = build_parser().parse_args(argv)
-    from llava.eval.evaluation import evaluate
-    from llava.eval.report_sections import Entry
+    from llava.eval.reports.evaluation import evaluate
+    from llava.eval.reports.sections import Entry
 
     named = [_label_and_file(text) for text in args.pred]
     entries = [
@@ -77,10 +77,10 @@ def write_report(
         audit: JSON of `llava.data.audit`, for the files that answer its questions.
         more_sections: (heading, HTML) to put behind the scores.
     """
-    from llava.eval import report_sections as sections
-    from llava.eval.clean_subset import score_clean_subset
-    from llava.eval.report_html import page
-    from llava.eval.tables import markdown_table
+    from llava.eval.reports import sections
+    from llava.eval.reports.clean_subset import score_clean_subset
+    from llava.eval.reports.page import page
+    from llava.eval.reports.tables import markdown_table
     from llava.records import atomic_path
 
     if not entries:
@@ -94,7 +94,7 @@ def write_report(
         [
             ("Scores", sections.scores_section(entries)),
             *(more_sections or []),
-            ("Does it look at the picture?", sections.ablation_section(entries)),
+            ("Does it look at the image?", sections.ablation_section(entries)),
             ("Is it as sure as it is right?", sections.calibration_section(plain)),
             ("Is the test set clean?", sections.audit_section(clean)),
             ("By kind of question", sections.groups_section(plain)),
@@ -121,7 +121,7 @@ def _label_and_file(text: str) -> tuple[str, Path]:
 
 def _questions(given: list[str] | None, files: list[Path]) -> list[Path]:
     """The questions of each answer file."""
-    from llava.eval.manifest import read_manifest
+    from llava.eval.answers.manifest import read_manifest
 
     if given and len(given) not in (1, len(files)):
         raise LlavaError(f"--gt has {len(given)} files for {len(files)} of --pred; give one, or one for each")

@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
         help="score the clean part too: the audit's JSON, or nothing and --train (with --image-folder)",
     )
     parser.add_argument("--train", help="training questions, to audit against")
-    parser.add_argument("--image-folder", help="pictures of both splits, for the audit")
+    parser.add_argument("--image-folder", help="images of both splits, for the audit")
     return parser
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int | None:
     args = build_parser().parse_args(argv)
     if args.bootstrap_samples < 0:
         raise LlavaError(f"--bootstrap-samples is {args.bootstrap_samples}; give 0 or more")
-    from llava.eval.evaluation import evaluate
+    from llava.eval.reports.evaluation import evaluate
     from llava.records import write_json, write_records
 
     result = evaluate(
@@ -70,13 +70,13 @@ def main(argv: list[str] | None = None) -> int | None:
     sections = [result.text()]
     content = result.as_dict()
     if args.audit is not None:
-        from llava.eval.clean_subset import score_clean_subset
+        from llava.eval.reports.clean_subset import score_clean_subset
 
         clean = score_clean_subset(result, args.audit, args.train, args.image_folder)
         sections.append(clean.text())
         content["clean_subset"] = clean.as_dict()
     if args.compare:
-        from llava.eval.compare import compare_answers
+        from llava.eval.reports.compare import compare_answers
 
         comparison = compare_answers(result, existing_file(args.compare, "--compare"))
         sections.append(comparison.text())

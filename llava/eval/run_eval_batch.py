@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if (args.gt is None) == (args.gt_parent_path is None):
         raise LlavaError("give --gt or --gt_parent_path (one of them)")
     questions = {pred: find_questions(pred, args.gt, args.gt_parent_path) for pred in files}
-    from llava.eval.evaluation import evaluate
-    from llava.eval.tables import number_cell, text_table
+    from llava.eval.reports.evaluation import evaluate
+    from llava.eval.reports.tables import number_cell, text_table
     from llava.records import write_records
 
     rows, lines = [], []

@@ -1,4 +1,4 @@
-"""Ask one question about one or several pictures.
+"""Ask one question about one or several images.
 
 python -m llava.eval.run_llava --model-path CHECKPOINT --image-file scan.png --query "What is shown?"
 """
@@ -11,7 +11,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", "--model-name", dest="model_path", required=True, help="folder or hub id")
     parser.add_argument("--model-base", help="what an adapter or projector folder was trained over")
-    parser.add_argument("--image-file", help="a picture, or several separated by --sep")
+    parser.add_argument("--image-file", help="an image, or several separated by --sep")
     parser.add_argument("--sep", default=",")
     parser.add_argument("--query", required=True)
     parser.add_argument("--conv-mode", "--conv-template", dest="conv_mode", help="template; default: the checkpoint's")
@@ -32,9 +32,9 @@ def main(argv=None) -> None:
 
     if args.num_beams != 1:
         raise LlavaError("--num_beams: answers are greedy or sampled here; leave it at 1")
-    # Before the model, which takes longer: a picture that can't be read is found out at once.
+    # Before the model, which takes longer: an image that can't be read is found out at once.
     paths = [path for path in (args.image_file or "").split(args.sep) if path]
-    pictures = [open_image(path) for path in paths]
+    images = [open_image(path) for path in paths]
 
     from llava.conversation import get_template
     from llava.generation import Engine, Request, SamplingParams
@@ -51,24 +51,24 @@ def main(argv=None) -> None:
         conversation_template=args.conv_mode,
     )
     conversation = get_template(loaded.model.config.conversation_template)
-    conversation.append_message(conversation.roles[0], with_pictures(args.query, len(pictures)))
+    conversation.append_message(conversation.roles[0], with_images(args.query, len(images)))
     sampling = SamplingParams(
         temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
-    write_line(Engine(loaded).generate([Request(conversation, pictures, sampling)])[0].text.strip())
+    write_line(Engine(loaded).generate([Request(conversation, images, sampling)])[0].text.strip())
 
 
-def with_pictures(question: str, count: int) -> str:
-    """The question with an <image> for each picture before it, where it names none itself.
+def with_images(question: str, count: int) -> str:
+    """The question with an <image> for each image before it, where it names none itself.
 
     Raises:
-        LlavaError: it names a number of pictures that isn't `count`.
+        LlavaError: it names a number of images that isn't `count`.
     """
     from llava.constants import DEFAULT_IMAGE_TOKEN
 
     named = question.count(DEFAULT_IMAGE_TOKEN)
     if named not in (0, count):
-        raise LlavaError(f"the question has {named} {DEFAULT_IMAGE_TOKEN} but there are {count} pictures")
+        raise LlavaError(f"the question has {named} {DEFAULT_IMAGE_TOKEN} but there are {count} images")
     return question if named else (DEFAULT_IMAGE_TOKEN + "\n") * count + question
 
 

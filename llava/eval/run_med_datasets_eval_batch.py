@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, existing_file, run, write_line
 from llava.errors import LlavaError
-from llava.eval.answer_command import add_answer_flags, add_api_answer_flags, check_flags
+from llava.eval.answers.command import add_answer_flags, add_api_answer_flags, check_flags
 
 
 def build_parser() -> ArgumentParser:
@@ -26,11 +26,11 @@ def main(argv: list[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     check_flags(args)
-    from llava.eval.ablation import Pictures
-    from llava.eval.questions import read_med_questions
+    from llava.eval.answers.ablation import QuestionImages
+    from llava.eval.answers.questions import read_med_questions
 
     questions = read_med_questions(existing_file(args.question_file, "--question-file"))
-    Pictures(args.image_folder, questions)  # a missing picture is found before any process starts
+    QuestionImages(args.image_folder, questions)  # a missing image is found before any process starts
     answers_file = Path(args.answers_file)
     parts = [part_path(answers_file, index, args.num_chunks) for index in range(args.num_chunks)]
     _run_parts(argv, parts)
@@ -49,7 +49,7 @@ def join_parts(parts: Sequence[Path], answers_file: Path, order: Sequence) -> No
     Raises:
         LlavaError: an answer is missing, doubled or to a question that wasn't asked.
     """
-    from llava.eval.manifest import manifest_path, read_manifest, write_manifest
+    from llava.eval.answers.manifest import manifest_path, read_manifest, write_manifest
     from llava.records import read_records, write_records
 
     answers, manifests = [], []
@@ -69,7 +69,7 @@ def join_parts(parts: Sequence[Path], answers_file: Path, order: Sequence) -> No
     for manifest in manifests:
         for name, count in manifest.get("counts", {}).items():
             counts[name] = counts.get(name, 0) + count
-    counts.pop("pictures", None)  # parts share pictures
+    counts.pop("images", None)  # parts share images
     write_manifest(
         answers_file,
         **{key: value for key, value in first.items() if key not in own},

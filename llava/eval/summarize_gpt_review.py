@@ -20,7 +20,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv=None) -> int:
-    from llava.eval.chat_summary import read_scores_file, summary_table
+    from llava.eval.chat.summary import read_scores_file, summary_table
     from llava.records import write_json
 
     args = build_parser().parse_args(argv)

@@ -1,40 +1,40 @@
-"""The engine that turns (conversation, pictures, sampling) into text: batched, streaming, continuous."""
+"""The engine that turns (conversation, images, sampling) into text: batched, streaming, continuous."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 _PUBLIC = {
-    "Answer": "messages",
-    "ContextTooLong": "messages",
+    "Answer": "types",
+    "ContextTooLong": "types",
     "Engine": "engine",
-    "EngineBusy": "messages",
-    "Look": "look",
-    "OutOfMemory": "messages",
-    "Piece": "messages",
-    "Request": "messages",
-    "SamplingParams": "messages",
-    "Ticket": "engine",
-    "TokenLogprob": "messages",
+    "EngineBusy": "types",
+    "AttentionMap": "attention_map",
+    "OutOfMemory": "types",
+    "Piece": "types",
+    "Request": "types",
+    "SamplingParams": "types",
+    "Handle": "engine",
+    "TokenLogprob": "types",
 }
 
 __all__ = [
     "Answer",
+    "AttentionMap",
     "ContextTooLong",
     "Engine",
     "EngineBusy",
-    "Look",
+    "Handle",
     "OutOfMemory",
     "Piece",
     "Request",
     "SamplingParams",
-    "Ticket",
     "TokenLogprob",
 ]
 
 if TYPE_CHECKING:
-    from llava.generation.engine import Engine, Ticket
-    from llava.generation.look import Look
-    from llava.generation.messages import (
+    from llava.generation.attention_map import AttentionMap
+    from llava.generation.engine import Engine, Handle
+    from llava.generation.types import (
         Answer,
         ContextTooLong,
         EngineBusy,

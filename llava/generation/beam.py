@@ -10,7 +10,7 @@ from llava.generation.runner import Runner
 def beam_search(runner: Runner, prompt: Prompt) -> list[int]:
     """The best beam's tokens, without the end mark. Stop strings aren't looked at before the end."""
     ids = torch.from_numpy(prompt.ids)[None].to(runner.device)
-    features = runner.encoder.features(prompt.pictures)
+    features = runner.encoder.features(prompt.images)
     embeds = runner.model.embed_inputs(ids, image_features=torch.cat(features) if features else None)
     sampling = prompt.request.sampling
     stop_ids = sorted(prompt.stop_ids)

@@ -17,15 +17,15 @@ import torch
 from tqdm import tqdm
 
 from llava.errors import LlavaError
+from llava.generation.attention_map import AttentionMap, read_weights
+from llava.generation.cache.memory import cache_budget
 from llava.generation.detokenize import Detokenizer
-from llava.generation.look import Look, read_weights
-from llava.generation.memory import cache_budget
-from llava.generation.messages import Answer, ContextTooLong, EngineBusy, OutOfMemory, Piece, Request
-from llava.generation.pictures import PictureEncoder
+from llava.generation.image_features import ImageEncoder
 from llava.generation.prompts import Prompt, PromptBuilder
 from llava.generation.runner import Runner
 from llava.generation.scheduler import Scheduler
 from llava.generation.state import Generation, Listener
+from llava.generation.types import Answer, ContextTooLong, EngineBusy, OutOfMemory, Piece, Request
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Engine:
         max_batch_size: requests computed at the same time.
         max_waiting: requests that may wait; one more is refused with EngineBusy. None is no limit.
         cache_bytes: memory for keys and values of running requests; by default half of what is free.
-        prefix_bytes: for those of earlier prompts, kept for the next turn and the next question about a picture.
-        feature_bytes: for features of pictures.
+        prefix_bytes: for those of earlier prompts, kept for the next turn and the next question about an image.
+        feature_bytes: for features of images.
         max_prefill: positions of prompts computed in one pass.
     """
 
@@ -58,7 +58,7 @@ class Engine:
         self.model.eval()
         self.max_waiting = max_waiting
         budget = cache_budget(self.model) if cache_bytes is None else cache_bytes
-        self.encoder = PictureEncoder(self.model, image_processor, feature_bytes)
+        self.encoder = ImageEncoder(self.model, image_processor, feature_bytes)
         self.prompts = PromptBuilder(self.tokenizer, self.model.config, self.encoder, self.context_len)
         self.scheduler = Scheduler(
             Runner(self.model, self.encoder, budget, self.context_len),
@@ -75,7 +75,7 @@ class Engine:
     def generate(self, requests: Sequence[Request], progress: bool | str | None = None) -> list[Answer]:
         """Answers in the order of the requests.
 
-        Requests about the same picture are computed together, else those of like length. `progress` shows a bar
+        Requests about the same image are computed together, else those of like length. `progress` shows a bar
         (with that text before it).
 
         Raises:
@@ -116,16 +116,16 @@ class Engine:
 
         Closing the iterator gives the request up.
         """
-        with self.submit(request) as ticket:
-            for piece in ticket:
+        with self.submit(request) as handle:
+            for piece in handle:
                 yield piece.text
 
-    def submit(self, request: Request, listener: Listener | None = None, pieces: bool = True) -> "Ticket":
-        """Queue a request; pictures are opened here, in the caller's thread.
+    def submit(self, request: Request, listener: Listener | None = None, pieces: bool = True) -> "Handle":
+        """Queue a request; images are opened here, in the caller's thread.
 
         Args:
             listener: is given each Piece and finally the Answer, in the engine's thread (it must return at once).
-                Without one the ticket is iterated.
+                Without one the handle is iterated.
             pieces: False gives the Answer alone, which costs less.
 
         Raises:
@@ -135,17 +135,17 @@ class Engine:
         if self.max_waiting is not None and len(self.scheduler.waiting) >= self.max_waiting:
             raise EngineBusy(f"{self.max_waiting} requests are waiting already; try again in a moment")
         prompt = self.prompts.build(request)
-        self.encoder.prepare(prompt.pictures)
-        ticket = Ticket(self)
-        ticket.generation = Generation(
-            prompt, self.scheduler.detokenizer, listener or ticket.put, is_streamed=pieces, keep=True
+        self.encoder.prepare(prompt.images)
+        handle = Handle(self)
+        handle.generation = Generation(
+            prompt, self.scheduler.detokenizer, listener or handle.put, is_streamed=pieces, keep=True
         )
-        self.scheduler.submit(ticket.generation)
+        self.scheduler.submit(handle.generation)
         with self._work:
             self._work.notify()
-        return ticket
+        return handle
 
-    def look(self, request: Request, token_ids: Sequence[int]) -> Look:
+    def attention_map(self, request: Request, token_ids: Sequence[int]) -> AttentionMap:
         """Where the model looked when it answered `request` with `token_ids` (an Answer's): computed anew.
 
         Between two steps, so that requests under way wait as long as for one prompt.
@@ -160,7 +160,7 @@ class Engine:
             raise LlavaError(f"the answer's token_ids have to be at least one id from 0 to {vocabulary - 1}")
         if len(prompt) + len(ids) > self.context_len:
             raise ContextTooLong(f"prompt and answer are longer than the model's context of {self.context_len}")
-        self.encoder.prepare(prompt.pictures)
+        self.encoder.prepare(prompt.images)
         # The last token is no query: what made it is the position before it.
         whole = replace(prompt, ids=np.concatenate([prompt.ids, ids[:-1]]))
         with self._stepping, torch.inference_mode():
@@ -195,8 +195,8 @@ class Engine:
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             **vars(self.scheduler.counts),
-            "pictures_encoded": self.encoder.encoded,
-            "pictures_reused": self.encoder.reused,
+            "images_encoded": self.encoder.encoded,
+            "images_reused": self.encoder.reused,
             "prefixes": len(self.scheduler.prefixes),
         }
 
@@ -210,23 +210,23 @@ class Engine:
         return generation
 
     def _prepared(self, prompts: list[Prompt], order: list[int]) -> Iterator[int]:
-        """The indices of `order`, each once its pictures are opened; a few threads work ahead."""
-        if not any(prompt.pictures for prompt in prompts):
+        """The indices of `order`, each once its images are opened; a few threads work ahead."""
+        if not any(prompt.images for prompt in prompts):
             yield from order
             return
         workers = 4 if self.scheduler.runner.device.type == "cuda" else 1
         ahead = 2 * self.scheduler.max_batch_size
-        with ThreadPoolExecutor(workers, "llava-pictures") as pool:
+        with ThreadPoolExecutor(workers, "llava-images") as pool:
             remaining = iter(order)
             tasks: queue.SimpleQueue = queue.SimpleQueue()
             for index in islice(remaining, ahead):
-                tasks.put((index, pool.submit(self.encoder.prepare, prompts[index].pictures)))
+                tasks.put((index, pool.submit(self.encoder.prepare, prompts[index].images)))
             try:
                 while not tasks.empty():
                     index, task = tasks.get()
                     task.result()
                     for following in islice(remaining, 1):
-                        tasks.put((following, pool.submit(self.encoder.prepare, prompts[following].pictures)))
+                        tasks.put((following, pool.submit(self.encoder.prepare, prompts[following].images)))
                     yield index
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -259,7 +259,7 @@ class Engine:
             self.scheduler.abort(error)
 
 
-class Ticket:
+class Handle:
     """A request that was submitted. Iterate it for pieces; `answer` is there when the iteration is over."""
 
     def __init__(self, engine: Engine):
@@ -289,7 +289,7 @@ class Ticket:
             with self._engine._work:
                 self._engine._work.notify()
 
-    def __enter__(self) -> "Ticket":
+    def __enter__(self) -> "Handle":
         return self
 
     def __exit__(self, *_) -> None:
@@ -320,7 +320,7 @@ class _patient:
 
 
 def _batch_order(prompts: Sequence[Prompt]) -> list[int]:
-    """Indices, longest first, but requests that share a beginning (a picture) one after the other."""
+    """Indices, longest first, but requests that share a beginning (an image) one after the other."""
     groups: dict[bytes, list[int]] = {}
     for index, prompt in enumerate(prompts):
         shared = prompt.beginnings[1] or prompt.beginnings[2]

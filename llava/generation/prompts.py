@@ -1,4 +1,4 @@
-"""A request made ready for the model: ids, the pictures in them, and what ends the answer. No model is run here."""
+"""A request made ready for the model: ids, the images in them, and what ends the answer. No model is run here."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ import numpy as np
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.errors import LlavaError
-from llava.generation.messages import ContextTooLong, Request
-from llava.generation.pictures import Picture, PictureEncoder
-from llava.generation.prefix_store import BLOCK
+from llava.generation.cache.prefix_store import BLOCK
+from llava.generation.image_features import ImageEncoder, RequestImage
 from llava.generation.tokenizer_cache import TokenizerCache
+from llava.generation.types import ContextTooLong, Request
 from llava.tokenization import ImageTokens, encode_prompt, expand_images, stop_token_ids, tokenize_prompt
 
 
@@ -26,18 +26,18 @@ class Beginning(NamedTuple):
 
 @dataclass(eq=False)
 class Prompt:
-    """`ids` int64 `[positions]` hold IMAGE_TOKEN_INDEX at each position of a picture."""
+    """`ids` int64 `[positions]` hold IMAGE_TOKEN_INDEX at each position of an image."""
 
     request: Request
     ids: np.ndarray
     key: np.ndarray
-    """`ids` with each picture's own number in place of IMAGE_TOKEN_INDEX: alike only if the content is."""
-    pictures: list[Picture]
+    """`ids` with each image's own number in place of IMAGE_TOKEN_INDEX: alike only if the content is."""
+    images: list[RequestImage]
     spans: list[tuple[int, int]]
-    """Where each picture begins and ends."""
+    """Where each image begins and ends."""
     beginnings: list["Beginning | None"]
-    """What other prompts may have in common with this one: the text before the first picture, all up to the last
-    picture's end, all but the last position. None where too short to be worth it."""
+    """What other prompts may have in common with this one: the text before the first image, all up to the last
+    image's end, all but the last position. None where too short to be worth it."""
     max_new_tokens: int
     stop_ids: frozenset[int]
     stop_strings: tuple[str, ...]
@@ -49,7 +49,7 @@ class Prompt:
 class PromptBuilder:
     """Makes prompts of requests for one model; may be used from any thread."""
 
-    def __init__(self, tokenizer: Any, config: Any, encoder: PictureEncoder, context_len: int):
+    def __init__(self, tokenizer: Any, config: Any, encoder: ImageEncoder, context_len: int):
         self.tokenizer = TokenizerCache(tokenizer)
         self.encoder = encoder
         self.context_len = context_len
@@ -57,34 +57,34 @@ class PromptBuilder:
         self._special = set(tokenizer.all_special_tokens)
         self._stop_ids: dict[str, frozenset[int]] = {}
 
-    def build(self, request: Request, known: dict[int, Picture] | None = None) -> Prompt:
-        """The request's prompt; pictures are identified, not yet opened (but for `anyres`).
+    def build(self, request: Request, known: dict[int, RequestImage] | None = None) -> Prompt:
+        """The request's prompt; images are identified, not yet opened (but for `anyres`).
 
-        `known` collects pictures by the identity of their source, so that a source used again isn't hashed again.
+        `known` collects images by the identity of their source, so that a source used again isn't hashed again.
 
         Raises:
-            LlavaError: pictures and `<image>` differ in number, a picture's file is missing.
+            LlavaError: images and `<image>` differ in number, an image's file is missing.
             ContextTooLong: no room for an answer; the message names both lengths.
         """
         ids = np.asarray(self._tokenize(request.conversation), np.int64)
         places = int((ids == IMAGE_TOKEN_INDEX).sum())
         if places != len(request.images):
             raise LlavaError(
-                f"{_name(request)}the text has {places} <image> but {len(request.images)} picture(s) were given; "
-                f"each picture needs its <image> in the text"
+                f"{_name(request)}the text has {places} <image> but {len(request.images)} image(s) were given; "
+                f"each image needs its <image> in the text"
             )
-        pictures = [self._identify(source, {} if known is None else known) for source in request.images]
-        lengths = [self.encoder.num_positions(picture) for picture in pictures]
+        images = [self._identify(source, {} if known is None else known) for source in request.images]
+        lengths = [self.encoder.num_positions(image) for image in images]
         ids, _ = expand_images(ids, None, lengths)
         room = self.context_len - len(ids)
         if room < 1:
             raise ContextTooLong(
                 f"{_name(request)}the prompt takes {len(ids)} positions and the model's context is "
-                f"{self.context_len}; shorten the conversation or give fewer pictures"
+                f"{self.context_len}; shorten the conversation or give fewer images"
             )
         where = np.flatnonzero(ids == IMAGE_TOKEN_INDEX)
         key = ids.copy()
-        key[where] = np.repeat(np.array([picture.key for picture in pictures], np.int64), lengths)
+        key[where] = np.repeat(np.array([image.key for image in images], np.int64), lengths)
         starts = where[np.cumsum([0, *lengths])[:-1]].tolist() if lengths else []
         spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         ends = (spans[0][0], spans[-1][1]) if spans else (0, 0)
@@ -92,7 +92,7 @@ class PromptBuilder:
             request,
             ids,
             key,
-            pictures,
+            images,
             spans,
             beginnings=[_beginning(key, end) for end in (*ends, len(ids) - 1)],
             max_new_tokens=min(request.sampling.max_new_tokens, room),
@@ -106,11 +106,11 @@ class PromptBuilder:
             return tokenize_prompt(conversation, self.tokenizer, self.image_tokens)
         return conversation
 
-    def _identify(self, source: Any, known: dict[int, Picture]) -> Picture:
-        picture = known.get(id(source))
-        if picture is None:
-            picture = known[id(source)] = self.encoder.identify(source)
-        return picture
+    def _identify(self, source: Any, known: dict[int, RequestImage]) -> RequestImage:
+        image = known.get(id(source))
+        if image is None:
+            image = known[id(source)] = self.encoder.identify(source)
+        return image
 
     def _stops(self, request: Request) -> dict[str, Any]:
         strings = list(request.sampling.stop)

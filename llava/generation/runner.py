@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.generation.kv_cache import RowCache
-from llava.generation.packing import PackedPass, Row, WatchedPass
-from llava.generation.pictures import PictureEncoder
+from llava.generation.cache.rows import RowCache
+from llava.generation.forward_pass import PackedPass, Row, WatchedPass
+from llava.generation.image_features import ImageEncoder
 from llava.generation.prompts import Prompt
 
 
 class Runner:
     """Runs LLaMA's or Mistral's blocks on packed tokens; their modules are transformers' (quantized or not)."""
 
-    def __init__(self, model: Any, encoder: PictureEncoder, cache_bytes: int, context_len: int):
+    def __init__(self, model: Any, encoder: ImageEncoder, cache_bytes: int, context_len: int):
         config = model.config
         self.model = model
         self.encoder = encoder
@@ -81,14 +81,14 @@ class Runner:
         return hidden
 
     def _features(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> torch.Tensor | None:
-        """Features of the pictures (or parts of pictures) within the computed positions, in reading order."""
+        """Features of the images (or parts of images) within the computed positions, in reading order."""
         needed = [
-            (picture, max(row.begin, first) - first, min(row.end, last) - first)
+            (image, max(row.begin, first) - first, min(row.end, last) - first)
             for prompt, row in zip(prompts, rows, strict=True)
-            for picture, (first, last) in zip(prompt.pictures, prompt.spans, strict=True)
+            for image, (first, last) in zip(prompt.images, prompt.spans, strict=True)
             if first < row.end and last > row.begin
         ]
         if not needed:
             return None
-        features = self.encoder.features([picture for picture, _, _ in needed])
+        features = self.encoder.features([image for image, _, _ in needed])
         return torch.cat([own[first:last] for own, (_, first, last) in zip(features, needed, strict=True)])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from llava.generation.detokenize import Detokenizer
-from llava.generation.messages import SamplingParams, TokenLogprob
+from llava.generation.types import SamplingParams, TokenLogprob
 
 
 def choose_tokens(

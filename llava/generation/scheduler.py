@@ -15,14 +15,14 @@ import torch
 
 from llava.errors import LlavaError
 from llava.generation.beam import beam_search
+from llava.generation.cache.prefix_store import Prefix, PrefixStore
 from llava.generation.detokenize import Detokenizer
-from llava.generation.messages import OutOfMemory
-from llava.generation.packing import Row
-from llava.generation.prefix_store import Prefix, PrefixStore
+from llava.generation.forward_pass import Row
 from llava.generation.prompts import Prompt
 from llava.generation.runner import Runner
 from llava.generation.sampling import choose_tokens, token_logprobs
 from llava.generation.state import Generation
+from llava.generation.types import OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Scheduler:
     def _prepare(self, first: Generation) -> bool:
         """Whether the first waiting request can be taken in; beams are done here, what fails is finished."""
         try:
-            self.runner.encoder.prepare(first.prompt.pictures)
+            self.runner.encoder.prepare(first.prompt.images)
             if first.sampling.num_beams == 1:
                 return True
             first.tokens = beam_search(self.runner, first.prompt)
@@ -339,7 +339,7 @@ class Plan:
 def _for_user(error: Exception) -> LlavaError:
     if isinstance(error, LlavaError):
         return error
-    return OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer pictures")
+    return OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer images")
 
 
 def _passes(lengths: Sequence[int], max_positions: int) -> Iterator[tuple[int, int]]:

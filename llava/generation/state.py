@@ -8,8 +8,8 @@ import numpy as np
 
 from llava.errors import LlavaError
 from llava.generation.detokenize import Detokenizer, TextStream
-from llava.generation.messages import Answer, Piece, SamplingParams, TokenLogprob
 from llava.generation.prompts import Prompt
+from llava.generation.types import Answer, Piece, SamplingParams, TokenLogprob
 
 Listener = Callable[[Piece | Answer], None]
 """Is given each piece as it is made and the answer at the end, in the thread that runs the engine."""

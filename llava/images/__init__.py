@@ -1,4 +1,4 @@
-"""Any picture to RGB, RGB to pixel values: the only place for either. Needs no torch."""
+"""Any image to RGB, RGB to pixel values: the only place for either. Needs no torch."""
 
 from llava.images.limits import UPLOAD_LIMITS, Limits
 from llava.images.opening import open_image, open_uploaded_image, png_data_url

@@ -1,4 +1,4 @@
-"""LLaVA's `anyres`: a picture fitted into the best of several grids and cut into tiles of the tower's size."""
+"""LLaVA's `anyres`: an image fitted into the best of several grids and cut into tiles of the tower's size."""
 
 import json
 import math
@@ -15,7 +15,7 @@ _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 def split_into_tiles(image: Image.Image, pinpoints: Sequence[tuple[int, int]], tile: int) -> list[Image.Image]:
-    """The picture on black in the best of `pinpoints` (width, height), cut into `tile` × `tile`, row by row."""
+    """The image on black in the best of `pinpoints` (width, height), cut into `tile` × `tile`, row by row."""
     width, height = best_pinpoint(*image.size, pinpoints)
     scale = min(width / image.width, height / image.height)
     # The tighter side fills its length exactly; the other is rounded up.
@@ -33,7 +33,7 @@ def split_into_tiles(image: Image.Image, pinpoints: Sequence[tuple[int, int]], t
 
 
 def best_pinpoint(width: int, height: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The grid that keeps most of the picture's pixels and, among equals, wastes the least; first wins a tie."""
+    """The grid that keeps most of the image's pixels and, among equals, wastes the least; first wins a tie."""
 
     def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
         scale = min(pinpoint[0] / width, pinpoint[1] / height)

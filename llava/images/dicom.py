@@ -140,13 +140,13 @@ def _read_header(pydicom, content: bytes, name: str):
             io.BytesIO(content), stop_before_pixels=True, force=True, specific_tags=list(_PIXEL_TAGS)
         )
         if header.get("SOPClassUID") == _DICOMDIR or header.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
-            raise LlavaError(f"{name}: a DICOMDIR is an index, not a picture; give one of the files it lists")
+            raise LlavaError(f"{name}: a DICOMDIR is an index, not an image; give one of the files it lists")
         if "Rows" not in header or "Columns" not in header:
-            raise LlavaError(f"{name}: a DICOM file without a picture, or no DICOM file at all")
+            raise LlavaError(f"{name}: a DICOM file without an image, or no DICOM file at all")
     except _BROKEN as error:
         raise LlavaError(f"{name}: the DICOM header is damaged ({type(error).__name__})") from error
     if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
-        log.warning("a DICOM picture says that it has text burnt into its pixels; it may name the patient")
+        log.warning("a DICOM image says that it has text burnt into its pixels; it may name the patient")
     return header
 
 
@@ -188,7 +188,7 @@ def _decode(pydicom, content: bytes, header, index: int, name: str) -> np.ndarra
             source.file_meta.TransferSyntaxUID = syntax
         return np.asarray(pydicom.pixels.pixel_array(source, index=index))
     except MemoryError as error:
-        raise LlavaError(f"{name}: the picture needs more memory than there is") from error
+        raise LlavaError(f"{name}: the image needs more memory than there is") from error
     except _BROKEN as error:
         if getattr(syntax, "is_private", False) or isinstance(error, NotImplementedError):
             raise LlavaError(f"{name}: no decoder for the DICOM transfer syntax {syntax}") from error
@@ -211,7 +211,7 @@ def _colour(pydicom, values: np.ndarray, header) -> Image.Image:
         try:
             values = pydicom.pixels.apply_icc_profile(values.copy(), header)
         except (OSError, ValueError, ImportError, TypeError):
-            log.warning("a DICOM picture's colour profile can't be applied; its colours are used as they are")
+            log.warning("a DICOM image's colour profile can't be applied; its colours are used as they are")
     return Image.fromarray(np.ascontiguousarray(values))
 
 

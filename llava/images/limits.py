@@ -1,4 +1,4 @@
-"""What a picture may cost: checked from sizes that headers state, before anything is decoded."""
+"""What an image may cost: checked from sizes that headers state, before anything is decoded."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 
 @dataclass(frozen=True)
 class Limits:
-    """Caps on one picture; a picture beyond one of them is an error, not a warning."""
+    """Caps on one image; an image beyond one of them is an error, not a warning."""
 
     max_bytes: int = 1 << 30
     """Of the file as it is."""
@@ -27,17 +27,17 @@ class Limits:
         if size > self.max_bytes:
             raise LlavaError(
                 f"{name}: {size / 2**20:.1f} MiB is more than the {self.max_bytes / 2**20:.1f} MiB allowed "
-                f"for a picture; send a smaller one"
+                f"for an image; send a smaller one"
             )
 
     def check_size(self, width: int, height: int, name: str) -> None:
         if width < 1 or height < 1:
-            raise LlavaError(f"{name}: the picture is empty ({width} × {height} pixels)")
+            raise LlavaError(f"{name}: the image is empty ({width} × {height} pixels)")
         longer, shorter = max(width, height), min(width, height)
         if width * height > self.max_pixels or longer > self.max_side or longer > self.max_aspect * shorter:
             raise LlavaError(
                 f"{name}: {width} × {height} pixels is beyond what is allowed ({self.max_pixels:,} pixels, "
-                f"{self.max_side:,} per side, {self.max_aspect:g} times as long as wide); send a smaller picture"
+                f"{self.max_side:,} per side, {self.max_aspect:g} times as long as wide); send a smaller image"
             )
 
     def check_volume(self, size: int, name: str) -> None:
@@ -51,4 +51,4 @@ class Limits:
 UPLOAD_LIMITS = Limits(
     max_bytes=32 << 20, max_pixels=50_000_000, max_side=20_000, max_aspect=1_000.0, max_volume_bytes=512 << 20
 )
-"""For pictures that strangers send."""
+"""For images that strangers send."""

@@ -11,7 +11,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as RGB.
 
     Transparency is laid over white (dropping it would show whatever colour lies beneath), grey of more than
-    8 bits is scaled (Pillow would clip it at 255: an almost white picture).
+    8 bits is scaled (Pillow would clip it at 255: an almost white image).
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -26,14 +26,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def grey_to_rgb(grey: np.ndarray) -> Image.Image:
-    """uint8 `[height, width]` to an RGB picture with three equal channels."""
+    """uint8 `[height, width]` to an RGB image with three equal channels."""
     return Image.fromarray(np.ascontiguousarray(grey, np.uint8)).convert("RGB")
 
 
 def scale_grey(values: np.ndarray) -> np.ndarray:
     """Grey values of any depth `[height, width]` to uint8.
 
-    Whole numbers are taken as 8, 10, 12, 14 or 16 bits, the least that holds the largest, so that pictures of
+    Whole numbers are taken as 8, 10, 12, 14 or 16 bits, the least that holds the largest, so that images of
     one device keep their brightness. Floats from 0 to 1 are taken as such. Anything else goes by its range.
     """
     values = np.asarray(values)
@@ -51,7 +51,7 @@ def scale_grey(values: np.ndarray) -> np.ndarray:
 
 
 def scale_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """`low` to 0, `high` to 255, linear between, clipped outside; uint8. A flat picture is black."""
+    """`low` to 0, `high` to 255, linear between, clipped outside; uint8. A flat image is black."""
     span = float(high) - float(low)
     if span <= 0:
         return np.zeros(values.shape, np.uint8)

@@ -106,5 +106,5 @@ def _slice(volume, index: int | None, axis: int, name: str) -> np.ndarray:
     data = np.asarray(volume.dataobj[tuple(places[: len(volume.shape)])])
     if data.dtype.fields:  # RGB24
         data = np.stack([data[channel] for channel in "RGB"], -1).astype(np.uint8)
-    # From [right, up] of RAS+ to a picture's rows from the top.
+    # From [right, up] of RAS+ to an image's rows from the top.
     return np.flip(data.swapaxes(0, 1), 0)

@@ -32,7 +32,7 @@ def open_image(
     window: str | tuple[float, float] | None = None,
     axis: int = 2,
 ) -> Image.Image:
-    """Open a picture as RGB (mode "RGB", upright by its EXIF orientation, first frame of an animation).
+    """Open an image as RGB (mode "RGB", upright by its EXIF orientation, first frame of an animation).
 
     Args:
         source: path, file content, `data:` URL, or a Pillow image.
@@ -42,12 +42,12 @@ def open_image(
         axis: of a volume, along which slices are counted: 0 sagittal, 1 coronal, 2 axial.
 
     Raises:
-        LlavaError: missing file, unknown or broken content, a picture beyond the limits, an address of the
+        LlavaError: missing file, unknown or broken content, an image beyond the limits, an address of the
             web (nothing is fetched), a missing extra for DICOM or NIfTI.
     """
     limits = limits or Limits()
     if isinstance(source, Image.Image):
-        limits.check_size(*source.size, "picture")
+        limits.check_size(*source.size, "image")
         return to_rgb(_upright(source))
     content, name = _read(source, limits)
     kind = _kind(content, name)
@@ -67,39 +67,39 @@ def open_uploaded_image(source: bytes | str, *, limits: Limits = UPLOAD_LIMITS, 
     if isinstance(source, str):
         source = _from_base64(source, limits)
     elif not isinstance(source, (bytes, bytearray, memoryview)):
-        raise LlavaError("a picture has to be sent as a data: URL or as base64")
+        raise LlavaError("an image has to be sent as a data: URL or as base64")
     return open_image(bytes(source), limits=limits, **options)
 
 
 def _read(source: Any, limits: Limits) -> tuple[bytes, str]:
     """(content, name for messages) of a path, bytes or data URL."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        content, name = bytes(source), "picture"
+        content, name = bytes(source), "image"
         limits.check_bytes(len(content), name)
     elif isinstance(source, str) and source[:5].lower() == "data:":
-        content, name = _from_base64(source, limits), "picture"
+        content, name = _from_base64(source, limits), "image"
     elif isinstance(source, str) and _WEB_ADDRESS.match(source):
-        raise LlavaError("pictures aren't fetched from the web; download it and give the file, or a data: URL")
+        raise LlavaError("images aren't fetched from the web; download it and give the file, or a data: URL")
     elif isinstance(source, (str, os.PathLike)):
         content, name = _read_file(Path(source).expanduser(), limits), str(source)
     else:
-        raise LlavaError(f"a picture is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
+        raise LlavaError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
     if not content:
-        raise LlavaError(f"{name}: the picture is empty (0 bytes)")
+        raise LlavaError(f"{name}: the image is empty (0 bytes)")
     return content, name
 
 
 def _read_file(path: Path, limits: Limits) -> bytes:
     try:
         if not path.is_file():
-            raise LlavaError(f"picture not found: {path}" if not path.is_dir() else f"{path}: a folder, not a picture")
+            raise LlavaError(f"image not found: {path}" if not path.is_dir() else f"{path}: a folder, not an image")
         limits.check_bytes(path.stat().st_size, str(path))
         with path.open("rb") as file:
             # The size may have changed since: never read more than one byte beyond the cap.
             content = file.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
-        raise LlavaError(f"{path}: the picture can't be read ({reason})") from error
+        raise LlavaError(f"{path}: the image can't be read ({reason})") from error
     limits.check_bytes(len(content), str(path))
     return content
 
@@ -109,17 +109,17 @@ def _from_base64(text: str, limits: Limits) -> bytes:
     if text[:5].lower() == "data:":
         match = _DATA_URL.match(text)
         if match is None:
-            raise LlavaError("a data: URL of a picture has the form data:image/png;base64,…; this one hasn't")
+            raise LlavaError("a data: URL of an image has the form data:image/png;base64,…; this one hasn't")
         start = match.end()
     elif _WEB_ADDRESS.match(text):
-        raise LlavaError("pictures aren't fetched from the web; send a data: URL or base64")
-    limits.check_bytes((len(text) - start) * 3 // 4 - 2, "picture")
+        raise LlavaError("images aren't fetched from the web; send a data: URL or base64")
+    limits.check_bytes((len(text) - start) * 3 // 4 - 2, "image")
     try:
         content = base64.b64decode("".join(text[start:].split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise LlavaError("the picture isn't valid base64") from error
+        raise LlavaError("the image isn't valid base64") from error
     if not content:
-        raise LlavaError("the picture is empty (0 bytes)")
+        raise LlavaError("the image is empty (0 bytes)")
     return content
 
 
@@ -132,7 +132,7 @@ def _kind(content: bytes, name: str) -> str:
         return "nifti"
     if content[4:8] in (b"n+2\0", b"ni2\0") or lower.endswith(_NIFTI_SUFFIXES) or content[:2] == b"\x1f\x8b":
         return "nifti"
-    return "dicom" if lower.endswith(_DICOM_SUFFIXES) else "picture"
+    return "dicom" if lower.endswith(_DICOM_SUFFIXES) else "image"
 
 
 def _decode(content: bytes, name: str, limits: Limits) -> Image.Image:
@@ -143,18 +143,18 @@ def _decode(content: bytes, name: str, limits: Limits) -> Image.Image:
             return to_rgb(_upright(image))
     except UnidentifiedImageError as error:
         known = ", ".join(limits.formats)
-        raise LlavaError(f"{name}: not a picture that can be read (known: {known}, DICOM, NIfTI)") from error
+        raise LlavaError(f"{name}: not an image that can be read (known: {known}, DICOM, NIfTI)") from error
     except Image.DecompressionBombError as error:
-        raise LlavaError(f"{name}: more pixels than a picture may have ({limits.max_pixels:,})") from error
+        raise LlavaError(f"{name}: more pixels than an image may have ({limits.max_pixels:,})") from error
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error) as error:
         # What Pillow's decoders raise on broken files; LlavaError is none of them.
-        raise LlavaError(f"{name}: the picture is damaged or cut off ({type(error).__name__})") from error
+        raise LlavaError(f"{name}: the image is damaged or cut off ({type(error).__name__})") from error
     except (MemoryError, OverflowError, ArithmeticError) as error:
-        raise LlavaError(f"{name}: the picture needs more memory than there is") from error
+        raise LlavaError(f"{name}: the image needs more memory than there is") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; broken EXIF data is no reason to refuse a picture."""
+    """Turned as its EXIF orientation says; broken EXIF data is no reason to refuse an image."""
     try:
         return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
@@ -162,7 +162,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def png_data_url(image: Image.Image) -> str:
-    """The picture without loss as a data: URL, which every OpenAI-compatible server and browser can read."""
+    """The image without loss as a data: URL, which every OpenAI-compatible server and browser can read."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

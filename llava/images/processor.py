@@ -1,7 +1,7 @@
-"""`ImageProcessor`: RGB pictures to the pixel values that a CLIP tower was trained on.
+"""`ImageProcessor`: RGB images to the pixel values that a CLIP tower was trained on.
 
 The numbers are those of CLIPImageProcessor (bicubic on 8-bit pixels, shortest edge, centre crop, normalisation),
-made with Pillow directly; the ways to fit a picture into the square are LLaVA's and LLaVA-Med's.
+made with Pillow directly; the ways to fit an image into the square are LLaVA's and LLaVA-Med's.
 """
 
 import math
@@ -31,9 +31,9 @@ _MAX_STRETCH = 64
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Settings of a tower's preprocessing; call it on pictures.
+    """Settings of a tower's preprocessing; call it on images.
 
-    `size` is the shortest edge (or (height, width), which ignores the picture's shape), `crop_size` the final
+    `size` is the shortest edge (or (height, width), which ignores the image's shape), `crop_size` the final
     (height, width), both in pixels; `resample` is Pillow's number of the filter.
     """
 
@@ -82,13 +82,13 @@ class ImageProcessor:
         aspect_ratio: str | None = None,
         grid_pinpoints: str | Sequence[Sequence[int]] | None = None,
     ) -> np.ndarray | list[np.ndarray]:
-        """Pixel values, float32, of pictures of any size and mode.
+        """Pixel values, float32, of images of any size and mode.
 
         Args:
             images: one or more Pillow images (`llava.images.open_image`).
             aspect_ratio: None or `square`: shortest edge to `size`, centre cropped. `pad`: padded to a square with
                 the mean colour first, nothing is cut off. `keep`: v1.0's, shape kept, at most 448 × 224.
-                `anyres`: the whole picture and tiles of it, LLaVA's.
+                `anyres`: the whole image and tiles of it, LLaVA's.
             grid_pinpoints: for `anyres`, the (width, height) to choose from, also as text.
 
         Returns:
@@ -111,7 +111,7 @@ class ImageProcessor:
         return self._shrink(to_rgb(image))
 
     def restore(self, pixels: np.ndarray) -> Image.Image:
-        """The picture that pixel values `[3, height, width]` were made of, as the tower sees it."""
+        """The image that pixel values `[3, height, width]` were made of, as the tower sees it."""
         values = pixels.astype(np.float32)
         if self.do_normalize:
             mean, std = (np.array(part, np.float32)[:, None, None] for part in (self.image_mean, self.image_std))
@@ -120,8 +120,8 @@ class ImageProcessor:
             values = values / self.rescale_factor
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
-    def _stack(self, pictures: Iterable[Image.Image]) -> np.ndarray:
-        pixels = [np.asarray(picture) for picture in pictures]
+    def _stack(self, images: Iterable[Image.Image]) -> np.ndarray:
+        pixels = [np.asarray(image) for image in images]
         if not pixels:
             return np.empty((0, 3, *self.crop_size), np.float32)
         return self._normalise(np.stack(pixels))
@@ -164,7 +164,7 @@ class ImageProcessor:
         return _with_shortest(width, height, self.size)
 
     def _crop(self, image: Image.Image) -> Image.Image:
-        """The middle; what is missing at the edges of a smaller picture is black."""
+        """The middle; what is missing at the edges of a smaller image is black."""
         height, width = self.crop_size
         if image.size == (width, height):
             return image
@@ -172,7 +172,7 @@ class ImageProcessor:
         return image.crop((left, top, left + width, top + height))
 
     def _resize_middle(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        """The crop's part of the picture resized to `width` × `height`, the rest never computed."""
+        """The crop's part of the image resized to `width` × `height`, the rest never computed."""
         crop_height, crop_width = min(self.crop_size[0], height), min(self.crop_size[1], width)
         across, down = image.width / width, image.height / height
         left, top = (width - crop_width) // 2 * across, (height - crop_height) // 2 * down

@@ -29,7 +29,7 @@ _TEXT = (
 )
 _SOURCE = rf"(?:the|this|its|a)?\s*(?:provided\s+|given\s+|accompanying\s+)?{_TEXT}(?:\s+(?:provided|given))?"
 _AS_SAID = r"(?:based on|according to|as (?:mentioned|described|stated|indicated|noted|seen) (?:in|by)"
-_PICTURE = r"(?:image|picture|figure)"
+_IMAGE = r"(?:image|picture|figure)"
 
 # In this order: turns in which the assistant can't see are beyond help, phrases that can be cut are cut, and what
 # still speaks of the text goes.
@@ -38,8 +38,8 @@ RULES: tuple[Rule, ...] = (
         "cannot_see",
         "drop",
         r"\b(?:can\s?not|can't|unable to|not able to|don't|do not)\s+(?:\w+\s+)?"
-        rf"(?:see|view|access|have access to|look at)\s+(?:the\s+|this\s+|any\s+|an\s+)?(?:actual\s+)?{_PICTURE}s?\b"
-        rf"|\b(?:without|no)\s+(?:direct\s+)?access\s+to\s+the\s+{_PICTURE}"
+        rf"(?:see|view|access|have access to|look at)\s+(?:the\s+|this\s+|any\s+|an\s+)?(?:actual\s+)?{_IMAGE}s?\b"
+        rf"|\b(?:without|no)\s+(?:direct\s+)?access\s+to\s+the\s+{_IMAGE}"
         r"|\bas an? (?:ai|text-based|language) (?:language )?(?:model|assistant)\b",
         question=False,
     ),

@@ -14,7 +14,7 @@ DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
 
 @dataclass(frozen=True)
 class Figure:
-    """One picture's texts. `key` is LLaVA-Med's pair_id, unique in a file."""
+    """One image's texts. `key` is LLaVA-Med's pair_id, unique in a file."""
 
     key: str
     caption: str

@@ -1,4 +1,4 @@
-"""Write visual conversations from figure captions with a language model that never sees the pictures.
+"""Write visual conversations from figure captions with a language model that never sees the images.
 
     python -m llava.instruct.instruct_generate --input_path captions.json --output_path generated.jsonl \\
         --max-size 60000 --use_inline_mentions True --api-model gpt-4o

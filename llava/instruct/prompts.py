@@ -6,18 +6,18 @@ The protocol is LLaVA-Med's (paper, section 3 and its appendix); the wording and
 from llava.instruct.figures import Figure
 
 TASK = """\
-You write conversations between a person (User) and an assistant who looks at a medical picture (Assistant).
-You are not shown the picture. You get the caption of a figure from a scientific article and, in some cases, the
-sentences of the article that mention the figure. Write as if both speakers had the picture before them and nothing
+You write conversations between a person (User) and an assistant who looks at a medical image (Assistant).
+You are not shown the image. You get the caption of a figure from a scientific article and, in some cases, the
+sentences of the article that mention the figure. Write as if both speakers had the image before them and nothing
 else.
 
 Rules:
-- Speak of what the picture shows. Never say caption, context, figure text, article, mention or description, and
+- Speak of what the image shows. Never say caption, context, figure text, article, mention or description, and
   never hint that there was a text.
-- Don't quote particular facts, terms, abbreviations, dates, numbers or names that nobody could see in the picture.
-- Ask varied questions: kind of picture, part of the body, what is visible, where it is, how it looks, how parts
+- Don't quote particular facts, terms, abbreviations, dates, numbers or names that nobody could see in the image.
+- Ask varied questions: kind of image, part of the body, what is visible, where it is, how it looks, how parts
   compare. Ask only what the text lets you answer.
-- The assistant is careful: no medical advice, no treatment, no certainty that a picture alone can't give.
+- The assistant is careful: no medical advice, no treatment, no certainty that an image alone can't give.
 - Two or three questions at least; more where the text carries more.
 - Write nothing but the conversation. Each line starts with "User:" or "Assistant:", in turn, User first."""
 

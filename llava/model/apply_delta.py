@@ -18,7 +18,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from llava.model.delta import apply_delta
+    from llava.model.convert.delta import apply_delta
 
     target = apply_delta(
         args.base_model_path,

@@ -8,15 +8,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
-from llava.model.assemble import Source, build_empty, fill_model
 from llava.model.configuration import SCHEME_PATCH, LlavaLlamaConfig, LlavaMistralConfig
 from llava.model.language_model import MODEL_CLASSES
 from llava.model.loader import LoadedModel, context_length, load_image_processor
-from llava.model.locate import locate_model
-from llava.model.placement import best_device
 from llava.model.tokenizer import add_tokens, load_tokenizer
-from llava.model.tower_files import read_vision_config, tower_source
-from llava.model.weights import WeightFiles, is_harmless
+from llava.model.towers.files import read_vision_config, tower_source
+from llava.model.weights.assemble import Source, build_empty, fill_model
+from llava.model.weights.files import WeightFiles, is_harmless
+from llava.model.weights.locate import locate_model
+from llava.model.weights.placement import best_device
 
 CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
 
@@ -36,7 +36,7 @@ def build_model_from_llm(
         mm_fields: fields of the LLaVA config: `mm_projector_type`, `mm_vision_select_layer`,
             `mm_vision_select_feature`, `mm_image_token_scheme`, `mm_use_im_start_end`,
             `mm_use_im_patch_token`, `image_aspect_ratio`, `conversation_template`, …
-            Picture tokens that they ask for are added to tokenizer and embeddings.
+            Image tokens that they ask for are added to tokenizer and embeddings.
 
     Raises:
         LlavaError: the language model is of another kind, a folder is incomplete.
@@ -58,7 +58,7 @@ def build_model_from_llm(
 
 
 def add_image_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add the picture tokens that the model's config asks for; returns how many were new.
+    """Add the image tokens that the model's config asks for; returns how many were new.
 
     <im_patch> for `mm_use_im_patch_token` and the patch scheme, <im_start> and <im_end> for
     `mm_use_im_start_end`. New rows of both embedding matrices start as the mean of the old ones.

@@ -1,4 +1,4 @@
-"""Configurations of the two LLaVA families: the language model's fields plus everything the pictures need.
+"""Configurations of the two LLaVA families: the language model's fields plus everything the images need.
 
 A checkpoint's config.json carries all that is needed to run the model; nothing is read off a folder's name.
 """
@@ -38,13 +38,13 @@ class LlavaConfigFields:
     """`placeholder` (v1.5: one <image> becomes the features) or `patch` (v1.0: a run of <im_patch> tokens)."""
 
     mm_use_im_start_end: bool = False
-    """Whether <im_start> and <im_end> stand around a picture."""
+    """Whether <im_start> and <im_end> stand around an image."""
 
     mm_use_im_patch_token: bool = False
     """Whether <im_patch> was added to the vocabulary."""
 
     image_aspect_ratio: str | None = None
-    """How a picture is brought to the tower's square: None or `square` (crop), `pad`, `keep`, `anyres`."""
+    """How an image is brought to the tower's square: None or `square` (crop), `pad`, `keep`, `anyres`."""
 
     image_grid_pinpoints: list | str | None = None
     """The sizes that `anyres` chooses from."""

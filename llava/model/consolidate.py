@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     import torch
 
-    from llava.model.native_writer import write_native
+    from llava.model.convert.native_writer import write_native
 
     output = write_native(
         args.src,

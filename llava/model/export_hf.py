@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     import torch
 
-    from llava.model.hf_writer import export_hf
+    from llava.model.convert.hf_writer import export_hf
 
     output = export_hf(
         args.model_path,

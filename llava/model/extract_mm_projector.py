@@ -19,7 +19,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from llava.model.projector_extract import extract_projector
+    from llava.model.convert.projector_extract import extract_projector
 
     path, names = extract_projector(args.model_path, args.output)
     write_line(f"{path}: {', '.join(names)}")

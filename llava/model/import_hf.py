@@ -18,7 +18,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from llava.model.hf_reader import import_hf
+    from llava.model.convert.hf_reader import import_hf
 
     output = import_hf(args.model_path, args.output, overwrite=args.overwrite)
     write_line(f"{output}: complete and verified")

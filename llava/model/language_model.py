@@ -1,6 +1,6 @@
 """The multimodal models: LLaMA and Mistral with a vision tower, a projector and one scatter of features.
 
-`input_ids` come expanded: every position that a picture feature takes holds IMAGE_TOKEN_INDEX. The features
+`input_ids` come expanded: every position that an image feature takes holds IMAGE_TOKEN_INDEX. The features
 are put there by one masked scatter over the whole batch, so nothing depends on the data but the values.
 """
 
@@ -23,7 +23,7 @@ from llava.errors import LlavaError
 from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
 from llava.model.loss import causal_loss
 from llava.model.projector import build_projector
-from llava.model.vision_tower import VisionTower, build_vision_tower
+from llava.model.towers.base import VisionTower, build_vision_tower
 
 
 class LlavaForCausalLM:
@@ -41,7 +41,7 @@ class LlavaForCausalLM:
 
     @property
     def num_patches(self) -> int:
-        """Features (positions) per picture."""
+        """Features (positions) per image."""
         return self.get_vision_tower().num_patches
 
     def initialize_vision_modules(self) -> None:
@@ -81,23 +81,23 @@ class LlavaForCausalLM:
         vision_features: torch.Tensor | None = None,
         **kwargs: Any,
     ):
-        """The language model's forward, with pictures.
+        """The language model's forward, with images.
 
         Args:
-            input_ids: `[batch, positions]`, expanded: IMAGE_TOKEN_INDEX at each position of a picture.
+            input_ids: `[batch, positions]`, expanded: IMAGE_TOKEN_INDEX at each position of an image.
             attention_mask: `[batch, positions]` (with a cache: past and new ones); 1 for real positions. If
                 `position_ids` is missing they are counted from it, so left padding changes no answer.
             labels: `[batch, positions]`, -100 ignored. In training mode the result then holds the loss alone:
                 logits are made for the targets only, in chunks (llava.model.loss).
-            pixel_values: `[n_images, 3, H, W]` of all pictures of the batch, in reading order.
+            pixel_values: `[n_images, 3, H, W]` of all images of the batch, in reading order.
             image_features: in their place, `[n_image_positions, hidden]`, already projected.
             vision_features: in their place, `[n_images, patches, mm_hidden]`, from the tower.
 
-        In training a batch without pictures still runs projector (and tower, unless `vision_features` are
-        in use) on a zero picture with weight zero: sharded parameters are gathered by all ranks or none.
+        In training a batch without images still runs projector (and tower, unless `vision_features` are
+        in use) on a zero image with weight zero: sharded parameters are gathered by all ranks or none.
 
         Raises:
-            LlavaError: the number of picture positions isn't the number of features.
+            LlavaError: the number of image positions isn't the number of features.
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_features, vision_features)
@@ -130,7 +130,7 @@ class LlavaForCausalLM:
         image_features: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings `[batch, positions, hidden]` of expanded ids, picture features in their places."""
+        """Embeddings `[batch, positions, hidden]` of expanded ids, image features in their places."""
         is_image = input_ids == IMAGE_TOKEN_INDEX
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         features = self._features(pixel_values, image_features, vision_features)
@@ -145,7 +145,7 @@ class LlavaForCausalLM:
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
-        """As the library's, with the pictures given in the first step alone: later they are in the cache.
+        """As the library's, with the images given in the first step alone: later they are in the cache.
 
         `inputs_embeds` is named because the library looks for it to allow a prompt given as embeddings.
         """
@@ -170,7 +170,7 @@ class LlavaForCausalLM:
         return features.flatten(0, 1)
 
     def _idle_contribution(self, vision_features: torch.Tensor | None) -> torch.Tensor:
-        """Zero, computed through projector and tower so that they take part in a batch without pictures."""
+        """Zero, computed through projector and tower so that they take part in a batch without images."""
         if getattr(self.model, "vision_tower", None) is None:
             return torch.zeros(())
         tower = self.get_vision_tower()
@@ -183,7 +183,7 @@ class LlavaForCausalLM:
 
 
 class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
-    """LLaMA-1/2 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor) with pictures."""
+    """LLaMA-1/2 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor) with images."""
 
     config_class = LlavaLlamaConfig
     _no_split_modules = ("LlamaDecoderLayer",)
@@ -198,7 +198,7 @@ class LlavaLlamaModel(LlamaModel):
 
 
 class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
-    """Mistral (LLaVA-Med v1.5) with pictures."""
+    """Mistral (LLaVA-Med v1.5) with images."""
 
     config_class = LlavaMistralConfig
     _no_split_modules = ("MistralDecoderLayer",)
@@ -240,6 +240,6 @@ def _build(model: PreTrainedModel, core: PreTrainedModel) -> None:
 def _check_counts(positions: int, features: int) -> None:
     if positions != features:
         raise LlavaError(
-            f"the text has {positions} picture positions but the pictures give {features} features; "
-            f"expand each <image> with llava.tokenization.expand_images and give every picture once"
+            f"the text has {positions} image positions but the images give {features} features; "
+            f"expand each <image> with llava.tokenization.expand_images and give every image once"
         )

@@ -10,14 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
-from llava.model.assemble import build_empty, fill_model
+from llava.model.checkpoint.layouts import Parts, open_checkpoint
 from llava.model.configuration import SCHEME_PATCH
 from llava.model.language_model import MODEL_CLASSES
-from llava.model.layouts import Parts, open_checkpoint
-from llava.model.locate import locate_model
-from llava.model.placement import Placement, best_device, choose_dtype
-from llava.model.quantized import finish_quantized, prepare_quantized, quantization_config, split_statistics
 from llava.model.tokenizer import add_tokens, load_tokenizer
+from llava.model.weights.assemble import build_empty, fill_model
+from llava.model.weights.locate import locate_model
+from llava.model.weights.placement import Placement, best_device, choose_dtype
+from llava.model.weights.quantized import (
+    finish_quantized,
+    prepare_quantized,
+    quantization_config,
+    split_quantization_state,
+)
 from llava.records import read_json
 
 log = logging.getLogger(__name__)
@@ -26,7 +31,7 @@ _NORMALISATION = ("image_mean", "image_std")
 
 
 class LoadedModel(NamedTuple):
-    """What answering needs: `image_processor` turns pictures into the pixel values of this model's tower."""
+    """What answering needs: `image_processor` turns images into the pixel values of this model's tower."""
 
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
@@ -94,10 +99,10 @@ def load_model(
     """The model of an opened checkpoint, filled and placed, in evaluation mode."""
     config = parts.config
     model = build_empty(MODEL_CLASSES[config.model_type], config, attn_implementation)
-    statistics = _prepare_quantized(parts, model, bits, dtype)
+    quantization_state = _prepare_quantized(parts, model, bits, dtype)
     placement = Placement(model, device, dtype, device_map, bits)
-    fill_model(model, parts.sources(model), dtype, placement.device_of, statistics=statistics)
-    if statistics is not None:
+    fill_model(model, parts.sources(model), dtype, placement.device_of, quantization_state=quantization_state)
+    if quantization_state is not None:
         finish_quantized(model)
     placement.dispatch(model)
     return model
@@ -109,7 +114,7 @@ def context_length(config) -> int:
 
 
 def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder: Path) -> None:
-    """Give the tokenizer the picture tokens that the config speaks of, if the vocabulary has rows for them.
+    """Give the tokenizer the image tokens that the config speaks of, if the vocabulary has rows for them.
 
     Raises:
         LlavaError: it has none; the tokenizer belongs to another model.
@@ -150,18 +155,18 @@ def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> 
 
 
 def _prepare_quantized(parts: Parts, model: PreTrainedModel, bits: int, dtype) -> dict[str, list[str]] | None:
-    """Set the model up for 8 or 4 bits; returns the names of stored statistics, None if it isn't quantized."""
+    """Set the model up for 8 or 4 bits; the names of the stored quantization state, None if it isn't quantized."""
     if not parts.quantized:
         if not bits:
             return None
         prepare_quantized(model, quantization_config(bits, dtype), None)
         return {}
-    _, statistics = split_statistics(parts.weights)
-    stored = 8 if any(name.endswith(".SCB") for names in statistics.values() for name in names) else 4
+    _, quantization_state = split_quantization_state(parts.weights)
+    stored = 8 if any(name.endswith(".SCB") for names in quantization_state.values() for name in names) else 4
     if bits and bits != stored:
         raise LlavaError(f"{parts.folders[0]}: the weights are stored in {stored} bits, not {bits}; drop the flag")
-    prepare_quantized(model, quantization_config(stored, dtype), set(statistics))
-    return statistics
+    prepare_quantized(model, quantization_config(stored, dtype), set(quantization_state))
+    return quantization_state
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     import torch
 
-    from llava.model.delta import make_delta
-    from llava.model.hub_upload import check_can_upload, upload_folder
+    from llava.model.convert.delta import make_delta
+    from llava.model.convert.hub_upload import check_can_upload, upload_folder
 
     if args.hub_repo_id:
         check_can_upload(args.hub_repo_id)

@@ -22,9 +22,9 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from llava.errors import LlavaError
-    from llava.model.locate import locate_model
-    from llava.model.lora import ADAPTER_CONFIG, LoraAdapter
-    from llava.model.native_writer import write_native
+    from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter
+    from llava.model.convert.native_writer import write_native
+    from llava.model.weights.locate import locate_model
 
     folder = locate_model(args.model_path, "LoRA folder")
     if not (folder / ADAPTER_CONFIG).is_file():

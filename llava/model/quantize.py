@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.errors import require
 
     require("bitsandbytes", "quantized")
-    from llava.model.quantized_writer import quantize
+    from llava.model.convert.quantized_writer import quantize
 
     output = quantize(
         args.model_path,

@@ -30,7 +30,7 @@ def save_model(
     temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", suffix=".part", dir=output_dir.parent))
     try:
         if not getattr(model, "is_quantized", False):
-            state_dict = (state_dict or model.state_dict()) | model.get_vision_tower().weights_behind()
+            state_dict = (state_dict or model.state_dict()) | model.get_vision_tower().unused_layer_weights()
         model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=max_shard_size)
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)

@@ -1,8 +1,8 @@
-"""A checkpoint's tokenizer with the ids it was trained with, and the picture tokens added to one.
+"""A checkpoint's tokenizer with the ids it was trained with, and the image tokens added to one.
 
 `tokenizer.json` is taken as it stands. A folder with a SentencePiece `tokenizer.model` alone (LLaVA-Med's are)
 is converted here: transformers 5 orders the merges by vocabulary index and forgets the `legacy` default of the
-time, which gives other ids for double blanks and for text behind special tokens.
+time, which gives other ids for double blanks and for text unused_layers special tokens.
 """
 
 import shutil

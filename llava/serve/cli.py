@@ -1,4 +1,4 @@
-"""Chat about pictures in the terminal: streaming, several turns, several pictures.
+"""Chat about images in the terminal: streaming, several turns, several images.
 
 python -m llava.serve.cli --model-path CHECKPOINT --image-file scan.png
 """
@@ -11,8 +11,8 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, RESEARCH_NOTICE
 from llava.errors import LlavaError
 
 HELP = """\
-/image PATH   add a picture to your next question (as often as you like)
-/reset        start again, without pictures
+/image PATH   add an image to your next question (as often as you like)
+/reset        start again, without images
 /save PATH    write the conversation as JSON
 /help         this list
 /exit         leave (so does Ctrl-D; Ctrl-C stops an answer)"""
@@ -22,7 +22,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", "--model-name", dest="model_path", required=True, help="folder or hub id")
     parser.add_argument("--model-base", help="what an adapter or projector folder was trained over")
-    parser.add_argument("--image-file", action="append", default=[], help="a picture to begin with; may be repeated")
+    parser.add_argument("--image-file", action="append", default=[], help="an image to begin with; may be repeated")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--conv-mode", "--conv-template", dest="conv_mode", help="template; default: the checkpoint's")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
@@ -38,7 +38,7 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     from llava.images import open_image
 
-    pictures = [(path, open_image(path)) for path in args.image_file]
+    images = [(path, open_image(path)) for path in args.image_file]
 
     from llava.generation import Engine, SamplingParams
     from llava.model import load_pretrained_model
@@ -56,14 +56,14 @@ def main(argv=None) -> None:
     )
     chat = Chat(Engine(loaded), loaded.model.config.conversation_template, sampling)
     write_line(RESEARCH_NOTICE)
-    write_line("Ask about the picture; /help lists the commands.")
-    for path, picture in pictures:
-        chat.add_picture(path, picture)
+    write_line("Ask about the image; /help lists the commands.")
+    for path, image in images:
+        chat.add_image(path, image)
     talk(chat)
 
 
 class Chat:
-    """One conversation: the turns so far, the pictures of them, and those waiting for the next question."""
+    """One conversation: the turns so far, the images of them, and those waiting for the next question."""
 
     def __init__(self, engine, template: str, sampling):
         self.engine, self.template, self.sampling = engine, template, sampling
@@ -73,15 +73,15 @@ class Chat:
         from llava.conversation import get_template
 
         self.conversation = get_template(self.template)
-        self.pictures: list = []
+        self.images: list = []
         self.paths: list[str] = []
         self.waiting = 0
 
-    def add_picture(self, path: str, picture) -> None:
-        self.pictures.append(picture)
+    def add_image(self, path: str, image) -> None:
+        self.images.append(image)
         self.paths.append(str(path))
         self.waiting += 1
-        write_line(f"[{Path(path).name}, {picture.width} × {picture.height}; ask about it]")
+        write_line(f"[{Path(path).name}, {image.width} × {image.height}; ask about it]")
 
     def ask(self, question: str):
         """Yield the pieces of the answer; an answer that fails leaves the conversation as it was."""
@@ -92,7 +92,7 @@ class Chat:
         self.conversation.append_message(user, (DEFAULT_IMAGE_TOKEN + "\n") * self.waiting + question)
         pieces: list[str] = []
         try:
-            for piece in self.engine.stream(Request(self.conversation, self.pictures, self.sampling)):
+            for piece in self.engine.stream(Request(self.conversation, self.images, self.sampling)):
                 pieces.append(piece)
                 yield piece
         except LlavaError:
@@ -142,7 +142,7 @@ def command(chat: Chat, line: str) -> None:
     name, _, value = line.partition(" ")
     value = value.strip()
     if name == "/image" and value:
-        chat.add_picture(value, open_image(value))
+        chat.add_image(value, open_image(value))
     elif name == "/save" and value:
         chat.save(value)
     elif name == "/reset":

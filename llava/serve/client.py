@@ -95,8 +95,8 @@ class ServingClient:
             raise ServeError(ErrorType.WORKER_LOST)
         raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
 
-    async def look(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What a worker's /worker_look answers.
+    async def attention_map(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What a worker's /worker_attention_map answers.
 
         Raises:
             ServeError: no worker, or what the worker itself answered.
@@ -107,7 +107,7 @@ class ServingClient:
         if address is None:
             raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
         try:
-            async with self.session.post(f"{address}/worker_look", json=body) as reply:
+            async with self.session.post(f"{address}/worker_attention_map", json=body) as reply:
                 content = await reply.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServeError(ErrorType.WORKER_LOST) from error

@@ -12,7 +12,7 @@ import logging
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
-from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, run_server, secret_check
+from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, run_server, secret_check
 from llava.serve.protocol import ErrorType, ServeError, check_address, encode_error
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
 from llava.serve.secret import add_secret_flags, headers, secret_from_args
@@ -43,7 +43,7 @@ def main(argv=None) -> None:
     run_server(app, args.host, args.port)
 
 
-def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_BYTES) -> Guard:
+def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_BYTES) -> RequestMiddleware:
     """The ASGI application around a registry."""
     import httpx
     from fastapi import FastAPI, Request
@@ -136,7 +136,7 @@ def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_B
         chunks = _forward(registry, client, str(body.get("model")), await request.body(), request.state.request_id)
         return StreamingResponse(chunks, media_type="application/octet-stream")
 
-    return Guard(app, secret_check(secret), max_body)
+    return RequestMiddleware(app, secret_check(secret), max_body)
 
 
 async def _forward(registry: Registry, client, model: str, body: bytes, request_id: str):

@@ -1,4 +1,4 @@
-"""The web page: ask about pictures, with any model that a controller knows. Loads no model.
+"""The web page: ask about images, with any model that a controller knows. Loads no model.
 
 python -m llava.serve.gradio_web_server [--controller http://localhost:21001] [--port 7860]
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError, require
-from llava.serve.guard import Guard, run_server
+from llava.serve.middleware import RequestMiddleware, run_server
 from llava.serve.secret import add_secret_flags, secret_from_args
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--model-list-mode", choices=("once", "reload"), default="reload", help="look for models once, or all the time"
     )
-    parser.add_bool("--share", help="refused: it would lead pictures through another company's server")
+    parser.add_bool("--share", help="refused: it would lead images through another company's server")
     parser.add_bool("--moderate", help="refused: it would send what is asked to another company")
     parser.add_bool("--embed", help="without heading, to stand in another page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons, and keep what they say in this folder")
@@ -51,7 +51,7 @@ def build_parser() -> ArgumentParser:
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     if args.share:
-        raise LlavaError("--share leads pictures through another company's server; use a reverse proxy of your own")
+        raise LlavaError("--share leads images through another company's server; use a reverse proxy of your own")
     if args.moderate:
         raise LlavaError("--moderate sends what is asked to another company; there is no such thing here")
     secret = secret_from_args(args)
@@ -66,17 +66,17 @@ def main(argv=None) -> None:
         run_server(app, args.host, args.port, timeout_graceful_shutdown=5)
 
 
-def build_app(args, secret: str | None, folder: Path) -> Guard:
+def build_app(args, secret: str | None, folder: Path) -> RequestMiddleware:
     """The ASGI application of the page; uploads lie in `folder`, which gradio takes for its own."""
     from fastapi import FastAPI
 
     with _no_stub_files():
         gradio = require("gradio", "serve")
     from llava.serve.client import ServingClient
-    from llava.serve.feedback import FeedbackLog
-    from llava.serve.page_guard import DIRECT, QUEUED, PageGuard
-    from llava.serve.page_uploads import Uploads
-    from llava.serve.web_page import CSS, HEAD, PageOptions, build_page
+    from llava.serve.web.feedback import FeedbackLog
+    from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
+    from llava.serve.web.page import CSS, HEAD, PageOptions, build_page
+    from llava.serve.web.uploads import Uploads
 
     client = ServingClient(args.controller_url, secret)
     options = PageOptions(
@@ -124,8 +124,8 @@ def build_app(args, secret: str | None, folder: Path) -> Guard:
     handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
-    app = PageGuard(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
-    return Guard(app, lambda headers: None, MAX_BODY_BYTES)
+    app = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
+    return RequestMiddleware(app, lambda headers: None, MAX_BODY_BYTES)
 
 
 async def _sweep(uploads) -> None:

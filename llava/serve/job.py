@@ -1,7 +1,7 @@
 """What a client asks a worker for, checked: `read_job(body)` is the one place that reads such a request.
 
 A request holds either `prompt` (text ready for the model, as LLaVA's clients send it) or `messages` (OpenAI's form,
-put into words by the worker with its checkpoint's template). Pictures come as base64, never as paths or addresses.
+put into words by the worker with its checkpoint's template). Images come as base64, never as paths or addresses.
 Needs no torch.
 """
 
@@ -14,22 +14,22 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
 from llava.serve.protocol import ErrorType, ServeError
 
-MAX_PICTURES = 32
+MAX_IMAGES = 32
 MAX_STOPS = 8
 MAX_TOP_LOGPROBS = 20
 DEFAULT_NEW_TOKENS = 256
 ROLES = ("system", "developer", "user", "assistant")
-_NO_PICTURE = "< image>"
+_HARMLESS_PLACEHOLDER = "< image>"
 _REQUEST_ID = re.compile(r"req-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `text` holds one `<image>` for each of its `pictures` (base64 or data URLs), in their places."""
+    """One turn; `text` holds one `<image>` for each of its `images` (base64 or data URLs), in their places."""
 
     role: str
     text: str
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Job:
     model: str
     prompt: str | None
     messages: tuple[Message, ...] | None
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     """In the order of their places in the text."""
     temperature: float = 0.0
     top_p: float = 1.0
@@ -65,26 +65,26 @@ def read_job(body: Mapping[str, Any]) -> Job:
     """
     if (body.get("prompt") is None) == (body.get("messages") is None):
         raise _bad("give either prompt or messages")
-    loose = tuple(_pictures(body.get("images") or ()))
+    loose = tuple(_base64_texts(body.get("images") or ()))
     if body.get("messages") is None:
-        prompt, messages, pictures = _text(body["prompt"], "prompt"), None, loose
+        prompt, messages, images = _text(body["prompt"], "prompt"), None, loose
         if not prompt:
             raise _bad("prompt is empty")
         places = prompt.count(DEFAULT_IMAGE_TOKEN)
     else:
         prompt, messages = None, read_messages(body["messages"], loose)
-        pictures = tuple(picture for message in messages for picture in message.pictures)
-        places = len(pictures)
-    if places != len(pictures):
-        raise _bad(f"the prompt has {places} {DEFAULT_IMAGE_TOKEN} but {len(pictures)} picture(s) came with it")
-    if len(pictures) > MAX_PICTURES:
-        raise _bad(f"{len(pictures)} pictures are more than the {MAX_PICTURES} allowed")
+        images = tuple(image for message in messages for image in message.images)
+        places = len(images)
+    if places != len(images):
+        raise _bad(f"the prompt has {places} {DEFAULT_IMAGE_TOKEN} but {len(images)} image(s) came with it")
+    if len(images) > MAX_IMAGES:
+        raise _bad(f"{len(images)} images are more than the {MAX_IMAGES} allowed")
     request_id = body.get("request_id")
     return Job(
         model=_text(body.get("model") or "", "model"),
         prompt=prompt,
         messages=messages,
-        pictures=pictures,
+        images=images,
         temperature=_number(body, "temperature", 0.0, 0.0, 10.0),
         top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
         max_new_tokens=int(_number(body, "max_new_tokens", DEFAULT_NEW_TOKENS, 1, 1_000_000)),
@@ -98,8 +98,8 @@ def read_job(body: Mapping[str, Any]) -> Job:
     )
 
 
-def read_look(body: Mapping[str, Any]) -> tuple[Job, list[int]]:
-    """(what was asked, the answer's token ids) from the JSON of /worker_look.
+def read_attention_map_request(body: Mapping[str, Any]) -> tuple[Job, list[int]]:
+    """(what was asked, the answer's token ids) from the JSON of /worker_attention_map.
 
     Raises:
         ServeError: BAD_REQUEST that names the field.
@@ -129,10 +129,10 @@ def read_messages(messages: Any, loose: Sequence[str] = ()) -> tuple[Message, ..
         turn = _read_content(message.get("content"), role, number, rest)
         if turns and turns[-1].role == role:
             last = turns.pop()
-            turn = Message(role, f"{last.text}\n{turn.text}", last.pictures + turn.pictures)
+            turn = Message(role, f"{last.text}\n{turn.text}", last.images + turn.images)
         turns.append(turn)
     if rest:
-        raise _bad(f"{len(rest)} picture(s) of images have no place in the messages")
+        raise _bad(f"{len(rest)} image(s) of images have no place in the messages")
     if any(turn.role == "system" for turn in turns[1:]):
         raise _bad("a system message has to come first")
     if turns[-1].role != "user":
@@ -159,39 +159,39 @@ def _read_content(content: Any, role: str, number: int, loose: list[str]) -> Mes
     if not isinstance(parts, Sequence) or not parts:
         raise _bad(f"messages.{number}: content has to be text or a list of parts")
     pieces: list[str] = []
-    pictures: list[str] = []
+    images: list[str] = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
             text = _text(part.get("text"), f"messages.{number}: text")
             if role == "assistant":
-                # A model may have said it; it must not become the place of a picture in the next turn.
-                text = text.replace(DEFAULT_IMAGE_TOKEN, _NO_PICTURE)
+                # A model may have said it; it must not become the place of an image in the next turn.
+                text = text.replace(DEFAULT_IMAGE_TOKEN, _HARMLESS_PLACEHOLDER)
             if DEFAULT_IMAGE_TOKEN in text:
-                raise _bad(f"messages.{number}: text can't hold {DEFAULT_IMAGE_TOKEN}; send the picture as a part")
+                raise _bad(f"messages.{number}: text can't hold {DEFAULT_IMAGE_TOKEN}; send the image as a part")
             pieces.append(text)
             continue
         if role != "user":
-            raise _bad(f"messages.{number}: only the user's messages can hold pictures")
+            raise _bad(f"messages.{number}: only the user's messages can hold images")
         if kind == "image_url":
-            pictures.append(_data_url(part.get("image_url"), number))
+            images.append(_data_url(part.get("image_url"), number))
         elif kind == "image" and loose:
-            pictures.append(loose.pop(0))
+            images.append(loose.pop(0))
         else:
             raise _bad(f"messages.{number}: a part has to be of type text or image_url")
         pieces.append(DEFAULT_IMAGE_TOKEN)
-    return Message(role, "\n".join(piece for piece in pieces if piece), tuple(pictures))
+    return Message(role, "\n".join(piece for piece in pieces if piece), tuple(images))
 
 
 def _data_url(value: Any, number: int) -> str:
     url = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(url, str) or url[:5].lower() != "data:":
-        words = f"messages.{number}: pictures are taken as data: URLs only; nothing is fetched from an address"
-        raise ServeError(ErrorType.BAD_PICTURE, words)
+        words = f"messages.{number}: images are taken as data: URLs only; nothing is fetched from an address"
+        raise ServeError(ErrorType.BAD_IMAGE, words)
     return url
 
 
-def _pictures(images: Any) -> list[str]:
+def _base64_texts(images: Any) -> list[str]:
     if not isinstance(images, Sequence) or isinstance(images, str):
         raise _bad("images has to be a list of base64 texts")
     return [_text(image, "images") for image in images]

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
-from llava.serve.guard import MAX_BODY_BYTES
+from llava.serve.middleware import MAX_BODY_BYTES
 from llava.serve.protocol import check_address
 from llava.serve.secret import add_secret_flags, secret_from_args
 
@@ -46,7 +46,7 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
     parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
     parser.add_bool("--multi-modal", help="accepted and not needed: the checkpoint says so itself")
-    parser.add_bool("--keep-aspect-ratio", help="keep the picture's shape, as v1.0's flag (image_aspect_ratio keep)")
+    parser.add_bool("--keep-aspect-ratio", help="keep the image's shape, as v1.0's flag (image_aspect_ratio keep)")
     load = parser.add_argument_group("load")
     load.add_argument("--limit-model-concurrency", type=int, default=32, help="answers made at the same time")
     load.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are told to come again")
@@ -84,8 +84,8 @@ def main(argv=None) -> None:
 
 
 async def _serve(args, backend, secret: str | None, address: str) -> None:
-    from llava.serve.heartbeat import Membership
-    from llava.serve.worker_app import WorkerApp, serve
+    from llava.serve.worker.app import WorkerApp, serve
+    from llava.serve.worker.heartbeat import Membership
 
     name = args.model_name or model_name(args.model_path or args.api_model)
     interval = args.stream_interval if args.stream_interval < 1 else 0.02 * args.stream_interval
@@ -118,7 +118,7 @@ def _load(args):
         return _connect(args)
     from llava.generation import Engine
     from llava.model import load_pretrained_model
-    from llava.serve.engine_backend import EngineBackend
+    from llava.serve.worker.engine_backend import EngineBackend
 
     loaded = load_pretrained_model(
         args.model_path,
@@ -137,7 +137,7 @@ def _load(args):
 
 
 def _connect(args):
-    from llava.serve.upstream_backend import UpstreamBackend
+    from llava.serve.worker.upstream_backend import UpstreamBackend
 
     return UpstreamBackend(
         args.api_base,

@@ -13,8 +13,8 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
-from llava.serve.api_keys import VARIABLE, Keys, read_keys
-from llava.serve.guard import MAX_BODY_BYTES, Guard, answer_errors, error_body, run_server, unless_gone
+from llava.serve.api.keys import VARIABLE, Keys, read_keys
+from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, run_server, unless_gone
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 
@@ -51,13 +51,13 @@ def main(argv=None) -> None:
     run_server(app, args.host, args.port)
 
 
-def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> Guard:
+def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> RequestMiddleware:
     """The ASGI application over a `ServingClient`."""
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import StreamingResponse
 
-    from llava.serve.metrics import Metrics
-    from llava.serve.openai_types import ChatRequest, model_entry
+    from llava.serve.api.metrics import Metrics
+    from llava.serve.api.types import ChatRequest, model_entry
 
     metrics = Metrics()
 
@@ -119,7 +119,7 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> Guard:
             raise
         return StreamingResponse(_event_stream(first, events, answer), media_type="text/event-stream")
 
-    return Guard(app, keys.authorize, max_body)
+    return RequestMiddleware(app, keys.authorize, max_body)
 
 
 class ChatAnswer:
@@ -131,7 +131,7 @@ class ChatAnswer:
         self.said_something = False
 
     async def whole(self) -> dict[str, Any]:
-        from llava.serve.openai_types import choice_logprobs, completion, sum_usage
+        from llava.serve.api.types import choice_logprobs, completion, sum_usage
 
         with self.metrics.in_flight.track_inprogress():
             tasks = [asyncio.create_task(self._collect(index)) for index in range(self.body.n)]
@@ -155,7 +155,7 @@ class ChatAnswer:
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a stream, those of all choices as they come."""
-        from llava.serve.openai_types import completion_chunk, sum_usage
+        from llava.serve.api.types import completion_chunk, sum_usage
 
         queue: asyncio.Queue = asyncio.Queue()
         usages = []
@@ -196,7 +196,7 @@ class ChatAnswer:
 
     async def _feed(self, index: int, queue: asyncio.Queue) -> None:
         """(choice, usage or None) for each chunk of one answer."""
-        from llava.serve.openai_types import choice_logprobs
+        from llava.serve.api.types import choice_logprobs
 
         said, is_first = "", True
         async for chunk in self._chunks(index):

@@ -6,7 +6,7 @@ carries a non-zero code and words; ours add `error_type` and `request_id`.
 
 import json
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ KEEP_ALIVE_SECONDS = 75
 END_OF_CHUNK = b"\0"
 
 
-class ErrorType(str, Enum):
+class ErrorType(StrEnum):
     """What can go wrong for a client. Each has one code of the old protocol and one HTTP status."""
 
     NO_WORKER = "no_worker"
@@ -27,7 +27,7 @@ class ErrorType(str, Enum):
     QUEUE_FULL = "queue_full"
     OUT_OF_MEMORY = "out_of_memory"
     CONTEXT_TOO_LONG = "context_too_long"
-    BAD_PICTURE = "bad_picture"
+    BAD_IMAGE = "bad_image"
     BAD_REQUEST = "bad_request"
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
@@ -50,7 +50,7 @@ ERRORS: dict[ErrorType, ErrorKind] = {
     ErrorType.QUEUE_FULL: ErrorKind(50005, 429, "The queue is full. Ask again in a moment."),
     ErrorType.OUT_OF_MEMORY: ErrorKind(50002, 507, "The worker ran out of memory on this request."),
     ErrorType.CONTEXT_TOO_LONG: ErrorKind(40303, 400, "The conversation is longer than the model's context."),
-    ErrorType.BAD_PICTURE: ErrorKind(40001, 400, "The picture can't be read."),
+    ErrorType.BAD_IMAGE: ErrorKind(40001, 400, "The image can't be read."),
     ErrorType.BAD_REQUEST: ErrorKind(40000, 400, "The request is not valid."),
     ErrorType.TIMEOUT: ErrorKind(50006, 504, "No answer in time."),
     ErrorType.CANCELLED: ErrorKind(49900, 499, "Cancelled."),

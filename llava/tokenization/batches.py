@@ -1,4 +1,4 @@
-"""Ids as arrays: one position per picture feature, cut to a length, padded to a batch. numpy only."""
+"""Ids as arrays: one position per image feature, cut to a length, padded to a batch. numpy only."""
 
 from collections.abc import Sequence
 
@@ -13,26 +13,26 @@ def expand_images(
     labels: Sequence[int] | np.ndarray | None,
     features_per_image: int | Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Repeat each IMAGE_TOKEN_INDEX as often as its picture has features.
+    """Repeat each IMAGE_TOKEN_INDEX as often as its image has features.
 
     Args:
-        input_ids: int [length], one IMAGE_TOKEN_INDEX per picture.
-        labels: int [length] or None; a picture's positions get its label, which is never a target.
-        features_per_image: one number for all pictures, or one for each.
+        input_ids: int [length], one IMAGE_TOKEN_INDEX per image.
+        labels: int [length] or None; an image's positions get its label, which is never a target.
+        features_per_image: one number for all images, or one for each.
 
     Returns:
-        (input_ids, labels), int64 [length - pictures + features].
+        (input_ids, labels), int64 [length - images + features].
 
     Raises:
-        LlavaError: as many numbers as pictures are needed.
+        LlavaError: as many numbers as images are needed.
     """
     ids = np.asarray(input_ids, np.int64)
     places = np.flatnonzero(ids == IMAGE_TOKEN_INDEX)
     features = np.asarray(features_per_image, np.int64)
     if features.ndim and len(features) != len(places):
         raise LlavaError(
-            f"the text has {len(places)} <image> but there are {len(features)} picture(s); "
-            f"each picture needs its <image> in the text"
+            f"the text has {len(places)} <image> but there are {len(features)} image(s); "
+            f"each image needs its <image> in the text"
         )
     repeats = np.ones(len(ids), np.int64)
     repeats[places] = features

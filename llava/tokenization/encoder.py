@@ -35,7 +35,7 @@ def encode_segments(segments: Sequence[str], tokenizer: Any, image_tokens: Image
 
 
 def _encode_placeholders(encoder: "_Encoder", parts: list[str], image_tokens: ImageTokens) -> list[int]:
-    """Each stretch between two pictures as a text of its own, as LLaVA tokenises it."""
+    """Each stretch between two images as a text of its own, as LLaVA tokenises it."""
     before, after = image_tokens.text.split(DEFAULT_IMAGE_TOKEN)
     ids: list[int] = []
     for number, part in enumerate(parts):
@@ -50,15 +50,15 @@ def _encode_placeholders(encoder: "_Encoder", parts: list[str], image_tokens: Im
 
 
 def _encode_patches(encoder: "_Encoder", parts: list[str], image_tokens: ImageTokens) -> list[int]:
-    """All in one, as v1.0 tokenises it; an `<im_patch>` that somebody typed keeps its own id and is no picture."""
+    """All in one, as v1.0 tokenises it; an `<im_patch>` that somebody typed keeps its own id and is no image."""
     ids = encoder.go_on(image_tokens.text.join(parts))
-    is_picture: list[bool] = []
+    is_image: list[bool] = []
     for number, part in enumerate(parts):
-        is_picture += [True] * bool(number) + [False] * part.count(DEFAULT_IMAGE_PATCH_TOKEN)
+        is_image += [True] * bool(number) + [False] * part.count(DEFAULT_IMAGE_PATCH_TOKEN)
     patch_id = encoder.tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_PATCH_TOKEN)
     places = [place for place, token in enumerate(ids) if token == patch_id]
-    for place, picture in zip(places, is_picture, strict=True):
-        if picture:
+    for place, image in zip(places, is_image, strict=True):
+        if image:
             ids[place] = IMAGE_TOKEN_INDEX
     return ids
 

@@ -27,14 +27,14 @@ def encode_hash_sample(
     image_tokens: ImageTokens,
     features_per_image: int | Sequence[int] = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(input_ids, labels), int64 [length], each picture as many positions as `features_per_image` says.
+    """(input_ids, labels), int64 [length], each image as many positions as `features_per_image` says.
 
     The template's examples take no part; its system text and roles do.
     """
     header = f"{template.system}\n\n"
     pieces = [f"{_MARK}{template.roles[turn.role]}: {template.place_images(turn.text)}\n" for turn in turns]
     ids = tokenize_prompt("".join([header, *pieces, _MARK]), tokenizer, image_tokens)
-    features = _per_picture(features_per_image, ids.count(IMAGE_TOKEN_INDEX))
+    features = _per_image(features_per_image, ids.count(IMAGE_TOKEN_INDEX))
     input_ids, _ = expand_images(ids, None, features)
     labels = input_ids.copy()
     start = len(tokenize_prompt(header, tokenizer, image_tokens))
@@ -50,5 +50,5 @@ def encode_hash_sample(
     return input_ids, labels
 
 
-def _per_picture(features: int | Sequence[int], pictures: int) -> list[int]:
-    return [features] * pictures if isinstance(features, int) else list(features)
+def _per_image(features: int | Sequence[int], images: int) -> list[int]:
+    return [features] * images if isinstance(features, int) else list(features)

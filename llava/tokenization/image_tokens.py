@@ -1,4 +1,4 @@
-"""How a picture stands in the text of a prompt: LLaVA's one placeholder, or v1.0's run of <im_patch>."""
+"""How an image stands in the text of a prompt: LLaVA's one placeholder, or v1.0's run of <im_patch>."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,12 @@ class ImageTokens:
     """`placeholder`: the text is tokenised on both sides of `<image>` apart (LLaVA, LLaVA-Med v1.5, BabyDoctor).
     `patch`: `<image>` becomes the token `<im_patch>` and the text is tokenised in one piece (LLaVA-Med v1.0).
 
-    In the ids both are one IMAGE_TOKEN_INDEX per picture, and `expand_images` makes as many as there are features.
+    In the ids both are one IMAGE_TOKEN_INDEX per image, and `expand_images` makes as many as there are features.
     """
 
     scheme: str = "placeholder"
     use_start_end: bool = False
-    """Whether `<im_start>` and `<im_end>` stand around each picture."""
+    """Whether `<im_start>` and `<im_end>` stand around each image."""
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:

@@ -26,7 +26,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     num_images: int
-    """Pictures in the whole conversation, whether or not the sample was cut."""
+    """Images in the whole conversation, whether or not the sample was cut."""
     truncated: int = 0
     """Positions cut off at `max_length`."""
     dropped_turns: int = 0
@@ -52,9 +52,9 @@ def encode_conversation(
     Args:
         record: a record with "conversations", or its list of turns.
         template: from `get_template`, or its name.
-        image_tokens: how pictures stand in the text; None is one placeholder without start and end.
+        image_tokens: how images stand in the text; None is one placeholder without start and end.
         max_length: longest sample in positions; what is beyond is cut off and counted.
-        features_per_image: positions of each picture; None leaves one IMAGE_TOKEN_INDEX for each.
+        features_per_image: positions of each image; None leaves one IMAGE_TOKEN_INDEX for each.
 
     Raises:
         LlavaError: no conversation, or turns that don't alternate (see `read_turns`).
@@ -86,7 +86,7 @@ def render_prompt(conversation: Conversation) -> str:
 def encode_prompt(conversation: Conversation, tokenizer: Any, image_tokens: ImageTokens | None = None) -> list[int]:
     """The ids of `render_prompt`: the beginning of the training sample that the conversation becomes once answered.
 
-    One IMAGE_TOKEN_INDEX per picture. (`###` templates: the training format differs from the prompt's, as in
+    One IMAGE_TOKEN_INDEX per image. (`###` templates: the training format differs from the prompt's, as in
     the reference.)
     """
     texts = [segment.text for segment in _merge(_prompt_segments(conversation))]
@@ -126,14 +126,14 @@ def _training_segments(turns: list[Turn], template: Conversation) -> list[Segmen
 
 
 def _plain_segments(turns: list[Turn], template: Conversation) -> list[Segment]:
-    """Stage 1: the picture, then its caption; the question is left out (as the reference)."""
-    pictures = turns[0].text.count(DEFAULT_IMAGE_TOKEN) if turns else 0
-    if len(turns) != 2 or not pictures:
+    """Stage 1: the image, then its caption; the question is left out (as the reference)."""
+    images = turns[0].text.count(DEFAULT_IMAGE_TOKEN) if turns else 0
+    if len(turns) != 2 or not images:
         raise LlavaError(
             f'the template "{template.name}" takes a question with <image> and one answer, its caption; '
-            f"this conversation has {len(turns)} turn(s) and {pictures} <image> in the first"
+            f"this conversation has {len(turns)} turn(s) and {images} <image> in the first"
         )
-    return [Segment(DEFAULT_IMAGE_TOKEN * pictures, False), Segment(turns[1].text + template.sep, True)]
+    return [Segment(DEFAULT_IMAGE_TOKEN * images, False), Segment(turns[1].text + template.sep, True)]
 
 
 def _prompt_segments(conversation: Conversation) -> list[Segment]:
@@ -141,9 +141,9 @@ def _prompt_segments(conversation: Conversation) -> list[Segment]:
         [role, conversation.place_images(text) if isinstance(text, str) else text]
         for role, text in conversation.messages
     ]
-    pictures = sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in messages if isinstance(text, str))
-    if conversation.sep_style is SeparatorStyle.PLAIN and pictures:
-        return [Segment(DEFAULT_IMAGE_TOKEN * pictures, False)]  # all that such a model has ever seen
+    images = sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in messages if isinstance(text, str))
+    if conversation.sep_style is SeparatorStyle.PLAIN and images:
+        return [Segment(DEFAULT_IMAGE_TOKEN * images, False)]  # all that such a model has ever seen
     if len(messages) % 2:
         messages.append([conversation.roles[1], None])
     return replace(conversation, messages=messages).segments()

@@ -48,10 +48,10 @@ class ModelArguments:
     mm_projector_type: str | None = _flag(
         None, "linear, mlpNx_gelu or identity (default: the checkpoint's, else linear)"
     )
-    mm_use_im_start_end: bool | None = _flag(None, "set pictures between <im_start> and <im_end>")
+    mm_use_im_start_end: bool | None = _flag(None, "set images between <im_start> and <im_end>")
     mm_use_im_patch_token: bool | None = _flag(None, "add <im_patch> to the vocabulary")
     mm_image_token_scheme: Literal["placeholder", "patch"] | None = _flag(
-        None, "how pictures stand in the text; patch is LLaVA-Med v1.0's (default: the checkpoint's)"
+        None, "how images stand in the text; patch is LLaVA-Med v1.0's (default: the checkpoint's)"
     )
     attn_implementation: str | None = _flag(
         None, "sdpa, eager, flash_attention_2, … (train_mem takes the fastest that is installed)"
@@ -61,22 +61,20 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Records and pictures."""
+    """Records and images."""
 
     data_path: str | None = _flag(None, "records: JSON, JSONL or Parquet")
-    image_folder: str | None = _flag(None, "folder that the records' picture names are relative to")
+    image_folder: str | None = _flag(None, "folder that the records' image names are relative to")
     lazy_preprocess: bool | None = _flag(
         None, "tokenise each record when it is needed (default: only if there are more than 50,000)"
     )
     image_aspect_ratio: Literal["square", "pad", "keep", "anyres"] | None = _flag(
-        None, "how pictures are fitted (default: the checkpoint's, else square)"
+        None, "how images are fitted (default: the checkpoint's, else square)"
     )
     skip_unreadable_images: bool = _flag(
-        False, "leave out records whose picture is missing or unreadable, count and name them"
+        False, "leave out records whose image is missing or unreadable, count and name them"
     )
-    cache_vision_features: bool = _flag(
-        False, "compute the frozen tower's output once per distinct picture and keep it"
-    )
+    cache_vision_features: bool = _flag(False, "compute the frozen tower's output once per distinct image and keep it")
     vision_cache_dir: str | None = _flag(
         None, "folder of those features; several runs may share it (default: <output_dir>/vision_cache)"
     )
@@ -93,13 +91,13 @@ class LlavaTrainingArguments(TrainingArguments):
     cache_dir: str | None = _flag(None, "where downloaded models are kept")
     remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
     logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
-    model_max_length: int = _flag(2048, "longest sample in tokens, picture positions included; longer ones are cut")
+    model_max_length: int = _flag(2048, "longest sample in tokens, image positions included; longer ones are cut")
     global_batch_size: int | None = _flag(
         None, "samples per optimizer step over all processes; finds --gradient_accumulation_steps"
     )
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector")
     mm_vision_tower_lr: float | None = _flag(None, "learning rate of the vision tower")
-    group_by_modality_length: bool = _flag(False, "batches of like length, with and without pictures apart")
+    group_by_modality_length: bool = _flag(False, "batches of like length, with and without images apart")
     bits: int = _flag(16, "16, or 8 or 4: load the language model quantized (with --lora_enable)")
     double_quant: bool = _flag(True, "quantize the quantization constants too")
     quant_type: Literal["nf4", "fp4"] = _flag("nf4", "4-bit data type")
@@ -296,8 +294,7 @@ def _check_pairs(arguments: Arguments) -> None:
         ),
         (
             data.cache_vision_features and data.image_aspect_ratio == "anyres",
-            "--cache_vision_features keeps one square per picture, --image_aspect_ratio anyres makes several; "
-            "choose one",
+            "--cache_vision_features keeps one square per image, --image_aspect_ratio anyres makes several; choose one",
         ),
         (
             data.packing and training.group_by_modality_length,

@@ -20,7 +20,7 @@ IGNORED = {
     "sharded_ddp": "use --fsdp",
     "use_ipex": "it is gone from the Trainer",
     "jit_mode_eval": "it is gone from the Trainer",
-    "is_multimodal": "pictures are used where a record has them",
+    "is_multimodal": "images are used where a record has them",
 }
 """Flags that can no longer mean anything: name → what holds instead."""
 

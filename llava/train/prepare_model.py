@@ -10,7 +10,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.model import LoadedModel, add_image_tokens, build_model_from_llm, load_pretrained_model
-from llava.model.locate import locate_model
+from llava.model.weights.locate import locate_model
 from llava.records import read_json
 from llava.train.arguments import Arguments, ModelArguments
 from llava.train.projector_file import load_projector
@@ -88,7 +88,7 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments, adapters
 
 
 def train_rows(model: PreTrainedModel, rows: list[int]) -> None:
-    """Let stage 1 learn the input embeddings of the tokens around a picture, and those alone (as the reference)."""
+    """Let stage 1 learn the input embeddings of the tokens around an image, and those alone (as the reference)."""
     weight = model.get_input_embeddings().weight
     weight.requires_grad_(True)
     weight.data = weight.data.float()

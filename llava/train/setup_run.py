@@ -14,18 +14,18 @@ from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
 from llava.train.arguments import Arguments, LlavaTrainingArguments
 from llava.train.checkpoints import STAGING_PREFIX, publish_files, remove_staging
-from llava.train.collator import Collator
-from llava.train.dataset import LlavaDataset, PackedDataset, distinct_images
-from llava.train.feature_cache import FeatureCache, build_feature_cache, fingerprint
-from llava.train.kept_files import kept_path
+from llava.train.data.collator import Collator
+from llava.train.data.dataset import LlavaDataset, PackedDataset, distinct_images
+from llava.train.data.feature_cache import FeatureCache, build_feature_cache, fingerprint
+from llava.train.data.kept_files import kept_path
+from llava.train.data.record_images import ImageSource
+from llava.train.data.record_store import RecordStore
 from llava.train.lora import add_adapters, save_adapter
 from llava.train.packing import fill_batches, use_packed_attention
-from llava.train.pictures import PictureSource
 from llava.train.prepare_model import padding_id, start_end_ids
 from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_tflops
 from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
 from llava.train.projector_file import save_projector
-from llava.train.record_store import RecordStore
 from llava.train.trainer import LlavaTrainer
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,12 @@ def prepare_output(training: LlavaTrainingArguments) -> None:
 def build_dataset(
     arguments: Arguments, loaded: LoadedModel, store: RecordStore
 ) -> tuple[LlavaDataset, FeatureCache | None]:
-    """The samples, tokenised as the model's config says, and the features of their pictures if asked for."""
+    """The samples, tokenised as the model's config says, and the features of their images if asked for."""
     data, training = arguments.data, arguments.training
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
     template = get_template(model.config.conversation_template)
     image_tokens = ImageTokens.from_config(model.config, tokenizer)
-    pictures = PictureSource(data.image_folder, Path(training.output_dir))
+    images = ImageSource(data.image_folder, Path(training.output_dir))
     patches = model.num_patches
 
     def encode(record, features):
@@ -75,13 +75,13 @@ def build_dataset(
     def count_features(image) -> int:
         if aspect_ratio != "anyres":
             return patches
-        # How many tiles there are depends on the picture's size, which only opening it tells for sure.
-        return patches * len(load_image(pictures.read(image)))
+        # How many tiles there are depends on the image's size, which only opening it tells for sure.
+        return patches * len(load_image(images.read(image)))
 
     dataset = LlavaDataset(
         store,
         encode,
-        pictures,
+        images,
         load_image,
         count_features=count_features,
         max_length=training.model_max_length,
@@ -219,9 +219,9 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
 
     def load(number: int, image) -> np.ndarray:
         try:
-            return dataset.load_image(dataset.pictures.read(image))
+            return dataset.load_image(dataset.image_source.read(image))
         except (FileNotFoundError, LlavaError) as error:
-            raise dataset.picture_error(number, error) from error
+            raise dataset.image_error(number, error) from error
 
     if dataset.skip_unreadable:
         dataset.drop_unreadable()
@@ -229,7 +229,7 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
     return build_feature_cache(
         root / fingerprint(tower, **settings),
         distinct_images(dataset),
-        dataset.pictures.identify,
+        dataset.image_source.identify,
         load,
         tower,
         bfloat16=training.bf16,
@@ -243,7 +243,7 @@ def _tell(dataset: LlavaDataset) -> None:
         "truncated": "were cut to --model_max_length",
         "targetless": "have no target (nothing to learn from)",
         "dropped_turns": "begin with an answer, which was left out",
-        "skipped": "were left out: picture missing or unreadable",
+        "skipped": "were left out: image missing or unreadable",
     }
     for name, text in texts.items():
         numbers = sorted(getattr(dataset.report, name))

@@ -1,4 +1,4 @@
-"""The end of a run on one page: `training_summary.json` and a picture of the loss curve."""
+"""The end of a run on one page: `training_summary.json` and an image of the loss curve."""
 
 import platform
 from pathlib import Path

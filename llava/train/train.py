@@ -25,7 +25,7 @@ def train(argv: list[str] | None = None, *, keep_fsdp: bool = False) -> dict[str
         what `training_summary.json` holds.
 
     Raises:
-        LlavaError: flags, records, pictures or a checkpoint that can't be used.
+        LlavaError: flags, records, images or a checkpoint that can't be used.
     """
     # Heavy, and not needed for the messages of a wrong flag's spelling.
     from llava.train.arguments import parse_arguments
@@ -37,7 +37,7 @@ def train(argv: list[str] | None = None, *, keep_fsdp: bool = False) -> dict[str
 def run_training(arguments: "Arguments") -> dict[str, Any]:
     """Train as `arguments` say; see `train`."""
     from llava.train.checkpoints import last_good_checkpoint
-    from llava.train.record_store import open_records
+    from llava.train.data.record_store import open_records
     from llava.train.setup_run import build_dataset, build_trainer, prepare_output, start_processes
 
     started = time.time()

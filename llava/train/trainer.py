@@ -16,9 +16,9 @@ from transformers import Trainer
 
 from llava.errors import LlavaError
 from llava.train.checkpoints import publish, remove_old, staged
-from llava.train.dataset import Report
+from llava.train.data.dataset import Report
+from llava.train.data.sampler import EpochSampler
 from llava.train.lora import load_non_lora
-from llava.train.sampler import EpochSampler
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class LlavaTrainer(Trainer):
         return loss
 
     def _note(self, report: Report) -> None:
-        """Count what was cut, has no target or was left out; a picture that is left out is said at once."""
+        """Count what was cut, has no target or was left out; an image that is left out is said at once."""
         for number, message in report.skipped.items():
             if number not in self.report.skipped:
                 logger.warning("left out: %s", message)

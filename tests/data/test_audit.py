@@ -8,7 +8,7 @@ from PIL import Image, ImageEnhance
 
 from llava.data import audit
 from llava.data.audit_checks import audit_splits, question_words
-from llava.data.picture_likeness import alike, fingerprint
+from llava.data.image_likeness import alike, fingerprint
 from llava.data.vqa_items import VqaItem, read_vqa_items
 from llava.errors import LlavaError
 
@@ -17,8 +17,8 @@ def item(key, image, question, answer, kind="OPEN"):
     return VqaItem(key, image, question, answer, kind)
 
 
-def picture(seed: int) -> Image.Image:
-    """A smooth random picture: no two seeds look alike."""
+def smooth_image(seed: int) -> Image.Image:
+    """A smooth random image: no two seeds look alike."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((200, 160), Image.Resampling.BICUBIC)
 
@@ -34,7 +34,7 @@ def audit_of(test, **options):
     return audit_splits(TRAIN, test, **options)
 
 
-def test_the_same_question_on_the_same_picture():
+def test_the_same_question_on_the_same_image():
     found = audit_of(
         [item(1, "p1.png", " where is THE lesion? ", "Left lobe"), item(2, "p1.png", "Where is the lesion", "x")]
     )
@@ -44,7 +44,7 @@ def test_the_same_question_on_the_same_picture():
     assert found["questions"]["near_duplicates_with_same_answer"] == 1
 
 
-def test_the_same_question_on_another_picture_is_no_duplicate():
+def test_the_same_question_on_another_image_is_no_duplicate():
     found = audit_of([item(1, "p2.png", "Where is the lesion?", "left lobe")])
     assert found["questions"]["identical"] == 0 and found["questions"]["near_duplicates"] == 0
     assert found["answers"]["OPEN"]["same_question"] == 1
@@ -76,50 +76,50 @@ def test_answers_that_training_gives_away():
 
 def test_clean_subsets_name_the_questions():
     found = audit_of([item(1, "p1.png", "Where is the lesion?", "x"), item(2, "new.png", "Where is the lesion?", "x")])
-    assert found["subsets"] == {"unseen picture": [2], "no near-duplicate question": [2]}
+    assert found["subsets"] == {"unseen image": [2], "no near-duplicate question": [2]}
 
 
 @pytest.fixture
 def folder(tmp_path):
     for seed, name in enumerate(("p1.png", "p2.png", "other.png")):
-        picture(seed).save(tmp_path / name)
-    picture(0).save(tmp_path / "copy.png")
-    changed = ImageEnhance.Brightness(picture(1).resize((120, 96))).enhance(1.15)
+        smooth_image(seed).save(tmp_path / name)
+    smooth_image(0).save(tmp_path / "copy.png")
+    changed = ImageEnhance.Brightness(smooth_image(1).resize((120, 96))).enhance(1.15)
     changed.save(tmp_path / "nearly.jpg", quality=40)
     return tmp_path
 
 
-def test_pictures_under_another_name_and_re_encoded_ones_are_found(folder):
+def test_images_under_another_name_and_re_encoded_ones_are_found(folder):
     test = [
         item(1, "copy.png", "Where is the lesion?", "left lobe"),
         item(2, "nearly.jpg", "Which plane is shown here?", "axial"),
         item(3, "other.png", "Where is the lesion?", "left lobe"),
     ]
     found = audit_of(test, train_images=folder, test_images=folder)
-    pictures = found["pictures"]
-    assert pictures["same_name"] == 0 and pictures["identical_pixels"] == 1
-    assert [(pair["first"], pair["second"]) for pair in pictures["identical_under_another_name"]] == [
+    images = found["images"]
+    assert images["same_name"] == 0 and images["identical_pixels"] == 1
+    assert [(pair["first"], pair["second"]) for pair in images["identical_under_another_name"]] == [
         ("copy.png", "p1.png")
     ]
-    assert [(pair["first"], pair["second"]) for pair in pictures["near_identical"]] == [("nearly.jpg", "p2.png")]
-    assert (pictures["seen"], pictures["seen_or_nearly"]) == (1, 2)
-    # The copy is the same picture, so its question stands in training.
+    assert [(pair["first"], pair["second"]) for pair in images["near_identical"]] == [("nearly.jpg", "p2.png")]
+    assert (images["seen"], images["seen_or_nearly"]) == (1, 2)
+    # The copy is the same image, so its question stands in training.
     assert [row["identical"] for row in found["items"]] == [True, False, False]
 
 
-def test_different_pictures_are_not_alike(folder):
+def test_different_images_are_not_alike(folder):
     prints = {name: fingerprint(folder / name) for name in ("p1.png", "p2.png", "other.png")}
     assert [(pair.first, pair.second) for pair in alike(prints, prints)] == [(name, name) for name in prints]
 
 
-def test_a_grey_picture_has_a_fingerprint(tmp_path):
+def test_a_grey_image_has_a_fingerprint(tmp_path):
     Image.new("L", (50, 40), 128).save(tmp_path / "grey.png")
     mark = fingerprint(tmp_path / "grey.png")
     assert np.isfinite(mark.thumbnail).all()
 
 
-def test_a_missing_picture_is_an_error(folder):
-    with pytest.raises(LlavaError, match=r"test picture not found: .*gone\.png"):
+def test_a_missing_image_is_an_error(folder):
+    with pytest.raises(LlavaError, match=r"test image not found: .*gone\.png"):
         audit_of([item(1, "gone.png", "q", "a")], train_images=folder, test_images=folder)
 
 
@@ -130,19 +130,19 @@ def test_real_vqa_rad_is_as_seen_as_it_is_known_to_be(shared_dir, tmp_path, caps
         ["--train", str(folder / "trainset.json"), "--test", str(folder / "testset.json"), "--output", str(output)]
     )
     found = json.loads(output.read_text())
-    assert (found["pictures"]["same_name"], found["pictures"]["test_pictures"]) == (203, 203)
+    assert (found["images"]["same_name"], found["images"]["test_images"]) == (203, 203)
     questions = found["questions"]
     assert (questions["identical"], questions["identical_without_punctuation"]) == (14, 16)
     assert (questions["near_duplicates"], questions["near_duplicates_with_same_answer"]) == (131, 115)
     assert "131 have a near duplicate" in capsys.readouterr().out
 
 
-def test_a_picture_wise_split_of_vqa_rad_is_clean(shared_dir):
-    """Moving whole pictures to the test side leaves nothing seen."""
+def test_a_image_wise_split_of_vqa_rad_is_clean(shared_dir):
+    """Moving whole images to the test side leaves nothing seen."""
     items = read_vqa_items(shared_dir / "vqa_rad" / "trainset.json")
     held_out = set(sorted({entry.image for entry in items})[::5])
     test = [entry for entry in items if entry.image in held_out]
     train = [entry for entry in items if entry.image not in held_out]
     found = audit_splits(train, test)
-    assert found["pictures"]["same_name"] == found["questions"]["near_duplicates"] == 0
-    assert len(found["subsets"]["unseen picture"]) == len(test) > 100
+    assert found["images"]["same_name"] == found["questions"]["near_duplicates"] == 0
+    assert len(found["subsets"]["unseen image"]) == len(test) > 100

@@ -48,11 +48,11 @@ def test_roco_records(roco):
         "licence": "CC BY",
         "source": "PMC1_a-g1.jpg",
     }
-    # The other way pictures are named, by how they were fetched.
+    # The other way images are named, by how they were fetched.
     assert (second["id"], second["image"]) == ("00004", "PMC2_b_2.jpg")
     manifest = read_json(roco / "out" / "manifest.json")
     assert manifest["left_out"] == {"empty caption": 1}
-    assert manifest["missing_pictures"]["first"] == ["ROCO_00006.jpg"]
+    assert manifest["missing_images"]["first"] == ["ROCO_00006.jpg"]
 
 
 def test_roco_licence_filter(roco):

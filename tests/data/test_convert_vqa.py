@@ -74,15 +74,15 @@ def test_other_formats_hold_the_same_records(work, suffix):
     assert read_records(work / "out" / f"train.{suffix}") == read_records(work / "out" / "train.json")
 
 
-def test_missing_pictures_stop_or_are_counted(work):
+def test_missing_images_stop_or_are_counted(work):
     rows = [*ROWS, {**ROWS[0], "qid": 9, "image_name": "gone.jpg"}]
     train = put(work / "train.json", rows)
-    with pytest.raises(LlavaError, match=r"1 pictures of 1 records .*gone\.jpg.*--missing drop"):
+    with pytest.raises(LlavaError, match=r"1 images of 1 records .*gone\.jpg.*--missing drop"):
         vqa_rad(work, "--train", train)
     assert not any((work / "out").iterdir()), "something half-written was left"
     vqa_rad(work, "--train", train, "--missing", "drop")
     assert len(read_records(work / "out" / "train.json")) == 2
-    assert read_json(work / "out" / "manifest.json")["missing_pictures"]["records"] == 1
+    assert read_json(work / "out" / "manifest.json")["missing_images"]["records"] == 1
     vqa_rad(work, "--train", train, "--missing", "keep")
     assert len(read_records(work / "out" / "train.json")) == 3
 
@@ -195,9 +195,9 @@ def test_broken_pickle_is_one_clear_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pathvqa", "vqa-rad"])
-def test_hub_parquet_pictures_come_out_byte_equal(tmp_path, name):
-    pictures = [b"\xff\xd8\xff one", b"\xff\xd8\xff two"]
-    rows = [{"image": {"bytes": pictures[n % 2], "path": None}, "question": f"q{n}?", "answer": "yes" if n else "liver"}
+def test_hub_parquet_images_come_out_byte_equal(tmp_path, name):
+    images = [b"\xff\xd8\xff one", b"\xff\xd8\xff two"]
+    rows = [{"image": {"bytes": images[n % 2], "path": None}, "question": f"q{n}?", "answer": "yes" if n else "liver"}
             for n in range(3)]  # fmt: skip
     (tmp_path / "data").mkdir()
     write_records(tmp_path / "data" / "validation-00000-of-00001-ab.parquet", rows)
@@ -205,7 +205,7 @@ def test_hub_parquet_pictures_come_out_byte_equal(tmp_path, name):
     written = read_records(tmp_path / "out" / "validate.json")
     assert [row["answer_type"] for row in written] == ["OPEN", "CLOSED", "CLOSED"]
     found = [(tmp_path / "out" / "images" / row["image"]).read_bytes() for row in written]
-    assert found == [pictures[0], pictures[1], pictures[0]]
+    assert found == [images[0], images[1], images[0]]
     assert len(list((tmp_path / "out" / "images").iterdir())) == 2
 
 
@@ -227,7 +227,7 @@ def test_csv_with_own_columns(work):
     assert second["answer_type"] == "CLOSED"
 
 
-def test_csv_split_shares_no_picture(work):
+def test_csv_split_shares_no_image(work):
     for number in range(40):
         (work / "images" / f"{number}.jpg").write_bytes(b"x")
     rows = "".join(f"{number % 40}.jpg,q{number}?,a\n" for number in range(120))
@@ -238,24 +238,24 @@ def test_csv_split_shares_no_picture(work):
 
 
 @pytest.mark.parametrize("fraction", ["0.001", "0.999"])
-def test_csv_of_few_pictures_is_split_too(work, fraction):
+def test_csv_of_few_images_is_split_too(work, fraction):
     rows = "".join(f"{name},q?,a\n" for name in ("a.jpg", "b.jpg", "b.jpg"))
     (work / "images" / "b.jpg").write_bytes(b"x")
     csv_table(work, "image,question,answer\n" + rows, "--test-fraction", fraction)
     train, test = (read_records(work / "out" / f"{name}.json") for name in ("train", "test"))
     assert len(train) + len(test) == 3
     assert {row["image"] for row in train} ^ {row["image"] for row in test} == {"a.jpg", "b.jpg"}
-    with pytest.raises(LlavaError, match="one picture can't be split"):
+    with pytest.raises(LlavaError, match="one image can't be split"):
         csv_table(work, "image,question,answer\na.jpg,q?,a\n", "--test-fraction", fraction)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("picture,question,answer\n", "no column image; there are: picture, question, answer"),
+        ("scan,question,answer\n", "no column image; there are: scan, question, answer"),
         ("image,question,answer\na.jpg,q\n", "line 2: 3 columns expected"),
         ('image,question,answer\na.jpg,"q,a\n', "not a readable table"),
-        ("image,question,answer\nz.jpg,q,a\n", r"1 pictures of 1 records not found .*z\.jpg"),
+        ("image,question,answer\nz.jpg,q,a\n", r"1 images of 1 records not found .*z\.jpg"),
         ("image,question,answer\n", "no records"),
     ],
 )

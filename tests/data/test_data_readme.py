@@ -26,10 +26,10 @@ def test_records_are_good():
 def test_the_csv_example_converts(tmp_path):
     (table,) = re.findall(r"```csv\n(.*?)```", TEXT, re.DOTALL)
     (tmp_path / "my.csv").write_text("\n".join(line.strip() for line in table.splitlines()))
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in ("chest_01.jpg", "head_07.png"):
-        (tmp_path / "pictures" / name).write_bytes(b"x")
-    main(["csv", "--input", str(tmp_path / "my.csv"), "--image-folder", str(tmp_path / "pictures"),
+        (tmp_path / "images" / name).write_bytes(b"x")
+    main(["csv", "--input", str(tmp_path / "my.csv"), "--image-folder", str(tmp_path / "images"),
           "--output-dir", str(tmp_path)])  # fmt: skip
     assert len(read_records(tmp_path / "train.json")) == 3
 

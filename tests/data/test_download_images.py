@@ -18,7 +18,7 @@ import pytest
 from llava.data.download_images import FAILURES_FILE, main
 from llava.data.fetching.articles import read_plan
 from llava.data.fetching.transfer import RateLimit
-from llava.data.fetching.writer import PictureWriter
+from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
 from llava.records import read_records
 from tests.data.archive_server import ArchiveServer, Reply, archive, archive_with_bomb, header
@@ -33,7 +33,7 @@ def server():
 
 
 class Wanted:
-    """A list of pictures under construction, with what is expected of each."""
+    """A list of images under construction, with what is expected of each."""
 
     def __init__(self, folder: Path, server: ArchiveServer):
         self.folder = folder
@@ -63,7 +63,7 @@ class Wanted:
         images = self.folder / "images"
         saved = {path.stem: path.read_bytes() for path in images.glob("*.jpg")}
         assert saved.keys() == self.good.keys()
-        assert saved == self.good, "a picture isn't byte-equal"
+        assert saved == self.good, "an image isn't byte-equal"
         assert sorted(path.name for path in images.iterdir() if path.suffix != ".jpg") == [FAILURES_FILE]
         failures = read_records(images / FAILURES_FILE) if self.bad else []
         assert [row["pair_id"] for row in failures] == [
@@ -78,17 +78,17 @@ def wanted(tmp_path, server):
     return Wanted(tmp_path, server)
 
 
-def picture(number, size=5000) -> bytes:
+def content_of(number, size=5000) -> bytes:
     return b"\xff\xd8\xff" + random.Random(number).randbytes(size)
 
 
 def test_one_request_per_article_and_only_the_wanted_members(wanted, server):
-    pictures = [picture(n) for n in range(3)]
-    members = [(f"PMC1/{n}.jpg", content) for n, content in enumerate(pictures)]
+    contents = [content_of(n) for n in range(3)]
+    members = [(f"PMC1/{n}.jpg", content) for n, content in enumerate(contents)]
     server.pages["/PMC1.tar.gz"] = Reply(archive(("PMC1/text.nxml", b"x" * 9000), *members))
-    wanted.add("a", "/PMC1.tar.gz", "PMC1/2.jpg", pictures[2])
-    wanted.add("b", "/PMC1.tar.gz", "PMC1/0.jpg", pictures[0])
-    wanted.add("same", "/PMC1.tar.gz", "PMC1/0.jpg", pictures[0])
+    wanted.add("a", "/PMC1.tar.gz", "PMC1/2.jpg", contents[2])
+    wanted.add("b", "/PMC1.tar.gz", "PMC1/0.jpg", contents[0])
+    wanted.add("same", "/PMC1.tar.gz", "PMC1/0.jpg", contents[0])
     assert main(wanted.flags()) == 0
     wanted.check()
     assert server.requests == {"/PMC1.tar.gz": 1}
@@ -97,15 +97,15 @@ def test_one_request_per_article_and_only_the_wanted_members(wanted, server):
 def test_long_names_of_both_kinds(wanted, server):
     for number, kind in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
         name = f"PMC{number}/" + "long" * 40 + "é.jpg"
-        server.pages[f"/{number}.tar.gz"] = Reply(archive(("a", b"x"), (name, picture(number)), format=kind))
-        wanted.add(f"p{number}", f"/{number}.tar.gz", name, picture(number))
+        server.pages[f"/{number}.tar.gz"] = Reply(archive(("a", b"x"), (name, content_of(number)), format=kind))
+        wanted.add(f"p{number}", f"/{number}.tar.gz", name, content_of(number))
     main(wanted.flags())
     wanted.check()
 
 
 def bad_connections(wanted, server):
     """Articles behind lines that fail, each with what has to come of it."""
-    content = picture(1, 300_000)
+    content = content_of(1, 300_000)
     whole = archive(("PMC/x.jpg", content))
     pages = {
         "/dead": (Reply(b"", 404), None, "HTTP 404"),
@@ -143,7 +143,7 @@ def test_bad_connections(wanted, server):
 
 
 def hostile_archives(wanted, server):
-    content = picture(2)
+    content = content_of(2)
     good = ("PMC/good.jpg", content)
     dangerous = [
         ("../outside.jpg", b"evil"),
@@ -177,7 +177,7 @@ def test_hostile_archives_touch_nothing_outside(wanted, server, tmp_path):
     hostile_archives(wanted, server)
     opened = []
     sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
-    main([*wanted.flags(), "--max-picture-mb", "0.1"])
+    main([*wanted.flags(), "--max-image-mb", "0.1"])
     written = {
         str(args[0])
         for args in opened
@@ -210,10 +210,10 @@ def bombs(wanted, server, size):
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         server.pages[f"/bomb{kind}"] = Reply(archive_with_bomb("PMC/bomb.jpg", size, format=kind))
         wanted.add(f"bomb{kind}", f"/bomb{kind}", "PMC/bomb.jpg", reason="larger than the cap")
-    server.pages["/behind"] = Reply(archive_with_bomb("PMC/movie.avi", size, ("PMC/good.jpg", picture(3))))
+    server.pages["/behind"] = Reply(archive_with_bomb("PMC/movie.avi", size, ("PMC/good.jpg", content_of(3))))
 
 
-def test_a_ten_gigabyte_picture_is_refused_by_its_header(wanted, server):
+def test_a_ten_gigabyte_image_is_refused_by_its_header(wanted, server):
     bombs(wanted, server, 10 << 30)
     main(wanted.flags())
     wanted.check()
@@ -227,15 +227,15 @@ def test_unpacking_stops_at_the_cap(wanted, server):
 
 
 @pytest.mark.long
-def test_a_picture_behind_ten_gigabytes_is_still_found(wanted, server):
+def test_a_image_behind_ten_gigabytes_is_still_found(wanted, server):
     bombs(wanted, server, 10 << 30)
-    wanted.add("behind", "/behind", "PMC/good.jpg", picture(3))
+    wanted.add("behind", "/behind", "PMC/good.jpg", content_of(3))
     main([*wanted.flags(), "--timeout", "30"])
     wanted.check()
 
 
 def test_second_source_of_a_dead_article(wanted, server):
-    content = picture(5)
+    content = content_of(5)
     server.pages["/oa?id=PMC77"] = Reply(
         b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><OA><records><record id="PMC77">'
         b'<link format="tgz" updated="2020" href="' + server.url("/new/PMC77.tar.gz").encode() + b'" /></record>'
@@ -250,9 +250,9 @@ def test_second_source_of_a_dead_article(wanted, server):
 
 
 def test_kept_archives_are_whole_and_used_again(wanted, server, tmp_path):
-    body = archive(("PMC1/x.jpg", picture(1)), ("PMC1/text", b"t" * 500_000))
+    body = archive(("PMC1/x.jpg", content_of(1)), ("PMC1/text", b"t" * 500_000))
     server.pages["/PMC1.tar.gz"] = Reply(body)
-    wanted.add("x", "/PMC1.tar.gz", "PMC1/x.jpg", picture(1))
+    wanted.add("x", "/PMC1.tar.gz", "PMC1/x.jpg", content_of(1))
     keep = ["--keep-archives", "--pmc_output_path", str(tmp_path / "tars")]
     main([*wanted.flags(), *keep])
     assert {path.name: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == {"PMC1.tar.gz": body}
@@ -267,7 +267,7 @@ def test_kept_archives_are_whole_and_used_again(wanted, server, tmp_path):
 def test_a_second_run_asks_for_nothing_again(wanted, server):
     hostile_archives(wanted, server)
     wanted.add("dead", "/dead.tar.gz", "x.jpg", reason="HTTP 404")
-    flags = [*wanted.flags(), "--max-picture-mb", "0.1"]
+    flags = [*wanted.flags(), "--max-image-mb", "0.1"]
     main(flags)
     wanted.check()
     before = sum(server.requests.values())
@@ -290,7 +290,7 @@ def test_too_many_failures_set_the_exit_code(wanted, server):
 def many_articles(wanted, server, count=150):
     """One in five is dead; the others answer after a while, so that a kill hits them at work."""
     for number in range(count):
-        content = picture(number, 40_000)
+        content = content_of(number, 40_000)
         path = f"/PMC{number}.tar.gz"
         if number % 5 == 0:
             wanted.add(f"p{number}", path, "x.jpg", reason="HTTP 404")
@@ -367,15 +367,15 @@ def test_other_addresses_are_refused(tmp_path, url):
     assert not plan.articles and plan.refused[0][2] == "pmc_tar_url is no http(s) address"
 
 
-def test_one_pair_id_for_two_pictures_is_reported(wanted, server):
-    server.pages["/a"] = Reply(archive(("x.jpg", picture(1)), ("y.jpg", picture(2))))
-    wanted.add("same", "/a", "x.jpg", picture(1))
-    wanted.add("same", "/a", "y.jpg", reason="listed before with another picture")
-    wanted.add("same", "/a", "x.jpg", picture(1))
+def test_one_pair_id_for_two_images_is_reported(wanted, server):
+    server.pages["/a"] = Reply(archive(("x.jpg", content_of(1)), ("y.jpg", content_of(2))))
+    wanted.add("same", "/a", "x.jpg", content_of(1))
+    wanted.add("same", "/a", "y.jpg", reason="listed before with another image")
+    wanted.add("same", "/a", "x.jpg", content_of(1))
     main(wanted.flags())
     failures = read_records(wanted.folder / "images" / FAILURES_FILE)
     assert [row["image_file_path"] for row in failures] == ["y.jpg"]
-    assert (wanted.folder / "images" / "same.jpg").read_bytes() == picture(1)
+    assert (wanted.folder / "images" / "same.jpg").read_bytes() == content_of(1)
 
 
 def test_a_dead_network_stops_the_run_and_keeps_the_state(tmp_path):
@@ -388,9 +388,9 @@ def test_a_dead_network_stops_the_run_and_keeps_the_state(tmp_path):
         main([*flags, "--retries", "0"])
 
 
-def test_large_pictures_are_whole_or_gone(wanted, server):
+def test_large_images_are_whole_or_gone(wanted, server):
     """Larger than the pieces that they are written in; the second breaks off when some are on the disk already."""
-    large = picture(3, 5_000_000)
+    large = content_of(3, 5_000_000)
     server.pages["/large"] = Reply(archive(("x.jpg", large), format=tarfile.GNU_FORMAT))
     server.pages["/cut"] = Reply(archive(("x.jpg", large)), cut_after=4_000_000)
     wanted.add("large", "/large", "x.jpg", large)
@@ -402,8 +402,8 @@ def test_large_pictures_are_whole_or_gone(wanted, server):
 
 def test_a_disk_that_takes_no_more_stops_the_run(wanted, server):
     """A file may have 20 kB here: Linux refuses the rest as it does on a full disk."""
-    server.pages["/small"] = Reply(archive(("x.jpg", picture(1))))
-    server.pages["/large"] = Reply(archive(("x.jpg", picture(2, 3_000_000))))
+    server.pages["/small"] = Reply(archive(("x.jpg", content_of(1))))
+    server.pages["/large"] = Reply(archive(("x.jpg", content_of(2, 3_000_000))))
     wanted.add("small", "/small", "x.jpg")
     wanted.add("large", "/large", "x.jpg")
     for number in range(50):
@@ -419,13 +419,13 @@ def test_a_disk_that_takes_no_more_stops_the_run(wanted, server):
 
 
 def test_a_folder_that_is_gone_stops_the_writer(tmp_path):
-    """Nothing can be removed there either: the error is told all the same, to every later picture and at the end."""
+    """Nothing can be removed there either: the error is told all the same, to every later image and at the end."""
 
     async def chunks(content):
         yield content
 
     async def write_on():
-        async with PictureWriter() as writer:
+        async with ImageWriter() as writer:
             for number in range(100):
                 await writer.write(tmp_path / "file" / f"{number}.jpg", chunks(bytes(1 << 20)))
                 await asyncio.sleep(0.001)

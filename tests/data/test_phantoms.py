@@ -1,4 +1,4 @@
-"""The built-in set: what is held out, that answers are balanced, that pictures show their findings."""
+"""The built-in set: what is held out, that answers are balanced, that images show their findings."""
 
 from collections import Counter, defaultdict
 
@@ -117,7 +117,7 @@ def test_an_assistants_answer_states_the_fact_and_scores_as_the_bare_one():
     assert strict_item(spoken(question), "no").correct == 1.0
 
 
-def test_a_finding_changes_the_picture_where_it_is_said_to_be():
+def test_a_finding_changes_the_image_where_it_is_said_to_be():
     for domain in range(len(DOMAINS)):
         for side in (0, 1):
             for place in (0, 1):
@@ -133,36 +133,36 @@ def test_a_finding_changes_the_picture_where_it_is_said_to_be():
 
 
 def _difference(phantom: Phantom, seed: int) -> np.ndarray:
-    """Mean local contrast in 4 x 4 cells, beyond that of normal pictures."""
+    """Mean local contrast in 4 x 4 cells, beyond that of normal images."""
 
     def contrast(one: Phantom) -> np.ndarray:
-        pictures = draw([one] * 8, 64, np.random.default_rng(seed)).astype(float).mean(-1)
-        return np.abs(pictures - np.median(pictures, axis=(1, 2), keepdims=True)).mean(0)
+        images = draw([one] * 8, 64, np.random.default_rng(seed)).astype(float).mean(-1)
+        return np.abs(images - np.median(images, axis=(1, 2), keepdims=True)).mean(0)
 
     change = np.abs(contrast(phantom) - contrast(Phantom(phantom.domain, None)))
     return change.reshape(4, 16, 4, 16).mean((1, 3))
 
 
-def test_pictures_follow_from_the_seed_and_vary():
+def test_images_follow_from_the_seed_and_vary():
     phantoms = [Phantom(domain, 0) for domain in range(5)] * 2
     first = draw(phantoms, 48, np.random.default_rng(5))
     assert first.shape == (10, 48, 48, 3) and first.dtype == np.uint8
     assert np.array_equal(first, draw(phantoms, 48, np.random.default_rng(5)))
-    assert not np.array_equal(first[:5], first[5:]), "the same facts never give the same picture"
+    assert not np.array_equal(first[:5], first[5:]), "the same facts never give the same image"
     assert (first.std((1, 2, 3)) > 10).all()
 
 
-def test_files_are_written_and_seeds_share_no_picture(tmp_path):
+def test_files_are_written_and_seeds_share_no_image(tmp_path):
     counts = Counts(train=12, test=6, conversations=5, vqa=8, text=10)
     written = write_phantoms(tmp_path / "a", 1, counts, size=48, processes=1)
     write_phantoms(tmp_path / "b", 2, counts, size=48, processes=1)
     assert written["captions.json"] == 12 and written["conversations.json"] == 5 and written["vqa_train.json"] == 8
-    pictures = {seed: {p.read_bytes() for p in (tmp_path / seed / "images").iterdir()} for seed in "ab"}
-    assert len(pictures["a"]) == len(pictures["b"]) == 18 and not pictures["a"] & pictures["b"]
+    images = {seed: {p.read_bytes() for p in (tmp_path / seed / "images").iterdir()} for seed in "ab"}
+    assert len(images["a"]) == len(images["b"]) == 18 and not images["a"] & images["b"]
     record = read_records(tmp_path / "a" / "captions.json")[0]
     assert sum(record["domain"].values()) == 1 and set(record["domain"]) == {domain.key for domain in DOMAINS}
-    with Image.open(tmp_path / "a" / "images" / record["image"]) as picture:
-        assert picture.size == (48, 48) and picture.mode == "RGB"
+    with Image.open(tmp_path / "a" / "images" / record["image"]) as image:
+        assert image.size == (48, 48) and image.mode == "RGB"
     items = read_vqa_items(tmp_path / "a" / "vqa_test.json")
     assert {item.answer_type for item in items} == {"OPEN", "CLOSED"} and not any(i.type_inferred for i in items)
     assert all("image" not in record for record in read_records(tmp_path / "a" / "text.json"))

@@ -19,7 +19,7 @@ def test_a_statement_is_one_sentence():
     assert statement("Size?", "3.5 cm") == "size: 3 5 cm."
 
 
-def test_one_caption_a_picture_and_a_conversation_a_question(tmp_path):
+def test_one_caption_a_image_and_a_conversation_a_question(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     rows = [record(1, "a.png", "Organ?", "Lung"), record(2, "b.png", "Organ?", "Liver"), record(3, "a.png", "CT?", 1)]
@@ -43,7 +43,7 @@ def test_only_shared_sentences_and_fields(tmp_path):
     write_json(tmp_path / "train.json", [{**row, "image_organ": "CHEST"} for row in rows])
     out = tmp_path / "out"
     command = [sys.executable, "-m", "llava.data.convert", "qa-captions", "--records", str(tmp_path / "train.json")]
-    command += ["--output-dir", str(out), "--min-pictures", "2", "--field", "image_organ"]
+    command += ["--output-dir", str(out), "--min-images", "2", "--field", "image_organ"]
     assert subprocess.run(command).returncode == 0
     captions = {row["conversations"][1]["value"] for row in read_records(out / "captions.json")}
     assert captions == {"image organ: chest. organ: lung."}

@@ -210,7 +210,7 @@ def test_split_long_conversations(tmp_path):
     said = [turn["value"].replace("<image>", "").strip() for piece in pieces[1:] for turn in piece["conversations"]]
     assert said == [turn["value"].replace("<image>", "").strip() for turn in long["conversations"]]
     for piece in pieces:
-        assert check_form(piece) == [], "each piece is a good record with its picture"
+        assert check_form(piece) == [], "each piece is a good record with its image"
         assert len(encode_conversation(piece, "v1", tokenizer, features_per_image=16).input_ids) <= 450
 
 

@@ -80,7 +80,7 @@ def test_text_is_read_once_in_order_in_batches_of_little_padding():
     assert padded < 1.1 * sum(lengths)
 
 
-def test_sentences_of_captions_and_of_mirrored_pictures():
+def test_sentences_of_captions_and_of_mirrored_images():
     sentences, captions = caption_sentences([*CAPTIONS, "This is a scan."])
     assert [[sentences[number] for number in caption] for caption in captions[1:]] == [
         ["This is a scan.", "It is on the right side."],
@@ -111,20 +111,20 @@ def test_tower_learns_which_side_is_bright():
     args = SimpleNamespace(hidden_size=32, layers=1, image_size=32, patch_size=16)
     model = SentenceMatching(args, torch.eye(len(sentences)), exclusions(captions, len(sentences)))
     sides = torch.randint(0, 2, (64,))
-    pictures = 0.3 * torch.randn(64, 3, 32, 32)
-    for picture, side in zip(pictures, sides):
-        picture[..., 16 * side : 16 * side + 16] += 1
-    start_embeddings(model.tower, pictures)
+    images = 0.3 * torch.randn(64, 3, 32, 32)
+    for image, side in zip(images, sides):
+        image[..., 16 * side : 16 * side + 16] += 1
+    start_embeddings(model.tower, images)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        loss = model(pictures, captions[sides])
+        loss = model(images, captions[sides])
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
     said = model.said(captions[sides], 5)
-    found = model.match(pictures).masked_fill(~(model.excludes[said] | functional.one_hot(said, 3).bool()), -torch.inf)
+    found = model.match(images).masked_fill(~(model.excludes[said] | functional.one_hot(said, 3).bool()), -torch.inf)
     told = said != sentences.index("This is a scan.")
     assert (found.argmax(-1) == said)[told].float().mean() > 0.95, "every second token says the side"

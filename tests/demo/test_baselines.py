@@ -1,4 +1,4 @@
-"""The nearest-picture baseline answers as the most similar picture with that question was answered."""
+"""The nearest-image baseline answers as the most similar image with that question was answered."""
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ def _record(name: str, image: str, *turns: tuple[str, str]) -> dict:
     return {"id": name, "image": image, "conversations": conversations}
 
 
-def test_nearest_picture_that_was_asked_the_same(tmp_path):
+def test_nearest_image_that_was_asked_the_same(tmp_path):
     for name, level in {"dark": 10, "middle": 120, "light": 240, "test": 100}.items():
         Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(tmp_path / f"{name}.png")
     train = [

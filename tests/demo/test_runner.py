@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from llava.demo.runner import Job, Pipeline
+from llava.demo.pipeline import Job, Pipeline
 from llava.errors import LlavaError
 
 

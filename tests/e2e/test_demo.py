@@ -34,7 +34,7 @@ def demo(tmp_path_factory):
 def test_demo_ends_with_a_table_results_and_a_page(demo):
     output, done = demo
     assert done.returncode == 0, done.stderr
-    assert "with pictures" in done.stdout and "nearest picture" in done.stdout
+    assert "with images" in done.stdout and "nearest image" in done.stdout
     assert f"report: {output / 'report.html'}" in done.stdout and "research only" in done.stdout
     results = json.loads((output / "results.json").read_text())
     assert set(results) == KEYS and results["seed"] == 4 and results["questions"] > 80
@@ -54,7 +54,7 @@ def test_demo_leaves_a_whole_model_whose_tower_stayed_as_it_was(demo):
     assert models[1].config.conversation_template == "mistral_instruct"
 
 
-def test_blind_run_never_saw_a_picture_and_trained_as_long(demo):
+def test_blind_run_never_saw_a_image_and_trained_as_long(demo):
     output, _ = demo
     for stage in ("stage_1", "stage_2", "vqa"):
         seeing, blind = (
@@ -74,7 +74,7 @@ def test_a_rerun_does_nothing_again(demo):
 
 
 def test_its_model_answers_the_chat_questions_and_is_judged(demo, shared_dir, tmp_path):
-    """The whole chain of the chat evaluation; its pictures are not released, so drawn ones stand in."""
+    """The whole chain of the chat evaluation; its images are not released, so drawn ones stand in."""
     questions = shared_dir / "llava_med_eval" / "llava_med_eval_qa50_qa.jsonl"
     if not questions.is_file():
         pytest.skip(f"no chat-evaluation questions at {questions}")

@@ -1,4 +1,4 @@
-"""Answer files: in the order of the questions, whole or resumable, with a manifest, pictures checked first."""
+"""Answer files: in the order of the questions, whole or resumable, with a manifest, images checked first."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.eval import model_vqa, model_vqa_med, run_med_datasets_eval_batch
-from llava.eval.ablation import Pictures
-from llava.eval.questions import Question, chunk_of, read_med_questions
+from llava.eval.answers.ablation import QuestionImages
+from llava.eval.answers.questions import Question, chunk_of, read_med_questions
 from llava.records import read_records
 from tests.tiny import make_llava
 
@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Questions in both forms, over six pictures, a question without one among them."""
+    """Questions in both forms, over six images, a question without one among them."""
     folder = tmp_path_factory.mktemp("data")
     for index in range(6):
         pixels = np.random.default_rng(index).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -86,7 +86,7 @@ def test_manifest_says_what_made_the_answers(finished, model, data):
         "max_new_tokens": 8,
         "seed": 0,
     }
-    assert manifest["counts"]["questions"] == NUMBER and manifest["counts"]["pictures"] == 6
+    assert manifest["counts"]["questions"] == NUMBER and manifest["counts"]["images"] == 6
     assert len(manifest["sha256"]) == len(manifest["questions_sha256"]) == len(manifest["checkpoint_digest"]) == 64
     assert {"torch", "transformers", "python"} <= set(manifest["versions"])
 
@@ -101,14 +101,14 @@ def test_jsonl_questions_get_the_same_answers(finished, model, data, tmp_path):
 
 def test_a_finished_file_is_not_answered_again(finished, model, data, monkeypatch):
     before = finished.read_bytes()
-    monkeypatch.setattr("llava.eval.local_answers.LocalModel.load", lambda self: pytest.fail("loaded the model"))
+    monkeypatch.setattr("llava.eval.answers.local.LocalModel.load", lambda self: pytest.fail("loaded the model"))
     model_vqa_med.main(flags(model, data, finished))
     assert finished.read_bytes() == before
 
 
 def test_a_half_written_file_is_finished_and_equal(finished, model, data, tmp_path, monkeypatch):
     """Whatever line the kill came in, also in the middle of one, the end is the same."""
-    monkeypatch.setattr("llava.eval.local_answers.SAVE_EVERY", 8)
+    monkeypatch.setattr("llava.eval.answers.local.SAVE_EVERY", 8)
     path = tmp_path / "answers.jsonl"
     whole = finished.read_bytes()
     for cut in (1, len(whole) // 3, len(whole) - 3):
@@ -200,20 +200,20 @@ def test_ablated_answers_name_the_ablation(ablation, finished, model, data, tmp_
     path = tmp_path / "answers.jsonl"
     rows = answer(model, data, path, "--ablate-image", ablation)
     plain = read_records(finished)
-    assert rows != plain and rows[7]["text"] == plain[7]["text"]  # the question without picture stays as it is
+    assert rows != plain and rows[7]["text"] == plain[7]["text"]  # the question without image stays as it is
     assert json.loads(path.with_name("answers.jsonl.manifest.json").read_text())["ablate_image"] == ablation
 
 
-def test_shuffled_pictures_are_always_others(data):
+def test_shuffled_images_are_always_others(data):
     questions = read_med_questions(data / "test.json")
-    pictures = Pictures(data, questions, "shuffle", seed=5)
-    swapped = {question.images[0]: pictures.of(question)[0].name for question in questions if question.images}
+    images = QuestionImages(data, questions, "shuffle", seed=5)
+    swapped = {question.images[0]: images.of(question)[0].name for question in questions if question.images}
     assert sorted(swapped) == sorted(swapped.values()) and all(a != b for a, b in swapped.items())
 
 
-def test_noise_is_the_pictures_own_and_repeats(data):
+def test_noise_is_the_images_own_and_repeats(data):
     questions = [question for question in read_med_questions(data / "test.json") if question.images]
-    first, second = (Pictures(data, questions, "noise", seed=1) for _ in range(2))
+    first, second = (QuestionImages(data, questions, "noise", seed=1) for _ in range(2))
     a, b, c = first.of(questions[0])[0], second.of(questions[0])[0], first.of(questions[1])[0]
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
@@ -235,7 +235,7 @@ def test_answer_prompter_asks_twice(finished, model, data, tmp_path):
 
 
 BAD = {
-    "a missing picture": (["--image-folder", "{tmp}"], '23 pictures are missing|6 pictures are missing.*question "q0"'),
+    "a missing image": (["--image-folder", "{tmp}"], '23 images are missing|6 images are missing.*question "q0"'),
     "an unknown template": (["--conv-mode", "nonsense"], "nonsense"),
     "no such questions": (["--question-file", "{tmp}/none.json"], "--question-file not found"),
     "no such folder": (["--image-folder", "{tmp}/none"], "--image-folder is not a folder"),
@@ -247,26 +247,26 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_an_error_before_the_model_is_loaded(name, model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("llava.eval.local_answers.LocalModel.load", lambda self: pytest.fail("loaded the model"))
+    monkeypatch.setattr("llava.eval.answers.local.LocalModel.load", lambda self: pytest.fail("loaded the model"))
     more, message = BAD[name]
     with pytest.raises(LlavaError, match=message):
         model_vqa_med.main(flags(model, data, tmp_path / "a.jsonl", *(m.format(tmp=tmp_path) for m in more)))
     assert not (tmp_path / "a.jsonl").exists()
 
 
-def test_an_unreadable_picture_is_an_error_that_names_it(model, data, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_an_unreadable_image_is_an_error_that_names_it(model, data, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
     questions = tmp_path / "q.jsonl"
     questions.write_text(json.dumps({"question_id": 1, "text": "?", "image": "broken.png"}) + "\n")
     with pytest.raises(LlavaError, match=r"broken\.png"):
         model_vqa.main(flags(model, tmp_path, tmp_path / "a.jsonl", "--question-file", str(questions)))
 
 
-def test_tags_and_pictures_have_to_agree(tmp_path):
+def test_tags_and_images_have_to_agree(tmp_path):
     path = tmp_path / "q.json"
     turns = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
     path.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": turns}]))
-    with pytest.raises(LlavaError, match=r"record 0 \(\"1\"\): 2 <image> in the question and 1 pictures"):
+    with pytest.raises(LlavaError, match=r"record 0 \(\"1\"\): 2 <image> in the question and 1 images"):
         read_med_questions(path)
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from llava.eval.chat_summary import order_agreement, read_scores_file
-from llava.eval.judge import build_job, read_scores, repair_job
+from llava.eval.chat.judge import build_job, read_scores, repair_job
+from llava.eval.chat.summary import order_agreement, read_scores_file
 from llava.openai_api import ChatResult
 from llava.records import read_records, write_records
 from tests.openai_server import OpenAIServer
@@ -138,7 +138,7 @@ def test_the_real_questions(shared_dir, tmp_path):
     questions = shared_dir / "llava_med_eval" / "llava_med_eval_qa50_qa.jsonl"
     if not questions.is_file():
         pytest.skip(f"no chat-evaluation questions at {questions}")
-    answers = [{"question_id": row["question_id"], "text": "A picture."} for row in read_records(questions)]
+    answers = [{"question_id": row["question_id"], "text": "An image."} for row in read_records(questions)]
     write_records(tmp_path / "a.jsonl", answers)
     words = ["--question_input_path", str(questions), "--input_path", str(tmp_path / "a.jsonl")]
     words += ["--output_path", str(tmp_path / "s.jsonl"), "--api-model", "m"]

@@ -103,9 +103,9 @@ def test_interval_holds_the_mean_and_narrows_with_more_questions():
     assert many[1] - many[0] == pytest.approx(2 * 1.96 * 0.0112, rel=0.05)
 
 
-def test_interval_of_clusters_is_wider_when_a_picture_decides_all_its_questions():
-    values = [float(picture % 2) for picture in range(40) for _ in range(10)]
-    clusters = [picture for picture in range(40) for _ in range(10)]
+def test_interval_of_clusters_is_wider_when_a_image_decides_all_its_questions():
+    values = [float(image % 2) for image in range(40) for _ in range(10)]
+    clusters = [image for image in range(40) for _ in range(10)]
     alone, together = bootstrap_interval(values), bootstrap_interval(values, clusters)
     assert together[1] - together[0] > 2 * (alone[1] - alone[0])
 

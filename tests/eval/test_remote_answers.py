@@ -1,4 +1,4 @@
-"""Questions answered by an OpenAI-compatible server, pictures sent along, through the same command."""
+"""Questions answered by an OpenAI-compatible server, images sent along, through the same command."""
 
 import base64
 import io
@@ -9,10 +9,10 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.eval import model_vqa
-from llava.eval.ablation import Pictures
-from llava.eval.answering import Decoding
-from llava.eval.questions import Question
-from llava.eval.remote_answers import RemoteAnswers
+from llava.eval.answers.ablation import QuestionImages
+from llava.eval.answers.answering import Decoding
+from llava.eval.answers.questions import Question
+from llava.eval.answers.remote import RemoteAnswers
 from llava.openai_api import ApiSettings
 from llava.records import read_records
 from tests.openai_server import OpenAIServer
@@ -54,9 +54,9 @@ def test_an_unfinished_run_goes_on_where_it_stopped(data):
     assert [row["question_id"] for row in rows] == list(range(30))
 
 
-def test_text_and_pictures_stand_in_their_order(data):
+def test_text_and_images_stand_in_their_order(data):
     question = Question(1, "First\n<image>\nthen\n<image>", ("red.png", "red.png"))
-    remote = RemoteAnswers(ApiSettings("m", "k"), Pictures(data, [question]), Decoding())
+    remote = RemoteAnswers(ApiSettings("m", "k"), QuestionImages(data, [question]), Decoding())
     content = remote.job(question).messages[0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url"]
     encoded = content[1]["image_url"]["url"].removeprefix("data:image/png;base64,")

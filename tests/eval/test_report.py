@@ -9,7 +9,7 @@ from PIL import Image
 from llava.data import audit
 from llava.errors import LlavaError
 from llava.eval import report, run_eval
-from llava.eval.manifest import write_manifest
+from llava.eval.answers.manifest import write_manifest
 
 
 def record(key, question, answer, kind):
@@ -19,7 +19,7 @@ def record(key, question, answer, kind):
 
 @pytest.fixture
 def files(tmp_path):
-    """Questions of a set named as VQA-RAD, answers with pictures and with grey ones, their pictures."""
+    """Questions of a set named as VQA-RAD, answers with images and with grey ones, their images."""
     folder = tmp_path / "vqa_rad"
     folder.mkdir()
     records = [record(i, f"Is <b>{i}</b> there?", "yes" if i % 3 else "no", "CLOSED") for i in range(12)]
@@ -52,10 +52,10 @@ def test_page_holds_every_section_and_fetches_nothing(files):
     audited = files / "audit.json"
     audit.main(["--train", str(files / "train.json"), "--test", str(files / "test.json"), "--output", str(audited)])
     html, _ = make(files, "--image-folder", str(files), "--audit", str(audited))
-    for heading in ("Scores", "look at the picture", "as sure as", "clean", "kind of question", "Examples", "produced"):
+    for heading in ("Scores", "look at the image", "as sure as", "clean", "kind of question", "Examples", "produced"):
         assert re.search(f"<h2>[^<]*{heading}", html), heading
     assert not re.search(r'(?:src|href)="(?!data:|#)', html) and "<script" not in html and "url(" not in html
-    assert html.count("<img") == 8  # four right and four wrong answers, each with its picture
+    assert html.count("<img") == 8  # four right and four wrong answers, each with its image
     assert "data:image/jpeg;base64," in html
 
 
@@ -78,7 +78,7 @@ def test_published_rows_stand_beside(files):
     assert "| LLaVA-Med from Vicuna | VQA-RAD, published | 179 / 272 | 64.39 | 81.98 |" in markdown
 
 
-def test_the_drop_without_pictures_is_shown(files):
+def test_the_drop_without_images_is_shown(files):
     html, _ = make(files)
     rows = re.findall(r"<tr><td>m</td><td>blank</td><td>([^<]*)</td><td class=\"n\">([^<]*)</td>", html)
     assert ("strict open", "100.00") in rows and len(rows) == 4

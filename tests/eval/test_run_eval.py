@@ -202,7 +202,7 @@ def test_audit_scores_the_clean_subset(files, tmp_path):
     train.write_text(json.dumps([record("t", "Is it large?", "no", "CLOSED") | {"image": "2.jpg"}]))
     content = run_json(files(), tmp_path, "--audit", "--train", str(train))["clean_subset"]
     assert content["audit"]["questions"]["near_duplicates_with_same_answer"] == 1
-    for name in ("unseen picture", "no near-duplicate question"):
+    for name in ("unseen image", "no near-duplicate question"):
         scores = content["scores"][name]
         assert (scores["questions"], scores["closed"], scores["strict"]["closed accuracy"]["value"]) == (3, 1, 100)
 

@@ -1,4 +1,4 @@
-"""One question from the command line, with one picture, several, or none."""
+"""One question from the command line, with one image, several, or none."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.eval.run_llava import with_pictures
+from llava.eval.run_llava import with_images
 from tests import tiny
 
 
@@ -16,7 +16,7 @@ def ask(checkpoint, *words):
     return subprocess.run([*command, "--max_new_tokens", "5", *words], capture_output=True, text=True)
 
 
-def test_one_and_several_pictures(tmp_path):
+def test_one_and_several_images(tmp_path):
     checkpoint = tiny.make_llava(tmp_path / "model")
     for name, colour in (("a", "gray"), ("b", "red")):
         Image.new("RGB", (60, 40), colour).save(tmp_path / f"{name}.png")
@@ -31,7 +31,7 @@ def test_one_and_several_pictures(tmp_path):
 
 
 def test_placeholders_are_put_or_checked():
-    assert with_pictures("Q?", 2) == "<image>\n<image>\nQ?"
-    assert with_pictures("Q? <image>", 1) == "Q? <image>"
-    with pytest.raises(LlavaError, match="2 pictures"):
-        with_pictures("<image> Q?", 2)
+    assert with_images("Q?", 2) == "<image>\n<image>\nQ?"
+    assert with_images("Q? <image>", 1) == "Q? <image>"
+    with pytest.raises(LlavaError, match="2 images"):
+        with_images("<image> Q?", 2)

@@ -1,4 +1,4 @@
-"""A tiny model of each kind, loaded once, and requests about a few pictures."""
+"""A tiny model of each kind, loaded once, and requests about a few images."""
 
 import numpy as np
 import pytest
@@ -29,24 +29,24 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures():
+def images():
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(5)]
 
 
 def ask(question, images=(), template="vicuna_v1", id=None, **sampling):
-    """A request with a picture's placeholder before the question for each of `images`."""
+    """A request with an image's placeholder before the question for each of `images`."""
     conversation = get_template(template)
     conversation.append_message(conversation.roles[0], "<image>\n" * len(images) + question)
     return Request(conversation, images, SamplingParams(**{"max_new_tokens": 12} | sampling), id)
 
 
-def mixed_requests(pictures, count=14, **sampling):
-    """Questions of many lengths about none, one or two pictures; several share a picture, two are the same."""
+def mixed_requests(images, count=14, **sampling):
+    """Questions of many lengths about none, one or two images; several share an image, two are the same."""
     requests = [
         ask(
             "What does the picture show? " + "left right " * (index % 4),
-            [pictures[(index // 2 + more) % len(pictures)] for more in range(index % 3)],
+            [images[(index // 2 + more) % len(images)] for more in range(index % 3)],
             id=index,
             **sampling,
         )
@@ -60,7 +60,7 @@ def answer_alone(loaded, engine, request):
     """transformers' own greedy answer: (token ids without the end mark, margin of the top two at each)."""
     prompt = engine.prompts.build(request)
     ids = torch.from_numpy(prompt.ids)[None]
-    features = engine.encoder.features(prompt.pictures)
+    features = engine.encoder.features(prompt.images)
     # Given none, transformers would take the configuration's.
     stops = sorted(prompt.stop_ids) or [1_000_000]
     output = loaded.model.generate(

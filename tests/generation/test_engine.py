@@ -8,8 +8,8 @@ from llava.generation import ContextTooLong, Engine, OutOfMemory, Request, Sampl
 from tests.generation.conftest import answer_alone, ask, assert_same, mixed_requests
 
 
-def test_batched_answers_are_those_of_single_generation(loaded, pictures):
-    requests = mixed_requests(pictures)
+def test_batched_answers_are_those_of_single_generation(loaded, images):
+    requests = mixed_requests(images)
     engine = Engine(loaded)
     answers = engine.generate(requests)
     assert [answer.id for answer in answers] == [request.id for request in requests]
@@ -23,24 +23,24 @@ def test_batched_answers_are_those_of_single_generation(loaded, pictures):
 
 
 @pytest.mark.parametrize("options", [{"max_batch_size": 3}, {"max_prefill": 40}, {"prefix_bytes": 0}])
-def test_answers_do_not_depend_on_how_they_were_batched(llama, pictures, options):
-    requests = mixed_requests(pictures)
+def test_answers_do_not_depend_on_how_they_were_batched(llama, images, options):
+    requests = mixed_requests(images)
     engine = Engine(llama)
     together = engine.generate(requests)
     for request, answer, other in zip(requests, together, Engine(llama, **options).generate(requests)):
         assert_same(answer.token_ids, answer_alone(llama, engine, request)[1], other.token_ids)
 
 
-def test_sliding_window(llama, pictures, monkeypatch):
+def test_sliding_window(llama, images, monkeypatch):
     """Mistral-7B v0.1 sees 4096 positions back; here it is 20."""
     monkeypatch.setattr(llama.model.config, "sliding_window", 20, raising=False)
-    requests = [ask("left right " * 12, [pictures[0]]), ask("Is there a fracture?")]
+    requests = [ask("left right " * 12, [images[0]]), ask("Is there a fracture?")]
     answers = Engine(llama).generate(requests)
     engine = Engine(llama)
     for request, answer in zip(requests, answers):
         prompt = engine.prompts.build(request)
         ids = [*prompt.ids.tolist(), *answer.token_ids]
-        features = engine.encoder.features(prompt.pictures)
+        features = engine.encoder.features(prompt.images)
         with torch.inference_mode():
             embeds = llama.model.embed_inputs(
                 torch.tensor([ids]), image_features=torch.cat(features) if features else None
@@ -52,26 +52,26 @@ def test_sliding_window(llama, pictures, monkeypatch):
         assert expected == answer.token_ids
 
 
-def test_each_picture_is_opened_and_encoded_once(llama, tmp_path, pictures, monkeypatch):
-    from llava.generation import pictures as module
+def test_each_image_is_opened_and_encoded_once(llama, tmp_path, images, monkeypatch):
+    from llava.generation import image_features as module
 
     opened = []
     monkeypatch.setattr(module, "open_image", lambda source, **options: opened.append(source) or original(source))
     from llava.images import open_image as original
 
-    for index, picture in enumerate(pictures[:2]):
-        picture.save(tmp_path / f"{index}.png")
+    for index, image in enumerate(images[:2]):
+        image.save(tmp_path / f"{index}.png")
     requests = [ask(f"Question {index}?", [tmp_path / f"{index % 2}.png"]) for index in range(12)]
     engine = Engine(llama, max_batch_size=4)
     engine.generate(requests)
     assert len(opened) == 2
-    assert engine.statistics()["pictures_encoded"] == 2
+    assert engine.statistics()["images_encoded"] == 2
     engine.generate(requests)
     assert len(opened) == 2
 
 
-def test_what_prompts_have_in_common_is_computed_once(llama, pictures):
-    requests = [ask(f"Is there {word}?", [pictures[0]]) for word in ("a fracture", "a nodule", "no", "left")]
+def test_what_prompts_have_in_common_is_computed_once(llama, images):
+    requests = [ask(f"Is there {word}?", [images[0]]) for word in ("a fracture", "a nodule", "no", "left")]
     engine = Engine(llama)
     engine.generate(requests)
     prompts = [engine.prompts.build(request) for request in requests]
@@ -83,47 +83,47 @@ def test_what_prompts_have_in_common_is_computed_once(llama, pictures):
     assert engine.statistics()["cached_tokens"] == 3 * shared
 
 
-def test_the_next_turn_goes_on_where_the_last_one_ended(llama, pictures):
+def test_the_next_turn_goes_on_where_the_last_one_ended(llama, images):
     engine = Engine(llama)
-    first = ask("What does the picture show?", [pictures[0]])
+    first = ask("What does the picture show?", [images[0]])
     (answer,) = [piece for piece in [engine.submit(first)] if list(piece)]
     conversation = first.conversation.copy()
     conversation.append_message(conversation.roles[1], answer.answer.text)
     conversation.append_message(conversation.roles[0], "Is it left?")
-    second = Request(conversation, [pictures[0]], SamplingParams(max_new_tokens=8))
-    ticket = engine.submit(second)
-    list(ticket)
-    assert ticket.answer.cached_tokens > answer.answer.prompt_tokens - 8
+    second = Request(conversation, [images[0]], SamplingParams(max_new_tokens=8))
+    handle = engine.submit(second)
+    list(handle)
+    assert handle.answer.cached_tokens > answer.answer.prompt_tokens - 8
     expected, margins = answer_alone(llama, Engine(llama), second)
-    assert_same(expected, margins, ticket.answer.token_ids)
+    assert_same(expected, margins, handle.answer.token_ids)
 
 
-def test_another_picture_in_the_same_place_is_another_prompt(llama, pictures):
+def test_another_image_in_the_same_place_is_another_prompt(llama, images):
     engine = Engine(llama)
-    for picture in pictures[:3]:
-        request = ask("What is it?", [picture])
-        ticket = engine.submit(request)
-        list(ticket)
+    for image in images[:3]:
+        request = ask("What is it?", [image])
+        handle = engine.submit(request)
+        list(handle)
         expected, margins = answer_alone(llama, Engine(llama), request)
-        assert_same(expected, margins, ticket.answer.token_ids)
+        assert_same(expected, margins, handle.answer.token_ids)
 
 
-def test_prompts_as_text_and_as_ids(llama, pictures):
+def test_prompts_as_text_and_as_ids(llama, images):
     engine = Engine(llama)
     text = "USER: <image>\nWhat is it? ASSISTANT:"
     ids = llama.tokenizer("USER: ")["input_ids"] + [-200] + llama.tokenizer("a?")["input_ids"][1:]
     sampling = SamplingParams(max_new_tokens=4)
     for conversation in (text, ids):
-        (answer,) = engine.generate([Request(conversation, [pictures[0]], sampling)])
-        expected, margins = answer_alone(llama, engine, Request(conversation, [pictures[0]], sampling))
+        (answer,) = engine.generate([Request(conversation, [images[0]], sampling)])
+        expected, margins = answer_alone(llama, engine, Request(conversation, [images[0]], sampling))
         assert_same(expected, margins, answer.token_ids)
 
 
-def test_stop_strings_end_the_answer(llama, pictures):
-    request = ask("What is it?", [pictures[1]], max_new_tokens=30)
+def test_stop_strings_end_the_answer(llama, images):
+    request = ask("What is it?", [images[1]], max_new_tokens=30)
     (whole,) = Engine(llama).generate([request])
     middle = whole.text[len(whole.text) // 3 : len(whole.text) // 3 + 2]
-    (answer,) = Engine(llama).generate([ask("What is it?", [pictures[1]], max_new_tokens=30, stop=middle)])
+    (answer,) = Engine(llama).generate([ask("What is it?", [images[1]], max_new_tokens=30, stop=middle)])
     assert answer.finish_reason == "stop"
     assert answer.text == whole.text[: whole.text.index(middle)].strip()
     assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
@@ -139,26 +139,26 @@ def test_end_marks_of_the_template_and_ignore_eos(llama):
     assert len(answer.token_ids) == 25 and answer.finish_reason == "length"
 
 
-def test_a_seed_gives_the_same_answer_in_any_company(llama, pictures):
-    request = ask("What is it?", [pictures[0]], temperature=1.5, seed=7, max_new_tokens=16)
+def test_a_seed_gives_the_same_answer_in_any_company(llama, images):
+    request = ask("What is it?", [images[0]], temperature=1.5, seed=7, max_new_tokens=16)
     (alone,) = Engine(llama).generate([request])
-    others = mixed_requests(pictures, temperature=0.9, seed=3)
+    others = mixed_requests(images, temperature=0.9, seed=3)
     found = Engine(llama).generate([*others[:5], request, *others[5:]])[5]
     assert found.token_ids == alone.token_ids
     different = Engine(llama).generate(
-        [ask("What is it?", [pictures[0]], temperature=1.5, seed=seed, max_new_tokens=16) for seed in range(6)]
+        [ask("What is it?", [images[0]], temperature=1.5, seed=seed, max_new_tokens=16) for seed in range(6)]
     )
     assert len({tuple(answer.token_ids) for answer in different}) > 1
 
 
-def test_logprobs_are_the_models(llama, pictures):
-    request = ask("What is it?", [pictures[0]], logprobs=3, max_new_tokens=5)
+def test_logprobs_are_the_models(llama, images):
+    request = ask("What is it?", [images[0]], logprobs=3, max_new_tokens=5)
     engine = Engine(llama)
     answer, _ = engine.generate([request, ask("Hi")])
     prompt = engine.prompts.build(request)
     ids = torch.tensor([[*prompt.ids.tolist(), *answer.token_ids]])
     with torch.inference_mode():
-        features = torch.cat(engine.encoder.features(prompt.pictures))
+        features = torch.cat(engine.encoder.features(prompt.images))
         scores = llama.model(input_ids=ids, image_features=features).logits[0, len(prompt) - 1 :].log_softmax(-1)
     assert len(answer.logprobs) == len(answer.token_ids) == 5
     for place, (token, found) in enumerate(zip(answer.token_ids, answer.logprobs)):
@@ -168,14 +168,14 @@ def test_logprobs_are_the_models(llama, pictures):
         assert found.top[0][0] == token
 
 
-def test_beam_search_is_transformers_own(llama, pictures):
-    request = ask("What is it?", [pictures[0]], num_beams=3, max_new_tokens=6)
+def test_beam_search_is_transformers_own(llama, images):
+    request = ask("What is it?", [images[0]], num_beams=3, max_new_tokens=6)
     engine = Engine(llama)
     answer, other = engine.generate([request, ask("Hi")])
     prompt = engine.prompts.build(request)
     ids = torch.from_numpy(prompt.ids)[None]
     with torch.inference_mode():
-        embeds = llama.model.embed_inputs(ids, image_features=torch.cat(engine.encoder.features(prompt.pictures)))
+        embeds = llama.model.embed_inputs(ids, image_features=torch.cat(engine.encoder.features(prompt.images)))
         expected = llama.model.generate(
             inputs_embeds=embeds, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=6, do_sample=False,
             eos_token_id=2, pad_token_id=2,
@@ -184,7 +184,7 @@ def test_beam_search_is_transformers_own(llama, pictures):
     assert other.token_ids
 
 
-def test_a_prompt_that_leaves_no_room_names_the_lengths(llama, pictures):
+def test_a_prompt_that_leaves_no_room_names_the_lengths(llama, images):
     engine = Engine(llama)
     request = ask("left right " * 300, id="q17")
     with pytest.raises(ContextTooLong, match=r"q17.* positions and the model's context is 512"):
@@ -198,13 +198,13 @@ def test_a_prompt_that_leaves_no_room_names_the_lengths(llama, pictures):
     assert answer.prompt_tokens + len(answer.token_ids) == 512
 
 
-def test_pictures_and_placeholders_have_to_match(llama, pictures, tmp_path):
+def test_images_and_placeholders_have_to_match(llama, images, tmp_path):
     engine = Engine(llama)
-    with pytest.raises(LlavaError, match=r"'x'.*the text has 1 <image> but 2 picture"):
-        engine.generate([Request("<image> a", pictures[:2], id="x")])
+    with pytest.raises(LlavaError, match=r"'x'.*the text has 1 <image> but 2 image"):
+        engine.generate([Request("<image> a", images[:2], id="x")])
     with pytest.raises(LlavaError, match=r"not found: .*none\.png"):
         engine.generate([ask("What?", [tmp_path / "none.png"])])
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(LlavaError, match=r"bad\.png"):
         engine.generate([ask("Hi"), ask("What?", [tmp_path / "bad.png"])])
     assert engine.scheduler.is_idle
@@ -221,8 +221,8 @@ def test_wrong_sampling_parameters():
             SamplingParams(**settings)
 
 
-def test_little_memory_means_waiting_not_failing(llama, pictures):
-    requests = mixed_requests(pictures, max_new_tokens=100, ignore_eos=True)
+def test_little_memory_means_waiting_not_failing(llama, images):
+    requests = mixed_requests(images, max_new_tokens=100, ignore_eos=True)
     plenty = Engine(llama).generate(requests)
     per_position = Engine(llama).scheduler.runner.cache.bytes_per_position
     engine = Engine(llama, cache_bytes=per_position * 64 * 10)
@@ -243,7 +243,7 @@ def test_a_request_beyond_all_memory_is_refused(llama):
 
 
 @pytest.mark.parametrize("already_running", [0, 2])
-def test_out_of_memory_on_the_device_hits_only_who_needs_it(llama, pictures, monkeypatch, already_running):
+def test_out_of_memory_on_the_device_hits_only_who_needs_it(llama, images, monkeypatch, already_running):
     """More than four prompts in one pass don't fit; one of them never does; who runs goes on."""
     engine = Engine(llama)
     runner = engine.scheduler.runner
@@ -255,37 +255,37 @@ def test_out_of_memory_on_the_device_hits_only_who_needs_it(llama, pictures, mon
         return original(rows, tokens, prompts)
 
     monkeypatch.setattr(runner, "run", run)
-    requests = mixed_requests(pictures, count=9)
-    tickets = [engine.submit(request) for request in requests[:already_running]]
+    requests = mixed_requests(images, count=9)
+    handles = [engine.submit(request) for request in requests[:already_running]]
     engine.scheduler.step()
     assert len(engine.scheduler.running) == already_running
-    tickets += [engine.submit(request) for request in requests[already_running:]]
-    for ticket, request in zip(tickets, requests):
+    handles += [engine.submit(request) for request in requests[already_running:]]
+    for handle, request in zip(handles, requests):
         if request.id == 3:
             with pytest.raises(OutOfMemory):
-                list(ticket)
+                list(handle)
         else:
-            list(ticket)
+            list(handle)
             expected, margins = answer_alone(llama, Engine(llama), request)
-            assert_same(expected, margins, ticket.answer.token_ids)
+            assert_same(expected, margins, handle.answer.token_ids)
 
 
-def test_no_memory_for_keeping_a_prefix_changes_no_answer(llama, pictures, monkeypatch):
+def test_no_memory_for_keeping_a_prefix_changes_no_answer(llama, images, monkeypatch):
     engine = Engine(llama)
 
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(engine.scheduler.runner.cache, "save", full)
-    requests = mixed_requests(pictures, count=9)
-    tickets = []
+    requests = mixed_requests(images, count=9)
+    handles = []
     for request in requests:
-        tickets.append(engine.submit(request))
+        handles.append(engine.submit(request))
         engine.scheduler.step()
-    for ticket, request in zip(tickets, requests):
-        list(ticket)
+    for handle, request in zip(handles, requests):
+        list(handle)
         expected, margins = answer_alone(llama, Engine(llama), request)
-        assert_same(expected, margins, ticket.answer.token_ids)
+        assert_same(expected, margins, handle.answer.token_ids)
     assert not len(engine.scheduler.prefixes)
 
 
@@ -306,14 +306,14 @@ def test_a_beam_search_without_memory_ends_alone(llama, monkeypatch):
 def test_who_was_in_a_step_that_failed_waits_again(llama, monkeypatch):
     """Without a thread of the engine's own the error goes to whoever drove the step; the others ask again."""
     engine = Engine(llama)
-    tickets = [engine.submit(ask("Hi", max_new_tokens=4, ignore_eos=True)) for _ in range(3)]
+    handles = [engine.submit(ask("Hi", max_new_tokens=4, ignore_eos=True)) for _ in range(3)]
     with monkeypatch.context() as patch:
         patch.setattr(engine.scheduler.runner, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
-            list(tickets[0])
-    for ticket in tickets:
-        list(ticket)
-        assert len(ticket.answer.token_ids) == 4
+            list(handles[0])
+    for handle in handles:
+        list(handle)
+        assert len(handle.answer.token_ids) == 4
 
 
 def test_empty_list(llama):

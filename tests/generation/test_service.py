@@ -18,20 +18,20 @@ def running(llama):
     engine.stop(drain=False)
 
 
-def test_pieces_join_to_the_answer(loaded, pictures):
+def test_pieces_join_to_the_answer(loaded, images):
     engine = Engine(loaded)
-    for request in mixed_requests(pictures, max_new_tokens=30)[:6]:
+    for request in mixed_requests(images, max_new_tokens=30)[:6]:
         (whole,) = Engine(loaded).generate([request])
-        ticket = engine.submit(request)
-        pieces = list(ticket)
-        assert "".join(piece.text for piece in pieces) == ticket.answer.text == whole.text
+        handle = engine.submit(request)
+        pieces = list(handle)
+        assert "".join(piece.text for piece in pieces) == handle.answer.text == whole.text
         assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
         assert "".join(engine.stream(request)) == whole.text
 
 
-def test_requests_join_a_running_batch(llama, pictures):
+def test_requests_join_a_running_batch(llama, images):
     engine = Engine(llama)
-    first = engine.submit(ask("What?", [pictures[0]], max_new_tokens=40, ignore_eos=True))
+    first = engine.submit(ask("What?", [images[0]], max_new_tokens=40, ignore_eos=True))
     for _ in range(5):
         engine.scheduler.step()
     second = engine.submit(ask("Is it left?", max_new_tokens=3, ignore_eos=True))
@@ -42,19 +42,19 @@ def test_requests_join_a_running_batch(llama, pictures):
     assert len(engine.scheduler.running) == 1
     list(first)
     expected, margins = answer_alone(
-        llama, Engine(llama), ask("What?", [pictures[0]], max_new_tokens=40, ignore_eos=False)
+        llama, Engine(llama), ask("What?", [images[0]], max_new_tokens=40, ignore_eos=False)
     )
     assert_same(expected, margins, first.answer.token_ids[: len(expected)])
 
 
-def test_many_threads(llama, running, pictures):
-    requests = mixed_requests(pictures)
+def test_many_threads(llama, running, images):
+    requests = mixed_requests(images)
     found: dict[int, Answer] = {}
 
     def client(index):
-        ticket = running.submit(requests[index])
-        list(ticket)
-        found[index] = ticket.answer
+        handle = running.submit(requests[index])
+        list(handle)
+        found[index] = handle.answer
 
     threads = [threading.Thread(target=client, args=(index,)) for index in range(len(requests))]
     for thread in threads:
@@ -67,7 +67,7 @@ def test_many_threads(llama, running, pictures):
         assert_same(expected, margins, found[index].token_ids)
 
 
-def test_listener_and_generate_beside_the_service(running, pictures):
+def test_listener_and_generate_beside_the_service(running, images):
     news = []
     done = threading.Event()
 
@@ -76,8 +76,8 @@ def test_listener_and_generate_beside_the_service(running, pictures):
         if isinstance(piece, Answer):
             done.set()
 
-    running.submit(ask("What?", [pictures[0]], logprobs=1), listen)
-    assert len(running.generate([ask("Hi"), ask("And this?", [pictures[1]])])) == 2
+    running.submit(ask("What?", [images[0]], logprobs=1), listen)
+    assert len(running.generate([ask("Hi"), ask("And this?", [images[1]])])) == 2
     assert done.wait(30)
     *pieces, answer = news
     assert all(isinstance(piece, Piece) for piece in pieces)
@@ -85,23 +85,23 @@ def test_listener_and_generate_beside_the_service(running, pictures):
     assert [entry for piece in pieces for entry in piece.logprobs] == answer.logprobs
 
 
-def test_cancelling_frees_the_row_with_the_next_step(llama, pictures):
+def test_cancelling_frees_the_row_with_the_next_step(llama, images):
     engine = Engine(llama)
     long = {"max_new_tokens": 300, "ignore_eos": True}
-    tickets = [engine.submit(ask("What?", [pictures[index]], **long)) for index in range(3)]
+    handles = [engine.submit(ask("What?", [images[index]], **long)) for index in range(3)]
     engine.scheduler.step()
-    tickets[0].cancel()
+    handles[0].cancel()
     waiting = engine.submit(ask("Hi", **long))
     waiting.cancel()
     engine.scheduler.step()
     assert len(engine.scheduler.running) == 2 and not engine.scheduler.waiting
-    list(tickets[0])
-    assert tickets[0].answer.finish_reason == "cancelled"
+    list(handles[0])
+    assert handles[0].answer.finish_reason == "cancelled"
     list(waiting)
     assert waiting.answer.finish_reason == "cancelled" and waiting.answer.token_ids == []
-    tickets[0].cancel()  # once more does nothing
-    for ticket in tickets[1:]:
-        ticket.cancel()
+    handles[0].cancel()  # once more does nothing
+    for handle in handles[1:]:
+        handle.cancel()
     engine.scheduler.step()
     assert engine.scheduler.is_idle
 
@@ -117,11 +117,11 @@ def test_a_stream_that_is_closed_gives_its_row_back(llama):
 
 def test_a_full_queue_says_busy(llama):
     engine = Engine(llama, max_waiting=2)
-    tickets = [engine.submit(ask("Hi")) for _ in range(2)]
+    handles = [engine.submit(ask("Hi")) for _ in range(2)]
     with pytest.raises(EngineBusy, match="2 requests are waiting"):
         engine.submit(ask("Hi"))
-    for ticket in tickets:
-        list(ticket)
+    for handle in handles:
+        list(handle)
     engine.submit(ask("Hi")).cancel()
 
 
@@ -149,23 +149,23 @@ def test_a_step_that_fails_ends_what_is_underway_and_the_service_goes_on(running
     with pytest.raises(LlavaError, match="send the request again"):
         list(running.submit(ask("Hi", max_new_tokens=50, ignore_eos=True)))
     monkeypatch.setattr(runner, "run", original)
-    ticket = running.submit(ask("Hi", max_new_tokens=5, ignore_eos=True))
-    list(ticket)
-    assert len(ticket.answer.token_ids) == 5
+    handle = running.submit(ask("Hi", max_new_tokens=5, ignore_eos=True))
+    list(handle)
+    assert len(handle.answer.token_ids) == 5
 
 
 def test_stop_answers_what_was_taken_in(llama):
     engine = Engine(llama)
     engine.start()
-    tickets = [engine.submit(ask("Hi", max_new_tokens=40, ignore_eos=True)) for _ in range(5)]
+    handles = [engine.submit(ask("Hi", max_new_tokens=40, ignore_eos=True)) for _ in range(5)]
     engine.stop(drain=True)
-    for ticket in tickets:
-        list(ticket)
-        assert len(ticket.answer.token_ids) == 40
+    for handle in handles:
+        list(handle)
+        assert len(handle.answer.token_ids) == 40
     engine.start()
-    ticket = engine.submit(ask("Hi", max_new_tokens=400, ignore_eos=True))
+    handle = engine.submit(ask("Hi", max_new_tokens=400, ignore_eos=True))
     while not engine.scheduler.running:
         time.sleep(0.001)
     engine.stop(drain=False)
     with pytest.raises(LlavaError, match="stopped"):
-        list(ticket)
+        list(handle)

@@ -8,7 +8,7 @@ import torch
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.model import load_tokenizer
-from llava.model.layouts import open_checkpoint
+from llava.model.checkpoint.layouts import open_checkpoint
 from llava.model.loader import load_model
 from tests.conftest import golden_cases
 from tests.golden.recorded_logits import Case, batch_logits, expand, greedy, logits_of

@@ -82,7 +82,7 @@ def test_logits_and_greedy_tokens(case, loaded, ids_of):
     compared = 0
     for name, record in case.records.items():
         if record["n_images"] > 1:
-            continue  # README 3: the reference uses the last picture alone, or fails
+            continue  # README 3: the reference uses the last image alone, or fails
         if f"{name}{suffix}.logits_cols" not in case.outputs:
             continue  # both tokenizers give the same ids
         ids = _with_placeholders(case, _trained_ids(record) if suffix else record["input_ids"])
@@ -95,12 +95,12 @@ def test_logits_and_greedy_tokens(case, loaded, ids_of):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_equal_single_samples(case, loaded, side):
-    # README 3: the reference's batches hand some samples another picture; the single runs are the target.
+    # README 3: the reference's batches hand some samples another image; the single runs are the target.
     for batch in json.loads((case.folder / "batches.json").read_text()):
         names = batch["names"]
         samples = [_with_placeholders(case, case.records[name]["input_ids"]) for name in names]
-        pictures = [case.pixel_values(name) for name in names]
-        pixel_values = torch.cat([picture for picture in pictures if picture is not None])
+        images = [case.pixel_values(name) for name in names]
+        pixel_values = torch.cat([image for image in images if image is not None])
         for name, logits in zip(names, batch_logits(loaded.model, samples, pixel_values, side), strict=True):
             case.compare(name, logits)
 

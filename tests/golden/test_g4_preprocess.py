@@ -5,7 +5,7 @@ Exceptions, each with its reason (the golden README's numbers):
 7. `mpt` with a tokenizer without BOS: labels are a record of a fault, ours have exactly the answers;
    its tokenizer may also join an answer's first line break with the cue's, where ours keeps answers apart;
    LLaVA's `--version v0` renders vicuna_v1; v1.0 with "llama" in the path has </s> in place of BOS;
-9. LLaVA cuts samples with a picture in the collator only: ours are compared uncut, and cut after collation.
+9. LLaVA cuts samples with an image in the collator only: ours are compared uncut, and cut after collation.
 """
 
 import gzip

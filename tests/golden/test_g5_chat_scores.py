@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from llava.eval.chat_scores import (
+from llava.eval.chat.scores import (
     is_usable,
     judge_reply,
     parse_scores,

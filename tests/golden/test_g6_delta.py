@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava.model.delta import apply_delta, make_delta
-from llava.model.weights import WeightFiles, is_harmless
+from llava.model.convert.delta import apply_delta, make_delta
+from llava.model.weights.files import WeightFiles, is_harmless
 from tests.conftest import golden_cases
 
 CASES = golden_cases("G6_delta", marker="checksums.json")

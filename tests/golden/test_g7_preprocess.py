@@ -1,4 +1,4 @@
-"""Pixel values of the three references: every picture, every way of fitting it, both sizes."""
+"""Pixel values of the three references: every image, every way of fitting it, both sizes."""
 
 import json
 import re
@@ -27,8 +27,8 @@ def test_pixel_values(case: Path):
     for key, expected in table.items():
         if not _is_wanted(table, key):
             continue
-        picture, _, aspect, size = key.split("|")
-        image = Image.open(case.parent / "images" / picture).convert("RGB")  # turned and blended by no reference
+        name, _, aspect, size = key.split("|")
+        image = Image.open(case.parent / "images" / name).convert("RGB")  # turned and blended by no reference
         ours = _process(image, ASPECTS[aspect], int(size)).reshape(expected["shape"])
         assert ours.dtype == np.float32
         blocks = torch.nn.functional.adaptive_avg_pool2d(
@@ -48,16 +48,16 @@ def test_pixel_values(case: Path):
 
 
 @pytest.mark.parametrize("case", golden_cases("G7_image_preprocess"))
-def test_where_the_reference_fails_ours_gives_a_picture(case: Path):
+def test_where_the_reference_fails_ours_gives_a_image(case: Path):
     """Fault 11 (a strip crashes, 16 bits saturate), and modes that padding can't colour."""
     table, _ = _read(case)
     failed = [key for key, value in table.items() if isinstance(value, dict) and "error" in value]
-    pictures = {key.split("|")[0] for key in table if "|" in key}
-    deep = [f"{picture}|rgb|square|224" for picture in pictures if _mode(table, picture).startswith(("I", "F"))]
+    names = {key.split("|")[0] for key in table if "|" in key}
+    deep = [f"{name}|rgb|square|224" for name in names if _mode(table, name).startswith(("I", "F"))]
     assert failed or deep
     for key in failed + deep:
-        picture, _, aspect, size = key.split("|")
-        path = case.parent / "images" / picture
+        name, _, aspect, size = key.split("|")
+        path = case.parent / "images" / name
         values = _process(open_image(path), ASPECTS.get(aspect, "pad"), int(size))
         assert np.isfinite(values).all() and values.std() > 0.05, key
         if key in deep:
@@ -76,16 +76,16 @@ def _is_wanted(table: dict, key: str) -> bool:
     value = table[key]
     if not isinstance(value, dict) or "shape" not in value:
         return False
-    picture, reading, aspect, _ = key.split("|")
-    if aspect in NEVER_OURS or _mode(table, picture).startswith(("I", "F")):
+    name, reading, aspect, _ = key.split("|")
+    if aspect in NEVER_OURS or _mode(table, name).startswith(("I", "F")):
         return False
-    # A picture used in its own mode: the padding colour of grey and palette pictures comes out wrong (fault 11).
-    return reading == "rgb" or aspect == "none" or _mode(table, picture) in ("RGB", "RGBA")
+    # An image used in its own mode: the padding colour of grey and palette images comes out wrong (fault 11).
+    return reading == "rgb" or aspect == "none" or _mode(table, name) in ("RGB", "RGBA")
 
 
-def _mode(table: dict, picture: str) -> str:
-    if f"{picture}|info" in table:
-        return table[f"{picture}|info"]["mode"]
+def _mode(table: dict, name: str) -> str:
+    if f"{name}|info" in table:
+        return table[f"{name}|info"]["mode"]
     return ""
 
 

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 
 from llava.train import setup_run
 from llava.train.arguments import parse_arguments
+from llava.train.data.record_store import open_records
 from llava.train.prepare_model import prepare_model
-from llava.train.record_store import open_records
 from llava.train.setup_run import build_dataset, build_trainer
 from llava.train.trainer import LlavaTrainer
 from tests.conftest import golden_cases

@@ -40,7 +40,7 @@ def test_every_prompt_is_exact(case):
         for conversation in conversations:
             ours = get_template(name, release)
             for role, text in conversation["messages"]:
-                # ["IMAGE", text, mode] stands for the tuple (text, picture, mode)
+                # ["IMAGE", text, mode] stands for the tuple (text, image, mode)
                 ours.append_message(role, tuple(text[1:]) if isinstance(text, list) else text)
             prompt = ours.get_prompt()
             if "error" in conversation:  # the reference crashes on an answered plain conversation; ours renders it

@@ -50,9 +50,9 @@ def dicom(values: np.ndarray, **tags) -> bytes:
 
 
 def grey(content, **options) -> np.ndarray:
-    picture = np.asarray(open_image(content, **options))
-    assert (picture[..., 0] == picture[..., 1]).all() and (picture[..., 0] == picture[..., 2]).all()
-    return picture[..., 0]
+    pixels = np.asarray(open_image(content, **options))
+    assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
+    return pixels[..., 0]
 
 
 HOUNSFIELD = np.arange(-1000, 1000, dtype=np.int16).reshape(40, 50)
@@ -135,10 +135,10 @@ def test_real_files(name):
     path = get_testdata_file(name, download=False)
     if path is None:
         pytest.skip(f"{name} isn't part of this pydicom")
-    picture = np.asarray(open_image(path))
+    pixels = np.asarray(open_image(path))
     header = pydicom.dcmread(path, stop_before_pixels=True)
-    assert picture.shape == (header.Rows, header.Columns, 3)
-    assert picture.std() > 5
+    assert pixels.shape == (header.Rows, header.Columns, 3)
+    assert pixels.std() > 5
 
 
 def test_lossless_compression_changes_nothing():
@@ -189,7 +189,7 @@ def test_sizes_are_checked_before_the_pixels_are_read():
 def test_dicomdir_and_files_without_pixels_are_refused():
     with pytest.raises(LlavaError, match="DICOMDIR"):
         open_image(get_testdata_file("DICOMDIR"))
-    with pytest.raises(LlavaError, match="without a picture"):
+    with pytest.raises(LlavaError, match="without an image"):
         open_image(get_testdata_file("rtplan.dcm"))
     with pytest.raises(LlavaError, match="deflated"):
         open_image(get_testdata_file("image_dfl.dcm"))

@@ -29,12 +29,12 @@ def pixels(source, **options) -> np.ndarray:
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP", "PPM"])
 def test_lossless_formats_keep_every_pixel(format, tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    path = tmp_path / "picture"  # found out by content, not by suffix
-    path.write_bytes(encoded(Image.fromarray(picture), format))
-    np.testing.assert_array_equal(pixels(path), picture)
-    np.testing.assert_array_equal(pixels(str(path)), picture)
-    np.testing.assert_array_equal(pixels(path.read_bytes()), picture)
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    path = tmp_path / "image"  # found out by content, not by suffix
+    path.write_bytes(encoded(Image.fromarray(image), format))
+    np.testing.assert_array_equal(pixels(path), image)
+    np.testing.assert_array_equal(pixels(str(path)), image)
+    np.testing.assert_array_equal(pixels(path.read_bytes()), image)
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -42,10 +42,10 @@ def test_lossless_formats_keep_every_pixel(format, tmp_path):
 def test_16_bit_is_scaled_not_clipped(format, bits):
     top = (1 << bits) - 1
     ramp = np.tile(np.linspace(0, top, 256).astype(np.uint16), (8, 1))
-    picture = pixels(encoded(Image.fromarray(ramp), format))
+    image = pixels(encoded(Image.fromarray(ramp), format))
     expected = ramp.astype(np.float64) / top * 255
-    assert np.abs(picture - expected[..., None]).max() <= 1
-    assert len(np.unique(picture)) == 256
+    assert np.abs(image - expected[..., None]).max() <= 1
+    assert len(np.unique(image)) == 256
 
 
 def test_16_bit_file_with_8_bit_values_keeps_them():
@@ -56,13 +56,13 @@ def test_16_bit_file_with_8_bit_values_keeps_them():
 def test_float_tiff(scale):
     values = RAMP.astype(np.float32) / 255 * scale
     values[0, 0] = np.nan
-    picture = pixels(encoded(Image.fromarray(values), "TIFF"))
-    assert np.abs(picture[1:, :, 0].astype(int) - RAMP[1:]).max() <= 1
+    image = pixels(encoded(Image.fromarray(values), "TIFF"))
+    assert np.abs(image[1:, :, 0].astype(int) - RAMP[1:]).max() <= 1
 
 
 def test_32_bit_grey_with_negative_values_goes_by_its_range():
-    picture = pixels(encoded(Image.fromarray(RAMP.astype(np.int32) * 100 - 5000, "I"), "TIFF"))
-    assert np.abs(picture[..., 0].astype(int) - RAMP).max() <= 1
+    image = pixels(encoded(Image.fromarray(RAMP.astype(np.int32) * 100 - 5000, "I"), "TIFF"))
+    assert np.abs(image[..., 0].astype(int) - RAMP).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -78,9 +78,9 @@ def test_transparency_lies_over_white(mode):
         data = encoded(image, "PNG", transparency=image.getpixel((3, 3)))
     else:
         data = encoded(image)
-    picture = pixels(data)
-    assert tuple(picture[0, 3]) == (255, 255, 255)
-    assert np.abs(picture[0, 0].astype(int) - expected).max() <= 3
+    opened = pixels(data)
+    assert tuple(opened[0, 3]) == (255, 255, 255)
+    assert np.abs(opened[0, 0].astype(int) - expected).max() <= 3
 
 
 def test_cmyk_and_palette():
@@ -140,7 +140,7 @@ def test_what_a_client_sends_is_never_a_path_or_an_address(tmp_path):
 
 BROKEN = {
     "empty": b"",
-    "text": b"no picture at all" * 20,
+    "text": b"no image at all" * 20,
     "cut off": encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))[:2000],
     "signature only": b"\x89PNG\r\n\x1a\n",
     "jpeg start": b"\xff\xd8\xff\xe0" + b"\0" * 100,
@@ -159,13 +159,13 @@ def test_broken_content_is_one_clear_line_without_addresses(content):
     with pytest.raises(LlavaError) as caught:
         open_image(content)
     text = str(caught.value)
-    assert "\n" not in text and text.startswith("picture")
+    assert "\n" not in text and text.startswith("image")
     assert not re.search(r"0x[0-9a-f]+|BytesIO|<", text)
 
 
-def test_broken_picture_file_is_named(tmp_path):
+def test_broken_image_file_is_named(tmp_path):
     path = tmp_path / "x.jpg"
-    path.write_bytes(b"no picture")
+    path.write_bytes(b"no image")
     with pytest.raises(LlavaError, match=r"x\.jpg"):
         open_image(path)
     with pytest.raises(LlavaError, match=r"not found: .*y\.jpg"):
@@ -177,7 +177,7 @@ def test_broken_picture_file_is_named(tmp_path):
 
 
 def test_flipped_bytes_never_raise_anything_else():
-    """Every decoder error becomes a LlavaError (or the picture still opens)."""
+    """Every decoder error becomes a LlavaError (or the image still opens)."""
     generator = np.random.default_rng(3)
     noise = Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8))
     for format in ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"):
@@ -216,7 +216,7 @@ def test_caps_on_bytes_sides_and_shape(tmp_path):
 
 def test_formats_can_be_restricted():
     data = encoded(Image.fromarray(RAMP), "BMP")
-    with pytest.raises(LlavaError, match="not a picture"):
+    with pytest.raises(LlavaError, match="not an image"):
         open_image(data, limits=Limits(formats=("PNG", "JPEG")))
     for format in ("ICO", "EPS", "PCX", "SGI", "TGA", "JPEG2000"):
         with pytest.raises(LlavaError):

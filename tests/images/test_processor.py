@@ -48,8 +48,8 @@ def test_strip_is_as_its_middle():
     assert ImageProcessor()([image], "keep")[0].shape == (3, 1, 1000)
 
 
-def test_very_long_pictures_agree_with_the_whole_resize():
-    """The part that is cut out of a very long picture is that of the resized whole, to one grey level."""
+def test_very_long_images_agree_with_the_whole_resize():
+    """The part that is cut out of a very long image is that of the resized whole, to one grey level."""
     image = noise(1400, 20)
     processor = ImageProcessor.from_config({"size": 28, "crop_size": 28})
     whole = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
@@ -68,7 +68,7 @@ def test_batches_equal_singles_and_keep_their_order():
     assert processor([]).shape == (0, 3, 28, 28)
 
 
-def test_anyres_tiles_put_together_are_the_picture():
+def test_anyres_tiles_put_together_are_the_image():
     processor = ImageProcessor.from_config({"size": 28, "crop_size": 28})
     image = noise(56, 56)
     (tiles,) = processor([image], "anyres")

@@ -63,7 +63,7 @@ def save(tensors: dict, path: Path) -> None:
 
 
 def sample(patches: int = (IMAGE_SIZE // 14) ** 2) -> dict[str, torch.Tensor]:
-    """One sample with one picture."""
+    """One sample with one image."""
     pixel_values = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3))
     return {"input_ids": torch.tensor([[1, 300] + [-200] * patches + [301, 302]]), "pixel_values": pixel_values}
 

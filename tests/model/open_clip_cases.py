@@ -108,7 +108,7 @@ def test_trained_saved_and_loaded(open_clip_model, tower, llm, tmp_path):
 
 
 def answer(loaded):
-    """The trained model goes on after a picture and a question."""
+    """The trained model goes on after an image and a question."""
     image_tokens = ImageTokens.from_config(loaded.model.config, loaded.tokenizer)
     ids = tokenize_prompt("Which colour?\n<image>###", loaded.tokenizer, image_tokens)
     ids, _ = expand_images(ids, None, [loaded.model.num_patches])

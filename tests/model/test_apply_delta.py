@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
-from llava.model import delta as delta_module
-from llava.model import load_pretrained_model, shards
+from llava.model import load_pretrained_model
 from llava.model import make_delta as make_delta_command
-from llava.model.delta import apply_delta, make_delta
-from llava.model.staging import staging_folder
-from llava.model.weights import WeightFiles
+from llava.model.convert import delta as delta_module
+from llava.model.convert.delta import apply_delta, make_delta
+from llava.model.weights import shards
+from llava.model.weights.files import WeightFiles
+from llava.model.weights.staging import staging_folder
 from llava.records import read_json, write_json
 from tests.tiny import make_llava, make_llm
 
@@ -290,7 +291,7 @@ def run_apply(work: Path, code: str = "", **options) -> subprocess.CompletedProc
 
 
 KILL_AFTER = """
-from llava.model import shards
+from llava.model.weights import shards
 shards.WRITERS = 1
 add, count = shards._Journal.add, [0]
 def add_and_die(self, name, checksum):
@@ -370,7 +371,7 @@ def test_written_tensors_are_verified(work, monkeypatch):
 
 
 def test_one_process_at_a_time(work):
-    from llava.model.staging import stage
+    from llava.model.weights.staging import stage
 
     with (
         pytest.raises(RuntimeError, match="outer"),

@@ -1,4 +1,4 @@
-"""A new LLaVA from a language model and a tower: settings, picture tokens, embeddings, errors."""
+"""A new LLaVA from a language model and a tower: settings, image tokens, embeddings, errors."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_projector_has_torchs_initialisation_and_follows_the_seed(llm, clip):
         ({"mm_image_token_scheme": "patch", "mm_use_im_start_end": True}, ["<im_patch>", "<im_start>", "<im_end>"]),
     ],
 )
-def test_picture_tokens_get_mean_rows(llm, clip, fields, tokens):
+def test_image_tokens_get_mean_rows(llm, clip, fields, tokens):
     loaded = build_model_from_llm(llm, clip, device="cpu", **fields)
     old = load_file(llm / "model.safetensors")
     count = old["model.embed_tokens.weight"].shape[0]

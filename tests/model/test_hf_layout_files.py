@@ -23,10 +23,10 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates, get_template
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
-from llava.model.chat_template import chat_template
-from llava.model.hf_reader import import_hf
-from llava.model.hf_writer import export_hf
-from llava.model.weights import WeightFiles
+from llava.model.convert.chat_template import chat_template
+from llava.model.convert.hf_reader import import_hf
+from llava.model.convert.hf_writer import export_hf
+from llava.model.weights.files import WeightFiles
 from llava.records import read_json, write_json
 from llava.tokenization import ImageTokens, expand_images, tokenize_prompt
 from tests.tiny import make_llava
@@ -56,14 +56,14 @@ def exported(request, tmp_path_factory) -> tuple[Path, Path]:
     return native, export_hf(native, folder / "hf")
 
 
-def picture(width=90, height=40) -> Image.Image:
+def sample_image(width=90, height=40) -> Image.Image:
     across, down = np.meshgrid(np.arange(width), np.arange(height))
     pixels = np.stack([across * 2, down * 5, (across + down) % 256], axis=-1).astype(np.uint8)
     return Image.fromarray(pixels)
 
 
 def ask(loaded, question="What does the picture show?") -> list[int]:
-    """Ids of a question about one picture, not expanded."""
+    """Ids of a question about one image, not expanded."""
     conversation = get_template(loaded.model.config.conversation_template)
     conversation.append_message(conversation.roles[0], conversation.place_images(f"<image>\n{question}"))
     conversation.append_message(conversation.roles[1], None)
@@ -112,14 +112,17 @@ def test_vocabulary_is_padded_and_new_rows_cannot_win(exported):
 
 
 def test_same_logits_in_transformers(exported):
-    """Its own model and processor, a picture that isn't square: ids, pixels and logits are ours."""
+    """Its own model and processor, an image that isn't square: ids, pixels and logits are ours."""
     native, hf = exported
     loaded = load_pretrained_model(native, device="cpu")
     processor = AutoProcessor.from_pretrained(hf)
     model, info = LlavaForConditionalGeneration.from_pretrained(hf, dtype=torch.float32, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     glue = "" if get_template(loaded.model.config.conversation_template).image_first else "\n"
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": f"{glue}What does the picture show?"}]
+    content = [
+        {"type": "image", "image": sample_image()},
+        {"type": "text", "text": f"{glue}What does the picture show?"},
+    ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -127,7 +130,7 @@ def test_same_logits_in_transformers(exported):
         return_dict=True,
         return_tensors="pt",
     )
-    ids, pixels = native_inputs(loaded, picture())
+    ids, pixels = native_inputs(loaded, sample_image())
     image_id = model.config.image_token_id
     assert inputs["input_ids"].tolist() == ids.masked_fill(ids == IMAGE_TOKEN_INDEX, image_id).tolist()
     assert (inputs["pixel_values"] - pixels).abs().max() < 1e-5
@@ -143,7 +146,7 @@ def test_exported_folder_loads_here_too(exported):
     first, second = load_pretrained_model(native, device="cpu"), load_pretrained_model(hf, device="cpu")
     logits = []
     for loaded in (first, second):
-        ids, pixels = native_inputs(first, picture())
+        ids, pixels = native_inputs(first, sample_image())
         with torch.no_grad():
             logits.append(loaded.model(input_ids=ids, pixel_values=pixels).logits)
     assert (logits[1][..., : logits[0].shape[-1]] - logits[0]).abs().max() < 1e-5
@@ -161,7 +164,7 @@ def test_card_and_words_about_a_linear_projector(exported):
 
 @pytest.mark.parametrize("name", sorted(name for name in conv_templates if "/" not in name))
 def test_jinja_renders_as_the_template(name, tmp_path):
-    """Several turns, with a picture in the first; the last one open."""
+    """Several turns, with an image in the first; the last one open."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     conversation = get_template(name)
@@ -217,21 +220,21 @@ def test_import_without_our_note(exported, tmp_path):
 
 
 def test_served_by_transformers(tmp_path):
-    """`transformers serve` answers greedily as this project does, about a picture that has to be padded."""
+    """`transformers serve` answers greedily as this project does, about an image that has to be padded."""
     kind, fields = VARIANTS["mistral_pad"]
     native = make_llava(tmp_path, kind, **fields)
     hf = export_hf(native, tmp_path / "hf")
     loaded = load_pretrained_model(native, device="cpu")
-    ids, pixels = native_inputs(loaded, picture())
+    ids, pixels = native_inputs(loaded, sample_image())
     with torch.no_grad():
         new = loaded.model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=12, do_sample=False)
     expected = loaded.tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
     assert expected
     with serving(hf, tmp_path / "serve.log") as url:
-        answer = chat(url, hf, picture())
-        square = chat(url, hf, picture().resize((40, 40)))
+        answer = chat(url, hf, sample_image())
+        square = chat(url, hf, sample_image().resize((40, 40)))
     assert answer == expected
-    assert square != answer  # the picture is looked at
+    assert square != answer  # the image is looked at
 
 
 @contextlib.contextmanager

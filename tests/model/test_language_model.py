@@ -22,7 +22,7 @@ def model(folder):
     return load_pretrained_model(folder, device="cpu", dtype="float32").model
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     return torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -31,7 +31,7 @@ def ids(*tokens):
 
 
 def test_features_stand_where_the_placeholders_stood(model):
-    pixel_values = pictures(3)
+    pixel_values = images(3)
     input_ids = torch.tensor([[1, *IMAGE, 7, *IMAGE], [1, 5, 6, *IMAGE, 9, 9, 9, 9]][:1] + [[1, 5, *IMAGE, 9, 9, 9, 9]])
     with torch.no_grad():
         features = model.encode_images(pixel_values)
@@ -45,8 +45,8 @@ def test_features_stand_where_the_placeholders_stood(model):
     assert torch.equal(embeds[1, -4:], words.weight[9].expand(4, -1))
 
 
-def test_three_ways_to_give_pictures_are_one(model):
-    input_ids, pixel_values = ids(1, *IMAGE, 7, 8), pictures(1)
+def test_three_ways_to_give_images_are_one(model):
+    input_ids, pixel_values = ids(1, *IMAGE, 7, 8), images(1)
     with torch.no_grad():
         expected = model(input_ids=input_ids, pixel_values=pixel_values).logits
         vision = model.get_vision_tower()(pixel_values)
@@ -62,11 +62,11 @@ def test_three_ways_to_give_pictures_are_one(model):
     [(ids(1, *IMAGE, 7), 0), (ids(1, *IMAGE, 7), 2), (ids(1, *IMAGE[1:], 7), 1), (ids(1, 5, 7), 1)],
 )
 def test_numbers_of_positions_and_features_must_agree(model, input_ids, count):
-    with pytest.raises(LlavaError, match=r"\d+ picture positions but the pictures give \d+ features"):
-        model(input_ids=input_ids, pixel_values=pictures(count) if count else None)
+    with pytest.raises(LlavaError, match=r"\d+ image positions but the images give \d+ features"):
+        model(input_ids=input_ids, pixel_values=images(count) if count else None)
 
 
-def test_pictures_of_another_size_are_refused(model):
+def test_images_of_another_size_are_refused(model):
     with pytest.raises(
         LlavaError, match=rf"takes pixel values \[n, 3, {IMAGE_SIZE}, {IMAGE_SIZE}\], got \[1, 3, 14, 14\]"
     ):
@@ -75,7 +75,7 @@ def test_pictures_of_another_size_are_refused(model):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch_equals_single_samples(model, side):
-    samples = [([1, *IMAGE, 7, 8, 9], pictures(1, 1)), ([1, 5], None), ([1, *IMAGE, 6, *IMAGE], pictures(2, 2))]
+    samples = [([1, *IMAGE, 7, 8, 9], images(1, 1)), ([1, 5], None), ([1, *IMAGE, 6, *IMAGE], images(2, 2))]
     longest = max(len(tokens) for tokens, _ in samples)
     rows, masks, spans = [], [], []
     for tokens, _ in samples:
@@ -84,19 +84,19 @@ def test_padded_batch_equals_single_samples(model, side):
         rows.append([0] * before + tokens + [0] * after)
         masks.append([0] * before + [1] * len(tokens) + [0] * after)
         spans.append(slice(before, before + len(tokens)))
-    pixel_values = torch.cat([picture for _, picture in samples if picture is not None])
+    pixel_values = torch.cat([image for _, image in samples if image is not None])
     with torch.no_grad():
         batch = model(
             input_ids=torch.tensor(rows), attention_mask=torch.tensor(masks), pixel_values=pixel_values
         ).logits
-        for row, (tokens, picture) in enumerate(samples):
-            single = model(input_ids=torch.tensor([tokens]), pixel_values=picture).logits[0]
+        for row, (tokens, image) in enumerate(samples):
+            single = model(input_ids=torch.tensor([tokens]), pixel_values=image).logits[0]
             assert torch.allclose(batch[row, spans[row]], single, atol=1e-5), row
 
 
 def test_packed_samples_do_not_see_each_other(model):
     first, second = [1, *IMAGE, 7, 8], [1, 9, *IMAGE, 6]
-    one, two = pictures(1, 1), pictures(1, 2)
+    one, two = images(1, 1), images(1, 2)
     positions = torch.tensor([[*range(len(first)), *range(len(second))]])
     with torch.no_grad():
         packed = model(
@@ -109,8 +109,8 @@ def test_packed_samples_do_not_see_each_other(model):
     assert torch.allclose(packed[0], torch.cat(singles), atol=1e-5)
 
 
-def test_labels_of_pictures_are_ignored(model):
-    input_ids, pixel_values = ids(1, *IMAGE, 7, 8, 9), pictures(1)
+def test_labels_of_images_are_ignored(model):
+    input_ids, pixel_values = ids(1, *IMAGE, 7, 8, 9), images(1)
     labels = ids(-100, *[-100] * PATCHES, 7, 8, 9)
     output = model(input_ids=input_ids, labels=labels, pixel_values=pixel_values)
     scores = torch.log_softmax(output.logits[0, PATCHES:-1], dim=-1)
@@ -160,10 +160,10 @@ def test_text_only_batch_runs_tower_and_projector_with_weight_zero(model, empty)
 def test_frozen_tower_builds_no_graph(model):
     model.train()
     model.get_vision_tower().requires_grad_(False)
-    assert not model.get_vision_tower()(pictures(1)).requires_grad
-    assert model.encode_images(pictures(1)).requires_grad
+    assert not model.get_vision_tower()(images(1)).requires_grad
+    assert model.encode_images(images(1)).requires_grad
     labels = ids(1, *IMAGE, 7, 8)
-    model(input_ids=labels, labels=labels.masked_fill(labels < 0, -100), pixel_values=pictures(1)).loss.backward()
+    model(input_ids=labels, labels=labels.masked_fill(labels < 0, -100), pixel_values=images(1)).loss.backward()
     assert gradients(model) == {"tower": None, "projector": True, "language": True}
 
 
@@ -171,14 +171,14 @@ def test_gradient_reaches_an_unfrozen_tower(model):
     model.train()
     model.get_vision_tower().requires_grad_(True)
     labels = ids(1, *IMAGE, 7, 8)
-    model(input_ids=labels, labels=labels.masked_fill(labels < 0, -100), pixel_values=pictures(1)).loss.backward()
+    model(input_ids=labels, labels=labels.masked_fill(labels < 0, -100), pixel_values=images(1)).loss.backward()
     assert gradients(model) == {"tower": True, "projector": True, "language": True}
 
 
 def test_gradient_checkpointing_changes_nothing(model):
     model.train()
     labels = ids(1, *IMAGE, 7, 8)
-    inputs = {"input_ids": labels, "labels": labels.masked_fill(labels < 0, -100), "pixel_values": pictures(1)}
+    inputs = {"input_ids": labels, "labels": labels.masked_fill(labels < 0, -100), "pixel_values": images(1)}
     weight = model.model.mm_projector[0].weight
     model(**inputs).loss.backward()
     expected = weight.grad.clone()
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_changes_nothing(model):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generate_equals_steps_without_cache(model, use_cache):
-    start, pixel_values = ids(1, *IMAGE, 7, 8), pictures(1)
+    start, pixel_values = ids(1, *IMAGE, 7, 8), images(1)
     tokens = start
     with torch.no_grad():
         for _ in range(6):
@@ -205,7 +205,7 @@ def test_generate_equals_steps_without_cache(model, use_cache):
 
 def test_generate_in_left_padded_batches_equals_singles(model):
     first, second = [1, *IMAGE, 7, 8, 9, 10], [1, *IMAGE, 5]
-    pixel_values = pictures(2)
+    pixel_values = images(2)
     padding = len(first) - len(second)
     batch = torch.tensor([first, [0] * padding + second])
     mask = torch.ones_like(batch)
@@ -216,9 +216,9 @@ def test_generate_in_left_padded_batches_equals_singles(model):
         assert together[row, len(first) :].tolist() == alone[0, len(tokens) :].tolist()
 
 
-def test_several_beams_share_the_pictures_of_their_sample(model):
+def test_several_beams_share_the_images_of_their_sample(model):
     inputs = torch.tensor([[1, *IMAGE, 7], [1, *IMAGE, 8]])
-    pixel_values = pictures(2)
+    pixel_values = images(2)
     together = generate(model, inputs, pixel_values=pixel_values, num_beams=3)
     for row in range(2):
         alone = generate(model, inputs[row : row + 1], pixel_values=pixel_values[row : row + 1], num_beams=3)
@@ -232,11 +232,11 @@ def generate(model, input_ids, **kwargs):
 
 
 def test_whole_forward_compiles_without_a_graph_break(model):
-    """No shape of the scatter depends on the data: one graph serves other ids and other pictures."""
+    """No shape of the scatter depends on the data: one graph serves other ids and other images."""
     embed = torch.compile(model.embed_inputs, fullgraph=True, backend="eager", dynamic=False)
     with torch.no_grad():
         for seed, input_ids in ((1, ids(1, *IMAGE, 7, 8, 9)), (2, ids(1, 5, 6, *IMAGE, 7))):
-            pixel_values = pictures(1, seed)
+            pixel_values = images(1, seed)
             assert torch.equal(embed(input_ids, pixel_values), model.embed_inputs(input_ids, pixel_values))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
@@ -244,7 +244,7 @@ def test_whole_forward_compiles_without_a_graph_break(model):
 def test_is_known_to_transformers(folder, model):
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert type(again) is type(model)
-    input_ids, pixel_values = ids(1, *IMAGE, 7), pictures(1)
+    input_ids, pixel_values = ids(1, *IMAGE, 7), images(1)
     with torch.no_grad():
         assert torch.equal(
             again(input_ids=input_ids, pixel_values=pixel_values).logits,

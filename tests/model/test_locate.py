@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 
 from llava.errors import LlavaError
-from llava.model.locate import locate_model
+from llava.model.weights.locate import locate_model
 
 
 def test_folder_as_given(tmp_path):

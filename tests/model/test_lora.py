@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
-from llava.model.lora import native_name
+from llava.model.checkpoint.adapter import native_name
 from tests.model.checkpoints import PROJECTOR, TOWER, Tiny, logits, save
 
 UP = "model.layers.1.mlp.up_proj"

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from llava.errors import LlavaError
 from llava.model import consolidate, extract_mm_projector, load_pretrained_model, merge_lora, quantize
-from llava.model.hf_writer import export_hf
-from llava.model.weights import WeightFiles
+from llava.model.convert.hf_writer import export_hf
+from llava.model.weights.files import WeightFiles
 from llava.records import read_json, write_json
 from tests.tiny import make_llava, make_llm
 
@@ -143,7 +143,7 @@ def test_projector_of_other_layouts(llava, lora, tmp_path):
         assert torch.equal(WeightFiles([path]).read(name), weights.read(name) + difference)
 
 
-def test_projector_with_rows_of_picture_tokens(tmp_path):
+def test_projector_with_rows_of_image_tokens(tmp_path):
     llava = make_llava(tmp_path, mm_use_im_start_end=True, mm_use_im_patch_token=True)
     extract_mm_projector.main(["--model-path", str(llava), "--output", str(tmp_path / "p.bin")])
     embedding = WeightFiles.of_folder(llava).read("model.embed_tokens.weight")
@@ -158,9 +158,8 @@ def test_no_projector_is_said(llava, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_reloads(llava, tmp_path, bits):
+def test_quantized_reloads(processor, llava, tmp_path, bits):
     """The same answers as quantizing while loading; a fraction of the bytes."""
-    pytest.importorskip("bitsandbytes")
     quantize.main(["--model-path", str(llava), "--output", str(tmp_path / "q"), "--bits", str(bits), "--device", "cpu"])
     weights = WeightFiles.of_folder(tmp_path / "q")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -177,6 +176,15 @@ def test_quantized_reloads(llava, tmp_path, bits):
         quantize.main(["--model-path", str(tmp_path / "q"), "--output", str(tmp_path / "again")])
     with pytest.raises(LlavaError, match="8 or 4 bits"):
         export_hf(tmp_path / "q", tmp_path / "hf")
+
+
+def test_a_wrong_path_is_one_line(tmp_path):
+    """Importing bitsandbytes adds nothing to it, whatever the processor."""
+    pytest.importorskip("bitsandbytes")
+    words = ["--model-path", str(tmp_path / "none"), "--output", str(tmp_path / "q")]
+    done = subprocess.run([sys.executable, "-m", quantize.__name__, *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"error: model not found: no folder {tmp_path / 'none'}"]
 
 
 def test_a_projector_file_with_code_does_not_run(llava, tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 from llava.errors import LlavaError
 from llava.model import build_model_from_llm
-from llava.model.open_clip_tower import read_open_clip_config
+from llava.model.towers.open_clip import read_open_clip_config
 from tests.model.checkpoints import save
 from tests.tiny import make_llm
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llava.model import load_pretrained_model, save_model
-from llava.model.weights import WeightFiles
+from llava.model.weights.files import WeightFiles
 from tests.model.checkpoints import logits
 from tests.tiny import make_llava
 
@@ -25,7 +25,7 @@ def save(loaded, folder, **kwargs):
 def test_round_trip(loaded, tmp_path):
     again = load_pretrained_model(save(loaded, tmp_path / "a"), device="cpu")
     assert torch.equal(logits(again.model), logits(loaded.model))
-    text = "What does <im_start> the picture  show?\n"
+    text = "What does <im_start> the image  show?\n"
     assert again.tokenizer(text).input_ids == loaded.tokenizer(text).input_ids
     assert again.image_processor == loaded.image_processor
     ours, theirs = again.model.config.to_dict(), loaded.model.config.to_dict()

@@ -9,8 +9,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from llava.errors import LlavaError
 from llava.model import build_model_from_llm, load_pretrained_model, save_model
-from llava.model.tower_files import CLIP_PREFIX, known_vision_config, read_vision_config
-from llava.model.vision_tower import CLIPVisionTower, used_layers
+from llava.model.towers.base import CLIPVisionTower, used_layers
+from llava.model.towers.files import CLIP_PREFIX, known_vision_config, read_vision_config
 from tests.tiny import make_clip, make_llm
 
 LAYERS = 3
@@ -86,7 +86,7 @@ def test_folder_that_is_no_clip(llm, tmp_path):
         build(llm, llm)
 
 
-def test_half_precision_pictures_are_cast(llm, clip):
+def test_half_precision_images_are_cast(llm, clip):
     tower = build(llm, clip).get_vision_tower()
     pixel_values = torch.rand(1, 3, 28, 28).half()
     with torch.no_grad():

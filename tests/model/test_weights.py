@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.errors import LlavaError
-from llava.model.weights import WeightFiles, find_weight_files
+from llava.model.weights.files import WeightFiles, find_weight_files
 from tests.model.checkpoints import save
 
 TENSORS = {

@@ -22,7 +22,7 @@ def main() -> None:
         from starlette.routing import Mount
 
         from llava.serve.gradio_web_server import build_app, build_parser
-        from llava.serve.guard import run_server
+        from llava.serve.middleware import run_server
 
         words = [word for word in sys.argv[1:] if word != "--middleware"]
         args = build_parser().parse_args(words)

@@ -1,7 +1,7 @@
 """A worker whose engine does what the question says: `python -m tests.serve.scripted_worker --port …`.
 
 All of the HTTP side is real; only the model isn't. The last word of the question decides: `oom`, `context`, `full`,
-`picture`, `crash` (the engine's thread raises), `die` (the process is gone), `slow` (20 s),
+`image`, `crash` (the engine's thread raises), `die` (the process is gone), `slow` (20 s),
 `hold` (says its words, then waits to be stopped, 5 minutes at most); else it says `echo: …`,
 word by word.
 """
@@ -16,14 +16,14 @@ from PIL import Image
 
 from llava.commandline import ArgumentParser, run
 from llava.images import png_data_url
-from llava.serve.answering import Piece
 from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.worker.answering import Piece
 
 REFUSED = {
     "oom": ErrorType.OUT_OF_MEMORY,
     "context": ErrorType.CONTEXT_TOO_LONG,
     "full": ErrorType.QUEUE_FULL,
-    "picture": ErrorType.BAD_PICTURE,
+    "image": ErrorType.BAD_IMAGE,
 }
 
 
@@ -68,15 +68,15 @@ class ScriptedBackend:
         self.running -= 1
         put(Piece(finish_reason=reason, usage=usage))
 
-    def look(self, job, token_ids):
-        """Token n looks at patch n alone, with half of its attention; every picture is grey."""
+    def attention_map(self, job, token_ids):
+        """Token n looks at patch n alone, with half of its attention; every image is grey."""
         views = []
-        for number in range(len(job.pictures)):
+        for number in range(len(job.images)):
             weights = np.zeros((len(token_ids), 4, 4), "<f2")
-            weights.reshape(-1, 16)[np.arange(len(token_ids)), np.array(token_ids) % 16] = 0.5 / len(job.pictures)
+            weights.reshape(-1, 16)[np.arange(len(token_ids)), np.array(token_ids) % 16] = 0.5 / len(job.images)
             image = png_data_url(Image.new("RGB", (32, 32), (90, 90, 90)))
             content = base64.b64encode(weights.tobytes()).decode()
-            views.append({"picture": number, "image": image, "side": 4, "weights": content})
+            views.append({"number": number, "image": image, "side": 4, "weights": content})
         words = ["echo:", *job.messages[-1].text.split()]
         return {"tokens": [words[token] + " " for token in token_ids], "shares": [0.5] * len(token_ids), "views": views}
 
@@ -90,9 +90,9 @@ class ScriptedBackend:
 def main(argv=None):
     import asyncio
 
-    from llava.serve.heartbeat import Membership
     from llava.serve.secret import add_secret_flags, secret_from_args
-    from llava.serve.worker_app import WorkerApp, serve
+    from llava.serve.worker.app import WorkerApp, serve
+    from llava.serve.worker.heartbeat import Membership
 
     parser = ArgumentParser()
     parser.add_argument("--port", type=int)

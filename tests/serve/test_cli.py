@@ -1,4 +1,4 @@
-"""The terminal chat as a process: pictures, several turns, commands, and errors that don't end it."""
+"""The terminal chat as a process: images, several turns, commands, and errors that don't end it."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def chat(model, lines, *words):
     return subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True)
 
 
-def test_several_turns_and_pictures(model):
+def test_several_turns_and_images(model):
     _, folder = model
     saved = folder / "chat.json"
     lines = ["What is it?", f"/image {folder / 'a.png'}", "And this?", "/nonsense", "/image none.png"]
@@ -41,7 +41,7 @@ def test_several_turns_and_pictures(model):
     assert len(content["images"]) == 2
 
 
-def test_a_picture_that_is_not_there_is_one_line(model):
+def test_a_image_that_is_not_there_is_one_line(model):
     checkpoint, _ = model
     command = [sys.executable, "-m", "llava.serve.cli", "--model-path", str(checkpoint), "--image-file", "no.png"]
     done = subprocess.run(command, input="", capture_output=True, text=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
-from llava.serve.web_look import Shown
+from llava.serve.web.attention_view import Shown
 from tests.serve.processes import Process, wait_until
 from tests.tiny import make_llava
 
@@ -49,19 +49,19 @@ def client(serving):
         yield client
 
 
-def picture(color=(200, 30, 30), size=(40, 30)):
+def image(color=(200, 30, 30), size=(40, 30)):
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def question(text, *pictures):
-    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}} for data in pictures]
+def question(text, *images):
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}} for data in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def ask(client, text, *pictures, **more):
-    more = {"model": "tiny", "messages": question(text, *pictures), "max_tokens": 12} | more
+def ask(client, text, *images, **more):
+    more = {"model": "tiny", "messages": question(text, *images), "max_tokens": 12} | more
     return client.chat.completions.create(**more)
 
 
@@ -78,18 +78,18 @@ def test_answers_equal_the_engines_own(client, checkpoint):
     loaded = load_pretrained_model(checkpoint, device="cpu")
     conversation = get_template(loaded.model.config.conversation_template)
     conversation.append_message(conversation.roles[0], "<image>\nWhat is shown?")
-    request = Request(conversation, [open_uploaded_image(picture())], SamplingParams(max_new_tokens=12))
+    request = Request(conversation, [open_uploaded_image(image())], SamplingParams(max_new_tokens=12))
     (expected,) = Engine(loaded).generate([request])
-    reply = ask(client, "What is shown?", picture())
+    reply = ask(client, "What is shown?", image())
     assert reply.choices[0].message.content == expected.text.lstrip()
     assert reply.usage.completion_tokens == len(expected.token_ids)
     assert reply.usage.prompt_tokens == expected.prompt_tokens
-    with ask(client, "What is shown?", picture(), stream=True) as stream:
+    with ask(client, "What is shown?", image(), stream=True) as stream:
         assert "".join(chunk.choices[0].delta.content for chunk in stream).strip() == expected.text.strip()
 
 
 def test_many_at_once_equal_one_at_a_time(client):
-    asked = [(f"Is there {number}?", picture((number * 20, 0, 0))) for number in range(8)]
+    asked = [(f"Is there {number}?", image((number * 20, 0, 0))) for number in range(8)]
     alone = [ask(client, *each).choices[0].message.content for each in asked]
     together = [None] * len(asked)
 
@@ -126,7 +126,7 @@ def test_seeds_stops_logprobs_choices(client):
 def test_where_the_model_looked(serving):
     """The worker's own ids of an answer lead to weights that sum to what they say, in the page's form."""
     worker = serving[1]
-    asked = {"model": "tiny", "messages": question("What is shown?", picture(), picture((0, 0, 9)))}
+    asked = {"model": "tiny", "messages": question("What is shown?", image(), image((0, 0, 9)))}
     told = {"max_new_tokens": 6, "ignore_eos": True, "return_token_ids": True}
 
     def post(path, **body):
@@ -135,21 +135,21 @@ def test_where_the_model_looked(serving):
     chunks, _ = split_chunks(post("/worker_generate_stream", **told).content)
     token_ids = [token for chunk in chunks for token in chunk["token_ids"]]
     assert len(token_ids) == 6
-    shown = Shown.from_reply(post("/worker_look", token_ids=token_ids).json())
+    shown = Shown.from_reply(post("/worker_attention_map", token_ids=token_ids).json())
     assert "".join(shown.tokens) == chunks[-1]["text"].strip()
-    assert [picture for picture, _, _ in shown.views] == [0, 1]
+    assert [image for image, _, _ in shown.views] == [0, 1]
     sums = sum(weights.sum((1, 2)) for _, _, weights in shown.views)
     np.testing.assert_allclose(sums, shown.shares, atol=2e-3)
     assert shown.drawn(5).count("<img") == 4
     for wrong in ([], "5", [1.5], [True], [10**9]):
-        reply = post("/worker_look", token_ids=wrong)
+        reply = post("/worker_attention_map", token_ids=wrong)
         assert reply.status_code == 400 and "token_ids" in reply.json()["error"]["message"]
-    assert httpx.post(worker.url + "/worker_look", json=asked, timeout=10).status_code == 401
+    assert httpx.post(worker.url + "/worker_attention_map", json=asked, timeout=10).status_code == 401
 
 
 def test_old_clients_get_prompt_and_answer(serving):
     prompt = "USER: <image>\nWhat? ASSISTANT:"
-    body = {"model": "tiny", "prompt": prompt, "images": [picture()], "temperature": 0.2, "stop": "</s>"}
+    body = {"model": "tiny", "prompt": prompt, "images": [image()], "temperature": 0.2, "stop": "</s>"}
     for server in serving[:2]:
         reply = httpx.post(
             server.url + "/worker_generate_stream", json=body | {"max_new_tokens": 5}, headers=SECRET, timeout=60
@@ -163,9 +163,9 @@ def test_old_clients_get_prompt_and_answer(serving):
     ("kind", "status", "words", "ask_for"),
     [
         ("context_too_long", 400, "context", lambda: question("word " * 2000)),
-        ("bad_picture", 400, "base64", lambda: question("x", "!!!")),
-        ("bad_picture", 400, "not a picture", lambda: question("x", base64.b64encode(b"<html>" * 9).decode())),
-        ("bad_picture", 400, "beyond what is allowed", lambda: question("x", picture(size=(30_000, 2)))),
+        ("bad_image", 400, "base64", lambda: question("x", "!!!")),
+        ("bad_image", 400, "not an image", lambda: question("x", base64.b64encode(b"<html>" * 9).decode())),
+        ("bad_image", 400, "beyond what is allowed", lambda: question("x", image(size=(30_000, 2)))),
     ],
 )
 def test_failures_of_the_model_have_their_words(client, kind, status, words, ask_for):
@@ -211,7 +211,7 @@ def test_a_quantized_worker_answers(checkpoint, flag):
     words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--no-register", "--device", "cpu", flag]
     with Process("llava.serve.model_worker", *words, env=ENV) as worker:
         worker.wait(seconds=500)
-        body = {"model": "tiny", "messages": question("What?", picture()), "max_new_tokens": 5, "ignore_eos": True}
+        body = {"model": "tiny", "messages": question("What?", image()), "max_new_tokens": 5, "ignore_eos": True}
         reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60)
         assert split_chunks(reply.content)[0][-1]["usage"]["completion_tokens"] == 5
 

@@ -14,11 +14,11 @@ def test_the_old_protocol():
     job = read_job(
         {"model": "m", "prompt": "USER: <image>\nWhat?", "images": ["AAAA"], "temperature": 0.2, "stop": "###"}
     )
-    assert (job.prompt, job.messages, job.pictures) == ("USER: <image>\nWhat?", None, ("AAAA",))
+    assert (job.prompt, job.messages, job.images) == ("USER: <image>\nWhat?", None, ("AAAA",))
     assert (job.temperature, job.top_p, job.max_new_tokens, job.stop, job.stream) == (0.2, 1.0, 256, ("###",), True)
 
 
-def test_messages_with_pictures_keep_their_places():
+def test_messages_with_images_keep_their_places():
     content = [
         {"type": "text", "text": "First"},
         {"type": "image_url", "image_url": {"url": PNG}},
@@ -27,7 +27,7 @@ def test_messages_with_pictures_keep_their_places():
     ]
     job = read_job({"model": "m", "messages": [{"role": "user", "content": content}], "images": ["BBBB"]})
     assert job.messages == (Message("user", "First\n<image>\nsecond\n<image>", (PNG, "BBBB")),)
-    assert job.pictures == (PNG, "BBBB")
+    assert job.images == (PNG, "BBBB")
 
 
 def test_neighbouring_turns_are_joined_and_system_goes_into_the_template():
@@ -46,8 +46,8 @@ def test_neighbouring_turns_are_joined_and_system_goes_into_the_template():
     [
         ({}, "either prompt or messages"),
         ({"prompt": "a", "messages": [USER]}, "either prompt or messages"),
-        ({"prompt": "<image> a"}, "1 <image> but 0 picture"),
-        ({"prompt": "a", "images": ["x"]}, "0 <image> but 1 picture"),
+        ({"prompt": "<image> a"}, "1 <image> but 0 image"),
+        ({"prompt": "a", "images": ["x"]}, "0 <image> but 1 image"),
         ({"prompt": "a", "images": "x"}, "images has to be a list"),
         ({"prompt": 5}, "prompt has to be text"),
         ({"prompt": "a", "temperature": -1}, "temperature has to be a number from 0 to 10"),
@@ -74,14 +74,14 @@ def test_what_is_no_request_is_refused_in_words(body, words):
     assert caught.value.error_type is ErrorType.BAD_REQUEST
 
 
-def test_what_a_model_said_is_no_place_for_a_picture():
+def test_what_a_model_said_is_no_place_for_a_image():
     messages = read_messages([USER, {"role": "assistant", "content": "I see <image>."}, USER])
     assert messages[1].text == "I see < image>."
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1/x.png", "https://h/x", "file:///etc/passwd", "/etc/passwd", 7, None])
-def test_pictures_are_never_fetched(url):
+def test_images_are_never_fetched(url):
     content = [{"type": "image_url", "image_url": {"url": url}}]
     with pytest.raises(ServeError) as caught:
         read_job({"messages": [{"role": "user", "content": content}]})
-    assert caught.value.error_type is ErrorType.BAD_PICTURE
+    assert caught.value.error_type is ErrorType.BAD_IMAGE

@@ -57,7 +57,7 @@ def data_url(size=(8, 8)):
 
 def test_starts_without_torch():
     script = (
-        "import sys, llava.serve.openai_api_server as s, llava.serve.client as c, llava.serve.api_keys as k\n"
+        "import sys, llava.serve.openai_api_server as s, llava.serve.client as c, llava.serve.api.keys as k\n"
         "s.build_app(c.ServingClient('http://localhost:1', None), k.Keys([]))\n"
         "assert 'torch' not in sys.modules"
     )
@@ -100,9 +100,9 @@ def test_several_choices_and_logprobs(client):
     assert texts == {0: "echo: one two ", 1: "echo: one two "}
 
 
-def test_pictures_reach_the_worker(client):
-    picture = {"type": "image_url", "image_url": {"url": data_url()}}
-    content = [picture, {"type": "text", "text": "compare"}, picture]
+def test_images_reach_the_worker(client):
+    image = {"type": "image_url", "image_url": {"url": data_url()}}
+    content = [image, {"type": "text", "text": "compare"}, image]
     reply = client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": content}])
     assert reply.choices[0].message.content == "echo: <image> compare <image> "
 
@@ -113,7 +113,7 @@ def test_pictures_reach_the_worker(client):
         ("oom", 507, "out_of_memory"),
         ("context", 400, "context_too_long"),
         ("full", 429, "queue_full"),
-        ("picture", 400, "bad_picture"),
+        ("image", 400, "bad_image"),
         ("crash", 500, "internal_error"),
     ],
 )
@@ -145,7 +145,7 @@ def test_an_unknown_model_and_fields_that_cannot_be_honoured(client):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.png", "https://localhost/x.png", "file:///etc/passwd"])
-def test_addresses_of_pictures_are_not_fetched(client, url):
+def test_addresses_of_images_are_not_fetched(client, url):
     content = [{"type": "image_url", "image_url": {"url": url}}]
     with pytest.raises(openai.BadRequestError, match="nothing is fetched"):
         client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": content}])

@@ -8,7 +8,7 @@ import pytest
 from llava.serve.job import Message, read_job
 from llava.serve.protocol import ErrorType, split_chunks
 from llava.serve.secret import HEADER
-from llava.serve.upstream_backend import to_request
+from llava.serve.worker.upstream_backend import to_request
 from tests.serve.processes import Process, wait_until
 from tests.serve.test_openai_api import data_url, get
 
@@ -37,7 +37,7 @@ def upstream():
 
 def test_it_cant_tell_where_the_model_looked(worker):
     body = {"model": "behind", "messages": [{"role": "user", "content": "Hi"}], "token_ids": [1]}
-    reply = httpx.post(worker.url + "/worker_look", json=body, headers=SECRET, timeout=10)
+    reply = httpx.post(worker.url + "/worker_attention_map", json=body, headers=SECRET, timeout=10)
     assert reply.status_code == 400 and "doesn't tell" in reply.json()["error"]["message"]
 
 
@@ -49,8 +49,8 @@ def worker(upstream, tmp_path_factory):
         yield process.wait()
 
 
-def ask(worker, text, *pictures, **more):
-    content = [{"type": "image_url", "image_url": {"url": url}} for url in pictures] + [{"type": "text", "text": text}]
+def ask(worker, text, *images, **more):
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in images] + [{"type": "text", "text": text}]
     body = {"model": "behind", "messages": [{"role": "user", "content": content}], **more}
     reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60)
     assert reply.status_code == 200
@@ -63,7 +63,7 @@ def queue_length(process):
 
 def test_an_answer_comes_through_in_pieces_with_its_account(worker):
     chunks = ask(worker, "one two three four five six", data_url(), logprobs=1)
-    assert chunks[-1]["text"] == "echo: <image> one two three four five six ", "the picture in its place"
+    assert chunks[-1]["text"] == "echo: <image> one two three four five six ", "the image in its place"
     assert chunks[-1]["finish_reason"] == "stop" and len(chunks) > 2
     assert chunks[-1]["usage"]["completion_tokens"] == 8
     assert ask(worker, "one two three", max_new_tokens=2)[-1]["finish_reason"] == "length"
@@ -77,9 +77,9 @@ def test_refusals_keep_their_kind(worker, word, error_type):
     assert ask(worker, f"please {word}")[-1]["error_type"] == error_type.value
 
 
-def test_a_broken_picture_and_a_ready_prompt_are_refused_here(worker):
+def test_a_broken_image_and_a_ready_prompt_are_refused_here(worker):
     broken = "data:image/png;base64,aGVsbG8="
-    assert ask(worker, "What?", broken)[-1]["error_type"] == ErrorType.BAD_PICTURE.value
+    assert ask(worker, "What?", broken)[-1]["error_type"] == ErrorType.BAD_IMAGE.value
     body = {"model": "behind", "prompt": "USER: hi ASSISTANT:"}
     reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60)
     chunk = split_chunks(reply.content)[0][-1]
@@ -107,7 +107,7 @@ def test_nobody_there_and_a_wrong_key(upstream, tmp_path):
         assert key not in (tmp_path / "log").read_text()
 
 
-def test_pictures_go_on_as_png_in_their_places():
+def test_images_go_on_as_png_in_their_places():
     text = "<image>\nbefore\n<image>\nafter"
     job = read_job({"messages": [{"role": "user", "content": "x"}], "stop": ["###"], "seed": 3})
     message = Message("user", text, (data_url(), data_url()))

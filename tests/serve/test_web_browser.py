@@ -1,6 +1,6 @@
 """The web page in a real browser: accept, upload, ask, watch it stream, stop, regenerate, compare, export.
 
-LLAVA_SCREENSHOT_DIR keeps pictures of the page (docs/images holds those of the last release).
+LLAVA_SCREENSHOT_DIR keeps images of the page (docs/images holds those of the last release).
 """
 
 import json
@@ -131,15 +131,15 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         screenshot(page, "web_answer")
 
         page.get_by_text("Where the model looked").click()
-        page.locator("#look").click()
-        expect(page.locator("#look-tokens .token")).to_have_count(7, timeout=PATIENCE)
-        expect(page.locator("#look-views img.look")).to_have_count(4, timeout=PATIENCE)
-        expect(page.locator("#look-views")).to_contain_text("Token 1 of 7, echo:", timeout=PATIENCE)
-        expect(page.locator("#look-views")).to_contain_text("50.0% of its attention", timeout=PATIENCE)
-        page.locator("#look-tokens .token").nth(5).click()
-        expect(page.locator("#look-views")).to_contain_text("Token 6 of 7, <b>shown</b>", timeout=PATIENCE)
-        page.locator("#look-number input[type=range]").press("ArrowRight")
-        expect(page.locator("#look-views")).to_contain_text("Token 7 of 7, here?", timeout=PATIENCE)
+        page.locator("#attention").click()
+        expect(page.locator("#attention-tokens .token")).to_have_count(7, timeout=PATIENCE)
+        expect(page.locator("#attention-views img.attention")).to_have_count(4, timeout=PATIENCE)
+        expect(page.locator("#attention-views")).to_contain_text("Token 1 of 7, echo:", timeout=PATIENCE)
+        expect(page.locator("#attention-views")).to_contain_text("50.0% of its attention", timeout=PATIENCE)
+        page.locator("#attention-tokens .token").nth(5).click()
+        expect(page.locator("#attention-views")).to_contain_text("Token 6 of 7, <b>shown</b>", timeout=PATIENCE)
+        page.locator("#attention-number input[type=range]").press("ArrowRight")
+        expect(page.locator("#attention-views")).to_contain_text("Token 7 of 7, here?", timeout=PATIENCE)
         screenshot(page, "web_look")
 
         ask(page, "go on and be slow")
@@ -183,7 +183,7 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         (file,) = web.votes.iterdir()
         assert file.stat().st_mode & 0o777 == 0o600
         vote = json.loads(file.read_text())
-        assert vote["vote"] == "left" and vote["turns"][0]["pictures"][0].startswith("sha256:")
+        assert vote["vote"] == "left" and vote["turns"][0]["images"][0].startswith("sha256:")
         assert "base64" not in file.read_text() and "127.0.0.1" not in file.read_text()
 
         with page.expect_download(timeout=PATIENCE) as download:

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.serve.chat_state import Chat, Exchange, Picture, Reply
-from llava.serve.example_pictures import EXAMPLES, draw_example
-from llava.serve.feedback import FeedbackLog
+from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
+from llava.serve.web.examples import EXAMPLES, draw_example
+from llava.serve.web.feedback import FeedbackLog
 from tests.serve.processes import Process
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
@@ -108,8 +108,8 @@ def test_strange_uploads_are_refused_and_the_server_lives(web):
 
 
 def test_uploads_lie_in_a_private_folder(web):
-    path = Path(upload(web, content=b"picture of a patient").json()[0])
-    assert path.read_bytes() == b"picture of a patient"
+    path = Path(upload(web, content=b"image of a patient").json()[0])
+    assert path.read_bytes() == b"image of a patient"
     assert uploads(web).stat().st_mode & 0o077 == 0
     assert "patient" not in web.log.read_text()
 
@@ -123,14 +123,14 @@ def test_flags_that_would_tell_others_are_refused():
 
 
 def test_a_side_gets_what_it_has_answered_itself():
-    picture = Picture.from_bytes(draw_example("chest"))
-    first = Exchange("a", (picture,), [Reply("m", "A"), None])
+    image = UploadedImage.from_bytes(draw_example("chest"))
+    first = Exchange("a", (image,), [Reply("m", "A"), None])
     chat = Chat([first, Exchange("b", (), [Reply("m", "B"), Reply("n", "X")]), Exchange("c")])
     assert [message["role"] for message in chat.messages(0)] == ["user", "assistant"] * 2 + ["user"]
-    assert chat.messages(0)[0]["content"][0]["image_url"]["url"] == picture.url
+    assert chat.messages(0)[0]["content"][0]["image_url"]["url"] == image.url
     assert [message["content"][-1]["text"] for message in chat.messages(1)[::2]] == ["b", "c"]
     assert len(chat.shown(0)) == 4 and len(chat.shown(1)) == 2
-    assert json.loads(chat.export())["turns"][0]["pictures"] == [f"sha256:{picture.sha256}"]
+    assert json.loads(chat.export())["turns"][0]["images"] == [f"sha256:{image.sha256}"]
 
 
 def test_what_is_typed_is_shown_as_typed_and_errors_have_an_id():
@@ -141,12 +141,12 @@ def test_what_is_typed_is_shown_as_typed_and_errors_have_an_id():
     assert answer["content"] == "**The queue is full.** (request req-1)"
 
 
-def test_pictures_are_checked_before_they_are_sent():
+def test_images_are_checked_before_they_are_sent():
     buffer = io.BytesIO()
     Image.new("L", (1000, 10)).save(buffer, "PNG")
-    assert Picture.from_bytes(buffer.getvalue()).thumbnail.startswith("data:image/png;base64,")
-    with pytest.raises(LlavaError, match="not a picture"):
-        Picture.from_bytes(b"no picture at all")
+    assert UploadedImage.from_bytes(buffer.getvalue()).thumbnail.startswith("data:image/png;base64,")
+    with pytest.raises(LlavaError, match="not an image"):
+        UploadedImage.from_bytes(b"no image at all")
     for name, _ in EXAMPLES:
         assert Image.open(io.BytesIO(draw_example(name))).size == (336, 336)
 
@@ -156,7 +156,9 @@ def test_feedback_is_private_and_forgotten_in_time(tmp_path):
     old = tmp_path / "votes" / "2001-01-01.jsonl"
     old.write_text("{}\n")
     os.utime(old, (1, 1))
-    log.write("flag", Chat([Exchange("q", (Picture.from_bytes(draw_example("chest")),), [Reply("m", "a"), None])]))
+    log.write(
+        "flag", Chat([Exchange("q", (UploadedImage.from_bytes(draw_example("chest")),), [Reply("m", "a"), None])])
+    )
     (path,) = (tmp_path / "votes").iterdir()
     assert path.stat().st_mode & 0o777 == 0o600 and (tmp_path / "votes").stat().st_mode & 0o777 == 0o700
     assert json.loads(path.read_text())["turns"][0]["answers"][0]["text"] == "a"

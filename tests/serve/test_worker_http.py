@@ -80,7 +80,7 @@ def test_logprobs_come_with_each_token(worker):
         ("oom", "out_of_memory", 50002),
         ("context", "context_too_long", 40303),
         ("full", "queue_full", 50005),
-        ("picture", "bad_picture", 40001),
+        ("image", "bad_image", 40001),
         ("crash", "internal_error", 50001),
     ],
 )

@@ -8,7 +8,7 @@ from llava.errors import LlavaError
 from llava.tokenization import expand_images, pad_batch, truncate
 
 
-def test_each_picture_gets_its_positions():
+def test_each_image_gets_its_positions():
     ids, labels = expand_images([1, -200, 5, -200], [-100, -100, 5, -100], [3, 2])
     assert ids.tolist() == [1, -200, -200, -200, 5, -200, -200]
     assert labels.tolist() == [-100, -100, -100, -100, 5, -100, -100]
@@ -17,13 +17,13 @@ def test_each_picture_gets_its_positions():
     assert (ids.tolist(), labels) == ([1, -200, -200], None)
 
 
-def test_text_without_pictures_is_left_as_it_is():
+def test_text_without_images_is_left_as_it_is():
     assert expand_images([1, 2], [1, 2], 5)[0].tolist() == [1, 2]
     assert expand_images([], [], [])[0].tolist() == []
 
 
-def test_a_wrong_number_of_pictures_is_an_error():
-    with pytest.raises(LlavaError, match="has 1 <image> but there are 2 picture"):
+def test_a_wrong_number_of_images_is_an_error():
+    with pytest.raises(LlavaError, match="has 1 <image> but there are 2 image"):
         expand_images([1, -200], None, [4, 4])
 
 

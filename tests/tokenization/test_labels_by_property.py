@@ -26,7 +26,7 @@ FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 
 @st.composite
 def records(draw, template_name: str):
-    """A record for the template, and how many pictures each question has."""
+    """A record for the template, and how many images each question has."""
     if get_template(template_name).sep_style is SeparatorStyle.PLAIN:
         turns = [DEFAULT_IMAGE_TOKEN + draw(TEXT), draw(TEXT)]
     else:
@@ -38,7 +38,7 @@ def records(draw, template_name: str):
 
 
 def schemes(tokenizer_name: str) -> tuple:
-    """(tokenizer, placeholder scheme, patch scheme), the tokenizer with all picture tokens."""
+    """(tokenizer, placeholder scheme, patch scheme), the tokenizer with all image tokens."""
     tokenizer = get(tokenizer_name)
     add_tokens(tokenizer, ["<im_patch>", "<im_start>", "<im_end>"], strip_blanks=tokenizer_name == "llama_v10")
     return (
@@ -62,7 +62,7 @@ def test_exactly_the_answers_are_targets(tokenizer_name, data):
     ids, labels = sample.input_ids, sample.labels
     assert len(ids) == len(labels)
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels))
-    assert ids.count(IMAGE_TOKEN_INDEX) == sample.num_images == pictures(record)
+    assert ids.count(IMAGE_TOKEN_INDEX) == sample.num_images == images(record)
     assert IMAGE_TOKEN_INDEX not in labels
 
     template = get_template(name)
@@ -108,7 +108,7 @@ def test_expanding_and_cutting_while_encoding_is_the_same_as_after(tokenizer_nam
     image_tokens = data.draw(st.sampled_from(all_schemes))
     name = data.draw(st.sampled_from(sorted(conv_templates)))
     record = data.draw(records(name))
-    features = [data.draw(st.integers(0, 9)) for _ in range(pictures(record))]
+    features = [data.draw(st.integers(0, 9)) for _ in range(images(record))]
     length = data.draw(st.integers(1, 80))
     plain = encode_conversation(record, name, tokenizer, image_tokens)
     at_once = encode_conversation(record, name, tokenizer, image_tokens, features_per_image=features, max_length=length)
@@ -119,7 +119,7 @@ def test_expanding_and_cutting_while_encoding_is_the_same_as_after(tokenizer_nam
         assert at_once.labels == labels[:length].tolist()
 
 
-def pictures(record) -> int:
+def images(record) -> int:
     return sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in record)
 
 

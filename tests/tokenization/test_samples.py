@@ -85,7 +85,7 @@ def test_numbers_are_text(tokenizer):
     assert encode_conversation(record, "v1", tokenizer) == encode_conversation(as_text, "v1", tokenizer)
 
 
-def test_several_pictures_in_one_question_keep_their_places(tokenizer):
+def test_several_images_in_one_question_keep_their_places(tokenizer):
     record = [{"from": "human", "value": "Is <image> older than <image>?"}, {"from": "gpt", "value": "no"}]
     sample = encode_conversation(record, "v1", tokenizer)
     assert sample.num_images == sample.input_ids.count(IMAGE_TOKEN_INDEX) == 2
@@ -93,14 +93,14 @@ def test_several_pictures_in_one_question_keep_their_places(tokenizer):
     assert "USER: Is <image> older than <image>? ASSISTANT:" in render_prompt(conversation_from_record(record, "v1"))
 
 
-def test_plain_is_the_picture_and_its_caption(tokenizer):
+def test_plain_is_the_image_and_its_caption(tokenizer):
     record = [{"from": "human", "value": "Describe.\n<image>"}, {"from": "gpt", "value": "a lung"}]
     sample = encode_conversation(record, "plain", tokenizer)
     assert sample.input_ids[:2] == [tokenizer.bos_token_id, IMAGE_TOKEN_INDEX]
     assert tokenizer.decode(sample.input_ids[2:]) == learned(sample, tokenizer) == "a lung\n"
     prompt = conversation_from_record(record, "plain")
     assert render_prompt(prompt) == "<image>"
-    for wrong in (RECORD, [{"from": "human", "value": "no picture"}, record[1]]):
+    for wrong in (RECORD, [{"from": "human", "value": "no image"}, record[1]]):
         with pytest.raises(LlavaError, match=r"plain.*takes a question with <image> and one answer"):
             encode_conversation(wrong, "plain", tokenizer)
 
@@ -113,7 +113,7 @@ def test_end_of_an_answer():
     assert stop_token_ids(get_template("simple"), byte_level) == [byte_level.eos_token_id]
 
 
-def test_a_typed_patch_token_is_no_picture():
+def test_a_typed_patch_token_is_no_image():
     tokenizer = MADE["llama_like"]()
     add_tokens(tokenizer, ["<im_patch>", "<im_start>", "<im_end>"], strip_blanks=True)
     patch = tokenizer.convert_tokens_to_ids("<im_patch>")
@@ -147,7 +147,7 @@ def test_scheme_from_config():
         ImageTokens("tiles")
 
 
-def test_start_and_end_tokens_stand_around_the_picture():
+def test_start_and_end_tokens_stand_around_the_image():
     tokenizer = MADE["byte_level"]()
     add_tokens(tokenizer, ["<im_start>", "<im_end>"], strip_blanks=False)
     ids = tokenize_prompt("see <image> here", tokenizer, ImageTokens("placeholder", use_start_end=True))

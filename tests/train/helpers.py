@@ -1,4 +1,4 @@
-"""Small runs for the tests of training: records with drawn pictures, a tiny model, the usual flags."""
+"""Small runs for the tests of training: records with drawn images, a tiny model, the usual flags."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ COLOURS = ("red", "green", "blue", "yellow")
 
 
 def make_records(folder: Path, count: int = 12, *, text_only_every: int = 0, name: str = "train.json") -> Path:
-    """Records with a question about a picture's colour; pictures lie in `folder/images`."""
+    """Records with a question about an image's colour; images lie in `folder/images`."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     records = []

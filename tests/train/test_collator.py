@@ -3,8 +3,8 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.tokenization import expand_images
-from llava.train.collator import Collator
-from llava.train.dataset import Sample, fitting
+from llava.train.data.collator import Collator
+from llava.train.data.dataset import Sample, fitting
 
 
 def item(number, ids, targets, images=(), skipped=None):
@@ -30,7 +30,7 @@ def test_a_batch_of_one_length_needs_no_mask():
     assert "attention_mask" not in Collator(pad_id=0)([item(0, [1, 2], 1), item(1, [1, 3], 1)])
 
 
-def test_pictures_come_in_reading_order():
+def test_images_come_in_reading_order():
     batch = Collator(pad_id=0)([item(1, [1, 2], 1, ["a", "b"]), item(2, [1, 2], 1), item(3, [1, 2], 1, ["c"])])
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 1, 3]
 
@@ -52,7 +52,7 @@ def test_left_out_samples_leave_a_batch_that_can_run():
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
-def test_cutting_never_splits_a_picture():
+def test_cutting_never_splits_a_image():
     ids, _ = expand_images(np.array([1, -200, 5, -200, 6]), None, [3, 2])
     for length, kept, images in [(7, 7, 2), (6, 5, 1), (5, 5, 1), (4, 4, 1), (3, 1, 0), (1, 1, 0)]:
         assert fitting(ids, [3, 2], length) == (kept, images), length

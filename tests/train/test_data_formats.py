@@ -1,4 +1,4 @@
-"""Records and pictures in every form they may come in: the same losses as from a JSON list and a folder."""
+"""Records and images in every form they may come in: the same losses as from a JSON list and a folder."""
 
 import io
 import json
@@ -13,8 +13,8 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.records import write_records
-from llava.train.pictures import PictureSource
-from llava.train.record_store import open_records
+from llava.train.data.record_images import ImageSource
+from llava.train.data.record_store import open_records
 from llava.train.train import train
 from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
@@ -64,7 +64,7 @@ def as_arrow(records, images, folder):
     return folder / "records.arrow", images
 
 
-def with_pictures_inside(records, images, folder):
+def with_images_inside(records, images, folder):
     """As image datasets on hubs are: {"bytes", "path"} in a column of Parquet."""
     for record in records:
         if name := record.get("image"):
@@ -75,14 +75,14 @@ def with_pictures_inside(records, images, folder):
 
 def in_tar_shards(records, images, folder):
     """WebDataset's way: two shards, members in folders, named by their last part in the records."""
-    pictures = sorted(images.iterdir())
+    files = sorted(images.iterdir())
     for number in range(2):
-        make_tar(folder / f"shard-{number}.tar", {f"./part/{p.name}": p.read_bytes() for p in pictures[number::2]})
+        make_tar(folder / f"shard-{number}.tar", {f"./part/{p.name}": p.read_bytes() for p in files[number::2]})
     (folder / "records.json").write_text(json.dumps(records))
     return folder / "records.json", folder
 
 
-FORMS = [as_jsonl, as_parquet, as_arrow, with_pictures_inside, in_tar_shards]
+FORMS = [as_jsonl, as_parquet, as_arrow, with_images_inside, in_tar_shards]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,7 +104,7 @@ def make_tar(path, members):
 
 def test_a_full_name_comes_before_the_last_part_of_another(tmp_path):
     make_tar(tmp_path / "a.tar", {"x/1.png": b"one", "1.png": b"two", "y/2.png": b"three"})
-    source = PictureSource(tmp_path)
+    source = ImageSource(tmp_path)
     assert [source.read(name) for name in ("x/1.png", "1.png", "2.png")] == [b"one", b"two", b"three"]
     with pytest.raises(FileNotFoundError):
         source.read("3.png")
@@ -114,7 +114,7 @@ def test_a_full_name_comes_before_the_last_part_of_another(tmp_path):
 def test_a_last_part_that_two_members_have_is_no_name(tmp_path):
     make_tar(tmp_path / "a.tar", {"x/1.png": b"one"})
     make_tar(tmp_path / "b.tar", {"y/1.png": b"two"})
-    source = PictureSource(tmp_path)
+    source = ImageSource(tmp_path)
     assert source.read("y/1.png") == b"two"
     with pytest.raises(LlavaError, match=r"several members .* 1\.png"):
         source.read("1.png")
@@ -125,25 +125,25 @@ def test_one_name_in_two_shards_is_an_error_and_in_one_the_later_counts(tmp_path
         info = tarfile.TarInfo("1.png")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"new"))
-    assert PictureSource(tmp_path).read("1.png") == b"new"
+    assert ImageSource(tmp_path).read("1.png") == b"new"
     make_tar(tmp_path / "b.tar", {"1.png": b"two"})
     with pytest.raises(LlavaError, match=r"a\.tar and b\.tar"):
-        PictureSource(tmp_path)
+        ImageSource(tmp_path)
 
 
 def test_a_changed_shard_is_indexed_anew(tmp_path):
     make_tar(tmp_path / "a.tar", {"1.png": b"one"})
-    PictureSource(tmp_path)
+    ImageSource(tmp_path)
     make_tar(tmp_path / "a.tar", {"0.png": b"zero" * 1000, "1.png": b"two"})
     os.utime(tmp_path / "a.tar", (1, 1))
-    assert PictureSource(tmp_path).read("1.png") == b"two"
+    assert ImageSource(tmp_path).read("1.png") == b"two"
 
 
 @pytest.mark.parametrize("content", [b"no tar", b"\x1f\x8b\x08 gzip"])
 def test_what_is_no_plain_tar_is_named(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(LlavaError, match=r"a\.tar: not an uncompressed tar file"):
-        PictureSource(tmp_path)
+        ImageSource(tmp_path)
     assert not list(tmp_path.glob(".*.npy"))
 
 

@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Mixed: every third record has no picture, so some batches of one process hold text alone."""
+    """Mixed: every third record has no image, so some batches of one process hold text alone."""
     return make_records(tmp_path_factory.mktemp("data"), 24, text_only_every=3)
 
 

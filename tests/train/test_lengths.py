@@ -3,11 +3,11 @@ import json
 import numpy as np
 
 from llava.tokenization import Encoded
-from llava.train.dataset import LlavaDataset
-from llava.train.kept_files import kept_path
-from llava.train.lengths import load_lengths, save_lengths
-from llava.train.pictures import PictureSource
-from llava.train.record_store import open_records
+from llava.train.data.dataset import LlavaDataset
+from llava.train.data.kept_files import kept_path
+from llava.train.data.lengths import load_lengths, save_lengths
+from llava.train.data.record_images import ImageSource
+from llava.train.data.record_store import open_records
 
 
 def dataset(path, calls, **more):
@@ -20,7 +20,7 @@ def dataset(path, calls, **more):
     return LlavaDataset(
         open_records(path),
         encode,
-        PictureSource(None),
+        ImageSource(None),
         load_image=None,
         count_features=lambda image: 3,
         max_length=100,
@@ -30,9 +30,9 @@ def dataset(path, calls, **more):
     )
 
 
-def test_lengths_need_no_picture_and_are_counted_once(tmp_path):
+def test_lengths_need_no_image_and_are_counted_once(tmp_path):
     path = tmp_path / "data.json"
-    # No such picture exists, and nothing looks for it.
+    # No such image exists, and nothing looks for it.
     path.write_text(json.dumps([{"id": n, **({"image": "gone.png"} if n % 2 else {})} for n in range(4)]))
     calls = []
     first = dataset(path, calls)

@@ -48,8 +48,8 @@ def test_the_merged_model_computes_what_the_adapter_did(tmp_path, base, data):
     """The training's own forward pass with adapters against the loaded, merged model."""
     from llava.train import setup_run
     from llava.train.arguments import parse_arguments
+    from llava.train.data.record_store import open_records
     from llava.train.prepare_model import prepare_model
-    from llava.train.record_store import open_records
 
     arguments = parse_arguments(flags(tmp_path / "lora", data, base, *LORA))
     loaded = prepare_model(arguments)
@@ -101,8 +101,7 @@ def test_resuming_restores_adapter_and_projector(tmp_path, base, data):
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_a_quantized_base_trains_adapters(tmp_path, base, data, bits):
-    pytest.importorskip("bitsandbytes")
+def test_a_quantized_base_trains_adapters(processor, tmp_path, base, data, bits):
     summary = train(flags(tmp_path / "out", data, base, *LORA, "--bits", bits, "--gradient_checkpointing", "True"))
     assert summary["last_loss"] < summary["first_loss"] + 1
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -5,8 +5,8 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.records import write_records
-from llava.train import record_store
-from llava.train.record_store import describe, open_records
+from llava.train.data import record_store
+from llava.train.data.record_store import describe, open_records
 
 RECORDS = [{"id": f"r{number}", "text": "é" * (number % 7), "image": "a.png"} for number in range(50)]
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from llava.train.sampler import EpochSampler
+from llava.train.data.sampler import EpochSampler
 
 
 def test_every_epoch_is_another_permutation_and_repeatable():

@@ -156,7 +156,7 @@ def test_cached_features_give_the_same_losses_as_the_tower(tmp_path, stage1, dat
     train(flags(tmp_path / "cached", data, stage1[0], *more, *shared))
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     (index,) = (tmp_path / "cache").glob("*/index.json")
-    assert len(json.loads(index.read_text())["rows"]) == 4  # distinct pictures
+    assert len(json.loads(index.read_text())["rows"]) == 4  # distinct images
     before = index.stat().st_mtime_ns
     train(flags(tmp_path / "again", data, stage1[0], *more, *shared))
     assert index.stat().st_mtime_ns == before
@@ -231,7 +231,7 @@ def test_cut_and_targetless_samples_are_counted_and_named(tmp_path, stage1, data
 
 
 @pytest.mark.parametrize("lazy", ["True", "False"])
-def test_a_missing_picture_names_record_path_and_what_to_do(tmp_path, stage1, lazy):
+def test_a_missing_image_names_record_path_and_what_to_do(tmp_path, stage1, lazy):
     data = make_records(tmp_path)
     (tmp_path / "images" / "green.png").unlink()
     more = ("--version", "v1", "--num_train_epochs", "1", "--lazy_preprocess", lazy)
@@ -243,9 +243,9 @@ def test_a_missing_picture_names_record_path_and_what_to_do(tmp_path, stage1, la
 
 
 @pytest.mark.parametrize("cached", [(), ("--cache_vision_features",)])
-def test_an_unreadable_picture_is_an_error_or_counted(tmp_path, stage1, cached):
+def test_an_unreadable_image_is_an_error_or_counted(tmp_path, stage1, cached):
     data = make_records(tmp_path)
-    (tmp_path / "images" / "blue.png").write_bytes(b"not a picture")
+    (tmp_path / "images" / "blue.png").write_bytes(b"not an image")
     more = ("--version", "v1", "--num_train_epochs", "1", *cached)
     with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\).*blue\.png'):
         train(flags(tmp_path / "out", data, stage1[0], *more))
@@ -262,12 +262,12 @@ def test_a_record_without_conversations_is_named(tmp_path, stage1):
         train(flags(tmp_path / "out", data, stage1[0]))
 
 
-def test_a_picture_without_its_place_in_the_text_is_named(tmp_path, stage1):
+def test_a_image_without_its_place_in_the_text_is_named(tmp_path, stage1):
     data = make_records(tmp_path)
     records = json.loads(data.read_text())
     records[2]["conversations"][0]["value"] = "Which colour?"
     data.write_text(json.dumps(records))
-    with pytest.raises(LlavaError, match=r'"r2".*0 <image>.*1 picture'):
+    with pytest.raises(LlavaError, match=r'"r2".*0 <image>.*1 image'):
         train(flags(tmp_path / "out", data, stage1[0], "--version", "v1"))
 
 

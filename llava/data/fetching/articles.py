@@ -1,4 +1,4 @@
-"""The list of wanted pictures, grouped by article: one request per archive, however many figures come out of it."""
+"""The list of wanted images, grouped by article: one request per archive, however many figures come out of it."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _FIELDS = ("pair_id", "pmc_tar_url", "image_file_path")
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Image:
     """A wanted member of an archive; it is saved as `<pair_id>.jpg`, whatever the archive calls it."""
 
     number: int
@@ -28,10 +28,10 @@ class Picture:
 
 @dataclass(slots=True)
 class Article:
-    """An archive and the pictures wanted from it."""
+    """An archive and the images wanted from it."""
 
     url: str
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
 
     @property
     def pmc_id(self) -> str | None:
@@ -51,9 +51,9 @@ class Plan:
     """What a list asks for. Entries that can't be fetched safely are refused, each with its reason."""
 
     articles: list[Article]
-    pictures: int
-    refused: list[tuple[Picture, str, str]]
-    """(picture, address, reason)."""
+    images: int
+    refused: list[tuple[Image, str, str]]
+    """(image, address, reason)."""
     duplicates: int
 
 
@@ -72,18 +72,18 @@ def read_plan(path: str | Path, limit: int | None = None) -> Plan:
         if seen.get(pair_id) == (url, member):
             plan.duplicates += 1
             continue
-        picture = Picture(number, pair_id, member.removeprefix("./"))
-        reason = _why_refused(picture, url)
+        image = Image(number, pair_id, member.removeprefix("./"))
+        reason = _why_refused(image, url)
         if reason is None and pair_id in seen:
-            reason = "the same pair_id was listed before with another picture"
-        plan.pictures += 1
+            reason = "the same pair_id was listed before with another image"
+        plan.images += 1
         if reason:
-            plan.refused.append((picture, url, reason))
+            plan.refused.append((image, url, reason))
             continue
         seen[pair_id] = (url, member)
-        articles.setdefault(url, Article(url)).pictures.append(picture)
+        articles.setdefault(url, Article(url)).images.append(image)
     plan.articles = list(articles.values())
-    if not plan.pictures:
+    if not plan.images:
         raise LlavaError(f"{path}: the list is empty")
     return plan
 
@@ -96,10 +96,10 @@ def _rows(path: str | Path) -> Iterator[tuple[str, str, str]]:
         yield values[0], values[1], values[2]
 
 
-def _why_refused(picture: Picture, url: str) -> str | None:
-    if not _SAFE_NAME.fullmatch(picture.pair_id):
+def _why_refused(image: Image, url: str) -> str | None:
+    if not _SAFE_NAME.fullmatch(image.pair_id):
         return "pair_id is no safe file name"
-    if not is_inside(picture.member):
+    if not is_inside(image.member):
         return "image_file_path leads out of the archive's folder"
     try:
         parts = urlsplit(url)

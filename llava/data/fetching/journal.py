@@ -1,6 +1,6 @@
-"""Which pictures are there, and which failed and why: what lets a killed download go on where it was.
+"""Which images are there, and which failed and why: what lets a killed download go on where it was.
 
-A picture that is in the folder is done: it got its name only when whole. Failures are appended to
+An image that is in the folder is done: it got its name only when whole. Failures are appended to
 `<failures>.part` as they happen and end up in `<failures>`, in the order of the list.
 """
 
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava.data.fetching.articles import Picture
+from llava.data.fetching.articles import Image
 from llava.errors import LlavaError
 from llava.records import Record, write_records
 
@@ -17,7 +17,7 @@ PART = ".part"
 
 
 class Journal:
-    """The state of a download: a folder of pictures and a file of failures."""
+    """The state of a download: a folder of images and a file of failures."""
 
     def __init__(self, folder: Path, failures: Path):
         if failures.suffix != ".jsonl":
@@ -33,22 +33,22 @@ class Journal:
             self._read(path)
         self._file = self._part.open("ab")
 
-    def path_of(self, picture: Picture) -> Path:
-        return self.folder / f"{picture.pair_id}.jpg"
+    def path_of(self, image: Image) -> Path:
+        return self.folder / f"{image.pair_id}.jpg"
 
-    def is_there(self, picture: Picture) -> bool:
-        return f"{picture.pair_id}.jpg" in self.present
+    def is_there(self, image: Image) -> bool:
+        return f"{image.pair_id}.jpg" in self.present
 
-    def failure_of(self, picture: Picture, url: str) -> Record | None:
-        """What went wrong when this picture was last asked for; earlier runs count."""
-        return self._failed.get((picture.pair_id, url, picture.member))
+    def failure_of(self, image: Image, url: str) -> Record | None:
+        """What went wrong when this image was last asked for; earlier runs count."""
+        return self._failed.get((image.pair_id, url, image.member))
 
-    def add_failure(self, picture: Picture, url: str, reason: str, permanent: bool) -> None:
+    def add_failure(self, image: Image, url: str, reason: str, permanent: bool) -> None:
         """`permanent`: asking again is no use."""
         record = {
-            "pair_id": picture.pair_id,
+            "pair_id": image.pair_id,
             "pmc_tar_url": url,
-            "image_file_path": picture.member,
+            "image_file_path": image.member,
             "reason": reason,
             "permanent": permanent,
         }
@@ -69,13 +69,13 @@ class Journal:
         self._failed[record["pair_id"], record["pmc_tar_url"], record["image_file_path"]] = record
 
     def _scan(self) -> set[str]:
-        """Names of the pictures that are there; what a killed run left unfinished is removed."""
+        """Names of the images that are there; what a killed run left unfinished is removed."""
         present = set()
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") and entry.name.endswith(PART):
                     Path(entry.path).unlink(missing_ok=True)
-                # An empty file is what a power cut leaves of a picture that hadn't reached the disk.
+                # An empty file is what a power cut leaves of an image that hadn't reached the disk.
                 elif entry.name.endswith(".jpg") and entry.is_file() and entry.stat().st_size:
                     present.add(entry.name)
         return present

@@ -43,7 +43,7 @@ class Limits:
     """Seconds before the second try; doubled each time."""
     requests_per_second: float = 3.0
     """0: as fast as it goes."""
-    max_picture_bytes: int = 64 << 20
+    max_image_bytes: int = 64 << 20
     max_article_bytes: int = 4 << 30
     max_unpacked_bytes: int = 16 << 30
 

@@ -1,4 +1,4 @@
-"""Many articles at once: tasks that each take the next one, fetch it, and save its wanted pictures.
+"""Many articles at once: tasks that each take the next one, fetch it, and save its wanted images.
 
 Tasks of one event loop, not threads: those would take longer to hand Python's lock over than to do the work. Only
 the disk has a thread.
@@ -15,10 +15,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava.data.fetching.archive import ArchiveError, Member, TarReader
-from llava.data.fetching.articles import Article, Picture
+from llava.data.fetching.articles import Article, Image
 from llava.data.fetching.journal import PART, Journal
 from llava.data.fetching.transfer import OA_SERVICE, Limits, Transfer, TransferError
-from llava.data.fetching.writer import PictureWriter
+from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Totals:
 
 
 def download(articles: Iterable[Article], journal: Journal, settings: Settings, progress: tqdm | None = None) -> Totals:
-    """Fetch every article; pictures and failures go to `journal`.
+    """Fetch every article; images and failures go to `journal`.
 
     Raises:
         LlavaError: the disk is full, or the network is down; what is done is kept, and a new run goes on from there.
@@ -77,7 +77,7 @@ class _Run:
         self._unreachable = 0
 
     async def work(self) -> Totals:
-        async with PictureWriter() as self.writer, Transfer(self.settings.limits) as transfer:
+        async with ImageWriter() as self.writer, Transfer(self.settings.limits) as transfer:
             tasks = [asyncio.create_task(self._fetch_all(transfer)) for _ in range(self.settings.connections)]
             try:
                 await asyncio.gather(*tasks)
@@ -108,17 +108,17 @@ class _Run:
             )
 
     def _account(self, article: Article, result: "_Result", transfer: Transfer) -> None:
-        for picture in article.pictures:
-            if picture.number not in result.saved:
-                reason, permanent = result.why(picture)
-                self.journal.add_failure(picture, article.url, reason, permanent)
+        for image in article.images:
+            if image.number not in result.saved:
+                reason, permanent = result.why(image)
+                self.journal.add_failure(image, article.url, reason, permanent)
         totals = self.totals
         totals.saved += len(result.saved)
-        totals.saved_pairs.update(picture.pair_id for picture in article.pictures if picture.number in result.saved)
+        totals.saved_pairs.update(image.pair_id for image in article.images if image.number in result.saved)
         totals.saved_bytes += sum(result.saved.values())
         totals.requests += result.requests
         if self.progress is not None:
-            self.progress.update(len(article.pictures))
+            self.progress.update(len(article.images))
             self.progress.set_postfix_str(f"{transfer.bytes / 1e6:,.0f} MB received", refresh=False)
         self._unreachable = self._unreachable + 1 if result.reason.startswith("no connection") else 0
         if self._unreachable >= self.settings.give_up_after:
@@ -133,25 +133,25 @@ class _Result:
     """What came of one article."""
 
     saved: dict[int, int] = field(default_factory=dict)
-    """Bytes saved, by the picture's number."""
+    """Bytes saved, by the image's number."""
     reasons: dict[int, tuple[str, bool]] = field(default_factory=dict)
-    """Why a picture that was found couldn't be taken, and whether that is for good."""
+    """Why an image that was found couldn't be taken, and whether that is for good."""
     reason: str = ""
     """Why the rest of the archive couldn't be read; empty if it was read to the end."""
     permanent: bool = True
     requests: int = 0
 
-    def why(self, picture: Picture) -> tuple[str, bool]:
-        if picture.number in self.reasons:
-            return self.reasons[picture.number]
+    def why(self, image: Image) -> tuple[str, bool]:
+        if image.number in self.reasons:
+            return self.reasons[image.number]
         return (self.reason, self.permanent) if self.reason else ("not in the archive", True)
 
-    def wanted(self, article: Article) -> dict[str, list[Picture]]:
-        """Pictures still to be found, by their name in the archive (two pairs may share one member)."""
-        wanted: dict[str, list[Picture]] = {}
-        for picture in article.pictures:
-            if picture.number not in self.saved and picture.number not in self.reasons:
-                wanted.setdefault(picture.member, []).append(picture)
+    def wanted(self, article: Article) -> dict[str, list[Image]]:
+        """Images still to be found, by their name in the archive (two pairs may share one member)."""
+        wanted: dict[str, list[Image]] = {}
+        for image in article.images:
+            if image.number not in self.saved and image.number not in self.reasons:
+                wanted.setdefault(image.member, []).append(image)
         return wanted
 
 
@@ -209,12 +209,12 @@ async def _take(article: Article, source, result: _Result, run: _Run) -> None:
     try:
         async for member in reader:
             if member.name in wanted:
-                cap = run.settings.limits.max_picture_bytes
+                cap = run.settings.limits.max_image_bytes
                 fault = _why_not(member, cap)
                 if fault is None:
                     await _save(wanted.pop(member.name), member, result, run)
                 else:
-                    result.reasons.update((picture.number, (fault, True)) for picture in wanted[member.name])
+                    result.reasons.update((image.number, (fault, True)) for image in wanted[member.name])
                     # A later member of the same name may still be a proper one; behind a bomb none is looked for.
                     if member.size > cap:
                         del wanted[member.name]
@@ -234,14 +234,14 @@ def _why_not(member: Member, cap: int) -> str | None:
     return None if member.size else "empty in the archive"
 
 
-async def _save(pictures: list[Picture], member: Member, result: _Result, run: _Run) -> None:
+async def _save(images: list[Image], member: Member, result: _Result, run: _Run) -> None:
     """Save a member; further pairs of one member get copies."""
-    paths = [run.journal.path_of(picture) for picture in pictures]
+    paths = [run.journal.path_of(image) for image in images]
     size = member.size
     await run.writer.write(paths[0], member.chunks())
     for path in paths[1:]:
         await run.writer.copy(paths[0], path)
-    result.saved.update((picture.number, size) for picture in pictures)
+    result.saved.update((image.number, size) for image in images)
 
 
 class _Kept:

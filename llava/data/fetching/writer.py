@@ -1,4 +1,4 @@
-"""Pictures onto the disk, from a thread: making a file may take a disk longer than all the rest of the work on an
+"""Images onto the disk, from a thread: making a file may take a disk longer than all the rest of the work on an
 article, and the event loop would stand still for it.
 """
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from llava.data.fetching.journal import PART
 
 _PIECE = 1 << 20
-"""Bytes of a picture that are gathered before they are written."""
+"""Bytes of an image that are gathered before they are written."""
 _MOST_HELD = 32 << 20
 """Bytes that may wait while the thread is at work; more makes those who bring them wait."""
 
 
-class PictureWriter:
-    """Streams pictures to hidden files and gives them their names when whole; an asynchronous context.
+class ImageWriter:
+    """Streams images to hidden files and gives them their names when whole; an asynchronous context.
 
     Nobody waits for the disk, unless it is far behind: what gathers while the thread is at work is its next task.
     The context ends when all is written.
@@ -30,13 +30,13 @@ class PictureWriter:
     """
 
     def __init__(self):
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="picture-writer")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="image-writer")
         self._waiting: list[tuple] = []
         self._held = 0
         self._work: asyncio.Task | None = None
         self._error: Exception | None = None
 
-    async def __aenter__(self) -> "PictureWriter":
+    async def __aenter__(self) -> "ImageWriter":
         return self
 
     async def __aexit__(self, kind, error, trace) -> None:
@@ -65,7 +65,7 @@ class PictureWriter:
             raise
 
     async def copy(self, first: Path, path: Path) -> None:
-        """Have the picture `first`, written before, copied to `path`."""
+        """Have the image `first`, written before, copied to `path`."""
         await self._put(0, _copy, _hidden(path), first, path)
 
     async def _put(self, size: int, *task) -> None:

@@ -1,6 +1,6 @@
-"""The built-in set: pictures drawn by the program in LLaVA-Med's five domains, with findings that only they tell.
+"""The built-in set: images drawn by the program in LLaVA-Med's five domains, with findings that only they tell.
 
-`write_phantoms(folder, …)` makes all of it: pictures, captions (stage 1), conversations (stage 2), VQA questions,
+`write_phantoms(folder, …)` makes all of it: images, captions (stage 1), conversations (stage 2), VQA questions,
 and text alone for a language model. `python -m llava.data.phantoms` is the same as a command.
 """
 

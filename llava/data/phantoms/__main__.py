@@ -1,4 +1,4 @@
-"""Draw the built-in set of pictures with their captions, conversations and questions."""
+"""Draw the built-in set of images with their captions, conversations and questions."""
 
 from llava.commandline import ArgumentParser, run, write_line
 
@@ -6,12 +6,12 @@ from llava.commandline import ArgumentParser, run, write_line
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.data.phantoms", description=__doc__)
     parser.add_argument("--output-dir", required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another set: no picture is shared")
-    parser.add_argument("--train", type=int, default=16_000, help="training pictures")
-    parser.add_argument("--test", type=int, default=208, help="held-out pictures")
-    parser.add_argument("--conversations", type=int, default=3_000, help="training pictures with a conversation")
-    parser.add_argument("--vqa", type=int, default=6_000, help="training pictures with VQA questions")
-    parser.add_argument("--text", type=int, default=16_000, help="conversations without a picture")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another set: no image is shared")
+    parser.add_argument("--train", type=int, default=16_000, help="training images")
+    parser.add_argument("--test", type=int, default=208, help="held-out images")
+    parser.add_argument("--conversations", type=int, default=3_000, help="training images with a conversation")
+    parser.add_argument("--vqa", type=int, default=6_000, help="training images with VQA questions")
+    parser.add_argument("--text", type=int, default=16_000, help="conversations without an image")
     parser.add_argument("--rounds", type=int, default=1, help="versions of each conversation")
     parser.add_argument("--size", type=int, default=96, help="pixels per side")
     parser.add_argument("--processes", type=int, default=2, help="how many draw")

@@ -1,4 +1,4 @@
-"""The files of the built-in set: facts drawn by seed and split, pictures drawn by several processes, records."""
+"""The files of the built-in set: facts drawn by seed and split, images drawn by several processes, records."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,11 +33,11 @@ TRAIN, TEST, TEXT = 0, 1, 2
 
 @dataclass(frozen=True)
 class Counts:
-    """How many pictures and records to make.
+    """How many images and records to make.
 
-    `train` pictures have a caption each; the first `conversations` and `vqa` of them conversations (stage 2) and
-    VQA records of several turns, both in as many different versions as `rounds` says. `test` pictures have one
-    record per question. `text` records have no picture; they get harder from first to last.
+    `train` images have a caption each; the first `conversations` and `vqa` of them conversations (stage 2) and
+    VQA records of several turns, both in as many different versions as `rounds` says. `test` images have one
+    record per question. `text` records have no image; they get harder from first to last.
     """
 
     train: int = 16_000
@@ -55,7 +55,7 @@ def write_phantoms(
     `vqa_test.json`, `text.json` and, last, `phantoms.json` with seed and counts. Returns records per file.
 
     Args:
-        size: pixels per side of a picture.
+        size: pixels per side of an image.
         processes: how many draw.
     """
     counts = counts or Counts()
@@ -90,13 +90,13 @@ def _check(counts: Counts, size: int) -> None:
         raise LlavaError("phantoms: train and test are at least 1, conversations and vqa at most as many as train")
 
 
-def _conversations(names, phantoms, pictures: int, counts: Counts, seed: int, stream: int):
+def _conversations(names, phantoms, images: int, counts: Counts, seed: int, stream: int):
     random = np.random.default_rng([seed, TRAIN, stream])
     dealer = Dealer()
     return [
         conversation_record(f"{name}_{version}", name, phantom, dealer, random)
         for version in range(counts.rounds)
-        for name, phantom in zip(names[:pictures], phantoms[:pictures])
+        for name, phantom in zip(names[:images], phantoms[:images])
     ]
 
 
@@ -127,7 +127,7 @@ def _draw_all(folder: Path, names: list[str], phantoms: list[Phantom], size: int
     jobs = [
         (folder, names[start : start + CHUNK], phantoms[start : start + CHUNK], size, [seed, start]) for start in starts
     ]
-    with tqdm(total=len(names), desc="drawing", unit="picture") as bar:
+    with tqdm(total=len(names), desc="drawing", unit="image") as bar:
         if processes == 1:
             for job in jobs:
                 bar.update(_draw_chunk(job))
@@ -140,7 +140,7 @@ def _draw_all(folder: Path, names: list[str], phantoms: list[Phantom], size: int
 def _draw_chunk(job: tuple) -> int:
     """Draw a chunk and write it; its random numbers depend on the seed and its place alone."""
     folder, names, phantoms, size, stream = job
-    pictures = draw(phantoms, size, np.random.default_rng([*stream, 1]))
-    for name, picture in zip(names, pictures):
-        Image.fromarray(picture).save(folder / f"{name}.png", compress_level=1)
+    images = draw(phantoms, size, np.random.default_rng([*stream, 1]))
+    for name, image in zip(names, images):
+        Image.fromarray(image).save(folder / f"{name}.png", compress_level=1)
     return len(names)

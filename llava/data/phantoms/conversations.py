@@ -14,8 +14,8 @@ from llava.data.phantoms.findings import DOMAINS, SHAPES, Phantom
 from llava.data.phantoms.questions import (
     CHOICE,
     FINDING_FACTS,
+    IMAGE_FACTS,
     OPEN,
-    PICTURE_FACTS,
     TEMPLATES,
     YES_NO,
     Dealer,
@@ -35,7 +35,7 @@ _LOOKS = {"disc": "round", "ring": "hollow", "star": "spiked", "band": "long"}
 
 
 def caption_sentences(phantom: Phantom) -> list[str]:
-    """What the picture shows, a fact per sentence."""
+    """What the image shows, a fact per sentence."""
     facts = ["modality", "organ"] + (["normality"] if phantom.is_normal else ["kind"])
     sentences = [statement(fact, phantom) for fact in facts]
     if not phantom.is_normal:
@@ -45,7 +45,7 @@ def caption_sentences(phantom: Phantom) -> list[str]:
 
 
 def caption_record(name: str, phantom: Phantom) -> Record:
-    """Stage 1: picture and caption."""
+    """Stage 1: image and caption."""
     turns = [("Describe the picture.\n" + DEFAULT_IMAGE_TOKEN, " ".join(caption_sentences(phantom)))]
     return _record(name, name, phantom, turns)
 
@@ -59,7 +59,7 @@ def conversation_record(name: str, image: str, phantom: Phantom, dealer: Dealer,
 
 
 def text_record(name: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator) -> Record:
-    """A conversation about notes in place of a picture: what the language model learns from."""
+    """A conversation about notes in place of an image: what the language model learns from."""
     record = conversation_record(name, name, phantom, dealer, random)
     first = record["conversations"][0]
     first["value"] = first["value"].replace(DEFAULT_IMAGE_TOKEN, notes(phantom, random))
@@ -69,7 +69,7 @@ def text_record(name: str, phantom: Phantom, dealer: Dealer, random: np.random.G
 
 def comparison_record(name: str, phantom: Phantom, dealer: Dealer, random: np.random.Generator) -> Record:
     """A yes/no question about nothing that is shown: the fact in the answer is a guess, but yes or no follows."""
-    facts = [*PICTURE_FACTS, *(["normality"] if phantom.is_normal else ["kind", "side", "place", "size", "number"])]
+    facts = [*IMAGE_FACTS, *(["normality"] if phantom.is_normal else ["kind", "side", "place", "size", "number"])]
     templates = templates_of(facts[random.integers(len(facts))], YES_NO)
     question = dealer.ask(templates[random.integers(len(templates))], phantom)
     record = _record(name, name, phantom, [(question.text, spoken(question))])
@@ -101,9 +101,9 @@ def retelling_record(name: str, phantom: Phantom, random: np.random.Generator) -
 
 
 def test_records(names: Sequence[str], phantoms: Sequence[Phantom]) -> list[Record]:
-    """One question per record: of each picture every family once, its templates in turn.
+    """One question per record: of each image every family once, its templates in turn.
 
-    Pictures without a finding, and as many with one, are asked whether they are normal.
+    Images without a finding, and as many with one, are asked whether they are normal.
     """
     records, dealer, asked = [], Dealer(), Counter()
     families = sorted({(template.fact, template.form) for template in TEMPLATES})
@@ -137,11 +137,11 @@ def spoken(question: Question) -> str:
 
 def _agenda(phantom: Phantom, random: np.random.Generator) -> list[Template]:
     """Templates for one conversation: independent facts in random order."""
-    about_picture = list(random.permutation(["modality", "organ"]))
+    about_image = list(random.permutation(["modality", "organ"]))
     if phantom.is_normal:
-        return [_pick("normality", random)] + [_pick(fact, random) for fact in about_picture[:1]]
+        return [_pick("normality", random)] + [_pick(fact, random) for fact in about_image[:1]]
     place = ["where"] if random.random() < 0.2 else ["side", "place"]
-    facts = ["kind", "size", "number", *place] + about_picture[: int(random.random() < 0.25)]
+    facts = ["kind", "size", "number", *place] + about_image[: int(random.random() < 0.25)]
     agenda = [_pick(fact, random) for fact in random.permutation(facts)]
     # Whatever was said of a finding would give this away: it comes first or not at all.
     return ([_pick("normality", random)] if random.random() < 0.12 else []) + agenda

@@ -1,7 +1,7 @@
-"""Pictures of phantoms, drawn for a whole batch at once.
+"""Images of phantoms, drawn for a whole batch at once.
 
 `draw(phantoms, size, random)` gives RGB bytes. Position, shape, contrast, brightness, noise and anatomy vary
-from picture to picture, more than a finding changes a picture, so comparing pixels doesn't tell the findings.
+from image to image, more than a finding changes an image, so comparing pixels doesn't tell the findings.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ import numpy as np
 from llava.data.phantoms.findings import DOMAINS, NUMBERS, SHAPES, SIZES, Phantom
 
 BATCH = 16
-"""Pictures drawn at once: what fits the processor's cache."""
+"""Images drawn at once: what fits the processor's cache."""
 
 RADII = (0.115, 0.24)
-"""Radius of a small and of a large finding, in half widths of the picture."""
+"""Radius of a small and of a large finding, in half widths of the image."""
 
 CENTERS = {
     "chest_xray": (0.42, 0.36),
@@ -28,27 +28,27 @@ CENTERS = {
 
 
 def draw(phantoms: Sequence[Phantom], size: int, random: np.random.Generator) -> np.ndarray:
-    """RGB pictures, uint8 `[n, size, size, 3]`, in the order of `phantoms`."""
-    pictures = np.empty((len(phantoms), size, size, 3), np.uint8)
+    """RGB images, uint8 `[n, size, size, 3]`, in the order of `phantoms`."""
+    images = np.empty((len(phantoms), size, size, 3), np.uint8)
     for domain in range(len(DOMAINS)):
         members = [index for index, phantom in enumerate(phantoms) if phantom.domain == domain]
         for start in range(0, len(members), BATCH):
             chunk = members[start : start + BATCH]
-            pictures[chunk] = _draw_domain(domain, [phantoms[index] for index in chunk], size, random)
-    return pictures
+            images[chunk] = _draw_domain(domain, [phantoms[index] for index in chunk], size, random)
+    return images
 
 
 def _draw_domain(domain: int, phantoms: list[Phantom], size: int, random: np.random.Generator) -> np.ndarray:
     scene = Scene(phantoms, size, random)
-    picture = PAINTERS[DOMAINS[domain].key](scene)
-    return scene.develop(picture)
+    image = PAINTERS[DOMAINS[domain].key](scene)
+    return scene.develop(image)
 
 
 class Scene:
-    """Coordinates and findings of a batch of pictures of one domain.
+    """Coordinates and findings of a batch of images of one domain.
 
-    `x` and `y` are float32 `[n, size, size]` in organ coordinates: each picture is shifted, turned and scaled a
-    little. -1 to 1 is about the picture's width; y grows downwards.
+    `x` and `y` are float32 `[n, size, size]` in organ coordinates: each image is shifted, turned and scaled a
+    little. -1 to 1 is about the image's width; y grows downwards.
     """
 
     def __init__(self, phantoms: list[Phantom], size: int, random: np.random.Generator):
@@ -66,7 +66,7 @@ class Scene:
         self.masks = self._findings()
 
     def vary(self, low: float, high: float) -> np.ndarray:
-        """A random number per picture, `[n, 1, 1]`."""
+        """A random number per image, `[n, 1, 1]`."""
         return self.random.uniform(low, high, (self.count, 1, 1)).astype(np.float32)
 
     def field(self, cells: int) -> np.ndarray:
@@ -84,16 +84,16 @@ class Scene:
         """1 where the signed distance is negative, with an edge of `softness` pixels."""
         return np.clip(0.5 - distance / (self.edge * softness), 0, 1)
 
-    def develop(self, picture: np.ndarray) -> np.ndarray:
+    def develop(self, image: np.ndarray) -> np.ndarray:
         """Exposure, uneven light, noise; `[n, size, size]` or `[n, size, size, 3]` in 0..1 to RGB bytes."""
         light = self.vary(0.82, 1.1) + 0.06 * self.field(3)
         offset = self.vary(-0.05, 0.09)
-        noise = self.random.standard_normal(picture.shape, np.float32)
+        noise = self.random.standard_normal(image.shape, np.float32)
         strength = self.vary(0.01, 0.035)
-        if picture.ndim == 4:
+        if image.ndim == 4:
             light, offset, strength = light[..., None], offset[..., None], strength[..., None]
-        picture = picture * light + offset + noise * strength
-        pixels = (np.clip(picture, 0, 1) * 255).astype(np.uint8)
+        image = image * light + offset + noise * strength
+        pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
         return pixels if pixels.ndim == 4 else np.repeat(pixels[..., None], 3, axis=-1)
 
     def _findings(self) -> dict[str, np.ndarray]:
@@ -108,7 +108,7 @@ class Scene:
         return masks
 
     def _places(self, phantom: Phantom) -> list[tuple[float, float, float]]:
-        """(x, y, radius) of each copy of a picture's finding."""
+        """(x, y, radius) of each copy of an image's finding."""
         random = self.random
         radius = RADII[phantom.size] * random.uniform(0.9, 1.1)
         center = CENTERS[DOMAINS[phantom.domain].key]
@@ -151,7 +151,7 @@ class Scene:
         np.maximum(target, mask, out=target)
 
     def _window(self, index: int, x: float, y: float, reach: float) -> tuple[slice, slice]:
-        """Rows and columns of the picture within `reach` of an organ coordinate."""
+        """Rows and columns of the image within `reach` of an organ coordinate."""
         near = (np.abs(self.x[index] - x) < reach) & (np.abs(self.y[index] - y) < reach)
         rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
         return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
@@ -161,22 +161,22 @@ def _paint_chest_xray(scene: Scene) -> np.ndarray:
     x, y = scene.x, scene.y
     aspect = np.abs(x)
     body = scene.inside(np.hypot(x / 0.98, np.maximum(-y - 0.35, 0) / 0.62) - 1, 12)
-    picture = 0.62 * body
+    image = 0.62 * body
     lung = np.maximum(
         scene.ellipse(-0.42, 0.0, scene.vary(0.34, 0.38), scene.vary(0.72, 0.8), 6),
         scene.ellipse(0.42, 0.0, scene.vary(0.34, 0.38), scene.vary(0.72, 0.8), 6),
     )
     diaphragm = scene.inside(0.62 - y - 0.25 * aspect, 6)
     lung = lung * (1 - diaphragm)
-    picture = picture - lung * scene.vary(0.4, 0.47)
-    picture += lung * 0.035 * scene.field(18)
+    image = image - lung * scene.vary(0.4, 0.47)
+    image += lung * 0.035 * scene.field(18)
     ribs = np.cos((y + 0.35 * (aspect - 0.35) ** 2 - 0.25 * aspect) * scene.vary(21, 25) + scene.vary(0, 6.3))
-    picture += np.clip(ribs - 0.35, 0, 1) * 0.1 * body
-    picture += scene.inside(np.abs(x) - 0.085, 6) * 0.14
-    picture += scene.ellipse(0.12, 0.36, scene.vary(0.2, 0.26), 0.3, 8) * 0.12
+    image += np.clip(ribs - 0.35, 0, 1) * 0.1 * body
+    image += scene.inside(np.abs(x) - 0.085, 6) * 0.14
+    image += scene.ellipse(0.12, 0.36, scene.vary(0.2, 0.26), 0.3, 8) * 0.12
     clavicle = scene.inside(np.abs(y + 0.7 - 0.18 * aspect) - 0.03, 2)
-    picture += clavicle * 0.12 * body
-    return _show(picture, scene)
+    image += clavicle * 0.12 * body
+    return _show(image, scene)
 
 
 def _paint_ct(scene: Scene) -> np.ndarray:
@@ -184,16 +184,16 @@ def _paint_ct(scene: Scene) -> np.ndarray:
     width, height = scene.vary(0.9, 0.96), scene.vary(0.78, 0.86)
     skin = scene.ellipse(0, 0, width, height)
     wall = scene.ellipse(0, 0, width * 0.92, height * 0.9)
-    picture = 0.22 * skin + wall * scene.vary(0.24, 0.3)
-    picture += wall * 0.03 * scene.field(9) + wall * 0.03 * scene.field(24)
-    picture += scene.ellipse(0, 0.62, 0.12, 0.11) * 0.45
-    picture += scene.ellipse(0, 0.42, 0.055, 0.055) * 0.12
+    image = 0.22 * skin + wall * scene.vary(0.24, 0.3)
+    image += wall * 0.03 * scene.field(9) + wall * 0.03 * scene.field(24)
+    image += scene.ellipse(0, 0.62, 0.12, 0.11) * 0.45
+    image += scene.ellipse(0, 0.42, 0.055, 0.055) * 0.12
     ribs = np.cos(np.arctan2(y, x) * 14 + scene.vary(0, 6.3))
     shell = wall - scene.ellipse(0, 0, width * 0.86, height * 0.83)
-    picture += shell * np.clip(ribs, 0, 1) * 0.4
+    image += shell * np.clip(ribs, 0, 1) * 0.4
     bowel = np.clip(scene.field(12) - 1.2, 0, 0.6) * scene.ellipse(0, 0, 0.12, 0.3, 10)
-    picture -= 0.3 * bowel
-    return _show(picture, scene)
+    image -= 0.3 * bowel
+    return _show(image, scene)
 
 
 def _paint_mri(scene: Scene) -> np.ndarray:
@@ -201,33 +201,33 @@ def _paint_mri(scene: Scene) -> np.ndarray:
     head = scene.ellipse(0, 0, width, height)
     skull = scene.ellipse(0, 0, width * 0.93, height * 0.94)
     brain = scene.ellipse(0, 0, width * 0.87, height * 0.89)
-    picture = 0.65 * (head - skull) + 0.08 * (skull - brain)
+    image = 0.65 * (head - skull) + 0.08 * (skull - brain)
     folds = np.exp(-((scene.field(14) / 0.16) ** 2))
     rim = brain - scene.ellipse(0, 0, width * 0.62, height * 0.66, 12)
-    picture += brain * scene.vary(0.34, 0.4) - 0.2 * folds * np.clip(rim, 0, 1)
-    picture += brain * 0.03 * scene.field(10)
-    picture -= brain * scene.inside(np.abs(scene.x) - 0.012, 2) * 0.2
+    image += brain * scene.vary(0.34, 0.4) - 0.2 * folds * np.clip(rim, 0, 1)
+    image += brain * 0.03 * scene.field(10)
+    image -= brain * scene.inside(np.abs(scene.x) - 0.012, 2) * 0.2
     gap, long = scene.vary(0.08, 0.11), scene.vary(0.2, 0.28)
     ventricles = scene.ellipse(-gap, -0.02, 0.05, long) + scene.ellipse(gap, -0.02, 0.05, long)
-    picture -= 0.24 * np.clip(ventricles, 0, 1)
-    return _show(picture, scene)
+    image -= 0.24 * np.clip(ventricles, 0, 1)
+    return _show(image, scene)
 
 
 def _paint_histology(scene: Scene) -> np.ndarray:
     masks = scene.masks
     fibres = scene.field(11)
-    picture = _color(0.93, 0.72, 0.82) + np.array([0.03, 0.07, 0.05], np.float32) * fibres[..., None]
+    image = _color(0.93, 0.72, 0.82) + np.array([0.03, 0.07, 0.05], np.float32) * fibres[..., None]
     gaps = np.clip(scene.field(16) - 1.5, 0, 1)[..., None]
-    picture = _mix(picture, gaps, (0.97, 0.95, 0.96))
-    picture = _mix(picture, masks["core"][..., None], (0.98, 0.96, 0.98))
+    image = _mix(image, gaps, (0.97, 0.95, 0.96))
+    image = _mix(image, masks["core"][..., None], (0.98, 0.96, 0.98))
     density = 1.35 - 1.5 * masks["disc"] - 1.4 * masks["ring"] + 2 * masks["core"]
     density += 2 * masks["band"] - 0.9 * masks["star"]
     nuclei = np.clip((scene.field(scene.size // 4) - density) * 2.2, 0, 1) * 0.85
     tint = np.clip(0.8 * masks["disc"] + 0.85 * masks["ring"], 0, 1)
-    picture = _mix(picture, tint[..., None], (0.48, 0.36, 0.68))
-    picture = _mix(picture, 0.9 * masks["star"][..., None], (0.42, 0.1, 0.4))
-    picture = _mix(picture, nuclei[..., None], (0.33, 0.2, 0.52))
-    return _mix(picture, 0.92 * masks["band"][..., None], (0.82, 0.16, 0.22))
+    image = _mix(image, tint[..., None], (0.48, 0.36, 0.68))
+    image = _mix(image, 0.9 * masks["star"][..., None], (0.42, 0.1, 0.4))
+    image = _mix(image, nuclei[..., None], (0.33, 0.2, 0.52))
+    return _mix(image, 0.92 * masks["band"][..., None], (0.82, 0.16, 0.22))
 
 
 def _paint_gross(scene: Scene) -> np.ndarray:
@@ -238,14 +238,14 @@ def _paint_gross(scene: Scene) -> np.ndarray:
     board = _color(0.36, 0.5, 0.56) + 0.03 * scene.field(5)[..., None]
     flesh = _color(0.5, 0.22, 0.17) + np.array([0.05, 0.035, 0.03], np.float32) * scene.field(20)[..., None]
     flesh = flesh + np.array([0.06, 0.04, 0.03], np.float32) * scene.field(5)[..., None]
-    picture = board + (flesh - board) * organ[..., None]
+    image = board + (flesh - board) * organ[..., None]
     shine = np.clip(scene.field(7) - 1.6, 0, 0.5) * organ
-    picture = picture + 0.25 * shine[..., None]
-    picture = _mix(picture, 0.9 * masks["disc"][..., None], (0.85, 0.68, 0.32))
-    picture = _mix(picture, 0.9 * masks["ring"][..., None], (0.9, 0.85, 0.75))
-    picture = _mix(picture, 0.8 * masks["core"][..., None], (0.6, 0.45, 0.3))
-    picture = _mix(picture, 0.95 * masks["star"][..., None], (0.9, 0.72, 0.66))
-    return _mix(picture, 0.92 * masks["band"][..., None], (0.88, 0.8, 0.76))
+    image = image + 0.25 * shine[..., None]
+    image = _mix(image, 0.9 * masks["disc"][..., None], (0.85, 0.68, 0.32))
+    image = _mix(image, 0.9 * masks["ring"][..., None], (0.9, 0.85, 0.75))
+    image = _mix(image, 0.8 * masks["core"][..., None], (0.6, 0.45, 0.3))
+    image = _mix(image, 0.95 * masks["star"][..., None], (0.9, 0.72, 0.66))
+    return _mix(image, 0.92 * masks["band"][..., None], (0.88, 0.8, 0.76))
 
 
 PAINTERS: dict[str, Callable[[Scene], np.ndarray]] = {
@@ -257,21 +257,21 @@ PAINTERS: dict[str, Callable[[Scene], np.ndarray]] = {
 }
 
 
-def _show(picture: np.ndarray, scene: Scene) -> np.ndarray:
-    """Findings of a grey picture: each shape has its own density."""
+def _show(image: np.ndarray, scene: Scene) -> np.ndarray:
+    """Findings of a grey image: each shape has its own density."""
     opacity = scene.vary(0.8, 0.95)
     for shape, level in (("disc", 0.75), ("core", 0.0), ("ring", 0.85), ("star", 0.95), ("band", 1.0)):
-        picture = picture + (level - picture) * (opacity * scene.masks[shape])
-    return picture
+        image = image + (level - image) * (opacity * scene.masks[shape])
+    return image
 
 
 def _color(red: float, green: float, blue: float) -> np.ndarray:
     return np.array([red, green, blue], np.float32)
 
 
-def _mix(picture: np.ndarray, share: np.ndarray, color: tuple[float, float, float]) -> np.ndarray:
-    """`picture` `[n, h, w, 3]` with `share` `[n, h, w, 1]` of it replaced by a color."""
-    return picture + (_color(*color) - picture) * share
+def _mix(image: np.ndarray, share: np.ndarray, color: tuple[float, float, float]) -> np.ndarray:
+    """`image` `[n, h, w, 3]` with `share` `[n, h, w, 1]` of it replaced by a color."""
+    return image + (_color(*color) - image) * share
 
 
 @lru_cache(maxsize=32)

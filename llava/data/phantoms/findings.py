@@ -1,6 +1,6 @@
 """What a phantom shows: the five domains, their findings, and how combinations are dealt to the splits.
 
-A picture has a domain and, unless it is normal, one kind of finding with a side, a place, a size and a number.
+An image has a domain and, unless it is normal, one kind of finding with a side, a place, a size and a number.
 Every combination of the five is equally frequent; one in sixteen is kept for the test split.
 """
 
@@ -71,9 +71,9 @@ DOMAINS = (
 
 @dataclass(frozen=True)
 class Phantom:
-    """The facts of one picture; indices into `DOMAINS`, its `kinds`, `SIDES`, `PLACES`, `SIZES`, `NUMBERS`.
+    """The facts of one image; indices into `DOMAINS`, its `kinds`, `SIDES`, `PLACES`, `SIZES`, `NUMBERS`.
 
-    `kind` is None in a normal picture, whose other fields mean nothing then.
+    `kind` is None in a normal image, whose other fields mean nothing then.
     """
 
     domain: int
@@ -103,7 +103,7 @@ def is_held_out(phantom: Phantom, seed: int) -> bool:
 
     Each kind of each domain has one. They are spread so that in the test split every side, place, size and number
     is as frequent as its opposite. (Held out more densely, training learns from absence: it holds what it never
-    saw for impossible, and the test measures that instead of what the picture shows.)
+    saw for impossible, and the test measures that instead of what the image shows.)
     """
     if phantom.is_normal:
         return False
@@ -123,7 +123,7 @@ def draw_facts(count: int, seed: int, *, held_out: bool, normal_share: float, st
     Args:
         seed: of the whole set; decides which combinations are held out.
         held_out: the combinations kept for the test split, or those that training shows.
-        normal_share: share of pictures without a finding.
+        normal_share: share of images without a finding.
         stream: number of the split, so that splits draw different random numbers.
     """
     random = np.random.default_rng([seed, stream, 0])

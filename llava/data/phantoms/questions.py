@@ -1,7 +1,7 @@
 """Question templates about a phantom, and the dealing of answers so that each template's are balanced.
 
 `TEMPLATES` is the list; `Dealer.ask(template, phantom)` fills one in. What a yes/no question names, and the other
-option of a choice, go round in turn, so that without the picture no answer is likelier than another.
+option of a choice, go round in turn, so that without the image no answer is likelier than another.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from llava.data.phantoms.findings import DOMAINS, NUMBERS, PLACES, SIDES, SIZES,
 
 OPEN, YES_NO, CHOICE = "open", "yes_no", "choice"
 FINDING_FACTS = ("kind", "side", "place", "where", "size", "number", "normality")
-PICTURE_FACTS = ("modality", "organ")
+IMAGE_FACTS = ("modality", "organ")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Template:
 
     @property
     def is_finding(self) -> bool:
-        """Whether it asks about a finding; modality and organ are told by the whole picture."""
+        """Whether it asks about a finding; modality and organ are told by the whole image."""
         return self.fact in FINDING_FACTS
 
 
@@ -107,7 +107,7 @@ def alternatives(fact: str, phantom: Phantom) -> Sequence[str]:
     """What a fact could have been instead; a kind's alternatives are those of the same domain."""
     if fact == "kind":
         every: Sequence[str] = DOMAINS[phantom.domain].kinds
-    elif fact in PICTURE_FACTS:
+    elif fact in IMAGE_FACTS:
         every = [getattr(domain, fact) for domain in DOMAINS]
     else:
         every = {

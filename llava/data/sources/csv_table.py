@@ -1,6 +1,6 @@
-"""Your own data: a CSV (or TSV) table with a column each for picture, question and answer.
+"""Your own data: a CSV (or TSV) table with a column each for image, question and answer.
 
-With --test-fraction a part of the pictures, and all their questions, is kept apart for testing.
+With --test-fraction a part of the images, and all their questions, is kept apart for testing.
 """
 
 import csv
@@ -11,7 +11,7 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, existing_file
 from llava.data.conversion import (
     Conversion,
-    PictureFolder,
+    ImageFolder,
     fault_of_texts,
     read_answer_type,
     vqa_record,
@@ -32,21 +32,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--answer-type-column", help="OPEN or CLOSED; without it yes and no are CLOSED, all else OPEN")
     parser.add_argument("--keep-columns", help="further columns to keep in the records, by comma")
     parser.add_argument("--delimiter", help="between cells; default: a tab for .tsv, else a comma")
-    parser.add_argument("--test-fraction", type=float, default=0.0, help="share of the pictures that become test.json")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of test pictures")
+    parser.add_argument("--test-fraction", type=float, default=0.0, help="share of the images that become test.json")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of test images")
 
 
-def convert(args, pictures: PictureFolder) -> Conversion:
+def convert(args, image_folder: ImageFolder) -> Conversion:
     path = existing_file(args.input, "--input table")
     if not 0 <= args.test_fraction < 1:
         raise LlavaError(f"--test-fraction {args.test_fraction}: give a number from 0 up to, but not including, 1")
-    conversion = Conversion("csv", {}, [path], pictures=pictures)
+    conversion = Conversion("csv", {}, [path], image_folder=image_folder)
     names = ["train", "test"] if args.test_fraction else ["train"]
     # Counts are made in one pass only, or every row left out would be counted once per split.
     records = list(_records(path, args, conversion))
-    tested = _choose({_picture(record) for record in records}, args) if args.test_fraction else set()
+    tested = _choose({_split_key(record) for record in records}, args) if args.test_fraction else set()
     conversion.splits = {
-        name: [record for record in records if (_picture(record) in tested) == (name == "test")] for name in names
+        name: [record for record in records if (_split_key(record) in tested) == (name == "test")] for name in names
     }
     return conversion
 
@@ -60,7 +60,7 @@ def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
             conversion.left_out[fault] += 1
             continue
         image = row[args.image_column].strip() or None
-        if image is not None and not conversion.pictures.accept(image):
+        if image is not None and not conversion.image_folder.accept(image):
             continue
         kind = row[args.answer_type_column] if args.answer_type_column else yes_no_type(answer)
         name = row[args.id_column].strip() if args.id_column else f"{line:06d}"
@@ -102,21 +102,21 @@ def _rows(path: Path, args, kept: list[str]) -> Iterator[tuple[int, dict[str, st
             raise LlavaError(f"{path}: not UTF-8 ({error}); save the table as UTF-8") from error
 
 
-def _picture(record: Record) -> str:
-    """What the split goes by, so that no test picture is ever seen in training."""
+def _split_key(record: Record) -> str:
+    """What the split goes by, so that no test image is ever seen in training."""
     return str(record.get("image", record["id"]))
 
 
-def _choose(pictures: set[str], args) -> set[str]:
-    """The pictures for testing, by their names, so that each stays where it is when others come. At least one is
+def _choose(images: set[str], args) -> set[str]:
+    """The images for testing, by their names, so that each stays where it is when others come. At least one is
     chosen, and one isn't."""
-    if len(pictures) == 1:
-        raise LlavaError(f"{args.input}: one picture can't be split; bring more, or leave --test-fraction out")
+    if len(images) == 1:
+        raise LlavaError(f"{args.input}: one image can't be split; bring more, or leave --test-fraction out")
 
-    def share(picture: str) -> float:
-        digest = hashlib.sha256(f"{args.seed} {picture}".encode()).digest()
+    def share(image: str) -> float:
+        digest = hashlib.sha256(f"{args.seed} {image}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    ordered = sorted(pictures, key=share)
-    count = sum(share(picture) < args.test_fraction for picture in ordered)
+    ordered = sorted(images, key=share)
+    count = sum(share(image) < args.test_fraction for image in ordered)
     return set(ordered[: max(1, min(count, len(ordered) - 1))])

@@ -1,6 +1,6 @@
 """Copies of VQA sets on the hub: Parquet files named by split, with columns image (bytes), question, answer.
 
-The pictures are taken out into a folder, each distinct one once, byte for byte, named by its checksum.
+The images are taken out into a folder, each distinct one once, byte for byte, named by its checksum.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def find_splits(folder: str | Path) -> dict[str, list[Path]]:
 
 
 def parquet_conversion(name: str, folder: str | Path, output_dir: str | Path) -> Conversion:
-    """Records of the hub's copy of a set; the pictures go to `output_dir/images`, yes/no answers are CLOSED."""
+    """Records of the hub's copy of a set; the images go to `output_dir/images`, yes/no answers are CLOSED."""
     splits = find_splits(folder)
     conversion = Conversion(name, {}, [path for paths in splits.values() for path in paths])
     image_dir = Path(output_dir) / "images"

@@ -1,4 +1,4 @@
-"""PathVQA: about 5,000 pathology pictures with 32,000 questions (He et al. 2020).
+"""PathVQA: about 5,000 pathology images with 32,000 questions (He et al. 2020).
 
 Reads the original folder (pickled questions, read without running anything in them) or the hub's Parquet copy. The set
 has no answer types: yes and no are CLOSED, all else is OPEN.
@@ -10,7 +10,7 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, existing_dir
 from llava.data.conversion import (
     Conversion,
-    PictureFolder,
+    ImageFolder,
     clean_text,
     fault_of_texts,
     field_of,
@@ -27,14 +27,14 @@ SPLITS = {"train": "train", "val": "validate", "test": "test"}
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--folder", help="the original: qas/{train,val,test}_qa.pkl and images/{train,val,test}/")
-    parser.add_argument("--parquet", help="the hub's copy instead: a folder of Parquet files; pictures are taken out")
+    parser.add_argument("--parquet", help="the hub's copy instead: a folder of Parquet files; images are taken out")
 
 
 def default_image_folder(args) -> Path | None:
     return Path(args.folder) / "images" if args.folder else None
 
 
-def convert(args, pictures: PictureFolder) -> Conversion:
+def convert(args, image_folder: ImageFolder) -> Conversion:
     if bool(args.folder) == bool(args.parquet):
         raise LlavaError("pathvqa: give --folder or --parquet")
     if args.parquet:
@@ -43,7 +43,7 @@ def convert(args, pictures: PictureFolder) -> Conversion:
     found = {split: path for split in SPLITS if (path := _questions_file(folder, split))}
     if not found:
         raise LlavaError(f"{folder}: no qas/train_qa.pkl, qas/val_qa.pkl or qas/test_qa.pkl")
-    conversion = Conversion("pathvqa", {}, list(found.values()), pictures=pictures)
+    conversion = Conversion("pathvqa", {}, list(found.values()), image_folder=image_folder)
     conversion.splits = {SPLITS[split]: _records(path, split, conversion) for split, path in found.items()}
     return conversion
 
@@ -64,5 +64,5 @@ def _records(path: Path, split: str, conversion: Conversion) -> Iterator[Record]
             conversion.left_out[fault] += 1
             continue
         image = f"{split}/{clean_text(field_of(row, 'image', where))}.jpg"
-        if conversion.pictures.accept(image):
+        if conversion.image_folder.accept(image):
             yield vqa_record(f"{split}_{index:05d}", image, question, answer, yes_no_type(answer))

@@ -1,4 +1,4 @@
-"""PubMed Central figures: captions as stage-1 records, one question per picture, chosen by the caption's length.
+"""PubMed Central figures: captions as stage-1 records, one question per image, chosen by the caption's length.
 
 Reads LLaVA-Med's llava_med_instruct_fig_captions.json, or any list of objects with pair_id (or image) and fig_caption
 (or caption). Captions under 30 words are asked for briefly, longer ones in detail (LLaVA-Med paper, section 3).
@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, existing_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.conversion import Conversion, PictureFolder
+from llava.data.conversion import Conversion, ImageFolder
 from llava.errors import LlavaError
 from llava.records import Record, iter_records, read_json
 
@@ -21,26 +21,26 @@ DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
 BRIEF = (
     "Describe this image briefly.",
     "Say in a few words what the figure shows.",
-    "What does this picture show, in short?",
+    "What does this image show, in short?",
     "Give a short caption for the image.",
     "Summarize the content of the image in a sentence.",
     "In brief: what can be seen here?",
     "Write a concise description of this biomedical image.",
     "What is shown in this figure? Answer shortly.",
-    "Provide a compact explanation of the picture.",
+    "Provide a compact explanation of the image.",
     "State the main content of this image.",
     "Caption this image concisely.",
 )
 DETAILED = (
     "Describe this image in detail.",
     "Explain thoroughly what the figure shows.",
-    "Give a full description of the picture.",
+    "Give a full description of the image.",
     "What can be seen in this image? Be as complete as you can.",
     "Write a detailed caption for this biomedical figure.",
     "Go through the image and describe everything of importance.",
     "Provide a comprehensive account of what is shown.",
     "Examine the image closely and report what it contains.",
-    "Describe the findings in this picture at length.",
+    "Describe the findings in this image at length.",
     "Explain the content of the figure with all its details.",
     "What does this image show? Include every detail that matters.",
     "Characterize the image with a thorough description.",
@@ -55,10 +55,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of questions")
 
 
-def convert(args, pictures: PictureFolder) -> Conversion:
+def convert(args, image_folder: ImageFolder) -> Conversion:
     path = existing_file(args.captions, "--captions file")
     questions = _read_questions(args.questions)
-    conversion = Conversion("pmc", {}, [path], pictures=pictures, candidates=False)
+    conversion = Conversion("pmc", {}, [path], image_folder=image_folder, candidates=False)
     conversion.splits = {args.split: _records(path, questions, args.brief_below, args.seed, conversion)}
     return conversion
 
@@ -80,7 +80,7 @@ def _records(
             conversion.left_out["empty caption"] += 1
         elif DEFAULT_IMAGE_TOKEN in caption:
             conversion.left_out[f"caption holds {DEFAULT_IMAGE_TOKEN}"] += 1
-        elif conversion.pictures.accept(image):
+        elif conversion.image_folder.accept(image):
             question = choose_question(caption, key, questions, brief_below, seed)
             record = {
                 "id": key,

@@ -1,8 +1,8 @@
-"""Captions out of question-answer records: one per picture, a sentence for each of its questions.
+"""Captions out of question-answer records: one per image, a sentence for each of its questions.
 
-For training small base models on a set that has no captions. `captions` holds picture and caption; `text` holds the
-same questions asked about the caption in place of the picture, for a language model that has no eyes yet; `blind`
-holds them without picture and caption, for the baseline that only knows what is usually answered.
+For training small base models on a set that has no captions. `captions` holds image and caption; `text` holds the
+same questions asked about the caption in place of the image, for a language model that has no eyes yet; `blind`
+holds them without image and caption, for the baseline that only knows what is usually answered.
 """
 
 import re
@@ -12,26 +12,26 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.conversion import Conversion, PictureFolder, clean_text
+from llava.data.conversion import Conversion, ImageFolder, clean_text
 from llava.errors import LlavaError
 from llava.records import Record, iter_records
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--records", required=True, help="LLaVA-Med records with pictures (of the training split only)")
+    parser.add_argument("--records", required=True, help="LLaVA-Med records with images (of the training split only)")
     parser.add_argument("--question", default="Describe the picture.")
-    parser.add_argument("--min-pictures", type=int, default=1, help="keep sentences that so many pictures share")
+    parser.add_argument("--min-images", type=int, default=1, help="keep sentences that so many images share")
     parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")
 
 
-def convert(args, pictures: PictureFolder) -> Conversion:
+def convert(args, image_folder: ImageFolder) -> Conversion:
     path = existing_file(args.records, "--records file")
-    conversion = Conversion("qa-captions", {}, [path], pictures=pictures, candidates=False)
-    by_picture, said = _read(path, pictures, args.field)
+    conversion = Conversion("qa-captions", {}, [path], image_folder=image_folder, candidates=False)
+    by_image, said = _read(path, image_folder, args.field)
     conversion.splits = {
-        "captions": _captions(said, args.question, args.min_pictures),
-        "text": _conversations(by_picture),
-        "blind": _conversations(by_picture, with_caption=False),
+        "captions": _captions(said, args.question, args.min_images),
+        "text": _conversations(by_image),
+        "blind": _conversations(by_image, with_caption=False),
     }
     return conversion
 
@@ -45,28 +45,28 @@ def statement(question: str, answer: str) -> str:
 Pairs = dict[str, list[tuple[str, str]]]
 
 
-def _read(path: Path, pictures: PictureFolder, fields: list[str]) -> tuple[Pairs, Pairs]:
-    """(question, answer) pairs of each picture, in the order of the file; and the same with the fields before them."""
-    by_picture: Pairs = {}
+def _read(path: Path, image_folder: ImageFolder, fields: list[str]) -> tuple[Pairs, Pairs]:
+    """(question, answer) pairs of each image, in the order of the file; and the same with the fields before them."""
+    by_image: Pairs = {}
     said: Pairs = {}
     for index, record in enumerate(iter_records(path)):
         turns = record.get("conversations") or []
         if len(turns) < 2 or not record.get("image"):
-            raise LlavaError(f"{path} record {index} ({record.get('id')!r}): expected a picture, a question, an answer")
-        if pictures.accept(record["image"]):
+            raise LlavaError(f"{path} record {index} ({record.get('id')!r}): expected an image, a question, an answer")
+        if image_folder.accept(record["image"]):
             texts = [clean_text(turn.get("value", "")).replace(DEFAULT_IMAGE_TOKEN, "").strip() for turn in turns]
             pairs = list(zip(texts[::2], texts[1::2], strict=False))
-            by_picture.setdefault(record["image"], []).extend(pairs)
+            by_image.setdefault(record["image"], []).extend(pairs)
             named = [(field.replace("_", " "), clean_text(record[field])) for field in fields if field in record]
             said.setdefault(record["image"], []).extend([*named, *pairs])
-    return by_picture, said
+    return by_image, said
 
 
-def _captions(said: Pairs, question: str, min_pictures: int) -> Iterator[Record]:
+def _captions(said: Pairs, question: str, min_images: int) -> Iterator[Record]:
     sentences = {image: list(dict.fromkeys(statement(*pair) for pair in pairs)) for image, pairs in said.items()}
     shared = Counter(sentence for own in sentences.values() for sentence in own)
     for image, own in sentences.items():
-        caption = " ".join(sentence for sentence in own if shared[sentence] >= min_pictures)
+        caption = " ".join(sentence for sentence in own if shared[sentence] >= min_images)
         if caption:
             turns = [
                 {"from": "human", "value": f"{question}\n{DEFAULT_IMAGE_TOKEN}"},
@@ -75,8 +75,8 @@ def _captions(said: Pairs, question: str, min_pictures: int) -> Iterator[Record]
             yield {"id": image, "image": image, "conversations": turns}
 
 
-def _conversations(by_picture: Pairs, with_caption: bool = True) -> Iterator[Record]:
-    for image, pairs in by_picture.items():
+def _conversations(by_image: Pairs, with_caption: bool = True) -> Iterator[Record]:
+    for image, pairs in by_image.items():
         caption = " ".join(dict.fromkeys(statement(*pair) for pair in pairs)) + "\n" if with_caption else ""
         for number, (asked, answer) in enumerate(pairs):
             turns = [{"from": "human", "value": caption + asked}, {"from": "gpt", "value": answer}]

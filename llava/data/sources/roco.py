@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.conversion import Conversion, PictureFolder, is_inside
+from llava.data.conversion import Conversion, ImageFolder, is_inside
 from llava.errors import LlavaError
 from llava.records import Record, write_records
 
@@ -25,9 +25,9 @@ _URL = re.compile(r"""(?:https?|ftp)://[^\s'"`;|&<>$(){}\\]+""")
 
 
 class Licence(NamedTuple):
-    """A row of licences.txt: the picture's name at PubMed Central, and its licence as the file writes it."""
+    """A row of licences.txt: the image's name at PubMed Central, and its licence as the file writes it."""
 
-    picture: str
+    source_name: str
     code: str
 
 
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--folder", required=True, help="holds captions.txt and licences.txt (and dlinks.txt, images/)")
     parser.add_argument("--split", default="train", help="name of the output file")
     parser.add_argument("--licence", help='keep only these, by comma: "CC BY,CC0" ("NO-CC CODE" is one too)')
-    parser.add_argument("--question", default=QUESTION, help="asked about every picture")
+    parser.add_argument("--question", default=QUESTION, help="asked about every image")
     parser.add_bool("--write-urls", help=f"write {URLS_FILE} from dlinks.txt, for llava.data.download_images")
 
 
@@ -44,12 +44,12 @@ def default_image_folder(args) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def convert(args, pictures: PictureFolder) -> Conversion:
+def convert(args, image_folder: ImageFolder) -> Conversion:
     folder = existing_dir(args.folder, "--folder")
     captions = existing_file(folder / "captions.txt", "captions")
     licences_file = existing_file(folder / "licences.txt", "licences")
     licences = read_licences(licences_file)
-    conversion = Conversion("roco", {}, [captions, licences_file], pictures=pictures, candidates=False)
+    conversion = Conversion("roco", {}, [captions, licences_file], image_folder=image_folder, candidates=False)
     wanted = {code.strip() for code in args.licence.split(",")} if args.licence else None
     if wanted and (unknown := wanted - {licence.code for licence in licences.values()}):
         known = ", ".join(sorted({licence.code for licence in licences.values()}))
@@ -102,8 +102,8 @@ def _records(
         elif DEFAULT_IMAGE_TOKEN in caption:
             conversion.left_out[f"caption holds {DEFAULT_IMAGE_TOKEN}"] += 1
         else:
-            image = _picture(name, licence, conversion.pictures)
-            if conversion.pictures.accept(image):
+            image = _file_name(name, licence, conversion.image_folder)
+            if conversion.image_folder.accept(image):
                 yield {
                     "id": name.removeprefix("ROCO_"),
                     "image": image,
@@ -112,16 +112,16 @@ def _records(
                         {"from": "gpt", "value": caption},
                     ],
                     "licence": licence.code,
-                    "source": licence.picture,
+                    "source": licence.source_name,
                 }
 
 
-def _picture(name: str, licence: Licence, pictures: PictureFolder) -> str:
-    """Pictures are named by ROCO id or as at PubMed Central, depending on how they were fetched."""
+def _file_name(name: str, licence: Licence, image_folder: ImageFolder) -> str:
+    """Images are named by ROCO id or as at PubMed Central, depending on how they were fetched."""
     usual = f"{name}.jpg"
-    there = pictures.folder
+    there = image_folder.folder
     if there is not None and not (there / usual).is_file():
-        other = licence.picture
+        other = licence.source_name
         if other and is_inside(other) and (there / other).is_file():
             return other
     return usual
@@ -130,6 +130,6 @@ def _picture(name: str, licence: Licence, pictures: PictureFolder) -> str:
 def _url_records(dlinks: Path, licences: dict[str, Licence]) -> Iterator[Record]:
     for name, url in read_links(dlinks):
         # "PMC4608653_cro-0008-0385-g01.jpg" is the member "PMC4608653/cro-0008-0385-g01.jpg" of the article's tar.
-        article, underscore, member = licences.get(name, Licence("", "")).picture.partition("_")
+        article, underscore, member = licences.get(name, Licence("", "")).source_name.partition("_")
         if underscore:
             yield {"pair_id": name, "pmc_tar_url": url, "image_file_path": f"{article}/{member}"}

@@ -1,4 +1,4 @@
-"""SLAKE: 642 radiology pictures with questions in English and Chinese (Liu et al. 2021).
+"""SLAKE: 642 radiology images with questions in English and Chinese (Liu et al. 2021).
 
 Papers report the English questions. CLOSED is not only yes and no there: the file's own answer_type is kept.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, existing_dir, existing_file
 from llava.data.conversion import (
     Conversion,
-    PictureFolder,
+    ImageFolder,
     clean_text,
     fault_of_texts,
     field_of,
@@ -35,9 +35,9 @@ def default_image_folder(args) -> Path | None:
     return Path(args.folder) / "imgs" if args.folder else None
 
 
-def convert(args, pictures: PictureFolder) -> Conversion:
+def convert(args, image_folder: ImageFolder) -> Conversion:
     files = _files(args)
-    conversion = Conversion("slake", {}, list(files.values()), pictures=pictures)
+    conversion = Conversion("slake", {}, list(files.values()), image_folder=image_folder)
     conversion.splits = {split: _records(path, args.language, conversion) for split, path in files.items()}
     return conversion
 
@@ -67,7 +67,7 @@ def _records(path: Path, language: str, conversion: Conversion) -> Iterator[Reco
             conversion.left_out[fault] += 1
             continue
         image = clean_text(field_of(row, "img_name", where))
-        if not conversion.pictures.accept(image):
+        if not conversion.image_folder.accept(image):
             continue
         answer_type = read_answer_type(field_of(row, "answer_type", where), where)
         yield vqa_record(

@@ -1,4 +1,4 @@
-"""VQA-RAD: 315 radiology pictures with questions by clinicians (Lau et al. 2018).
+"""VQA-RAD: 315 radiology images with questions by clinicians (Lau et al. 2018).
 
 Reads the two files most papers use (3,064 training and 451 test questions) or the one list of the original release,
 whose `phrase_type` says what is test.
@@ -10,7 +10,7 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, existing_file
 from llava.data.conversion import (
     Conversion,
-    PictureFolder,
+    ImageFolder,
     clean_text,
     fault_of_texts,
     field_of,
@@ -29,17 +29,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--train", help="trainset.json")
     parser.add_argument("--test", help="testset.json")
     parser.add_argument("--public", help='the original release instead: "VQA_RAD Dataset Public.json"')
-    parser.add_argument("--parquet", help="the hub's copy instead: a folder of Parquet files; pictures are taken out")
+    parser.add_argument("--parquet", help="the hub's copy instead: a folder of Parquet files; images are taken out")
 
 
-def convert(args, pictures: PictureFolder) -> Conversion:
+def convert(args, image_folder: ImageFolder) -> Conversion:
     if sum(map(bool, (args.public, args.parquet, args.train or args.test))) != 1:
         raise LlavaError("vqa-rad: give --train and/or --test, or --public alone, or --parquet alone")
     if args.parquet:
         return parquet_conversion("vqa-rad", args.parquet, args.output_dir)
     given = {"train": args.train, "test": args.test, "public": args.public}
     files = {name: existing_file(path, f"--{name} file") for name, path in given.items() if path}
-    conversion = Conversion("vqa-rad", {}, list(files.values()), pictures=pictures)
+    conversion = Conversion("vqa-rad", {}, list(files.values()), image_folder=image_folder)
     rows = _read_public(files["public"]) if args.public else {name: _read(path) for name, path in files.items()}
     conversion.splits = {name: _records(split, conversion) for name, split in rows.items()}
     return conversion
@@ -67,7 +67,7 @@ def _records(rows: list[tuple[str, Record]], conversion: Conversion) -> Iterator
             conversion.left_out[fault] += 1
             continue
         image = clean_text(field_of(row, "image_name", where))
-        if not conversion.pictures.accept(image):
+        if not conversion.image_folder.accept(image):
             continue
         answer_type = read_answer_type(field_of(row, "answer_type", where), where)
         question_type = _question_type(row.get("question_type"))

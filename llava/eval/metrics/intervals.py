@@ -20,8 +20,8 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Percentile interval of the mean of `values` (None: not counted); None if nothing counts.
 
-    With `clusters` (say, each question's picture) whole clusters are drawn, because the questions on one
-    picture are not independent.
+    With `clusters` (say, each question's image) whole clusters are drawn, because the questions on one
+    image are not independent.
     """
     sums, counts = _cluster_sums(values, clusters)
     if not len(sums):

@@ -65,7 +65,7 @@ def score_items(
         candidates: open answers of the training split; without them the paper set has no candidate score.
         script: whose rules the paper set follows.
         group_by: record fields (such as "question_type", "image_organ") to give tables for.
-        clusters: one key per question; the bootstrap then draws whole clusters (pictures, say).
+        clusters: one key per question; the bootstrap then draws whole clusters (images, say).
         resamples: of the bootstrap; 0 leaves intervals out.
     """
     types = [entry.item.answer_type for entry in joined]

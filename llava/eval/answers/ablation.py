@@ -1,0 +1,107 @@
+"""The images of a set of questions: checked before anything else, and taken away on demand.
+
+An ablation asks the same questions with a grey image ("blank"), with noise, or with an image of somebody
+else ("shuffle"). What a model keeps of its score then, it doesn't get from the image.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.eval.answers.questions import Question
+
+ABLATIONS = ("none", "blank", "noise", "shuffle")
+
+_SIDE = 224
+_GREY = 128
+
+
+class QuestionImages:
+    """Where each question's images come from.
+
+    Args:
+        folder: of the images that questions name.
+        questions: all that will be asked, also those of other processes, so that "shuffle" is the same in each.
+        ablation: one of `ABLATIONS`; "none" leaves images as they are.
+        seed: of noise and shuffling.
+
+    Raises:
+        LlavaError: images are missing (the number, the first question and path), or there is only one to shuffle.
+    """
+
+    def __init__(self, folder: str | Path | None, questions: Iterable[Question], ablation: str = "none", seed: int = 0):
+        self.ablation, self.seed = ablation, seed
+        self.sources: dict[Any, Any] = {}
+        missing = []
+        for question in questions:
+            for image in question.images:
+                key = _key(image)
+                if key not in self.sources:
+                    self.sources[key] = source = _source(image, folder)
+                    if isinstance(source, Path) and not source.is_file():
+                        missing.append((question.id, source))
+        if missing:
+            key, path = missing[0]
+            raise LlavaError(
+                f'{len(missing)} images are missing, first that of question "{key}": {path}; check --image-folder'
+            )
+        self._replacements: dict[Any, Any] = {}
+        if ablation == "shuffle":
+            self._replacements = _derangement(list(self.sources), seed)
+
+    def of(self, question: Question) -> list[Any]:
+        """What stands for the question's images: paths, bytes or PIL images; the same object for the same one."""
+        return [self._image(_key(image)) for image in question.images]
+
+    def _image(self, key) -> Any:
+        if self.ablation == "none":
+            return self.sources[key]
+        if self.ablation == "shuffle":
+            return self.sources[self._replacements[key]]
+        name = "blank" if self.ablation == "blank" else key
+        if name not in self._replacements:
+            self._replacements[name] = _blank() if self.ablation == "blank" else _noise(key, self.seed)
+        return self._replacements[name]
+
+
+def _key(image) -> Any:
+    return image if isinstance(image, str) else hashlib.sha256(_content(image)).hexdigest()
+
+
+def _source(image, folder) -> Any:
+    if not isinstance(image, str):
+        return _content(image)
+    return image if image.startswith("data:") else Path(folder or "") / image
+
+
+def _content(image) -> bytes:
+    """Bytes of an embedded image, as Parquet files hold them."""
+    content = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(content, bytes):
+        raise LlavaError(f"an image is neither a name nor bytes but {type(image).__name__}")
+    return content
+
+
+def _derangement(keys: list, seed: int) -> dict:
+    """Each image's replacement, never itself: a random cycle through all."""
+    if len(keys) < 2:
+        raise LlavaError(f"--ablate-image shuffle needs at least two different images; there are {len(keys)}")
+    order = sorted(keys)
+    random.Random(seed).shuffle(order)
+    return dict(zip(order, [*order[1:], order[0]]))
+
+
+def _blank() -> Image.Image:
+    return Image.new("RGB", (_SIDE, _SIDE), (_GREY,) * 3)
+
+
+def _noise(key, seed: int) -> Image.Image:
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+    return Image.fromarray(generator.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8))

@@ -1,0 +1,166 @@
+"""What `model_vqa`, `model_vqa_med` and `run_med_datasets_eval_batch` share: flags, and flags to answers."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llava.commandline import ArgumentParser, existing_dir, existing_file
+from llava.errors import LlavaError
+
+
+def add_answer_flags(parser: ArgumentParser) -> None:
+    """The flags of every command that answers questions."""
+    parser.add_argument("--model-path", "--model-name", help="checkpoint: a folder or a hub id")
+    parser.add_argument("--model-base", help="base model of a LoRA or projector checkpoint")
+    parser.add_argument("--mm-projector", help="projector file over the language model --model-name")
+    parser.add_argument("--vision-tower", help="CLIP folder or hub id in place of the checkpoint's")
+    parser.add_argument("--image-folder", default="", help="where the questions' images lie")
+    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--answers-file", default="answer.jsonl")
+    parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's own)")
+    parser.add_argument("--num-chunks", type=int, default=1, help="parts of the questions")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of --ablate-image")
+    parser.add_argument("--batch-size", type=int, default=32, help="answers generated side by side")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best there is)")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16")
+    parser.add_bool("--load-8bit")
+    parser.add_bool("--load-4bit")
+    parser.add_argument(
+        "--ablate-image",
+        choices=("none", "blank", "noise", "shuffle"),
+        default="none",
+        help="ask with the images as they are, grey, of noise, or of another question",
+    )
+    parser.add_bool("--answer-prompter", help="ask a second time for the answer alone")
+    parser.add_bool("--yes-no-probabilities", help="write the probability of yes for closed questions too")
+    parser.add_bool("--overwrite", help="start anew even if there are answers already")
+
+
+def add_api_answer_flags(parser: ArgumentParser) -> None:
+    """The flags that let a remote server answer."""
+    from llava.openai_api import add_api_flags
+
+    add_api_flags(parser)
+
+
+def check_flags(args: Namespace) -> None:
+    """Values that can't be are errors before anything is read."""
+    remote = bool(getattr(args, "api_base", None) or getattr(args, "azure_endpoint", None))
+    if not remote and not args.model_path:
+        raise LlavaError("give --model-path (a checkpoint), or --api-base and --api-model (a server)")
+    limits = {
+        "--max_new_tokens": (args.max_new_tokens, 1),
+        "--batch-size": (args.batch_size, 1),
+        "--num_beams": (args.num_beams, 1),
+        "--num-chunks": (args.num_chunks, 1),
+        "--temperature": (args.temperature, 0),
+    }
+    for flag, (value, least) in limits.items():
+        if value < least:
+            raise LlavaError(f"{flag} is {value}; give {least} or more")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise LlavaError(f"--top_p is {args.top_p}; give a number above 0 and at most 1")
+    if args.load_8bit and args.load_4bit:
+        raise LlavaError("--load-8bit and --load-4bit exclude each other")
+    if remote and (args.yes_no_probabilities or args.answer_prompter):
+        raise LlavaError("--yes-no-probabilities and --answer-prompter need a checkpoint on this machine")
+
+
+def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[Any]) -> dict[str, Any]:
+    """Answer `questions` (a part of `everything`) as the flags say; returns the manifest.
+
+    Templates and images are checked before a model is loaded.
+    """
+    from llava.conversation import get_template
+    from llava.eval.answers.ablation import QuestionImages
+    from llava.eval.answers.answering import Decoding, answer_questions, question_settings
+    from llava.eval.answers.checkpoint_facts import checkpoint_facts
+
+    if args.conv_mode:
+        get_template(args.conv_mode)
+    if args.image_folder:
+        existing_dir(args.image_folder, "--image-folder")
+    images = QuestionImages(args.image_folder, everything, args.ablate_image, args.seed)
+    decoding = Decoding(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
+    settings = question_settings(
+        args.question_file,
+        questions,
+        chunk=[args.chunk_idx, args.num_chunks],
+        image_folder=str(args.image_folder),
+        ablate_image=args.ablate_image,
+        decoding=asdict(decoding),
+    )
+    if getattr(args, "api_base", None) or getattr(args, "azure_endpoint", None):
+        from llava.eval.answers.remote import RemoteAnswers
+        from llava.openai_api import print_dry_run, settings_from_args
+
+        api = settings_from_args(args)
+        if args.dry_run:
+            remote = RemoteAnswers(api, images, decoding)
+            print_dry_run([remote.job(question) for question in questions], api)
+            return {}
+        settings |= {"checkpoint": api.model, "served_by": api.base_url or api.azure_endpoint}
+        return answer_questions(
+            questions, args.answers_file, settings, RemoteAnswers(api, images, decoding), overwrite=args.overwrite
+        )
+    from llava.eval.answers.local import LocalAnswers
+
+    model = local_model(args)
+    settings |= {
+        "checkpoint": model.path,
+        "model_base": model.base,
+        **checkpoint_facts(model.path),
+        "conv_mode": args.conv_mode,
+        "quantized": 8 * args.load_8bit + 4 * args.load_4bit,
+        "vision_tower": args.vision_tower,
+        "dtype_asked": args.dtype,
+        "batch_size": args.batch_size,
+        "answer_prompter": args.answer_prompter,
+        "yes_no_probabilities": args.yes_no_probabilities,
+    }
+    fill = LocalAnswers(
+        model,
+        images,
+        decoding,
+        batch_size=args.batch_size,
+        answer_prompter=args.answer_prompter,
+        yes_no_probabilities=args.yes_no_probabilities,
+    )
+    return answer_questions(questions, args.answers_file, settings, fill, overwrite=args.overwrite)
+
+
+def local_model(args: Namespace):
+    """The checkpoint that the flags mean; v1.0's --mm-projector names a projector over --model-name."""
+    from llava.eval.answers.local import LocalModel
+
+    path, base = args.model_path, args.model_base
+    if args.mm_projector:
+        if base:
+            raise LlavaError("--mm-projector and --model-base exclude each other")
+        path, base = str(existing_file(args.mm_projector, "--mm-projector").parent), path
+    return LocalModel(
+        path=str(path),
+        base=base,
+        vision_tower=args.vision_tower,
+        template=args.conv_mode,
+        device=args.device,
+        dtype=args.dtype,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+    )
+
+
+def run_answer_command(args: Namespace, read_questions) -> Path:
+    """Read, take this process's part, answer; returns the answer file."""
+    from llava.eval.answers.questions import chunk_of
+
+    check_flags(args)
+    everything = read_questions(existing_file(args.question_file, "--question-file"))
+    answer_file(args, chunk_of(everything, args.num_chunks, args.chunk_idx), everything)
+    return Path(args.answers_file)

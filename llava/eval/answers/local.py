@@ -1,0 +1,148 @@
+"""Answers from a checkpoint on this machine, through the one engine of llava.generation."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.conversation import get_template
+from llava.eval.answers.ablation import QuestionImages
+from llava.eval.answers.answering import Decoding, answer_record
+from llava.eval.answers.questions import Question
+from llava.records import ResumableJsonl
+from llava.tokenization import conversation_from_record
+
+SAVE_EVERY = 128
+"""Questions per group. Groups are the same after a restart, so a batch never depends on when a run was killed."""
+
+ANSWER_PROMPT = "ANSWER:"
+"""What --answer-prompter says once the model has answered at length."""
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """Which checkpoint to load and how."""
+
+    path: str
+    base: str | None = None
+    vision_tower: str | None = None
+    template: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    load_8bit: bool = False
+    load_4bit: bool = False
+
+    @property
+    def model_id(self) -> str:
+        """The checkpoint's short name: the last part of its path, with the one above for `checkpoint-100`."""
+        parts = [part for part in self.path.rstrip("/").split("/") if part]
+        return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
+
+    def load(self):
+        """The loaded model (llava.model.LoadedModel)."""
+        from llava.model import load_pretrained_model
+
+        options = {key: value for key, value in asdict(self).items() if key not in {"path", "base", "template"}}
+        return load_pretrained_model(self.path, self.base, conversation_template=self.template, **options)
+
+
+class LocalAnswers:
+    """Fills an answer file group by group (see `answering.answer_questions`).
+
+    Args:
+        question_images: of the questions.
+        answer_prompter: ask a second time for the answer alone, and put it behind the first answer.
+        yes_no_probabilities: write each closed question's probability of yes against no too.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        question_images: QuestionImages,
+        decoding: Decoding,
+        *,
+        batch_size: int = 32,
+        save_every: int | None = None,
+        answer_prompter: bool = False,
+        yes_no_probabilities: bool = False,
+    ):
+        self.model, self.question_images, self.decoding = model, question_images, decoding
+        self.batch_size, self.save_every = batch_size, save_every or SAVE_EVERY
+        self.answer_prompter, self.yes_no_probabilities = answer_prompter, yes_no_probabilities
+
+    def __call__(self, questions: Sequence[Question], output: ResumableJsonl) -> dict[str, Any]:
+        from llava.generation import Engine
+
+        loaded = self.model.load()
+        engine = Engine(loaded, max_batch_size=self.batch_size)
+        template = get_template(self.model.template or loaded.model.config.conversation_template)
+        groups = [questions[start : start + self.save_every] for start in range(0, len(questions), self.save_every)]
+        with tqdm(total=len(questions), desc="answers", unit="answer", disable=None) as bar:
+            for group in groups:
+                # A group that was half written is answered whole: the same batches give the same answers.
+                if any(question.id not in output.done for question in group):
+                    for question, text, metadata in self._answer(group, engine, loaded, template):
+                        if question.id not in output.done:
+                            output.add(answer_record(question, text, self.model.model_id, metadata))
+                bar.update(len(group))
+        config = loaded.model.config
+        return {
+            "model_id": self.model.model_id,
+            "template": template.name,
+            "image_aspect_ratio": config.image_aspect_ratio,
+            "device": str(loaded.model.device),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        }
+
+    def _answer(self, group, engine, loaded, template) -> Iterator[tuple[Question, str, dict[str, Any]]]:
+        images = [self.question_images.of(question) for question in group]
+        conversations = [conversation_from_record(_as_record(question), template) for question in group]
+        answers = self._generate(engine, group, conversations, images)
+        metadata = [{"finish_reason": a.finish_reason, "tokens": len(a.token_ids)} for a in answers]
+        texts = [answer.text.strip() for answer in answers]
+        if self.answer_prompter:
+            for conversation, text in zip(conversations, texts):
+                conversation.append_message(conversation.roles[1], text)
+                conversation.append_message(conversation.roles[0], ANSWER_PROMPT)
+            finals = self._generate(engine, group, conversations, images)
+            texts = [f"{text}\n{ANSWER_PROMPT} {final.text.strip()}" for text, final in zip(texts, finals)]
+        if self.yes_no_probabilities:
+            from llava.eval.answers.yes_no import yes_probabilities
+
+            closed = [index for index, question in enumerate(group) if question.answer_type == "CLOSED"]
+            asked = [([{"from": "human", "value": group[i].text}], images[i]) for i in closed]
+            for index, chance in zip(closed, yes_probabilities(loaded, template, asked, self.batch_size)):
+                metadata[index]["p_yes"] = chance
+        return zip(group, texts, metadata)
+
+    def _generate(self, engine, group, conversations, images) -> list:
+        from llava.generation import Request
+
+        return engine.generate(
+            [
+                Request(conversation, own_images, sampling_params(self.decoding, question), question.id)
+                for question, conversation, own_images in zip(group, conversations, images)
+            ]
+        )
+
+
+def sampling_params(decoding: Decoding, question: Question):
+    """The engine's parameters; each question has random numbers of its own, whatever batch it is in."""
+    from llava.generation import SamplingParams
+
+    given = {
+        "temperature": decoding.temperature,
+        "max_new_tokens": decoding.max_new_tokens,
+        "seed": zlib.crc32(f"{decoding.seed}/{question.id}".encode()),
+    }
+    if decoding.top_p is not None:
+        given["top_p"] = decoding.top_p
+    if decoding.num_beams != 1:
+        given["num_beams"] = decoding.num_beams
+    return SamplingParams(**given)
+
+
+def _as_record(question: Question) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": question.text}]}

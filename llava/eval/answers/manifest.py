@@ -1,0 +1,88 @@
+"""What made an answer file: the manifest beside it, written with it and repeated by every result.
+
+`FILE.manifest.json` stands beside FILE. It says which checkpoint, template and decoding gave the answers, to
+which questions, with which versions; `describe` puts the main points on a line.
+"""
+
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llava.data.conversion import MANIFEST_FILE, sha256_of
+from llava.records import read_json, write_json
+
+_PACKAGES = ("llava-med", "torch", "transformers", "tokenizers", "numpy", "pillow")
+
+
+def manifest_path(file: str | Path) -> Path:
+    """Where the manifest of a file stands."""
+    return Path(f"{file}.manifest.json")
+
+
+def read_manifest(file: str | Path) -> dict[str, Any] | None:
+    """The manifest of a file, or None if it has none."""
+    path = manifest_path(file)
+    return read_json(path) if path.is_file() else None
+
+
+def write_manifest(file: str | Path, **content: Any) -> dict[str, Any]:
+    """Write the manifest of `file`, which must be complete: its checksum and the versions go in too."""
+    manifest = content | {
+        "file": Path(file).name,
+        "sha256": sha256_of(Path(file)),
+        "versions": versions(),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(manifest_path(file), manifest)
+    return manifest
+
+
+def describe(manifest: dict[str, Any] | None) -> str:
+    """One line: checkpoint, epochs, split, template, decoding, seed."""
+    if manifest is None:
+        return "unknown (no manifest beside the answers)"
+    decoding = manifest.get("decoding") or {}
+    how = "greedy" if not decoding.get("temperature") else f"temperature {decoding['temperature']:g}"
+    if decoding.get("num_beams", 1) > 1:
+        how = f"{decoding['num_beams']} beams"
+    parts = {
+        "checkpoint": manifest.get("checkpoint"),
+        "epochs": manifest.get("training_epochs"),
+        "questions": manifest.get("questions"),
+        "template": manifest.get("template"),
+        "decoding": how,
+        "seed": decoding.get("seed"),
+        "images": None if manifest.get("ablate_image") in {None, "none"} else manifest["ablate_image"],
+    }
+    return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+
+
+def read_dataset_manifest(questions: str | Path) -> dict[str, Any] | None:
+    """What the converter wrote about a file of questions: its data set, sources and this split's counts.
+
+    `changed` says that the file is no longer the one that was converted. None if no manifest names the file.
+    """
+    questions = Path(questions)
+    path = questions.parent / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    splits = manifest.get("splits") if isinstance(manifest, dict) else None
+    for name, split in (splits or {}).items():
+        if split.get("file") == questions.name:
+            about = {key: manifest[key] for key in ("data_set", "sources", "left_out", "corrected") if key in manifest}
+            return about | {"split": name, **split, "changed": sha256_of(questions) != split.get("sha256")}
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' that bear on an answer."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,94 @@
+"""Questions to answer, from LLaVA-Med records or from JSONL lines, with what the prompt will say."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.vqa_items import plain_question, record_turns
+from llava.errors import LlavaError
+from llava.records import Record, iter_records
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. `text` is what the user says, one `<image>` per image; `images` are names or bytes."""
+
+    id: int | str
+    text: str
+    images: tuple[Any, ...] = ()
+    answer_type: str | None = None
+
+    @property
+    def plain(self) -> str:
+        """The question without image tags."""
+        return plain_question(self.text)
+
+
+def read_med_questions(path: str | Path) -> list[Question]:
+    """The first question of each LLaVA-Med record (`id`, `image`, `conversations`)."""
+    return _read(path, _from_med)
+
+
+def read_line_questions(path: str | Path) -> list[Question]:
+    """Questions of a JSONL file: `question_id`, `text` and, where there is one, `image`."""
+    return _read(path, _from_line)
+
+
+def chunk_of(questions: Sequence[Question], chunks: int, index: int) -> list[Question]:
+    """Part `index` (from 0) of `chunks` nearly equal parts in order; late parts can be empty."""
+    if chunks < 1 or not 0 <= index < chunks:
+        raise LlavaError(f"--chunk-idx is {index} of --num-chunks {chunks}; give 0 to {max(chunks - 1, 0)}")
+    size = math.ceil(len(questions) / chunks)
+    return list(questions[index * size : (index + 1) * size])
+
+
+def _read(path, make) -> list[Question]:
+    questions = [make(record, f"{path} record {index}") for index, record in enumerate(iter_records(path))]
+    if not questions:
+        raise LlavaError(f"{path}: no questions")
+    _refuse_doubled(questions, path)
+    return questions
+
+
+def _refuse_doubled(questions: Iterable[Question], path) -> None:
+    # Compared as text: answers are joined to questions that way.
+    doubled = [key for key, count in Counter(str(question.id) for question in questions).items() if count > 1]
+    if doubled:
+        raise LlavaError(f"{path}: {len(doubled)} ids stand more than once, first {doubled[0]!r}; make them unique")
+
+
+def _from_med(record: Record, where: str) -> Question:
+    turns = record_turns(record, where)
+    if "id" not in record:
+        raise LlavaError(f'{where}: no "id"')
+    if not turns:
+        raise LlavaError(f'{where} ("{record["id"]}"): the conversation is empty')
+    return _question(record["id"], turns[0]["value"], record, where)
+
+
+def _from_line(record: Record, where: str) -> Question:
+    missing = [key for key in ("question_id", "text") if key not in record]
+    if missing:
+        raise LlavaError(f'{where}: no "{missing[0]}"; expected {{"question_id", "text", "image"}}')
+    return _question(record["question_id"], record["text"], record, where)
+
+
+def _question(key, text, record: Record, where: str) -> Question:
+    """The question with its tags checked against its images; a text without tags gets them in front."""
+    image = record.get("image")
+    images = tuple(image) if isinstance(image, (list, tuple)) else () if image in (None, "") else (image,)
+    text = str(text).strip()
+    tags = text.count(DEFAULT_IMAGE_TOKEN)
+    if images and not tags:
+        text = "\n".join([*[DEFAULT_IMAGE_TOKEN] * len(images), text])
+    elif tags != len(images):
+        raise LlavaError(
+            f'{where} ("{key}"): {tags} {DEFAULT_IMAGE_TOKEN} in the question and {len(images)} images; '
+            f"give each image its tag, or none"
+        )
+    answer_type = record.get("answer_type")
+    return Question(key, text, images, str(answer_type).strip().upper() if answer_type is not None else None)

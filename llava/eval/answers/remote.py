@@ -1,0 +1,64 @@
+"""Answers from an OpenAI-compatible server (vLLM, SGLang, a commercial model), images sent with the question."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import LlavaError
+from llava.eval.answers.ablation import QuestionImages
+from llava.eval.answers.answering import Decoding, answer_record
+from llava.eval.answers.questions import Question
+from llava.images import open_image, png_data_url
+from llava.openai_api import ApiSettings, ChatJob, ChatResult, run_jobs
+from llava.records import ResumableJsonl
+
+_ASKED_AT_ONCE = 512  # questions whose images are held in memory
+
+
+class RemoteAnswers:
+    """Fills an answer file from a server (see `answering.answer_questions`)."""
+
+    def __init__(self, settings: ApiSettings, question_images: QuestionImages, decoding: Decoding):
+        self.settings, self.question_images, self.decoding = settings, question_images, decoding
+
+    def __call__(self, questions: Sequence[Question], output: ResumableJsonl) -> dict[str, Any]:
+        by_id = {question.id: question for question in questions}
+
+        def to_record(job: ChatJob, result: ChatResult):
+            metadata: dict[str, Any] = {"finish_reason": result.finish_reason, "tokens": result.completion_tokens}
+            if result.refused:
+                metadata["refused"] = result.refused
+            return answer_record(by_id[job.key], result.text.strip(), self.settings.model, metadata)
+
+        for start in range(0, len(questions), _ASKED_AT_ONCE):
+            todo = [q for q in questions[start : start + _ASKED_AT_ONCE] if q.id not in output.done]
+            summary = run_jobs(
+                [self.job(question) for question in todo], self.settings, output, to_record, progress="answers"
+            )
+            if not summary.complete:
+                raise LlavaError(f"not all questions were answered ({summary}); run again to ask for the rest")
+        return {"model_id": self.settings.model}
+
+    def job(self, question: Question) -> ChatJob:
+        """The request: the question's text and images in their order."""
+        pieces = question.text.split(DEFAULT_IMAGE_TOKEN)
+        content: list[dict[str, Any]] = []
+        for piece, source in zip(pieces, [*self.question_images.of(question), None]):
+            if piece.strip():
+                content.append({"type": "text", "text": piece.strip()})
+            if source is not None:
+                content.append({"type": "image_url", "image_url": {"url": _data_url(source)}})
+        return ChatJob(
+            key=question.id,
+            messages=[{"role": "user", "content": content}],
+            temperature=self.decoding.temperature,
+            max_tokens=self.decoding.max_new_tokens,
+            seed=self.decoding.seed,
+        )
+
+
+def _data_url(source: Any) -> str:
+    """The image as the server can read it: our own reading of it (DICOM, 16 bit, …), without loss, as PNG."""
+    image = open_image(source) if isinstance(source, (str, bytes, Path)) else source
+    return png_data_url(image)

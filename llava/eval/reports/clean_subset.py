@@ -1,0 +1,91 @@
+"""Scores on the part of the test set that an audit finds clean, beside those on all of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.data.audit_checks import audit_splits
+from llava.data.audit_text import audit_lines
+from llava.data.vqa_items import read_vqa_items
+from llava.errors import LlavaError
+from llava.eval.metrics.score import Scores, score_items
+from llava.eval.reports.evaluation import Evaluation, read_candidates
+from llava.eval.reports.tables import number_cell, text_table
+from llava.records import read_json
+
+
+@dataclass
+class CleanScores:
+    """The audit and, by subset name, its scores; None for a subset without questions."""
+
+    audit: dict[str, Any]
+    all_questions: Scores
+    subsets: dict[str, Scores | None]
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {name: scores.as_dict() if scores else {"questions": 0} for name, scores in self.subsets.items()}
+        audit = {key: value for key, value in self.audit.items() if key not in {"items", "subsets"}}
+        return {"audit": audit, "scores": found}
+
+    def text(self) -> str:
+        keys = [(name, kind) for name in ("paper", "strict") for kind in ("open", "closed")]
+        rows = []
+        for name, scores in (("all", self.all_questions), *self.subsets.items()):
+            if scores is None:
+                rows.append([name, "0", "0", *("no question" for _ in keys)])
+            else:
+                cells = [number_cell(scores.headline(*key)) for key in keys]
+                rows.append([name, str(scores.open), str(scores.closed), *cells])
+        header = ["test questions", "open", "closed", *(" ".join(key) for key in keys)]
+        return "\n".join([*audit_lines(self.audit), "", text_table(header, rows)])
+
+
+def score_clean_subset(
+    evaluation: Evaluation,
+    audit_file: str | Path | None = None,
+    train: str | Path | None = None,
+    image_folder: str | Path | None = None,
+) -> CleanScores:
+    """Score each clean subset of an audit.
+
+    Args:
+        audit_file: what `llava.data.audit --output` wrote; without it the audit is made here from `train`.
+
+    Raises:
+        LlavaError: neither is given, or the audit is of other questions.
+    """
+    if audit_file:
+        audit = read_json(audit_file)
+        if not isinstance(audit, dict) or "subsets" not in audit or "items" not in audit:
+            raise LlavaError(f"{audit_file}: not an audit; make one with python -m llava.data.audit … --output FILE")
+    elif train:
+        tested = read_vqa_items(evaluation.gt)
+        audit = audit_splits(read_vqa_items(train), tested, image_folder, image_folder)
+    else:
+        raise LlavaError("--audit needs the audit's JSON file, or --train FILE to audit against")
+    audited = {str(row["id"]) for row in audit["items"]}
+    unknown = [str(entry.item.id) for entry in evaluation.joined if str(entry.item.id) not in audited]
+    if unknown:
+        raise LlavaError(
+            f"{audit_file or train}: the audit is of other questions than {evaluation.gt}: "
+            f"{len(unknown)} are not in it (first {unknown[0]!r})"
+        )
+    settings = evaluation.settings
+    candidates = settings["candidate"] and read_candidates(settings["candidate"])
+    subsets: dict[str, Scores | None] = {}
+    for name, ids in audit["subsets"].items():
+        wanted = {str(key) for key in ids}
+        part = [entry for entry in evaluation.joined if str(entry.item.id) in wanted]
+        by_image = settings["unit"] == "image"
+        subsets[name] = (
+            part
+            and score_items(
+                part,
+                candidates or None,
+                script=settings["script"],
+                clusters=[entry.item.image or entry.item.id for entry in part] if by_image else None,
+                resamples=settings["resamples"],
+                seed=settings["bootstrap_seed"],
+            )
+        ) or None
+    return CleanScores(audit, evaluation.scores, subsets)

@@ -1,0 +1,64 @@
+"""Two models on the same questions: McNemar's test and the paired bootstrap."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llava.eval.metrics.intervals import Comparison, compare_paired
+from llava.eval.metrics.score import HEADLINE
+from llava.eval.reports.evaluation import Evaluation, evaluate
+from llava.eval.reports.tables import text_table
+
+
+@dataclass
+class AnswerComparison:
+    """The headline numbers of two answer files compared, by (set, kind)."""
+
+    first: Path
+    second: Path
+    numbers: dict[tuple[str, str], Comparison]
+
+    def as_dict(self) -> dict:
+        numbers = {f"{name} {kind}": asdict(found) for (name, kind), found in self.numbers.items()}
+        return {"first": str(self.first), "second": str(self.second), **numbers}
+
+    def text(self) -> str:
+        rows = []
+        for (name, kind), found in self.numbers.items():
+            mcnemar = "" if found.mcnemar_p is None else f"{found.mcnemar_p:.4f}"
+            alone = "" if found.only_first is None else f"{found.only_first} / {found.only_second}"
+            change = f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+            row = [f"{name} {kind}", f"{100 * found.first:.2f}", f"{100 * found.second:.2f}", change]
+            rows.append([*row, f"{found.p_value:.4f}", alone, mcnemar])
+        header = ["metric (%)", "first", "second", "difference", "p (bootstrap)", "right alone", "p (McNemar)"]
+        return f"first: {self.first}\nsecond: {self.second}\n\n{text_table(header, rows)}"
+
+
+def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
+    """Compare an evaluated answer file with another one to the same questions."""
+    settings = first.settings
+    other = evaluate(
+        first.gt,
+        second,
+        on_missing=settings["on_missing"],
+        script=settings["script"],
+        group_by=(),
+        resamples=0,
+    )
+    places = {str(entry.item.id): index for index, entry in enumerate(other.joined)}
+    shared = [(i, places[str(e.item.id)]) for i, e in enumerate(first.joined) if str(e.item.id) in places]
+    by_image = settings["unit"] == "image"
+    clusters = [first.joined[i].item.image or first.joined[i].item.id for i, _ in shared] if by_image else None
+    numbers = {}
+    for name, kinds in HEADLINE.items():
+        for kind, number in kinds.items():
+            ours, theirs = first.scores.values[name][number], other.scores.values[name][number]
+            found = compare_paired(
+                [ours[i] for i, _ in shared],
+                [theirs[j] for _, j in shared],
+                clusters,
+                resamples=settings["resamples"] or 10_000,
+                seed=settings["bootstrap_seed"],
+            )
+            if found is not None:
+                numbers[name, kind] = found
+    return AnswerComparison(first.pred, Path(second), numbers)

@@ -1,0 +1,148 @@
+"""One answer file evaluated: read, join, score, and what is said about it. Commands and the report use it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.data.vqa_items import read_vqa_items
+from llava.errors import LlavaError
+from llava.eval.answers.manifest import describe, read_dataset_manifest, read_manifest
+from llava.eval.metrics.calibration import Calibration, calibrate
+from llava.eval.metrics.intervals import RESAMPLES
+from llava.eval.metrics.joined import JoinedItem, join, read_answers
+from llava.eval.metrics.score import Scores, group_keys, score_items
+from llava.eval.metrics.strict import reference_polarity
+from llava.eval.reports.tables import calibration_line, group_table, score_table
+from llava.records import read_json
+
+
+@dataclass
+class Evaluation:
+    """Scores of an answer file with everything they rest on."""
+
+    gt: Path
+    pred: Path
+    joined: list[JoinedItem]
+    scores: Scores
+    manifest: dict[str, Any] | None
+    dataset: dict[str, Any] | None
+    settings: dict[str, Any]
+    missing: int
+    inferred_types: int
+    calibration: Calibration | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the scores, and what made questions and answers."""
+        return {
+            "gt": str(self.gt),
+            "pred": str(self.pred),
+            "missing_answers": self.missing,
+            "inferred_answer_types": self.inferred_types,
+            "settings": self.settings,
+            "produced_by": self.manifest,
+            "questions_from": self.dataset,
+            **self.scores.as_dict(),
+            **({"calibration": self.calibration.as_dict()} if self.calibration else {}),
+        }
+
+    def text(self) -> str:
+        """For the terminal."""
+        scores = self.scores
+        lines = [
+            f"{self.pred}: {scores.questions} questions ({scores.open} open, {scores.closed} closed)",
+            f"produced by: {describe(self.manifest)}",
+        ]
+        if self.dataset:
+            changed = "; CHANGED since it was converted" if self.dataset["changed"] else ""
+            lines.append(f"questions: {self.dataset['data_set']}, split {self.dataset['split']}{changed}")
+        if self.missing:
+            fate = "left out" if self.settings["on_missing"] == "skip" else "counted as empty answers"
+            lines.append(f"missing answers: {self.missing}, {fate}")
+        if self.inferred_types:
+            lines.append(f"{self.inferred_types} records say neither OPEN nor CLOSED: yes/no answers are CLOSED")
+        if self.settings["resamples"]:
+            lines.append(f"95 % intervals: {self.settings['resamples']} resamples of {self.settings['unit']}s")
+        lines += ["", score_table(scores)]
+        if self.calibration:
+            lines += ["", calibration_line(self.calibration)]
+        for name, groups in scores.groups.items():
+            lines += ["", group_table(name, groups)]
+        return "\n".join(lines)
+
+
+def evaluate(
+    gt: str | Path,
+    pred: str | Path,
+    candidate: str | Path | None = None,
+    *,
+    on_missing: str = "error",
+    script: str = "run_eval_batch",
+    group_by: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    unit: str = "question",
+    seed: int = 0,
+) -> Evaluation:
+    """Score the answers of `pred` to the questions of `gt`.
+
+    Args:
+        candidate: file of the training split's open answers.
+        group_by: record fields to give tables for; None takes those that have few values.
+        unit: what the bootstrap draws, "question" or "image".
+    """
+    items = read_vqa_items(gt)
+    joined = join(items, read_answers(pred), gt, pred, on_missing)
+    scores = score_items(
+        joined,
+        None if candidate is None else read_candidates(candidate),
+        script=script,
+        group_by=group_keys(joined) if group_by is None else group_by,
+        clusters=[entry.item.image or entry.item.id for entry in joined] if unit == "image" else None,
+        resamples=resamples,
+        seed=seed,
+        progress=lambda entries: tqdm(entries, desc="scoring", unit="answer", leave=False, disable=None),
+    )
+    answered = sum(bool(entry.record) for entry in joined)
+    return Evaluation(
+        gt=Path(gt),
+        pred=Path(pred),
+        joined=joined,
+        scores=scores,
+        manifest=read_manifest(pred),
+        dataset=read_dataset_manifest(gt),
+        settings={
+            "on_missing": on_missing,
+            "script": script,
+            "resamples": resamples,
+            "unit": unit,
+            "bootstrap_seed": seed,
+            "candidate": None if candidate is None else str(candidate),
+        },
+        missing=len(items) - answered,
+        inferred_types=sum(item.type_inferred for item in items),
+        calibration=calibration_of(joined),
+    )
+
+
+def calibration_of(joined: Sequence[JoinedItem]) -> Calibration | None:
+    """Of the closed questions whose reference says yes or no and whose answer carries the probability of yes."""
+    chances, truth = [], []
+    for entry in joined:
+        chance = (entry.record.get("metadata") or {}).get("p_yes")
+        polarity = reference_polarity(entry.item.answer)
+        if entry.item.answer_type == "CLOSED" and chance is not None and polarity in {"yes", "no"}:
+            chances.append(chance)
+            truth.append(polarity == "yes")
+    return calibrate(chances, truth)
+
+
+def read_candidates(path: str | Path) -> list[object]:
+    """Open answers of a candidate file: `{"0": [answer, …]}` or the bare list."""
+    content = read_json(path)
+    if isinstance(content, dict) and len(content) == 1:
+        content = next(iter(content.values()))
+    if not isinstance(content, list) or not content:
+        raise LlavaError(f'{path}: expected {{"0": [answer, …]}} with at least one answer')
+    return content

@@ -1,0 +1,185 @@
+"""The sections of an evaluation report, each from evaluated answer files to HTML; empty where there is nothing."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.eval.answers.manifest import describe
+from llava.eval.reports.clean_subset import CleanScores
+from llava.eval.reports.compare import compare_answers
+from llava.eval.reports.evaluation import Evaluation
+from llava.eval.reports.page import bars, example_card, note, paragraphs, reliability, table
+from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
+from llava.eval.reports.tables import calibration_line, number_cell, plain
+from llava.images import open_image
+
+KEYS = [("paper", "open"), ("paper", "closed"), ("strict", "open"), ("strict", "closed")]
+
+
+@dataclass
+class Entry:
+    """An evaluated answer file under the name that the report gives it."""
+
+    label: str
+    result: Evaluation
+
+    @property
+    def ablation(self) -> str:
+        """What was done to the images; "none" without a manifest."""
+        return (self.result.manifest or {}).get("ablate_image") or "none"
+
+    @property
+    def dataset(self) -> str | None:
+        return recognise_dataset(self.result.gt, self.result.dataset)
+
+
+def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], list[str]]:
+    """(header, rows, CSS classes): our answer files by data set, the published rows below each set's."""
+    header = ["model", "data set", "open / closed", *(f"{name} {kind}" for name, kind in KEYS)]
+    rows, classes = [], []
+    for dataset in dict.fromkeys(entry.dataset for entry in entries):
+        ours = [entry for entry in entries if entry.dataset == dataset]
+        for entry in ours:
+            scores = entry.result.scores
+            name = DATASET_NAMES.get(dataset or "", entry.result.gt.stem)
+            cells = [number_cell(scores.headline(*key)) for key in KEYS]
+            rows.append([entry.label, name, f"{scores.open} / {scores.closed}", *cells])
+            classes.append("")
+        for row in PUBLISHED.get(dataset or "", ()):
+            counts = "{} / {}".format(*TEST_COUNTS[dataset])
+            name = f"{DATASET_NAMES[dataset]}, published"
+            rows.append([row.model, name, counts, plain(row.open), plain(row.closed), "", ""])
+            classes.append("published")
+    return header, rows, classes
+
+
+def scores_section(entries: Sequence[Entry]) -> str:
+    """The table, and bars of the headline numbers."""
+    header, rows, classes = score_rows(entries)
+    groups = []
+    for name, kind in KEYS:
+        numbers = [(entry.label, entry.result.scores.headline(name, kind)) for entry in entries]
+        groups.append((f"{name}: {kind}", [(label, n.value, n.low, n.high) for label, n in numbers]))
+    unit = entries[0].result.settings["unit"]
+    text = (
+        f"Percent with 95 % bootstrap intervals (resampled {unit}s). paper: the published scripts' numbers, open is "
+        "recall, closed is accuracy; strict: whole words counted once, yes or no only where the answer says one of "
+        "them. Published rows were made with the paper set."
+    )
+    return table(header, rows, classes) + bars(groups) + note(text)
+
+
+def ablation_section(entries: Sequence[Entry]) -> str:
+    """What is left of each score without the image, with the paired difference to the answers with it."""
+    rows = []
+    for base in (entry for entry in entries if entry.ablation == "none"):
+        for other in ablations_of(base, entries):
+            compared = compare_answers(base.result, other.result.pred).numbers
+            for key in KEYS:
+                if (found := compared.get(key)) is not None:
+                    change = f"{100 * found.difference:+.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+                    shares = [f"{100 * found.first:.2f}", f"{100 * found.second:.2f}", change, f"{found.p_value:.4f}"]
+                    rows.append([base.label, other.ablation, " ".join(key), *shares])
+    if not rows:
+        return ""
+    header = ["model", "images", "metric", "with images", "ablated", "difference", "p (paired bootstrap)"]
+    return table(header, rows) + note("A model that looks at the image loses much; one that guesses loses nothing.")
+
+
+def ablations_of(base: Entry, entries: Sequence[Entry]) -> list[Entry]:
+    """Ablated answers of the same checkpoint to the same questions."""
+
+    def key(entry: Entry) -> tuple:
+        manifest = entry.result.manifest or {}
+        checkpoint = manifest.get("checkpoint_digest") or manifest.get("checkpoint")
+        return checkpoint, str(entry.result.gt)
+
+    return [entry for entry in entries if entry.ablation != "none" and key(entry) == key(base)]
+
+
+def calibration_section(entries: Sequence[Entry]) -> str:
+    """Reliability of yes and no by token probabilities."""
+    found = [(entry.label, entry.result.calibration) for entry in entries if entry.result.calibration]
+    figures = "".join(reliability(one.bins, label, calibration_line(one)) for label, one in found)
+    text = "Right answers (%) over confidence (%); below the line a model is surer than it is right."
+    return f'<div class="figures">{figures}</div>{note(text)}' if found else ""
+
+
+def groups_section(entries: Sequence[Entry]) -> str:
+    """Headline numbers by question type, organ, …"""
+    parts = []
+    for entry in entries:
+        for name, groups in entry.result.scores.groups.items():
+            columns = [" ".join(key) for key in KEYS]
+            rows = [
+                [key, str(row["open"]), str(row["closed"]), *(plain(row[column]) for column in columns)]
+                for key, row in groups.items()
+            ]
+            parts.append(f"<h3>{_escape(entry.label)}, by {_escape(name)}</h3>")
+            parts.append(table([name, "open questions", "closed questions", *columns], rows))
+    return "".join(parts)
+
+
+def audit_section(clean: Sequence[tuple[str, CleanScores]]) -> str:
+    """What training has seen of the test set, and the scores on what it hasn't."""
+    if not clean:
+        return ""
+    from llava.data.audit_text import audit_lines
+
+    rows = []
+    for label, scores in clean:
+        for name, part in (("all", scores.all_questions), *scores.subsets.items()):
+            cells = ["no question"] * 4 if part is None else [number_cell(part.headline(*key)) for key in KEYS]
+            counts = "0 / 0" if part is None else f"{part.open} / {part.closed}"
+            rows.append([label, name, counts, *cells])
+    header = ["model", "test questions", "open / closed", *(" ".join(key) for key in KEYS)]
+    return paragraphs(audit_lines(clean[0][1].audit)) + table(header, rows)
+
+
+def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, each: int = 4, seed: int = 0) -> str:
+    """Drawn by lot: right and wrong answers, open and closed, with their images where a folder is given."""
+    parts = []
+    for entry in entries:
+        values = entry.result.scores.values["strict"]
+        right, wrong = [], []
+        for index, joined in enumerate(entry.result.joined):
+            score = values["closed accuracy"][index]
+            score = values["open recall"][index] if score is None else score
+            if score in (0, 1):
+                (right if score else wrong).append(joined)
+        chosen = random.Random(seed)
+        cards = ""
+        for pool, is_right in ((right, True), (wrong, False)):
+            for joined in chosen.sample(pool, min(each, len(pool))):
+                item = joined.item
+                image = _image(item.image, image_folder or (entry.result.manifest or {}).get("image_folder"))
+                cards += example_card(image, item.question, item.answer, joined.prediction, is_right)
+        heading = f"{_escape(entry.label)}: {len(right)} wholly right, {len(wrong)} wholly wrong (strict)"
+        parts.append(f'<h3>{heading}</h3><div class="cards">{cards}</div>')
+    return "".join(parts)
+
+
+def provenance_section(entries: Sequence[Entry]) -> str:
+    """What produced each answer file."""
+    rows = []
+    for entry in entries:
+        manifest = entry.result.manifest or {}
+        versions = ", ".join(f"{name} {version}" for name, version in (manifest.get("versions") or {}).items())
+        checksum = (manifest.get("sha256") or "")[:16]
+        rows.append([entry.label, str(entry.result.pred), describe(entry.result.manifest), versions, checksum])
+    return table(["model", "answers", "produced by", "versions", "sha256 of the answers"], rows)
+
+
+def _image(name: Any, folder: str | Path | None):
+    if not isinstance(name, str) or not folder:
+        return None
+    path = Path(folder) / name
+    return open_image(path) if path.is_file() else None
+
+
+def _escape(text: str) -> str:
+    from html import escape
+
+    return escape(text)

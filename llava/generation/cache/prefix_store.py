@@ -1,0 +1,96 @@
+"""Keys and values of prompts that were computed before, found again by their beginnings.
+
+A prompt's key is its ids, with a number made of the image's content where an image stands. Two prompts that
+begin alike have the same keys and values there: the system text, an image asked about again, the turns so far.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+BLOCK = 16
+"""Beginnings are looked up in whole blocks of so many positions; what matches beyond is found by comparing."""
+
+
+@dataclass(eq=False)
+class Prefix:
+    """`states` hold, per layer, `[2, kv_heads, len(key), head_dim]`."""
+
+    key: np.ndarray
+    states: list[torch.Tensor]
+    hashes: list[int] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(state.numel() * state.element_size() for state in self.states)
+
+
+class PrefixStore:
+    """Prefixes up to `max_bytes`, the least recently used ones dropped first."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._prefixes: OrderedDict[int, Prefix] = OrderedDict()
+        self._index: dict[int, Prefix] = {}
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def find(self, key: np.ndarray) -> tuple[Prefix | None, int]:
+        """The prefix that shares the most with `key` (int64 `[positions]`), and how many positions that is."""
+        for block_hash in reversed(_block_hashes(key)):
+            prefix = self._index.get(block_hash)
+            if prefix is None:
+                continue
+            common = common_length(key, prefix.key)
+            if common >= BLOCK:  # else two hashes are equal by chance
+                self._prefixes.move_to_end(id(prefix))
+                return prefix, common
+        return None, 0
+
+    def add(self, key: np.ndarray, states: list[torch.Tensor]) -> Prefix:
+        """Keep `states` for `key`, if they fit; returns the prefix, which is usable either way."""
+        prefix = Prefix(key, states, _block_hashes(key))
+        size = prefix.num_bytes
+        if not prefix.hashes or size > self.max_bytes:
+            return prefix
+        while self._prefixes and self.num_bytes + size > self.max_bytes:
+            self._drop(next(iter(self._prefixes.values())))
+        self._prefixes[id(prefix)] = prefix
+        self.num_bytes += size
+        self._index.update(dict.fromkeys(prefix.hashes, prefix))
+        return prefix
+
+    def clear(self) -> None:
+        self._prefixes.clear()
+        self._index.clear()
+        self.num_bytes = 0
+
+    def _drop(self, prefix: Prefix) -> None:
+        del self._prefixes[id(prefix)]
+        self.num_bytes -= prefix.num_bytes
+        for block_hash in prefix.hashes:
+            if self._index.get(block_hash) is prefix:
+                del self._index[block_hash]
+
+
+def common_length(one: np.ndarray, other: np.ndarray) -> int:
+    """How many positions two keys share from the start."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    place = int(differs.argmax()) if length else 0
+    return place if length and differs[place] else length
+
+
+def _block_hashes(key: np.ndarray) -> list[int]:
+    """A number for each whole block, made of it and of all before it."""
+    content = np.ascontiguousarray(key, np.int64).tobytes()
+    size = BLOCK * 8
+    hashes, last = [], 0
+    for start in range(0, len(content) - size + 1, size):
+        last = hash((last, content[start : start + size]))
+        hashes.append(last)
+    return hashes

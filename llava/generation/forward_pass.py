@@ -1,0 +1,172 @@
+"""One forward pass over rows of the cache: which tokens go where, and who sees whom.
+
+All new tokens of all rows stand in one line, so that no padding goes through the products; attention alone works
+on rows, in groups of like length.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llava.generation.cache.rows import RowCache
+
+_GROUP_COST = 64
+"""Query positions of padding that cost as much as another call of the attention kernel."""
+
+
+class Row(NamedTuple):
+    """New positions `begin` … `end` of cache row `row`; the ones before are in it, or copied from row `source`."""
+
+    row: int
+    begin: int
+    end: int
+    source: int | None = None
+
+
+class Group(NamedTuple):
+    """Neighbouring rows whose attention is computed together, padded to `new` queries and `width` keys."""
+
+    tokens: slice
+    rows: slice
+    shape: tuple[int, int]
+    """(rows, new)."""
+    width: int
+    spread: torch.Tensor | None
+    """From the group's tokens to the padded ones; None if nothing is padded."""
+    collect: torch.Tensor | None
+    """From the padded ones back."""
+    mask: torch.Tensor
+
+
+class PackedPass:
+    """The indices of one pass; `rows` must be neighbours in the cache, in this order.
+
+    A row's source must be among the rows of this pass or complete in the cache; the source of a source comes
+    earlier in `rows`.
+    """
+
+    def __init__(self, cache: RowCache, rows: Sequence[Row], device: torch.device, dtype, window: int | None):
+        self.cache = cache
+        self.window = window
+        self.dtype = dtype
+        lengths = [row.end - row.begin for row in rows]
+        ends = np.cumsum(lengths)
+        firsts = ends - lengths
+        begins = np.array([row.begin for row in rows])
+        positions = np.arange(ends[-1]) + np.repeat(begins - firsts, lengths)
+        rows_of = np.repeat(np.array([row.row for row in rows]), lengths)
+        # Numpy's calls cost less than torch's, and one transfer less than three.
+        indices = torch.from_numpy(np.concatenate([positions, rows_of, ends - 1])).to(device)
+        self.positions, self.rows, self.last = indices.split([len(positions), len(positions), len(rows)])
+        """Of each token its position and its row; of each row where its last token stands in the line."""
+        self.groups = [self._group(rows[start:end], int(firsts[start])) for start, end in split_into_groups(lengths)]
+        self.copies = _copies(rows)
+
+    def attend(self, index: int, attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+        """Put keys and values into the cache and attend; all `[tokens, heads, head_dim]`.
+
+        Returns `[tokens, heads * head_dim]`.
+        """
+        layer = self.cache.write(index, self.rows, self.positions, keys, values)
+        for sources, targets, length in self.copies:
+            layer[:, targets, :, :length] = layer[:, sources, :, :length]
+        outputs = []
+        for group in self.groups:
+            own = queries[group.tokens]
+            own = own if group.spread is None else own[group.spread]
+            own = own.view(*group.shape, *own.shape[1:]).transpose(1, 2)
+            known, seen = layer[:, group.rows, :, : group.width]
+            output, _ = sdpa_attention_forward(attention, own, known, seen, group.mask, scaling=attention.scaling)
+            output = output.reshape(group.shape[0] * group.shape[1], -1)
+            outputs.append(output if group.collect is None else output[group.collect])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _group(self, rows: Sequence[Row], first: int) -> Group:
+        lengths = [row.end - row.begin for row in rows]
+        new, total = max(lengths), sum(lengths)
+        width = max(row.end for row in rows)
+        tokens = slice(first, first + total)
+        queries, spread, collect = self.positions[tokens], None, None
+        if total < new * len(rows):
+            counts = torch.tensor(lengths)[:, None]
+            columns = torch.arange(new)
+            # Padding repeats a row's last token; what comes of it is dropped.
+            spread = (counts.cumsum(0) - counts + columns.minimum(counts - 1)).flatten().to(queries.device)
+            collect = (columns < counts).flatten().nonzero()[:, 0].to(queries.device)
+            queries = queries[spread]
+        shape = len(rows), new
+        mask = self._mask(queries.view(shape), width)
+        return Group(tokens, slice(rows[0].row, rows[0].row + len(rows)), shape, width, spread, collect, mask)
+
+    def _mask(self, queries: torch.Tensor, width: int) -> torch.Tensor:
+        """`[rows, 1, new, width]` of positions `[rows, new]`: each sees itself and what is before."""
+        keys = torch.arange(width, device=queries.device)
+        mask = keys <= queries[:, :, None]
+        if self.window is not None:
+            mask &= keys > queries[:, :, None] - self.window
+        mask = mask[:, None]
+        if mask.device.type != "cpu":
+            return mask
+        # torch's kernel for the CPU is faster where it may add its mask.
+        return torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+
+
+class WatchedPass(PackedPass):
+    """A pass over one row that also notes where its last `count` positions look.
+
+    `weights` float32 `[count, row.end]` are attention's, averaged over heads, summed over the layers so far.
+    """
+
+    def __init__(self, cache: RowCache, row: Row, count: int, device: torch.device, dtype, window: int | None):
+        super().__init__(cache, [row], device, dtype, window)
+        self.count = count
+        self.weights = torch.zeros(count, row.end, device=device)
+
+    def attend(self, index: int, attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+        output = super().attend(index, attention, queries, keys, values)
+        group = self.groups[0]
+        mask = group.mask[0, 0, -self.count :]
+        seen = self.cache.layers[index][0, group.rows.start, :, : group.width]
+        # Key head by key head: all at once would be heads x positions x positions.
+        own = queries[-self.count :].unflatten(1, (len(seen), -1)).movedim(0, 2)
+        for watching, known in zip(own, seen, strict=True):
+            scores = watching @ known.T * attention.scaling
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            self.weights += scores.float().softmax(-1).sum(0) / queries.shape[1]
+        return output
+
+
+def split_into_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Slices of neighbouring rows for which padding and the number of groups together cost least."""
+    runs = [0, *(place for place in range(1, len(lengths)) if lengths[place] != lengths[place - 1]), len(lengths)]
+    best: list[tuple[int, int]] = [(0, 0)]
+    """(cost up to here, where the last group begins), in runs of equal length."""
+    for end in range(1, len(runs)):
+        longest, options = 0, []
+        for start in range(end - 1, -1, -1):
+            longest = max(longest, lengths[runs[start]])
+            padded = longest * (runs[end] - runs[start])
+            options.append((best[start][0] + padded + _GROUP_COST, start))
+        best.append(min(options))
+    groups, end = [], len(runs) - 1
+    while end:
+        start = best[end][1]
+        groups.append((runs[start], runs[end]))
+        end = start
+    return groups[::-1]
+
+
+def _copies(rows: Sequence[Row]) -> list[tuple[list[int], list[int], int]]:
+    """(sources, targets, length) in an order in which every source is complete before it is copied."""
+    copies: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    depth: dict[int, int] = {}
+    for row in rows:
+        if row.source is not None:
+            depth[row.row] = depth.get(row.source, 0) + 1
+            sources, targets = copies.setdefault((depth[row.row], row.begin), ([], []))
+            sources.append(row.source)
+            targets.append(row.row)
+    return [(*copies[key], key[1]) for key in sorted(copies)]

@@ -1,0 +1,175 @@
+"""Images of requests: opened and made into pixel values once, encoded in batches, their features kept.
+
+An image is known by its content (or its file's path, size and time), so that an image asked about again, in
+another turn or by another request, is neither opened nor encoded again.
+"""
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.images import open_image
+
+_ENCODE_AT_ONCE = 32
+
+
+class RequestImage:
+    """An image of a request: a digest (16 bytes) of what it is, and where it comes from."""
+
+    def __init__(self, source: Any, digest: bytes):
+        self.source = source
+        self.digest = digest
+        # Negative and far from IMAGE_TOKEN_INDEX and every id of a token.
+        self.key = -(int.from_bytes(digest[:8], "big") >> 2) - 1000
+        """A number of 62 bits made of the digest."""
+        self.pixels: np.ndarray | None = None
+        """float32 `[tiles, 3, H, W]` between preparing and encoding."""
+        self.lock = threading.Lock()
+
+
+class ImageEncoder:
+    """Features of images: `[positions, hidden]` each, in the language model's dtype, on its device."""
+
+    def __init__(self, model: Any, image_processor: Any, max_bytes: int):
+        self.model = model
+        self.image_processor = image_processor
+        self.aspect_ratio = model.config.image_aspect_ratio
+        self.max_bytes = max_bytes
+        self.encoded = self.reused = 0
+        """How many images were encoded, and how many were found."""
+        self._features: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self._images: WeakValueDictionary[bytes, RequestImage] = WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def identify(self, source: Any) -> RequestImage:
+        """The image that `source` (whatever `open_image` takes) is, without opening it; one object for one image.
+
+        Raises:
+            LlavaError: there is no such file.
+        """
+        image = source if isinstance(source, RequestImage) else RequestImage(source, _digest(source))
+        with self._lock:
+            return self._images.setdefault(image.digest, image)
+
+    def num_positions(self, image: RequestImage) -> int:
+        """How many positions it takes; with `anyres` it has to be opened to know."""
+        if self.aspect_ratio != "anyres":
+            return self.model.num_patches
+        with self._lock:
+            if (found := self._features.get(image.key)) is not None:
+                return len(found)
+        self.prepare([image])
+        return len(image.pixels) * self.model.num_patches
+
+    def prepare(self, images: Iterable[RequestImage]) -> None:
+        """Make pixel values of those whose features aren't there; may be called from any thread.
+
+        Raises:
+            LlavaError: an image can't be read.
+        """
+        for image in images:
+            with image.lock:
+                with self._lock:
+                    is_known = image.key in self._features
+                if not is_known and image.pixels is None:
+                    image.pixels = self._pixels(image)
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[RequestImage]) -> list[torch.Tensor]:
+        """Features of each; distinct new ones are encoded together."""
+        with self._lock:
+            found = {image.key: self._features.get(image.key) for image in images}
+            for key in found:
+                if found[key] is not None:
+                    self._features.move_to_end(key)
+        new = {image.key: image for image in images if found[image.key] is None}
+        self.encoded += len(new)
+        self.reused += len(images) - len(new)
+        found |= self._encode(list(new.values()))
+        with self._lock:
+            self._keep({key: found[key] for key in new})
+        for image in images:
+            image.pixels = None
+        return [found[image.key] for image in images]
+
+    def seen(self, image: RequestImage) -> list[Image.Image]:
+        """What the tower gets of it: the image in the tower's size, or with `anyres` also tiles of it."""
+        return [self.image_processor.restore(tile) for tile in self._pixels(image)]
+
+    def _pixels(self, image: RequestImage) -> np.ndarray:
+        pixels = image.source
+        if not isinstance(pixels, np.ndarray):
+            rgb = open_image(pixels)
+            pixels = np.asarray(self.image_processor([rgb], self.aspect_ratio), np.float32)
+        pixels = pixels.reshape(-1, *pixels.shape[-3:])
+        size = self.model.get_vision_tower().image_size
+        if pixels.shape[1:] != (3, size, size):
+            raise LlavaError(
+                f"the vision tower takes images of {size} × {size}, but the image processor made "
+                f"{pixels.shape[-2]} × {pixels.shape[-1]}; check image_aspect_ratio and preprocessor_config.json"
+            )
+        return pixels
+
+    def _encode(self, images: list[RequestImage]) -> dict[int, torch.Tensor]:
+        encoded = {}
+        for start in range(0, len(images), _ENCODE_AT_ONCE):
+            part = images[start : start + _ENCODE_AT_ONCE]
+            pixels = [self._pixels(image) if image.pixels is None else image.pixels for image in part]
+            tiles = torch.from_numpy(np.concatenate(pixels))
+            features = self.model.encode_images(tiles).split([len(one) for one in pixels])
+            encoded |= {
+                # A copy, or one image kept would keep the memory of all that were encoded with it.
+                image.key: (own.flatten(0, 1).clone() if len(part) > 1 else own.flatten(0, 1))
+                for image, own in zip(part, features, strict=True)
+            }
+        return encoded
+
+    def _keep(self, features: dict[int, torch.Tensor]) -> None:
+        for key, value in features.items():
+            if key not in self._features:
+                self._features[key] = value
+                self._bytes += _num_bytes(value)
+        while self._bytes > self.max_bytes and self._features:
+            _, dropped = self._features.popitem(last=False)
+            self._bytes -= _num_bytes(dropped)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _digest(source: Any) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, Image.Image):
+        digest.update(f"{source.mode} {source.size}".encode())
+        digest.update(source.tobytes())
+    elif isinstance(source, np.ndarray):
+        digest.update(np.ascontiguousarray(source).tobytes())
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        digest.update(source)
+    elif isinstance(source, str) and source[:5].lower() == "data:":
+        digest.update(source.encode())
+    elif isinstance(source, (str, os.PathLike)):
+        digest.update(_file_identity(Path(source).expanduser()))
+    else:
+        raise LlavaError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
+    return digest.digest()
+
+
+def _file_identity(path: Path) -> bytes:
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise LlavaError(f"image not found: {path}") from error
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode()

@@ -1,0 +1,127 @@
+"""The layout of transformers' `LlavaForConditionalGeneration`: its names and configuration as LLaVA's own.
+
+The correspondence is table 2 of the project's checkpoint notes (docs/checkpoints.md); reading accepts both what
+transformers before 4.52 and what it writes since.
+"""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.errors import LlavaError
+from llava.model.configuration import LlavaConfigFields, LlavaLlamaConfig, LlavaMistralConfig
+from llava.model.towers.files import CLIP_PREFIX, in_unused_layer
+from llava.model.weights.assemble import Source
+from llava.model.weights.files import WeightFiles
+from llava.records import read_json
+
+_RENAMED = (
+    (r"(?:model\.)?language_model\.(?:model\.)?(embed_tokens|layers|norm)\.(.+)", r"model.\1.\2"),
+    (r"(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
+    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", CLIP_PREFIX + r"\1"),
+)
+_PROJECTOR = r"(?:model\.)?multi_modal_projector\.linear_([12])\.(weight|bias)"
+
+_CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
+_SELECT_FEATURE = {"default": "patch", "full": "cls_patch"}
+
+
+def is_hf_config(config: dict[str, Any]) -> bool:
+    """Whether a config.json is transformers' own LLaVA: the fields tell, `model_type` has two meanings."""
+    return "text_config" in config and "vision_config" in config
+
+
+def native_name(hf_name: str, linear: bool = False) -> str | None:
+    """LLaVA's name of a tensor, None for one that it has none for (the second layer of a `linear` projector)."""
+    for pattern, replacement in _RENAMED:
+        if re.fullmatch(pattern, hf_name):
+            return re.sub(pattern, replacement, hf_name)
+    match = re.fullmatch(_PROJECTOR, hf_name)
+    if not match:
+        return None
+    layer, leaf = match.groups()
+    if linear:
+        return f"model.mm_projector.{leaf}" if layer == "1" else None
+    return f"model.mm_projector.{0 if layer == '1' else 2}.{leaf}"
+
+
+def native_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
+    """The configuration of an HF folder as ours.
+
+    Raises:
+        LlavaError: a language model or a selection of layers that LLaVA's layout doesn't know.
+    """
+    hf = read_json(folder / "config.json")
+    text = dict(hf["text_config"])
+    config_class = _CONFIG_CLASSES.get(text.get("model_type", "llama"))
+    if config_class is None:
+        raise LlavaError(
+            f"{folder}: language models of type {text['model_type']!r} aren't supported; "
+            f"use {' or '.join(_CONFIG_CLASSES)}"
+        )
+    layer = hf.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise LlavaError(f"{folder}: vision_feature_layer {layer} selects several layers; only one is supported")
+    for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+        text.pop(name, None)
+    if text.get("dtype") is None and text.get("torch_dtype") is None:
+        text["dtype"] = hf.get("dtype") or hf.get("torch_dtype")
+    linear = hf.get("projector_hidden_act", "gelu") == "linear"
+    ours = {
+        "mm_projector_type": "linear" if linear else "mlp2x_gelu",
+        "mm_vision_select_layer": layer,
+        "mm_vision_select_feature": _SELECT_FEATURE[hf.get("vision_feature_select_strategy", "default")],
+        "image_aspect_ratio": _aspect_ratio(folder),
+        "tie_word_embeddings": hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+    }
+    # An export of ours keeps the fields that HF has no place for.
+    kept = {field.name: hf[field.name] for field in fields(LlavaConfigFields) if field.name in hf}
+    config = config_class.from_dict(text | ours | kept)
+    config.mm_vision_config = dict(hf["vision_config"])
+    return config
+
+
+def hf_source(weights: WeightFiles, model) -> Source:
+    """The weights of an HF folder under the names that `model` has for them.
+
+    Raises:
+        LlavaError: a projector without activation whose second layer isn't the identity.
+    """
+    linear = model.config.mm_projector_type == "linear"
+    names, unused_layers, unused = {}, {}, set()
+    for hf_name in weights:
+        name = native_name(hf_name, linear)
+        if name is None:
+            if linear and re.fullmatch(_PROJECTOR, hf_name):
+                check_identity(weights, hf_name)
+                unused.add(hf_name)
+        elif in_unused_layer(name, model):
+            unused_layers[name] = hf_name
+        else:
+            names[name] = hf_name
+    return Source("checkpoint", weights, names, unused_layers, frozenset(unused))
+
+
+def check_identity(weights: WeightFiles, hf_name: str) -> None:
+    """Fail unless a tensor of the second layer of a projector without activation does nothing."""
+    tensor = weights.read(hf_name)
+    expected = torch.eye(len(tensor)) if tensor.ndim == 2 else torch.zeros(len(tensor))
+    if tensor.shape != expected.shape or not torch.equal(tensor.float(), expected):
+        raise LlavaError(
+            f"{weights.file_of(hf_name)}: {hf_name} isn't the identity, but projector_hidden_act is linear; "
+            f"two linear layers in a row have no counterpart in LLaVA's layout"
+        )
+
+
+def _aspect_ratio(folder: Path) -> str | None:
+    """`pad` where the image processor pads to a square before it resizes, as LLaVA-1.5's does."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        path = folder / "processor_config.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    return "pad" if content.get("image_processor", content).get("do_pad") else None

@@ -1,0 +1,287 @@
+"""The layouts that checkpoints come in: which one a folder holds, and where each of the model's weights lies.
+
+Decided from what the files hold, never from a folder's name. Each `_open_*` function answers for one layout
+with `Parts`: the configuration and the sources that fill a model built from it.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llava.errors import LlavaError
+from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
+from llava.model.checkpoint.config import infer_template, read_config
+from llava.model.checkpoint.hf_layout import hf_source, is_hf_config, native_config
+from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
+from llava.model.towers.files import (
+    TOWER_PREFIX,
+    in_unused_layer,
+    known_vision_config,
+    read_vision_config,
+    tower_source,
+)
+from llava.model.weights.assemble import Source
+from llava.model.weights.files import WeightFiles, find_weight_files, is_harmless
+from llava.model.weights.locate import locate_model
+from llava.records import read_json
+
+log = logging.getLogger(__name__)
+
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+
+_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+_DELTA_NORM = 0.1
+"""A final norm's weights lie around one or above; the difference of two of them is far below this."""
+
+
+@dataclass
+class Parts:
+    """What a checkpoint consists of: `sources(model)` fills a model of `config`, later ones going first.
+
+    `folders` are where tokenizer and image processor are looked for, in this order. `weights` are the
+    language model's, `quantized` what of them is stored in 8 or 4 bits.
+    """
+
+    config: LlavaLlamaConfig | LlavaMistralConfig
+    weights: WeightFiles
+    sources: Callable[[PreTrainedModel], list[Source]]
+    folders: list[Path]
+    tower_folder: Path | None = None
+    quantized: bool = field(init=False)
+
+    def __post_init__(self):
+        self.quantized = is_quantized(self.weights)
+
+
+def open_checkpoint(folder: Path, base_folder: Path | None = None, vision_tower: str | Path | None = None) -> Parts:
+    """The parts of the checkpoint in `folder`, over `base_folder` where it isn't a whole model.
+
+    Raises:
+        LlavaError: an adapter or projector without its base, a delta, a folder without weights; the message
+            has the command that helps.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _open_adapter(folder, base_folder, vision_tower)
+    if not find_weight_files(folder):
+        return _open_projector(folder, base_folder, vision_tower)
+    if base_folder is not None:
+        log.warning("%s is a whole model; the base %s is not used", folder, base_folder)
+    if is_hf_config(read_json(folder / "config.json")):
+        return _open_hf(folder)
+    return _open_native(folder, vision_tower)
+
+
+def is_delta(weights: WeightFiles) -> bool:
+    """Whether these are differences to a base: the final norm is near zero, stored rotary tables are zero."""
+    tables = [name for name in weights if name.endswith("rotary_emb.inv_freq")]
+    if tables and not weights.read(tables[0]).any():
+        return True
+    norm = "model.norm.weight"
+    return norm in weights and weights.read(norm).float().abs().mean().item() < _DELTA_NORM
+
+
+def is_quantized(weights: WeightFiles) -> bool:
+    """Whether weights are stored in 8 or 4 bits: bitsandbytes' quantization state lies beside them."""
+    return any(name.endswith((".SCB", ".absmax")) for name in weights)
+
+
+def projector_file(folder: Path) -> Path | None:
+    """The file of a trained projector in a folder."""
+    return next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
+
+
+def native_source(weights: WeightFiles, model: PreTrainedModel, what: str = "checkpoint") -> Source:
+    """The weights of a native folder; prefixes that peft or LLaVA's LoRA training left are dropped."""
+    names, unused_layers = {}, {}
+    for file_name in weights:
+        name = native_name(file_name)
+        if in_unused_layer(name, model):
+            unused_layers[name] = file_name
+        elif not is_harmless(name):
+            names[name] = file_name
+    return Source(what, weights, names, unused_layers)
+
+
+def _open_native(folder: Path, vision_tower) -> Parts:
+    config = read_config(folder)
+    weights = WeightFiles.of_folder(folder)
+    if is_delta(weights):
+        raise LlavaError(
+            f"{folder} holds delta weights, not a model; add them to their base first: python -m "
+            f"llava.model.apply_delta --base BASE_MODEL --delta {folder} --target OUTPUT_FOLDER"
+        )
+    if not config.mm_vision_tower and not config.mm_vision_config:
+        raise LlavaError(
+            f"{folder}: a language model without a vision tower (config.json has no mm_vision_tower); give the "
+            f"LLaVA folder as model_path, and this one as model_base if that needs it"
+        )
+    tower_folder = _find_tower(config, folder, vision_tower, weights)
+
+    def sources(model: PreTrainedModel) -> list[Source]:
+        tower = [] if _has_tower(weights) else [tower_source(tower_folder, model)]
+        return [*tower, native_source(weights, model)]
+
+    return Parts(config, weights, sources, [folder], tower_folder)
+
+
+def _open_hf(folder: Path) -> Parts:
+    config = native_config(folder)
+    if config.conversation_template is None:
+        config.conversation_template = infer_template(config, folder)
+        log.info("%s names no conversation_template; %s, by its layout", folder, config.conversation_template)
+    weights = WeightFiles.of_folder(folder)
+    return Parts(config, weights, lambda model: [hf_source(weights, model)], [folder])
+
+
+def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts:
+    adapter = LoraAdapter(folder)
+    if base_folder is None:
+        base = adapter.base_name or "BASE_MODEL"
+        raise LlavaError(
+            f"{folder} is a LoRA adapter, not a whole model; add --model-base {base}, or merge it once: python -m "
+            f"llava.model.merge_lora --model-path {folder} --model-base {base} --save-model-path OUTPUT_FOLDER"
+        )
+    own_config = (folder / "config.json").is_file()
+    config = read_config(folder if own_config else base_folder)
+    weights = WeightFiles.of_folder(base_folder)
+    if is_quantized(weights):
+        raise LlavaError(
+            f"{base_folder}: an adapter can't be added to weights that are stored in 8 or 4 bits; give the base in "
+            f"full precision, and load_8bit or load_4bit to quantize the sum"
+        )
+    extra_path = non_lora_file(folder)
+    extra = WeightFiles([extra_path] if extra_path else [])
+    tower_folder = _find_tower(config, folder, vision_tower, weights, extra)
+
+    def sources(model: PreTrainedModel) -> list[Source]:
+        changed = [native_source(weights, model, "base model")]
+        changed.append(native_source(extra, model, "adapter's other weights"))
+        if not (_has_tower(weights) or _has_tower(extra)):
+            changed.insert(0, tower_source(tower_folder, model))
+        for source in changed:
+            source.convert = adapter.merged
+        _check_reach(adapter, changed, base_folder)
+        replaced = Source("adapter", adapter.weights, adapter.overrides, unused=_pair_names(adapter))
+        return [*changed, replaced]
+
+    return Parts(config, weights, sources, [folder, base_folder], tower_folder)
+
+
+def _open_projector(folder: Path, base_folder: Path | None, vision_tower) -> Parts:
+    path = projector_file(folder)
+    if path is None:
+        raise LlavaError(
+            f"{folder}: no weights found (looked for model.safetensors and pytorch_model.bin with or without "
+            f"index, {ADAPTER_CONFIG}, {' and '.join(PROJECTOR_FILES)})"
+        )
+    if base_folder is None:
+        raise LlavaError(
+            f"{folder} holds a projector only ({path.name}), not a whole model; add --model-base LANGUAGE_MODEL, "
+            f"the model that it was trained with"
+        )
+    config = read_config(folder)
+    weights = WeightFiles.of_folder(base_folder)
+    projector = WeightFiles([path])
+    tower_folder = _find_tower(config, folder, vision_tower, weights)
+
+    def sources(model: PreTrainedModel) -> list[Source]:
+        tower = [] if _has_tower(weights) else [tower_source(tower_folder, model)]
+        base = native_source(weights, model, "base model")
+        own = projector_source(projector, model)
+        _grow_embeddings(base, own, model)
+        return [*tower, base, own]
+
+    return Parts(config, weights, sources, [folder, base_folder], tower_folder)
+
+
+def projector_source(weights: WeightFiles, model: PreTrainedModel) -> Source:
+    """A projector file's tensors: `…mm_projector.*` under any prefix, and trained rows of the embedding."""
+    names = {}
+    for file_name in weights:
+        match = re.fullmatch(r"(?:.*\.)?(mm_projector\.|embed_tokens\.)(.+)", file_name)
+        name = f"model.{match[1]}{match[2]}" if match else file_name
+        names[name] = file_name
+    return Source("projector", weights, names)
+
+
+def _grow_embeddings(base: Source, own: Source, model: PreTrainedModel) -> None:
+    """New image tokens over a plain language model: trained rows from the projector file, else the mean.
+
+    LLaVA's stage 1 saves the embedding's new rows and leaves those of the head as it made them: the mean.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    for name in _EMBEDDINGS:
+        if name not in base.names:
+            continue
+        shape = base.weights.shape(base.names[name])
+        trained = own.names.get(name)
+        if trained and own.weights.shape(trained)[0] == rows:
+            continue
+        if shape[0] >= rows:
+            continue
+        new = own.weights.read(trained) if trained else None
+        if new is not None:
+            if new.shape[0] != rows - shape[0]:
+                continue  # reported as a shape that doesn't fit
+            del own.names[name]
+            own.unused |= {trained}
+        else:
+            log.warning(
+                "%s: %d new rows of %s start as the mean of the others",
+                base.weights.file_of(base.names[name]),
+                rows - shape[0],
+                name,
+            )
+        base.shapes[name] = (rows, *shape[1:])
+        base.convert = _appending(base.convert, name, new, rows)
+
+
+def _appending(before, name: str, new: torch.Tensor | None, rows: int):
+    def convert(this: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor if before is None else before(this, tensor)
+        if this != name:
+            return tensor
+        added = new
+        if added is None:
+            added = tensor.float().mean(dim=0, keepdim=True).expand(rows - tensor.shape[0], -1)
+        return torch.cat([tensor, added.to(tensor.dtype)])
+
+    return convert
+
+
+def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path) -> None:
+    lost = sorted(adapter.adds_to.difference(*(source.names for source in sources)))
+    if lost:
+        raise LlavaError(
+            f"{adapter.weights.files[0]}: the adapter changes {lost[0]} (one of {len(lost)}), which the base "
+            f"{base_folder} doesn't have; it was trained on {adapter.base_name}"
+        )
+
+
+def _pair_names(adapter: LoraAdapter) -> frozenset[str]:
+    return frozenset(set(adapter.weights) - set(adapter.overrides.values()))
+
+
+def _has_tower(weights: WeightFiles) -> bool:
+    return any(native_name(name).startswith(TOWER_PREFIX) for name in weights)
+
+
+def _find_tower(config: Any, folder: Path, override, *holders: WeightFiles) -> Path | None:
+    """The tower's own folder, None if it isn't needed; fills `config.mm_vision_config` from it."""
+    inside = any(_has_tower(weights) for weights in holders)
+    if inside:
+        config.mm_vision_config = config.mm_vision_config or known_vision_config(config.mm_vision_tower)
+        if config.mm_vision_config:
+            return None
+    name = override or config.mm_vision_tower
+    if not name:
+        raise LlavaError(f"{folder / 'config.json'}: has no mm_vision_tower; is this a LLaVA checkpoint?")
+    tower_folder = locate_model(name, "vision tower", beside=folder)
+    config.mm_vision_config = read_vision_config(tower_folder)
+    return tower_folder

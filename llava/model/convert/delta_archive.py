@@ -1,0 +1,109 @@
+"""A delta given as a `.zip`: only the wanted regular files come out, under their own names, into one folder."""
+
+import lzma
+import shutil
+import zipfile
+import zlib
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llava.errors import LlavaError
+from llava.model.convert.other_files import SIDE_FILES, WEIGHT_FILES
+from llava.records import atomic_path
+
+_DIRECTORY_BITS = 0o170000
+_REGULAR = 0o100000
+
+
+class DeltaArchive:
+    """The files of the one model folder in a zip.
+
+    Members that are links, lie outside that folder or have other names than a model's files are left where they
+    are: no name from the archive is ever used as a path.
+
+    Raises:
+        LlavaError: no zip, no config.json in it, or two model folders.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.folder: Path | None = None
+        if not path.is_file():
+            raise LlavaError(f"delta not found: {path}")
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise LlavaError(f"{path}: not a whole zip file ({error}); fetch it again") from error
+        configs = [info for info in self._zip.infolist() if PurePosixPath(info.filename).name == "config.json"]
+        if len(configs) != 1:
+            raise LlavaError(
+                f"{path}: expected one model folder, but the zip has {len(configs)} files named config.json"
+            )
+        inside = PurePosixPath(configs[0].filename).parent
+        self.members = {
+            PurePosixPath(info.filename).name: info
+            for info in self._zip.infolist()
+            if PurePosixPath(info.filename).parent == inside and _is_wanted(info)
+        }
+
+    def __enter__(self) -> "DeltaArchive":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._zip.close()
+
+    def config(self) -> dict[str, Any]:
+        import json
+
+        try:
+            return json.loads(self._zip.read(self.members["config.json"]))
+        except (ValueError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+            raise LlavaError(f"{self.path}: config.json in it can't be read ({error})") from error
+
+    def unpacked_bytes(self) -> int:
+        return sum(info.file_size for info in self.members.values())
+
+    def unpack(self, folder: Path) -> Path:
+        """Write the wanted files to `folder`, those of an earlier attempt apart; the zip's checksums are compared."""
+        folder.mkdir(exist_ok=True)
+        for name, info in self.members.items():
+            target = folder / name
+            if target.is_file() and target.stat().st_size == info.file_size:
+                continue
+            try:
+                with self._zip.open(info) as source, atomic_path(target) as temporary, temporary.open("wb") as file:
+                    # Never more than the directory of the zip says: check_space has counted on it.
+                    _copy(source, file, info.file_size)
+            except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, NotImplementedError) as error:
+                raise LlavaError(
+                    f"{self.path}: {info.filename} in it is damaged ({error}); fetch the file again"
+                ) from error
+        self.folder = folder
+        return folder
+
+    def remove(self) -> None:
+        """Remove what `unpack` wrote."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
+
+
+def _is_wanted(info: zipfile.ZipInfo) -> bool:
+    name = PurePosixPath(info.filename).name
+    kind = (info.external_attr >> 16) & _DIRECTORY_BITS
+    if info.is_dir() or kind not in {0, _REGULAR} or "\\" in name or name.startswith("."):
+        return False
+    return any(fnmatch(name, pattern) for pattern in SIDE_FILES + WEIGHT_FILES)
+
+
+def _copy(source, file, size: int) -> None:
+    left = size
+    while left > 0:
+        data = source.read(min(1 << 20, left))
+        if not data:
+            raise EOFError(f"{left} bytes are missing")
+        file.write(data)
+        left -= len(data)
+    # The zip's checksum is compared when its end is read.
+    if source.read(1):
+        raise ValueError("it is longer than the zip says")

@@ -1,0 +1,144 @@
+"""From transformers' `LlavaForConditionalGeneration` back to LLaVA's own layout, every tensor exact."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llava.errors import LlavaError
+from llava.images import ImageProcessor
+from llava.model.checkpoint.config import infer_template
+from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
+from llava.model.convert.hf_writer import EXPORT_NOTE
+from llava.model.convert.model_card import write_model_card
+from llava.model.tokenizer import load_tokenizer, save_tokenizer
+from llava.model.weights.files import WeightFiles, is_harmless
+from llava.model.weights.locate import locate_model
+from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, fill_from, planned_copy, write_shards
+from llava.model.weights.staging import check_space, check_target, stage
+from llava.records import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+_CLASSES = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
+_CLIP_LARGE = {(1024, 224): "openai/clip-vit-large-patch14", (1024, 336): "openai/clip-vit-large-patch14-336"}
+
+
+def import_hf(
+    model_path: str | Path, output: str | Path, *, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Path:
+    """Write a `LlavaForConditionalGeneration` folder or hub id in LLaVA's layout, without the added vocabulary.
+
+    Raises:
+        LlavaError: another layout, a tensor without a counterpart, an embedding that is too small.
+    """
+    output = check_target(output, overwrite)
+    source = locate_model(model_path)
+    content = read_json(source / "config.json")
+    if not is_hf_config(content):
+        raise LlavaError(
+            f"{source}: config.json has no text_config and vision_config, so this isn't transformers' LLaVA layout; "
+            f"a native checkpoint needs no import"
+        )
+    config = native_config(source)
+    note = content.get(EXPORT_NOTE) or {}
+    rows = note.get("vocab_size") or content.get("image_token_index") or content.get("image_token_id")
+    if not rows:
+        raise LlavaError(f"{source / 'config.json'}: has no image_token_index, so the vocabulary's size is unknown")
+    weights = WeightFiles.of_folder(source)
+    tensors = _plan(weights, rows, config.mm_projector_type == "linear")
+    check_space(output, sum(tensor.nbytes for tensor in tensors))
+    tokenizer = _without_added(load_tokenizer(source), note, rows)
+    config.vocab_size = rows
+    config.architectures = [_CLASSES[config.model_type]]
+    config.pad_token_id = tokenizer.pad_token_id
+    if config.conversation_template is None:
+        config.conversation_template = infer_template(config, source)
+    if config.mm_vision_tower is None:
+        vision = config.mm_vision_config
+        config.mm_vision_tower = _CLIP_LARGE.get((vision.get("hidden_size"), vision.get("image_size")))
+        # The folder holds the tower: LLaVA's own code reads it only if it was trained.
+        config.unfreeze_mm_vision_tower = True
+    with stage(output, overwrite) as folder:
+        write_shards(folder, tensors, weights.files, max_shard_bytes=max_shard_bytes)
+        config.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+        ImageProcessor.from_config(_image_settings(source)).save_pretrained(folder)
+        if (source / "generation_config.json").is_file():
+            settings = read_json(source / "generation_config.json")
+            write_json(folder / "generation_config.json", settings | {"pad_token_id": tokenizer.pad_token_id})
+        write_model_card(folder, "A checkpoint in LLaVA's own layout.", source=str(model_path))
+    return output
+
+
+def _plan(weights: WeightFiles, rows: int, linear: bool) -> list[Planned]:
+    planned = []
+    for hf_name in weights:
+        name = native_name(hf_name, linear)
+        if is_harmless(name or hf_name):
+            continue
+        if name is None:
+            if not (linear and re.search(r"multi_modal_projector\.linear_2\.", hf_name)):
+                raise LlavaError(f"{weights.file_of(hf_name)}: {hf_name} has no counterpart in LLaVA's layout")
+            check_identity(weights, hf_name)
+        elif name in _EMBEDDINGS:
+            shape = weights.shape(hf_name)
+            if shape[0] < rows:
+                raise LlavaError(
+                    f"{weights.file_of(hf_name)}: {hf_name} has {shape[0]} rows, fewer than the {rows} used"
+                )
+            planned.append(Planned(name, (rows, *shape[1:]), weights.dtype(hf_name), _Cut(weights, hf_name, rows)))
+        else:
+            planned.append(planned_copy(weights, hf_name, name))
+    return planned
+
+
+class _Cut:
+    """The first rows of a tensor."""
+
+    def __init__(self, weights: WeightFiles, name: str, rows: int):
+        self.weights, self.name, self.rows = weights, name, rows
+
+    def __call__(self) -> Fill:
+        return fill_from(self.weights.read(self.name)[: self.rows])
+
+
+def _without_added(tokenizer: PreTrainedTokenizerBase, note: dict[str, Any], rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer without <image> and <pad>: in LLaVA's layout neither is a token."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    drop = set(note.get("added_tokens", ()))
+    kept = [token for token in backend["added_tokens"] if token["content"] not in drop and (note or token["id"] < rows)]
+    if len(kept) == len(backend["added_tokens"]):
+        return tokenizer
+    gone = {token["content"] for token in backend["added_tokens"]} - {token["content"] for token in kept}
+    backend["added_tokens"] = kept
+    names = {
+        role: token
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if (token := getattr(tokenizer, role)) is not None and token not in gone
+    }
+    if note.get("pad_token"):
+        names["pad_token"] = note["pad_token"]
+    names.setdefault("pad_token", names.get("unk_token") or names.get("eos_token"))
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        model_max_length=tokenizer.model_max_length,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
+    result.name_or_path = tokenizer.name_or_path
+    return result
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            return content.get("image_processor", content)
+    raise LlavaError(f"{folder}: no preprocessor_config.json or processor_config.json; copy it from the model's source")

@@ -1,0 +1,228 @@
+"""Filling a model built on the meta device from files, every key accounted for.
+
+A `Source` says which tensors of some files become which weights of the model. `fill_model` checks the whole
+match first (missing, left over, misshapen) and only then reads, tensor by tensor, into place.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from llava.errors import LlavaError
+from llava.model.weights.files import WeightFiles, is_harmless
+from llava.model.weights.quantized import quantized_parameter
+
+log = logging.getLogger(__name__)
+
+_READERS = 4
+"""Threads that read: one doesn't saturate a disk, nor the memory behind the page cache."""
+
+
+@dataclass
+class Source:
+    """Tensors of `weights`, by the model's name for them.
+
+    `unused_layers` are the tower's tensors after the selected layer, which the model has no place for, by the names
+    that they have in a checkpoint; `unused` are names in the files of what is never needed (the text half of a
+    CLIP). Anything else that is neither in `names` nor harmless is an error.
+    """
+
+    what: str
+    weights: WeightFiles
+    names: dict[str, str]
+    unused_layers: dict[str, str] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
+    convert: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape that weight `name` of the model gets from here."""
+        return self.shapes.get(name) or self.weights.shape(self.names[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor for weight `name`, perhaps memory mapped."""
+        tensor = self.weights.read(self.names[name])
+        return tensor if self.convert is None else self.convert(name, tensor)
+
+    def copy(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The tensor for weight `name` in memory of its own: a memory-mapped weight would follow the file."""
+        file_name = self.names[name]
+        stored = self.weights.dtype(file_name)
+        target = dtype if stored.is_floating_point else stored
+        if self.convert is None and device.type == "cpu" and target == stored:
+            return self.weights.copy(file_name)
+        return self.read(name).to(device=device, dtype=target, copy=True)
+
+
+def build_empty(model_class: type[PreTrainedModel], config, attn_implementation: str | None = None):
+    """A model whose parameters have shapes but no memory; buffers are real."""
+    if attn_implementation:
+        config._attn_implementation = attn_implementation
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = model_class(config)
+    model.eval()
+    return model
+
+
+def fill_model(
+    model: PreTrainedModel,
+    sources: Iterable[Source],
+    dtype: torch.dtype,
+    device: torch.device | Callable[[str], torch.device],
+    fresh: Callable[[str], bool] = lambda name: False,
+    quantization_state: Mapping[str, list[str]] | None = None,
+) -> None:
+    """Give each parameter of `model` its tensor, in `dtype` on its device; a later source goes before an earlier.
+
+    `fresh(name)` says which may be missing from all files: they get torch's own initialisation, done here.
+    `quantization_state` is None for a model that isn't quantized; else it names what the files hold beside each weight
+    that is stored quantized.
+
+    Raises:
+        LlavaError: a missing, extra or misshapen tensor: its name, the files, the likely cause.
+    """
+    sources = list(sources)
+    chosen = match_sources(model, sources, fresh, quantization_state)
+    where = device if callable(device) else lambda name: device
+    plain = {
+        name: source
+        for name, source in chosen.items()
+        if quantization_state is None or not _set_quantized(model, name, source, quantization_state, where(name))
+    }
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        tensors = pool.map(lambda name: plain[name].copy(name, dtype, where(name)), plain)
+        for name, tensor in zip(plain, tensors, strict=True):
+            _set_weight(model, name, tensor)
+    for source in sources:
+        model.get_vision_tower().remember_unused_layers(source.unused_layers, source.weights)
+    model.tie_weights()
+    _initialise(model, dtype, where)
+
+
+def _set_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put `tensor` in the place of parameter or buffer `name`."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters.get(leaf)
+    if old is not None:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _set_quantized(model, name: str, source: Source, quantization_state, device: torch.device) -> bool:
+    """Put a quantized parameter in the place of weight `name`; False if its module isn't quantized."""
+    stored = {key: source.weights.read(key) for key in quantization_state.get(name, ())}
+    parameter = quantized_parameter(model, name, source.read(name), stored or None, device)
+    if parameter is None:
+        return False
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._parameters[leaf] = parameter
+    return True
+
+
+def match_sources(
+    model: PreTrainedModel,
+    sources: Iterable[Source],
+    fresh: Callable[[str], bool] = lambda name: False,
+    quantization_state: Mapping[str, list[str]] | None = None,
+) -> dict[str, Source]:
+    """Which source gives each weight, or the error that says what doesn't fit."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    quantization_state = quantization_state or {}
+    beside = {key for keys in quantization_state.values() for key in keys}
+    chosen: dict[str, Source] = {}
+    for source in sources:
+        used = {file_name for name, file_name in source.names.items() if name in wanted}
+        expected = used | source.unused | set(source.unused_layers.values()) | beside
+        extra = [file_name for file_name in source.weights if file_name not in expected and not is_harmless(file_name)]
+        if extra:
+            raise LlavaError(_describe_extra(source, extra, model))
+        chosen.update((name, source) for name, file_name in source.names.items() if file_name in used)
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    missing = [name for name in wanted if name not in chosen and name not in tied and not fresh(name)]
+    if missing:
+        raise LlavaError(_describe_missing(sources, missing))
+    for name, source in chosen.items():
+        # A 4-bit weight is packed; bitsandbytes knows its shape.
+        if source.shape(name) != wanted[name] and name not in quantization_state:
+            raise LlavaError(_describe_shape(source, name, wanted[name]))
+    return chosen
+
+
+def _initialise(model, dtype, where) -> None:
+    """Torch's own initialisation for what no file had (a new projector)."""
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if any(parameter.is_meta for parameter in own.values()):
+            module.to_empty(device="cpu", recurse=False)
+            module.to(torch.float32)
+            module.reset_parameters()
+            module.to(device=where(f"{path}.weight"), dtype=dtype)
+
+
+def _describe_extra(source: Source, extra: list[str], model) -> str:
+    name = extra[0]
+    cause = "the config.json beside it describes another model"
+    if "lora_" in name:
+        cause = "this is a LoRA adapter; give its folder as model_path and the base model as model_base"
+    elif "mm_projector" in name:
+        cause = f"the projector has another form than mm_projector_type {model.config.mm_projector_type!r} says"
+    elif "vision_tower" in name or "vision_model" in name:
+        cause = "the tower is not the one that the config describes (mm_vision_tower)"
+    elif re.search(r"layers\.\d+\.", name):
+        cause = "the model in the file has more layers than its config.json says"
+    return (
+        f"{source.weights.file_of(name)}: unexpected tensor {name}{_others(extra)} in the {source.what}; likely {cause}"
+    )
+
+
+def _describe_shape(source: Source, name: str, wanted: tuple[int, ...]) -> str:
+    found = source.shape(name)
+    cause = "the config.json beside it describes another model"
+    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        cause = (
+            "tokens were added to the vocabulary after one of the two was made (32000 rows: a plain language "
+            "model or a delta's base; 32003: with the image tokens); take config.json and weights of one folder"
+        )
+    elif "mm_projector" in name:
+        cause = "the projector was trained for another tower or language model"
+    elif "vision_tower" in name:
+        cause = "the tower's folder holds another size of CLIP than the one the model was trained with"
+    file_name = source.names[name]
+    return (
+        f"{source.weights.file_of(file_name)}: {file_name} has shape {list(found)}, "
+        f"but the model needs {list(wanted)}; likely {cause}"
+    )
+
+
+def _describe_missing(sources: list[Source], missing: list[str]) -> str:
+    name = missing[0]
+    part, cause = "", "the checkpoint is incomplete, or its config.json describes another model"
+    if "vision_tower" in name:
+        part, cause = "vision tower", "the tower's folder doesn't hold a whole CLIP vision model"
+    elif "mm_projector" in name:
+        part, cause = (
+            "projector",
+            (
+                "this is a language model without a projector; train one (stage 1), or give the folder with "
+                "mm_projector.bin as model_path and this one as model_base"
+            ),
+        )
+    looked = [source for source in sources if source.what == part] or sources
+    files = [str(path) for source in looked for path in source.weights.files]
+    listed = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    return f"missing tensor {name}{_others(missing)}; looked in {listed}; likely {cause}"
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

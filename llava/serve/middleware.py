@@ -1,0 +1,186 @@
+"""What stands before every server's routes: request ids, the secret or key, caps on size, errors in one form.
+
+Plain ASGI, so that a body is counted while it arrives, before anything parses it.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from llava.errors import require
+from llava.serve.protocol import ERRORS, KEEP_ALIVE_SECONDS, ErrorType, ServeError
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 << 20
+MAX_HEADERS = 100
+LIVENESS = "/health"  # the one path that needs no key
+REQUEST_ID_HEADER = "x-request-id"
+
+
+class RequestMiddleware:
+    """ASGI middleware.
+
+    Args:
+        app: the application behind it.
+        authorize: from the request's headers (lower-case names) to None, or a ServeError to answer with.
+        max_body: bytes of a body; more is refused while it arrives.
+    """
+
+    def __init__(
+        self,
+        app,
+        authorize: Callable[[dict[str, str]], ServeError | None],
+        max_body: int = MAX_BODY_BYTES,
+    ):
+        self.app = app
+        self.authorize = authorize
+        self.max_body = max_body
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request_id = "req-" + secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message):
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id.encode())]
+            await send(message)
+
+        received, is_whole = 0, False
+
+        async def counted_receive():
+            nonlocal received, is_whole
+            message = await receive()
+            if message["type"] == "http.disconnect" and not is_whole:
+                raise ServeError(ErrorType.CANCELLED)  # left while it was sending: no fault of anyone here
+            received += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
+            if received > self.max_body:
+                raise ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
+            return message
+
+        try:
+            self._check(scope)
+            await self.app(scope, counted_receive, send_with_id)
+        except ServeError as error:
+            if not started:
+                await _send_error(send_with_id, error, request_id)
+        except Exception:
+            # The last place before the client: the log gets the details, the client a request id. A response that
+            # has begun is left incomplete, which closes the connection.
+            logger.exception("%s %s failed", request_id, scope["path"])
+            if not started:
+                await _send_error(send_with_id, ServeError(ErrorType.INTERNAL), request_id)
+
+    def _check(self, scope) -> None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if len(scope["headers"]) > MAX_HEADERS:
+            raise ServeError(ErrorType.TOO_LARGE, "Too many headers.")
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self.max_body:
+            raise ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
+        if scope["path"] != LIVENESS:
+            error = self.authorize(headers)
+            if error is not None:
+                raise error
+
+
+async def unless_gone(receive, work):
+    """The result of `work`, which is given up once the client has gone.
+
+    Raises:
+        ServeError: CANCELLED, the client has gone; and what `work` raises.
+    """
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_wait_until_gone(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ServeError(ErrorType.CANCELLED)
+        return task.result()
+    finally:
+        leaving.cancel()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ServeError):
+            await task
+
+
+async def _wait_until_gone(receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def run_server(app, host: str, port: int, **more: Any) -> None:
+    """Serve an ASGI application until a signal ends it. Nothing is logged of who asks; `more` goes to uvicorn."""
+    require("uvicorn", "serve").run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        **more,
+    )
+
+
+def answer_errors(app) -> None:
+    """Make a FastAPI application answer a ServeError (and a body that doesn't fit) in the one form of errors."""
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+
+    async def on_serve_error(request, error: ServeError):
+        retry = {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
+        return JSONResponse(error_body(error, request.state.request_id), error.status, retry)
+
+    async def on_bad_body(request, error: RequestValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return await on_serve_error(request, ServeError(ErrorType.BAD_REQUEST, f"{where}: {first['msg']}"))
+
+    app.add_exception_handler(ServeError, on_serve_error)
+    app.add_exception_handler(RequestValidationError, on_bad_body)
+
+
+def secret_check(secret: str | None) -> Callable[[dict[str, str]], ServeError | None]:
+    """`authorize` for controller and worker: the shared secret, compared in constant time."""
+    from llava.serve.secret import HEADER
+
+    def authorize(headers: dict[str, str]) -> ServeError | None:
+        given = headers.get(HEADER, "")
+        if secret is None or secrets.compare_digest(given.encode(), secret.encode()):
+            return None
+        return ServeError(ErrorType.UNAUTHORIZED, "The shared secret is missing or wrong.")
+
+    return authorize
+
+
+def error_body(error: ServeError, request_id: str) -> dict:
+    """The JSON of an error, in the form that OpenAI's clients read."""
+    kind = ERRORS[error.error_type]
+    return {
+        "error": {
+            "message": str(error),
+            "type": error.error_type.value,
+            "code": error.error_type.value,
+            "error_code": kind.code,
+            "request_id": request_id,
+        }
+    }
+
+
+async def _send_error(send, error: ServeError, request_id: str) -> None:
+    body = json.dumps(error_body(error, request_id), ensure_ascii=False).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

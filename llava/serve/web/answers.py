@@ -1,0 +1,79 @@
+"""What the web page does when a question is asked: one or two models answer at the same time, in pieces."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.web.chat_state import Chat, Exchange, Reply
+
+logger = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 0.08  # between two states of the page
+
+
+@dataclass(frozen=True)
+class Settings:
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+
+
+async def answer(client, chat: Chat, models: list[str | None], settings: Settings) -> AsyncIterator[None]:
+    """Fill the replies to the chat's last question; yields whenever there is more to show.
+
+    `chat.stopping` ends it; so does closing the iterator. Errors become words in the reply.
+    """
+    exchange = chat.exchanges[-1]
+    chat.stopping = False
+    changed = asyncio.Event()
+    tasks = []
+    for side, model in enumerate(models):
+        exchange.replies[side] = None
+        if model:
+            exchange.replies[side] = Reply(model, request_id="req-" + secrets.token_hex(8))
+            tasks.append(asyncio.create_task(_fill(client, chat, exchange, side, settings, changed)))
+    try:
+        while not all(task.done() for task in tasks) and not chat.stopping:
+            changed.clear()
+            yield
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(changed.wait(), 1.0)
+            await asyncio.sleep(REFRESH_SECONDS)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    yield
+
+
+async def _fill(client, chat: Chat, exchange: Exchange, side: int, settings: Settings, changed: asyncio.Event) -> None:
+    reply = exchange.replies[side]
+    body: dict[str, Any] = {
+        "model": reply.model,
+        "messages": chat.messages(side),
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_new_tokens": settings.max_new_tokens,
+        "request_id": reply.request_id,
+        "return_token_ids": True,
+    }
+    try:
+        async with contextlib.aclosing(client.generate(body)) as chunks:
+            async for chunk in chunks:
+                reply.text = chunk["text"].lstrip()
+                reply.token_ids += chunk.get("token_ids", ())
+                changed.set()
+        reply.is_whole = True
+    except ServeError as error:
+        reply.error = str(error)
+        logger.warning("%s model %s: %s", reply.request_id, reply.model, error.error_type.value)
+    except Exception:
+        reply.error = str(ServeError(ErrorType.INTERNAL))
+        logger.exception("%s failed", reply.request_id)
+    finally:
+        changed.set()

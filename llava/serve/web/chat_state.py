@@ -1,0 +1,128 @@
+"""A conversation of the web page: questions with images, answers of one or two models side by side.
+
+Lives in the server's memory alone. Needs neither torch nor gradio.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava.images import open_uploaded_image
+
+SIDES = 2
+THUMBNAIL = 320  # pixels of the longer side
+
+
+@dataclass(frozen=True)
+class UploadedImage:
+    """`url` is the file as it came, `thumbnail` a small PNG; both data: URLs."""
+
+    url: str
+    thumbnail: str
+    sha256: str
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "UploadedImage":
+        """Raises a LlavaError for what is no image, or is too large."""
+        image = open_uploaded_image(content)
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        digest = hashlib.sha256(content).hexdigest()
+        return cls(_data_url("application/octet-stream", content), _data_url("image/png", buffer.getvalue()), digest)
+
+
+@dataclass
+class Reply:
+    """One model's answer: `error` are words for the user, with `request_id` for whoever runs the server."""
+
+    model: str
+    text: str = ""
+    error: str = ""
+    request_id: str = ""
+    is_whole: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    """What was said so far, where the worker tells."""
+
+
+@dataclass
+class Exchange:
+    text: str
+    images: tuple[UploadedImage, ...] = ()
+    replies: list[Reply | None] = field(default_factory=lambda: [None] * SIDES)
+
+
+@dataclass
+class Chat:
+    """`draft` are the images of the question being written; `stopping` asks a `running` answer to end."""
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    draft: list[UploadedImage] = field(default_factory=list)
+    running: bool = False
+    stopping: bool = False
+
+    def messages(self, side: int) -> list[dict[str, Any]]:
+        """What a worker gets: the questions that this side has answered so far, and the last one."""
+        messages = []
+        for exchange in self.exchanges:
+            reply = exchange.replies[side]
+            is_last = exchange is self.exchanges[-1]
+            if not is_last and not (reply and reply.text):
+                continue
+            images = [{"type": "image_url", "image_url": {"url": image.url}} for image in exchange.images]
+            content = [*images, {"type": "text", "text": exchange.text}]
+            messages.append({"role": "user", "content": content})
+            if not is_last:
+                messages.append({"role": "assistant", "content": reply.text})
+        return messages
+
+    def shown(self, side: int) -> list[dict[str, str]]:
+        """What the page shows on one side, as the chat component takes it."""
+        shown = []
+        for exchange in self.exchanges:
+            reply = exchange.replies[side]
+            if reply is None:
+                continue
+            shown.append({"role": "user", "content": f"{thumbnails(exchange.images)}{_plain(exchange.text)}"})
+            parts = [reply.text or ("" if reply.error or reply.is_whole else "…")]
+            if reply.error:
+                parts.append(f"**{html.escape(reply.error)}** (request {reply.request_id})")
+            shown.append({"role": "assistant", "content": "\n\n".join(part for part in parts if part)})
+        return shown
+
+    def export(self) -> str:
+        """The conversation as JSON; images by their SHA-256, not their content."""
+        turns = [
+            {
+                "question": exchange.text,
+                "images": [f"sha256:{image.sha256}" for image in exchange.images],
+                "answers": [
+                    {"model": reply.model, "text": reply.text, "error": reply.error or None, "whole": reply.is_whole}
+                    for reply in exchange.replies
+                    if reply is not None
+                ],
+            }
+            for exchange in self.exchanges
+        ]
+        return json.dumps({"notice": "Research only, not for clinical use.", "turns": turns}, indent=1)
+
+
+def thumbnails(images: list[UploadedImage] | tuple[UploadedImage, ...]) -> str:
+    """HTML of the images in a row."""
+    shown = "".join(
+        f'<img class="thumb" alt="Image {number}" src="{image.thumbnail}">' for number, image in enumerate(images, 1)
+    )
+    return f'<span class="thumbs">{shown}</span>' if shown else ""
+
+
+def _plain(text: str) -> str:
+    """Text shown as it was typed, not as HTML."""
+    return html.escape(text).replace("\n", "<br>")
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,169 @@
+"""A worker's HTTP side, around anything that answers: text, attention maps and status."""
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+from llava.serve.job import Job, read_attention_map_request, read_job
+from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, secret_check, unless_gone
+from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError, encode_error
+from llava.serve.worker.answering import Backend, answer_chunks
+from llava.serve.worker.heartbeat import Membership
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerApp:
+    """The ASGI application `asgi` and its state: names served, whether it is draining.
+
+    Args:
+        interval: seconds between two chunks of a stream.
+        timeout: seconds for a whole answer.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        model_names: list[str],
+        secret: str | None,
+        *,
+        speed: float = 1.0,
+        interval: float = 0.04,
+        timeout: float = 300.0,
+        max_body: int = MAX_BODY_BYTES,
+    ):
+        self.backend, self.model_names, self.speed = backend, model_names, speed
+        self.interval, self.timeout = interval, timeout
+        self.draining = False
+        self.asgi = RequestMiddleware(self._routes(), secret_check(secret), max_body)
+
+    def status(self) -> dict:
+        stats = self.backend.stats()
+        queue_length = int(stats["queue_length"])
+        return {
+            "model_names": self.model_names,
+            "speed": self.speed,
+            "queue_length": queue_length,
+            "draining": self.draining,
+            "stats": stats,
+        }
+
+    def _routes(self):
+        from starlette.responses import JSONResponse
+        from starlette.routing import Route, Router
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_):
+            yield
+            self.backend.close()
+
+        async def health(_):
+            return JSONResponse({"status": "ok"})
+
+        async def worker_get_status(_):
+            return JSONResponse(self.status())
+
+        async def worker_attention_map(request):
+            job, token_ids = read_attention_map_request(_object(await _json(request)))
+            self._check(job)
+            return JSONResponse(await asyncio.to_thread(self.backend.attention_map, job, token_ids))
+
+        routes = [
+            Route("/health", health),
+            Route("/worker_get_status", worker_get_status, methods=["POST"]),
+            Route("/worker_generate_stream", _Stream(self), methods=["POST"]),
+            Route("/worker_attention_map", worker_attention_map, methods=["POST"]),
+        ]
+        # No more of a framework than this: what it does for a request would cost as much as the model's answer.
+        return Router(routes, lifespan=lifespan)
+
+    def _check(self, job: Job) -> None:
+        if self.draining:
+            raise ServeError(ErrorType.NO_WORKER, "This worker is stopping and takes nothing new.")
+        if job.model and job.model not in self.model_names:
+            words = f"This worker serves {', '.join(self.model_names)}, not {job.model!r}."
+            raise ServeError(ErrorType.NO_WORKER, words)
+
+    async def chunks(self, body, request_id: str):
+        """The answer; every error is the stream's last chunk, as clients of the old protocol expect."""
+        try:
+            job = read_job(_object(body))
+            request_id = job.request_id or request_id
+            self._check(job)
+        except ServeError as error:
+            yield encode_error(error, request_id)
+            return
+        answer = answer_chunks(self.backend, job, request_id, self.interval, self.timeout)
+        try:
+            async with contextlib.aclosing(answer):
+                async for chunk in answer:
+                    yield chunk
+        except Exception:
+            # The last place before the client: the log gets the details, the client a request id.
+            logger.exception("%s failed", request_id)
+            yield encode_error(ServeError(ErrorType.INTERNAL), request_id)
+
+
+class _Stream:
+    """/worker_generate_stream as plain ASGI."""
+
+    def __init__(self, worker: WorkerApp):
+        self.worker = worker
+
+    async def __call__(self, scope, receive, send) -> None:
+        from starlette.requests import Request
+
+        body = await _json(Request(scope, receive))
+        headers = [(b"content-type", b"application/octet-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        with contextlib.suppress(ServeError):
+            await unless_gone(receive, self._send(self.worker.chunks(body, scope["state"]["request_id"]), send))
+
+    async def _send(self, chunks, send) -> None:
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _json(request) -> Any:
+    try:
+        return await request.json()
+    except ValueError as error:
+        raise ServeError(ErrorType.BAD_REQUEST, "The body is not JSON.") from error
+
+
+def _object(body: Any) -> dict:
+    if not isinstance(body, dict):
+        raise ServeError(ErrorType.BAD_REQUEST, "The body is not a JSON object.")
+    return body
+
+
+async def serve(worker: WorkerApp, host: str, port: int, membership: Membership | None, drain_seconds: int) -> None:
+    """Run until SIGTERM or SIGINT; then leave the controller, let running answers finish, and end."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            if membership is not None and not self.should_exit:
+                membership.start()
+
+        async def shutdown(self, sockets=None):
+            worker.draining = True
+            if membership is not None:
+                await membership.leave()
+                await membership.close()
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        worker.asgi,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=drain_seconds,
+    )
+    await Server(config).serve()

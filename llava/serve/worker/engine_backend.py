@@ -1,0 +1,165 @@
+"""The engine behind a worker: requests as jobs in, pieces of text out, exceptions as typed errors."""
+
+import base64
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llava.conversation import get_template
+from llava.errors import LlavaError
+from llava.generation import (
+    Answer,
+    ContextTooLong,
+    Engine,
+    EngineBusy,
+    OutOfMemory,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
+from llava.generation import Piece as EnginePiece
+from llava.generation.image_features import ImageEncoder, RequestImage
+from llava.images import open_uploaded_image, png_data_url
+from llava.serve.job import Job, to_conversation
+from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.worker.answering import Piece
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_TOP_P = 1e-6
+CHECKED_IMAGES = 4096  # how many to remember
+
+
+class EngineBackend:
+    """The engine in a thread of its own; see `llava.serve.worker.answering.Backend`."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.template = get_template(engine.model.config.conversation_template)
+        self.checked = _CheckedImages(engine.encoder)
+        engine.start()
+
+    def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
+        try:
+            return self.engine.submit(self._request(job), _listener(put, job.stream), pieces=job.stream).cancel
+        except (LlavaError, torch.OutOfMemoryError) as error:
+            raise to_serve_error(error) from error
+
+    def attention_map(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
+        try:
+            found = self.engine.attention_map(self._request(job), token_ids)
+        except (LlavaError, torch.OutOfMemoryError) as error:
+            raise to_serve_error(error) from error
+        views = [
+            {
+                "number": view.number,
+                "image": png_data_url(view.image),
+                "side": view.weights.shape[1],
+                "weights": base64.b64encode(view.weights.astype("<f2").tobytes()).decode(),
+            }
+            for view in found.views
+        ]
+        return {"tokens": found.tokens, "shares": [round(float(share), 4) for share in found.shares], "views": views}
+
+    def stats(self) -> dict[str, float]:
+        statistics = self.engine.statistics()
+        return {"queue_length": statistics["running"] + statistics["waiting"], **statistics}
+
+    def close(self) -> None:
+        self.engine.stop(drain=False)
+
+    def _request(self, job: Job) -> Request:
+        sampling = SamplingParams(
+            temperature=job.temperature,
+            top_p=max(job.top_p, SMALLEST_TOP_P),
+            max_new_tokens=job.max_new_tokens,
+            stop=job.stop,
+            seed=job.seed,
+            logprobs=job.logprobs,
+            ignore_eos=job.ignore_eos,
+        )
+        conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt
+        return Request(conversation, [self.checked.check(text) for text in job.images], sampling)
+
+
+def to_serve_error(error: Exception) -> ServeError:
+    """A typed error for the client; what isn't known is logged here and told to nobody."""
+    if isinstance(error, EngineBusy):
+        return ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
+    if isinstance(error, ContextTooLong):
+        return ServeError(ErrorType.CONTEXT_TOO_LONG, str(error))
+    if isinstance(error, (OutOfMemory, torch.OutOfMemoryError, MemoryError)):
+        return ServeError(ErrorType.OUT_OF_MEMORY)
+    if isinstance(error, LlavaError):
+        return ServeError(ErrorType.BAD_REQUEST, str(error))
+    logger.error("the engine failed", exc_info=error)
+    return ServeError(ErrorType.INTERNAL)
+
+
+def _listener(put: Callable[[Piece], None], is_streamed: bool) -> Callable[[EnginePiece | Answer], None]:
+    """The engine's news as this worker's pieces; the text of an answer that isn't streamed comes with the last."""
+    count = 0
+
+    def listen(news: EnginePiece | Answer) -> None:
+        nonlocal count
+        if isinstance(news, EnginePiece):
+            count += len(news.token_ids)
+            logprobs = tuple(_logprob(entry) for entry in news.logprobs or ())
+            put(Piece(news.text, logprobs, tuple(news.token_ids)))
+        elif news.error is not None:
+            put(Piece(error=to_serve_error(news.error)))
+        elif news.finish_reason == "cancelled":
+            put(Piece(error=ServeError(ErrorType.CANCELLED)))
+        else:
+            usage = {
+                "prompt_tokens": news.prompt_tokens,
+                "completion_tokens": len(news.token_ids),
+                "cached_tokens": news.cached_tokens,
+            }
+            late = tuple(_logprob(entry) for entry in (news.logprobs or [])[count:])
+            text = "" if is_streamed else news.text
+            put(Piece(text, late, tuple(news.token_ids[count:]), news.finish_reason, usage))
+
+    return listen
+
+
+def _logprob(entry: TokenLogprob) -> dict:
+    top = [{"token": text, "logprob": logprob} for _, text, logprob in entry.top]
+    return {"token": entry.text, "logprob": entry.logprob, "top": top}
+
+
+class _CheckedImages:
+    """Uploads that were found to be images within the limits. The engine opens an image only if it doesn't know it
+    yet, and with wider limits: what strangers send is checked here, once for each content."""
+
+    def __init__(self, encoder: ImageEncoder):
+        self.encoder = encoder
+        self.known: OrderedDict[bytes, None] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def check(self, text: str) -> RequestImage:
+        """`text` (base64 or a data: URL) as the engine takes it.
+
+        Raises:
+            ServeError: BAD_IMAGE.
+        """
+        # In one form, so that the engine knows it again however it was sent.
+        content = text.partition(",")[2] if text[:5].lower() == "data:" else text
+        image = self.encoder.identify(f"data:application/octet-stream;base64,{content}")
+        with self.lock:
+            is_known = image.digest in self.known
+        if not is_known:
+            try:
+                open_uploaded_image(text)
+            except LlavaError as error:
+                raise ServeError(ErrorType.BAD_IMAGE, str(error)) from error
+        with self.lock:
+            self.known[image.digest] = None
+            self.known.move_to_end(image.digest)
+            while len(self.known) > CHECKED_IMAGES:
+                self.known.popitem(last=False)
+        return image

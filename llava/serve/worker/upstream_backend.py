@@ -1,0 +1,196 @@
+"""An OpenAI-compatible server behind a worker: vLLM, SGLang or `transformers serve` makes the answers.
+
+The checkpoint goes there in transformers' layout (`python -m llava.model.export_hf`). What such a server brings, such
+as tensor parallelism over GPUs and machines, then serves this project's controller, API and page. Needs no torch.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import LlavaError, require
+from llava.images import open_uploaded_image, png_data_url
+from llava.serve.job import Job, Message
+from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.worker.answering import Piece
+
+logger = logging.getLogger(__name__)
+
+
+class UpstreamBackend:
+    """Requests go on to `api_base`, so many at a time; see `llava.serve.worker.answering.Backend`.
+
+    Args:
+        api_base: the server's address with its `/v1`.
+        model: the name that the server knows the model by.
+        api_key: sent as a bearer token, never logged.
+        concurrency: requests at the server at the same time; `max_waiting` more wait here.
+        timeout: seconds between two signs of life of the server.
+    """
+
+    def __init__(
+        self,
+        api_base: str,
+        model: str,
+        api_key: str | None = None,
+        concurrency: int = 32,
+        max_waiting: int = 256,
+        timeout: float = 300.0,
+    ):
+        self.openai = require("openai", "openai")
+        self.client = self.openai.AsyncOpenAI(
+            base_url=api_base, api_key=api_key or "none", timeout=timeout, max_retries=0
+        )
+        self.model = model
+        self.limit = concurrency + max_waiting
+        self.counts = {"running": 0, "waiting": 0, "finished": 0, "failed": 0}
+        self.lock = threading.Lock()
+        self.slots = asyncio.Semaphore(concurrency)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="upstream", daemon=True).start()
+
+    def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
+        if job.messages is None:
+            raise ServeError(
+                ErrorType.BAD_REQUEST,
+                "this model is served through an OpenAI-compatible server: send messages, not a ready prompt",
+            )
+        request = to_request(job, self.model)
+        with self.lock:
+            if self.counts["running"] + self.counts["waiting"] >= self.limit:
+                raise ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
+            self.counts["waiting"] += 1
+        task = asyncio.run_coroutine_threadsafe(self._answer(request, put), self.loop)
+        # A turn of the loop later: a task that is cancelled before its first step would never say that it has ended.
+        return lambda: self.loop.call_soon_threadsafe(self.loop.call_soon, task.cancel)
+
+    def attention_map(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
+        raise ServeError(ErrorType.BAD_REQUEST, "The server behind this worker doesn't tell where the model looked.")
+
+    def stats(self) -> dict[str, float]:
+        with self.lock:
+            return {"queue_length": self.counts["running"] + self.counts["waiting"], **self.counts}
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    async def _answer(self, request: dict[str, Any], put: Callable[[Piece], None]) -> None:
+        """One request, to its last piece; cancelling it closes the connection, so that the server stops too."""
+        state = "waiting"
+        last = Piece(error=ServeError(ErrorType.CANCELLED))
+        try:
+            async with self.slots:
+                self._count(waiting=-1, running=1)
+                state = "running"
+                last = await self._forward(request, put)
+        except (self.openai.OpenAIError, httpx.HTTPError, OSError, ValueError) as error:
+            last = Piece(error=to_serve_error(error))
+        finally:
+            self._count(**{state: -1, "finished" if last.error is None else "failed": 1})
+            put(last)
+
+    async def _forward(self, request: dict[str, Any], put: Callable[[Piece], None]) -> Piece:
+        """Pass on what comes; the piece that ends it."""
+        reason = usage = None
+        async with await self.client.chat.completions.create(**request) as stream:
+            async for chunk in stream:
+                if chunk.usage is not None:
+                    usage = _usage(chunk.usage)
+                for choice in chunk.choices:
+                    reason = choice.finish_reason or reason
+                    logprobs = tuple(_logprob(entry) for entry in (choice.logprobs and choice.logprobs.content) or ())
+                    if choice.delta.content or logprobs:
+                        put(Piece(choice.delta.content or "", logprobs))
+        if reason is None:
+            return Piece(error=ServeError(ErrorType.WORKER_LOST))
+        return Piece(finish_reason="length" if reason == "length" else "stop", usage=usage)
+
+    def _count(self, **changes: int) -> None:
+        with self.lock:
+            for name, change in changes.items():
+                self.counts[name] += change
+
+
+def to_request(job: Job, model: str) -> dict[str, Any]:
+    """The keywords of the openai package's `chat.completions.create`.
+
+    Raises:
+        ServeError: BAD_IMAGE.
+    """
+    request: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": message.role, "content": _content(message)} for message in job.messages or ()],
+        "temperature": job.temperature,
+        "top_p": job.top_p,
+        "max_tokens": job.max_new_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if job.stop:
+        request["stop"] = list(job.stop)
+    if job.seed is not None:
+        request["seed"] = job.seed
+    if job.logprobs is not None:
+        request |= {"logprobs": True, "top_logprobs": job.logprobs}
+    if job.ignore_eos:
+        request["extra_body"] = {"ignore_eos": True}
+    return request
+
+
+def to_serve_error(error: Exception) -> ServeError:
+    """What the server's refusal means for our client; its words go on only where they are about the request."""
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return ServeError(ErrorType.TIMEOUT)
+    if isinstance(error, openai.APIConnectionError):
+        logger.error("the server behind this worker can't be reached: %s", error)
+        return ServeError(ErrorType.WORKER_LOST)
+    if isinstance(error, openai.RateLimitError):
+        return ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
+    if isinstance(error, openai.BadRequestError):
+        words = (error.body or {}).get("message", "") if isinstance(error.body, dict) else ""
+        kind = ErrorType.CONTEXT_TOO_LONG if "context" in words.lower() else ErrorType.BAD_REQUEST
+        return ServeError(kind, words)
+    logger.error("the server behind this worker failed", exc_info=error)
+    return ServeError(ErrorType.INTERNAL)
+
+
+def _content(message: Message) -> str | list[dict[str, Any]]:
+    """Text, or parts with each image in its place, as PNG: so such a server shows what it has no reader for."""
+    if not message.images:
+        return message.text
+    pieces = message.text.split(DEFAULT_IMAGE_TOKEN)
+    parts: list[dict[str, Any]] = []
+    for place, piece in enumerate(pieces):
+        if place:
+            parts.append({"type": "image_url", "image_url": {"url": _png_url(message.images[place - 1])}})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts
+
+
+def _png_url(image: str) -> str:
+    try:
+        return png_data_url(open_uploaded_image(image))
+    except LlavaError as error:
+        raise ServeError(ErrorType.BAD_IMAGE, str(error)) from error
+
+
+def _usage(usage: Any) -> dict[str, int]:
+    details = getattr(usage, "prompt_tokens_details", None)
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cached_tokens": getattr(details, "cached_tokens", None) or 0,
+    }
+
+
+def _logprob(entry: Any) -> dict[str, Any]:
+    top = [{"token": other.token, "logprob": other.logprob} for other in entry.top_logprobs or ()]
+    return {"token": entry.token, "logprob": entry.logprob, "top": top}

@@ -1,0 +1,78 @@
+"""Samples → one batch of tensors, padded to the longest or packed without padding."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava.constants import IGNORE_INDEX
+from llava.tokenization import pad_batch
+from llava.train.data.dataset import Report
+from llava.train.data.feature_cache import FeatureCache
+
+
+class Collator:
+    """Makes what the model takes, and what the trainer counts (`sample_numbers`, `num_tokens`, …).
+
+    Padded: `input_ids`, `labels` int64 [batch, longest]; `attention_mask` bool of the same shape, left out when
+    there is no padding (attention is faster without). Packed: [1, all tokens], `position_ids` that start anew
+    with each sample, and the sample's borders (`cu_seq_lens_q/k` int32 [samples + 1], `max_length_q/k`).
+    Images: `pixel_values` float32 [images, 3, H, W] in reading order, or `vision_features` [images,
+    patches, mm_hidden] from the cache.
+    """
+
+    def __init__(self, pad_id: int, *, packing: bool = False, cache: FeatureCache | None = None):
+        self.pad_id = pad_id
+        self.packing = packing
+        self.cache = cache
+
+    def __call__(self, items: list[Any]) -> dict[str, Any]:
+        if items and isinstance(items[0], list):  # batches filled up to a number of tokens come as lists
+            items = [item for group in items for item in group]
+        skipped = {item["number"]: item["skipped"] for item in items if item["skipped"]}
+        kept = [item for item in items if not item["skipped"]]
+        samples = [item["sample"] for item in kept]
+        ids = [sample.input_ids for sample in samples] or [np.array([self.pad_id, self.pad_id], np.int32)]
+        labels = [sample.labels for sample in samples] or [np.full(2, IGNORE_INDEX, np.int32)]
+        batch = self._packed(ids, labels) if self.packing else self._padded(ids, labels)
+        self._add_images(batch, kept)
+        batch["sample_numbers"] = [item["number"] for item in kept]
+        batch["num_tokens"] = sum(len(sample.input_ids) for sample in samples)
+        report = Report(skipped=skipped)
+        for item in kept:
+            report.note(item["number"], item["sample"])
+        batch["report"] = report
+        return batch
+
+    def _padded(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
+        padded = pad_batch(list(zip(ids, labels)), self.pad_id)
+        batch = {"input_ids": torch.from_numpy(padded["input_ids"]), "labels": torch.from_numpy(padded["labels"])}
+        if not padded["attention_mask"].all():
+            batch["attention_mask"] = torch.from_numpy(padded["attention_mask"])
+        return batch
+
+    def _packed(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
+        borders = np.cumsum([0] + [len(part) for part in ids]).astype(np.int32)
+        joined_labels = np.concatenate(labels).astype(np.int64)
+        # A sample's first token is predicted by nothing; unpacked, the shift drops it.
+        joined_labels[borders[:-1]] = IGNORE_INDEX
+        longest = int(np.diff(borders).max())
+        cu_seq_lens = torch.from_numpy(borders)
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+            "labels": torch.from_numpy(joined_labels)[None],
+            "position_ids": torch.from_numpy(np.concatenate([np.arange(len(part)) for part in ids]))[None],
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def _add_images(self, batch: dict[str, Any], items: list[dict[str, Any]]) -> None:
+        if self.cache is not None:
+            rows = [row for item in items for row in item.get("feature_rows", ())]
+            batch["vision_features"] = self.cache.take(rows)
+            return
+        images = [item["pixel_values"] for item in items if "pixel_values" in item]
+        if images:
+            batch["pixel_values"] = torch.from_numpy(np.concatenate(images))

@@ -1,0 +1,280 @@
+"""Training samples: a record's conversation as ids and labels, its images as pixel values or stored features.
+
+Ids are expanded here (one IMAGE_TOKEN_INDEX per feature), so every length is known before an image is decoded.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import LlavaError
+from llava.records import Record
+from llava.tokenization import Encoded
+from llava.train.data.lengths import load_lengths, save_lengths
+from llava.train.data.record_images import ImageSource, image_key, record_images
+from llava.train.data.record_store import RecordStore, describe
+
+logger = logging.getLogger(__name__)
+
+EAGER_LIMIT = 50_000
+"""Up to so many records are tokenised before the start; more of them, when each is needed."""
+
+
+@dataclass
+class Sample:
+    """A tokenised record: `input_ids` and `labels` int32 [length], expanded; `images` as the record has them.
+
+    `dropped_turns` are answers that no question comes before.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: list[Any]
+    truncated: bool
+    dropped_turns: int = 0
+
+    @property
+    def has_target(self) -> bool:
+        # The first label has nothing before it that could predict it.
+        return bool((self.labels[1:] != IGNORE_INDEX).any())
+
+
+@dataclass
+class Report:
+    """What was cut or left out: sample numbers, so that a sample seen twice counts once."""
+
+    truncated: set[int] = field(default_factory=set)
+    targetless: set[int] = field(default_factory=set)
+    dropped_turns: set[int] = field(default_factory=set)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def note(self, number: int, sample: Sample) -> None:
+        """Keep what is to be said of a sample."""
+        if sample.truncated:
+            self.truncated.add(number)
+        if not sample.has_target:
+            self.targetless.add(number)
+        if sample.dropped_turns:
+            self.dropped_turns.add(number)
+
+    def add(self, other: "Report") -> None:
+        """What another report says, too."""
+        for item in fields(self):
+            getattr(self, item.name).update(getattr(other, item.name))
+
+
+class LlavaDataset(Dataset):
+    """Samples by number.
+
+    Args:
+        store: the records.
+        encode: `encode(record, features of each image) -> Encoded` (llava.tokenization), expanded, not cut.
+        image_source: where images are found.
+        load_image: `load_image(path or bytes) -> float32 [tiles, 3, H, W]`.
+        count_features: `count_features(image) -> positions` that a record's image takes.
+        max_length: longest sample in positions; longer ones are cut from the end.
+        lazy: tokenise when needed; None decides by the number of records.
+        skip_unreadable: leave out what can't be opened (counted in `report`), in place of an error.
+        lengths_path: file to keep the samples' lengths in, for lazy datasets that need them.
+        feature_row: `feature_row(image) -> row` of stored tower features; then no image is opened here.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        encode: Callable[[Record, list[int]], Encoded],
+        image_source: ImageSource,
+        load_image: Callable[[Any], np.ndarray],
+        *,
+        count_features: Callable[[Any], int],
+        max_length: int,
+        lazy: bool | None = None,
+        skip_unreadable: bool = False,
+        feature_row: Callable[[Any], int] | None = None,
+        lengths_path: Path | None = None,
+        show_progress: bool = True,
+    ):
+        self.store = store
+        self.encode = encode
+        self.image_source = image_source
+        self.load_image = load_image
+        self.count_features = count_features
+        self.max_length = max_length
+        self.skip_unreadable = skip_unreadable
+        self.feature_row = feature_row
+        self.lengths_path = lengths_path
+        self.show_progress = show_progress
+        self._lengths: np.ndarray | None = None
+        self.report = Report()
+        self.numbers = np.arange(len(store))
+        self._samples: list[Sample] | None = None
+        self.lazy = len(store) > EAGER_LIMIT if lazy is None else lazy
+        if not self.lazy:
+            self._tokenise_all()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample: `number` (of its record), `sample`, `pixel_values` [n, 3, H, W] or `feature_rows`, `skipped`."""
+        number = int(self.numbers[index])
+        sample = self.sample(index)
+        item: dict[str, Any] = {"number": number, "sample": sample, "skipped": None}
+        if not sample.images:
+            return item
+        if self.feature_row is not None:
+            item["feature_rows"] = [self.feature_row(image) for image in sample.images]
+            return item
+        try:
+            item["pixel_values"] = np.concatenate(
+                [self.load_image(self.image_source.read(image)) for image in sample.images]
+            )
+        except (FileNotFoundError, LlavaError) as error:
+            if not self.skip_unreadable:
+                raise self.image_error(number, error) from error
+            item["skipped"] = self.image_error(number, error).args[0]
+        return item
+
+    def sample(self, index: int) -> Sample:
+        """The tokenised sample, without its images."""
+        if self._samples is not None:
+            return self._samples[index]
+        return self._tokenise(int(self.numbers[index]))
+
+    def lengths(self) -> np.ndarray:
+        """Length of every sample in positions, int32 [samples]."""
+        return np.abs(self._signed_lengths())
+
+    def has_image(self) -> np.ndarray:
+        """Whether each sample has an image, bool [samples]."""
+        return self._signed_lengths() > 0
+
+    def _signed_lengths(self) -> np.ndarray:
+        """Lengths, negative without an image; counted once, kept in `lengths_path` if that takes tokenising."""
+        if self._lengths is None and self.lazy and self.lengths_path is not None:
+            self._lengths = load_lengths(self.lengths_path, len(self))
+        if self._lengths is None:
+            samples = (self.sample(index) for index in self._progress("counting tokens"))
+            signed = (len(sample.input_ids) * (1 if sample.images else -1) for sample in samples)
+            self._lengths = np.fromiter(signed, np.int32, len(self))
+            if self.lazy and self.lengths_path is not None:
+                save_lengths(self.lengths_path, self._lengths)
+        return self._lengths
+
+    def drop_unreadable(self) -> None:
+        """Open every image once and leave out the samples whose image can't be read (counted in `report`)."""
+        good = []
+        for index in self._progress("checking images"):
+            number = int(self.numbers[index])
+            try:
+                for image in self.sample(index).images:
+                    self.load_image(self.image_source.read(image))
+            except (FileNotFoundError, LlavaError) as error:
+                self.report.skipped[number] = self.image_error(number, error).args[0]
+            else:
+                good.append(index)
+        if self._samples is not None:
+            self._samples = [self._samples[index] for index in good]
+        self.numbers = self.numbers[good]
+        self._lengths = None
+
+    def describe(self, number: int) -> str:
+        """Where record `number` is, for messages."""
+        return describe(self.store, number, self.store[number])
+
+    def image_error(self, number: int, error: Exception) -> LlavaError:
+        """The message for an image that can't be had: record, path, what to do."""
+        if isinstance(error, FileNotFoundError):
+            problem = f'image "{error.args[0]}" not found'
+            if self.image_source.folder is None:
+                problem += " (no --image_folder was given)"
+        else:
+            problem = str(error)
+        return LlavaError(
+            f"{self.describe(number)}: {problem}; correct --image_folder, run "
+            '"python -m llava.data.filter_missing" to drop such records, or add --skip_unreadable_images True'
+        )
+
+    def _progress(self, what: str):
+        long = self.show_progress and len(self.numbers) > 2000
+        return tqdm(range(len(self.numbers)), desc=what, unit="record", disable=not long, leave=False)
+
+    def _tokenise_all(self) -> None:
+        """Every sample now; missing images are found before the training starts."""
+        samples, numbers = [], []
+        for number in self._progress("tokenising"):
+            try:
+                sample = self._tokenise(number)
+                self._look_for(sample.images)
+            except FileNotFoundError as error:
+                if not self.skip_unreadable:
+                    raise self.image_error(number, error) from error
+                self.report.skipped[number] = self.image_error(number, error).args[0]
+                continue
+            self.report.note(number, sample)
+            samples.append(sample)
+            numbers.append(number)
+        if not samples:
+            raise LlavaError(f"{self.store.path}: no record is left; every image is missing or unreadable")
+        self._samples, self.numbers = samples, np.array(numbers)
+
+    def _look_for(self, images: list[Any]) -> None:
+        for image in images:
+            self.image_source.find(image)
+
+    def _tokenise(self, number: int) -> Sample:
+        record = self.store[number]
+        images = record_images(record)
+        features = [self.count_features(image) for image in images]
+        try:
+            encoded = self.encode(record, features)
+        except LlavaError as error:
+            raise LlavaError(f"{describe(self.store, number, record)}: {error}") from error
+        input_ids = np.array(encoded.input_ids, np.int32)
+        labels = np.array(encoded.labels, np.int32)
+        truncated = len(input_ids) > self.max_length
+        if truncated:
+            length, kept = fitting(input_ids, features, self.max_length)
+            input_ids, labels, images = input_ids[:length], labels[:length], images[:kept]
+        return Sample(input_ids, labels, images, truncated, encoded.dropped_turns)
+
+
+class PackedDataset(Dataset):
+    """Groups of samples, each one item: batches filled up to a number of tokens."""
+
+    def __init__(self, dataset: LlavaDataset, groups: list[list[int]]):
+        self.dataset = dataset
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.dataset[number] for number in self.groups[index]]
+
+
+def fitting(input_ids: np.ndarray, features: list[int], max_length: int) -> tuple[int, int]:
+    """(length, images) to keep of a sample longer than `max_length`: an image that wouldn't fit whole goes too."""
+    places = np.flatnonzero(input_ids == IMAGE_TOKEN_INDEX)
+    ends = np.cumsum(features, dtype=np.int64)
+    kept = int(np.searchsorted(ends, int((places < max_length).sum()), side="right"))
+    started = int(ends[kept - 1]) if kept else 0
+    if started < len(places) and places[started] < max_length:
+        return int(places[started]), kept
+    return max_length, kept
+
+
+def distinct_images(dataset: LlavaDataset) -> dict[str, tuple[int, Any]]:
+    """{key: (record number, image)} of every image in the data, in order of appearance."""
+    found: dict[str, tuple[int, Any]] = {}
+    for index in range(len(dataset)):
+        for image in dataset.sample(index).images:
+            found.setdefault(image_key(image), (int(dataset.numbers[index]), image))
+    return found

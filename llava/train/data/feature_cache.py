@@ -1,0 +1,126 @@
+"""The frozen tower's output, once per distinct image: a file of features, read by row.
+
+The folder's name is made from what the features depend on (tower, layer, preprocessing), so runs that agree
+share it, and a changed tower never meets old features.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llava.records import atomic_path, read_json, write_json
+from llava.train.data.record_images import image_key
+
+logger = logging.getLogger(__name__)
+
+_INDEX = "index.json"
+_FEATURES = "features.npy"
+_IN_MEMORY_BYTES = 1 << 30
+
+
+class FeatureCache:
+    """Features `[images, patches, mm_hidden]`, float32 or bfloat16, by row; in memory up to 1 GB, else mapped.
+
+    `row(image)` is the row of a record's image, for the images that the cache was opened with.
+    """
+
+    def __init__(self, folder: Path, keys: dict[str, str]):
+        """`keys`: {the image's name in the records: its key in the folder's index}."""
+        index = read_json(folder / _INDEX)
+        self.stored: dict[str, int] = index["rows"]
+        self.bfloat16 = index["dtype"] == "bfloat16"
+        self._rows = {name: self.stored[key] for name, key in keys.items() if key in self.stored}
+        features = np.load(folder / _FEATURES, mmap_mode="r")
+        self.features = np.array(features) if features.nbytes <= _IN_MEMORY_BYTES else features
+
+    def row(self, image: Any) -> int:
+        return self._rows[image_key(image)]
+
+    def take(self, rows: Sequence[int]) -> torch.Tensor:
+        """Features of these rows, `[len(rows), patches, mm_hidden]`."""
+        features = torch.from_numpy(self.features[np.asarray(rows, np.int64)])
+        return features.view(torch.bfloat16) if self.bfloat16 else features
+
+
+def fingerprint(tower: torch.nn.Module, **settings: Any) -> str:
+    """A name for what features depend on: the tower's weights and the settings of the images."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, value in tower.state_dict().items():
+        digest.update(name.encode())
+        # A strided sample tells towers apart; hashing 300 million weights would take seconds.
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
+        digest.update(sample.tobytes() + str(tuple(value.shape)).encode())
+    return digest.hexdigest()[:16]
+
+
+def build_feature_cache(
+    folder: Path,
+    images: dict[str, tuple[int, Any]],
+    identify: Callable[[Any], str],
+    load: Callable[[int, Any], np.ndarray],
+    tower: torch.nn.Module,
+    *,
+    bfloat16: bool = False,
+    batch_size: int = 64,
+    show_progress: bool = True,
+) -> FeatureCache:
+    """Compute what `folder` doesn't hold yet, and open it. One process computes; others that want the same wait.
+
+    Args:
+        images: {name: (record number, image)} of the images that are needed.
+        identify: `identify(image)` -> key that changes when the image does.
+        load: `load(record number, image) -> float32 [1, 3, H, W]`; raises on an image that can't be read.
+        tower: the frozen tower; it runs where its weights are.
+    """
+    keys = {name: identify(image) for name, (_, image) in images.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        old = FeatureCache(folder, keys) if (folder / _INDEX).is_file() else None
+        # Two names may stand for one image; it is computed once.
+        missing = {key: images[name] for name, key in keys.items() if old is None or key not in old.stored}
+        if missing:
+            chunks = _compute(missing, load, tower, bfloat16, batch_size, show_progress)
+            _write(folder, old, list(missing), chunks, bfloat16)
+    return FeatureCache(folder, keys)
+
+
+def _compute(missing, load, tower, bfloat16: bool, batch_size: int, show_progress: bool) -> list[np.ndarray]:
+    device = next(tower.parameters()).device
+    pending = list(missing.values())
+    chunks = []
+    progress = tqdm(total=len(pending), desc="vision features", unit="image", disable=not show_progress)
+    with progress, torch.inference_mode():
+        for start in range(0, len(pending), batch_size):
+            pixels = np.concatenate([load(*place) for place in pending[start : start + batch_size]])
+            features = tower(torch.from_numpy(pixels).to(device))
+            features = features.to("cpu", torch.bfloat16 if bfloat16 else torch.float32)
+            chunks.append((features.view(torch.int16) if bfloat16 else features).numpy())
+            progress.update(len(pixels))
+    return chunks
+
+
+def _write(folder: Path, old: FeatureCache | None, keys: list[str], chunks, bfloat16: bool) -> None:
+    """Old and new features in one file; rows never move, so the older index stays right until the new one is there."""
+    rows = dict(old.stored) if old else {}
+    first = len(rows)
+    parts = ([old.features] if old else []) + chunks
+    shape = (first + len(keys), *chunks[0].shape[1:])
+    with atomic_path(folder / _FEATURES) as temporary:
+        target = np.lib.format.open_memmap(temporary, mode="w+", dtype=chunks[0].dtype, shape=shape)
+        position = 0
+        for part in parts:
+            target[position : position + len(part)] = part
+            position += len(part)
+        target.flush()
+    rows.update({key: first + number for number, key in enumerate(keys)})
+    write_json(folder / _INDEX, {"dtype": "bfloat16" if bfloat16 else "float32", "rows": rows}, indent=None)

@@ -1,0 +1,98 @@
+"""Images of training records: found in a folder, in tar shards, or in the record itself."""
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from llava.errors import LlavaError
+from llava.records import Record
+from llava.train.data.tar_index import Place, TarIndex
+
+
+def record_images(record: Record) -> list[Any]:
+    """The images that a record names, in order: paths as written, or embedded ones (`bytes`)."""
+    image = record.get("image")
+    if image is None:
+        image = record.get("images")
+    if image is None or image == "" or image == []:
+        return []
+    return list(image) if isinstance(image, (list, tuple)) else [image]
+
+
+def image_key(image: Any) -> str:
+    """A name that tells distinct images apart: the path, or a digest of embedded bytes."""
+    if isinstance(image, str):
+        return image
+    import hashlib
+
+    return "sha256:" + hashlib.sha256(_embedded(image)).hexdigest()
+
+
+class ImageSource:
+    """Opens the images of records.
+
+    `folder` may be a folder of images, a folder of `.tar` shards (WebDataset), a single `.tar`, or None when
+    records hold absolute paths or the images themselves. Members of tar files are read in place, by full name or
+    by the name's last part; what is where is kept beside the first of them, or in `output_dir`.
+    """
+
+    def __init__(self, folder: str | Path | None, output_dir: str | Path = "."):
+        self.folder = Path(folder).expanduser() if folder else None
+        shards: list[Path] = []
+        if self.folder is not None and self.folder.is_file():
+            if not tarfile.is_tarfile(self.folder):
+                raise LlavaError(f"--image_folder {self.folder}: neither a folder nor a tar file")
+            shards = [self.folder]
+        elif self.folder is not None:
+            shards = sorted(self.folder.glob("*.tar"))
+        self._members = TarIndex(shards, Path(output_dir)) if shards else None
+
+    def read(self, image: Any) -> Path | bytes | str:
+        """What `llava.images.open_image` takes: a path, the file's bytes or a data URL.
+
+        Raises:
+            FileNotFoundError: there is no such image.
+        """
+        if not isinstance(image, str):
+            return _embedded(image)
+        place = self.find(image)
+        if isinstance(place, (str, Path)):
+            return place
+        with place.shard.open("rb") as file:
+            file.seek(place.offset)
+            return file.read(place.size)
+
+    def find(self, image: Any) -> Path | str | Place | None:
+        """Where an image is, without reading it: its path, its data URL, its place in a tar, None if embedded.
+
+        Raises:
+            FileNotFoundError: there is no such image.
+        """
+        if not isinstance(image, str):
+            return None
+        if image.startswith("data:"):
+            return image
+        if self._members is not None and (member := self._members.find(image)):
+            return member
+        path = Path(image) if self.folder is None else self.folder / image
+        if not path.is_file():
+            raise FileNotFoundError(str(path))
+        return path
+
+    def identify(self, image: Any) -> str:
+        """A key that changes when the image does: path, size and time of its file, or a digest of its bytes."""
+        place = self.find(image)
+        if isinstance(place, Path):
+            status = place.stat()
+            return f"{place.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+        if isinstance(place, Place):
+            return f"{place.shard.resolve()}|{place.offset}|{place.size}|{place.shard.stat().st_mtime_ns}"
+        return image_key(image)
+
+
+def _embedded(image: Any) -> bytes:
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        image = image["bytes"]
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    raise LlavaError(f"an image must be a path, bytes or {{'bytes': …}}, not {type(image).__name__}")

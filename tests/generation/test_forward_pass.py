@@ -1,0 +1,128 @@
+"""Packed passes, the cache's rows, and prefixes found again."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.generation.cache.prefix_store import BLOCK, PrefixStore, common_length
+from llava.generation.cache.rows import RowCache
+from llava.generation.forward_pass import Row, _copies, split_into_groups
+
+HEADS, SIZE = 2, 4
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=7))
+def test_groups_cost_least(lengths):
+    lengths = sorted(lengths, reverse=True)
+
+    def cost(groups):
+        return sum(64 + max(lengths[start:end]) * (end - start) for start, end in groups)
+
+    found = split_into_groups(lengths)
+    assert [start for start, _ in found] == [0, *(end for _, end in found[:-1])] and found[-1][1] == len(lengths)
+    places = range(1, len(lengths))
+    # The same cost per row: runs of equal lengths are never divided by ours.
+    every = (
+        list(itertools.pairwise([0, *cuts, len(lengths)]))
+        for count in range(len(lengths))
+        for cuts in itertools.combinations(places, count)
+    )
+    assert cost(found) == min(map(cost, every))
+
+
+def test_copies_come_in_order_of_dependence():
+    rows = [Row(3, 0, 9), Row(4, 5, 9, source=3), Row(5, 7, 9, source=4), Row(6, 5, 8, source=3)]
+    assert _copies(rows) == [([3, 3], [4, 6], 5), ([4], [5], 7)]
+
+
+def test_rows_are_written_moved_grown_and_kept():
+    cache = RowCache(1, 1, 10**9, 512)
+    cache.reserve(2, 10, 0)
+    values = torch.randn(3, HEADS, SIZE)
+    cache.write(0, torch.tensor([1, 1, 1]), torch.tensor([0, 1, 2]), values, -values)
+    saved = cache.save(1, 3)
+    assert torch.equal(saved[0][0], values.transpose(0, 1)) and torch.equal(saved[0][1], -saved[0][0])
+    cache.move([1], [0], 3)
+    cache.reserve(5, 100, 1)
+    assert cache.layers[0].shape == (2, 5, HEADS, 128, SIZE)
+    assert torch.equal(cache.save(0, 3)[0], saved[0])
+    cache.load(3, 2, saved, 2)
+    assert torch.equal(cache.save(4, 2)[0], saved[0][:, :, :2])
+    cache.release()
+    assert cache.rows == cache.width == 0
+
+
+def test_memory_is_bounded():
+    cache = RowCache(1, 2, 2 * 64 * 10, 600)
+    assert cache.fits(10, 64) and not cache.fits(11, 64) and not cache.fits(10, 65)
+    assert not cache.fits(1, 601)
+    cache.reserve(10, 64, 0)
+    cache.write(0, torch.tensor([0]), torch.tensor([0]), torch.ones(1, HEADS, SIZE), torch.ones(1, HEADS, SIZE))
+    cache.reserve(2, 300, 1)  # wider only if there are fewer
+    assert cache.layers[0].shape == (2, 2, HEADS, 320, SIZE)
+    assert bool((cache.layers[0][:, 0, :, 0] == 1).all())
+
+
+def states(length):
+    return [torch.zeros(2, HEADS, length, SIZE)]
+
+
+def test_longest_beginning_is_found():
+    store = PrefixStore(10**9)
+    one, other = np.arange(100), np.concatenate([np.arange(50), np.arange(1000, 1050)])
+    first, second = store.add(one, states(100)), store.add(other, states(100))
+    assert store.find(np.arange(80)) == (first, 80)
+    assert store.find(np.concatenate([other[:70], [7] * 9])) == (second, 70)
+    assert store.find(np.arange(5, 80)) == (None, 0)
+    assert store.find(np.arange(BLOCK - 1)) == (None, 0)
+    prefix, length = store.find(np.concatenate([np.arange(45), [9] * 40]))
+    assert length == 45 and prefix in (first, second)
+
+
+def test_oldest_prefixes_go_first():
+    size = 2 * HEADS * 32 * SIZE * 4
+    store = PrefixStore(2 * size)
+    keys = [np.arange(32) + 100 * index for index in range(3)]
+    first, second = (store.add(key, states(32)) for key in keys[:2])
+    assert store.find(keys[0])[0] is first  # used again, so the other is older now
+    store.add(keys[2], states(32))
+    assert store.find(keys[1]) == (None, 0) and store.find(keys[0])[0] is first
+    assert store.num_bytes == 2 * size and len(store) == 2
+    store.add(np.arange(500, 600), states(100))  # more than there is room for
+    assert len(store) == 2
+    assert second.key is not None
+
+
+@given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12))
+def test_common_length(one, other):
+    expected = next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    assert common_length(np.array(one, np.int64), np.array(other, np.int64)) == expected
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_hidden_states_are_transformers_own(llama, images, size):
+    """Rows of several lengths, one of them begun before, one copied from another: the same hidden states."""
+    from llava.generation import Engine
+    from tests.generation.conftest import mixed_requests
+
+    engine = Engine(llama)
+    prompts = [engine.prompts.build(request) for request in mixed_requests(images)[:size]]
+    runner = engine.scheduler.runner
+    prompts.sort(key=len, reverse=True)
+    with torch.inference_mode():
+        runner.cache.reserve(size, 512, 0)
+        begun = 10
+        runner.run([Row(size - 1, 0, begun)], [], prompts[-1:])
+        rows = [Row(row, 0, len(prompt)) for row, prompt in enumerate(prompts[:-1])]
+        found = runner.run([*rows, Row(size - 1, begun, len(prompts[-1]))], [], prompts)
+        for prompt, hidden in zip(prompts, found):
+            features = engine.encoder.features(prompt.images)
+            embeds = llama.model.embed_inputs(
+                torch.from_numpy(prompt.ids)[None], image_features=torch.cat(features) if features else None
+            )
+            expected = llama.model.get_model()(inputs_embeds=embeds).last_hidden_state[0, -1]
+            torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
