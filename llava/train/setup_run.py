@@ -1,6 +1,7 @@
 """The parts of a run, put together: processes, output folder, dataset, feature cache, trainer, final files."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llava.train.data.kept_files import kept_path
 from llava.train.data.record_images import ImageSource
 from llava.train.data.record_store import RecordStore
 from llava.train.lora import add_adapters, save_adapter
-from llava.train.packing import fill_batches, use_packed_attention
+from llava.train.packing import fill_batches, training_attention
 from llava.train.prepare_model import padding_id, start_end_ids
 from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_tflops
 from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
@@ -103,8 +104,7 @@ def build_trainer(
     """The trainer, its callbacks, and how it writes the model."""
     data, training = arguments.data, arguments.training
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
-    if data.packing:
-        use_packed_attention(model.config)
+    config = model.config
     if training.lora_enable:
         model = add_adapters(model, arguments)
 
@@ -130,9 +130,12 @@ def build_trainer(
         model=model,
         args=training,
         train_dataset=train_dataset,
-        data_collator=Collator(padding_id(tokenizer), packing=data.packing, cache=cache),
+        data_collator=Collator(
+            padding_id(tokenizer), packing=data.packing, pack_length=pack_length(arguments), cache=cache
+        ),
         write_model=write_model,
         describe=dataset.describe,
+        attention=partial(training_attention, config, packed=data.packing, longest=training.model_max_length),
     )
     from transformers import ProgressCallback
     from transformers.trainer_callback import PrinterCallback
@@ -143,6 +146,13 @@ def build_trainer(
     trainer.add_callback(bar)
     trainer.progress = bar
     return trainer
+
+
+def pack_length(arguments: Arguments) -> int | None:
+    """Tokens that packed batches are filled up to: on a GPU, and where layers are compiled for one shape."""
+    training = arguments.training
+    fixed = training.device.type == "cuda" or training.compile_layers
+    return arguments.data.max_tokens_per_batch if fixed else None
 
 
 def save_final(trainer: LlavaTrainer) -> None:
