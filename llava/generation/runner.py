@@ -14,7 +14,7 @@ from llava.generation.prompts import Prompt
 
 
 class Runner:
-    """Runs LLaMA's or Mistral's blocks on packed tokens; their modules are transformers' (quantized or not)."""
+    """Runs a language model's blocks on packed tokens; their modules are transformers' (quantized or not)."""
 
     def __init__(self, model: Any, encoder: ImageEncoder, cache_bytes: int, context_len: int):
         config = model.config

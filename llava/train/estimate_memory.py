@@ -58,7 +58,7 @@ class Recipe:
 
 
 def parameters(shape: dict[str, int]) -> int:
-    """Parameters of a LLaMA or Mistral of this shape."""
+    """Parameters of a language model of this shape."""
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     head = shape.get("head_dim") or hidden // shape["num_attention_heads"]
     queries = shape["num_attention_heads"] * head

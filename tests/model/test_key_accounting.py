@@ -10,7 +10,7 @@ import torch
 import llava
 from llava.errors import LlavaError
 from llava.model import build_model_from_llm, load_pretrained_model
-from llava.model.towers.files import CLIP_PREFIX
+from llava.model.towers.clip import CLIP_PREFIX
 from tests.model.checkpoints import PROJECTOR, TOWER, Payload, Tiny, logits, save, write
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from llava.errors import LlavaError
-from llava.model.configuration import LlavaConfigFields, LlavaLlamaConfig, LlavaMistralConfig
-from llava.model.towers.files import CLIP_PREFIX, in_unused_layer
+from llava.model.configuration import LlavaConfigFields
+from llava.model.families import family_of_llm
+from llava.model.towers.base import in_unused_layer
+from llava.model.towers.clip import CLIP_PREFIX
 from llava.model.weights.assemble import Source
 from llava.model.weights.files import WeightFiles
 from llava.records import read_json
@@ -25,7 +27,6 @@ _RENAMED = (
 )
 _PROJECTOR = r"(?:model\.)?multi_modal_projector\.linear_([12])\.(weight|bias)"
 
-_CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
 _SELECT_FEATURE = {"default": "patch", "full": "cls_patch"}
 
 
@@ -48,7 +49,7 @@ def native_name(hf_name: str, linear: bool = False) -> str | None:
     return f"model.mm_projector.{0 if layer == '1' else 2}.{leaf}"
 
 
-def native_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
+def native_config(folder: Path) -> LlavaConfigFields:
     """The configuration of an HF folder as ours.
 
     Raises:
@@ -56,12 +57,7 @@ def native_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
     """
     hf = read_json(folder / "config.json")
     text = dict(hf["text_config"])
-    config_class = _CONFIG_CLASSES.get(text.get("model_type", "llama"))
-    if config_class is None:
-        raise LlavaError(
-            f"{folder}: language models of type {text['model_type']!r} aren't supported; "
-            f"use {' or '.join(_CONFIG_CLASSES)}"
-        )
+    config_class = family_of_llm(text.get("model_type", "llama"), folder).config_class
     layer = hf.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise LlavaError(f"{folder}: vision_feature_layer {layer} selects several layers; only one is supported")

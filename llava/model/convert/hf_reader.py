@@ -15,6 +15,7 @@ from llava.model.checkpoint.config import infer_template
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
 from llava.model.convert.hf_writer import EXPORT_NOTE
 from llava.model.convert.model_card import write_model_card
+from llava.model.families import EMBEDDINGS, model_class_of
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
@@ -24,8 +25,6 @@ from llava.records import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-_CLASSES = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
 _CLIP_LARGE = {(1024, 224): "openai/clip-vit-large-patch14", (1024, 336): "openai/clip-vit-large-patch14-336"}
 
 
@@ -55,7 +54,7 @@ def import_hf(
     check_space(output, sum(tensor.nbytes for tensor in tensors))
     tokenizer = _without_added(load_tokenizer(source), note, rows)
     config.vocab_size = rows
-    config.architectures = [_CLASSES[config.model_type]]
+    config.architectures = [model_class_of(config).__name__]
     config.pad_token_id = tokenizer.pad_token_id
     if config.conversation_template is None:
         config.conversation_template = infer_template(config, source)
@@ -86,7 +85,7 @@ def _plan(weights: WeightFiles, rows: int, linear: bool) -> list[Planned]:
             if not (linear and re.search(r"multi_modal_projector\.linear_2\.", hf_name)):
                 raise LlavaError(f"{weights.file_of(hf_name)}: {hf_name} has no counterpart in LLaVA's layout")
             check_identity(weights, hf_name)
-        elif name in _EMBEDDINGS:
+        elif name in EMBEDDINGS:
             shape = weights.shape(hf_name)
             if shape[0] < rows:
                 raise LlavaError(

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AddedToken, LlamaConfig, LlavaConfig, MistralConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, LlavaConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.model.checkpoint.resolved import ResolvedCheckpoint, resolve_checkpoint
-from llava.model.configuration import LlavaConfigFields, LlavaMistralConfig
+from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.chat_template import chat_template
 from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import find_tokenizer
+from llava.model.families import EMBEDDINGS, family_of
 from llava.model.loader import load_image_processor
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
 from llava.model.towers.base import used_layers
-from llava.model.towers.files import CLIP_PREFIX
+from llava.model.towers.clip import CLIP_PREFIX
 from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, planned_tensor, write_shards
 from llava.model.weights.staging import check_space, check_target, stage
 from llava.records import read_json, write_json
@@ -42,7 +43,6 @@ LINEAR_NOTE = (
     '"linear"`): transformers takes that, vLLM is believed to refuse it.'
 )
 
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _PROJECTOR = {
     "linear": {"model.mm_projector.": "multi_modal_projector.linear_1."},
     "mlp2x_gelu": {
@@ -184,7 +184,7 @@ def _plan(checkpoint: ResolvedCheckpoint, rows: int, tower_layers: int, dtype: t
         if name.startswith(CLIP_PREFIX + "encoder.layers.") and int(block) >= tower_layers:
             continue
         new_name = hf_name(name, config.mm_projector_type)
-        if name in _EMBEDDINGS:
+        if name in EMBEDDINGS:
             shape = (rows, *checkpoint.shape(name)[1:])
             begin = _Grown(checkpoint, name)
             planned.append(Planned(new_name, shape, dtype or checkpoint.dtype(name), begin))
@@ -239,8 +239,8 @@ def _hf_config(
 ) -> dict[str, Any]:
     config = checkpoint.config
     own_fields = {field.name for field in fields(LlavaConfigFields)}
-    known = {field.name for field in fields(LlamaConfig)} | {field.name for field in fields(MistralConfig)}
-    text_class = MistralConfig if isinstance(config, LlavaMistralConfig) else LlamaConfig
+    text_class = family_of(config).text_config_class
+    known = {field.name for field in fields(text_class)}
     text = {name: value for name, value in config.to_dict().items() if name in known - own_fields}
     text |= {"vocab_size": rows, "pad_token_id": tokenizer.pad_token_id}
     for name in ("architectures", "transformers_version", "model_type", "_name_or_path"):
@@ -264,7 +264,7 @@ def _hf_config(
     kept = {name: getattr(config, name) for name in sorted(own_fields)}
     kept.pop("mm_vision_config")
     kept["mm_vision_select_layer"] = feature_layer
-    stored = dtype or checkpoint.dtype(_EMBEDDINGS[0])
+    stored = dtype or checkpoint.dtype(EMBEDDINGS[0])
     return (
         hf
         | kept
