@@ -14,8 +14,8 @@ import torch
 from llava.errors import LlavaError
 from llava.model.configuration import LlavaConfigFields
 from llava.model.families import family_of_llm
-from llava.model.towers.base import in_unused_layer
-from llava.model.towers.clip import CLIP_PREFIX
+from llava.model.towers import VisionTower, find_tower_class, sketch_vision_tower
+from llava.model.towers.base import TOWER_PREFIX, in_unused_layer
 from llava.model.weights.assemble import Source
 from llava.model.weights.files import WeightFiles
 from llava.records import read_json
@@ -23,11 +23,9 @@ from llava.records import read_json
 _RENAMED = (
     (r"(?:model\.)?language_model\.(?:model\.)?(embed_tokens|layers|norm)\.(.+)", r"model.\1.\2"),
     (r"(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
-    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", CLIP_PREFIX + r"\1"),
 )
+_TOWER = r"(?:model\.)?vision_tower\.(.+)"
 _PROJECTOR = r"(?:model\.)?multi_modal_projector\.linear_([12])\.(weight|bias)"
-
-_SELECT_FEATURE = {"default": "patch", "full": "cls_patch"}
 
 
 def is_hf_config(config: dict[str, Any]) -> bool:
@@ -35,8 +33,14 @@ def is_hf_config(config: dict[str, Any]) -> bool:
     return "text_config" in config and "vision_config" in config
 
 
-def native_name(hf_name: str, linear: bool = False) -> str | None:
-    """LLaVA's name of a tensor, None for one that it has none for (the second layer of a `linear` projector)."""
+def native_name(hf_name: str, linear: bool = False, tower: VisionTower | None = None) -> str | None:
+    """LLaVA's name of a tensor, None for one that it has none for (the second layer of a `linear` projector).
+
+    `tower` knows the names of its own; without it they have none.
+    """
+    if match := re.fullmatch(_TOWER, hf_name):
+        own_name = tower.own_name(match[1]) if tower else None
+        return TOWER_PREFIX + own_name if own_name else None
     for pattern, replacement in _RENAMED:
         if re.fullmatch(pattern, hf_name):
             return re.sub(pattern, replacement, hf_name)
@@ -69,15 +73,30 @@ def native_config(folder: Path) -> LlavaConfigFields:
     ours = {
         "mm_projector_type": "linear" if linear else "mlp2x_gelu",
         "mm_vision_select_layer": layer,
-        "mm_vision_select_feature": _SELECT_FEATURE[hf.get("vision_feature_select_strategy", "default")],
         "image_aspect_ratio": _aspect_ratio(folder),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     }
     # An export of ours keeps the fields that HF has no place for.
     kept = {field.name: hf[field.name] for field in fields(LlavaConfigFields) if field.name in hf}
     config = config_class.from_dict(text | ours | kept)
-    config.mm_vision_config = dict(hf["vision_config"])
+    vision_config = dict(hf["vision_config"])
+    config.mm_vision_config = find_tower_class(vision_config).with_image_size(vision_config, folder)
+    if "mm_vision_select_feature" not in kept:
+        strategy = hf.get("vision_feature_select_strategy", "default")
+        config.mm_vision_select_feature = _select_feature(strategy, sketch_vision_tower(config), folder)
     return config
+
+
+def _select_feature(strategy: str, tower: VisionTower, folder: Path) -> str:
+    """`default` drops the first token whatever it is, `full` keeps all."""
+    if strategy == "full":
+        return "cls_patch" if tower.prefix_tokens else "patch"
+    if tower.prefix_tokens != 1:
+        raise LlavaError(
+            f"{folder}: vision_feature_select_strategy {strategy!r} drops one token of each image, but the vision "
+            f"tower has {tower.prefix_tokens} before its patches; only full can be read"
+        )
+    return "patch"
 
 
 def hf_source(weights: WeightFiles, model) -> Source:
@@ -87,9 +106,10 @@ def hf_source(weights: WeightFiles, model) -> Source:
         LlavaError: a projector without activation whose second layer isn't the identity.
     """
     linear = model.config.mm_projector_type == "linear"
+    tower = model.get_vision_tower()
     names, unused_layers, unused = {}, {}, set()
     for hf_name in weights:
-        name = native_name(hf_name, linear)
+        name = native_name(hf_name, linear, tower)
         if name is None:
             if linear and re.fullmatch(_PROJECTOR, hf_name):
                 check_identity(weights, hf_name)

@@ -13,10 +13,12 @@ from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.model.checkpoint.config import infer_template
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
+from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.hf_writer import EXPORT_NOTE
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import EMBEDDINGS, model_class_of
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
+from llava.model.towers import CLIP, sketch_vision_tower
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
 from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, fill_from, planned_copy, write_shards
@@ -50,7 +52,7 @@ def import_hf(
     if not rows:
         raise LlavaError(f"{source / 'config.json'}: has no image_token_index, so the vocabulary's size is unknown")
     weights = WeightFiles.of_folder(source)
-    tensors = _plan(weights, rows, config.mm_projector_type == "linear")
+    tensors = _plan(weights, rows, config)
     check_space(output, sum(tensor.nbytes for tensor in tensors))
     tokenizer = _without_added(load_tokenizer(source), note, rows)
     config.vocab_size = rows
@@ -60,7 +62,8 @@ def import_hf(
         config.conversation_template = infer_template(config, source)
     if config.mm_vision_tower is None:
         vision = config.mm_vision_config
-        config.mm_vision_tower = _CLIP_LARGE.get((vision.get("hidden_size"), vision.get("image_size")))
+        if vision.get("model_type", CLIP) == CLIP:
+            config.mm_vision_tower = _CLIP_LARGE.get((vision.get("hidden_size"), vision.get("image_size")))
         # The folder holds the tower: LLaVA's own code reads it only if it was trained.
         config.unfreeze_mm_vision_tower = True
     with stage(output, overwrite) as folder:
@@ -75,10 +78,12 @@ def import_hf(
     return output
 
 
-def _plan(weights: WeightFiles, rows: int, linear: bool) -> list[Planned]:
+def _plan(weights: WeightFiles, rows: int, config: LlavaConfigFields) -> list[Planned]:
+    linear = config.mm_projector_type == "linear"
+    tower = sketch_vision_tower(config)
     planned = []
     for hf_name in weights:
-        name = native_name(hf_name, linear)
+        name = native_name(hf_name, linear, tower)
         if is_harmless(name or hf_name):
             continue
         if name is None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+import torch
+
 from llava.errors import LlavaError
 from llava.model.towers.base import VisionTower
 from llava.records import read_json
@@ -16,7 +18,14 @@ from llava.records import read_json
 CLIP = "clip_vision_model"
 """The kind of a `mm_vision_config` that doesn't name one."""
 
-__all__ = ["TOWERS", "VisionTower", "build_vision_tower", "read_vision_config"]
+__all__ = [
+    "TOWERS",
+    "VisionTower",
+    "build_vision_tower",
+    "find_tower_class",
+    "read_vision_config",
+    "sketch_vision_tower",
+]
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -35,14 +44,31 @@ def build_vision_tower(config: Any) -> VisionTower:
             asked for that the tower doesn't have.
     """
     vision_config = dict(config.mm_vision_config or {})
-    kind = vision_config.get("model_type", CLIP)
-    tower_class = next((tower for tower in TOWERS if kind in tower.kinds or not tower.kinds), None)
-    if tower_class is None:
-        raise LlavaError(f"vision towers of type {kind!r} aren't supported; use one of {', '.join(_kinds())}")
+    tower_class = find_tower_class(vision_config)
     tower = tower_class(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
     if tower.select_feature == "cls_patch" and not tower.prefix_tokens:
+        kind = vision_config.get("model_type")
         raise LlavaError(f"mm_vision_select_feature cls_patch: the tower {kind!r} has no class token; use patch")
     return tower
+
+
+def sketch_vision_tower(config: Any) -> VisionTower:
+    """`build_vision_tower` without memory: to ask a tower about its shapes and names."""
+    with torch.device("meta"):
+        return build_vision_tower(config)
+
+
+def find_tower_class(vision_config: dict[str, Any]) -> type[VisionTower]:
+    """The kind of tower that a `mm_vision_config` describes.
+
+    Raises:
+        LlavaError: none.
+    """
+    kind = vision_config.get("model_type", CLIP)
+    found = next((tower for tower in TOWERS if kind in tower.kinds or not tower.kinds), None)
+    if found is None:
+        raise LlavaError(f"vision towers of type {kind!r} aren't supported; use one of {', '.join(_kinds())}")
+    return found
 
 
 def read_vision_config(folder: Path) -> dict[str, Any]:

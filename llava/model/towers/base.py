@@ -1,7 +1,9 @@
 """What the model asks of a vision tower, and what all towers share: which layers run, which are left out."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +55,9 @@ class VisionTower(nn.Module):
     tail: tuple[str, ...]
     """How the state keys begin of what comes after the last block: not run, not held."""
 
+    tail_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """State keys and shapes of what `library_config` has after the last block."""
+
     def __init__(self, vision_config: dict[str, Any], select_layer: int = -2, select_feature: str = "patch"):
         super().__init__()
         if select_feature not in {"patch", "cls_patch"}:
@@ -70,6 +75,11 @@ class VisionTower(nn.Module):
         Raises:
             LlavaError: it is of this kind, and can't be used.
         """
+
+    @classmethod
+    def with_image_size(cls, vision_config: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """`vision_config` with the size of the images that the preprocessing in `folder` makes, if that is needed."""
+        return vision_config
 
     @abstractmethod
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:

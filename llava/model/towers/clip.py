@@ -61,6 +61,7 @@ class CLIPVisionTower(VisionTower):
         self.hidden_size = full.hidden_size
         self.image_size = full.image_size
         self.patches_per_side = full.image_size // full.patch_size
+        self.tail_shapes = {f"{_PREFIX}post_layernorm.{leaf}": (self.hidden_size,) for leaf in ("weight", "bias")}
         self.vision_tower = nn.Module()
         self.vision_tower.vision_model = CLIPVisionModel(used)
         self.vision_tower.vision_model.post_layernorm = nn.Identity()
