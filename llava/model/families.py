@@ -20,6 +20,9 @@ from transformers import (
     MistralModel,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
 )
 
 from llava.errors import LlavaError
@@ -93,6 +96,17 @@ class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
     core_class = MistralModel
 
 
+class LlavaQwen2Config(LlavaConfigFields, Qwen2Config):
+    model_type = "llava_qwen2"
+
+
+class LlavaQwen2ForCausalLM(LlavaForCausalLM, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 with images."""
+
+    config_class = LlavaQwen2Config
+    core_class = Qwen2Model
+
+
 def _llama_template(config: Any, chat_template: str) -> str | None:
     """LLaMA-2's chat template, or its 4096 positions under one Linear: BabyDoctor and LLaVA's LLaMA-2-chat models."""
     if "<<SYS>>" in chat_template:
@@ -118,6 +132,15 @@ FAMILIES = (
         LlavaMistralConfig,
         LlavaMistralForCausalLM,
         default_template="mistral_instruct",
+    ),
+    Family(
+        "qwen2",
+        Qwen2Config,
+        LlavaQwen2Config,
+        LlavaQwen2ForCausalLM,
+        default_template="qwen2",
+        training_template="qwen2",
+        older_types=("llava_qwen",),
     ),
 )
 
