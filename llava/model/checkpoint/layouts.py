@@ -23,7 +23,7 @@ from llava.model.families import EMBEDDINGS, FINAL_NORM
 from llava.model.towers import read_vision_config
 from llava.model.towers.base import TOWER_PREFIX, in_unused_layer
 from llava.model.towers.clip import known_vision_config
-from llava.model.weights.assemble import Source
+from llava.model.weights.assemble import Source, tied_weights
 from llava.model.weights.files import WeightFiles, find_weight_files, is_harmless
 from llava.model.weights.locate import locate_model
 from llava.records import read_json
@@ -161,7 +161,7 @@ def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts
             changed.insert(0, model.get_vision_tower().source(tower_folder))
         for source in changed:
             source.convert = adapter.merged
-        _check_reach(adapter, changed, base_folder)
+        _check_reach(adapter, changed, base_folder, model)
         replaced = Source("adapter", adapter.weights, adapter.overrides, unused=_pair_names(adapter))
         return [*changed, replaced]
 
@@ -250,7 +250,12 @@ def _appending(before, name: str, new: torch.Tensor | None, rows: int):
     return convert
 
 
-def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path) -> None:
+def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path, model: PreTrainedModel) -> None:
+    for name in adapter.adds_to & tied_weights(model).keys():
+        raise LlavaError(
+            f"{adapter.weights.files[0]}: the adapter changes {name}, which is the embedding of {base_folder} "
+            f"(config.json: tie_word_embeddings); train one without that layer"
+        )
     lost = sorted(adapter.adds_to.difference(*(source.names for source in sources)))
     if lost:
         raise LlavaError(

@@ -18,7 +18,7 @@ from llava.errors import LlavaError
 from llava.model.convert.delta_archive import DeltaArchive
 from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import copy_side_files, find_tokenizer
-from llava.model.families import EMBEDDING, EMBEDDINGS, family_names, find_family
+from llava.model.families import EMBEDDING, EMBEDDINGS, HEAD, family_names, find_family
 from llava.model.weights.checksums import recorded_checksums
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
@@ -133,7 +133,8 @@ def open_pair(base_folder: Path, upper_folder: Path, what: str) -> Pair:
     upper_config = read_json_of(upper_folder, what)
     _check_configs(read_json_of(base_folder, "base"), upper_config, str(base_folder), str(upper_folder), what)
     base, upper = WeightFiles.of_folder(base_folder), WeightFiles.of_folder(upper_folder)
-    names = tuple(name for name in upper if not is_harmless(name))
+    tied = _is_tied(base_folder, base) and _is_tied(upper_folder, upper)
+    names = tuple(name for name in upper if not is_harmless(name) and not (tied and name == HEAD))
     own = [name for name in base if name.startswith(_ADDED_PARTS)]
     if own:
         raise LlavaError(
@@ -142,11 +143,16 @@ def open_pair(base_folder: Path, upper_folder: Path, what: str) -> Pair:
         )
     missing = [name for name in names if name not in base and not name.startswith(_ADDED_PARTS)]
     if missing:
+        if missing == [HEAD] and _is_tied(base_folder, base):
+            raise LlavaError(
+                f"{base_folder}: the base's head is its embedding (config.json: tie_word_embeddings), the {what} "
+                f"{upper_folder} has one of its own; give the base that it was made for"
+            )
         raise LlavaError(
             f"{base_folder}: the base has no {_some(missing)}, which the {what} {upper_folder} changes; "
             f"the {what} was made for another base, or a file of the base is missing"
         )
-    extra = [name for name in base if name not in upper and not is_harmless(name)]
+    extra = [name for name in base if name not in upper and not is_harmless(name) and not (tied and name == HEAD)]
     if extra:
         raise LlavaError(
             f"{upper_folder}: the {what} has no {_some(extra)}, which the base {base_folder} has; "
@@ -169,6 +175,22 @@ def open_pair(base_folder: Path, upper_folder: Path, what: str) -> Pair:
             f"{upper_config['vocab_size']}; take weights and config.json of one release"
         )
     return Pair(base, upper, names)
+
+
+def _is_tied(folder: Path, weights: WeightFiles) -> bool:
+    """Whether the head is the embedding; a file may hold the tensor twice.
+
+    Raises:
+        LlavaError: the config ties two tensors that differ.
+    """
+    if not read_json(folder / "config.json").get("tie_word_embeddings"):
+        return False
+    if HEAD in weights and not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
+        raise LlavaError(
+            f"{weights.file_of(HEAD)}: {HEAD} isn't the embedding, but config.json ties the two; set "
+            f"tie_word_embeddings there to false, or remove {HEAD}"
+        )
+    return True
 
 
 def read_json_of(folder: Path, what: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -16,9 +17,9 @@ from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, nativ
 from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.hf_writer import EXPORT_NOTE
 from llava.model.convert.model_card import write_model_card
-from llava.model.families import EMBEDDINGS, model_class_of
+from llava.model.families import EMBEDDING, EMBEDDINGS, HEAD, model_class_of
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
-from llava.model.towers import CLIP, sketch_vision_tower
+from llava.model.towers import CLIP, VisionTower, sketch_vision_tower
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
 from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, fill_from, planned_copy, write_shards
@@ -90,6 +91,8 @@ def _plan(weights: WeightFiles, rows: int, config: LlavaConfigFields) -> list[Pl
             if not (linear and re.search(r"multi_modal_projector\.linear_2\.", hf_name)):
                 raise LlavaError(f"{weights.file_of(hf_name)}: {hf_name} has no counterpart in LLaVA's layout")
             check_identity(weights, hf_name)
+        elif name == HEAD and config.tie_word_embeddings:
+            _check_tied(weights, hf_name, tower)
         elif name in EMBEDDINGS:
             shape = weights.shape(hf_name)
             if shape[0] < rows:
@@ -100,6 +103,15 @@ def _plan(weights: WeightFiles, rows: int, config: LlavaConfigFields) -> list[Pl
         else:
             planned.append(planned_copy(weights, hf_name, name))
     return planned
+
+
+def _check_tied(weights: WeightFiles, head: str, tower: VisionTower) -> None:
+    embedding = next((name for name in weights if native_name(name, tower=tower) == EMBEDDING), None)
+    if embedding is None or not torch.equal(weights.read(head), weights.read(embedding)):
+        raise LlavaError(
+            f"{weights.file_of(head)}: {head} isn't the embedding, but config.json ties the two; set "
+            f"tie_word_embeddings there to false"
+        )
 
 
 class _Cut:
