@@ -91,6 +91,12 @@ class ImageProcessor:
 
     from_config = from_pretrained
 
+    @classmethod
+    def find(cls, folder: Path) -> "ImageProcessor | None":
+        """That of a model folder, whichever file says it; None if none does."""
+        settings = find_settings(folder)
+        return None if settings is None else cls._from_config(settings, str(folder))
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, as the library's processor of this kind reads it."""
         fields = asdict(self)
@@ -270,6 +276,16 @@ def _check_steps(config: dict[str, Any], given: dict[str, Any], kind: str, where
             f"{where}: {', '.join(missing)} of {kind} must be given in the file; defaults are known of "
             f"{', '.join(_KINDS)}"
         )
+
+
+def find_settings(folder: Path) -> dict[str, Any] | None:
+    """The image settings of a model folder: preprocessor_config.json, or a part of processor_config.json."""
+    for name in (FILE_NAME, "processor_config.json"):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        settings = content.get("image_processor", content if name == FILE_NAME else None)
+        if settings:
+            return settings
+    return None
 
 
 def _with_shortest(width: int, height: int, edge: int) -> tuple[int, int]:

@@ -23,7 +23,6 @@ from llava.model.weights.quantized import (
     quantization_config,
     split_quantization_state,
 )
-from llava.records import read_json
 
 log = logging.getLogger(__name__)
 
@@ -139,14 +138,8 @@ def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder:
 def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> ImageProcessor:
     """The image processor of the first of `folders` that has one, or the tower's own settings."""
     for place in folders:
-        if place is None:
-            continue
-        if (place / "preprocessor_config.json").is_file():
-            return ImageProcessor.from_pretrained(place)
-        if (place / "processor_config.json").is_file():
-            settings = read_json(place / "processor_config.json").get("image_processor")
-            if settings:
-                return ImageProcessor.from_pretrained(settings)
+        if place is not None and (found := ImageProcessor.find(place)) is not None:
+            return found
     return ImageProcessor.from_pretrained(model.get_vision_tower().default_image_settings())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llava.errors import LlavaError
+from llava.images.processor import find_settings
 from llava.model.configuration import LlavaConfigFields
 from llava.model.families import family_of_llm
 from llava.model.towers import VisionTower, find_tower_class, sketch_vision_tower
@@ -134,10 +135,4 @@ def check_identity(weights: WeightFiles, hf_name: str) -> None:
 
 def _aspect_ratio(folder: Path) -> str | None:
     """`pad` where the image processor pads to a square before it resizes, as LLaVA-1.5's does."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        path = folder / "processor_config.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    return "pad" if content.get("image_processor", content).get("do_pad") else None
+    return "pad" if (find_settings(folder) or {}).get("do_pad") else None

@@ -52,6 +52,11 @@ def import_hf(
     rows = note.get("vocab_size") or content.get("image_token_index") or content.get("image_token_id")
     if not rows:
         raise LlavaError(f"{source / 'config.json'}: has no image_token_index, so the vocabulary's size is unknown")
+    processor = ImageProcessor.find(source)
+    if processor is None:
+        raise LlavaError(
+            f"{source}: no preprocessor_config.json or processor_config.json; copy it from the model's source"
+        )
     weights = WeightFiles.of_folder(source)
     tensors = _plan(weights, rows, config)
     check_space(output, sum(tensor.nbytes for tensor in tensors))
@@ -71,7 +76,7 @@ def import_hf(
         write_shards(folder, tensors, weights.files, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
-        ImageProcessor.from_config(_image_settings(source)).save_pretrained(folder)
+        processor.save_pretrained(folder)
         if (source / "generation_config.json").is_file():
             settings = read_json(source / "generation_config.json")
             write_json(folder / "generation_config.json", settings | {"pad_token_id": tokenizer.pad_token_id})
@@ -150,11 +155,3 @@ def _without_added(tokenizer: PreTrainedTokenizerBase, note: dict[str, Any], row
     )
     result.name_or_path = tokenizer.name_or_path
     return result
-
-
-def _image_settings(folder: Path) -> dict[str, Any]:
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            return content.get("image_processor", content)
-    raise LlavaError(f"{folder}: no preprocessor_config.json or processor_config.json; copy it from the model's source")
