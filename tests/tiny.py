@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -122,6 +123,26 @@ def make_clip(folder: str | Path, *, seed: int = 1, **fields: Any) -> Path:
         "resample": 3,
         "rescale_factor": 1 / 255,
     }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def make_tower(folder: str | Path, kind: str, processor: dict[str, Any], *, seed: int = 1, **fields: Any) -> Path:
+    """A vision model of the library of three blocks (`siglip_vision_model`, `dinov2`, …), written to `folder`.
+
+    `processor` is its preprocessor_config.json.
+    """
+    folder = Path(folder)
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    with _seeded(seed):
+        AutoModel.from_config(AutoConfig.for_model(kind, **sizes | fields)).eval().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 

@@ -24,7 +24,7 @@ from llava.model.convert.other_files import find_tokenizer
 from llava.model.families import EMBEDDINGS, family_of
 from llava.model.loader import load_image_processor
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
-from llava.model.towers import VisionTower
+from llava.model.towers import CLIP, VisionTower
 from llava.model.towers.base import TOWER_PREFIX
 from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, planned_tensor, write_shards
 from llava.model.weights.staging import check_space, check_target, stage
@@ -43,6 +43,9 @@ LINEAR_NOTE = (
     '"linear"`): transformers takes that, vLLM is believed to refuse it.'
 )
 
+TOWER_NOTE = "The vision tower is neither CLIP nor SigLIP: transformers runs it here, other engines may refuse it."
+
+_WIDELY_KNOWN = (CLIP, "siglip_vision_model")
 _PROJECTOR = {
     "linear": {"model.mm_projector.": "multi_modal_projector.linear_1."},
     "mlp2x_gelu": {
@@ -105,9 +108,13 @@ def export_hf(
         _write_processor(folder, checkpoint, tokenizer)
         _write_generation_config(folder, checkpoint, tokenizer)
         notes = ("Layout: transformers' `LlavaForConditionalGeneration`.",)
-        if config.mm_projector_type == "linear":
-            log.warning(LINEAR_NOTE)
-            notes += (LINEAR_NOTE,)
+        for applies, note in (
+            (config.mm_projector_type == "linear", LINEAR_NOTE),
+            (config.mm_vision_config.get("model_type", CLIP) not in _WIDELY_KNOWN, TOWER_NOTE),
+        ):
+            if applies:
+                log.warning(note)
+                notes += (note,)
         write_model_card(
             folder,
             "A LLaVA checkpoint for transformers and the engines that read its layout.",
