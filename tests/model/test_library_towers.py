@@ -47,8 +47,11 @@ DINO = {
 CASES = {
     # kind, preprocessing, fields, tokens before the patches, patches
     "siglip": ("siglip_vision_model", SIGLIP, {"patch_size": 7}, 0, 16),
+    # Made for 42 px and used with 28, as the released ones are with 518 and 224.
+    "dinov2": ("dinov2", DINO, {"image_size": 42}, 1, 4),
+    "registers": ("dinov2_with_registers", DINO, {"num_register_tokens": 4}, 5, 4),
 }
-IN_TRANSFORMERS = ("siglip",)
+IN_TRANSFORMERS = ("siglip", "dinov2")
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +215,22 @@ def test_export_of_a_padded_model_keeps_the_towers_means(tmp_path, llm):
     theirs = AutoProcessor.from_pretrained(hf)(images=image(), text="<image>", return_tensors="pt")["pixel_values"]
     assert (theirs - pixels_of(loaded)).abs().max() < 1e-5
     assert load_pretrained_model(hf, device="cpu").model.config.image_aspect_ratio == "pad"
+
+
+def test_class_token_and_registers_can_be_kept(llm, tmp_path):
+    kind, processor, fields, before, patches = CASES["registers"]
+    tower = make_tower(tmp_path / "tower", kind, processor, **fields)
+    loaded = build_model_from_llm(llm, tower, device="cpu", mm_vision_select_feature="cls_patch")
+    assert loaded.model.num_patches == before + patches
+    save_model(tmp_path / "llava", loaded.model, loaded.tokenizer, loaded.image_processor)
+    hf = export_hf(tmp_path / "llava", tmp_path / "hf")
+    assert read_json(hf / "config.json")["vision_feature_select_strategy"] == "full"
+    model = LlavaForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
+    ids = torch.tensor([[1, *[model.config.image_token_id] * loaded.model.num_patches, 300, 301, 302]])
+    with torch.no_grad():
+        theirs = model(input_ids=ids, pixel_values=pixels_of(loaded)).logits
+    ours = logits(loaded)
+    assert (theirs[..., : ours.shape[-1]] - ours).abs().max() < 1e-4
 
 
 def test_folder_with_a_text_half(llm, tmp_path):
