@@ -13,12 +13,11 @@ import torch
 
 from llava.errors import LlavaError
 from llava.model.towers.base import VisionTower
+from llava.model.towers.clip import KIND as CLIP
 from llava.records import read_json
 
-CLIP = "clip_vision_model"
-"""The kind of a `mm_vision_config` that doesn't name one."""
-
 __all__ = [
+    "CLIP",
     "TOWERS",
     "VisionTower",
     "build_vision_tower",
@@ -64,7 +63,7 @@ def find_tower_class(vision_config: dict[str, Any]) -> type[VisionTower]:
     Raises:
         LlavaError: none.
     """
-    kind = vision_config.get("model_type", CLIP)
+    kind = vision_config.get("model_type", CLIP)  # older configurations don't name it
     found = next((tower for tower in TOWERS if kind in tower.kinds or not tower.kinds), None)
     if found is None:
         raise LlavaError(f"vision towers of type {kind!r} aren't supported; use one of {', '.join(_kinds())}")

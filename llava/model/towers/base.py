@@ -44,8 +44,6 @@ class VisionTower(nn.Module):
     patches_per_side: int
     prefix_tokens: int
     """How many tokens come before the patches: a class token, registers, or none."""
-    weight_prefix: str
-    """What stands before the vision model's own names in the tower's state: `vision_tower.` or with a part more."""
     block_prefix: str
     """State keys of block N begin with `block_prefix` and `N.`."""
     num_blocks: int

@@ -47,7 +47,6 @@ class CLIPVisionTower(VisionTower):
     kinds = (KIND,)
     no_split_modules = ("CLIPEncoderLayer",)
     other_parts = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-    weight_prefix = _PREFIX
     block_prefix = _PREFIX + "encoder.layers."
     tail = (_PREFIX + "post_layernorm.",)
     prefix_tokens = 1

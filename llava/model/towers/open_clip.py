@@ -34,7 +34,6 @@ class OpenCLIPVisionTower(VisionTower):
     kinds = (KIND,)
     no_split_modules = ("Block",)
     other_parts = ("text.", "visual.head.", "logit_scale", "logit_bias")
-    weight_prefix = _PREFIX
     block_prefix = _PREFIX + "blocks."
     tail = tuple(_PREFIX + name for name in ("norm.", "fc_norm.", "head.", "attn_pool."))
 

@@ -223,7 +223,7 @@ def _describe_shape(source: Source, name: str, wanted: tuple[int, ...]) -> str:
     elif "mm_projector" in name:
         cause = "the projector was trained for another tower or language model"
     elif "vision_tower" in name:
-        cause = "the tower's folder holds another size of CLIP than the one the model was trained with"
+        cause = "the tower's folder holds another size of vision model than the one the model was trained with"
     file_name = source.names[name]
     return (
         f"{source.weights.file_of(file_name)}: {file_name} has shape {list(found)}, "
@@ -235,7 +235,7 @@ def _describe_missing(sources: list[Source], missing: list[str]) -> str:
     name = missing[0]
     part, cause = "", "the checkpoint is incomplete, or its config.json describes another model"
     if "vision_tower" in name:
-        part, cause = "vision tower", "the tower's folder doesn't hold a whole CLIP vision model"
+        part, cause = "vision tower", "the tower's folder doesn't hold the whole vision model"
     elif "mm_projector" in name:
         part, cause = (
             "projector",
