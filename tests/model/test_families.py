@@ -136,6 +136,16 @@ def test_adapter_and_its_sum_with_the_base(trained, data, tmp_path):
     assert not torch.equal(logits(one), logits(load_pretrained_model(base, device="cpu")))
 
 
+def test_adapter_with_new_tokens_over_the_plain_language_model(trained, data, tmp_path):
+    """peft writes both matrices whole where rows were added, tied or not."""
+    more = ("--vision_tower", str(trained / "clip"), "--mm_use_im_start_end", "True", "--lora_enable")
+    train(flags(tmp_path, data, trained / "llm", *more, "--max_steps", "1"))
+    found = load_pretrained_model(tmp_path, trained / "llm", device="cpu").model
+    rows = load_file(trained / "llm" / "model.safetensors")[EMBEDDING].shape[0]
+    assert found.get_input_embeddings().weight.shape[0] == found.lm_head.weight.shape[0] == rows + 2
+    assert (found.lm_head.weight is found.get_input_embeddings().weight) == is_tied(trained / "llm")
+
+
 def test_delta_and_its_sum_with_the_base(trained, tmp_path):
     for name in ("llm", "llava"):
         (tmp_path / name).mkdir()

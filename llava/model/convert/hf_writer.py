@@ -108,13 +108,13 @@ def export_hf(
         _write_processor(folder, checkpoint, tokenizer)
         _write_generation_config(folder, checkpoint, tokenizer)
         notes = ("Layout: transformers' `LlavaForConditionalGeneration`.",)
-        for applies, note in (
+        for applies, words in (
             (config.mm_projector_type == "linear", LINEAR_NOTE),
             (config.mm_vision_config.get("model_type", CLIP) not in _WIDELY_KNOWN, TOWER_NOTE),
         ):
             if applies:
-                log.warning(note)
-                notes += (note,)
+                log.warning(words)
+                notes += (words,)
         write_model_card(
             folder,
             "A LLaVA checkpoint for transformers and the engines that read its layout.",
