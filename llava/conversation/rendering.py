@@ -23,7 +23,9 @@ class SeparatorStyle(StrEnum):
     LLAMA_2 = "LLAMA_2"
     """`[INST] <<SYS>>\\nsystem\\n<</SYS>>\\n\\nquestion [/INST] answer </s>`"""
     MPT = "MPT"
-    """`system<|im_end|><|im_start|>user\\nquestion<|im_end|><|im_start|>assistant\\nanswer<|im_end|>`"""
+    """`system<|im_end|><|im_start|>user\\nquestion<|im_end|><|im_start|>assistant\\nanswer<|im_end|>`
+
+    Where `sep` goes on behind the end mark (a line break, in Qwen2's ChatML), `sep2` is the end mark alone."""
     PLAIN = "PLAIN"
     """`<image>caption\\n`, for stage 1"""
 
@@ -159,11 +161,15 @@ def _llama_2(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterat
 
 
 def _mpt(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterator[Segment]:
-    yield Segment(conversation.system + conversation.sep, False)
+    end = conversation.stop_str
+    behind = conversation.sep.removeprefix(end)
+    yield Segment(conversation.system + end, False)
+    spoken = True
     for role, text in texts:
-        yield Segment(role, False)
+        yield Segment((behind if spoken else "") + role, False)
+        spoken = bool(text)
         if text:
-            yield Segment(text + conversation.sep, role == conversation.roles[1])
+            yield Segment(text + end, role == conversation.roles[1])
 
 
 def _plain_style(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterator[Segment]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.model.tokenizer import save_tokenizer
+from llava.model.weights.assemble import tied_weights
 
 
 def save_model(
@@ -31,7 +32,12 @@ def save_model(
     try:
         if not getattr(model, "is_quantized", False):
             state_dict = (state_dict or model.state_dict()) | model.get_vision_tower().unused_layer_weights()
-        model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=max_shard_size)
+            # A gathered state holds copies, which nothing but their names tells from weights of their own.
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied_weights(model)}
+        # Names as the model has them: the library's older ones for vision models differ.
+        model.save_pretrained(
+            temporary, state_dict=state_dict, max_shard_size=max_shard_size, save_original_format=False
+        )
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         if image_processor is not None:
