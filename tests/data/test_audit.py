@@ -14,7 +14,7 @@ from llava.errors import LlavaError
 
 
 def item(key, image, question, answer, kind="OPEN"):
-    return VqaItem(key, image, question, answer, kind)
+    return VqaItem(key, (image,), question, answer, kind)
 
 
 def smooth_image(seed: int) -> Image.Image:

@@ -98,7 +98,7 @@ class LocalAnswers:
 
     def _answer(self, group, engine, loaded, template) -> Iterator[tuple[Question, str, dict[str, Any]]]:
         images = [self.question_images.of(question) for question in group]
-        conversations = [conversation_from_record(_as_record(question), template) for question in group]
+        conversations = [conversation_from_record(_turns(question), template) for question in group]
         answers = self._generate(engine, group, conversations, images)
         metadata = [{"finish_reason": a.finish_reason, "tokens": len(a.token_ids)} for a in answers]
         texts = [answer.text.strip() for answer in answers]
@@ -112,7 +112,7 @@ class LocalAnswers:
             from llava.eval.answers.yes_no import yes_probabilities
 
             closed = [index for index, question in enumerate(group) if question.answer_type == "CLOSED"]
-            asked = [([{"from": "human", "value": group[i].text}], images[i]) for i in closed]
+            asked = [(_turns(group[i]), images[i]) for i in closed]
             for index, chance in zip(closed, yes_probabilities(loaded, template, asked, self.batch_size)):
                 metadata[index]["p_yes"] = chance
         return zip(group, texts, metadata)
@@ -144,5 +144,6 @@ def sampling_params(decoding: Decoding, question: Question):
     return SamplingParams(**given)
 
 
-def _as_record(question: Question) -> dict[str, Any]:
-    return {"conversations": [{"from": "human", "value": question.text}]}
+def _turns(question: Question) -> list[dict[str, str]]:
+    system = [] if question.system is None else [{"from": "system", "value": question.system}]
+    return [*system, {"from": "human", "value": question.text}]
