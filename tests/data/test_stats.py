@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("textblob", reason='textblob is in the extra "stats"')
 pytest.importorskip("simplemma", reason='simplemma is in the extra "stats"')
 
-from llava.data.stats import collect, verb_object_finder
+from llava.data.stats_count import collect, verb_object_finder
 from llava.errors import LlavaError
 from llava.records import write_json
 
