@@ -141,7 +141,7 @@ def parse_record(line: bytes, where: str, replaced: Replaced) -> Record:
     """
     try:
         # Given bytes, json would try each line for other encodings, which takes as long as reading it.
-        text = line.decode("utf-8", "surrogatepass")
+        text = line.decode("utf-8", "surrogatepass").strip()
         record = json.loads(text)
     except ValueError as error:
         raise LlavaError(f"{where}: not JSON ({error})") from error
