@@ -40,12 +40,16 @@ FAULTS = {
 }
 NOTES = {
     "misspelt_key": f'turns under "{MISSPELT}"',
+    "other_names": 'turns not under "conversations", "from", "value", or speakers not called human and gpt',
     "number_as_text": "a turn whose text is a number",
     "empty_question": "a human turn without text",
     "text_only": "no image",
     "truncated": "longer than the model's maximum; its end is cut off",
     "duplicate_id": "an id that another record has too",
 }
+
+
+_USUAL_SPEAKERS = ("human", "gpt", "system")
 
 
 class Finding(NamedTuple):
@@ -117,6 +121,9 @@ def _spelling(record: Record) -> list[Finding]:
     if record.get("conversations") is None and record.get(MISSPELT) is not None:
         found.append(Finding("misspelt_key"))
     entries = first_given(record, *TURN_KEYS)
+    is_usual = all(entry.get("from") in _USUAL_SPEAKERS and entry.get("value") is not None for entry in entries)
+    if not is_usual or entries is record.get("messages"):
+        found.append(Finding("other_names"))
     if not all(isinstance(first_given(entry, "value", "content"), str) for entry in entries):
         found.append(Finding("number_as_text"))
     return found

@@ -124,7 +124,8 @@ def _piece(record: Record, opening: list[dict], pairs: list[Pair], start: int, e
     if here < total:
         marks = "\n".join([DEFAULT_IMAGE_TOKEN] * total)
         for turn in turns:
-            turn["value"] = turn["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+            if DEFAULT_IMAGE_TOKEN in turn["value"]:
+                turn["value"] = turn["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
         turns[0]["value"] = f"{marks}\n{turns[0]['value']}"
     piece = with_entries(record, [*before, *turns])
     if start == 0 and end == len(pairs):

@@ -70,6 +70,16 @@ def test_strict_words_keep_decimals_and_join_thousands():
     assert strict_words("It doesnt.") == ["it", "doesn't"]
 
 
+def test_strict_words_of_scripts_without_blanks_are_characters():
+    assert strict_words("CT显示3.5厘米的结节") == ["ct", "显", "示", "3.5", "厘", "米", "的", "结", "节"]
+    assert strict_words("폐 결절, naïve") == ["폐", "결절", "naïve"]
+
+
+@pytest.mark.parametrize(("said", "right"), [("有", 1), ("有的", 1), ("没有", 0), ("有没有", 0), ("无", 0)])
+def test_a_denied_chinese_word_is_not_said(said, right):
+    assert strict_item(said, "有").correct == right
+
+
 def test_only_the_first_32_periods_go_in_paper():
     text = " ".join(["a.b."] * 20)
     assert normalize_word(text).count(".") == 40 - 32

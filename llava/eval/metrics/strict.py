@@ -36,8 +36,9 @@ def strict_item(prediction: str, reference: str, question: str = "") -> StrictIt
     Recall is the share of the reference's distinct words that are said; precision and F1 count each word at
     most as often as it stands in the reference. A closed answer is correct if
     - the reference says yes or no: the answer says that one, as a word, and not the other;
-    - else: the reference's words stand in the answer one after the other, and no other option that the
-      question offers ("… two options: [left, right]") does.
+    - else: the reference's words stand in the answer one after the other, nowhere denied by the character before
+      them (没有 doesn't say 有), and no other option that the question offers ("… two options: [left, right]")
+      stands there.
     """
     said, wanted = strict_words(str(prediction)), strict_words(str(reference))
     if not wanted:  # a reference of marks alone, such as "+"
@@ -99,11 +100,26 @@ def _is_correct(said: list[str], wanted: list[str], question: str) -> bool:
         return _polarity(said) == polarity
     others = [option for option in question_options(question) if option and not _stands_in(option, wanted)]
     others = [option for option in others if not _stands_in(wanted, option)]
+    if _is_denied(wanted, said):
+        return False
     return _stands_in(wanted, said) and not any(_stands_in(option, said) for option in others)
 
 
+_DENIALS = frozenset("不没沒无無非未否")
+
+
+def _is_denied(words: list[str], text: list[str]) -> bool:
+    """Whether Chinese words stand behind a character that denies them, where each character is a word of its own."""
+    return len(words[0]) == 1 and any(start and text[start - 1] in _DENIALS for start in _places(words, text))
+
+
 def _stands_in(words: list[str], text: list[str]) -> bool:
-    return any(text[start : start + len(words)] == words for start in range(len(text) - len(words) + 1))
+    return bool(_places(words, text))
+
+
+def _places(words: list[str], text: list[str]) -> list[int]:
+    """Where `words` stand in `text` one after the other."""
+    return [start for start in range(len(text) - len(words) + 1) if text[start : start + len(words)] == words]
 
 
 def _polarity(words: list[str]) -> str:
