@@ -100,10 +100,10 @@ def clean_text(value: Any) -> str:
 
 
 def read_answer_type(value: Any, where: str) -> str:
-    """OPEN or CLOSED, whatever its case and the blanks around it."""
+    """OPEN or CLOSED (or CHOICE, of questions with options), whatever its case and the blanks around it."""
     kind = clean_text(value).upper()
-    if kind not in ("OPEN", "CLOSED"):
-        raise LlavaError(f"{where}: answer_type is {value!r}; expected OPEN or CLOSED")
+    if kind not in ("OPEN", "CLOSED", "CHOICE"):
+        raise LlavaError(f"{where}: answer_type is {value!r}; expected OPEN, CLOSED or CHOICE")
     return kind
 
 

@@ -22,7 +22,8 @@ from llava.record_content import (
 )
 from llava.records import Record, iter_records
 
-ANSWER_TYPES = ("OPEN", "CLOSED")
+ANSWER_TYPES = ("OPEN", "CLOSED", "CHOICE")
+"""CHOICE: one of the options that the record lists (`options`)."""
 
 
 @dataclass(frozen=True)

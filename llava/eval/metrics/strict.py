@@ -5,10 +5,10 @@ Open questions score by set recall, closed ones by accuracy; docs/metrics.md giv
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
-from llava.eval.metrics.paper import percent
+from llava.eval.metrics.registry import CLOSED, OPEN, Answer, metric
 from llava.eval.metrics.words import strict_words
 
 
@@ -56,28 +56,43 @@ def strict_item(prediction: str, reference: str, question: str = "") -> StrictIt
     )
 
 
-def strict_summary(items: Sequence[StrictItem], answer_types: Sequence[str]) -> dict[str, float | None]:
-    """Means in percent; None where there is nothing to average."""
-    return {name: percent(values) for name, values in strict_values(items, answer_types).items()}
+def strict_scores(answer: Answer) -> StrictItem:
+    """`strict_item` of an answer; metrics share it by `answer.once`."""
+    return strict_item(answer.prediction, answer.reference, answer.question)
 
 
-def strict_values(items: Sequence[StrictItem], answer_types: Sequence[str]) -> dict[str, list[float | None]]:
-    """What each number is the mean of: one value per question, None where the question doesn't count.
+_open = partial(metric, counts=OPEN, metric_set="strict")
+_closed = partial(metric, counts=CLOSED, metric_set="strict")
 
-    `closed undecided` are the answers that say both yes and no.
-    """
 
-    def values(kind, value):
-        return [value(item) if answer_type == kind else None for item, answer_type in zip(items, answer_types)]
+@_open("open recall", label="open: recall", headline="open")
+def _recall(answer: Answer) -> float:
+    return answer.once(strict_scores).recall
 
-    return {
-        "open recall": values("OPEN", lambda item: item.recall),
-        "open precision": values("OPEN", lambda item: item.precision),
-        "open f1": values("OPEN", lambda item: item.f1),
-        "open exact match": values("OPEN", lambda item: item.exact),
-        "closed accuracy": values("CLOSED", lambda item: item.correct),
-        "closed undecided": values("CLOSED", lambda item: float(item.polarity == "both")),
-    }
+
+@_open("open precision", label="open: precision")
+def _precision(answer: Answer) -> float:
+    return answer.once(strict_scores).precision
+
+
+@_open("open f1", label="open: f1")
+def _f1(answer: Answer) -> float:
+    return answer.once(strict_scores).f1
+
+
+@_open("open exact match", label="open: exact match")
+def _exact(answer: Answer) -> float:
+    return answer.once(strict_scores).exact
+
+
+@_closed("closed accuracy", label="closed: accuracy", headline="closed")
+def _accuracy(answer: Answer) -> float:
+    return answer.once(strict_scores).correct
+
+
+@_closed("closed undecided", label="closed: says yes and no", higher_is_better=False)
+def _undecided(answer: Answer) -> float:
+    return float(answer.once(strict_scores).polarity == "both")
 
 
 def reference_polarity(reference: str) -> str:
