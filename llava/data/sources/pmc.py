@@ -16,6 +16,8 @@ from llava.errors import LlavaError
 from llava.record_content import first_given
 from llava.records import Record, iter_records, read_json
 
+NAME = "pmc"
+
 MISSING_DEFAULT = "drop"
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
 

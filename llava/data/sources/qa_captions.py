@@ -17,6 +17,8 @@ from llava.errors import LlavaError
 from llava.record_content import question_answer_pairs, read_turns, record_images
 from llava.records import Record, iter_records
 
+NAME = "qa-captions"
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--records", required=True, help="LLaVA-Med records with images (of the training split only)")

@@ -17,8 +17,6 @@ from llava.errors import LlavaError
 from llava.eval.answers.questions import Question
 from llava.record_content import image_bytes, image_key
 
-ABLATIONS = ("none", "blank", "noise", "shuffle")
-
 _SIDE = 224
 _GREY = 128
 
@@ -29,7 +27,7 @@ class QuestionImages:
     Args:
         folder: of the images that questions name.
         questions: all that will be asked, also those of other processes, so that "shuffle" is the same in each.
-        ablation: one of `ABLATIONS`; "none" leaves images as they are.
+        ablation: "blank", "noise" or "shuffle"; "none" leaves images as they are.
         seed: of noise and shuffling.
 
     Raises:
