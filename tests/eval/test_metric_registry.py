@@ -1,5 +1,6 @@
 """A decorated function is a metric everywhere: table, intervals, groups, items, comparison, clean subset and report."""
 
+import dataclasses
 import json
 
 import pytest
@@ -78,6 +79,19 @@ def test_a_metric_that_counts_no_question_is_left_out(length, files, tmp_path):
     run_eval.main([*flags, "--output", str(tmp_path / "out.json")])
     content = json.loads((tmp_path / "out.json").read_text())
     assert "open length" not in content["further"] and content["strict"]["open recall"]["value"] is None
+
+
+def test_a_package_that_is_missing_is_named(length, files):
+    @metric("open length", counts=OPEN)
+    def needy(answer: Answer) -> float:
+        import no_such_package_of_metrics.inner
+
+        return no_such_package_of_metrics.inner.score(answer)
+
+    made = next(m for m in all_metrics() if m.name == "open length")
+    made = dataclasses.replace(made, function=needy)
+    with pytest.raises(LlavaError, match='"open length" needs the package "no_such_package_of_metrics"; install it'):
+        made.values([Answer("a", "b", OPEN)])
 
 
 def test_two_metrics_of_one_name_are_refused(length):

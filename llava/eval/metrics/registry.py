@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.vqa_items import VqaItem
+from llava.errors import LlavaError
 from llava.records import Record
 
 OPEN, CLOSED, CHOICE = "OPEN", "CLOSED", "CHOICE"
@@ -98,10 +99,20 @@ class Metric:
         return 100 if self.unit == "%" else 1
 
     def values(self, answers: Sequence[Answer]) -> list[float | None]:
-        """One value per answer, None where the question doesn't count."""
+        """One value per answer, None where the question doesn't count.
+
+        Raises:
+            LlavaError: the metric needs a package that isn't there.
+        """
         counted = [index for index, answer in enumerate(answers) if answer.answer_type == self.counts]
         mine = [answers[index] for index in counted]
-        found = self.function(mine) if self.together else [self.function(answer) for answer in mine]
+        try:
+            found = self.function(mine) if self.together else [self.function(answer) for answer in mine]
+        except ImportError as error:
+            package = (error.name or str(error)).partition(".")[0]
+            raise LlavaError(
+                f'the metric "{self.name}" needs the package "{package}"; install it with: pip install {package}'
+            ) from error
         values: list[float | None] = [None] * len(answers)
         for index, value in zip(counted, found, strict=True):
             values[index] = value
