@@ -16,6 +16,9 @@ USER, ASSISTANT, SYSTEM = 0, 1, 2
 _ROLES = {"human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT, "system": SYSTEM}
 _NAMES = {USER: "human", ASSISTANT: "gpt", SYSTEM: "system"}
 
+OPTION_LETTERS = "ABCDEFGHIJ"
+"""Names of the options of a multiple-choice question, in their order."""
+
 TURN_KEYS = ("conversations", "conversatons", "messages")
 _SPEAKER_KEYS = ("from", "role")
 _TEXT_KEYS = ("value", "content")
@@ -113,6 +116,25 @@ def record_images(record: Mapping[str, Any]) -> list[Any]:
         if images:
             return images
     return []
+
+
+def record_options(record: Mapping[str, Any]) -> list[str]:
+    """The options of a multiple-choice question (`options`: a list, or texts by letter), empty if there are none.
+
+    Raises:
+        LlavaError: fewer than two, more than there are letters, or two that are alike.
+    """
+    options = record.get("options")
+    if options is None:
+        return []
+    if isinstance(options, Mapping):
+        options = [options[letter] for letter in sorted(options) if options[letter] is not None]
+    if not isinstance(options, Sequence) or isinstance(options, str):
+        raise LlavaError(f'"options" has to be a list of texts, not {type(options).__name__}')
+    texts = [as_text(option).strip() for option in options]
+    if not 2 <= len(texts) <= len(OPTION_LETTERS) or len({text.lower() for text in texts}) < len(texts):
+        raise LlavaError(f'"options" has to be 2 to {len(OPTION_LETTERS)} different texts, got {texts}')
+    return texts
 
 
 def image_key(image: Any) -> str:

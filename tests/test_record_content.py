@@ -11,6 +11,7 @@ from llava.record_content import (
     read_dialogue,
     read_turns,
     record_images,
+    record_options,
     with_entries,
 )
 
@@ -104,3 +105,12 @@ def test_an_embedded_image_has_one_key_however_it_is_wrapped():
     assert len(image_key("data:image/png;base64," + 1000 * "A")) < 100
     with pytest.raises(LlavaError, match="must be a path, bytes"):
         image_bytes(7)
+
+
+def test_options_of_a_record():
+    assert record_options({"options": None}) == []
+    assert record_options({"options": [4.0, " left "]}) == ["4", "left"]
+    assert record_options({"options": {"B": "b", "A": "a", "C": None}}) == ["a", "b"]
+    for options in ("a", ["a"], ["a", "A"], [str(n) for n in range(11)]):
+        with pytest.raises(LlavaError, match='"options" has to be'):
+            record_options({"options": options})

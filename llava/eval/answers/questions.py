@@ -10,7 +10,7 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.vqa_items import plain_question
 from llava.errors import LlavaError
-from llava.record_content import USER, as_text, read_dialogue, record_images
+from llava.record_content import USER, as_text, read_dialogue, record_images, record_options
 from llava.records import Record, iter_records
 
 
@@ -18,7 +18,8 @@ from llava.records import Record, iter_records
 class Question:
     """One question. `text` is what the user says, one `<image>` per image; `images` are names or bytes.
 
-    `system` takes the place of the template's system text, as in training.
+    `system` takes the place of the template's system text, as in training; `options` are those of a multiple-choice
+    question.
     """
 
     id: int | str
@@ -26,6 +27,7 @@ class Question:
     images: tuple[Any, ...] = ()
     answer_type: str | None = None
     system: str | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def plain(self) -> str:
@@ -101,4 +103,8 @@ def _question(key, text, record: Record, where: str, system: str | None = None) 
         )
     answer_type = record.get("answer_type")
     answer_type = None if answer_type is None else str(answer_type).strip().upper()
-    return Question(key, text, images, answer_type, system)
+    try:
+        options = tuple(record_options(record))
+    except LlavaError as error:
+        raise LlavaError(f'{where} ("{key}"): {error}') from error
+    return Question(key, text, images, answer_type, system, options)
