@@ -131,7 +131,7 @@ def group_keys(joined: Sequence, limit: int = 40) -> list[str]:
     return [name for name, found in fields.items() if name not in _NOT_GROUPS and 2 <= len(found) <= few]
 
 
-_NOT_GROUPS = {"img_id", "triple", "phrase_type_id", "answer"}
+_NOT_GROUPS = {"img_id", "triple", "phrase_type_id", "answer", "source_id"}
 
 
 def _answer(entry, script: str, pool: Candidates | None) -> Answer:
