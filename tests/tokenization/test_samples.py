@@ -173,3 +173,8 @@ def test_a_system_turn_takes_the_place_of_the_templates(tokenizer, template, sta
     assert sample == encode_conversation(RECORD, own, tokenizer) != encode_conversation(RECORD, template, tokenizer)
     prompt = encode_prompt(conversation_from_record(record, template), tokenizer)
     assert sample.input_ids[: len(prompt)] == prompt
+
+
+def test_half_of_a_character_pair_is_tokenised_as_its_replacement(tokenizer):
+    assert tokenize_prompt("fine \ud83d", tokenizer) == tokenize_prompt("fine \ufffd", tokenizer)
+    assert tokenize_prompt("\ud83d\ude00", tokenizer) == tokenize_prompt("\U0001f600", tokenizer)
