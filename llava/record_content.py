@@ -22,7 +22,6 @@ OPTION_LETTERS = "ABCDEFGHIJ"
 TURN_KEYS = ("conversations", "conversatons", "messages")
 _SPEAKER_KEYS = ("from", "role")
 _TEXT_KEYS = ("value", "content")
-_IMAGE_KEYS = ("image", "images")
 
 RecordOrTurns = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """A record, or its list of turns."""
@@ -105,12 +104,12 @@ def has_turns(record: Mapping[str, Any]) -> bool:
 
 def record_images(record: Mapping[str, Any]) -> list[Any]:
     """The images that a record names, in order: paths and data URLs as written, or embedded files (`image_bytes`)."""
-    for key in _IMAGE_KEYS:
-        value = record.get(key)
+    image = record.get("image")
+    if type(image) is str and image:
+        return [image]  # nearly always
+    for value in (image, record.get("images")):
         if value is None or value == "":
             continue
-        if type(value) is str:
-            return [value]
         given = value if isinstance(value, (list, tuple)) else (value,)
         images = [_unwrapped(image) for image in given if image is not None and image != ""]
         if images:

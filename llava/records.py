@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ _WINDOW = 1 << 20
 """Characters of a JSON list that are looked at together; a longer record widens it."""
 _BLANKS = (" ", "\n", "\r", "\t")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SURROGATE_ESCAPES = ("\\ud", "\\uD")
+_ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half beside it
+_ESCAPE_IN_TEXT, _ESCAPE_IN_BYTES = re.compile(_ESCAPE), re.compile(_ESCAPE.encode())
 
 
 def iter_records(path: str | Path) -> Iterator[Record]:
@@ -69,26 +71,29 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                where = f"line {number}"
-                yield number, parse_record(line, f"{path} {where}", replaced.at(where))
+            if not line.isspace():
+                yield number, parse_record(line, replaced, "line", number)
 
 
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file; errors name the file."""
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogatepass") as file:
-            text = file.read()
-        content = json.loads(text)
+        content = path.read_bytes()
+        may_hold = _ESCAPE_IN_BYTES.search(content) is not None
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text, may_hold = content.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), True
+        value = json.loads(text)
     except FileNotFoundError as error:
         raise LlavaError(f"{path}: no such file") from error
     except ValueError as error:
         raise LlavaError(f"{path}: not JSON ({error})") from error
-    if not _may_hold_surrogates(text):
-        return content
+    if not may_hold:
+        return value
     with Replaced(path) as replaced:
-        return without_surrogates(content, replaced)
+        return replaced.mend(value)
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
@@ -111,16 +116,21 @@ class Replaced:
     """Counts the texts of a file that held half of a character pair; as a context it says so at its end."""
 
     def __init__(self, path: str | Path):
-        self.path, self.count, self.first, self._place = path, 0, "", ""
+        self.path, self.count, self.first = path, 0, ""
 
-    def at(self, place: str) -> "Replaced":
-        """Where the texts that come are from."""
-        self._place = place
-        return self
-
-    def add(self) -> None:
-        self.count += 1
-        self.first = self.first or self._place
+    def mend(self, value: Any, place: str = "") -> Any:
+        """`sound_text` of every text in a JSON value, counted; `place` is where in the file the value is."""
+        if isinstance(value, str):
+            sound = sound_text(value)
+            if sound != value:
+                self.count += 1
+                self.first = self.first or place
+            return sound
+        if isinstance(value, dict):
+            return {self.mend(key, place): self.mend(item, place) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.mend(item, place) for item in value]
+        return value
 
     def __enter__(self) -> "Replaced":
         return self
@@ -133,21 +143,25 @@ class Replaced:
             )
 
 
-def parse_record(line: bytes, where: str, replaced: Replaced) -> Record:
-    """The object that a line of JSON holds.
+def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Record:
+    """The object that a line of JSON holds; `unit` and `number` say where it is in its file ("line", 3).
 
     Raises:
-        LlavaError: it isn't JSON, or not an object; `where` opens the message.
+        LlavaError: it isn't JSON, or not an object; the message names the file and the place.
     """
+    may_hold = _ESCAPE_IN_BYTES.search(line) is not None
     try:
-        # Given bytes, json would try each line for other encodings, which takes as long as reading it.
-        text = line.decode("utf-8", "surrogatepass").strip()
+        try:
+            # Given bytes, json would try each line for other encodings, which takes as long as reading it.
+            text = line.decode()
+        except UnicodeDecodeError:
+            text, may_hold = line.decode("utf-8", "surrogatepass"), True
         record = json.loads(text)
     except ValueError as error:
-        raise LlavaError(f"{where}: not JSON ({error})") from error
+        raise LlavaError(f"{replaced.path} {unit} {number}: not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise LlavaError(f"{where}: expected an object, got {type(record).__name__}")
-    return without_surrogates(record, replaced) if _may_hold_surrogates(text) else record
+        raise LlavaError(f"{replaced.path} {unit} {number}: expected an object, got {type(record).__name__}")
+    return replaced.mend(record, f"{unit} {number}") if may_hold else record
 
 
 def sound_text(text: str) -> str:
@@ -155,25 +169,6 @@ def sound_text(text: str) -> str:
     if text.isascii() or _SURROGATE.search(text) is None:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def without_surrogates(value: Any, replaced: Replaced) -> Any:
-    """`sound_text` of every text in a JSON value."""
-    if isinstance(value, str):
-        sound = sound_text(value)
-        if sound != value:
-            replaced.add()
-        return sound
-    if isinstance(value, dict):
-        return {without_surrogates(key, replaced): without_surrogates(item, replaced) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_surrogates(item, replaced) for item in value]
-    return value
-
-
-def _may_hold_surrogates(text: str) -> bool:
-    """Whether JSON text may hold one, written out or as an escape (which may be half of a whole pair)."""
-    return any(mark in text for mark in _SURROGATE_ESCAPES) or not (text.isascii() or _SURROGATE.search(text) is None)
 
 
 def _dumps(content: Any, path: str | Path, indent: int | None = None) -> str:
@@ -270,7 +265,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
     """The objects of a JSON list, parsed one by one out of a window of the file."""
     decode = json.JSONDecoder().raw_decode
     text, place, index = "", 0, 0
-    with path.open(encoding="utf-8-sig", errors="surrogatepass") as file, Replaced(path) as replaced:
+    with path.open(encoding="utf-8-sig") as file, Replaced(path) as replaced:
         try:
             text = file.read(_WINDOW)
             place = _skip_blanks(text, 0) + 1  # behind the "["
@@ -303,12 +298,23 @@ def _iter_json(path: Path) -> Iterator[Record]:
                     text, place = text[place:] + more, 0
                 if not isinstance(record, dict):
                     raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
-                if _may_hold_surrogates(text[place:end]):
-                    record = without_surrogates(record, replaced.at(f"record {index}"))
+                if _ESCAPE_IN_TEXT.search(text, place, end):
+                    record = replaced.mend(record, f"record {index}")
                 yield record
                 place, index = end, index + 1
+        except UnicodeDecodeError:
+            # Halves of pairs written out, perhaps; so rare that such a file may be read whole.
+            yield from islice(_read_list(path), index, None)
         except ValueError as error:
             raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
+
+
+def _read_list(path: Path) -> list[Record]:
+    records = read_json(path)
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
+    return records
 
 
 def _skip_blanks(text: str, place: int) -> int:
@@ -351,7 +357,7 @@ def _write_parquet(path: Path, records: Iterable[Record], name: Path) -> int:
     import pyarrow.parquet as parquet
 
     with Replaced(name) as replaced:
-        rows = [without_surrogates(record, replaced) for record in records]
+        rows = [replaced.mend(record) for record in records]
     columns = {}
     # Of all records, not of the first, as pyarrow would take them: that one may have no image.
     for column in dict.fromkeys(key for row in rows for key in row):

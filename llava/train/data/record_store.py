@@ -89,7 +89,7 @@ class JsonlRecords:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         line = os.pread(self._descriptor(), end - start, start)
         replaced = Replaced(self.path)
-        record = parse_record(line.removeprefix(codecs.BOM_UTF8), f"{self.path} record {index}", replaced)
+        record = parse_record(line.removeprefix(codecs.BOM_UTF8).strip(), replaced, "record", index)
         if replaced.count and not self._warned:
             self._warned = True
             logger.warning(
