@@ -15,6 +15,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
+from llava.record_content import as_text
 from llava.records import Record, write_json, write_records
 
 FORMATS = ("json", "jsonl", "parquet")
@@ -95,16 +96,14 @@ def fault_of_texts(question: Any, answer: Any) -> str | None:
 
 def clean_text(value: Any) -> str:
     """Text without blanks around it; numbers become text (4, and 4.0 too, is "4")."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
+    return as_text(value).strip()
 
 
 def read_answer_type(value: Any, where: str) -> str:
-    """OPEN or CLOSED, whatever its case and the blanks around it."""
+    """OPEN or CLOSED (or CHOICE, of questions with options), whatever its case and the blanks around it."""
     kind = clean_text(value).upper()
-    if kind not in ("OPEN", "CLOSED"):
-        raise LlavaError(f"{where}: answer_type is {value!r}; expected OPEN or CLOSED")
+    if kind not in ("OPEN", "CLOSED", "CHOICE"):
+        raise LlavaError(f"{where}: answer_type is {value!r}; expected OPEN, CLOSED or CHOICE")
     return kind
 
 

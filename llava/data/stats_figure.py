@@ -5,7 +5,7 @@ import html
 from collections import Counter
 from pathlib import Path
 
-from llava.data.stats import InstructStats
+from llava.data.stats_count import InstructStats
 from llava.records import atomic_path
 
 TOP_VERBS = 14

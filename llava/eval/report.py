@@ -69,13 +69,11 @@ def write_report(
     audit: str | Path | None = None,
     examples: int = 4,
     seed: int = 0,
-    more_sections: list[tuple[str, str]] | None = None,
 ) -> tuple[Path, Path]:
     """Write the page and the Markdown table of `Entry`s; returns the two paths.
 
     Args:
         audit: JSON of `llava.data.audit`, for the files that answer its questions.
-        more_sections: (heading, HTML) to put behind the scores.
     """
     from llava.eval.reports import sections
     from llava.eval.reports.clean_subset import score_clean_subset
@@ -93,7 +91,6 @@ def write_report(
         f"{questions[0]} answer files, {questions[1]:,} answers",
         [
             ("Scores", sections.scores_section(entries)),
-            *(more_sections or []),
             ("Does it look at the image?", sections.ablation_section(entries)),
             ("Is it as sure as it is right?", sections.calibration_section(plain)),
             ("Is the test set clean?", sections.audit_section(clean)),

@@ -18,8 +18,8 @@ from llava.train.checkpoints import STAGING_PREFIX, publish_files, remove_stagin
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import LlavaDataset, PackedDataset, distinct_images
 from llava.train.data.feature_cache import FeatureCache, build_feature_cache, fingerprint
+from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
-from llava.train.data.record_images import ImageSource
 from llava.train.data.record_store import RecordStore
 from llava.train.lora import add_adapters, save_adapter
 from llava.train.packing import fill_batches, training_attention

@@ -11,7 +11,7 @@ from llava.errors import LlavaError
 from llava.eval import model_vqa
 from llava.eval.answers.ablation import QuestionImages
 from llava.eval.answers.answering import Decoding
-from llava.eval.answers.questions import Question
+from llava.eval.answers.questions import Question, read_med_questions
 from llava.eval.answers.remote import RemoteAnswers
 from llava.openai_api import ApiSettings
 from llava.records import read_records
@@ -66,3 +66,20 @@ def test_text_and_images_stand_in_their_order(data):
 def test_what_needs_a_checkpoint_is_refused(data):
     with pytest.raises(LlavaError, match="need a checkpoint on this machine"):
         ask(data, "http://127.0.0.1:1/v1", "--yes-no-probabilities")
+
+
+def test_a_system_turn_and_every_key_of_images_reach_the_request(data):
+    spoken = [
+        ("system", "Be brief."),
+        ("assistant", "Hello."),
+        ("user", "<image>\nSame as <image>?"),
+        ("assistant", "no"),
+    ]
+    row = {"id": "a", "images": ["red.png", "red.png"], "messages": [{"role": r, "content": t} for r, t in spoken]}
+    (data / "q.json").write_text(json.dumps([row]))
+    questions = read_med_questions(data / "q.json")
+    images = QuestionImages(data, questions)
+    messages = RemoteAnswers(ApiSettings(model="m", api_key="k"), images, Decoding()).job(questions[0]).messages
+    assert messages[0] == {"role": "system", "content": "Be brief."} and len(messages) == 2
+    kinds = [part["type"] for part in messages[1]["content"]]
+    assert kinds == ["image_url", "text", "image_url", "text"] and messages[1]["content"][1]["text"] == "Same as"

@@ -39,6 +39,7 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     )
     parser.add_bool("--answer-prompter", help="ask a second time for the answer alone")
     parser.add_bool("--yes-no-probabilities", help="write the probability of yes for closed questions too")
+    parser.add_bool("--option-likelihoods", help="write how likely each option of a multiple-choice question is too")
     parser.add_bool("--overwrite", help="start anew even if there are answers already")
 
 
@@ -68,8 +69,10 @@ def check_flags(args: Namespace) -> None:
         raise LlavaError(f"--top_p is {args.top_p}; give a number above 0 and at most 1")
     if args.load_8bit and args.load_4bit:
         raise LlavaError("--load-8bit and --load-4bit exclude each other")
-    if remote and (args.yes_no_probabilities or args.answer_prompter):
-        raise LlavaError("--yes-no-probabilities and --answer-prompter need a checkpoint on this machine")
+    if remote and (args.yes_no_probabilities or args.option_likelihoods or args.answer_prompter):
+        raise LlavaError(
+            "--yes-no-probabilities, --option-likelihoods and --answer-prompter need a checkpoint on this machine"
+        )
 
 
 def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[Any]) -> dict[str, Any]:
@@ -123,6 +126,8 @@ def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[
         "batch_size": args.batch_size,
         "answer_prompter": args.answer_prompter,
         "yes_no_probabilities": args.yes_no_probabilities,
+        # Only where it is asked for: files that were answered before there was the flag stay as they are.
+        **({"option_likelihoods": True} if args.option_likelihoods else {}),
     }
     fill = LocalAnswers(
         model,
@@ -131,6 +136,7 @@ def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[
         batch_size=args.batch_size,
         answer_prompter=args.answer_prompter,
         yes_no_probabilities=args.yes_no_probabilities,
+        option_likelihoods=args.option_likelihoods,
     )
     return answer_questions(questions, args.answers_file, settings, fill, overwrite=args.overwrite)
 

@@ -49,9 +49,10 @@ class RemoteAnswers:
                 content.append({"type": "text", "text": piece.strip()})
             if source is not None:
                 content.append({"type": "image_url", "image_url": {"url": _data_url(source)}})
+        system = [] if question.system is None else [{"role": "system", "content": question.system}]
         return ChatJob(
             key=question.id,
-            messages=[{"role": "user", "content": content}],
+            messages=[*system, {"role": "user", "content": content}],
             temperature=self.decoding.temperature,
             max_tokens=self.decoding.max_new_tokens,
             seed=self.decoding.seed,

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.answers.manifest import describe
+from llava.eval.metrics.score import headlines
 from llava.eval.reports.clean_subset import CleanScores
-from llava.eval.reports.compare import compare_answers
+from llava.eval.reports.compare import compare_answers, comparison_cells
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.page import bars, example_card, note, paragraphs, reliability, table
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
 from llava.images import open_image
-
-KEYS = [("paper", "open"), ("paper", "closed"), ("strict", "open"), ("strict", "closed")]
 
 
 @dataclass
@@ -37,20 +36,21 @@ class Entry:
 
 def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], list[str]]:
     """(header, rows, CSS classes): our answer files by data set, the published rows below each set's."""
-    header = ["model", "data set", "open / closed", *(f"{name} {kind}" for name, kind in KEYS)]
+    shown = headlines(entry.result.scores for entry in entries)
+    header = ["model", "data set", "open / closed", *(metric.heading for metric in shown)]
     rows, classes = [], []
     for dataset in dict.fromkeys(entry.dataset for entry in entries):
         ours = [entry for entry in entries if entry.dataset == dataset]
         for entry in ours:
             scores = entry.result.scores
             name = DATASET_NAMES.get(dataset or "", entry.result.gt.stem)
-            cells = [number_cell(scores.headline(*key)) for key in KEYS]
+            cells = [number_cell(scores.number(metric)) for metric in shown]
             rows.append([entry.label, name, f"{scores.open} / {scores.closed}", *cells])
             classes.append("")
         for row in PUBLISHED.get(dataset or "", ()):
             counts = "{} / {}".format(*TEST_COUNTS[dataset])
             name = f"{DATASET_NAMES[dataset]}, published"
-            rows.append([row.model, name, counts, plain(row.open), plain(row.closed), "", ""])
+            rows.append([row.model, name, counts, plain(row.open), plain(row.closed), *[""] * (len(shown) - 2)])
             classes.append("published")
     return header, rows, classes
 
@@ -59,9 +59,10 @@ def scores_section(entries: Sequence[Entry]) -> str:
     """The table, and bars of the headline numbers."""
     header, rows, classes = score_rows(entries)
     groups = []
-    for name, kind in KEYS:
-        numbers = [(entry.label, entry.result.scores.headline(name, kind)) for entry in entries]
-        groups.append((f"{name}: {kind}", [(label, n.value, n.low, n.high) for label, n in numbers]))
+    for metric in headlines(entry.result.scores for entry in entries):
+        numbers = [(entry.label, entry.result.scores.number(metric)) for entry in entries]
+        if metric.unit == "%":  # the bars end at 100
+            groups.append((metric.title, [(label, n.value, n.low, n.high) for label, n in numbers if n is not None]))
     unit = entries[0].result.settings["unit"]
     text = (
         f"Percent with 95 % bootstrap intervals (resampled {unit}s). paper: the published scripts' numbers, open is "
@@ -77,11 +78,8 @@ def ablation_section(entries: Sequence[Entry]) -> str:
     for base in (entry for entry in entries if entry.ablation == "none"):
         for other in ablations_of(base, entries):
             compared = compare_answers(base.result, other.result.pred).numbers
-            for key in KEYS:
-                if (found := compared.get(key)) is not None:
-                    change = f"{100 * found.difference:+.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-                    shares = [f"{100 * found.first:.2f}", f"{100 * found.second:.2f}", change, f"{found.p_value:.4f}"]
-                    rows.append([base.label, other.ablation, " ".join(key), *shares])
+            for metric, found in compared.items():
+                rows.append([base.label, other.ablation, metric.heading, *comparison_cells(metric, found)])
     if not rows:
         return ""
     header = ["model", "images", "metric", "with images", "ablated", "difference", "p (paired bootstrap)"]
@@ -112,13 +110,14 @@ def groups_section(entries: Sequence[Entry]) -> str:
     parts = []
     for entry in entries:
         for name, groups in entry.result.scores.groups.items():
-            columns = [" ".join(key) for key in KEYS]
+            shown = headlines([entry.result.scores])
             rows = [
-                [key, str(row["open"]), str(row["closed"]), *(plain(row[column]) for column in columns)]
+                [key, str(row["open"]), str(row["closed"]), *(plain(row[metric.title]) for metric in shown)]
                 for key, row in groups.items()
             ]
             parts.append(f"<h3>{_escape(entry.label)}, by {_escape(name)}</h3>")
-            parts.append(table([name, "open questions", "closed questions", *columns], rows))
+            header = [name, "open questions", "closed questions", *(metric.heading for metric in shown)]
+            parts.append(table(header, rows))
     return "".join(parts)
 
 
@@ -129,12 +128,13 @@ def audit_section(clean: Sequence[tuple[str, CleanScores]]) -> str:
     from llava.data.audit_text import audit_lines
 
     rows = []
+    shown = headlines(scores.all_questions for _, scores in clean)
     for label, scores in clean:
         for name, part in (("all", scores.all_questions), *scores.subsets.items()):
-            cells = ["no question"] * 4 if part is None else [number_cell(part.headline(*key)) for key in KEYS]
+            cells = ["no question"] * len(shown) if part is None else [number_cell(part.number(m)) for m in shown]
             counts = "0 / 0" if part is None else f"{part.open} / {part.closed}"
             rows.append([label, name, counts, *cells])
-    header = ["model", "test questions", "open / closed", *(" ".join(key) for key in KEYS)]
+    header = ["model", "test questions", "open / closed", *(metric.heading for metric in shown)]
     return paragraphs(audit_lines(clean[0][1].audit)) + table(header, rows)
 
 
