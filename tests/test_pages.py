@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava.constants import RESEARCH_NOTICE
 from llava.pages import Card, cards, figure, figures, note, preformatted, subheading, table, write_page
-from llava.pages.figures import INK, bars, curves, reliability
+from llava.pages.charts import INK, bars, curves, reliability
 
 EVIL = '<script>alert("1")</script> & <img src="http://outside/x.png">'
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from llava.pages import figure, figures, note, table, write_page
-from llava.pages.figures import COLORS, INK, PAPER, drawing, style
+from llava.pages.charts import COLORS, INK, PAPER, chart, style
 from llava.records import atomic_path
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ def write_figures(stats: "InstructStats", folder: Path, title: str) -> Path:
     ]
     bursts = [
         figure(
-            drawing(lambda axes, name=name: _sunburst(axes, stats.verbs[name], name), f"Sunburst of {name}", 460),
+            chart(lambda axes, name=name: _sunburst(axes, stats.verbs[name], name), f"Sunburst of {name}", 460),
             f"Root verbs (inner ring) and their objects (outer ring) of the {name}, the most frequent {TOP_VERBS}.",
         )
         for _, name in verbs
     ]
     counts = [
-        figure(drawing(lambda axes, draw=draw: draw(axes, stats), caption, 300), caption) for draw, caption in _COUNTS
+        figure(chart(lambda axes, draw=draw: draw(axes, stats), caption, 300), caption) for draw, caption in _COUNTS
     ]
     return write_page(
         folder / "stats.html",

@@ -9,7 +9,7 @@ from PIL import Image
 from llava.demo.scores import RUNS, RunScores, table
 from llava.pages import Card, cards, figure, figures, note, subheading, write_page
 from llava.pages import table as html_table
-from llava.pages.figures import bars, curves
+from llava.pages.charts import bars, curves
 from llava.records import read_json
 
 PER_KIND = 8

@@ -55,9 +55,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequenc
     return _part("table", header, list(zip(padded, rows)))
 
 
-def figure(drawing: Markup, caption: str) -> Markup:
-    """A drawing of `llava.pages.figures` with its caption; figures are numbered by the page."""
-    return _part("figure", drawing, caption)
+def figure(chart: Markup, caption: str) -> Markup:
+    """A chart of `llava.pages.charts` with its caption; figures are numbered by the page."""
+    return _part("figure", chart, caption)
 
 
 def figures(*shown: Markup) -> Markup:

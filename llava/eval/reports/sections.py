@@ -16,7 +16,7 @@ from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, 
 from llava.eval.reports.tables import calibration_line, number_cell, plain
 from llava.images import open_image
 from llava.pages import Card, cards, figure, figures, note, preformatted, subheading, table
-from llava.pages.figures import bars, reliability
+from llava.pages.charts import bars, reliability
 
 _WHAT = {"open": "Recall of open answers", "closed": "Accuracy of closed answers"}
 KEYS = [("paper", "open"), ("paper", "closed"), ("strict", "open"), ("strict", "closed")]

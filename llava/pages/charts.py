@@ -1,4 +1,4 @@
-"""Figures for pages: drawn by matplotlib, written as SVG that takes its colours of ink and lines from the page.
+"""Charts for pages: drawn by matplotlib, written as SVG that takes its colours of ink and lines from the page.
 
 Sizes are CSS pixels. Text stays text, so that it is found and read aloud.
 """
@@ -58,7 +58,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def drawing(draw: "Callable[[Axes], None]", label: str, height: float, width: float = WIDTH) -> Markup:
+def chart(draw: "Callable[[Axes], None]", label: str, height: float, width: float = WIDTH) -> Markup:
     """What `draw` draws into axes of `width` × `height` pixels, as SVG; `label` is what a screen reader says."""
     from matplotlib.figure import Figure
 
@@ -101,7 +101,7 @@ def bars(title: str, rows: Sequence[tuple[str, float | None, float | None, float
         axes.spines["left"].set_color(LINE)
 
     values = ", ".join(f"{label} {'none' if value is None else f'{value:.1f}'}" for label, value, *_ in rows)
-    return drawing(draw, f"Bars, {title}, in {unit}: {values}", 78 + _ROW * len(rows))
+    return chart(draw, f"Bars, {title}, in {unit}: {values}", 78 + _ROW * len(rows))
 
 
 def reliability(title: str, bins: Sequence[Any]) -> Markup:
@@ -118,7 +118,7 @@ def reliability(title: str, bins: Sequence[Any]) -> Markup:
         axes.set_box_aspect(1)
 
     points = ", ".join(f"{100 * one.accuracy:.0f} at {100 * one.confidence:.0f}" for one in bins)
-    return drawing(draw, f"Right answers over confidence, {title}, in percent: {points}", 400, 400)
+    return chart(draw, f"Right answers over confidence, {title}, in percent: {points}", 400, 400)
 
 
 def curves(title: str, series: Sequence[tuple[str, Sequence[float]]], x: str, y: str) -> Markup:
@@ -133,7 +133,7 @@ def curves(title: str, series: Sequence[tuple[str, Sequence[float]]], x: str, y:
             axes.legend()
 
     ends = ", ".join(f"{label} from {values[0]:.2f} to {values[-1]:.2f}" for label, values in series if values)
-    return drawing(draw, f"{y} over {x}, {title}: {ends}", 250, 400)
+    return chart(draw, f"{y} over {x}, {title}: {ends}", 250, 400)
 
 
 def _short(text: str, length: int) -> str:
