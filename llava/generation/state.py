@@ -61,7 +61,7 @@ class Generation:
         if token in self.prompt.stop_ids:
             return "stop"
         self.tokens.append(token)
-        if logprob is not None:
+        if logprob is not None and self.logprobs is not None:
             self.logprobs.append(logprob)
         if self.text is not None:
             self._tell(self.text.push([token]))

@@ -119,7 +119,7 @@ async def answer_chunks(
             remaining = deadline - asyncio.get_running_loop().time()
             try:
                 pieces = await asyncio.wait_for(mailbox.take(only_whole=not job.stream), max(remaining, 0.001))
-            except asyncio.TimeoutError as error:
+            except TimeoutError as error:
                 raise ServeError(ErrorType.TIMEOUT, f"No whole answer within {timeout:g} seconds.") from error
             for piece in pieces:
                 if piece.error is not None:
