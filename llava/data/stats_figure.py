@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -24,20 +25,9 @@ def write_figures(stats: "InstructStats", folder: Path, title: str) -> Path:
     """Write stats.png and stats.html into `folder`; returns the page's path."""
     with atomic_path(folder / "stats.png") as temporary:
         _write_png(stats, temporary, f"{title}: {stats.records:,} records, {sum(stats.turns):,} turns")
-    verbs = [
-        ("Instructions: verb and object", "instructions"),
-        ("Responses: verb and object", "responses"),
-    ]
-    bursts = [
-        figure(
-            chart(lambda axes, name=name: _sunburst(axes, stats.verbs[name], name), f"Sunburst of {name}", 460),
-            f"Root verbs (inner ring) and their objects (outer ring) of the {name}, the most frequent {TOP_VERBS}.",
-        )
-        for _, name in verbs
-    ]
-    counts = [
-        figure(chart(lambda axes, draw=draw: draw(axes, stats), caption, 300), caption) for draw, caption in _COUNTS
-    ]
+    names = ("instructions", "responses")
+    bursts = [_verbs(stats, name) for name in names]
+    counts = [figure(chart(partial(draw, stats=stats), caption, 300), caption) for draw, caption in _COUNTS]
     return write_page(
         folder / "stats.html",
         title,
@@ -45,9 +35,19 @@ def write_figures(stats: "InstructStats", folder: Path, title: str) -> Path:
         [
             ("What is asked and answered", figures(*bursts)),
             ("Domains, lengths, turns", figures(*counts)),
-            *((heading, _pairs(stats, name)) for heading, name in verbs),
+            *((f"{name.capitalize()}: verb and object", _pairs(stats, name)) for name in names),
         ],
     )
+
+
+def _verbs(stats: "InstructStats", name: str) -> Markup:
+    pairs = stats.verbs[name]
+    most = ", ".join(f"{verb} {noun} {count}" for (verb, noun), count in pairs.most_common(5))
+    shown = chart(
+        partial(_sunburst, pairs=pairs, title=name), f"Verbs and objects of the {name}, most often {most}", 460
+    )
+    rings = f"The {TOP_VERBS} most frequent verbs (inner ring) and their objects (outer ring)"
+    return figure(shown, f"{rings} in {name}.")
 
 
 def _pairs(stats: "InstructStats", name: str) -> Markup:
@@ -151,7 +151,7 @@ def _wedge(axes, start: float, sweep: float, inner: float, outer: float, color: 
 
     from matplotlib.patches import Wedge
 
-    ring = {"width": outer - inner, "facecolor": color, "alpha": alpha, "edgecolor": PAPER, "linewidth": 0.8}
+    ring: Any = {"width": outer - inner, "facecolor": color, "alpha": alpha, "edgecolor": PAPER, "linewidth": 0.8}
     axes.add_patch(Wedge((0, 0), outer, start - sweep, start, **ring))
     if sweep < 4:
         return
@@ -160,5 +160,5 @@ def _wedge(axes, start: float, sweep: float, inner: float, outer: float, color: 
     radius = (inner + outer) / 2
     x, y = radius * cos(radians(middle)), radius * sin(radians(middle))
     ink = PAPER if alpha == 1.0 else INK
-    place = {"ha": "center", "va": "center", "rotation_mode": "anchor", "rotation": turned}
+    place: Any = {"ha": "center", "va": "center", "rotation_mode": "anchor", "rotation": turned}
     axes.text(x, y, text[:14], fontsize=9.5, color=ink, **place)

@@ -27,7 +27,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.eval.reports.evaluation import evaluate
     from llava.eval.reports.sections import Entry

@@ -47,7 +47,7 @@ class RateGate:
     def __init__(self, requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
         self._requests = _limiter(requests_per_minute)
         self._tokens = _limiter(tokens_per_minute)
-        self._tokens_per_minute = tokens_per_minute
+        self._most_tokens = tokens_per_minute or 0.0
         self._open_at = 0.0
         self._turn = asyncio.Lock()
 
@@ -60,7 +60,7 @@ class RateGate:
                 await self._requests.acquire()
             if self._tokens is not None:
                 # A single request above the limit takes the whole minute: the server is the judge of it.
-                left = min(float(tokens), self._tokens_per_minute)
+                left = min(float(tokens), self._most_tokens)
                 while left > 0:
                     piece = min(left, self._tokens.max_rate)
                     await self._tokens.acquire(piece)

@@ -105,7 +105,8 @@ async def _ask(client, job: ChatJob, settings: ApiSettings, gate: RateGate, summ
 
     def before_sleep(state: RetryCallState) -> None:
         summary.retries += 1
-        gate.pause(getattr(state.outcome.exception(), "seconds", None) or 0.0)
+        error = state.outcome.exception() if state.outcome else None
+        gate.pause(getattr(error, "seconds", None) or 0.0)
 
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(UnusableReply),

@@ -30,7 +30,7 @@ def style() -> Iterator[None]:
     """matplotlib's settings for everything that is drawn here."""
     from matplotlib import rc_context
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "llava",
         "font.family": "sans-serif",
@@ -123,9 +123,10 @@ def reliability(title: str, bins: Sequence[Any]) -> Markup:
 
 def curves(title: str, series: Sequence[tuple[str, Sequence[float]]], x: str, y: str) -> Markup:
     """Lines of values, each by its number from 1; a legend where there are several."""
+    from matplotlib.ticker import MaxNLocator
 
     def draw(axes: "Axes") -> None:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for place, (label, values) in enumerate(series):
             axes.plot(range(1, len(values) + 1), values, color=COLORS[place % len(COLORS)], label=label, linewidth=1.8)
         axes.set(title=title, xlabel=x, ylabel=y)

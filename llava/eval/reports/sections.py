@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from llava.eval.answers.manifest import describe
+from llava.eval.metrics.joined import JoinedItem
 from llava.eval.reports.clean_subset import CleanScores
 from llava.eval.reports.compare import compare_answers
 from llava.eval.reports.evaluation import Evaluation
@@ -51,7 +52,9 @@ def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], li
             cells = [number_cell(scores.headline(*key)) for key in KEYS]
             rows.append([entry.label, name, f"{scores.open} / {scores.closed}", *cells])
             classes.append("")
-        for row in PUBLISHED.get(dataset or "", ()):
+        if dataset is None:
+            continue
+        for row in PUBLISHED.get(dataset, ()):
             counts = "{} / {}".format(*TEST_COUNTS[dataset])
             name = f"{DATASET_NAMES[dataset]}, published"
             rows.append([row.model, name, counts, plain(row.open), plain(row.closed), "", ""])
@@ -150,7 +153,8 @@ def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, 
     parts = []
     for entry in entries:
         values = entry.result.scores.values["strict"]
-        right, wrong = [], []
+        right: list[JoinedItem] = []
+        wrong: list[JoinedItem] = []
         for index, joined in enumerate(entry.result.joined):
             score = values["closed accuracy"][index]
             score = values["open recall"][index] if score is None else score
