@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+
 from llava.errors import LlavaError
 from llava.openai_client.batch import run_batch
 from llava.openai_client.client import FailedItem, RefusedByServer, UnusableReply, make_client, request
@@ -86,8 +88,6 @@ async def _run_concurrently(todo, settings, output, to_record, follow_up, progre
 
 async def _ask(client, job: ChatJob, settings: ApiSettings, gate: RateGate, summary: RunSummary) -> ChatResult | None:
     """One job with its retries; None when the cost limit forbids it."""
-    from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
-
     account = summary.account
 
     async def attempt() -> ChatResult | None:
