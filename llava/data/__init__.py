@@ -1,0 +1,1 @@
+"""Data sets: converters, download, validation, audit, statistics, and the built-in set."""

@@ -1,0 +1,1 @@
+"""Writing instruct data with a language model that sees captions only."""

@@ -1,0 +1,1 @@
+"""Training: flags, data, Trainer, checkpoints."""

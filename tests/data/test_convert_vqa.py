@@ -252,7 +252,7 @@ def test_csv_of_few_images_is_split_too(work, fraction):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,question,answer\n", "no column image; there are: image, question, answer"),
+        ("scan,question,answer\n", "no column image; there are: scan, question, answer"),
         ("image,question,answer\na.jpg,q\n", "line 2: 3 columns expected"),
         ('image,question,answer\na.jpg,"q,a\n', "not a readable table"),
         ("image,question,answer\nz.jpg,q,a\n", r"1 images of 1 records not found .*z\.jpg"),

@@ -53,7 +53,7 @@ def test_sliding_window(llama, images, monkeypatch):
 
 
 def test_each_image_is_opened_and_encoded_once(llama, tmp_path, images, monkeypatch):
-    from llava.generation import images as module
+    from llava.generation import image_features as module
 
     opened = []
     monkeypatch.setattr(module, "open_image", lambda source, **options: opened.append(source) or original(source))

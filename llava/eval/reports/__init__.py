@@ -1,0 +1,1 @@
+"""Evaluated answer files as tables and pages."""

@@ -1,0 +1,1 @@
+"""Keys and values of the running requests, and of prompts that were computed before."""

@@ -1,0 +1,1 @@
+"""Writing checkpoints in other forms: deltas, transformers' layout, quantized, merged, the projector alone."""

@@ -1,0 +1,1 @@
+"""Files of weights: read and written tensor by tensor, checked, placed on devices, never executed."""

@@ -1,4 +1,8 @@
-"""8- and 4-bit language models through bitsandbytes; tower, projector and head keep their precision."""
+"""8- and 4-bit language models through bitsandbytes; tower, projector and head keep their precision.
+
+On a CPU 4-bit weights are dequantized and multiplied (llava.model.weights.linear4bit), never repacked for
+AVX512-BF16: the answers are exact and the same on every processor, any width works, and what is saved is what was read.
+"""
 
 import logging
 import re
@@ -79,6 +83,9 @@ def prepare_quantized(model: PreTrainedModel, config: BitsAndBytesConfig, quanti
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=quantized is not None)
     model.hf_quantizer = quantizer
     quantizer.preprocess_model(model=model, device_map=None)
+    from llava.model.weights.linear4bit import compute_exactly
+
+    compute_exactly(model)
 
 
 def finish_quantized(model: PreTrainedModel) -> None:

@@ -1,0 +1,1 @@
+"""The OpenAI API: bodies of requests and replies, keys with their limits, metrics."""
