@@ -65,11 +65,13 @@ class ChatJob:
     temperature: float = 0.0
     max_tokens: int | None = None
     seed: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the request."""
 
     def body(self, model: str) -> dict:
         optional = {"max_tokens": self.max_tokens, "seed": self.seed}
         given = {name: value for name, value in optional.items() if value is not None}
-        return {"model": model, "messages": self.messages, "temperature": self.temperature, **given}
+        return {"model": model, "messages": self.messages, "temperature": self.temperature, **given, **self.more}
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -94,6 +94,11 @@ class SamplingFields(Fields):
         """The parameters of SamplingFields that were given, whatever class this is."""
         return {name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set}
 
+    def openai_fields(self) -> dict[str, Any]:
+        """These parameters as fields of a request to an OpenAI-compatible server; those at their default are left
+        out, as not every server knows them all."""
+        return self.model_dump(mode="json", include=set(SamplingFields.model_fields), exclude_defaults=True)
+
 
 class SamplingParams(SamplingFields):
     """All that decides how a request of the engine is decoded: `SamplingParams(temperature=0.7, top_p=0.9)`.

@@ -10,11 +10,11 @@ from PIL import Image
 from llava.errors import LlavaError
 from llava.eval import model_vqa
 from llava.eval.answers.ablation import QuestionImages
-from llava.eval.answers.answering import Decoding
 from llava.eval.answers.questions import Question
 from llava.eval.answers.remote import RemoteAnswers
 from llava.openai_api import ApiSettings
 from llava.records import read_records
+from llava.sampling_params import SamplingParams
 from tests.openai_server import OpenAIServer
 
 
@@ -56,7 +56,7 @@ def test_an_unfinished_run_goes_on_where_it_stopped(data):
 
 def test_text_and_images_stand_in_their_order(data):
     question = Question(1, "First\n<image>\nthen\n<image>", ("red.png", "red.png"))
-    remote = RemoteAnswers(ApiSettings("m", "k"), QuestionImages(data, [question]), Decoding())
+    remote = RemoteAnswers(ApiSettings("m", "k"), QuestionImages(data, [question]), SamplingParams())
     content = remote.job(question).messages[0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url"]
     encoded = content[1]["image_url"]["url"].removeprefix("data:image/png;base64,")

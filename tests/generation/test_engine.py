@@ -224,7 +224,14 @@ def test_wrong_sampling_parameters():
 
 
 def test_neutral_values_of_others():
-    neutral = {"top_k": -1, "repetition_penalty": 1, "stop": None, "seed": None, "logit_bias": None, "temperature": None}
+    neutral = {
+        "top_k": -1,
+        "repetition_penalty": 1,
+        "stop": None,
+        "seed": None,
+        "logit_bias": None,
+        "temperature": None,
+    }
     assert SamplingParams(**neutral) == SamplingParams(stop=()) == SamplingParams()
 
 
@@ -251,13 +258,14 @@ def test_a_penalty_holds_whatever_else_is_answered(llama, images):
     settings = {"temperature": 0.8, "top_k": 50, "repetition_penalty": 1.3, "seed": 5, "ignore_eos": True}
     request = ask("What is it?", [images[0]], max_new_tokens=40, **settings)
     (alone,) = Engine(llama).generate([request])
-    others = mixed_requests(images, max_new_tokens=60, ignore_eos=True)
+    others = mixed_requests(images, max_new_tokens=100, ignore_eos=True)
     per_position = Engine(llama).scheduler.runner.cache.bytes_per_position
     engine = Engine(llama, cache_bytes=per_position * 64 * 10)
     together = engine.generate([*others[:4], request, *others[4:]])
     assert engine.statistics()["preempted"] > 0
     assert together[4].token_ids == alone.token_ids
-    (without,) = Engine(llama).generate([ask("What is it?", [images[0]], max_new_tokens=40, **settings | {"repetition_penalty": 1})])
+    settings["repetition_penalty"] = 1
+    (without,) = Engine(llama).generate([ask("What is it?", [images[0]], max_new_tokens=40, **settings)])
     assert without.token_ids != alone.token_ids
 
 
