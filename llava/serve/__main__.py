@@ -133,7 +133,7 @@ def _wait_until_ready(args, running: list[tuple[Server, subprocess.Popen]]) -> N
 async def _is_healthy(url: str) -> bool:
     import aiohttp
 
-    from llava.serve.http import open_session
+    from llava.serve.session import open_session
 
     async with open_session(None, HEALTH_SECONDS) as session:
         try:

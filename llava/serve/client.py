@@ -8,8 +8,8 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from llava.serve.http import open_session
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
+from llava.serve.session import open_session
 
 SHORT_TIMEOUT = 10.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first

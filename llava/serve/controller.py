@@ -14,12 +14,12 @@ from typing import Any
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.serve.bodies import parse_json, read_body, validated
-from llava.serve.http import open_session
 from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, run_server, secret_check
 from llava.serve.protocol import ErrorType, ServeError, check_address, encode_error
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
-from llava.serve.requests import ForModel, Heartbeat, WorkerEntry, WorkerStatus, WorkerWanted
+from llava.serve.request_models import ForModel, Heartbeat, WorkerEntry, WorkerStatus, WorkerWanted
 from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.session import open_session
 
 logger = logging.getLogger(__name__)
 

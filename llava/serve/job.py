@@ -15,7 +15,7 @@ from llava.conversation import Conversation, SeparatorStyle
 from llava.sampling_params import SamplingParams
 from llava.serve.bodies import validated
 from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.requests import MAX_IMAGES, AttentionMapRequest, ChatMessage, GenerateRequest, Part
+from llava.serve.request_models import MAX_IMAGES, AttentionMapRequest, ChatMessage, GenerateRequest, Part
 
 _HARMLESS_PLACEHOLDER = "< image>"
 

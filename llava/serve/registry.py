@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from llava.errors import LlavaError
 from llava.serve.protocol import EXPIRY_SECONDS, check_address
-from llava.serve.requests import WorkerStatus
+from llava.serve.request_models import WorkerStatus
 
 DISPATCH_METHODS = ("lottery", "shortest_queue")
 

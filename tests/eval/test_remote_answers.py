@@ -63,6 +63,19 @@ def test_text_and_images_stand_in_their_order(data):
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).getpixel((0, 0)) == (250, 0, 0)
 
 
+def test_every_parameter_that_is_asked_for_goes_to_the_server(data):
+    question = Question(1, "Which?")
+    images = QuestionImages(data, [question])
+    plain = RemoteAnswers(ApiSettings("m", "k"), images, SamplingParams(seed=0)).job(question).body("m")
+    assert plain.keys() == {"model", "messages", "temperature", "max_tokens", "seed"}, "not every server knows more"
+    sampling = SamplingParams(temperature=0.5, top_p=0.9, top_k=5, repetition_penalty=1.2, seed=3, max_new_tokens=8)
+    body = RemoteAnswers(ApiSettings("m", "k"), images, sampling).job(question).body("m")
+    more = {"temperature": 0.5, "max_tokens": 8, "seed": 3, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.2}
+    assert body == plain | more
+
+
 def test_what_needs_a_checkpoint_is_refused(data):
+    with pytest.raises(LlavaError, match="--num_beams"):
+        ask(data, "http://127.0.0.1:1/v1", "--num_beams", "2")
     with pytest.raises(LlavaError, match="need a checkpoint on this machine"):
         ask(data, "http://127.0.0.1:1/v1", "--yes-no-probabilities")

@@ -194,7 +194,7 @@ def test_expiry_and_dispatch_without_network():
     from random import Random
 
     from llava.serve.registry import Registry
-    from llava.serve.requests import WorkerStatus
+    from llava.serve.request_models import WorkerStatus
 
     now = [0.0]
     registry = Registry("shortest_queue", clock=lambda: now[0], dice=Random(0))

@@ -9,7 +9,7 @@ from llava.sampling_params import SamplingFields, SamplingParams
 from llava.serve.api.types import ChatRequest
 from llava.serve.job import Message, read_job, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.requests import MAX_TEXT, GenerateRequest
+from llava.serve.request_models import MAX_TEXT, GenerateRequest
 
 PNG = "data:image/png;base64,AAAA"
 USER = {"role": "user", "content": "Hi"}

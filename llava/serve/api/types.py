@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 
 from llava.sampling_params import MOST_LOGPROBS, Fields, SamplingFields, Whole
 from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.requests import DEFAULT_NEW_TOKENS, Messages, ModelName
+from llava.serve.request_models import DEFAULT_NEW_TOKENS, Messages, ModelName
 
 MAX_CHOICES = 16
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import gradio as gr
 
 from llava.sampling_params import SamplingParams, sliders
-from llava.serve.requests import DEFAULT_NEW_TOKENS
+from llava.serve.request_models import DEFAULT_NEW_TOKENS
 
 
 class SettingsPanel:

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from llava.serve.http import open_session
 from llava.serve.protocol import HEARTBEAT_SECONDS
+from llava.serve.session import open_session
 
 logger = logging.getLogger(__name__)
 
