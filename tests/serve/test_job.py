@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava.conversation import get_template
-from llava.sampling_params import SamplingFields, SamplingParams
+from llava.sampling_params import SamplingFields, SamplingParams, sliders
 from llava.serve.api.types import ChatRequest
 from llava.serve.job import Message, read_job, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
@@ -14,7 +14,15 @@ from llava.serve.request_models import MAX_TEXT, GenerateRequest
 PNG = "data:image/png;base64,AAAA"
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Yes"}
-OTHER_VALUES = {"top_p": 0.5, "stop": ["###"], "stop_token_ids": [3], "logit_bias": {"7": 1.5}, "ignore_eos": True}
+OTHER_VALUES = {
+    "top_p": 0.5,
+    "seed": 2,
+    "stop": ["###"],
+    "stop_token_ids": [3],
+    "logit_bias": {"7": 1.5},
+    "ignore_eos": True,
+}
+"""Of parameters that have no slider, or whose default is its end."""
 
 
 def read_turns(*messages):
@@ -31,7 +39,7 @@ def test_the_old_protocol():
 
 def test_every_parameter_of_a_request_reaches_the_engine():
     """Each by its declaration alone: a new one needs no line here nor in the servers."""
-    given = {name: OTHER_VALUES.get(name, 2) for name in SamplingFields.model_fields}
+    given = {name: OTHER_VALUES.get(name) or sliders()[name][1].high for name in SamplingFields.model_fields}
     for model, more in ((GenerateRequest, {}), (ChatRequest, {"model": "m"})):
         body = {"messages": [USER], **given, **more}
         request = model.model_validate(body)
