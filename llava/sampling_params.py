@@ -73,6 +73,9 @@ class SamplingFields(Fields):
     top_k: Annotated[Whole, BeforeValidator(lambda value: 0 if value == -1 else value), FLAG, Slider(0, 200, 1)] = (
         Field(0, ge=0, lt=1 << 31, description="draw from so many of the likeliest tokens; 0 (or -1) is all")
     )
+    min_p: Annotated[Number, FLAG, Slider(0, 1, 0.05)] = Field(
+        0.0, ge=0, le=1, description="draw only from tokens with so much of the likeliest one's probability"
+    )
     repetition_penalty: Annotated[Number, FLAG, Slider(1, 2, 0.05)] = Field(
         1.0, gt=0, le=10, description="above 1 makes tokens of the prompt and of the answer so far less likely"
     )

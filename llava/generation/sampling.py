@@ -108,11 +108,13 @@ def _draw(logits: torch.Tensor, rules: Sequence[SamplingParams], numbers: Sequen
     temperature = column([rule.temperature for rule in rules])
     top_p = column([max(rule.top_p, _LEAST_TOP_P) for rule in rules])
     top_k = column([rule.top_k or vocabulary for rule in rules])
+    min_p = column([rule.min_p for rule in rules])
     sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax((sorted_logits - sorted_logits[:, :1]) / temperature, -1)
     before = probabilities.cumsum(-1) - probabilities
     # The first token that reaches top_p is still in; so at least one always is.
     kept = (before < top_p) & (torch.arange(vocabulary, device=logits.device) < top_k)
+    kept &= probabilities >= min_p * probabilities[:, :1]
     cumulative = (probabilities * kept).double().cumsum(-1)
     target = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True).clamp(max=vocabulary - 1)

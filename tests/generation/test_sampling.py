@@ -36,6 +36,13 @@ def test_top_k_and_greedy():
     assert draw()[0] == 1
 
 
+def test_min_p_cuts_below_a_part_of_the_likeliest():
+    ratios = torch.softmax(LOGITS, -1) / torch.softmax(LOGITS, -1)[0]
+    kept = draw(temperature=1.0, min_p=float(ratios[2]) - 0.01)
+    assert kept[3:].sum() == 0 and (kept[:3] > 0).all()
+    assert draw(temperature=1.0, min_p=1)[0] == 1
+
+
 def test_unlikely_tokens_never_come_by_rounding():
     assert draw(temperature=1.0)[5] == 0
 
