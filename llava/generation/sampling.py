@@ -29,10 +29,8 @@ class TokenChooser:
         penalizes = rule.repetition_penalty != 1
         self.seen: set[int] | None = {int(token) for token in prompt if token >= 0} if penalizes else None
         """Tokens of prompt and answer, where the rule asks for them."""
-
-    @property
-    def edits(self) -> bool:
-        return self.seen is not None or bool(self.rule.logit_bias)
+        self.edits = penalizes or bool(rule.logit_bias)
+        """Whether the logits are changed before a token is chosen."""
 
     def note(self, token: int) -> None:
         """`token` now belongs to the answer."""

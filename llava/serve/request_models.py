@@ -25,6 +25,18 @@ ModelName = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")
 """One line: it goes into logs."""
 
 
+def at_most(most: int) -> BeforeValidator:
+    """For lists: `max_length` alone looks at every item first, and says so afterwards."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > most:
+            words = "List should have at most {most} items, not {length}"
+            raise PydanticCustomError("too_long", words, {"most": most, "length": len(value)})
+        return value
+
+    return BeforeValidator(check)
+
+
 class ImageUrl(Fields):
     url: str
 
@@ -47,7 +59,7 @@ class ChatMessage(Fields):
     """One of OpenAI's messages; content that is one text is one part."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1, max_length=MAX_PARTS)]
+    content: Annotated[list[Part], BeforeValidator(_parts), at_most(MAX_PARTS), Field(min_length=1)]
 
 
 def _check_length(messages: list[ChatMessage]) -> list[ChatMessage]:
@@ -58,7 +70,7 @@ def _check_length(messages: list[ChatMessage]) -> list[ChatMessage]:
     return messages
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_length)]
+Messages = Annotated[list[ChatMessage], at_most(MAX_MESSAGES), Field(min_length=1), AfterValidator(_check_length)]
 
 
 def _logprobs(value: Any) -> Any:
