@@ -7,13 +7,13 @@ its segments joined, the labels for training follow which of them are answers (l
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
 
-class SeparatorStyle(str, Enum):
+class SeparatorStyle(StrEnum):
     """How turns are kept apart (names are the reference's)."""
 
     SINGLE = "SINGLE"

@@ -77,7 +77,7 @@ def write_report(
         audit: JSON of `llava.data.audit`, for the files that answer its questions.
         more_sections: (heading, HTML) to put behind the scores.
     """
-    from llava.eval import report_sections as sections
+    from llava.eval.reports import sections
     from llava.eval.reports.clean_subset import score_clean_subset
     from llava.eval.reports.page import page
     from llava.eval.reports.tables import markdown_table

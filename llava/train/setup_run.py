@@ -219,7 +219,7 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
 
     def load(number: int, image) -> np.ndarray:
         try:
-            return dataset.load_image(dataset.images.read(image))
+            return dataset.load_image(dataset.image_source.read(image))
         except (FileNotFoundError, LlavaError) as error:
             raise dataset.image_error(number, error) from error
 
@@ -229,7 +229,7 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
     return build_feature_cache(
         root / fingerprint(tower, **settings),
         distinct_images(dataset),
-        dataset.images.identify,
+        dataset.image_source.identify,
         load,
         tower,
         bfloat16=training.bf16,

@@ -5,7 +5,7 @@ which questions, with which versions; `describe` puts the main points on a line.
 """
 
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def write_manifest(file: str | Path, **content: Any) -> dict[str, Any]:
         "file": Path(file).name,
         "sha256": sha256_of(Path(file)),
         "versions": versions(),
-        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json(manifest_path(file), manifest)
     return manifest
