@@ -59,7 +59,7 @@ class ChatMessage(Fields):
     """One of OpenAI's messages; content that is one text is one part."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts), at_most(MAX_PARTS), Field(min_length=1)]
+    content: Annotated[list[Part], Field(min_length=1), BeforeValidator(_parts), at_most(MAX_PARTS)]
 
 
 def _check_length(messages: list[ChatMessage]) -> list[ChatMessage]:
@@ -70,7 +70,7 @@ def _check_length(messages: list[ChatMessage]) -> list[ChatMessage]:
     return messages
 
 
-Messages = Annotated[list[ChatMessage], at_most(MAX_MESSAGES), Field(min_length=1), AfterValidator(_check_length)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1), at_most(MAX_MESSAGES), AfterValidator(_check_length)]
 
 
 def _logprobs(value: Any) -> Any:
