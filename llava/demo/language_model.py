@@ -116,7 +116,7 @@ def in_order(lengths: list[int], batch_tokens: int, seed: int) -> list[list[int]
     batches = []
     for start in range(0, len(lengths), WINDOW):
         window = sorted(range(start, min(start + WINDOW, len(lengths))), key=lengths.__getitem__)
-        found = [[]]
+        found: list[list[int]] = [[]]
         for number in window:
             if found[-1] and (len(found[-1]) + 1) * lengths[number] > batch_tokens:
                 found.append([])

@@ -206,7 +206,9 @@ class Scheduler:
         for row, plan in enumerate(plans, running):
             if plan.prefix is not None:
                 self.runner.cache.load(row, 1, plan.prefix.states, plan.begin)
-            rows.append(Row(row, plan.begin, len(plan.prompt), plan.source and row_of[id(plan.source)]))
+            rows.append(
+                Row(row, plan.begin, len(plan.prompt), None if plan.source is None else row_of[id(plan.source)])
+            )
         tokens = [one.tokens[-1] for one in self.running[:decoding]]
         prompts = [plan.prompt for plan in plans]
         hidden = [

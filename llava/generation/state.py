@@ -63,7 +63,7 @@ class Generation:
             return "stop"
         self.tokens.append(token)
         self.chooser.note(token)
-        if logprob is not None:
+        if logprob is not None and self.logprobs is not None:
             self.logprobs.append(logprob)
         if self.text is not None:
             self._tell(self.text.push([token]))

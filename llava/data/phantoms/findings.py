@@ -88,6 +88,12 @@ class Phantom:
         return self.kind is None
 
     @property
+    def finding(self) -> int:
+        """The kind, of an image that isn't normal."""
+        assert self.kind is not None, "a normal image has no finding"
+        return self.kind
+
+    @property
     def combination(self) -> tuple[int | None, ...]:
         return (self.domain, self.kind, self.side, self.place, self.size, self.number)
 
@@ -107,7 +113,7 @@ def is_held_out(phantom: Phantom, seed: int) -> bool:
     """
     if phantom.is_normal:
         return False
-    low, high = phantom.kind & 1, phantom.kind >> 1
+    low, high = phantom.finding & 1, phantom.finding >> 1
     turn = seed + phantom.domain
     return (phantom.side, phantom.place, phantom.size, phantom.number) == (
         low ^ (turn & 1),
