@@ -65,7 +65,45 @@ def read_attention_map_request(body: Mapping[str, Any]) -> tuple[Job, list[int]]
     return _to_job(request), request.token_ids
 
 
-def read_messages(messages: Sequence[ChatMessage], loose: Iterable[str] = ()) -> tuple[Message, ...]:
+def to_conversation(messages: Sequence[Message], template: Conversation) -> Conversation:
+    """The messages as a conversation of `template`, ready for the model's answer."""
+    conversation = template.copy()
+    for message in messages:
+        if message.role == "system":
+            chatml = conversation.sep_style is SeparatorStyle.MPT
+            conversation.system = f"<|im_start|>system\n{message.text}" if chatml else message.text
+        else:
+            conversation.append_message(conversation.roles[message.role == "assistant"], message.text)
+    return conversation
+
+
+def _to_job(request: GenerateRequest) -> Job:
+    if (request.prompt is None) == (request.messages is None):
+        raise _bad("prompt: give either prompt or messages")
+    if request.messages is None:
+        messages, images = None, tuple(request.images)
+        places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
+    else:
+        messages = _read_messages(request.messages, request.images)
+        images = tuple(image for message in messages for image in message.images)
+        places = len(images)
+    if places != len(images):
+        raise _bad(f"images: the prompt has {places} {DEFAULT_IMAGE_TOKEN} but {len(images)} image(s) came with it")
+    if len(images) > MAX_IMAGES:
+        raise _bad(f"images: {len(images)} are more than the {MAX_IMAGES} allowed")
+    return Job(
+        model=request.model,
+        prompt=request.prompt,
+        messages=messages,
+        images=images,
+        sampling=request.sampling(),
+        token_ids=request.return_token_ids,
+        stream=request.stream,
+        request_id=request.known_request_id(),
+    )
+
+
+def _read_messages(messages: Sequence[ChatMessage], loose: Iterable[str] = ()) -> tuple[Message, ...]:
     """OpenAI's messages as turns. A part of type `image` takes the next of `loose`. Neighbouring turns of one role
     are joined by a line break.
 
@@ -88,44 +126,6 @@ def read_messages(messages: Sequence[ChatMessage], loose: Iterable[str] = ()) ->
     if turns[0].role == "assistant" or (turns[0].role == "system" and turns[1].role == "assistant"):
         raise _bad("messages: the conversation has to begin with the user")
     return tuple(turns)
-
-
-def to_conversation(messages: Sequence[Message], template: Conversation) -> Conversation:
-    """The messages as a conversation of `template`, ready for the model's answer."""
-    conversation = template.copy()
-    for message in messages:
-        if message.role == "system":
-            chatml = conversation.sep_style is SeparatorStyle.MPT
-            conversation.system = f"<|im_start|>system\n{message.text}" if chatml else message.text
-        else:
-            conversation.append_message(conversation.roles[message.role == "assistant"], message.text)
-    return conversation
-
-
-def _to_job(request: GenerateRequest) -> Job:
-    if (request.prompt is None) == (request.messages is None):
-        raise _bad("prompt: give either prompt or messages")
-    if request.messages is None:
-        messages, images = None, tuple(request.images)
-        places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
-    else:
-        messages = read_messages(request.messages, request.images)
-        images = tuple(image for message in messages for image in message.images)
-        places = len(images)
-    if places != len(images):
-        raise _bad(f"images: the prompt has {places} {DEFAULT_IMAGE_TOKEN} but {len(images)} image(s) came with it")
-    if len(images) > MAX_IMAGES:
-        raise _bad(f"images: {len(images)} are more than the {MAX_IMAGES} allowed")
-    return Job(
-        model=request.model,
-        prompt=request.prompt,
-        messages=messages,
-        images=images,
-        sampling=request.sampling(),
-        token_ids=request.return_token_ids,
-        stream=request.stream,
-        request_id=request.known_request_id(),
-    )
 
 
 def _read_message(message: ChatMessage, number: int, loose: list[str]) -> Message:
