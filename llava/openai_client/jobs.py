@@ -1,6 +1,6 @@
 """A chat request, what came back for it, and how a run of many ended."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,13 @@ class ChatJob:
     temperature: float = 0.0
     max_tokens: int | None = None
     seed: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the request."""
 
     def body(self, model: str) -> dict:
         optional = {"max_tokens": self.max_tokens, "seed": self.seed}
         given = {name: value for name, value in optional.items() if value is not None}
-        return {"model": model, "messages": self.messages, "temperature": self.temperature, **given}
+        return {"model": model, "messages": self.messages, "temperature": self.temperature, **given, **self.more}
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,6 @@ from llava.folders import PART
 from llava.records import Record, ResumableJsonl, read_json, write_json
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are generated; greedy by default."""
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 1024
-    seed: int = 0
 
 
 Fill = Callable[[Sequence[Question], ResumableJsonl], dict[str, Any]]
