@@ -60,7 +60,9 @@ def test_it_is_found_by_everything(length, files, tmp_path, capsys):
     report.main(
         ["--pred", *(f"{n}={files / n}.jsonl" for n in "ab"), "--gt", str(files / "test.json"), "--output", str(page)]
     )
-    assert page.read_text().count("<th>open length (words)</th>") == 3  # scores, and the groups of each file
+    assert (
+        page.read_text().count('<th scope="col">open length (words)</th>') == 3
+    )  # scores, and the groups of each file
     assert "| open length (words) |" in page.with_suffix(".md").read_text()
     run_eval_batch.main(
         ["--pred_file_parent_path", str(files), "--gt", str(files / "test.json"), "--output", str(output)]
