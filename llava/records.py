@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
+from llava.folders import PART, sync
 
 Record = dict[str, Any]
 
@@ -184,13 +185,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         # mkstemp makes private files; a result is as readable as any other file of the user.
         umask = os.umask(0)
         os.umask(umask)
@@ -210,7 +210,7 @@ class ResumableJsonl:
 
     def __init__(self, path: str | Path, key: str = "question_id"):
         self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
+        self.part = self.path.with_name(self.path.name + PART)
         self.key = key
         self.part.parent.mkdir(parents=True, exist_ok=True)
         self.done: dict[Any, Record] = {}

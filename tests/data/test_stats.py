@@ -48,8 +48,9 @@ def test_counts_and_figure(tmp_path):
     assert json.loads((out / "stats.json").read_text())["turns"] == {"1": 3, "2": 3}
     assert (out / "stats.png").read_bytes()[:4] == b"\x89PNG"
     page = (out / "stats.html").read_text()
-    assert "data:image/png;base64" in page
-    assert "http" not in page
+    assert page.count("<svg ") == page.count("<figcaption>") == 5
+    assert "describe" in page and "<td>image</td>" in page
+    assert "://" not in page
 
 
 def test_a_record_without_conversations_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Answer files: in the order of the questions, whole or resumable, with a manifest, images checked first."""
 
+import hashlib
 import json
 import os
 import random
@@ -150,6 +151,19 @@ def test_answers_of_another_run_are_not_continued(model, data, tmp_path):
     with pytest.raises(LlavaError, match=r"of another run \(different: decoding\)"):
         model_vqa_med.main(flags(model, data, path, "--temperature", "0.5"))
     assert len(answer(model, data, path, "--temperature", "0.5", "--overwrite")) == NUMBER
+
+
+def test_answers_of_an_earlier_version_go_on(finished, model, data, tmp_path):
+    """A part and its claim as versions wrote them that knew five parameters."""
+    path = tmp_path / "answers.jsonl"
+    stop_after(1, model, data, path)
+    claim = path.with_name("answers.jsonl.part.json")
+    kept = json.loads(claim.read_text())
+    old = {"temperature": 0.0, "top_p": None, "num_beams": 1, "max_new_tokens": 8, "seed": 0}
+    settings = kept["settings"] | {"decoding": old}
+    text = json.dumps(settings, sort_keys=True)
+    claim.write_text(json.dumps({"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "settings": settings}))
+    assert answer(model, data, path) == read_records(finished)
 
 
 def test_sampling_depends_on_the_seed_alone(model, data, tmp_path):

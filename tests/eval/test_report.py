@@ -54,7 +54,8 @@ def test_page_holds_every_section_and_fetches_nothing(files):
     html, _ = make(files, "--image-folder", str(files), "--audit", str(audited))
     for heading in ("Scores", "look at the image", "as sure as", "clean", "kind of question", "Examples", "produced"):
         assert re.search(f"<h2>[^<]*{heading}", html), heading
-    assert not re.search(r'(?:src|href)="(?!data:|#)', html) and "<script" not in html and "url(" not in html
+    assert not re.search(r'(?:src|href)="(?!data:|#)|url\((?!#)', html) and "<script" not in html and "://" not in html
+    assert html.count("<svg ") == html.count("<figcaption>") == html.count('role="img" aria-label="') == 5
     assert html.count("<img") == 8  # four right and four wrong answers, each with its image
     assert "data:image/jpeg;base64," in html
 

@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from llava.conversation import get_template
 from llava.eval.answers.ablation import QuestionImages
-from llava.eval.answers.answering import Decoding, answer_record
+from llava.eval.answers.answering import answer_record
 from llava.eval.answers.questions import Question
 from llava.record_content import OPTION_LETTERS
 from llava.records import ResumableJsonl
+from llava.sampling_params import SamplingParams
 from llava.tokenization import conversation_from_record
 
 SAVE_EVERY = 128
@@ -63,7 +64,7 @@ class LocalAnswers:
         self,
         model: LocalModel,
         question_images: QuestionImages,
-        decoding: Decoding,
+        sampling: SamplingParams,
         *,
         batch_size: int = 32,
         save_every: int | None = None,
@@ -71,7 +72,7 @@ class LocalAnswers:
         yes_no_probabilities: bool = False,
         option_likelihoods: bool = False,
     ):
-        self.model, self.question_images, self.decoding = model, question_images, decoding
+        self.model, self.question_images, self.sampling = model, question_images, sampling
         self.batch_size, self.save_every = batch_size, save_every or SAVE_EVERY
         self.answer_prompter, self.yes_no_probabilities = answer_prompter, yes_no_probabilities
         self.option_likelihoods = option_likelihoods
@@ -134,26 +135,15 @@ class LocalAnswers:
 
         return engine.generate(
             [
-                Request(conversation, own_images, sampling_params(self.decoding, question), question.id)
+                Request(conversation, own_images, own_seed(self.sampling, question), question.id)
                 for question, conversation, own_images in zip(group, conversations, images)
             ]
         )
 
 
-def sampling_params(decoding: Decoding, question: Question):
-    """The engine's parameters; each question has random numbers of its own, whatever batch it is in."""
-    from llava.generation import SamplingParams
-
-    given = {
-        "temperature": decoding.temperature,
-        "max_new_tokens": decoding.max_new_tokens,
-        "seed": zlib.crc32(f"{decoding.seed}/{question.id}".encode()),
-    }
-    if decoding.top_p is not None:
-        given["top_p"] = decoding.top_p
-    if decoding.num_beams != 1:
-        given["num_beams"] = decoding.num_beams
-    return SamplingParams(**given)
+def own_seed(sampling: SamplingParams, question: Question) -> SamplingParams:
+    """Each question has random numbers of its own, whatever batch it is in."""
+    return sampling.with_seed(zlib.crc32(f"{sampling.seed}/{question.id}".encode()))
 
 
 def _options(question: Question, kind: str) -> list[str]:
