@@ -47,7 +47,8 @@ def read_dialogue(record: RecordOrTurns) -> Dialogue:
         LlavaError: no conversation, a turn that isn't one, an unknown speaker, the same speaker twice in a row, a
             system turn that isn't the first. The message doesn't name the record; the caller knows where it is from.
     """
-    system, turns = None, []
+    system: str | None = None
+    turns: list[Turn] = []
     for number, entry in enumerate(_entries(record), 1):
         role, text = _turn(entry, number)
         if role == SYSTEM:

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle
+from llava.conversation import Conversation
 from llava.sampling_params import SamplingParams
 from llava.serve.bodies import validated
 from llava.serve.protocol import ErrorType, ServeError
@@ -70,8 +70,7 @@ def to_conversation(messages: Sequence[Message], template: Conversation) -> Conv
     conversation = template.copy()
     for message in messages:
         if message.role == "system":
-            chatml = conversation.sep_style is SeparatorStyle.MPT
-            conversation.system = f"<|im_start|>system\n{message.text}" if chatml else message.text
+            conversation.set_system(message.text)
         else:
             conversation.append_message(conversation.roles[message.role == "assistant"], message.text)
     return conversation

@@ -65,7 +65,7 @@ def _holds(text: list[str], words: list[str]) -> bool:
 
 
 def _options(answer: Answer) -> list[str]:
-    return record_options(answer.item.fields)
+    return record_options(answer.fields)
 
 
 def _right(answer: Answer) -> int:
@@ -73,7 +73,7 @@ def _right(answer: Answer) -> int:
     right = chosen_option(answer.reference, options)
     if right is None:
         raise LlavaError(
-            f'question "{answer.item.id}": its answer {answer.reference!r} names none of its "options" {options}'
+            f'question "{answer.id}": its answer {answer.reference!r} names none of its "options" {options}'
         )
     return right
 
@@ -118,7 +118,7 @@ def choice_consistency(answers: Sequence[Answer]) -> list[float | None]:
     """Of each question in each order: the share of its other orders in which the same option (by text) is chosen."""
     orders: dict[str, list[int]] = defaultdict(list)
     for index, answer in enumerate(answers):
-        source = answer.item.fields.get("source_id")
+        source = answer.fields.get("source_id")
         if source is not None:
             orders[str(source)].append(index)
     values: list[float | None] = [None] * len(answers)

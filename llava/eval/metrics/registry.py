@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llava.data.vqa_items import VqaItem
 from llava.errors import LlavaError
 from llava.records import Record
 
@@ -33,6 +32,7 @@ class Answer:
     """What a metric sees of one answered question.
 
     Args:
+        fields: what else the question's record says.
         record: the line of the answer file, with what its `metadata` say.
         script: whose rules the paper set follows, one of `PAPER_SCRIPTS`.
         candidates: open answers of the training split (`paper.Candidates`), where a file of them was given.
@@ -42,7 +42,9 @@ class Answer:
     reference: str
     answer_type: str
     question: str = ""
-    item: VqaItem | None = None
+    id: int | str | None = None
+    image: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
     record: Record = field(default_factory=dict)
     script: str = PAPER_SCRIPTS[0]
     candidates: Any = None

@@ -141,7 +141,9 @@ def _answer(entry, script: str, pool: Candidates | None) -> Answer:
         reference=item.answer,
         answer_type=item.answer_type,
         question=item.question,
-        item=item,
+        id=item.id,
+        image=item.image,
+        fields=item.fields,
         record=entry.record,
         script=script,
         candidates=pool,
@@ -155,14 +157,13 @@ def _number(metric: Metric, column, clusters, resamples: int, seed: int) -> Numb
 
 
 def _row(answer: Answer, further: dict[str, list[float | None]], index: int) -> dict:
-    item = answer.item
     counted = {name: column[index] for name, column in further.items() if column[index] is not None}
     return {
-        "question_id": item.id,
-        "image": item.image,
-        "answer_type": item.answer_type,
-        "question": item.question,
-        "reference": item.answer,
+        "question_id": answer.id,
+        "image": answer.image,
+        "answer_type": answer.answer_type,
+        "question": answer.question,
+        "reference": answer.reference,
         "prediction": answer.prediction,
         "paper": answer.once(paper_scores).as_dict(),
         "strict": answer.once(strict_scores).as_dict(),
