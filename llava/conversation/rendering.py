@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
+_MPT_SYSTEM = "<|im_start|>system\n"
+
 
 class SeparatorStyle(StrEnum):
     """How turns are kept apart (names are the reference's)."""
@@ -64,6 +66,12 @@ class Conversation:
 
     def copy(self) -> "Conversation":
         return replace(self, messages=deepcopy(self.messages))
+
+    def set_system(self, text: str) -> None:
+        """Put a conversation's own system text in the place of the template's; `plain` has no place for one."""
+        if self.sep_style is SeparatorStyle.MPT:
+            text = f"{_MPT_SYSTEM}{text}"
+        self.system = "" if self.sep_style is SeparatorStyle.PLAIN else text
 
     def append_message(self, role: str, text: Any = None) -> None:
         self.messages.append([role, text])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llava.errors import LlavaError
+from llava.folders import check_space, check_target, stage
 from llava.model.convert.delta_archive import DeltaArchive
 from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import copy_side_files, find_tokenizer
@@ -22,11 +23,13 @@ from llava.model.families import EMBEDDING, EMBEDDINGS, HEAD, family_names, find
 from llava.model.weights.checksums import recorded_checksums
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
-from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, write_shards
-from llava.model.weights.staging import check_space, check_target, stage
+from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, write_shards
 from llava.records import read_json
 
 log = logging.getLogger(__name__)
+
+_UNPACKED = "delta"
+"""Folder beside the shards for what a zip holds."""
 
 _ADDED_PARTS = ("model.mm_projector.", "model.vision_tower.")
 _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -58,14 +61,15 @@ def apply_delta(
             archive = stack.enter_context(DeltaArchive(Path(delta).expanduser()))
             _check_configs(read_json_of(base_folder, "base"), archive.config(), str(base_folder), str(delta))
             check_space(target, archive.unpacked_bytes() * 2, "unpacking the delta and writing the result")
-            folder = stack.enter_context(stage(target, overwrite))
-            delta_folder = archive.unpack(folder / "delta")
+            staged = stage(target, overwrite=overwrite, resume=(*RESUMABLE, _UNPACKED))
+            folder = stack.enter_context(staged)
+            delta_folder = archive.unpack(folder / _UNPACKED)
         else:
             delta_folder = locate_model(delta, "delta")
             folder = None
         pair = open_pair(base_folder, delta_folder, "delta")
         check_space(target, sum(pair.upper.dtype(name).itemsize * _numel(pair.upper, name) for name in pair.names))
-        folder = folder or stack.enter_context(stage(target, overwrite))
+        folder = folder or stack.enter_context(stage(target, overwrite=overwrite, resume=RESUMABLE))
         tensors = _plan(pair, 1, None, check_inputs)
         write_shards(folder, tensors, pair.base.files + pair.upper.files, max_shard_bytes=max_shard_bytes)
         copy_side_files(delta_folder, folder)
@@ -73,7 +77,7 @@ def apply_delta(
             log.info("the delta has no %s; taking the base's", source.name)
             copy_side_files(base_folder, folder, only=(source.name,))
         write_model_card(folder, "Delta weights applied to their base.", base=str(base), source=str(delta))
-        if (folder / "delta").is_dir():
+        if (folder / _UNPACKED).is_dir():
             del pair, tensors
             archive.remove()
     return target
@@ -100,7 +104,7 @@ def make_delta(
     pair = open_pair(base_folder, target_folder, "target")
     tensors = _plan(pair, -1, dtype or _half(pair), True)
     check_space(delta, sum(tensor.nbytes for tensor in tensors))
-    with stage(delta, overwrite) as folder:
+    with stage(delta, overwrite=overwrite, resume=RESUMABLE) as folder:
         write_shards(folder, tensors, pair.base.files + pair.upper.files, max_shard_bytes=max_shard_bytes)
         copy_side_files(target_folder, folder)
         write_model_card(

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.errors import LlavaError
+from llava.folders import check_space, check_target, stage
 from llava.images import ImageProcessor
 from llava.model.checkpoint.config import infer_template
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
@@ -22,8 +23,7 @@ from llava.model.tokenizer import load_tokenizer, save_tokenizer
 from llava.model.towers import CLIP, VisionTower, sketch_vision_tower
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
-from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, fill_from, planned_copy, write_shards
-from llava.model.weights.staging import check_space, check_target, stage
+from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, fill_from, planned_copy, write_shards
 from llava.records import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def import_hf(
             config.mm_vision_tower = _CLIP_LARGE.get((vision.get("hidden_size"), vision.get("image_size")))
         # The folder holds the tower: LLaVA's own code reads it only if it was trained.
         config.unfreeze_mm_vision_tower = True
-    with stage(output, overwrite) as folder:
+    with stage(output, overwrite=overwrite, resume=RESUMABLE) as folder:
         write_shards(folder, tensors, weights.files, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)

@@ -16,6 +16,7 @@ from transformers import AddedToken, LlavaConfig, PreTrainedTokenizerBase
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import get_template
 from llava.errors import LlavaError
+from llava.folders import check_space, check_target, stage
 from llava.model.checkpoint.resolved import ResolvedCheckpoint, resolve_checkpoint
 from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.chat_template import chat_template
@@ -26,8 +27,7 @@ from llava.model.loader import load_image_processor
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
 from llava.model.towers import CLIP, VisionTower
 from llava.model.towers.base import TOWER_PREFIX
-from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, planned_tensor, write_shards
-from llava.model.weights.staging import check_space, check_target, stage
+from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, planned_tensor, write_shards
 from llava.records import read_json, write_json
 from llava.tokenization import ImageTokens, tokenize_prompt
 
@@ -101,7 +101,7 @@ def export_hf(
     tower_layers, feature_layer = _tower_layers(checkpoint)
     tensors = _plan(checkpoint, rows, tower_layers, dtype)
     check_space(output, sum(tensor.nbytes for tensor in tensors))
-    with stage(output, overwrite) as folder:
+    with stage(output, overwrite=overwrite, resume=RESUMABLE) as folder:
         write_shards(folder, tensors, checkpoint.files, max_shard_bytes=max_shard_bytes)
         hf = _hf_config(checkpoint, tokenizer, note, rows, tower_layers, feature_layer, dtype)
         write_json(folder / "config.json", hf)
