@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Model,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from llava.errors import LlavaError
 from llava.model.configuration import LlavaConfigFields
@@ -52,6 +56,9 @@ class Family:
 
     model_class: type[Any]
     """The multimodal model."""
+
+    layer_class: type[nn.Module]
+    """One block of the language model."""
 
     default_template: str
     """Prompt template of a checkpoint that names none."""
@@ -122,6 +129,7 @@ FAMILIES = (
         LlamaConfig,
         LlavaLlamaConfig,
         LlavaLlamaForCausalLM,
+        LlamaDecoderLayer,
         default_template="vicuna_v1",
         recognise_template=_llama_template,
         older_types=("llava",),
@@ -131,6 +139,7 @@ FAMILIES = (
         MistralConfig,
         LlavaMistralConfig,
         LlavaMistralForCausalLM,
+        MistralDecoderLayer,
         default_template="mistral_instruct",
     ),
     Family(
@@ -138,6 +147,7 @@ FAMILIES = (
         Qwen2Config,
         LlavaQwen2Config,
         LlavaQwen2ForCausalLM,
+        Qwen2DecoderLayer,
         default_template="qwen2",
         training_template="qwen2",
         older_types=("llava_qwen",),
@@ -180,3 +190,9 @@ def family_of(config: PreTrainedConfig) -> Family:
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The multimodal model's class for a LLaVA configuration."""
     return family_of(config).model_class
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the language model in `model`, whatever stands around it (LoRA's wrapper, say), in order."""
+    classes = tuple(family.layer_class for family in FAMILIES)
+    return [module for module in model.modules() if isinstance(module, classes)]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from llava.model.language_model import LlavaForCausalLM
+from llava.model.families import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,7 @@ def compile_layers(model: nn.Module, **options) -> None:
     layers share it. The layers get a subclass of their class, of the same name, as FSDP 2 does.
     """
     compiled: dict[type, type] = {}
-    # A wrapper (LoRA's, say) may stand around the model.
-    language_model = next(module for module in model.modules() if isinstance(module, LlavaForCausalLM))
-    for layer in language_model.get_model().layers:
+    for layer in decoder_layers(model):
         own = type(layer)
         if own not in compiled:
             compiled[own] = _compiled_class(own, options)

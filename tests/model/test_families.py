@@ -22,7 +22,7 @@ from llava.model.convert.hf_reader import import_hf
 from llava.model.convert.hf_writer import export_hf
 from llava.model.convert.native_writer import write_native
 from llava.model.convert.quantized_writer import quantize
-from llava.model.families import EMBEDDING, FAMILIES, HEAD, family_of
+from llava.model.families import EMBEDDING, FAMILIES, HEAD, decoder_layers, family_of
 from llava.records import read_json, write_json
 from llava.train.train import train
 from tests.tiny import make_clip, make_llm
@@ -85,6 +85,7 @@ def test_training_moves_weights_and_keeps_the_tie(trained, loaded):
     assert after[EMBEDDING].shape[0] == rows + 2
     assert not torch.equal(after[EMBEDDING][:rows], before[EMBEDDING])
     family = family_of(loaded.model.config)
+    assert list(decoder_layers(loaded.model)) == list(loaded.model.model.layers)
     assert loaded.model.config.conversation_template == family.training_template
     assert read_json(trained / "llava" / "config.json")["architectures"] == [family.model_class.__name__]
 

@@ -142,6 +142,14 @@ def test_trained_tower_is_saved_whole_and_loaded(case, tower, trained, loaded):
     assert names == {nested}, "named as the library's own files are"
 
 
+def test_names_that_the_library_writes_are_read(loaded, tmp_path):
+    """`save_pretrained` alone gives older names to some vision models' weights."""
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    loaded.image_processor.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_pretrained_model(tmp_path, device="cpu")), logits(loaded))
+
+
 def test_engine_answers_as_the_model_alone(loaded):
     conversation = get_template("vicuna_v1")
     conversation.append_message(conversation.roles[0], "<image>\nWhat does the picture show?")

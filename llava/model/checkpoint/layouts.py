@@ -92,10 +92,17 @@ def projector_file(folder: Path) -> Path | None:
 
 
 def native_source(weights: WeightFiles, model: PreTrainedModel, what: str = "checkpoint") -> Source:
-    """The weights of a native folder; prefixes that peft or LLaVA's LoRA training left are dropped."""
+    """The weights of a native folder; prefixes that peft or LLaVA's LoRA training left are dropped.
+
+    The tower may have names that the library's vision models had in other versions.
+    """
+    tower = model.get_vision_tower()
     names, unused_layers = {}, {}
     for file_name in weights:
         name = native_name(file_name)
+        if name.startswith(TOWER_PREFIX):
+            own_name = tower.own_name(name.removeprefix(f"{TOWER_PREFIX}vision_tower."))
+            name = TOWER_PREFIX + own_name if own_name else name
         if in_unused_layer(name, model):
             unused_layers[name] = file_name
         elif not is_harmless(name):

@@ -342,7 +342,7 @@ def make_chat_template(config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     LLaVA tokenises the text on both sides of an image apart; whether a blank or the begin token has to be written
     for the same ids depends on the tokenizer, so it is tried.
     """
-    conversation = get_template(config.conversation_template or "vicuna_v1")
+    conversation = get_template(config.conversation_template or family_of(config).default_template)
     image_tokens = ImageTokens.from_config(config, tokenizer)
     image = DEFAULT_IMAGE_TOKEN
     if image_tokens.use_start_end:
