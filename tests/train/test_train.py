@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
 from llava.train.train import train
+from tests.tiny import hub_cache
 from tests.train.helpers import flags, make_bases, make_records
 
 
@@ -79,6 +80,16 @@ def test_stage_2_starts_from_either_and_trains_all_but_the_tower(tmp_path, stage
     assert "lm_head.weight" in names and not any("vision_tower" in name for name in names)
     model = load_pretrained_model(tmp_path / "out").model
     assert model.config.conversation_template == "v1"
+
+
+def test_hub_ids_are_looked_for_in_the_cache_that_is_named(tmp_path, bases, data):
+    llm, clip = bases
+    cache = hub_cache(tmp_path / "cache", {"some/llm": llm, "some/tower": clip})
+    more = ("--vision_tower", "some/tower", "--tune_mm_mlp_adapter", "--version", "plain", "--max_steps", "1")
+    with pytest.raises(LlavaError, match="model not found: some/llm"):
+        train(flags(tmp_path / "none", data, "some/llm", *more))
+    train(flags(tmp_path / "out", data, "some/llm", *more, "--cache_dir", str(cache)))
+    assert load_pretrained_model(tmp_path / "out", device="cpu").model.config.mm_vision_tower == "some/tower"
 
 
 def test_the_projector_that_is_given_really_is_loaded(tmp_path, stage1, bases, data):
