@@ -335,6 +335,10 @@ def _check_pairs(arguments: Arguments) -> None:
             "--max_tokens_per_batch fills packed batches; add --packing True",
         ),
         (
+            training.remove_unused_columns,
+            "--remove_unused_columns True would take from samples what their batches need; leave it out",
+        ),
+        (
             bool(training.fsdp) and bool(training.deepspeed),
             "--fsdp and --deepspeed both shard the model; choose one",
         ),

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
+from llava.train.progress import flops_per_token
 from llava.train.train import train
 from tests.tiny import hub_cache
 from tests.train.helpers import flags, make_bases, make_records
@@ -232,6 +233,15 @@ def test_own_learning_rates_move_their_part_alone(tmp_path, stage1, data):
     train(flags(tmp_path / "out", data, stage1[0], *more, "--mm_projector_lr", "0", "--mm_vision_tower_lr", "1e-2"))
     names = changed(weights(stage1[0]), weights(tmp_path / "out"))
     assert names and all("vision_tower" in name for name in names)
+
+
+def test_a_frozen_backbone_stays_and_the_projector_is_trained(tmp_path, stage1, data):
+    more = ("--version", "v1", "--max_steps", "2", "--freeze_backbone", "True", "--peak_tflops", "0.001")
+    summary = train(flags(tmp_path / "out", data, stage1[0], *more))
+    moved = changed(weights(stage1[0]), weights(tmp_path / "out"))
+    assert moved and all("mm_projector" in name for name in moved)
+    model = load_pretrained_model(tmp_path / "out", device="cpu").model
+    assert summary["mfu"] == pytest.approx(summary["tokens_per_second"] * flops_per_token(model) / 1e9, rel=0.5)
 
 
 def test_cut_and_targetless_samples_are_counted_and_named(tmp_path, stage1, data):
