@@ -1,4 +1,4 @@
-# Two commands to start with: `make demo` (the whole road on a laptop) and `make test`.
+# Two commands to start with: `make demo` (the full pipeline on a laptop) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,tracking]'
 	touch $@
 
-# Apart from the environment: beside a CPU build of torch, torchvision breaks transformers where it is importable.
+# Not in the environment: with a CPU build of torch, torchvision breaks transformers where it is importable.
 $(OPENCLIP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part \
 		torchvision==0.28.0 timm==1.0.31 open-clip-torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4

@@ -31,7 +31,7 @@ _WINDOW = 1 << 20
 """Characters of a JSON list that are looked at together; a longer record widens it."""
 _BLANKS = (" ", "\n", "\r", "\t")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half beside it
+_ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half next to it
 _ESCAPE_IN_TEXT, _ESCAPE_IN_BYTES = re.compile(_ESCAPE), re.compile(_ESCAPE.encode())
 
 
@@ -268,14 +268,14 @@ def _iter_json(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file, Replaced(path) as replaced:
         try:
             text = file.read(_WINDOW)
-            place = _skip_blanks(text, 0) + 1  # behind the "["
+            place = _skip_blanks(text, 0) + 1  # after the "["
             while True:
                 if len(text) - place < _WINDOW // 4 and (more := file.read(_WINDOW)):
                     text, place = text[place:] + more, 0
                 place = _skip_blanks(text, place)
                 if text[place : place + 1] == "]":
                     if text[place + 1 :].strip() or file.read().strip():
-                        raise ValueError("there is something behind the list")
+                        raise ValueError("there is something after the list")
                     return
                 if index:
                     if text[place : place + 1] != ",":
@@ -292,7 +292,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
                         if not unfinished or not (more := file.read(max(_WINDOW, len(text)))):
                             raise
                     else:
-                        # What ends with the window may go on behind it (a number), or the file be cut here.
+                        # What ends with the window may go on after it (a number), or the file be cut here.
                         if not (more := file.read(_WINDOW)):
                             raise ValueError("the list is cut off")
                     text, place = text[place:] + more, 0

@@ -67,7 +67,7 @@ def load_pretrained_model(
         device_map: `auto`, or accelerate's map of modules to devices, to spread the model over several GPUs;
             by default a model that one GPU can't hold is spread over all.
         vision_tower: folder or hub id in place of the config's `mm_vision_tower`; a tower inside the
-            checkpoint goes before either.
+            checkpoint takes precedence over both.
         conversation_template: name of the prompt template, in place of the checkpoint's.
         cache_dir: where hub ids are downloaded to; by default the hub's cache.
 
@@ -121,7 +121,7 @@ def context_length(config) -> int:
 
 
 def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder: Path) -> None:
-    """Give the tokenizer the image tokens that the config speaks of, if the vocabulary has rows for them.
+    """Give the tokenizer the image tokens that the config asks for, if the vocabulary has rows for them.
 
     Raises:
         LlavaError: it has none; the tokenizer belongs to another model.

@@ -1,4 +1,4 @@
-"""An API that every OpenAI client speaks, in front of a controller's workers. Loads no model.
+"""An OpenAI-compatible API in front of a controller's workers. Loads no model.
 
 python -m llava.serve.openai_api_server [--controller http://localhost:21001] [--port 8000]
 """

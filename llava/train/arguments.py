@@ -80,7 +80,7 @@ class DataArguments:
     )
     packing: bool = _flag(False, "join the samples of a batch without padding, attention and positions kept apart")
     max_tokens_per_batch: int | None = _flag(
-        None, "with --packing: fill each batch up to so many tokens instead of a number of samples"
+        None, "with --packing: tokens that each batch is filled up to, in place of a number of samples"
     )
 
 

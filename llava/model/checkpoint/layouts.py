@@ -39,7 +39,7 @@ _DELTA_NORM = 0.1
 
 @dataclass
 class Parts:
-    """What a checkpoint consists of: `sources(model)` fills a model of `config`, later ones going first.
+    """What a checkpoint consists of: `sources(model)` fills a model of `config`; later ones take precedence.
 
     `folders` are where tokenizer and image processor are looked for, in this order. `weights` are the
     language model's, `quantized` what of them is stored in 8 or 4 bits.

@@ -52,7 +52,7 @@ CSS = """
   #actions button, #votes button {flex: 1 1 40%}
 }
 """
-# Escape stops a running answer, also for who doesn't use a mouse.
+# The Escape key stops a running answer, so no mouse is needed.
 HEAD = """<script>
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") { document.querySelector("#stop")?.click(); }

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class UpstreamBackend:
-    """Requests go on to `api_base`, so many at a time; see `llava.serve.worker.answering.Backend`.
+    """Requests go on to `api_base`, a limited number at a time; see `llava.serve.worker.answering.Backend`.
 
     Args:
         api_base: the server's address with its `/v1`.
