@@ -70,13 +70,17 @@ def add_gradients_at_once(model: nn.Module) -> None:
     Args:
         model: wrapped by `fully_shard` over one process, before its first step.
     """
-    unpaired = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unpaired = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and isinstance(parameter, DTensor)
+    }
     for name, kept, computed in _pairs(model):
-        unpaired.discard(name)
-        if kept.requires_grad:
+        if name in unpaired:  # modules may share a group, which then comes once for each
+            unpaired.remove(name)
             computed.register_post_accumulate_grad_hook(partial(_move_gradient, kept))
     if unpaired:
-        raise LlavaError(f"--fsdp: {sorted(unpaired)[0]} was not sharded, so its gradient can't be summed in float32")
+        raise LlavaError(f"--fsdp: {min(unpaired)} is never gathered, so its gradient can't be summed in float32")
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
@@ -87,7 +91,9 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]
     for module in model.modules():  # the root comes first: it sets up the others
         if isinstance(module, FSDPModule):
             module.unshard()
-            found = [(name, parameter) for name, parameter in model.named_parameters() if parameter is not sharded[name]]
+            found = [
+                (name, parameter) for name, parameter in model.named_parameters() if parameter is not sharded[name]
+            ]
             yield from ((name, sharded[name], parameter) for name, parameter in found)
             module.reshard()
 

@@ -95,8 +95,8 @@ class LlavaTrainer(Trainer):
             compile_layers(self.model, fullgraph=self.args.device.type == "cuda", **self.args.compile_options)
         is_alone = is_group_of_one(self.accelerator)
         if is_alone:
-            self._keeps_copies = keeps_copies(self.args, self.model)
-            self.accelerator.state.fsdp_plugin.reshard_after_forward = not self._keeps_copies
+            self.keeps_copies = keeps_copies(self.args, self.model)
+            self.accelerator.state.fsdp_plugin.reshard_after_forward = not self.keeps_copies
         elif self.args.keep_half_weights is not None:
             logger.warning("--keep_half_weights has no effect: this isn't one GPU in half precision (or it offloads)")
         model, loader = super()._prepare_for_training(*args, **kwargs)
@@ -107,12 +107,12 @@ class LlavaTrainer(Trainer):
 
     _is_compiled = False
     _adds_gradients_at_once = False
-    _keeps_copies = False
+    keeps_copies = False
     """Of the weights in half precision, from the first micro-batch of a step to the last."""
 
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         meta = {key: inputs.pop(key) for key in META_KEYS}
-        if self._keeps_copies:
+        if self.keeps_copies:
             model.set_reshard_after_backward(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.loss_watch.note(loss, self.state.global_step + 1, meta["sample_numbers"])

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.model.loss import LanguageHead, causal_loss

@@ -47,7 +47,9 @@ def test_gradients_are_summed_in_float32_without_copies_and_weights_cast_once_a_
 
 def accelerator(**changed) -> Namespace:
     plugin = Namespace(fsdp_version=changed.pop("version", 2), cpu_offload=changed.pop("offload", None))
-    return Namespace(**{"state": Namespace(fsdp_plugin=plugin), "num_processes": 1, "mixed_precision": "bf16"} | changed)
+    return Namespace(
+        **{"state": Namespace(fsdp_plugin=plugin), "num_processes": 1, "mixed_precision": "bf16"} | changed
+    )
 
 
 def test_what_a_group_of_one_is():
