@@ -40,8 +40,8 @@ def test_gradients_are_summed_in_float32_without_copies_and_weights_cast_once_a_
         # Sums of three bfloat16 gradients that bfloat16 couldn't hold.
         assert found["gradient_dtypes"] == ["torch.float32"] and found["gradients_in_bf16"] < 0.5
         assert found["joined_gradients"] == 0
-    # Once a step, and once before the first.
-    assert 0 < seen["casts"] <= (STEPS + 1) * seen["large"]
+    # Once a step, and once before the first; few other casts look alike.
+    assert seen["large"] <= seen["casts"] / (STEPS + 1) < 1.2 * seen["large"]
     assert seen_anew["casts"] > MICRO_BATCHES * seen["casts"]
 
 
