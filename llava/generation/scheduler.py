@@ -270,7 +270,7 @@ class Scheduler:
         """Choose the next token of the rows from `start` on; finished requests leave."""
         generations = self.running[start:]
         params = [one.sampling for one in generations]
-        tokens = choose_tokens(logits, params, [one.generator for one in generations])
+        tokens = choose_tokens(logits, [one.chooser for one in generations])
         logprobs = token_logprobs(logits, tokens, params, self.detokenizer)
         self.counts.generated_tokens += len(tokens)
         finished: dict[int, str] = {}

@@ -1,4 +1,6 @@
-"""The multimodal models: LLaMA and Mistral with a vision tower, a projector and one copy of features.
+"""What makes a language model multimodal: a vision tower, a projector and one scatter of features.
+
+`LlavaForCausalLM` is mixed into the language models of llava.model.families.
 
 `input_ids` come expanded: every position that an image feature takes holds IMAGE_TOKEN_INDEX. In training the
 collator says where those are (`image_positions`), so that no step waits for the GPU; else they are looked for.
@@ -8,26 +10,36 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralForCausalLM,
-    MistralModel,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
-from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
+from llava.model.configuration import LlavaConfigFields
 from llava.model.loss import LanguageHead, causal_loss
 from llava.model.projector import build_projector
-from llava.model.towers.base import VisionTower, build_vision_tower
+from llava.model.towers import VisionTower, build_vision_tower
 
 
 class LlavaForCausalLM:
-    """What the two models share; mixed in before the language model's class."""
+    """What the models of all families share; stands before the language model's class among the bases.
+
+    `core_class` is the library's language model without its head.
+    """
+
+    core_class: type[PreTrainedModel]
+
+    def __init__(self, config: LlavaConfigFields):
+        # Past the language model's own __init__, which would build the core a second time.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.core_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
+        self._no_split_modules = {*self._no_split_modules, LanguageHead.__name__}
+        self.post_init()
+        # Tower and projector come last and keep their own initialisation.
+        if config.mm_vision_config:
+            self.initialize_vision_modules()
 
     def get_model(self) -> nn.Module:
         return self.model
@@ -202,59 +214,10 @@ class LlavaForCausalLM:
         return features.sum() * 0
 
 
-class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
-    """LLaMA-1/2 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor) with images."""
-
-    config_class = LlavaLlamaConfig
-    _no_split_modules = ("LlamaDecoderLayer", "LanguageHead")
-
-    def __init__(self, config: LlavaLlamaConfig):
-        super(LlamaForCausalLM, self).__init__(config)
-        _build(self, LlavaLlamaModel(config))
-
-
-class LlavaLlamaModel(LlamaModel):
-    config_class = LlavaLlamaConfig
-
-
-class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
-    """Mistral (LLaVA-Med v1.5) with images."""
-
-    config_class = LlavaMistralConfig
-    _no_split_modules = ("MistralDecoderLayer", "LanguageHead")
-
-    def __init__(self, config: LlavaMistralConfig):
-        super(MistralForCausalLM, self).__init__(config)
-        _build(self, LlavaMistralModel(config))
-
-
-class LlavaMistralModel(MistralModel):
-    config_class = LlavaMistralConfig
-
-
-MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    LlavaLlamaConfig.model_type: LlavaLlamaForCausalLM,
-    LlavaMistralConfig.model_type: LlavaMistralForCausalLM,
-}
-AutoModelForCausalLM.register(LlavaLlamaConfig, LlavaLlamaForCausalLM)
-AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)
-
-
 def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.LongTensor:
     """Positions `[batch, length]` of the last `length` columns of a 0/1 mask, counted from its first 1."""
     positions = attention_mask.long().cumsum(-1) - 1
     return positions.clamp(min=0)[:, -length:]
-
-
-def _build(model: PreTrainedModel, core: PreTrainedModel) -> None:
-    """Put a causal language model together; tower and projector come last and keep their own initialisation."""
-    config = model.config
-    model.model = core
-    model.vocab_size = config.vocab_size
-    model.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
-    model.post_init()
-    if config.mm_vision_config:
-        model.initialize_vision_modules()
 
 
 def _check_counts(positions: int, features: int) -> None:

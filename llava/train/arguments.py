@@ -38,7 +38,7 @@ class ModelArguments:
     tune_mm_mlp_adapter: bool = _flag(False, "stage 1: train the projector alone")
     freeze_mm_mlp_adapter: bool = _flag(False, "keep the projector as it is")
     unfreeze_mm_vision_tower: bool = _flag(False, "train the vision tower too")
-    vision_tower: str | None = _flag(None, "CLIP directory or hub id (default: the checkpoint's own)")
+    vision_tower: str | None = _flag(None, "the vision tower's directory or hub id (default: the checkpoint's own)")
     mm_vision_select_layer: int | None = _flag(
         None, "tower layer whose output is used (default: the checkpoint's, else -2)"
     )

@@ -15,8 +15,8 @@ from argparse import Namespace
 import torch
 import torch.distributed
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+
+from llava.model.families import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +95,11 @@ def compile_layers(model: nn.Module, **options) -> None:
     layers share it. The layers get a subclass of their class, of the same name, as FSDP 2 does.
     """
     compiled: dict[type, type] = {}
-    for module in model.modules():
-        if isinstance(module, (LlamaDecoderLayer, MistralDecoderLayer)):
-            own = type(module)
-            if own not in compiled:
-                compiled[own] = _compiled_class(own, options)
-            module.__class__ = compiled[own]
+    for layer in decoder_layers(model):
+        own = type(layer)
+        if own not in compiled:
+            compiled[own] = _compiled_class(own, options)
+        layer.__class__ = compiled[own]
 
 
 def _compiled_class(layer_class: type, options: dict) -> type:

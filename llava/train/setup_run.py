@@ -10,16 +10,16 @@ import torch
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
+from llava.folders import WEIGHTS, part_in, publish_files, remove_parts
 from llava.images import open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
 from llava.train.arguments import Arguments, LlavaTrainingArguments
-from llava.train.checkpoints import STAGING_PREFIX, publish_files, remove_staging
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import LlavaDataset, PackedDataset, distinct_images
 from llava.train.data.feature_cache import FeatureCache, build_feature_cache, fingerprint
+from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
-from llava.train.data.record_images import ImageSource
 from llava.train.data.record_store import RecordStore
 from llava.train.lora import add_adapters, save_adapter
 from llava.train.packing import fill_batches, training_attention
@@ -48,7 +48,7 @@ def prepare_output(training: LlavaTrainingArguments) -> None:
     except OSError as error:
         raise LlavaError(f"--output_dir {folder}: can't be made ({error.strerror})") from error
     if training.should_save:
-        remove_staging(folder)
+        remove_parts(folder)
 
 
 def build_dataset(
@@ -158,11 +158,11 @@ def pack_length(arguments: Arguments) -> int | None:
 def save_final(trainer: LlavaTrainer) -> None:
     """The finished model in the output folder: written aside, moved in when whole, config.json last."""
     output_dir = Path(trainer.args.output_dir)
-    staging = output_dir / f"{STAGING_PREFIX}final"
+    staging = part_in(output_dir)
     trainer.save_model(str(staging / "model"))
     trainer.wait_for_all()
     if trainer.args.should_save:
-        publish_files(staging / "model", output_dir)
+        publish_files(staging / "model", output_dir, last="config.json", stale=WEIGHTS)
         staging.rmdir()
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
     trainer.wait_for_all()

@@ -27,7 +27,6 @@ class Domain:
     organ: str
     kinds: tuple[str, str, str, str]
     """Findings, one of each shape."""
-    plurals: tuple[str, str, str, str]
 
 
 DOMAINS = (
@@ -36,35 +35,30 @@ DOMAINS = (
         "chest X-ray",
         "chest",
         ("nodule", "cavity", "mass", "atelectasis"),
-        ("nodules", "cavities", "masses", "atelectases"),
     ),
     Domain(
         "ct_scan",
         "CT scan",
         "abdomen",
         ("cyst", "abscess", "metastasis", "laceration"),
-        ("cysts", "abscesses", "metastases", "lacerations"),
     ),
     Domain(
         "mri",
         "MRI scan",
         "brain",
         ("meningioma", "glioma", "cavernoma", "infarct"),
-        ("meningiomas", "gliomas", "cavernomas", "infarcts"),
     ),
     Domain(
         "histology",
         "histology slide",
         "colon",
         ("follicle", "gland", "carcinoma", "vessel"),
-        ("follicles", "glands", "carcinomas", "vessels"),
     ),
     Domain(
         "gross",
         "gross specimen",
         "liver",
         ("adenoma", "granuloma", "hemorrhage", "scar"),
-        ("adenomas", "granulomas", "hemorrhages", "scars"),
     ),
 )
 
