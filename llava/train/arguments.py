@@ -114,6 +114,11 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_target_modules: str | None = _flag(
         None, "names of layers, by comma (default: every linear layer of the language model but lm_head)"
     )
+    keep_half_weights: bool | None = _flag(
+        None,
+        "one GPU in half precision: keep the weights' half-precision copies over an optimizer step, "
+        "2 bytes per parameter (default: where they fit)",
+    )
     peak_tflops: float | None = _flag(None, "what one device can do at best, for MFU (default: known GPUs)")
 
     def __post_init__(self):
