@@ -38,7 +38,8 @@ def test_what_is_named_in_backticks_exists(path):
 
 
 def test_what_does_not_exist_is_found():
-    text = "`llava/model/nothing.py`, `nothing_here.py`, `no_such.sh`\n```sh\npython llava/gone.py\n```\n`llava.records.Nothing`"
+    text = "`llava/model/nothing.py`, `nothing_here.py`, `no_such.sh`\n"
+    text += "```sh\npython llava/gone.py\n```\n`llava.records.Nothing`"
     assert [word for word in named_in(text) if not exists(word)] == [
         "llava/model/nothing.py",
         "nothing_here.py",
