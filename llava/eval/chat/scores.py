@@ -6,7 +6,7 @@ Rows that can't be read are counted and left out; the published summaries averag
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from llava.records import Record
 
@@ -59,6 +59,7 @@ class ChatSummary:
     unreadable: int
     zero_reference: int
     without_domain: int
+    left_out_ids: list = field(default_factory=list)
 
     def as_dict(self) -> dict:
         return asdict(self)
