@@ -4,9 +4,11 @@ Only the tags that describe pixels are read at all: no patient's name, number or
 because none is ever parsed.
 """
 
+import contextlib
 import io
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +122,22 @@ class Budget:
     def spend(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise ImageError(f"{self.name}: a DICOM header with more than {MAX_READS:,} elements isn't read")
+            raise self._spent()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """pydicom turns what its reader raises within a sequence into an error of its own."""
+        try:
+            yield
+        except OSError:
+            raise (
+                self._spent()
+                if self.left < 0
+                else ImageError(f"{self.name}: the DICOM header is damaged or cut off (a sequence)")
+            ) from None
+
+    def _spent(self) -> ImageError:
+        return ImageError(f"{self.name}: a DICOM header with more than {MAX_READS:,} elements isn't read")
 
 
 class _Deflated(Exception):
@@ -194,7 +211,8 @@ def sequence(pydicom, dataset, keyword: str, budget: Budget) -> list:
     if element.VR not in (None, "SQ", "UN"):
         return []
     source = _Counted(value, budget)
-    return list(read_sequence(source, element.is_implicit_VR, element.is_little_endian, len(value), "iso8859"))
+    with budget.counting():
+        return list(read_sequence(source, element.is_implicit_VR, element.is_little_endian, len(value), "iso8859"))
 
 
 def transfer_syntax_name(syntax) -> str:
@@ -203,7 +221,8 @@ def transfer_syntax_name(syntax) -> str:
 
 
 def _parse(pydicom, source: _Counted):
-    return pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(_PIXEL_TAGS))
+    with source.budget.counting():
+        return pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(_PIXEL_TAGS))
 
 
 def check_values(dataset, name: str) -> None:

@@ -1,10 +1,10 @@
 """A worker's HTTP side, around anything that answers: text, attention maps and status."""
 
-import asyncio
 import contextlib
 import logging
 from typing import Any
 
+from llava.serve.decoding_pool import in_thread
 from llava.serve.job import Job, read_attention_map_request, read_job
 from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, secret_check, unless_gone
 from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError, encode_error
@@ -67,7 +67,8 @@ class WorkerApp:
         async def worker_attention_map(request):
             job, token_ids = read_attention_map_request(_object(await _json(request)))
             self._check(job)
-            return JSONResponse(await asyncio.to_thread(self.backend.attention_map, job, token_ids))
+            found = in_thread(self.backend.attention_map, job, token_ids, seconds=self.timeout)
+            return JSONResponse(await unless_gone(request.receive, found))
 
         routes = [
             Route("/health", health),
