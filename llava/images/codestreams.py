@@ -20,8 +20,8 @@ _START_OF_TILE, _START_OF_DATA, _CODING, _COMPONENT_CODING = 0xFF90, 0xFF93, 0xF
 _MAX_STRUCTURES = 2_000_000
 _MAX_LAYERED_PRECINCTS = 20_000_000
 _MAX_TILE_PARTS = 100_000
-_J2K_COST, _JPEG_COST, _OTHER_JPEG_COST = 3.0, 1.5, 4.0
-"""Of a sample against a pixel of a plain JPEG: wavelets, baseline JPEG, lossless JPEG and JPEG-LS."""
+_J2K_COST, _JPEG_COST, _OTHER_JPEG_COST = 2.5, 0.5, 2.5
+"""Of a sample against a pixel of a plain JPEG: wavelets, the same JPEG by another library, lossless and JPEG-LS."""
 
 
 def check_jpeg(frame: bytes, rows: int, columns: int, name: str, limits: Limits) -> None:
@@ -33,7 +33,7 @@ def check_jpeg(frame: bytes, rows: int, columns: int, name: str, limits: Limits)
     if not 1 <= header.components <= 4 or header.precision > 16:
         raise ImageError(f"{name}: a JPEG of {header.components} components of {header.precision} bits isn't read")
     base = _JPEG_COST if header.marker in (0xC0, 0xC1, 0xC2) else _OTHER_JPEG_COST
-    limits.check_size(header.width, header.height, name, base * header.cost * header.components / 3)
+    limits.check_size(header.width, header.height, name, max(1.0, base * header.components) * header.cost)
 
 
 def check_jpeg2000(frame: bytes, rows: int, columns: int, name: str, limits: Limits) -> bytes:
@@ -60,7 +60,7 @@ def _check_j2k(frame: bytes, rows: int, columns: int, name: str, limits: Limits)
     _check_size(height, width, rows, columns, name)
     if not 1 <= components <= 4 or any(byte & 0x7F > 31 for byte in frame[42 : 42 + 3 * components : 3]):
         raise ImageError(f"{name}: a JPEG 2000 of {components} components isn't read")
-    limits.check_size(width, height, name, _J2K_COST * (1 + components) / 2)
+    limits.check_size(width, height, name, _J2K_COST * components)
     if not tile_width or not tile_height:
         raise ImageError(f"{name}: the DICOM pixels are damaged (JPEG 2000)")
     tiles = -(-right // tile_width) * -(-bottom // tile_height)

@@ -147,7 +147,7 @@ def _read_tiff(content: bytes, name: str, limits: Limits) -> Container:
     if total > _MAX_TAG_BYTES:
         raise ImageError(f"{name}: {total / 2**20:.0f} MiB of tags are more than a TIFF may have")
     width, height, tile_width, tile_height = sizes[256], sizes[257], sizes[322], sizes[323]
-    limits.check_size(width, height, name, 1.3 * max(1, sizes[277]) / 3)
+    limits.check_size(width, height, name, 1.3 * max(3, sizes[277]) / 3)
     if tile_width * tile_height > max(4 * width * height, _PIXELS_OF_SMALL_TILES):
         raise ImageError(
             f"{name}: a TIFF of {width} × {height} pixels in tiles of {tile_width} × {tile_height} isn't read"

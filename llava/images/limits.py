@@ -67,7 +67,7 @@ class Limits:
 
 UPLOAD_LIMITS = Limits(
     max_bytes=32 << 20,
-    max_pixels=50_000_000,
+    max_pixels=64_000_000,
     max_side=20_000,
     max_aspect=1_000.0,
     max_volume_bytes=1 << 30,

@@ -104,7 +104,7 @@ def j2k_in_dicom() -> bytes:
 
 def large_j2k_in_dicom() -> bytes:
     """As large as its header says, in a few hundred bytes."""
-    return dicom(_J2K, image_module(9_900, 9_900) + encapsulated(_j2k(9_900)))
+    return dicom(_J2K, image_module(20_000, 20_000) + encapsulated(_j2k(20_000)))
 
 
 def zeros_deflated(mebibytes: int, wbits: int) -> bytes:
@@ -140,7 +140,7 @@ def values_in_dicom() -> bytes:
 
 
 def character_sets_in_dicom() -> bytes:
-    names = struct.pack("<HHL", 8, 5, 16_500_000) + b"ISO_IR 100\\" * 1_500_000
+    names = struct.pack("<HHL", 8, 5, 66_000_000) + b"ISO_IR 100\\" * 6_000_000
     return dicom(_IMPLICIT, names + _implicit_image())
 
 
@@ -160,7 +160,7 @@ def rle_in_dicom() -> bytes:
 
 def jpeg_scans() -> bytes:
     """A progressive JPEG with its scans repeated."""
-    content = encoded("JPEG", (3000, 3000), progressive=True)
+    content = encoded("JPEG", (10_000, 9_000), progressive=True)
     first = content.index(b"\xff\xda", content.index(b"\xff\xc2"))
     second = content.index(b"\xff\xda", first + 2)
     third = content.index(b"\xff\xda", second + 2)
@@ -169,7 +169,7 @@ def jpeg_scans() -> bytes:
 
 def jpeg_segments() -> bytes:
     content = encoded("JPEG")
-    return content[:2] + b"\xff\xfe\0\2" * 6_000_000 + content[2:]
+    return content[:2] + b"\xff\xfe\0\2" * 15_000_000 + content[2:]
 
 
 def jpeg_fill_bytes() -> bytes:
@@ -181,7 +181,7 @@ def jpeg_exif() -> bytes:
     """Pillow joins EXIF segments, each time anew."""
     content = encoded("JPEG")
     segment = b"\xff\xe1\xff\xff" + (b"Exif\0\0II*\0\x08\0\0\0\0\0").ljust(65533, b"\0")
-    return content[:2] + segment * 3900 + content[2:]
+    return content[:2] + segment * 1500 + content[2:]
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -272,7 +272,7 @@ def nifti(shape: tuple[int, ...] = (8, 8, 8), extensions: bytes = b"", kind: int
 
 
 def nifti_extensions() -> bytes:
-    return nifti(extensions=struct.pack("<ii", 16, 6).ljust(16, b" ") * 2_000_000)
+    return nifti(extensions=struct.pack("<ii", 16, 6).ljust(16, b" ") * 4_000_000)
 
 
 def nifti_zeros() -> bytes:
