@@ -214,7 +214,8 @@ class _Process:
                 process.wait(_STOP_SECONDS)
 
     def _start(self, waiting: Waiting) -> None:
-        if self.process is not None and self.process.poll() is None:
+        # Between two requests it has nothing to say: what can be read then is its end.
+        if self.process is not None and self.process.poll() is None and not self._is_ready(select.POLLIN, 0):
             return
         self.kill()
         ours, theirs = socket.socketpair()
@@ -239,7 +240,7 @@ class _Process:
     def _send(self, content: bytes, waiting: Waiting, until: float) -> None:
         view = memoryview(content)
         while view:
-            self._wait(True, waiting, until)
+            self._wait(select.POLLOUT, waiting, until)
             with contextlib.suppress(BlockingIOError):
                 view = view[self.connection.send(view[:_PIECE]) :]
 
@@ -247,7 +248,7 @@ class _Process:
         content = bytearray(size)
         view, done = memoryview(content), 0
         while done < size:
-            self._wait(False, waiting, until)
+            self._wait(select.POLLIN, waiting, until)
             with contextlib.suppress(BlockingIOError):
                 received = self.connection.recv_into(view[done:])
                 if not received:
@@ -255,13 +256,17 @@ class _Process:
                 done += received
         return content
 
-    def _wait(self, to_send: bool, waiting: Waiting, until: float) -> None:
+    def _wait(self, event: int, waiting: Waiting, until: float) -> None:
         """Until the socket is ready; in short turns, so that a request that is given up frees the process."""
         while True:
             waiting.check()
             if time.monotonic() > until:
                 raise ImageError("image: it takes too long to be read; send a smaller or a plainer one")
-            sockets = [self.connection]
-            ready = select.select([] if to_send else sockets, sockets if to_send else [], [], _LOOK_SECONDS)
-            if ready[0] or ready[1]:
+            if self._is_ready(event, _LOOK_SECONDS):
                 return
+
+    def _is_ready(self, event: int, seconds: float) -> bool:
+        # Not select.select, which takes no socket beyond the thousandth of a process.
+        poller = select.poll()
+        poller.register(self.connection, event)
+        return bool(poller.poll(seconds * 1000))
