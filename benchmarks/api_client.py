@@ -4,12 +4,12 @@ python benchmarks/api_client.py --json out.json
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import openai  # noqa: F401  (half a second of imports is not what is measured)
+from checkout import add_json_flag, show
 
 from llava.openai_api import ApiSettings, ChatJob, run_jobs
 from llava.records import ResumableJsonl
@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--latency", type=float, default=0.2, help="seconds that the server takes")
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--json", type=Path)
+    add_json_flag(parser)
     args = parser.parse_args()
     jobs = [ChatJob(n, [{"role": "user", "content": f"item {n}"}]) for n in range(args.items)]
     with OpenAIServer("--delay", str(args.latency)) as server, tempfile.TemporaryDirectory() as folder:
@@ -41,10 +41,7 @@ def main():
         "share_of_ideal": ideal / seconds,
         "peak_in_flight": peak,
     }
-    for name, value in results.items():
-        print(f"{name:<20}{value:10.3f}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    show(f"{args.items} items, {args.concurrency} at once", results, args.json)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 
+from checkout import add_json_flag, show
+
 HIDDEN, MLP, ROWS, ADDED = 4096, 11008, 32000, 3
 CHUNK = 16 << 20
 
@@ -29,7 +31,7 @@ def main():
     parser.add_argument("--folder", type=Path, help="where to make the checkpoints (default: the temporary folder)")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers, 0.4 GB each beside 0.5 GB")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    add_json_flag(parser)
     parser.add_argument("--one", choices=["copy", "apply"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -53,10 +55,7 @@ def main():
         ),
         "peak_mb": max(entry["apply"]["peak_mb"] for entry in rounds),
     }
-    for key, value in results.items():
-        print(f"{key:<22}{value:12.3f}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    show("copying and applying in turns", results, args.json)
 
 
 def run_one(kind: str, folder: Path) -> dict[str, float]:

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from checkout import add_json_flag, show
+
 from llava.commandline import ArgumentParser, run
 from llava.data.fetching.articles import read_plan
 from llava.data.fetching.journal import Journal
@@ -35,7 +37,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--sequential-articles", type=int, default=100, help="fetched over one connection")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
     parser.add_argument("--folder", help="where images are written; default: the system's folder of temporary files")
-    parser.add_argument("--json", help="write the figures here")
+    add_json_flag(parser)
     return parser
 
 
@@ -68,12 +70,9 @@ def main(argv=None) -> int:
         "cpu_ms_per_article": 1000 * cpu / args.articles,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    print(f"{args.articles} articles, {args.connections} connections, {args.latency * 1000:.0f} ms latency")
-    for name, value in figures.items():
-        print(f"{name:24} {value:10.3f}")
-    print("seconds of all rounds    " + ", ".join(f"{taken:.3f}" for taken, _ in rounds))
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    title = f"{args.articles} articles, {args.connections} connections, {args.latency * 1000:.0f} ms latency"
+    print("seconds of all rounds: " + ", ".join(f"{taken:.3f}" for taken, _ in rounds))
+    show(title, figures, args.json)
     return 0
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests.tiny makes the small parts
+from checkout import add_json_flag, show
 
 SHARD_BYTES = 1 << 30
 LAYER_BYTES = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--folder", type=Path, help="where to put the checkpoint (default: a temporary folder)")
-    parser.add_argument("--json", type=Path)
+    add_json_flag(parser)
     parser.add_argument("--child", choices=["read", "load"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -56,10 +56,7 @@ def main():
         "peak_mb": peak,
         "peak_over_weights_ratio": peak / weights,
     }
-    for name, value in results.items():
-        print(f"{name:<26}{value:12.3f}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    show("reading and loading in turns", results, args.json)
 
 
 def _make(folder: Path, gigabytes: float) -> Path:

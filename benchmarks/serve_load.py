@@ -15,7 +15,6 @@ import asyncio
 import base64
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -27,10 +26,10 @@ from pathlib import Path
 
 import aiohttp
 import httpx
+from checkout import DEMO_MODEL, IMAGES, QUESTIONS, ROOT, add_json_flag, show
 
 from tests.serve.processes import Process
 
-ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 64
 JSON = {"Content-Type": "application/json"}
 UNLOADED_REQUESTS = 30
@@ -49,8 +48,8 @@ class Outcome:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", type=Path, help="default: runs/demo/vqa, else a tiny random model")
-    parser.add_argument("--questions", type=Path, default=ROOT.parent / "shared" / "vqa_rad" / "testset.json")
-    parser.add_argument("--image-folder", type=Path, default=ROOT.parent / "shared" / "vqa_rad" / "images")
+    parser.add_argument("--questions", type=Path, default=QUESTIONS)
+    parser.add_argument("--image-folder", type=Path, default=IMAGES)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60, help="of each closed-loop phase, over all turns")
     parser.add_argument("--turns", type=int, default=5, help="of server and engine")
@@ -58,7 +57,7 @@ def main():
     parser.add_argument("--distinct", type=int, default=200, help="questions, with their images, to draw from")
     parser.add_argument("--device", default=None)
     parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2), help="of the engine, on the CPU")
-    parser.add_argument("--json", type=Path)
+    add_json_flag(parser)
     parser.add_argument("--engine-only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine_only:
@@ -69,12 +68,7 @@ def main():
         bodies = read_questions(args)
         with EngineProcess(args, bodies, Path(folder)) as engine:
             results = measure_served(args, bodies, engine)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} for the engine"
-    print(f"{args.model_path} on {machine}, Python {platform.python_version()}")
-    for name, value in results.items():
-        print(f"{name:<36}{value:12.3f}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    show(f"{args.model_path}, {args.threads} threads for the engine", results, args.json)
 
 
 def measure_served(args, bodies: list[dict], engine: "EngineProcess") -> dict[str, float]:
@@ -244,14 +238,14 @@ def measure_engine(args) -> None:
     from llava.conversation import get_template
     from llava.generation import Engine, Request, SamplingParams
     from llava.model import load_pretrained_model
-    from llava.serve.job import read_messages, to_conversation
+    from llava.serve.job import read_job, to_conversation
 
     loaded = load_pretrained_model(args.model_path, device=args.device)
     template = get_template(loaded.model.config.conversation_template)
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     requests = []
     for body in json.loads(args.engine_only.read_text()):
-        messages = read_messages(body["messages"])
+        messages = read_job(body).messages
         requests.append(Request(to_conversation(messages, template), messages[-1].images, sampling))
     engines = [Engine(loaded, max_batch_size=size) for size in (args.clients, 2 * args.clients)]
     for engine in engines:
@@ -286,9 +280,8 @@ def read_questions(args) -> list[dict]:
 
 
 def _default_model(folder: Path) -> Path:
-    trained = ROOT / "runs" / "demo" / "vqa"
-    if trained.is_dir():
-        return trained
+    if DEMO_MODEL.is_dir():
+        return DEMO_MODEL
     from tests.tiny import make_llava
 
     print("no runs/demo/vqa (make demo): a tiny random model instead", file=sys.stderr)

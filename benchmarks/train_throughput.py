@@ -5,15 +5,11 @@ image positions; a global batch is 8 samples. Prints real tokens per second, MFU
 """
 
 import argparse
-import json
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from checkout import add_json_flag, show
 
 IMAGE_POSITIONS, BATCH = 256, 8
 SIZES = {  # hidden, layers, middle, heads, vocabulary, steps
@@ -27,13 +23,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="7b" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-tflops", type=float, help="of this machine; default: measured with a large product")
-    parser.add_argument("--json", type=Path, help="write {name: number} here")
+    add_json_flag(parser)
     args = parser.parse_args()
     result = measure(args.size, args.seed, args.peak_tflops)
-    for name, value in result.items():
-        print(f"{name:32}{value:14.4f}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(f"size {args.size}", result, args.json)
 
 
 def measure(size: str, seed: int, peak: float | None) -> dict[str, float]:

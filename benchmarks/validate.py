@@ -3,12 +3,13 @@
 python benchmarks/validate.py [--json figures.json]
 """
 
-import json
 import resource
 import tempfile
 import time
 from collections import deque
 from pathlib import Path
+
+from checkout import add_json_flag, show
 
 from llava.commandline import ArgumentParser, run
 from llava.data.validate import Report, validate
@@ -21,7 +22,7 @@ ANSWERS = ("Yes", "The chest X-ray shows a large nodule in the left upper lobe w
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=1_000_000)
-    parser.add_argument("--json", help="write the figures here")
+    add_json_flag(parser)
     return parser
 
 
@@ -43,11 +44,7 @@ def main(argv=None) -> int:
             figures[f"{suffix}_file_mb"] = path.stat().st_size / 1e6
             path.unlink()
     figures["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{args.records:,} records")
-    for name, value in figures.items():
-        print(f"{name:32} {value:12,.1f}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    show(f"{args.records:,} records", figures, args.json)
     return 0
 
 

@@ -1,20 +1,17 @@
 """Answering VQA questions: the engine against transformers' `generate`, one question at a time, in one process.
 
-    python benchmarks/vqa_throughput.py --model-path runs/demo/vqa \
-        --question-file data/vqa_rad/testset.json --image-folder data/vqa_rad/images
+    python benchmarks/vqa_throughput.py
 
 Both get the same conversations and ready pixel values, and do the rest: tokenising, encoding images, prefill
 and decoding with a cache. Answers are compared token by token up to the first place where the two likeliest tokens
 are closer than 1e-4, where rounding may decide.
 """
 
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from checkout import DEMO_MODEL, IMAGES, QUESTIONS, add_json_flag, show
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 
@@ -23,16 +20,16 @@ MARGIN = 1e-4
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model-path", default="runs/demo/vqa")
-    parser.add_argument("--question-file", required=True, help="VQA-RAD's own JSON, or LLaVA-Med records")
-    parser.add_argument("--image-folder", required=True)
+    parser.add_argument("--model-path", default=str(DEMO_MODEL))
+    parser.add_argument("--question-file", default=str(QUESTIONS), help="VQA-RAD's own JSON, or LLaVA-Med records")
+    parser.add_argument("--image-folder", default=str(IMAGES))
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3, help="passes of each kind, the fastest counts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--json", help="also write the numbers here")
+    add_json_flag(parser)
     return parser
 
 
@@ -45,7 +42,7 @@ def main(argv=None) -> None:
 
     from llava.generation import Engine, Request, SamplingParams
     from llava.model import load_pretrained_model
-    from llava.records import read_records, write_json
+    from llava.records import read_records
 
     loaded = load_pretrained_model(args.model_path, device=args.device, dtype=args.dtype)
     records = read_records(question_file)[: args.limit]
@@ -79,10 +76,7 @@ def main(argv=None) -> None:
         "answers_different": different,
         "prefill_arithmetic_share_ratio": prefill_share(engine, requests, args.device),
     }
-    for name, value in numbers.items():
-        write_line(f"{name:36} {value:10.3f}" if isinstance(value, float) else f"{name:36} {value:10}")
-    if args.json:
-        write_json(args.json, numbers)
+    show(args.model_path, numbers, args.json)
 
 
 def conversation(record, config):

@@ -100,6 +100,8 @@ def setup_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It advises a package for AVX512-BF16 at every import; llava.model.weights.linear4bit has no use for it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def write_line(text: str = "") -> None:

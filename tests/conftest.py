@@ -52,3 +52,12 @@ def shared_dir() -> Path:
     if not root.is_dir():
         pytest.skip(f"no data at {root}; set LLAVA_SHARED_DIR")
     return root
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "avx512bf16"])
+def processor(request):
+    """A processor without and one with AVX512-BF16, as bitsandbytes sees it when 4-bit modules are made."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
+        yield

@@ -6,7 +6,7 @@ carries a non-zero code and words; ours add `error_type` and `request_id`.
 
 import json
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ KEEP_ALIVE_SECONDS = 75
 END_OF_CHUNK = b"\0"
 
 
-class ErrorType(str, Enum):
+class ErrorType(StrEnum):
     """What can go wrong for a client. Each has one code of the old protocol and one HTTP status."""
 
     NO_WORKER = "no_worker"

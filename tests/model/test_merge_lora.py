@@ -158,9 +158,8 @@ def test_no_projector_is_said(llava, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_reloads(llava, tmp_path, bits):
+def test_quantized_reloads(processor, llava, tmp_path, bits):
     """The same answers as quantizing while loading; a fraction of the bytes."""
-    pytest.importorskip("bitsandbytes")
     quantize.main(["--model-path", str(llava), "--output", str(tmp_path / "q"), "--bits", str(bits), "--device", "cpu"])
     weights = WeightFiles.of_folder(tmp_path / "q")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -177,6 +176,15 @@ def test_quantized_reloads(llava, tmp_path, bits):
         quantize.main(["--model-path", str(tmp_path / "q"), "--output", str(tmp_path / "again")])
     with pytest.raises(LlavaError, match="8 or 4 bits"):
         export_hf(tmp_path / "q", tmp_path / "hf")
+
+
+def test_a_wrong_path_is_one_line(tmp_path):
+    """Importing bitsandbytes adds nothing to it, whatever the processor."""
+    pytest.importorskip("bitsandbytes")
+    words = ["--model-path", str(tmp_path / "none"), "--output", str(tmp_path / "q")]
+    done = subprocess.run([sys.executable, "-m", quantize.__name__, *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"error: model not found: no folder {tmp_path / 'none'}"]
 
 
 def test_a_projector_file_with_code_does_not_run(llava, tmp_path):

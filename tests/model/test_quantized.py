@@ -20,7 +20,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny):
+def quantized(tiny, processor):
     return {bits: load_pretrained_model(tiny.folder, device="cpu", **flag) for bits, flag in BITS.items()}
 
 
@@ -28,8 +28,8 @@ def quantized(tiny):
 def test_which_modules_are_quantized(quantized, bits):
     model = quantized[bits].model
     for layer in model.model.layers:
-        assert type(layer.self_attn.q_proj) is KINDS[bits]
-        assert type(layer.mlp.down_proj) is KINDS[bits]
+        assert isinstance(layer.self_attn.q_proj, KINDS[bits])
+        assert isinstance(layer.mlp.down_proj, KINDS[bits])
     kept = [model.lm_head, *model.model.mm_projector, *model.get_vision_tower().modules()]
     assert not any(isinstance(module, KINDS[bits]) for module in kept)
     assert model.lm_head.weight.dtype == torch.float32
@@ -48,7 +48,7 @@ def test_saved_and_loaded_again(quantized, tmp_path, bits):
     loaded = quantized[bits]
     save_model(tmp_path / "a", loaded.model, loaded.tokenizer)
     again = load_pretrained_model(tmp_path / "a", device="cpu")
-    assert type(again.model.model.layers[0].mlp.up_proj) is KINDS[bits]
+    assert isinstance(again.model.model.layers[0].mlp.up_proj, KINDS[bits])
     assert torch.equal(logits(again.model), logits(loaded.model))
     other = {8: "load_4bit", 4: "load_8bit"}[bits]
     with pytest.raises(LlavaError, match=f"stored in {bits} bits, not {12 - bits}"):

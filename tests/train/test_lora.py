@@ -101,8 +101,7 @@ def test_resuming_restores_adapter_and_projector(tmp_path, base, data):
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_a_quantized_base_trains_adapters(tmp_path, base, data, bits):
-    pytest.importorskip("bitsandbytes")
+def test_a_quantized_base_trains_adapters(processor, tmp_path, base, data, bits):
     summary = train(flags(tmp_path / "out", data, base, *LORA, "--bits", bits, "--gradient_checkpointing", "True"))
     assert summary["last_loss"] < summary["first_loss"] + 1
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,20 +71,19 @@ def compare_paired(
     # The smaller tail beyond "no difference", twice; one more resample keeps it above zero.
     tail = min((means <= 0).sum(), (means >= 0).sum())
     scored = [pair for pair in pairs if pair is not None]
-    result = {
-        "questions": len(scored),
-        "first": float(np.mean([a for a, _ in scored])),
-        "second": float(np.mean([b for _, b in scored])),
-        "difference": float(sums.sum() / counts.sum()),
-        "low": float(low),
-        "high": float(high),
-        "p_value": float(min(1.0, 2 * (tail + 1) / (resamples + 1))),
-    }
-    if all(value in (0.0, 1.0) for pair in scored for value in pair):
-        result["only_first"] = sum(a > b for a, b in scored)
-        result["only_second"] = sum(b > a for a, b in scored)
-        result["mcnemar_p"] = mcnemar(result["only_first"], result["only_second"])
-    return Comparison(**result)
+    result = Comparison(
+        questions=len(scored),
+        first=float(np.mean([a for a, _ in scored])),
+        second=float(np.mean([b for _, b in scored])),
+        difference=float(sums.sum() / counts.sum()),
+        low=float(low),
+        high=float(high),
+        p_value=float(min(1.0, 2 * (tail + 1) / (resamples + 1))),
+    )
+    if not all(value in (0.0, 1.0) for pair in scored for value in pair):
+        return result
+    only_first, only_second = sum(a > b for a, b in scored), sum(b > a for a, b in scored)
+    return replace(result, only_first=only_first, only_second=only_second, mcnemar_p=mcnemar(only_first, only_second))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -1,4 +1,8 @@
-"""8- and 4-bit language models through bitsandbytes; tower, projector and head keep their precision."""
+"""8- and 4-bit language models through bitsandbytes; tower, projector and head keep their precision.
+
+On a CPU 4-bit weights are dequantized and multiplied (llava.model.weights.linear4bit), never repacked for
+AVX512-BF16: the answers are exact and the same on every processor, any width works, and what is saved is what was read.
+"""
 
 import logging
 import re
@@ -74,11 +78,14 @@ def prepare_quantized(model: PreTrainedModel, config: BitsAndBytesConfig, quanti
     """
     require("bitsandbytes", "quantized")
     if quantized is not None:
-        linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         config.llm_int8_skip_modules = sorted(name for name in linear if f"{name}.weight" not in quantized)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=quantized is not None)
     model.hf_quantizer = quantizer
     quantizer.preprocess_model(model=model, device_map=None)
+    from llava.model.weights.linear4bit import compute_exactly
+
+    compute_exactly(model)
 
 
 def finish_quantized(model: PreTrainedModel) -> None:

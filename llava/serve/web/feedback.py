@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from llava.serve.web.chat_state import Chat
@@ -20,7 +20,7 @@ class FeedbackLog:
     def write(self, vote: str, chat: Chat) -> None:
         """Add a vote (`good`, `bad`, `flag`, `left`, `right`, `tie`) with the conversation it is about."""
         self.drop_old()
-        now = datetime.now(timezone.utc)
+        now = datetime.now(UTC)
         line = json.dumps({"time": now.isoformat(timespec="seconds"), "vote": vote, **json.loads(chat.export())})
         path = self.folder / f"{now:%Y-%m-%d}.jsonl"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

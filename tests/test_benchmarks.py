@@ -1,0 +1,64 @@
+"""Benchmarks run from the checkout as documented, in miniature, and write plain numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_llava
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SMALL = {
+    "api_client": ["--items", "20", "--latency", "0.01"],
+    "apply_delta": ["--layers", "0", "--rounds", "1"],
+    "download": ["--articles", "20", "--rounds", "1", "--sequential-articles", "5"],
+    "validate": ["--records", "1000"],
+    "vqa_throughput": ["--limit", "2", "--repeat", "1", "--max-new-tokens", "2"],
+}
+LONG = {
+    "load_checkpoint": ["--gigabytes", "0.7", "--repeat", "1"],
+    "serve_load": ["--seconds", "2", "--turns", "1", "--requests", "20", "--distinct", "4", "--clients", "2"],
+    "train_throughput": ["--size", "cpu"],
+}
+
+
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+def test_a_benchmark_runs_in_miniature(name, tmp_path, shared_dir):
+    flags = (SMALL | LONG)[name]
+    if name == "vqa_throughput":
+        if not (shared_dir / "vqa_rad").is_dir():
+            pytest.skip(f"no VQA-RAD at {shared_dir}")
+        flags = ["--model-path", str(make_llava(tmp_path / "model")), *flags]
+    # From elsewhere and without PYTHONPATH: the benchmark finds the code beside it.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, BENCHMARKS / f"{name}.py", *flags, "--json", tmp_path / "numbers.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers and all(isinstance(value, (int, float)) for value in numbers.values())
+    assert all(key in done.stdout for key in numbers)
+
+
+def test_every_benchmark_is_run_here():
+    names = {path.stem for path in BENCHMARKS.glob("*.py")} - {"checkout"}
+    assert names == {*SMALL, *LONG, "gpu"}
+
+
+GPU_PARTS = {"small": ["ceilings", "decode"], "long": ["attention", "training", "layers", "layers_compiled"]}
+
+
+@pytest.mark.parametrize("parts", ["small", pytest.param("long", marks=pytest.mark.long)])
+def test_the_parts_of_the_gpu_benchmark_run_in_miniature_on_the_cpu(parts, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--miniature", "--json", tmp_path / "gpu.json"]
+    command += ["--parts", *GPU_PARTS[parts]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(results) == GPU_PARTS[parts]
+    for part, result in results.items():
+        assert len(result) > 1 and not result.get("error") and not result.get("wrong"), result
+        assert f"== {part} (" in done.stdout
