@@ -15,14 +15,19 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError, require
-from llava.serve.middleware import RequestMiddleware, run_server
+from llava.serve.api.keys import VARIABLE, Keys, read_keys
+from llava.serve.hosts import Hosts, add_host_flags
+from llava.serve.http_server import run_server
+from llava.serve.middleware import RequestMiddleware
 from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.web.browser import BrowserHeaders, visitor_check
 
 logger = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 32 << 20
 MAX_BODY_BYTES = 8 * MAX_FILE_BYTES
 MEMORY_FOLDER = Path("/dev/shm")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PREFIX, LOCK = "llava-web-", ".lock"
 
 
@@ -40,6 +45,11 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--embed", help="without heading, to stand in another page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons, and keep what they say in this folder")
     parser.add_argument("--feedback-days", type=float, default=30.0, help="delete votes after so many days")
+    parser.add_argument(
+        "--api-key-file",
+        help=f"keys of visitors, one per line: name key (default: ${VARIABLE}, else no key is asked for)",
+    )
+    add_host_flags(parser)
     add_secret_flags(parser)
     return parser
 
@@ -51,18 +61,21 @@ def main(argv=None) -> None:
     if args.moderate:
         raise LlavaError("--moderate sends what is asked to another company; there is no such thing here")
     secret = secret_from_args(args)
+    keys = read_keys(args.api_key_file, None)
+    if not keys.required and args.host not in LOOPBACK:
+        logger.warning("no --api-key-file: everybody who reaches port %d may ask", args.port)
     # uvicorn raises the signal anew when it has stopped; without this the folder of uploads would stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with _private_folder() as folder:
         # Both are read when gradio is imported, which `build_app` does.
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        app = build_app(args, secret)
+        app = build_app(args, secret, keys)
         logger.info("web page at http://%s:%d", args.host, args.port)
         run_server(app, args.host, args.port, timeout_graceful_shutdown=5)
 
 
-def build_app(args, secret: str | None) -> RequestMiddleware:
+def build_app(args, secret: str | None, keys: Keys) -> BrowserHeaders:
     """The ASGI application of the page."""
     from fastapi import FastAPI
 
@@ -105,7 +118,8 @@ def build_app(args, secret: str | None) -> RequestMiddleware:
         css=CSS,
         head=HEAD,
     )
-    return RequestMiddleware(app, lambda headers: None, MAX_BODY_BYTES)
+    app = RequestMiddleware(app, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
+    return BrowserHeaders(app, args.embed)
 
 
 @contextlib.contextmanager

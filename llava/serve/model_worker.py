@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
+from llava.serve.hosts import Hosts, add_host_flags
 from llava.serve.middleware import MAX_BODY_BYTES
 from llava.serve.protocol import check_address
 from llava.serve.secret import add_secret_flags, secret_from_args
@@ -60,6 +61,7 @@ def build_parser() -> ArgumentParser:
     load.add_argument("--drain-seconds", type=int, default=60, help="time for running answers after SIGTERM")
     load.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
     load.add_argument("--speed", type=float, default=1.0, help="weight beside other workers of the same model")
+    add_host_flags(parser)
     add_secret_flags(parser)
     return parser
 
@@ -97,6 +99,7 @@ async def _serve(args, backend, secret: str | None, address: str) -> None:
         interval=interval,
         timeout=args.request_timeout,
         max_body=args.max_body_bytes,
+        hosts=Hosts.from_args(args, urlsplit(address).hostname),
     )
     member = None if args.no_register else Membership(args.controller_address, address, worker.status, secret)
     logger.info("serving %s on port %d", name, args.port)

@@ -60,7 +60,7 @@ def test_starts_without_torch():
         "import sys\n"
         "import llava.serve.gradio_web_server as w\n"
         "args = w.build_parser().parse_args([])\n"
-        "w.build_app(args, None)\n"
+        "w.build_app(args, None, w.read_keys(None, None))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"})
