@@ -20,6 +20,7 @@ Record = dict[str, Any]
 
 _WINDOW = 1 << 20
 """Characters of a JSON list that are looked at together; a longer record widens it."""
+_NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets in brackets
 _BLANKS = (" ", "\n", "\r", "\t")
 
 
@@ -65,7 +66,7 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
             try:
                 # Given bytes, json would try each line for other encodings, which takes as long as reading it.
                 record = json.loads(line.decode("utf-8", "surrogatepass"))
-            except ValueError as error:
+            except _NOT_JSON as error:
                 raise LlavaError(f"{path} line {number}: not JSON ({error})") from error
             if not isinstance(record, dict):
                 raise LlavaError(f"{path} line {number}: expected an object, got {type(record).__name__}")
@@ -80,7 +81,7 @@ def read_json(path: str | Path) -> Any:
             return json.load(file)
     except FileNotFoundError as error:
         raise LlavaError(f"{path}: no such file") from error
-    except ValueError as error:
+    except _NOT_JSON as error:
         raise LlavaError(f"{path}: not JSON ({error})") from error
 
 
@@ -222,7 +223,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
                     raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
                 yield record
                 place, index = end, index + 1
-        except ValueError as error:
+        except _NOT_JSON as error:
             raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
 
 

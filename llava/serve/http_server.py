@@ -31,6 +31,7 @@ def server_settings(host: str, port: int, limits=None, **more: Any) -> dict[str,
         "port": port,
         "http": limited(limits),
         "ws": "none",
+        "log_config": None,  # its lines go the way of all others
         "log_level": "warning",
         "access_log": False,
         "server_header": False,

@@ -51,6 +51,12 @@ def build_parser() -> ArgumentParser:
     load = parser.add_argument_group("load")
     load.add_argument("--limit-model-concurrency", type=int, default=32, help="answers made at the same time")
     load.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are told to come again")
+    load.add_argument(
+        "--cache-mb",
+        type=int,
+        help="memory for keys and values of running answers, and a quarter as much for those of earlier questions; "
+        "by default half of what is free",
+    )
     load.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a whole answer")
     load.add_argument(
         "--stream-interval",
@@ -135,7 +141,12 @@ def _load(args):
     )
     if args.keep_aspect_ratio:
         loaded.model.config.image_aspect_ratio = "keep"
-    engine = Engine(loaded, max_batch_size=args.limit_model_concurrency, max_waiting=args.max_queue)
+    engine = Engine(
+        loaded,
+        max_batch_size=args.limit_model_concurrency,
+        max_waiting=args.max_queue,
+        cache_bytes=None if args.cache_mb is None else args.cache_mb << 20,
+    )
     return EngineBackend(engine)
 
 

@@ -242,7 +242,7 @@ def _shape(name: str) -> dict[str, int]:
             "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
             "head_dim": config.get("head_dim") or 0,
         }
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise LlavaError(f"{path}: not a language model's config ({error})") from error
 
 

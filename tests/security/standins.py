@@ -14,7 +14,8 @@ import logging
 
 
 class OpenApp:
-    """`/health`; `/stream` (a word every 20 ms, 250 of them); `/large` (30 MB); `/page` (HTML that shows the image named in the query);
+    """`/health`; `/stream` (a word every 20 ms, 250 of them); `/large` (30 MB); `/page` (HTML that shows the image
+    named in the query);
     everything else answers with the body's length. `running` is told at `/running`."""
 
     def __init__(self):
