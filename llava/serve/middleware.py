@@ -16,6 +16,7 @@ from llava.serve.protocol import ERRORS, ErrorType, ServeError
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
+ONCE = (b"host", b"origin", b"authorization", b"x-llava-secret")  # the readers behind might take another one
 LIVENESS = "/health"  # the one path that needs no key
 REQUEST_ID_HEADER = "x-request-id"
 
@@ -91,6 +92,10 @@ class RequestMiddleware:
 
     def _check(self, scope) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if len(headers) < len(scope["headers"]):
+            names = [name.lower() for name, _ in scope["headers"]]
+            if any(names.count(name) > 1 for name in ONCE):
+                raise ServeError(ErrorType.BAD_REQUEST, "A header stands twice that may stand once.")
         if error := self.hosts.check(headers):
             raise error
         length = headers.get("content-length", "0")
