@@ -39,7 +39,7 @@ class OpenApp:
         if scope["path"] == "/large":
             content = {"large": "x" * 30_000_000}
         if scope["path"] == "/stream":
-            return await self._stream(send)
+            return await self._stream(receive, send)
         answer = json.dumps(content).encode()
         if scope["path"] == "/page":
             kind, answer = "text/html", b"<p>An answer</p><img src='" + scope["query_string"] + b"'>"
@@ -49,12 +49,14 @@ class OpenApp:
         await send({"type": "http.response.start", "status": 200, "headers": sent})
         await send({"type": "http.response.body", "body": answer})
 
-    async def _stream(self, send):
-        self.running += 1  # and nobody counts it down if the client leaves
+    async def _stream(self, receive, send):
+        self.running += 1
+        leaving = asyncio.create_task(receive())
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        asyncio.current_task().add_done_callback(lambda _: None)
         for _ in range(250):
             await asyncio.sleep(0.02)
+            if leaving.done():
+                return  # and its place stays taken
             await send({"type": "http.response.body", "body": b"word ", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
         self.running -= 1
