@@ -40,7 +40,7 @@ def stack(tmp_path_factory):
         start("controller", "llava.serve.controller")
         controller = ["--controller", started["controller"].url]
         start("page", "llava.serve.gradio_web_server", *controller)
-        start("worker", "tests.serve.scripted_worker", *controller, "--pause", "0.02")
+        start("worker", "tests.serve.scripted_worker", *controller, "--pause", "0.02", "--timeout", "600")
         start("api", "llava.serve.openai_api_server", *controller, LLAVA_API_KEYS=KEY)
         for process in started.values():
             process.wait(seconds=500)

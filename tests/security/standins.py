@@ -25,15 +25,18 @@ class OpenApp:
         if scope["type"] != "http":
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        body, message = b"", {"more_body": True}
+        parts, message = [], {"more_body": True}
         while message.get("more_body"):
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message["body"]
+            parts.append(message["body"])
         if model := headers.get("x-model"):
             logging.warning("model %s asked for", model.encode("latin-1").decode("unicode_escape"))
-        kind, content = "application/json", {"status": "ok", "body": len(body), "host": headers.get("host", "")}
+        kind, content = (
+            "application/json",
+            {"status": "ok", "body": sum(map(len, parts)), "host": headers.get("host", "")},
+        )
         if scope["path"] == "/running":
             content = {"running": self.running}
         if scope["path"] == "/large":

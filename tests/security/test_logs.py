@@ -3,6 +3,8 @@
 import logging
 import random
 
+import httpx
+
 from llava.commandline import MOST_LINE, SafeFormatter, one_line
 
 
@@ -47,3 +49,30 @@ def test_tracebacks_stand_apart():
     first, *rest = SafeFormatter("%(levelname)s %(name)s: %(message)s").format(record).split("\n")
     assert first == "ERROR llava: failed" and len(rest) >= 4
     assert all(line.startswith("  ") and len(line) < 2 * MOST_LINE for line in rest)
+
+
+FORGED = "x\nERROR llava: forged"
+
+
+def test_a_name_forges_no_line_of_a_server(stack):
+    before = {piece: len(stack[piece].log.read_text()) for piece in ("api", "controller", "worker")}
+    for name in (FORGED, "m" * (8 << 20)):
+        body = {"model": name, "messages": [{"role": "user", "content": "hello"}]}
+        url = stack["api"].url + "/v1/chat/completions"
+        assert httpx.post(url, json=body, headers=stack.credentials("api"), timeout=60).status_code in (400, 503)
+        body = {"worker_name": name, "model": name, "prompt": "hello", "worker_status": {"model_names": [name]}}
+        for route in ("/register_worker", "/unregister_worker", "/get_worker_address", "/worker_generate_stream"):
+            url = stack["controller"].url + route
+            assert httpx.post(url, json=body, headers=stack.credentials("controller"), timeout=60).status_code < 500
+        url = stack["worker"].url + "/worker_generate_stream"
+        httpx.post(url, json=body, headers=stack.credentials("worker"), timeout=60).raise_for_status()
+        httpx.get(stack["api"].url + "/%0aERROR%20llava:%20forged", headers=stack.credentials("api"))
+    for piece, length in before.items():
+        added = stack[piece].log.read_text()[length:]
+        assert len(added) < 10 * MOST_LINE
+        assert not [line for line in added.splitlines() if line.startswith("ERROR")], added
+
+
+def test_a_plain_log_can_be_forged(stack):
+    httpx.get(stack["open"].url, headers={"x-model": FORGED.replace("\n", "\\n")})
+    assert [line for line in stack["open"].log.read_text().splitlines() if line.startswith("ERROR llava: forged")]

@@ -108,7 +108,7 @@ def test_everybody_is_served_beside_the_slow_and_the_leaving(stack, counts):
         status = httpx.post(stack["worker"].url + "/worker_get_status", headers={"x-llava-secret": SECRET}, timeout=60)
         return status.json()["stats"]["running"]
 
-    wait_until(lambda: running() == 0, 60)
+    wait_until(lambda: running() == 0, 30)
     metrics = httpx.get(stack["api"].url + "/metrics", headers=stack.credentials("api"), timeout=60).text
     assert "llava_requests_in_flight 0.0" in metrics
     for piece in ("controller", "worker", "api"):

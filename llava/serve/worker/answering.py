@@ -85,8 +85,10 @@ class Mailbox:
 
     async def pause(self, seconds: float) -> None:
         """Let pieces gather, but not once the answer has ended."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.ended.wait(), seconds)
+        # Not wait_for: on Python 3.11 it swallows a cancel that comes as what it waits for is done.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.ended.wait()
 
     def _wake(self, is_last: bool) -> None:
         self.arrived.set()
@@ -116,9 +118,9 @@ async def answer_chunks(
             raise
         text, logprobs, token_ids, last = job.prompt or "", [], [], None
         while last is None:
-            remaining = deadline - asyncio.get_running_loop().time()
             try:
-                pieces = await asyncio.wait_for(mailbox.take(only_whole=not job.stream), max(remaining, 0.001))
+                async with asyncio.timeout_at(deadline):
+                    pieces = await mailbox.take(only_whole=not job.stream)
             except TimeoutError as error:
                 raise ServeError(ErrorType.TIMEOUT, f"No whole answer within {timeout:g} seconds.") from error
             for piece in pieces:
