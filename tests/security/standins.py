@@ -11,11 +11,13 @@ import argparse
 import asyncio
 import json
 import logging
+import urllib.request
+from pathlib import Path
 
 
 class OpenApp:
     """`/health`; `/stream` (a word every 20 ms, 250 of them); `/large` (30 MB); `/page` (HTML that shows the image
-    named in the query);
+    named in the query); `/fetch` (what the addresses and paths anywhere in the body hold);
     everything else answers with the body's length. `running` is told at `/running`."""
 
     def __init__(self):
@@ -39,6 +41,8 @@ class OpenApp:
         )
         if scope["path"] == "/running":
             content = {"running": self.running}
+        if scope["path"] == "/fetch":
+            content = {"found": await asyncio.to_thread(fetch_all, json.loads(b"".join(parts)))}
         if scope["path"] == "/large":
             content = {"large": "x" * 30_000_000}
         if scope["path"] == "/stream":
@@ -63,6 +67,21 @@ class OpenApp:
             await send({"type": "http.response.body", "body": b"word ", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
         self.running -= 1
+
+
+def fetch_all(value) -> list[str]:
+    """What stands at the addresses, and in the files, that a value names anywhere: LLaVA's and FastChat's way."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [found for each in value for found in fetch_all(each)]
+    if not isinstance(value, str):
+        return []
+    if value.startswith("/") and Path(value).is_file():
+        return [Path(value).read_text()]
+    if value.startswith(("http:", "file:")):
+        return [urllib.request.urlopen(value).read().decode()]
+    return []
 
 
 def main() -> None:
