@@ -81,4 +81,5 @@ def _is_address(name: str) -> bool:
 @cache
 def _own_names() -> frozenset[str]:
     name = socket.gethostname().lower()
-    return frozenset({name, f"{name}.local"})
+    short = name.partition(".")[0]
+    return frozenset({name, short, f"{short}.local"})
