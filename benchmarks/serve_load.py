@@ -238,14 +238,14 @@ def measure_engine(args) -> None:
     from llava.conversation import get_template
     from llava.generation import Engine, Request, SamplingParams
     from llava.model import load_pretrained_model
-    from llava.serve.job import read_messages, to_conversation
+    from llava.serve.job import read_job, to_conversation
 
     loaded = load_pretrained_model(args.model_path, device=args.device)
     template = get_template(loaded.model.config.conversation_template)
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     requests = []
     for body in json.loads(args.engine_only.read_text()):
-        messages = read_messages(body["messages"])
+        messages = read_job(body).messages
         requests.append(Request(to_conversation(messages, template), messages[-1].images, sampling))
     engines = [Engine(loaded, max_batch_size=size) for size in (args.clients, 2 * args.clients)]
     for engine in engines:

@@ -10,7 +10,6 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
-DEFAULT_PAD_TOKEN = "[PAD]"
 
 RESEARCH_NOTICE = (
     "For research only. Not a medical device: never use its answers for diagnosis, treatment "

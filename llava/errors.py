@@ -2,10 +2,23 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 
 class LlavaError(Exception):
     """Bad input. The text says what was wrong, where, and what to do; commands print it and exit with 2."""
+
+
+def field_error(error: Any, show_value: bool = False) -> str:
+    """The first complaint of a pydantic ValidationError in one line that begins with the field: "n: Input should …".
+
+    `show_value` adds what was given, for whoever gave it on the same machine.
+    """
+    first = error.errors(include_url=False, include_context=False)[0]
+    # A field's name may be a client's own invention.
+    where = ".".join(ascii(part)[1:-1][:60] if isinstance(part, str) else str(part) for part in first["loc"])
+    given = f" is {first['input']!r:.100}" if show_value and where else ""
+    return f"{where}{given}: {first['msg']}" if where else first["msg"]
 
 
 def require(module: str, extra: str) -> ModuleType:

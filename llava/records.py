@@ -3,25 +3,37 @@
 `iter_records` reads any of the three, `write_records` writes by suffix, `atomic_path` makes a file appear
 under its name only when it is complete, and `ResumableJsonl` collects results one by one so that a killed
 run loses at most the line it was writing.
+
+Half of a character pair (a lone surrogate, which JSON can hold and UTF-8 can't) becomes U+FFFD wherever text is read or
+written; how many is logged.
 """
 
 import codecs
 import json
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
+from llava.folders import PART, sync
 
 Record = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 _WINDOW = 1 << 20
 """Characters of a JSON list that are looked at together; a longer record widens it."""
 _NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets in brackets
 _BLANKS = (" ", "\n", "\r", "\t")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half beside it
+_ESCAPE_IN_TEXT, _ESCAPE_IN_BYTES = re.compile(_ESCAPE), re.compile(_ESCAPE.encode())
 
 
 def iter_records(path: str | Path) -> Iterator[Record]:
@@ -56,40 +68,40 @@ def read_records(path: str | Path) -> list[Record]:
 
 def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
     """(line number from 1, object) of each line that isn't blank; errors name file and line."""
-    path = Path(path)
-    with path.open("rb") as file:
+    path, replaced = Path(path), Replaced(path)
+    with path.open("rb") as file, replaced:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                # Given bytes, json would try each line for other encodings, which takes as long as reading it.
-                record = json.loads(line.decode("utf-8", "surrogatepass"))
-            except _NOT_JSON as error:
-                raise LlavaError(f"{path} line {number}: not JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise LlavaError(f"{path} line {number}: expected an object, got {type(record).__name__}")
-            yield number, record
+            if not line.isspace():
+                yield number, parse_record(line, replaced, "line", number)
 
 
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file; errors name the file."""
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            return json.load(file)
+        content = path.read_bytes()
+        may_hold = _ESCAPE_IN_BYTES.search(content) is not None
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text, may_hold = content.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), True
+        value = json.loads(text)
     except FileNotFoundError as error:
         raise LlavaError(f"{path}: no such file") from error
     except _NOT_JSON as error:
         raise LlavaError(f"{path}: not JSON ({error})") from error
+    if not may_hold:
+        return value
+    with Replaced(path) as replaced:
+        return replaced.mend(value)
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
     """Write JSON atomically, keys in the order given, non-ASCII text as it is."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=indent)
-        file.write("\n")
+        file.write(_dumps(content, path, indent) + "\n")
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> int:
@@ -99,7 +111,74 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
     if path.suffix not in writers:
         raise LlavaError(f"{path}: unknown kind of record file; use one of {', '.join(writers)}")
     with atomic_path(path) as temporary:
-        return writers[path.suffix](temporary, records)
+        return writers[path.suffix](temporary, records, path)
+
+
+class Replaced:
+    """Counts the texts of a file that held half of a character pair; as a context it says so at its end."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.count, self.first = path, 0, ""
+
+    def mend(self, value: Any, place: str = "") -> Any:
+        """`sound_text` of every text in a JSON value, counted; `place` is where in the file the value is."""
+        if isinstance(value, str):
+            sound = sound_text(value)
+            if sound != value:
+                self.count += 1
+                self.first = self.first or place
+            return sound
+        if isinstance(value, dict):
+            return {self.mend(key, place): self.mend(item, place) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.mend(item, place) for item in value]
+        return value
+
+    def __enter__(self) -> "Replaced":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.count:
+            first = f" (first: {self.first})" if self.first else ""
+            logger.warning(
+                "%s: %d texts held half of a character pair%s, replaced by U+FFFD", self.path, self.count, first
+            )
+
+
+def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Record:
+    """The object that a line of JSON holds; `unit` and `number` say where it is in its file ("line", 3).
+
+    Raises:
+        LlavaError: it isn't JSON, or not an object; the message names the file and the place.
+    """
+    may_hold = _ESCAPE_IN_BYTES.search(line) is not None
+    try:
+        try:
+            # Given bytes, json would try each line for other encodings, which takes as long as reading it.
+            text = line.decode()
+        except UnicodeDecodeError:
+            text, may_hold = line.decode("utf-8", "surrogatepass"), True
+        record = json.loads(text)
+    except _NOT_JSON as error:
+        raise LlavaError(f"{replaced.path} {unit} {number}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise LlavaError(f"{replaced.path} {unit} {number}: expected an object, got {type(record).__name__}")
+    return replaced.mend(record, f"{unit} {number}") if may_hold else record
+
+
+def sound_text(text: str) -> str:
+    """Text that UTF-8 can hold: halves of a pair that stand together are joined, a lone one becomes U+FFFD."""
+    if text.isascii() or _SURROGATE.search(text) is None:
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _dumps(content: Any, path: str | Path, indent: int | None = None) -> str:
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    sound = sound_text(text)
+    if sound != text:
+        logger.warning("%s: half of a character pair in what is written, replaced by U+FFFD", path)
+    return sound
 
 
 @contextmanager
@@ -107,13 +186,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         # mkstemp makes private files; a result is as readable as any other file of the user.
         umask = os.umask(0)
         os.umask(umask)
@@ -133,7 +211,7 @@ class ResumableJsonl:
 
     def __init__(self, path: str | Path, key: str = "question_id"):
         self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
+        self.part = self.path.with_name(self.path.name + PART)
         self.key = key
         self.part.parent.mkdir(parents=True, exist_ok=True)
         self.done: dict[Any, Record] = {}
@@ -145,7 +223,7 @@ class ResumableJsonl:
         key = record[self.key]
         if key in self.done:
             raise LlavaError(f"{self.part}: {self.key} {key!r} was written twice")
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.write(_dumps(record, self.path).encode() + b"\n")
         self._file.flush()
         self.done[key] = record
 
@@ -188,7 +266,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
     """The objects of a JSON list, parsed one by one out of a window of the file."""
     decode = json.JSONDecoder().raw_decode
     text, place, index = "", 0, 0
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig") as file, Replaced(path) as replaced:
         try:
             text = file.read(_WINDOW)
             place = _skip_blanks(text, 0) + 1  # behind the "["
@@ -221,10 +299,23 @@ def _iter_json(path: Path) -> Iterator[Record]:
                     text, place = text[place:] + more, 0
                 if not isinstance(record, dict):
                     raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
+                if _ESCAPE_IN_TEXT.search(text, place, end):
+                    record = replaced.mend(record, f"record {index}")
                 yield record
                 place, index = end, index + 1
+        except UnicodeDecodeError:
+            # Halves of pairs written out, perhaps; so rare that such a file may be read whole.
+            yield from islice(_read_list(path), index, None)
         except _NOT_JSON as error:
             raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
+
+
+def _read_list(path: Path) -> list[Record]:
+    records = read_json(path)
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
+    return records
 
 
 def _skip_blanks(text: str, place: int) -> int:
@@ -243,36 +334,37 @@ def _iter_parquet(path: Path) -> Iterator[Record]:
                 yield {name: value for name, value in row.items() if value is not None}
 
 
-def _write_json_list(path: Path, records: Iterable[Record]) -> int:
+def _write_json_list(path: Path, records: Iterable[Record], name: Path) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for count, record in enumerate(records, 1):
             file.write("[\n" if count == 1 else ",\n")
-            json.dump(record, file, ensure_ascii=False)
+            file.write(_dumps(record, name))
         file.write("\n]\n" if count else "[]\n")
     return count
 
 
-def _write_jsonl(path: Path, records: Iterable[Record]) -> int:
+def _write_jsonl(path: Path, records: Iterable[Record], name: Path) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(_dumps(record, name) + "\n")
             count += 1
     return count
 
 
-def _write_parquet(path: Path, records: Iterable[Record]) -> int:
+def _write_parquet(path: Path, records: Iterable[Record], name: Path) -> int:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    rows = list(records)
+    with Replaced(name) as replaced:
+        rows = [replaced.mend(record) for record in records]
     columns = {}
     # Of all records, not of the first, as pyarrow would take them: that one may have no image.
-    for name in dict.fromkeys(name for row in rows for name in row):
+    for column in dict.fromkeys(key for row in rows for key in row):
         try:
-            columns[name] = pyarrow.array([row.get(name) for row in rows])
+            columns[column] = pyarrow.array([row.get(column) for row in rows])
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise LlavaError(f"{name!r} can't be a column of Parquet ({error}); write .jsonl instead") from error
+            raise LlavaError(f"{column!r} can't be a column of Parquet ({error}); write .jsonl instead") from error
     parquet.write_table(pyarrow.table(columns), path)
     return len(rows)

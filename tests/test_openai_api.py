@@ -1,5 +1,6 @@
 """The API client against a real server that fails: every item once, in order, and nothing paid twice."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from llava.openai_api import (
 from llava.openai_client.limits import Account, RateGate, estimate_tokens
 from llava.records import ResumableJsonl, read_records
 from tests.openai_server import OpenAIServer
+from tests.skipping_loop import run_skipping
 
 pytest.importorskip("openai", reason='the openai package is in the extra "openai"')
 
@@ -239,12 +241,51 @@ def test_images_count_as_tokens():
     assert estimate_tokens([{"role": "user", "content": content}]) > 500
 
 
-def test_rate_gate_keeps_to_both_limits():
-    gate = RateGate(requests_per_minute=3, tokens_per_minute=100)
-    for second in range(3):
-        assert gate._wait(second, 10) <= 0
-        gate._passed.append((second, 10))
-        gate._tokens += 10
-    assert gate._wait(3, 10) == pytest.approx(57)
-    assert gate._wait(60.5, 10) <= 0
-    assert gate._wait(60.5, 95) == pytest.approx(0.5)
+def passing_times(gate, sizes, pauses=()):
+    """When requests of these sizes pass, all asked for at once: seconds of a clock that never waits."""
+    times = {}
+
+    async def one(number, size):
+        await gate.acquire(size)
+        times[number] = asyncio.get_running_loop().time()
+        for seconds in [seconds for after, seconds in pauses if after == number]:
+            gate.pause(seconds)
+
+    async def ask():
+        await asyncio.gather(*(one(number, size) for number, size in enumerate(sizes)))
+
+    run_skipping(ask())
+    return [times[number] for number in range(len(sizes))]
+
+
+def most_within(times, weights, seconds):
+    return max(
+        sum(weight for time, weight in zip(times, weights) if start <= time < start + seconds) for start in times
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "size"), [({"requests_per_minute": 120}, 10), ({"tokens_per_minute": 1200}, 10), ({}, 10)]
+)
+def test_rate_gate_lets_as_much_pass_as_is_allowed_and_no_more(limits, size):
+    times = passing_times(RateGate(**limits), [size] * 361)
+    if not limits:
+        assert times[-1] == 0
+        return
+    assert most_within(times, [1] * 361, 1e-6) == 20, "ten seconds' worth at once"
+    assert most_within(times, [1] * 361, 60) <= 140
+    assert times[-1] == pytest.approx(170, abs=1), "361 requests at 120 a minute, 20 of them at once"
+
+
+def test_rate_gate_of_fewer_requests_than_one_in_ten_seconds():
+    assert passing_times(RateGate(requests_per_minute=3), [1] * 4) == pytest.approx([0, 20, 40, 60])
+
+
+def test_large_requests_pass_in_turn_and_one_above_the_limit_takes_a_minute():
+    times = passing_times(RateGate(tokens_per_minute=600), [100, 5000, 50, 50])
+    assert times == sorted(times)
+    assert times[1] == pytest.approx(60, abs=1) and times[2] == pytest.approx(65, abs=1)
+
+
+def test_a_pause_holds_everybody_back():
+    assert passing_times(RateGate(), [1] * 4, pauses=[(1, 30.0), (1, 5.0)]) == [0, 0, 30, 30]

@@ -10,15 +10,7 @@ import time
 import pytest
 
 from llava.errors import LlavaError
-from llava.records import (
-    ResumableJsonl,
-    atomic_path,
-    iter_records,
-    read_json,
-    read_records,
-    write_json,
-    write_records,
-)
+from llava.records import ResumableJsonl, atomic_path, iter_records, read_json, read_records, write_json, write_records
 
 RECORDS = [{"id": "a", "text": "Fraktur – links"}, {"id": "b", "n": 3}]
 
@@ -61,6 +53,38 @@ def test_bad_files_are_named_with_their_line(tmp_path, content, words):
         read_records(path)
     assert words in str(error.value)
     assert "bad.json" in str(error.value)
+
+
+SURROGATES = '{"a": "x \\ud83d", "b": ["\\ude00", "\\ud83d\\ude00"], "\\udbff": 1}'
+MENDED = {"a": "x \ufffd", "b": ["\ufffd", "\U0001f600"], "\ufffd": 1}
+
+
+@pytest.mark.parametrize(("form", "place"), [("[{0}]", "record 0"), ("{0}", "line 1"), ('{{"b": 1}}\n{0}\n', "line 2")])
+def test_half_of_a_character_pair_is_replaced_and_counted(tmp_path, caplog, form, place):
+    path = tmp_path / "x.json"
+    path.write_text(form.format(SURROGATES))
+    assert read_records(path)[-1] == MENDED
+    assert f"3 texts held half of a character pair (first: {place})" in caplog.text
+    path.write_text(SURROGATES)
+    assert read_json(path) == MENDED
+
+
+def test_a_raw_surrogate_is_replaced_as_an_escaped_one_is(tmp_path):
+    for form in ("[{}]", "{}"):
+        content = form.format('{"a": "\ud83d"}')
+        (tmp_path / "x.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+        assert read_records(tmp_path / "x.json") == [{"a": "\ufffd"}]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.parquet"])
+def test_no_file_is_written_with_half_of_a_pair(tmp_path, caplog, name):
+    write_records(tmp_path / name, [{"id": "a", "text": "cut \ud83d"}, {"id": "b", "text": "\ud83d\ude00"}])
+    assert [row["text"] for row in read_records(tmp_path / name)] == ["cut \ufffd", "\U0001f600"]
+    assert "U+FFFD" in caplog.text
+    with ResumableJsonl(tmp_path / "r.jsonl", key="id") as output:
+        output.add({"id": "a", "text": "\ud83d"})
+        output.finish()
+    assert read_records(tmp_path / "r.jsonl") == [{"id": "a", "text": "\ufffd"}]
 
 
 def test_missing_file(tmp_path):

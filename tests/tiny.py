@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -49,30 +48,51 @@ def make_tokenizer(folder: str | Path, vocab_size: int = 400) -> PreTrainedToken
     return _wrap(tokenizer, special, Path(folder))
 
 
+def make_chatml_tokenizer(folder: str | Path, vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in the manner of Qwen2's (no begin token, <|im_end|> ends), written to `folder`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CORPUS] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        model_max_length=512,
+        padding_side="right",
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
 def make_llm(folder: str | Path, kind: str = "llama", *, seed: int = 0, **fields: Any) -> Path:
-    """A language model (`llama` or `mistral`) of two layers with its tokenizer, written to `folder`."""
+    """A language model (`llama`, `mistral`, `qwen2`) of two layers with its tokenizer, written to `folder`."""
     folder = Path(folder)
-    tokenizer = make_tokenizer(folder)
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[kind]
+    tokenizer = make_chatml_tokenizer(folder) if kind == "qwen2" else make_tokenizer(folder)
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2 if kind == "mistral" else 4,
+        "num_key_value_heads": 4 if kind == "llama" else 2,
         "max_position_embeddings": 512,
         "initializer_range": 0.2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
     if kind == "mistral":
         sizes["sliding_window"] = None
     with _seeded(seed):
-        model_class(config_class(**sizes | fields)).eval().save_pretrained(folder)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | fields)).eval().save_pretrained(folder)
     return folder
 
 
@@ -107,17 +127,39 @@ def make_clip(folder: str | Path, *, seed: int = 1, **fields: Any) -> Path:
     return folder
 
 
+def make_tower(folder: str | Path, kind: str, processor: dict[str, Any], *, seed: int = 1, **fields: Any) -> Path:
+    """A vision model of the library of three blocks (`siglip_vision_model`, `dinov2`, …), written to `folder`.
+
+    `processor` is its preprocessor_config.json.
+    """
+    folder = Path(folder)
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    with _seeded(seed):
+        AutoModel.from_config(AutoConfig.for_model(kind, **sizes | fields)).eval().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
 def make_llava(folder: str | Path, kind: str = "llama", *, seed: int = 2, **mm_fields: Any) -> Path:
     """A LLaVA written to `folder` (base models in `folder/llm` and `folder/clip`, the checkpoint in `folder/llava`).
 
-    `mm_fields` go to `llava.model.build_model_from_llm`. Returns the checkpoint's folder.
+    `mm_fields` go to `llava.model.build_model_from_llm`; `tie_word_embeddings` to the language model. Returns the
+    checkpoint's folder.
     """
     from llava.model import build_model_from_llm, save_model
+    from llava.model.families import find_family
 
     folder = Path(folder)
-    llm = make_llm(folder / "llm", kind)
+    llm = make_llm(folder / "llm", kind, tie_word_embeddings=mm_fields.pop("tie_word_embeddings", False))
     clip = make_clip(folder / "clip")
-    mm_fields = {"conversation_template": "mistral_instruct" if kind == "mistral" else "vicuna_v1"} | mm_fields
+    mm_fields = {"conversation_template": find_family(kind).default_template} | mm_fields
     with _seeded(seed):
         tokenizer, model, processor, _ = build_model_from_llm(llm, clip, device="cpu", **mm_fields)
     save_model(folder / "llava", model, tokenizer, processor)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
+_MPT_SYSTEM = "<|im_start|>system\n"
+
 
 class SeparatorStyle(StrEnum):
     """How turns are kept apart (names are the reference's)."""
@@ -23,7 +25,9 @@ class SeparatorStyle(StrEnum):
     LLAMA_2 = "LLAMA_2"
     """`[INST] <<SYS>>\\nsystem\\n<</SYS>>\\n\\nquestion [/INST] answer </s>`"""
     MPT = "MPT"
-    """`system<|im_end|><|im_start|>user\\nquestion<|im_end|><|im_start|>assistant\\nanswer<|im_end|>`"""
+    """`system<|im_end|><|im_start|>user\\nquestion<|im_end|><|im_start|>assistant\\nanswer<|im_end|>`
+
+    Where `sep` goes on behind the end mark (a line break, in Qwen2's ChatML), `sep2` is the end mark alone."""
     PLAIN = "PLAIN"
     """`<image>caption\\n`, for stage 1"""
 
@@ -62,6 +66,12 @@ class Conversation:
 
     def copy(self) -> "Conversation":
         return replace(self, messages=deepcopy(self.messages))
+
+    def set_system(self, text: str) -> None:
+        """Put a conversation's own system text in the place of the template's; `plain` has no place for one."""
+        if self.sep_style is SeparatorStyle.MPT:
+            text = f"{_MPT_SYSTEM}{text}"
+        self.system = "" if self.sep_style is SeparatorStyle.PLAIN else text
 
     def append_message(self, role: str, text: Any = None) -> None:
         self.messages.append([role, text])
@@ -159,11 +169,15 @@ def _llama_2(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterat
 
 
 def _mpt(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterator[Segment]:
-    yield Segment(conversation.system + conversation.sep, False)
+    end = conversation.stop_str
+    behind = conversation.sep.removeprefix(end)
+    yield Segment(conversation.system + end, False)
+    spoken = True
     for role, text in texts:
-        yield Segment(role, False)
+        yield Segment((behind if spoken else "") + role, False)
+        spoken = bool(text)
         if text:
-            yield Segment(text + conversation.sep, role == conversation.roles[1])
+            yield Segment(text + end, role == conversation.roles[1])
 
 
 def _plain_style(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterator[Segment]:

@@ -1,4 +1,4 @@
-"""The templates of LLaVA-Med v1.0 and v1.5 and of LLaVA (BabyDoctor's are LLaVA's), by name and by release.
+"""The templates of LLaVA-Med v1.0 and v1.5, of LLaVA (BabyDoctor's are LLaVA's) and of Qwen2, by name and by release.
 
 The releases disagree on a few names (`v1`, `llava_v1`, ...). A plain name has one meaning, `_CANONICAL`'s;
 `release/name`, such as `llava_med_v1.0/llava_v1`, means that release's and no other.
@@ -9,8 +9,8 @@ from dataclasses import replace
 from llava.conversation.rendering import Conversation, SeparatorStyle
 from llava.errors import LlavaError
 
-V1_0, V1_5, LLAVA = "llava_med_v1.0", "llava_med_v1.5", "llava"
-RELEASES = (V1_0, V1_5, LLAVA)
+V1_0, V1_5, LLAVA, QWEN = "llava_med_v1.0", "llava_med_v1.5", "llava", "qwen"
+RELEASES = (V1_0, V1_5, LLAVA, QWEN)
 
 
 def get_template(name: str, release: str | None = None) -> Conversation:
@@ -162,14 +162,28 @@ _MED_1_0_TEMPLATES = {
         "vicuna_v1_1": _VICUNA,
     }.items()
 }
+_QWEN_TEMPLATES = {
+    # ChatML as Qwen2's own chat template writes it: a line break behind each end mark, which alone ends an answer.
+    "qwen2": replace(_mpt("You are a helpful assistant."), sep="<|im_end|>\n", sep2="<|im_end|>", version="qwen2"),
+}
 _BY_RELEASE = {
     release: {name: replace(template, name=name, release=release) for name, template in templates.items()}
-    for release, templates in ((V1_0, _MED_1_0_TEMPLATES), (V1_5, _MED_1_5_TEMPLATES), (LLAVA, _LLAVA_TEMPLATES))
+    for release, templates in (
+        (V1_0, _MED_1_0_TEMPLATES),
+        (V1_5, _MED_1_5_TEMPLATES),
+        (LLAVA, _LLAVA_TEMPLATES),
+        (QWEN, _QWEN_TEMPLATES),
+    )
 }
 
 # Where releases disagree, LLaVA's meaning is the one that most checkpoints and users have (v1, llava_v1, ...).
 # The two `###` names with the long example are LLaVA-Med v1.0's, which was trained with them: images stay in place.
-_CANONICAL = _BY_RELEASE[V1_0] | _BY_RELEASE[LLAVA] | {"mistral_instruct": _BY_RELEASE[V1_5]["mistral_instruct"]}
+_CANONICAL = (
+    _BY_RELEASE[QWEN]
+    | _BY_RELEASE[V1_0]
+    | _BY_RELEASE[LLAVA]
+    | {"mistral_instruct": _BY_RELEASE[V1_5]["mistral_instruct"]}
+)
 _CANONICAL |= {name: replace(_BY_RELEASE[V1_0]["default"], name=name) for name in ("default", "v0")}
 
 conv_templates: dict[str, Conversation] = _CANONICAL | {

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from llava.data.image_likeness import Fingerprint, alike, fingerprint, groups
 from llava.data.vqa_items import VqaItem
 from llava.errors import LlavaError
+from llava.record_content import image_bytes
 
 UNSEEN_IMAGE = "unseen image"
 NO_NEAR_DUPLICATE = "no near-duplicate question"
@@ -39,12 +40,12 @@ def audit_splits(
     images, same_image = _compare_images(train, test, train_images, test_images)
     by_image: dict[Any, list[VqaItem]] = defaultdict(list)
     for item in train:
-        if item.image is not None:
-            by_image[same_image["train", item.image]].append(item)
+        for key in _same_images("train", item, same_image):
+            by_image[key].append(item)
     rows = []
     for item in tqdm(test, desc="questions", unit="question", leave=False, disable=None):
-        seen = by_image.get(same_image["test", item.image], []) if item.image is not None else []
-        rows.append(_question_row(item, seen, jaccard))
+        seen = {id(other): other for key in _same_images("test", item, same_image) for other in by_image.get(key, [])}
+        rows.append(_question_row(item, list(seen.values()), jaccard))
     near = [row for row in rows if row["near_duplicate"]]
     questions = {
         "identical": sum(row["identical"] for row in rows),
@@ -71,6 +72,11 @@ def question_words(question: str) -> list[str]:
     """The words of a question: parted by blanks, lower case, letters and digits alone."""
     words = ("".join(filter(str.isalnum, word)) for word in question.lower().split())
     return [word for word in words if word]
+
+
+def _same_images(split: str, item: VqaItem, same_image: dict[tuple[str, str], Any]) -> list[Any]:
+    """The keys of the question's images, each once."""
+    return list(dict.fromkeys(same_image[split, key] for key in item.image_keys))
 
 
 def _question_row(item: VqaItem, seen: Sequence[VqaItem], threshold: float) -> dict[str, Any]:
@@ -105,8 +111,8 @@ def _answer_key(answer: str) -> str:
 
 def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, Any], dict[tuple[str, str], Any]]:
     """Counts, and for each (split, image name) a key that the same image shares in both splits."""
-    names = {"train": _names(train), "test": _names(test)}
-    by_name = [name for name in names["test"] if name in set(names["train"])]
+    names = {"train": _images(train), "test": _images(test)}
+    by_name = [name for name in names["test"] if name in names["train"]]
     found: dict[str, Any] = {
         "test_images": len(names["test"]),
         "same_name": len(by_name),
@@ -140,23 +146,33 @@ def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, A
     return found, keys
 
 
-def _fingerprints(names: Iterable[str], folder: Path, split: str) -> dict[str, Fingerprint]:
+def _fingerprints(images: dict[str, Any], folder: Path, split: str) -> dict[str, Fingerprint]:
     prints = {}
-    for name in tqdm(names, desc=f"{split} images", unit="image", leave=False, disable=None):
-        path = folder / name
-        if not path.is_file():
-            raise LlavaError(f"{split} image not found: {path}; check --image-folder")
-        prints[name] = fingerprint(path)
+    for name, image in tqdm(images.items(), desc=f"{split} images", unit="image", leave=False, disable=None):
+        if not isinstance(image, str):
+            source = image_bytes(image)
+        elif image.startswith("data:"):
+            source = image
+        else:
+            source = folder / image
+            if not source.is_file():
+                raise LlavaError(f"{split} image not found: {source}; check --image-folder")
+        prints[name] = fingerprint(source)
     return prints
 
 
-def _names(items: Iterable[VqaItem]) -> list[str]:
-    return list(dict.fromkeys(item.image for item in items if item.image is not None))
+def _images(items: Iterable[VqaItem]) -> dict[str, Any]:
+    """Every distinct image by its name, in order of appearance."""
+    found: dict[str, Any] = {}
+    for item in items:
+        for name, image in zip(item.image_keys, item.images):
+            found.setdefault(name, image)
+    return found
 
 
 def _count(items: Sequence[VqaItem]) -> dict[str, int]:
     kinds = Counter(item.answer_type for item in items)
-    return {"questions": len(items), "open": kinds["OPEN"], "closed": kinds["CLOSED"], "images": len(_names(items))}
+    return {"questions": len(items), "open": kinds["OPEN"], "closed": kinds["CLOSED"], "images": len(_images(items))}
 
 
 def _compare_answers(train: Sequence[VqaItem], test: Sequence[VqaItem]) -> dict[str, Any]:

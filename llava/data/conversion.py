@@ -5,7 +5,6 @@ split, the candidate answers of the training split, and a manifest with sources,
 """
 
 import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
+from llava.folders import stage_files
+from llava.record_content import as_text
 from llava.records import Record, write_json, write_records
 
 FORMATS = ("json", "jsonl", "parquet")
@@ -95,16 +96,14 @@ def fault_of_texts(question: Any, answer: Any) -> str | None:
 
 def clean_text(value: Any) -> str:
     """Text without blanks around it; numbers become text (4, and 4.0 too, is "4")."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
+    return as_text(value).strip()
 
 
 def read_answer_type(value: Any, where: str) -> str:
-    """OPEN or CLOSED, whatever its case and the blanks around it."""
+    """OPEN or CLOSED (or CHOICE, of questions with options), whatever its case and the blanks around it."""
     kind = clean_text(value).upper()
-    if kind not in ("OPEN", "CLOSED"):
-        raise LlavaError(f"{where}: answer_type is {value!r}; expected OPEN or CLOSED")
+    if kind not in ("OPEN", "CLOSED", "CHOICE"):
+        raise LlavaError(f"{where}: answer_type is {value!r}; expected OPEN, CLOSED or CHOICE")
     return kind
 
 
@@ -135,16 +134,13 @@ def write_conversion(conversion: Conversion, output_dir: str | Path, file_format
     Raises:
         LlavaError: an id occurs twice in a split, a split is empty, or images are missing and may not be.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {
         "data_set": conversion.name,
         "written_by": {"llava-med": version("llava-med")},
         "sources": [_describe(path, path.name) for path in conversion.sources],
         "splits": {},
     }
-    with tempfile.TemporaryDirectory(prefix=".convert-", dir=output_dir) as name:
-        temporary = Path(name)
+    with stage_files(output_dir, last=MANIFEST_FILE) as temporary:
         tallies: list[Tally] = []
         for split, records in conversion.splits.items():
             path = temporary / f"{split}.{file_format}"
@@ -173,7 +169,6 @@ def write_conversion(conversion: Conversion, output_dir: str | Path, file_format
         manifest["left_out"] = dict(conversion.left_out)
         manifest["corrected"] = dict(conversion.corrected)
         write_json(temporary / MANIFEST_FILE, manifest)
-        _publish(temporary, output_dir)
     return manifest
 
 
@@ -242,8 +237,3 @@ def _describe(path: Path, name: str) -> dict[str, Any]:
     if path.is_dir():
         return {"file": name, "folder": True}
     return {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _publish(temporary: Path, output_dir: Path, last: str = MANIFEST_FILE) -> None:
-    for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
-        path.replace(output_dir / path.name)

@@ -1,21 +1,26 @@
 """Bring a medical data set into LLaVA-Med's record form: `python -m llava.data.convert NAME …`.
 
-Each data set is a module of llava/data/sources/; what is written, and how, is in llava/data/conversion.py.
+Each data set is a module of llava/data/sources/ with `NAME`, `add_arguments(parser)` and `convert(args, image_folder)`,
+found by being there; what is written, and how, is in llava/data/conversion.py.
 """
 
-from llava.commandline import ArgumentParser, existing_dir, run, write_line
-from llava.data.conversion import FORMATS, MISSING_CHOICES, ImageFolder, summary_lines, write_conversion
-from llava.data.sources import csv_table, path_vqa, pmc, qa_captions, roco, slake, vqa_rad
+import importlib
+import pkgutil
+from types import ModuleType
 
-SOURCES = {
-    "vqa-rad": vqa_rad,
-    "slake": slake,
-    "pathvqa": path_vqa,
-    "roco": roco,
-    "pmc": pmc,
-    "csv": csv_table,
-    "qa-captions": qa_captions,
-}
+from llava.commandline import ArgumentParser, existing_dir, run, write_line
+from llava.data import sources
+from llava.data.conversion import FORMATS, MISSING_CHOICES, ImageFolder, summary_lines, write_conversion
+
+
+def find_sources() -> dict[str, ModuleType]:
+    """The data sets by name: every module of llava/data/sources/ that has one."""
+    names = sorted(found.name for found in pkgutil.iter_modules(sources.__path__))
+    modules = [importlib.import_module(f"{sources.__name__}.{name}") for name in names]
+    return {module.NAME: module for module in modules if hasattr(module, "NAME")}
+
+
+SOURCES = find_sources()
 
 
 def build_parser() -> ArgumentParser:

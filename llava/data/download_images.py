@@ -66,7 +66,8 @@ def main(argv=None) -> int:
     _check_disk(folder, left, settings.min_free_bytes)
     write_line(
         f"{plan.images:,} images listed: {there:,} there already, {given_up:,} known to be gone, "
-        f"{len(plan.refused):,} refused, {left:,} to fetch from {len(articles):,} articles"
+        f"{len(plan.refused):,} refused, {plan.duplicates:,} lines listed again, "
+        f"{left:,} to fetch from {len(articles):,} articles"
     )
     started = time.monotonic()
     # The bar's rate and time left are in images; it is drawn on stderr only.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
+from llava.record_content import record_images
 from llava.records import Record, iter_records, write_json, write_records
 
 
@@ -63,12 +64,10 @@ def with_images(path: Path, missing: Missing) -> Iterator[Record]:
     Raises:
         LlavaError: none is left: the folder is most likely the wrong one.
     """
-    from llava.data.record_checks import images_of
-
     for record in iter_records(path):
         missing.records += 1
         # A list, so that every missing image is noted, not only the first of a record.
-        found = [missing.is_there(name) for name in images_of(record) if _is_file_name(name)]
+        found = [missing.is_there(name) for name in record_images(record) if _is_file_name(name)]
         missing.text_only += not found
         if all(found):
             yield record

@@ -43,9 +43,9 @@ class Likeness:
     correlation: float
 
 
-def fingerprint(path: str | Path) -> Fingerprint:
-    """Read an image; a file that is none is a LlavaError that names it."""
-    image = open_image(path)
+def fingerprint(source: str | Path | bytes) -> Fingerprint:
+    """Read an image (whatever `open_image` takes); a file that is none is a LlavaError that names it."""
+    image = open_image(source)
     checksum = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float32)
     waves = _COSINES @ grey @ _COSINES.T

@@ -10,8 +10,18 @@ from typing import Any, NamedTuple
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import is_inside
 from llava.errors import LlavaError
+from llava.record_content import (
+    ASSISTANT,
+    TURN_KEYS,
+    USER,
+    first_given,
+    image_bytes,
+    plain_entries,
+    read_turns,
+    record_images,
+    with_entries,
+)
 from llava.records import Record
-from llava.tokenization.turns import ASSISTANT, USER, read_turns
 
 MISSPELT = "conversatons"
 
@@ -30,12 +40,16 @@ FAULTS = {
 }
 NOTES = {
     "misspelt_key": f'turns under "{MISSPELT}"',
+    "other_names": 'turns not under "conversations", "from", "value", or speakers not called human and gpt',
     "number_as_text": "a turn whose text is a number",
     "empty_question": "a human turn without text",
     "text_only": "no image",
     "truncated": "longer than the model's maximum; its end is cut off",
     "duplicate_id": "an id that another record has too",
 }
+
+
+_USUAL_SPEAKERS = ("human", "gpt", "system")
 
 
 class Finding(NamedTuple):
@@ -54,7 +68,7 @@ def check_form(record: Record) -> list[Finding]:
     except LlavaError as error:
         return [Finding("form", str(error))]
     found = []
-    images = count_images(record)
+    images = len(record_images(record))
     placeholders = 0
     for role, text in turns:
         marks = text.count(DEFAULT_IMAGE_TOKEN)
@@ -99,16 +113,18 @@ def _is_plainly_good(record: Record) -> bool:
             marks += text.count(DEFAULT_IMAGE_TOKEN)
     except (TypeError, KeyError):
         return False
-    return marks > 0 and marks == count_images(record)
+    return marks > 0 and marks == len(record_images(record))
 
 
 def _spelling(record: Record) -> list[Finding]:
     found = []
-    entries = record.get("conversations")
-    if entries is None:
+    if record.get("conversations") is None and record.get(MISSPELT) is not None:
         found.append(Finding("misspelt_key"))
-        entries = record[MISSPELT]
-    if not all(isinstance(entry["value"], str) for entry in entries):
+    entries = first_given(record, *TURN_KEYS)
+    is_usual = all(entry.get("from") in _USUAL_SPEAKERS and entry.get("value") is not None for entry in entries)
+    if not is_usual or entries is record.get("messages"):
+        found.append(Finding("other_names"))
+    if not all(isinstance(first_given(entry, "value", "content"), str) for entry in entries):
         found.append(Finding("number_as_text"))
     return found
 
@@ -122,32 +138,17 @@ def repair(record: Record, findings: Sequence[Finding]) -> Record | None:
     beyond = kinds & FAULTS.keys() - {"no_answer", "image_count"}
     if beyond:
         return None
-    fixed = {key: value for key, value in record.items() if value is not None and key != MISSPELT}
-    entries = record.get("conversations")
-    turns = [{**turn, "value": str(turn["value"])} for turn in (record[MISSPELT] if entries is None else entries)]
+    given = {key: value for key, value in record.items() if value is not None}
+    turns = plain_entries(record)
     if "no_answer" in kinds:
         turns = turns[:-1]
     no_mark = not any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in turns)
-    if "image_count" in kinds and turns and no_mark and count_images(record) == 1:
-        turns[0] = {**turns[0], "value": f"{turns[0]['value']}\n{DEFAULT_IMAGE_TOKEN}"}
-    fixed["conversations"] = turns
+    asked = next((turn for turn in turns if turn["from"] == "human"), None)
+    if "image_count" in kinds and asked and no_mark and len(record_images(record)) == 1:
+        asked["value"] += f"\n{DEFAULT_IMAGE_TOKEN}"
+    fixed = with_entries(given, turns)
     still = {finding.kind for finding in check_form(fixed)} & FAULTS.keys()
     return None if still else fixed
-
-
-def images_of(record: Record) -> list[Any]:
-    """The images that a record names: paths, data URLs or embedded bytes, in order."""
-    image = record.get("image")
-    if image is None:
-        image = record.get("images")
-    if not image:
-        return []
-    return list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def count_images(record: Record) -> int:
-    image = record.get("image")
-    return 1 if isinstance(image, str) and image else len(images_of(record))
 
 
 class ImageCheck:
@@ -158,13 +159,15 @@ class ImageCheck:
         self._known: dict[str, Finding | None] = {}
 
     def __call__(self, record: Record) -> list[Finding]:
-        found = (self._check(image) for image in images_of(record))
+        found = (self._check(image) for image in record_images(record))
         return [finding for finding in found if finding is not None]
 
     def _check(self, image: Any) -> Finding | None:
         if not isinstance(image, str):
-            content = image.get("bytes") if isinstance(image, dict) else image
-            return _open(content if isinstance(content, bytes) else b"", "embedded image")
+            try:
+                return _open(image_bytes(image), "embedded image")
+            except LlavaError as error:
+                return Finding("image_unreadable", str(error))
         if image.startswith("data:"):
             return _open(image, "embedded image")
         if image not in self._known:

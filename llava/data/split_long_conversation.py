@@ -3,8 +3,8 @@
     python -m llava.data.split_long_conversation --in-file train.json --out-file split.json \\
         --model-name-or-path LLM --max-length 2048
 
-Cuts are made between an answer and the next question. Every piece of a conversation about an image shows the image
-again, in its first question; ids become `<id>_<first turn>`.
+Cuts are made between an answer and the next question; who speaks decides what is which. Every piece of a conversation
+about an image shows the image again, in its first question; ids become `<id>_<first turn>`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
+from llava.record_content import plain_entries, with_entries
 from llava.records import Record, iter_records, write_records
 
 
@@ -26,7 +27,7 @@ class Counts:
     split: int = 0
     pieces: int = 0
     too_long: int = 0
-    """Pieces of one question and answer that alone are longer than the maximum."""
+    """Pieces that can't be split further (one question and answer) and are longer than the maximum."""
     unanswered: int = 0
     """Questions without an answer, at the end of a conversation; left out."""
 
@@ -76,44 +77,61 @@ def split_all(
 
 
 def _pieces(record: Record, length_of: Callable[[Record], int], max_length: int, counts: Counts) -> Iterator[Record]:
-    turns = record.get("conversations") or record.get("conversatons")
     if length_of(record) <= max_length:
         yield record
         return
-    pairs = [turns[place : place + 2] for place in range(0, len(turns) - 1, 2)]
-    counts.unanswered += len(turns) % 2
-    starts = _starts(record, pairs, length_of, max_length)
+    entries = plain_entries(record)
+    first = next((number for number, turn in enumerate(entries) if turn["from"] == "human"), len(entries))
+    opening = entries[:first]
+    pairs = [entries[place : place + 2] for place in range(first, len(entries) - 1, 2)]
+    if not pairs:
+        counts.too_long += 1
+        yield record
+        return
+    counts.unanswered += (len(entries) - first) % 2
+    starts = _starts(record, opening, pairs, length_of, max_length)
     counts.split += len(starts) > 1
     for start, end in zip(starts, [*starts[1:], len(pairs)]):
-        piece = _piece(record, pairs, start, end)
+        piece = _piece(record, opening, pairs, start, end)
         if length_of(piece) > max_length:
             counts.too_long += 1
         yield piece
 
 
-def _starts(record: Record, pairs: list, length_of: Callable[[Record], int], max_length: int) -> list[int]:
+Pair = list[dict]
+"""A question and its answer."""
+
+
+def _starts(
+    record: Record, opening: list[dict], pairs: list[Pair], length_of: Callable[[Record], int], max_length: int
+) -> list[int]:
     """The first pair of each piece; every piece takes as many pairs as fit, and at least one."""
     starts = [0]
     for end in range(2, len(pairs) + 1):
-        if end - starts[-1] > 1 and length_of(_piece(record, pairs, starts[-1], end)) > max_length:
+        if end - starts[-1] > 1 and length_of(_piece(record, opening, pairs, starts[-1], end)) > max_length:
             starts.append(end - 1)
     return starts
 
 
-def _piece(record: Record, pairs: list, start: int, end: int) -> Record:
+def _piece(record: Record, opening: list[dict], pairs: list[Pair], start: int, end: int) -> Record:
+    """Pairs `start` to `end`. What the assistant says before any question stays with the first piece; a system turn
+    holds for all."""
+    before = [turn for turn in opening if start == 0 or turn["from"] == "system"]
     turns = [dict(turn) for pair in pairs[start:end] for turn in pair]
     # Each image's mark stands where it was; a piece that doesn't hold it asks about the image all the same.
-    total = sum(str(turn["value"]).count(DEFAULT_IMAGE_TOKEN) for pair in pairs for turn in pair)
-    here = sum(str(turn["value"]).count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    total = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for pair in pairs for turn in pair)
+    here = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     if here < total:
         marks = "\n".join([DEFAULT_IMAGE_TOKEN] * total)
         for turn in turns:
-            turn["value"] = str(turn["value"]).replace(DEFAULT_IMAGE_TOKEN, "").strip()
+            if DEFAULT_IMAGE_TOKEN in turn["value"]:
+                turn["value"] = turn["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
         turns[0]["value"] = f"{marks}\n{turns[0]['value']}"
-    rest = {key: value for key, value in record.items() if key != "conversatons"}
+    piece = with_entries(record, [*before, *turns])
     if start == 0 and end == len(pairs):
-        return {**rest, "conversations": turns}
-    return {**rest, "id": f"{record.get('id', '')}_{2 * start}", "conversations": turns}
+        return piece
+    place = len(opening) + 2 * start if start else 0
+    return {**piece, "id": f"{record.get('id', '')}_{place}"}
 
 
 def _length_function(args) -> Callable[[Record], int]:

@@ -12,25 +12,45 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import clean_text, yes_no_type
 from llava.errors import LlavaError
+from llava.record_content import (
+    TURN_KEYS,
+    first_given,
+    image_key,
+    question_answer_pairs,
+    read_turns,
+    record_images,
+)
 from llava.records import Record, iter_records
 
-ANSWER_TYPES = ("OPEN", "CLOSED")
+ANSWER_TYPES = ("OPEN", "CLOSED", "CHOICE")
+"""CHOICE: one of the options that the record lists (`options`)."""
 
 
 @dataclass(frozen=True)
 class VqaItem:
     """A question with its reference answer. `fields` holds what else the record says about it.
 
-    `type_inferred`: the record doesn't say OPEN or CLOSED, so an answer of yes or no was taken as CLOSED.
+    `images`: as the record has them (`llava.record_content.record_images`). `type_inferred`: the record doesn't say
+    OPEN or CLOSED, so an answer of yes or no was taken as CLOSED.
     """
 
     id: int | str
-    image: str | None
+    images: tuple[Any, ...]
     question: str
     answer: str
     answer_type: str
     fields: dict[str, Any] = field(default_factory=dict)
     type_inferred: bool = False
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """A name of each image: its path, or a digest of an embedded one."""
+        return tuple(image_key(image) for image in self.images)
+
+    @property
+    def image(self) -> str | None:
+        """The first image's name; None without images."""
+        return image_key(self.images[0]) if self.images else None
 
 
 def read_vqa_items(path: str | Path) -> list[VqaItem]:
@@ -53,7 +73,7 @@ def read_vqa_items(path: str | Path) -> list[VqaItem]:
 def vqa_item(record: Record, where: str) -> VqaItem:
     """One record as a question; `where` opens the message of an error."""
     item = _from_raw(record, where) if "question" in record and "answer" in record else _from_turns(record, where)
-    if "answer_type" not in record:  # PathVQA's rule: an answer of yes or no is closed
+    if record.get("answer_type") is None:  # PathVQA's rule: an answer of yes or no is closed
         return replace(item, answer_type=yes_no_type(item.answer), type_inferred=True)
     answer_type = str(record["answer_type"]).strip().upper()  # VQA-RAD has some with a blank behind
     if answer_type not in ANSWER_TYPES:
@@ -64,49 +84,48 @@ def vqa_item(record: Record, where: str) -> VqaItem:
     return replace(item, answer_type=answer_type)
 
 
-def record_turns(record: Record, where: str) -> list[Record]:
-    """The conversation of a record, under its right or its misspelt name."""
-    turns = record.get("conversations", record.get("conversatons"))
-    well_formed = isinstance(turns, list) and all(isinstance(t, dict) and "value" in t for t in turns)
-    if not well_formed:
-        raise LlavaError(f'{where} ("{record.get("id")}"): no "conversations" (a list of turns with "value")')
-    return turns
-
-
 def plain_question(text: str) -> str:
     """A question without its image tag."""
     return re.sub(rf"\s*{re.escape(DEFAULT_IMAGE_TOKEN)}\s*", " ", str(text)).strip()
 
 
 def _from_turns(record: Record, where: str) -> VqaItem:
-    turns = record_turns(record, where)
-    if len(turns) < 2:
-        raise LlavaError(f'{where} ("{record.get("id")}"): expected a question and an answer, got {len(turns)} turn')
-    if "id" not in record:
+    key = record.get("id")
+    if key is None:
         raise LlavaError(f'{where}: no "id"')
-    image = record.get("image")
-    if isinstance(image, list):
-        image = image[0] if image else None
-    known = {"id", "image", "conversations", "conversatons", "answer_type"}
+    try:
+        turns = read_turns(record)
+    except LlavaError as error:
+        raise LlavaError(f'{where} ("{key}"): {error}') from error
+    pairs = question_answer_pairs(turns)
+    if not pairs:
+        raise LlavaError(f'{where} ("{key}"): expected a question and an answer, got {len(turns)} turn')
+    question, answer = pairs[0]
+    known = {"id", "image", "images", "answer_type", *TURN_KEYS}
     return VqaItem(
-        id=record["id"],
-        image=image,
-        question=plain_question(turns[0]["value"]),
-        answer=clean_text(turns[1]["value"]),
+        id=key,
+        images=tuple(record_images(record)),
+        question=plain_question(question),
+        answer=clean_text(answer),
         answer_type="",
-        fields={key: value for key, value in record.items() if key not in known},
+        fields={name: value for name, value in record.items() if name not in known},
     )
 
 
 def _from_raw(record: Record, where: str) -> VqaItem:
-    key = next((name for name in ("qid", "question_id", "id") if name in record), None)
+    ids, names = ("qid", "question_id", "id"), ("image_name", "img_name")
+    key = first_given(record, *ids)
     if key is None:
         raise LlavaError(f'{where}: no id ("qid", "question_id" or "id")')
-    image = next((record[name] for name in ("image_name", "img_name", "image") if name in record), None)
-    known = {"question", "answer", "answer_type", "image_name", "img_name", "image", key}
+    absent = [name for name in ("question", "answer") if record[name] is None]
+    if absent:
+        raise LlavaError(f'{where} ("{key}"): the {absent[0]} is null')
+    image = first_given(record, *names)
+    known = {"question", "answer", "answer_type", "image", "images", *names}
+    known.add(next(name for name in ids if record.get(name) is not None))
     return VqaItem(
-        id=record[key],
-        image=image,
+        id=key,
+        images=tuple(record_images(record) if image is None else [image]),
         question=clean_text(record["question"]),
         answer=clean_text(record["answer"]),
         answer_type="",

@@ -6,8 +6,9 @@ operations are too small to be divided.
 
 import math
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,7 +124,7 @@ def warm_cosine(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm) * (0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) + 0.01)
 
 
-def own_part(batches: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+def own_part(batches: Iterable[Any]) -> Iterator[Any]:
     """Of each batch what this process takes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return (batch[rank::world] for batch in batches)

@@ -7,6 +7,7 @@ read once, from beginning to end: the demo's text gets harder.
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
+from llava.folders import WEIGHTS, stage_files
 
 IGNORED = -100
 HEAD_SIZE = 16
@@ -85,8 +86,9 @@ def train_language_model(args) -> None:
         folder=Path(args.output_dir),
     )
     if is_first():
-        model.save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
+        with stage_files(args.output_dir, last="config.json", stale=WEIGHTS) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:
@@ -116,7 +118,7 @@ def in_order(lengths: list[int], batch_tokens: int, seed: int) -> list[list[int]
     batches = []
     for start in range(0, len(lengths), WINDOW):
         window = sorted(range(start, min(start + WINDOW, len(lengths))), key=lengths.__getitem__)
-        found = [[]]
+        found: list[list[int]] = [[]]
         for number in window:
             if found[-1] and (len(found[-1]) + 1) * lengths[number] > batch_tokens:
                 found.append([])

@@ -37,11 +37,12 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
         """Nesterov's, with the shorter side first."""
-        state = self.state[parameter]
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None, "step() leaves out parameters without a gradient"
         if "buffer" not in state:
             state["buffer"] = torch.zeros_like(parameter)
-        state["buffer"].lerp_(parameter.grad, 1 - momentum)
-        update = parameter.grad.lerp(state["buffer"], momentum)
+        state["buffer"].lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(state["buffer"], momentum)
         return update if parameter.shape[0] <= parameter.shape[1] else update.T
 
 

@@ -51,7 +51,7 @@ class Pipeline:
         for name in ("done", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
-    def call(self, name: str, title: str, function: Callable[[], None], settings: Any) -> None:
+    def call(self, name: str, title: str, function: Callable[[], Any], settings: Any) -> None:
         """A step of this process."""
         key = self._begin(name, settings)
         if key is None:

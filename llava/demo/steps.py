@@ -10,6 +10,7 @@ from llava.demo.baselines import answer_by_nearest
 from llava.demo.pipeline import Job, Pipeline
 from llava.demo.settings import Settings, Stage
 from llava.demo.tokenizer import make_tokenizer, texts_of
+from llava.folders import PART
 from llava.records import read_records, write_records
 
 GREY = "grey.png"
@@ -141,4 +142,4 @@ def _answers(output: Path, settings: Settings, prefix: str) -> Job:
     argv += ["--question-file", str(records_of(output, prefix, "vqa_test.json"))]
     argv += ["--image-folder", f"{output}/data/images", "--answers-file", str(file)]
     argv += ["--max_new_tokens", "16", "--batch-size", str(settings.evaluation_batch)]
-    return Job(f"{prefix}answers", argv, [file, file.with_name(file.name + ".part")])
+    return Job(f"{prefix}answers", argv, [file, file.with_name(file.name + PART)])

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
+from llava.folders import stage_files
 
 MARKS = ("[INST]", "[/INST]")
 
@@ -83,7 +84,8 @@ def make_tokenizer(texts: Iterable[str], folder: str | Path, learned: int = LEAR
         model_max_length=1024,
         padding_side="right",
     )
-    fast.save_pretrained(folder)
+    with stage_files(folder, last="tokenizer.json") as part:
+        fast.save_pretrained(part)
 
 
 if __name__ == "__main__":

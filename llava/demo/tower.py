@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
+from llava.folders import WEIGHTS, stage_files
 
 
 def build_parser() -> ArgumentParser:
@@ -75,8 +76,9 @@ def train_tower(args) -> None:
     )
     if is_first():
         standardise(model.tower, normalise(pixels[:256], levels))
-        model.tower.save_pretrained(args.output_dir)
-        processor.save_pretrained(args.output_dir)
+        with stage_files(args.output_dir, last="config.json", stale=WEIGHTS) as folder:
+            model.tower.save_pretrained(folder)
+            processor.save_pretrained(folder)
 
 
 def caption_sentences(captions: list[str]):

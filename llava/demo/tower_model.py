@@ -2,11 +2,12 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 
 from llava.model import load_tokenizer
 
@@ -24,6 +25,7 @@ class SentenceMatching(nn.Module):
     def __init__(self, args: SimpleNamespace, texts: torch.Tensor, excludes: torch.Tensor):
         """`texts` `[sentences, size]` are the sentences' embeddings; for `excludes` see `match_loss`."""
         super().__init__()
+        self.excludes: torch.Tensor
         self.register_buffer("excludes", excludes, persistent=False)
         width = args.hidden_size
         vision = CLIPVisionConfig(
@@ -36,6 +38,7 @@ class SentenceMatching(nn.Module):
             hidden_act="gelu",
         )
         self.tower = CLIPVisionModel(vision)
+        self.texts: torch.Tensor
         self.register_buffer("texts", texts, persistent=False)
         self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, texts.shape[1], bias=False))
         self.pool_norm = nn.LayerNorm(width)
@@ -87,7 +90,8 @@ def match_loss(logits: torch.Tensor, said: torch.Tensor, excludes: torch.Tensor)
 def sentence_embeddings(sentences: list[str], language_model: str) -> torch.Tensor:
     """Unit vectors `[sentences, hidden]`: sums of word embeddings; a word counts less, the more sentences hold it."""
     tokenizer = load_tokenizer(language_model)
-    words = AutoModelForCausalLM.from_pretrained(language_model).get_input_embeddings().weight.detach()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(language_model)
+    words = model.get_input_embeddings().weight.detach()
     shares = torch.zeros(len(sentences), len(tokenizer))
     for row, sentence in enumerate(sentences):
         shares[row, tokenizer(sentence, add_special_tokens=False)["input_ids"]] = 1
@@ -128,10 +132,11 @@ def standardise(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
     """
     states = tower(pixel_values=pixel_values).last_hidden_state
     scale = 1 / states.std()
-    parts = [tower.pre_layrnorm]
-    for block in tower.encoder.layers:
+    blocks: Any = tower.encoder.layers
+    parts: list[Any] = [tower.pre_layrnorm]
+    for block in blocks:
         parts += [block.self_attn.out_proj, block.mlp.fc2]
     for part in parts:
         part.weight *= scale
         part.bias *= scale
-    tower.encoder.layers[-1].mlp.fc2.bias -= scale * states.mean((0, 1))
+    blocks[-1].mlp.fc2.bias -= scale * states.mean((0, 1))

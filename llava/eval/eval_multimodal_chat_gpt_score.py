@@ -97,16 +97,18 @@ def score_row(question: dict, answer: dict, swapped: bool, result) -> dict:
 
 
 def _by_id(path: str, needed: tuple[str, ...]) -> dict:
+    from llava.record_content import as_text
     from llava.records import iter_records
 
     rows: dict = {}
     for index, row in enumerate(iter_records(path)):
-        lacking = [name for name in ("question_id", *needed) if name not in row]
+        lacking = [name for name in ("question_id", *needed) if row.get(name) is None]
         if lacking:
             raise LlavaError(f"{path} record {index}: no {' and no '.join(lacking)}")
-        if row["question_id"] in rows:
+        key = str(row["question_id"])  # one writer's 17 is another's "17"
+        if key in rows:
             raise LlavaError(f"{path} record {index}: question_id {row['question_id']!r} stands there twice")
-        rows[row["question_id"]] = row
+        rows[key] = {**row, **{name: as_text(row[name]) for name in needed}}
     if not rows:
         raise LlavaError(f"{path}: holds no rows")
     return rows

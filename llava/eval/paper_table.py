@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def read_cells(text: str) -> list[Cell]:
     """The open and closed cell of one `ROW:SET=FILE`."""
-    from llava.eval.metrics.score import HEADLINE
+    from llava.eval.metrics.registry import headline_name
     from llava.eval.reports.published import PUBLISHED, TEST_COUNTS
     from llava.records import read_json
 
@@ -101,7 +101,7 @@ def read_cells(text: str) -> list[Cell]:
             dataset=dataset,
             kind=kind,
             expected=getattr(published, kind),
-            ours=content["paper"][HEADLINE["paper"][kind]]["value"],
+            ours=content["paper"][headline_name("paper", kind)]["value"],
             questions=content[kind],
             published_questions=count,
         )

@@ -27,7 +27,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.eval.reports.evaluation import evaluate
     from llava.eval.reports.sections import Entry
@@ -69,18 +69,16 @@ def write_report(
     audit: str | Path | None = None,
     examples: int = 4,
     seed: int = 0,
-    more_sections: list[tuple[str, str]] | None = None,
 ) -> tuple[Path, Path]:
     """Write the page and the Markdown table of `Entry`s; returns the two paths.
 
     Args:
         audit: JSON of `llava.data.audit`, for the files that answer its questions.
-        more_sections: (heading, HTML) to put behind the scores.
     """
     from llava.eval.reports import sections
     from llava.eval.reports.clean_subset import score_clean_subset
-    from llava.eval.reports.page import page
     from llava.eval.reports.tables import markdown_table
+    from llava.pages import write_page
     from llava.records import atomic_path
 
     if not entries:
@@ -88,12 +86,12 @@ def write_report(
     plain = [entry for entry in entries if entry.ablation == "none"] or entries
     clean = [(entry.label, score_clean_subset(entry.result, audit)) for entry in plain] if audit else []
     questions = len(entries), sum(entry.result.scores.questions for entry in entries)
-    html = page(
+    output = write_page(
+        output,
         title,
         f"{questions[0]} answer files, {questions[1]:,} answers",
         [
             ("Scores", sections.scores_section(entries)),
-            *(more_sections or []),
             ("Does it look at the image?", sections.ablation_section(entries)),
             ("Is it as sure as it is right?", sections.calibration_section(plain)),
             ("Is the test set clean?", sections.audit_section(clean)),
@@ -103,11 +101,9 @@ def write_report(
         ],
     )
     header, rows, _ = sections.score_rows(entries)
-    output = Path(output)
     markdown = output.with_suffix(".md")
-    for path, text in ((output, html), (markdown, f"# {title}\n\n{markdown_table(header, rows)}\n")):
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with atomic_path(markdown) as temporary:
+        temporary.write_text(f"# {title}\n\n{markdown_table(header, rows)}\n", encoding="utf-8")
     return output, markdown
 
 

@@ -40,11 +40,12 @@ def main(argv: list[str] | None = None) -> int | None:
     if (args.gt is None) == (args.gt_parent_path is None):
         raise LlavaError("give --gt or --gt_parent_path (one of them)")
     questions = {pred: find_questions(pred, args.gt, args.gt_parent_path) for pred in files}
+    from llava.eval.metrics.score import headlines
     from llava.eval.reports.evaluation import evaluate
     from llava.eval.reports.tables import number_cell, text_table
     from llava.records import write_records
 
-    rows, lines = [], []
+    results = []
     for pred, (dataset, gt) in questions.items():
         result = evaluate(
             gt,
@@ -55,11 +56,16 @@ def main(argv: list[str] | None = None) -> int | None:
             resamples=args.bootstrap_samples,
             seed=args.seed,
         )
-        rows.append({"dataset": dataset, **result.as_dict()})
-        cells = [number_cell(result.scores.headline(*key)) for key in _COLUMNS]
-        lines.append([str(pred), dataset, str(result.scores.open), str(result.scores.closed), *cells])
+        results.append((dataset, result))
+    rows = [{"dataset": dataset, **result.as_dict()} for dataset, result in results]
     write_records(Path(args.output).with_suffix(".jsonl"), rows)
-    header = ["answers", "data set", "open", "closed", *(" ".join(key) for key in _COLUMNS)]
+    shown = headlines(result.scores for _, result in results)
+    header = ["answers", "data set", "open", "closed", *(metric.heading for metric in shown)]
+    lines = []
+    for dataset, result in results:
+        scores = result.scores
+        cells = [number_cell(scores.number(metric)) for metric in shown]
+        lines.append([str(result.pred), dataset, str(scores.open), str(scores.closed), *cells])
     write_line(text_table(header, lines))
     write_line(f"\n{len(rows)} answer files scored; all numbers: {Path(args.output).with_suffix('.jsonl')}")
 
@@ -101,8 +107,6 @@ def beside(path: Path, names) -> Path | None:
     """The first of `names` that exists beside `path`."""
     return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
 
-
-_COLUMNS = (("paper", "open"), ("paper", "closed"), ("strict", "open"), ("strict", "closed"))
 
 if __name__ == "__main__":
     run(main)

@@ -5,6 +5,7 @@ python -m llava.eval.run_llava --model-path CHECKPOINT --image-file scan.png --q
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
+from llava.sampling_params import add_sampling_flags, sampling_from_args
 
 
 def build_parser() -> ArgumentParser:
@@ -15,11 +16,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--sep", default=",")
     parser.add_argument("--query", required=True)
     parser.add_argument("--conv-mode", "--conv-template", dest="conv_mode", help="template; default: the checkpoint's")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--num_beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--seed", type=int)
+    add_sampling_flags(parser, max_new_tokens=512)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_bool("--load-8bit")
     parser.add_bool("--load-4bit")
@@ -30,14 +27,13 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     from llava.images import open_image
 
-    if args.num_beams != 1:
-        raise LlavaError("--num_beams: answers are greedy or sampled here; leave it at 1")
+    sampling = sampling_from_args(args)
     # Before the model, which takes longer: an image that can't be read is found out at once.
     paths = [path for path in (args.image_file or "").split(args.sep) if path]
     images = [open_image(path) for path in paths]
 
     from llava.conversation import get_template
-    from llava.generation import Engine, Request, SamplingParams
+    from llava.generation import Engine, Request
     from llava.model import load_pretrained_model
 
     if args.conv_mode:
@@ -52,9 +48,6 @@ def main(argv=None) -> None:
     )
     conversation = get_template(loaded.model.config.conversation_template)
     conversation.append_message(conversation.roles[0], with_images(args.query, len(images)))
-    sampling = SamplingParams(
-        temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed
-    )
     write_line(Engine(loaded).generate([Request(conversation, images, sampling)])[0].text.strip())
 
 

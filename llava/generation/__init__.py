@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from llava.sampling_params import SamplingParams
+
 _PUBLIC = {
     "Answer": "types",
     "ContextTooLong": "types",
@@ -12,7 +14,6 @@ _PUBLIC = {
     "OutOfMemory": "types",
     "Piece": "types",
     "Request": "types",
-    "SamplingParams": "types",
     "Handle": "engine",
     "TokenLogprob": "types",
 }
@@ -41,13 +42,12 @@ if TYPE_CHECKING:
         OutOfMemory,
         Piece,
         Request,
-        SamplingParams,
         TokenLogprob,
     )
 
 
 def __getattr__(name: str):
-    # Sampling parameters and errors are read by servers that don't load torch.
+    # Errors and requests are read by commands that don't load torch.
     if name not in _PUBLIC:
         raise AttributeError(f"module 'llava.generation' has no attribute {name!r}")
     value = getattr(import_module(f"llava.generation.{_PUBLIC[name]}"), name)

@@ -38,9 +38,9 @@ def read_weights(
 ) -> AttentionMap:
     """What `Runner.watch` gave for the positions that made `token_ids`, `[tokens, positions]`, put into images."""
     views = [
-        View(number, image, tile)
+        View(number, seen, tile)
         for number, (image, (first, last)) in enumerate(zip(prompt.images, prompt.spans, strict=True))
-        for image, tile in zip(encoder.seen(image), _tiles(weights[:, first:last], encoder), strict=True)
+        for seen, tile in zip(encoder.seen(image), _tiles(weights[:, first:last], encoder), strict=True)
     ]
     shares = sum((weights[:, first:last].sum(1) for first, last in prompt.spans), np.zeros(len(weights), np.float32))
     return AttentionMap(_texts(token_ids, detokenizer), shares, views)

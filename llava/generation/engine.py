@@ -106,10 +106,11 @@ class Engine:
                 self.scheduler.cancel(generation)
             if underway and self._thread is None:
                 self._advance()
-        for answer in answers:
+        done = [answer for answer in answers if answer is not None]
+        for answer in done:
             if answer.error is not None:
                 raise answer.error
-        return answers
+        return done
 
     def stream(self, request: Request) -> Iterator[str]:
         """Pieces of one answer's text as they are made; their join is `generate`'s text.
@@ -284,7 +285,7 @@ class Handle:
 
     def cancel(self) -> None:
         """Give the request up; its place is free after the next step."""
-        if self.answer is None:
+        if self.answer is None and self.generation is not None:
             self._engine.scheduler.cancel(self.generation)
             with self._engine._work:
                 self._engine._work.notify()

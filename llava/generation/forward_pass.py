@@ -129,7 +129,9 @@ class WatchedPass(PackedPass):
         output = super().attend(index, attention, queries, keys, values)
         group = self.groups[0]
         mask = group.mask[0, 0, -self.count :]
-        seen = self.cache.layers[index][0, group.rows.start, :, : group.width]
+        layer = self.cache.layers[index]
+        assert layer is not None, "the pass has just written it"
+        seen = layer[0, group.rows.start, :, : group.width]
         # Key head by key head: all at once would be heads x positions x positions.
         own = queries[-self.count :].unflatten(1, (len(seen), -1)).movedim(0, 2)
         for watching, known in zip(own, seen, strict=True):

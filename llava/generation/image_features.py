@@ -70,7 +70,7 @@ class ImageEncoder:
             if (found := self._features.get(image.key)) is not None:
                 return len(found)
         self.prepare([image])
-        return len(image.pixels) * self.model.num_patches
+        return len(self._pixels(image) if image.pixels is None else image.pixels) * self.model.num_patches
 
     def prepare(self, images: Iterable[RequestImage]) -> None:
         """Make pixel values of those whose features aren't there; may be called from any thread.
@@ -89,11 +89,10 @@ class ImageEncoder:
     def features(self, images: Sequence[RequestImage]) -> list[torch.Tensor]:
         """Features of each; distinct new ones are encoded together."""
         with self._lock:
-            found = {image.key: self._features.get(image.key) for image in images}
+            found = {image.key: self._features[image.key] for image in images if image.key in self._features}
             for key in found:
-                if found[key] is not None:
-                    self._features.move_to_end(key)
-        new = {image.key: image for image in images if found[image.key] is None}
+                self._features.move_to_end(key)
+        new = {image.key: image for image in images if image.key not in found}
         self.encoded += len(new)
         self.reused += len(images) - len(new)
         found |= self._encode(list(new.values()))
@@ -122,7 +121,7 @@ class ImageEncoder:
         return pixels
 
     def _encode(self, images: list[RequestImage]) -> dict[int, torch.Tensor]:
-        encoded = {}
+        encoded: dict[int, torch.Tensor] = {}
         for start in range(0, len(images), _ENCODE_AT_ONCE):
             part = images[start : start + _ENCODE_AT_ONCE]
             pixels = [self._pixels(image) if image.pixels is None else image.pixels for image in part]

@@ -56,6 +56,9 @@ class PromptBuilder:
         self.image_tokens = ImageTokens.from_config(config, tokenizer)
         self._special = set(tokenizer.all_special_tokens)
         self._stop_ids: dict[str, frozenset[int]] = {}
+        self._vocabulary = config.vocab_size
+        self._longest_text = context_len * max(map(len, tokenizer.get_vocab()))
+        """Characters that the context can hold, if each token were the vocabulary's longest."""
 
     def build(self, request: Request, known: dict[int, RequestImage] | None = None) -> Prompt:
         """The request's prompt; images are identified, not yet opened (but for `anyres`).
@@ -63,9 +66,11 @@ class PromptBuilder:
         `known` collects images by the identity of their source, so that a source used again isn't hashed again.
 
         Raises:
-            LlavaError: images and `<image>` differ in number, an image's file is missing.
+            LlavaError: images and `<image>` differ in number, an image's file is missing, an id of the sampling
+                parameters isn't in the vocabulary.
             ContextTooLong: no room for an answer; the message names both lengths.
         """
+        self._check(request)
         ids = np.asarray(self._tokenize(request.conversation), np.int64)
         places = int((ids == IMAGE_TOKEN_INDEX).sum())
         if places != len(request.images):
@@ -99,6 +104,25 @@ class PromptBuilder:
             **self._stops(request),
         )
 
+    def _check(self, request: Request) -> None:
+        """What can be refused before anything is tokenised, which for 30 MB of text takes minutes."""
+        conversation = request.conversation
+        texts = [conversation] if isinstance(conversation, str) else []
+        if isinstance(conversation, Conversation):
+            texts = [conversation.system, *(text for _, text in conversation.messages if text)]
+        length = sum(map(len, texts))
+        if length > self._longest_text:
+            raise ContextTooLong(
+                f"{_name(request)}the text has {length} characters, more than the model's context of "
+                f"{self.context_len} can hold; shorten the conversation"
+            )
+        for name in ("stop_token_ids", "logit_bias"):
+            unknown = max(getattr(request.sampling, name), default=0)
+            if unknown >= self._vocabulary:
+                raise LlavaError(
+                    f"{_name(request)}{name}: {unknown} is no id of the model's vocabulary of {self._vocabulary}"
+                )
+
     def _tokenize(self, conversation: Conversation | str | Sequence[int]) -> Sequence[int]:
         if isinstance(conversation, Conversation):
             return encode_prompt(conversation, self.tokenizer, self.image_tokens)
@@ -114,15 +138,16 @@ class PromptBuilder:
 
     def _stops(self, request: Request) -> dict[str, Any]:
         strings = list(request.sampling.stop)
+        own = frozenset(request.sampling.stop_token_ids)
         if request.sampling.ignore_eos:
-            return {"stop_ids": frozenset(), "stop_strings": tuple(strings)}
+            return {"stop_ids": own, "stop_strings": tuple(strings)}
         end = request.conversation.stop_str if isinstance(request.conversation, Conversation) else ""
         if end not in self._stop_ids:
             ids = stop_token_ids(request.conversation, self.tokenizer) if end else [self.tokenizer.eos_token_id]
             self._stop_ids[end] = frozenset(ids) - {None}
         if end and end not in self._special:
             strings.append(end)
-        return {"stop_ids": self._stop_ids[end], "stop_strings": tuple(dict.fromkeys(strings))}
+        return {"stop_ids": self._stop_ids[end] | own, "stop_strings": tuple(dict.fromkeys(strings))}
 
 
 def _beginning(key: np.ndarray, length: int) -> Beginning | None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llava.errors import LlavaError
 from llava.generation.cache.rows import RowCache
 from llava.generation.forward_pass import PackedPass, Row, WatchedPass
 from llava.generation.image_features import ImageEncoder
@@ -14,13 +15,13 @@ from llava.generation.prompts import Prompt
 
 
 class Runner:
-    """Runs LLaMA's or Mistral's blocks on packed tokens; their modules are transformers' (quantized or not)."""
+    """Runs a language model's blocks on packed tokens; their modules are transformers' (quantized or not)."""
 
     def __init__(self, model: Any, encoder: ImageEncoder, cache_bytes: int, context_len: int):
         config = model.config
         self.model = model
         self.encoder = encoder
-        self.window = getattr(config, "sliding_window", None)
+        self.window = _window(config)
         embedding = model.get_input_embeddings().weight
         self.device = embedding.device
         self.dtype = embedding.dtype
@@ -92,3 +93,19 @@ class Runner:
             return None
         features = self.encoder.features([image for image, _, _ in needed])
         return torch.cat([own[first:last] for own, (_, first, last) in zip(features, needed, strict=True)])
+
+
+def _window(config: Any) -> int | None:
+    """How many positions back each position sees, the same in all layers; None for all.
+
+    Raises:
+        LlavaError: some layers have a window and some don't.
+    """
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds == {"full_attention"}:
+        return None
+    if kinds - {"sliding_attention"}:
+        raise LlavaError(
+            f"layer_types: the engine runs models whose layers all attend in one way, this one has {sorted(kinds)}"
+        )
+    return getattr(config, "sliding_window", None)

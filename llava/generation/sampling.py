@@ -1,4 +1,8 @@
-"""Logits to tokens, each row by its own rule, the same whatever rows stand beside it."""
+"""Logits to tokens, each row by its own rule, the same whatever rows stand beside it.
+
+What each parameter of `SamplingParams` does is here: `_edited` changes logits (greedy rows too), `_draw` cuts the
+distribution that is drawn from.
+"""
 
 import random
 from collections.abc import Sequence
@@ -6,23 +10,46 @@ from collections.abc import Sequence
 import torch
 
 from llava.generation.detokenize import Detokenizer
-from llava.generation.types import SamplingParams, TokenLogprob
+from llava.generation.types import TokenLogprob
+from llava.sampling_params import SamplingParams
+
+_LEAST_TOP_P = 1e-6  # the likeliest token alone
 
 
-def choose_tokens(
-    logits: torch.Tensor, params: Sequence[SamplingParams], generators: Sequence[random.Random | None]
-) -> list[int]:
-    """One token for each row of `logits` `[rows, vocabulary]`.
+class TokenChooser:
+    """How one answer's tokens are chosen: its rule, its own random numbers, and which tokens were there before.
 
-    A row that is sampled takes one number from its own generator, so its choice depends on nothing else.
+    Args:
+        prompt: ids of the prompt; those below zero (places of images) are no tokens.
     """
+
+    def __init__(self, rule: SamplingParams, prompt: Sequence[int] = ()):
+        self.rule = rule
+        self.random = None if rule.is_greedy else random.Random(rule.seed)
+        penalizes = rule.repetition_penalty != 1
+        self.seen: set[int] | None = {int(token) for token in prompt if token >= 0} if penalizes else None
+        """Tokens of prompt and answer, where the rule asks for them."""
+        self.edits = penalizes or bool(rule.logit_bias)
+        """Whether the logits are changed before a token is chosen."""
+
+    def note(self, token: int) -> None:
+        """`token` now belongs to the answer."""
+        if self.seen is not None:
+            self.seen.add(token)
+
+
+def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
+    """One token for each row of `logits` `[rows, vocabulary]`, which stay as they are.
+
+    A row that is drawn takes one number from its own generator, so its choice depends on nothing else.
+    """
+    logits = _edited(logits, choosers)
     tokens = logits.argmax(-1)
-    sampled = [row for row, rule in enumerate(params) if not rule.is_greedy]
-    if sampled:
-        rules = [params[row] for row in sampled]
-        numbers = [generators[row].random() for row in sampled]
-        places = torch.tensor(sampled, device=logits.device)
-        tokens[places] = _sample(logits[places].float(), rules, numbers)
+    drawn = [row for row, chooser in enumerate(choosers) if not chooser.rule.is_greedy]
+    if drawn:
+        numbers = [choosers[row].random.random() for row in drawn]
+        places = torch.tensor(drawn, device=logits.device)
+        tokens[places] = _draw(logits[places].float(), [choosers[row].rule for row in drawn], numbers)
     return tokens.tolist()
 
 
@@ -47,20 +74,47 @@ def token_logprobs(
     return found
 
 
-def _sample(logits: torch.Tensor, rules: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
+def _edited(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> torch.Tensor:
+    """The logits that rows with a repetition penalty or a bias choose from; without such rows the same tensor.
+
+    The penalty is CTRL's (Keskar et al. 2019, section 4.1), over prompt and answer as in transformers and vLLM.
+    """
+    rows = [row for row, chooser in enumerate(choosers) if chooser.edits]
+    if not rows:
+        return logits
+    logits = logits.float().clone()
+    for row in rows:
+        chooser, own = choosers[row], logits[row]
+        if chooser.seen:
+            ids = torch.tensor(sorted(chooser.seen), device=logits.device)
+            scores, penalty = own[ids], chooser.rule.repetition_penalty
+            own[ids] = torch.where(scores > 0, scores / penalty, scores * penalty)
+        if bias := chooser.rule.logit_bias:
+            own[torch.tensor(list(bias), device=logits.device)] += torch.tensor(
+                list(bias.values()), device=logits.device
+            )
+    return logits
+
+
+def _draw(logits: torch.Tensor, rules: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
     """Inverse of the cumulative distribution at `numbers` (each from 0 to 1), likeliest token first."""
-    device = logits.device
-    temperature = torch.tensor([rule.temperature for rule in rules], device=device)[:, None]
-    top_p = torch.tensor([rule.top_p for rule in rules], device=device)[:, None]
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
+
     vocabulary = logits.shape[-1]
-    top_k = torch.tensor([rule.top_k or vocabulary for rule in rules], device=device)[:, None]
+    temperature = column([rule.temperature for rule in rules])
+    top_p = column([max(rule.top_p, _LEAST_TOP_P) for rule in rules])
+    top_k = column([rule.top_k or vocabulary for rule in rules])
+    min_p = column([rule.min_p for rule in rules])
     sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax((sorted_logits - sorted_logits[:, :1]) / temperature, -1)
     before = probabilities.cumsum(-1) - probabilities
     # The first token that reaches top_p is still in; so at least one always is.
-    kept = (before < top_p) & (torch.arange(vocabulary, device=device) < top_k)
+    kept = (before < top_p) & (torch.arange(vocabulary, device=logits.device) < top_k)
+    kept &= probabilities >= min_p * probabilities[:, :1]
     cumulative = (probabilities * kept).double().cumsum(-1)
-    target = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
+    target = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True).clamp(max=vocabulary - 1)
     place = torch.minimum(place, kept.sum(-1, keepdim=True) - 1)
     return order.gather(-1, place)[:, 0]

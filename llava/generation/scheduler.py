@@ -206,7 +206,9 @@ class Scheduler:
         for row, plan in enumerate(plans, running):
             if plan.prefix is not None:
                 self.runner.cache.load(row, 1, plan.prefix.states, plan.begin)
-            rows.append(Row(row, plan.begin, len(plan.prompt), plan.source and row_of[id(plan.source)]))
+            rows.append(
+                Row(row, plan.begin, len(plan.prompt), None if plan.source is None else row_of[id(plan.source)])
+            )
         tokens = [one.tokens[-1] for one in self.running[:decoding]]
         prompts = [plan.prompt for plan in plans]
         hidden = [
@@ -268,7 +270,7 @@ class Scheduler:
         """Choose the next token of the rows from `start` on; finished requests leave."""
         generations = self.running[start:]
         params = [one.sampling for one in generations]
-        tokens = choose_tokens(logits, params, [one.generator for one in generations])
+        tokens = choose_tokens(logits, [one.chooser for one in generations])
         logprobs = token_logprobs(logits, tokens, params, self.detokenizer)
         self.counts.generated_tokens += len(tokens)
         finished: dict[int, str] = {}

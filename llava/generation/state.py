@@ -1,6 +1,5 @@
 """One answer under way: its tokens and text so far, and whom to tell about them."""
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +8,9 @@ import numpy as np
 from llava.errors import LlavaError
 from llava.generation.detokenize import Detokenizer, TextStream
 from llava.generation.prompts import Prompt
-from llava.generation.types import Answer, Piece, SamplingParams, TokenLogprob
+from llava.generation.sampling import TokenChooser
+from llava.generation.types import Answer, Piece, TokenLogprob
+from llava.sampling_params import SamplingParams
 
 Listener = Callable[[Piece | Answer], None]
 """Is given each piece as it is made and the answer at the end, in the thread that runs the engine."""
@@ -32,7 +33,7 @@ class Generation:
         self.length = 0
         """Positions in the cache."""
         self.cached = 0
-        self.generator = None if self.sampling.is_greedy else random.Random(self.sampling.seed)
+        self.chooser = TokenChooser(self.sampling, prompt.ids)
         follows_text = is_streamed or prompt.stop_strings
         self.text = TextStream(detokenizer, prompt.stop_strings) if follows_text else None
         self._told = 0
@@ -61,7 +62,8 @@ class Generation:
         if token in self.prompt.stop_ids:
             return "stop"
         self.tokens.append(token)
-        if logprob is not None:
+        self.chooser.note(token)
+        if logprob is not None and self.logprobs is not None:
             self.logprobs.append(logprob)
         if self.text is not None:
             self._tell(self.text.push([token]))

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: `Request`, `SamplingParams`, `Answer`, and pieces of one."""
+"""What goes into the engine and what comes out: `Request`, `Answer`, and pieces of one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import Any
 
 from llava.conversation import Conversation
 from llava.errors import LlavaError
+from llava.sampling_params import SamplingParams
 
 
 class EngineBusy(LlavaError):
@@ -18,50 +19,6 @@ class ContextTooLong(LlavaError):
 
 class OutOfMemory(LlavaError):
     """The device's memory doesn't suffice for this request."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to decode.
-
-    `temperature` 0 is greedy. `top_p` and `top_k` (0: all) cut the distribution that is sampled from. The same
-    `seed` gives the same answer whatever else is answered at the same time. `stop` strings end an answer and
-    aren't part of it. `logprobs` asks for each token's log-probability and that many alternatives.
-    `num_beams` above 1 is beam search, one request at a time.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 1024
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    logprobs: int | None = None
-    num_beams: int = 1
-    ignore_eos: bool = False
-    """Go on to `max_new_tokens` whatever the model says; for measurements."""
-
-    def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        checks = {
-            "temperature must be 0 or more": 0 <= self.temperature < float("inf"),
-            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
-            "top_k must be 0 (all) or more": self.top_k >= 0,
-            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "logprobs must be from 0 to 20": self.logprobs is None or 0 <= self.logprobs <= 20,
-            "num_beams must be at least 1": self.num_beams >= 1,
-            "stop strings must not be empty": all(isinstance(text, str) and text for text in stop),
-            "beam search doesn't sample; set temperature to 0": self.num_beams == 1 or self.temperature == 0,
-            "beam search gives no logprobs": self.num_beams == 1 or self.logprobs is None,
-        }
-        for message, is_fine in checks.items():
-            if not is_fine:
-                raise LlavaError(message)
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""`ImageProcessor`: RGB images to the pixel values that a CLIP tower was trained on.
+"""`ImageProcessor`: RGB images to the pixel values that a vision tower was trained on.
 
-The numbers are those of CLIPImageProcessor (bicubic on 8-bit pixels, shortest edge, centre crop, normalisation),
-made with Pillow directly; the ways to fit an image into the square are LLaVA's and LLaVA-Med's.
+The numbers are those of the library's processors (resized on 8-bit pixels, centre crop, normalisation), made with
+Pillow directly; the ways to fit an image into the square are LLaVA's and LLaVA-Med's.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,32 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FILE_NAME = "preprocessor_config.json"
 ASPECT_RATIOS = ("square", "pad", "keep", "anyres")
 
+_HALF = (0.5, 0.5, 0.5)
+_CLIP = {"size": {"shortest_edge": 224}}
+_KINDS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": _CLIP,
+    "BitImageProcessor": _CLIP,
+    # CLIP's with padding, which a config's image_aspect_ratio says here.
+    "LlavaImageProcessor": _CLIP,
+    "SiglipImageProcessor": {
+        "size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "image_mean": _HALF,
+        "image_std": _HALF,
+    },
+    "ViTImageProcessor": {
+        "size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "image_mean": _HALF,
+        "image_std": _HALF,
+        "resample": int(Image.Resampling.BILINEAR),
+    },
+}
+"""The library's processors whose settings may be left out of a file, and what they then are (else CLIP's)."""
+_NEEDED = ("size", "image_mean", "image_std", "resample")
+"""What a file of any other kind of processor has to say itself."""
+_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad")
+"""What a file may ask for; `do_pad` is read by whoever knows the layout of the file (image_aspect_ratio)."""
 _KEEP_LONGEST, _KEEP_SHORTEST = 448, 224
 """LLaVA-Med v1.0's bounds for `keep` (llava/train/train.py), whatever the tower's size."""
 _MAX_STRETCH = 64
@@ -47,6 +73,8 @@ class ImageProcessor:
     do_center_crop: bool = True
     do_rescale: bool = True
     do_normalize: bool = True
+    kind: str = field(default="CLIPImageProcessor", compare=False)
+    """The library's class that does the same, for the file; the numbers depend on the fields above alone."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path | dict[str, Any]) -> "ImageProcessor":
@@ -63,18 +91,25 @@ class ImageProcessor:
 
     from_config = from_pretrained
 
+    @classmethod
+    def find(cls, folder: Path) -> "ImageProcessor | None":
+        """That of a model folder, whichever file says it; None if none does."""
+        settings = find_settings(folder)
+        return None if settings is None else cls._from_config(settings, str(folder))
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, as CLIP's own processor in transformers reads it."""
+        """Write preprocessor_config.json, as the library's processor of this kind reads it."""
         fields = asdict(self)
+        kind = fields.pop("kind")
         height, width = self.crop_size
         fields["size"] = (
             {"shortest_edge": self.size} if isinstance(self.size, int) else dict(zip(("height", "width"), self.size))
         )
         fields["crop_size"] = {"height": height, "width": width}
+        if not self.do_center_crop:
+            del fields["crop_size"]
         fields |= {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
-        write_json(
-            Path(folder) / FILE_NAME, {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True} | fields
-        )
+        write_json(Path(folder) / FILE_NAME, {"image_processor_type": kind, "do_convert_rgb": True} | fields)
 
     def __call__(
         self,
@@ -204,11 +239,16 @@ class ImageProcessor:
     def _from_config(cls, config: Any, where: str) -> "ImageProcessor":
         if not isinstance(config, dict):
             raise LlavaError(f"{where}: expected an object with the image processor's settings")
-        known = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        kind = _kind(config)
+        given = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        _check_steps(config, given, kind, where)
+        known = _KINDS.get(kind, {}) | given | {"kind": kind}
         try:
-            if "size" in known:
-                known["size"] = _read_size(known["size"])
-            known["crop_size"] = _read_crop(known.get("crop_size", known.get("size", 224)))
+            known["size"] = _read_size(known["size"])
+            if isinstance(known["size"], int) and "height" in _KINDS.get(kind, _CLIP)["size"]:
+                known["size"] = (known["size"], known["size"])
+            cropped = known.get("do_center_crop", True)
+            known["crop_size"] = _read_crop(known.get("crop_size", known["size"]) if cropped else known["size"])
             for name in ("image_mean", "image_std"):
                 if name in known:
                     known[name] = tuple(float(value) for value in known[name])
@@ -218,6 +258,34 @@ class ImageProcessor:
         if len(processor.image_mean) != 3 or len(processor.image_std) != 3 or 0 in processor.image_std:
             raise LlavaError(f"{where}: image_mean and image_std need three values each, none of image_std 0")
         return processor
+
+
+def _kind(config: dict[str, Any]) -> str:
+    """The class that a file names, whatever its variant; CLIP's if it names none."""
+    name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor")
+    return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+
+
+def _check_steps(config: dict[str, Any], given: dict[str, Any], kind: str, where: str) -> None:
+    unknown = [name for name, value in config.items() if name.startswith("do_") and value and name not in _STEPS]
+    if unknown:
+        raise LlavaError(f"{where}: {unknown[0]} of {kind} isn't supported; known steps: {', '.join(_STEPS)}")
+    missing = [name for name in _NEEDED if name not in given]
+    if kind not in _KINDS and missing:
+        raise LlavaError(
+            f"{where}: {', '.join(missing)} of {kind} must be given in the file; defaults are known of "
+            f"{', '.join(_KINDS)}"
+        )
+
+
+def find_settings(folder: Path) -> dict[str, Any] | None:
+    """The image settings of a model folder: preprocessor_config.json, or a part of processor_config.json."""
+    for name in (FILE_NAME, "processor_config.json"):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        settings = content.get("image_processor", content if name == FILE_NAME else None)
+        if settings:
+            return settings
+    return None
 
 
 def _with_shortest(width: int, height: int, edge: int) -> tuple[int, int]:

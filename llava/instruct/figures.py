@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
+from llava.record_content import ASSISTANT, first_given, has_turns, read_turns, record_images
 from llava.records import Record, iter_records, read_json
 
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
@@ -83,10 +84,13 @@ def _by_domain(path: Path) -> Iterable[tuple[str | None, Record]] | None:
 
 
 def _figure(row: Record, domain: str | None, where: str) -> Figure:
-    key = row.get("pair_id", row.get("id"))
-    caption = row.get("fig_caption", row.get("caption"))
-    if caption is None and "conversations" in row:
-        caption = next((turn.get("value") for turn in row["conversations"] if turn.get("from") == "gpt"), None)
+    key = first_given(row, "pair_id", "id")
+    caption = first_given(row, "fig_caption", "caption")
+    if caption is None and has_turns(row):
+        caption = _first_answer(row, where)
+    images = record_images(row)
+    if len(images) > 1 or not all(isinstance(image, str) for image in images):
+        raise LlavaError(f"{where}: expected one image at most, by its name")
     if key is None or not isinstance(caption, str) or not caption.strip():
         raise LlavaError(f"{where}: expected an id (pair_id) and a caption (fig_caption)")
     return Figure(
@@ -95,8 +99,16 @@ def _figure(row: Record, domain: str | None, where: str) -> Figure:
         label=row.get("fig_label") or "",
         mentions=tuple(_mentions(row.get("in_text_mention"))),
         domain=domain or _domain(row.get("domain")),
-        image=row.get("image"),
+        image=images[0] if images else None,
     )
+
+
+def _first_answer(row: Record, where: str) -> str | None:
+    try:
+        turns = read_turns(row)
+    except LlavaError as error:
+        raise LlavaError(f"{where}: {error}") from error
+    return next((turn.text for turn in turns if turn.role == ASSISTANT), None)
 
 
 def _mentions(value: Any) -> Iterable[str]:

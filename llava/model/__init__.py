@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _PUBLIC = {
-    "LlavaLlamaConfig": "configuration",
-    "LlavaLlamaForCausalLM": "language_model",
-    "LlavaMistralConfig": "configuration",
-    "LlavaMistralForCausalLM": "language_model",
+    "LlavaLlamaConfig": "families",
+    "LlavaLlamaForCausalLM": "families",
+    "LlavaMistralConfig": "families",
+    "LlavaMistralForCausalLM": "families",
     "LoadedModel": "loader",
     "add_image_tokens": "build",
     "build_model_from_llm": "build",
@@ -31,8 +31,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from llava.model.build import add_image_tokens, build_model_from_llm
-    from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
-    from llava.model.language_model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
+    from llava.model.families import (
+        LlavaLlamaConfig,
+        LlavaLlamaForCausalLM,
+        LlavaMistralConfig,
+        LlavaMistralForCausalLM,
+    )
     from llava.model.loader import LoadedModel, load_pretrained_model
     from llava.model.saver import save_model
     from llava.model.tokenizer import load_tokenizer

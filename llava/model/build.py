@@ -8,17 +8,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
-from llava.model.configuration import SCHEME_PATCH, LlavaLlamaConfig, LlavaMistralConfig
-from llava.model.language_model import MODEL_CLASSES
+from llava.model.configuration import SCHEME_PATCH
+from llava.model.families import family_of_llm, model_class_of
 from llava.model.loader import LoadedModel, context_length, load_image_processor
 from llava.model.tokenizer import add_tokens, load_tokenizer
-from llava.model.towers.files import read_vision_config, tower_source
+from llava.model.towers import read_vision_config
 from llava.model.weights.assemble import Source, build_empty, fill_model
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
 from llava.model.weights.placement import best_device
-
-CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
 
 
 def build_model_from_llm(
@@ -30,7 +28,7 @@ def build_model_from_llm(
     attn_implementation: str | None = None,
     **mm_fields: Any,
 ) -> LoadedModel:
-    """A LLaVA of a LLaMA or Mistral and a CLIP (folders or hub ids) with a new projector.
+    """A LLaVA of a language model and a vision tower (folders or hub ids) with a new projector.
 
     Args:
         mm_fields: fields of the LLaVA config: `mm_projector_type`, `mm_vision_select_layer`,
@@ -46,10 +44,10 @@ def build_model_from_llm(
     # A folder's absolute path, so that the note of its origin stays true from any working directory.
     tower_name = str(tower_folder.absolute()) if Path(vision_tower).expanduser().is_dir() else str(vision_tower)
     config = _config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)
-    model = build_empty(MODEL_CLASSES[config.model_type], config, attn_implementation)
+    model = build_empty(model_class_of(config), config, attn_implementation)
     weights = WeightFiles.of_folder(llm_folder)
     names = {name: name for name in weights if not is_harmless(name)}
-    sources = [Source("language model", weights, names), tower_source(tower_folder, model)]
+    sources = [Source("language model", weights, names), model.get_vision_tower().source(tower_folder)]
     fill_model(model, sources, dtype, torch.device(device or best_device()), fresh=lambda name: "mm_projector" in name)
     tokenizer = load_tokenizer(llm_folder)
     add_image_tokens(model, tokenizer)
@@ -91,12 +89,7 @@ def _config(llm_folder: Path, tower_name: str, vision_config: dict, mm_fields: d
         llm_config = AutoConfig.from_pretrained(llm_folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise LlavaError(f"{llm_folder}: config.json can't be read ({str(error).splitlines()[0]})") from error
-    config_class = CONFIG_CLASSES.get(llm_config.model_type)
-    if config_class is None:
-        raise LlavaError(
-            f"{llm_folder}: language models of type {llm_config.model_type!r} aren't supported; "
-            f"use {' or '.join(CONFIG_CLASSES)}"
-        )
+    config_class = family_of_llm(llm_config.model_type, llm_folder).config_class
     fields = llm_config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         fields.pop(name, None)

@@ -1,12 +1,10 @@
-"""Configurations of the two LLaVA families: the language model's fields plus everything the images need.
+"""What a LLaVA configuration has beside its language model's fields (llava.model.families joins the two).
 
 A checkpoint's config.json carries all that is needed to run the model; nothing is read off a folder's name.
 """
 
 from dataclasses import dataclass
 from typing import Any
-
-from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 SCHEME_PLACEHOLDER = "placeholder"
 SCHEME_PATCH = "patch"
@@ -67,15 +65,3 @@ class LlavaConfigFields:
             kind = scaling.get("rope_type", "default")
             content["rope_scaling"] = None if kind == "default" else scaling | {"type": kind}
         return content
-
-
-class LlavaLlamaConfig(LlavaConfigFields, LlamaConfig):
-    model_type = "llava_llama"
-
-
-class LlavaMistralConfig(LlavaConfigFields, MistralConfig):
-    model_type = "llava_mistral"
-
-
-AutoConfig.register(LlavaLlamaConfig.model_type, LlavaLlamaConfig)
-AutoConfig.register(LlavaMistralConfig.model_type, LlavaMistralConfig)

@@ -11,7 +11,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--model-path", "--src", required=True, help="checkpoint: folder or hub id")
     parser.add_argument("--model-base", help="base model of a LoRA or projector folder")
     parser.add_argument("--output", "--dst", "--save-model-path", required=True, help="folder for the result")
-    parser.add_argument("--vision-tower", help="CLIP folder or hub id in place of the config's mm_vision_tower")
+    parser.add_argument(
+        "--vision-tower", help="vision tower (folder or hub id) in place of the config's mm_vision_tower"
+    )
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: each tensor's own")
     parser.add_bool("--overwrite", help="replace an output folder that is there")
     return parser

@@ -1,33 +1,45 @@
-"""The multimodal models: LLaMA and Mistral with a vision tower, a projector and one scatter of features.
+"""What makes a language model multimodal: a vision tower, a projector and one scatter of features.
 
-`input_ids` come expanded: every position that an image feature takes holds IMAGE_TOKEN_INDEX. The features
-are put there by one masked scatter over the whole batch, so nothing depends on the data but the values.
+`LlavaForCausalLM` is mixed into the language models of llava.model.families.
+
+`input_ids` come expanded: every position that an image feature takes holds IMAGE_TOKEN_INDEX. In training the
+collator says where those are (`image_positions`), so that no step waits for the GPU; else they are looked for.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralForCausalLM,
-    MistralModel,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
-from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
-from llava.model.loss import causal_loss
+from llava.model.configuration import LlavaConfigFields
+from llava.model.loss import LanguageHead, causal_loss
 from llava.model.projector import build_projector
-from llava.model.towers.base import VisionTower, build_vision_tower
+from llava.model.towers import VisionTower, build_vision_tower
 
 
 class LlavaForCausalLM:
-    """What the two models share; mixed in before the language model's class."""
+    """What the models of all families share; stands before the language model's class among the bases.
+
+    `core_class` is the library's language model without its head.
+    """
+
+    core_class: type[PreTrainedModel]
+
+    def __init__(self, config: LlavaConfigFields):
+        # Past the language model's own __init__, which would build the core a second time.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.core_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
+        self._no_split_modules = {*self._no_split_modules, LanguageHead.__name__}
+        self.post_init()
+        # Tower and projector come last and keep their own initialisation.
+        if config.mm_vision_config:
+            self.initialize_vision_modules()
 
     def get_model(self) -> nn.Module:
         return self.model
@@ -54,6 +66,11 @@ class LlavaForCausalLM:
             self.config.mm_projector_type, tower.hidden_size, self.config.hidden_size
         )
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Set the head; one whose rows were added or taken away is a plain linear layer."""
+        plain = type(new_embeddings) is nn.Linear
+        super().set_output_embeddings(LanguageHead.of(new_embeddings) if plain else new_embeddings)
+
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixel values `[n, 3, H, W]` to projected features `[n, patches, hidden]`."""
         return self.project(self.get_vision_tower()(pixel_values))
@@ -79,6 +96,8 @@ class LlavaForCausalLM:
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
+        target_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ):
         """The language model's forward, with images.
@@ -92,6 +111,9 @@ class LlavaForCausalLM:
             pixel_values: `[n_images, 3, H, W]` of all images of the batch, in reading order.
             image_features: in their place, `[n_image_positions, hidden]`, already projected.
             vision_features: in their place, `[n_images, patches, mm_hidden]`, from the tower.
+            image_positions: int64 `[n_image_positions]`, where image positions lie in the flattened `input_ids`.
+            target_positions: int64 `[targets]`, where targets lie in the flattened labels, none first in its row.
+                With both a training step depends on shapes alone and never waits for the GPU.
 
         In training a batch without images still runs projector (and tower, unless `vision_features` are
         in use) on a zero image with weight zero: sharded parameters are gathered by all ranks or none.
@@ -100,7 +122,7 @@ class LlavaForCausalLM:
             LlavaError: the number of image positions isn't the number of features.
         """
         if inputs_embeds is None and input_ids is not None:
-            inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_features, vision_features)
+            inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_features, vision_features, image_positions)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1])
         if labels is not None and self.training:
@@ -111,7 +133,13 @@ class LlavaForCausalLM:
                 use_cache=False,
                 **kwargs,
             )
-            loss = causal_loss(outputs.last_hidden_state, self.lm_head, labels, self.config.vocab_size)
+            loss = causal_loss(
+                outputs.last_hidden_state,
+                self.lm_head,
+                labels,
+                self.config.vocab_size,
+                target_positions=target_positions,
+            )
             return CausalLMOutputWithPast(loss=loss)
         return super().forward(
             attention_mask=attention_mask,
@@ -129,6 +157,7 @@ class LlavaForCausalLM:
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings `[batch, positions, hidden]` of expanded ids, image features in their places."""
         is_image = input_ids == IMAGE_TOKEN_INDEX
@@ -136,13 +165,16 @@ class LlavaForCausalLM:
         features = self._features(pixel_values, image_features, vision_features)
         decoding = input_ids.shape[1] == 1 and features is None
         if not decoding and not torch.compiler.is_compiling():
-            _check_counts(int(is_image.sum()), 0 if features is None else features.shape[0])
+            positions = int(is_image.sum()) if image_positions is None else image_positions.shape[0]
+            _check_counts(positions, 0 if features is None else features.shape[0])
         if features is None:
             if self.training and torch.is_grad_enabled() and image_features is None:
                 inputs_embeds = inputs_embeds + self._idle_contribution(vision_features).to(inputs_embeds)
             return inputs_embeds
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
+        if image_positions is None:
+            return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
+        return inputs_embeds.flatten(0, 1).index_copy(0, image_positions, features).view_as(inputs_embeds)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
         """As the library's, with the images given in the first step alone: later they are in the cache.
@@ -176,65 +208,16 @@ class LlavaForCausalLM:
         tower = self.get_vision_tower()
         if vision_features is None:
             size = tower.image_size
-            features = self.encode_images(torch.zeros(1, 3, size, size))
+            features = self.encode_images(torch.zeros(1, 3, size, size, device=tower.device))
         else:
             features = self.project(vision_features.new_zeros(1, tower.num_patches, tower.hidden_size))
         return features.sum() * 0
-
-
-class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
-    """LLaMA-1/2 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor) with images."""
-
-    config_class = LlavaLlamaConfig
-    _no_split_modules = ("LlamaDecoderLayer",)
-
-    def __init__(self, config: LlavaLlamaConfig):
-        super(LlamaForCausalLM, self).__init__(config)
-        _build(self, LlavaLlamaModel(config))
-
-
-class LlavaLlamaModel(LlamaModel):
-    config_class = LlavaLlamaConfig
-
-
-class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
-    """Mistral (LLaVA-Med v1.5) with images."""
-
-    config_class = LlavaMistralConfig
-    _no_split_modules = ("MistralDecoderLayer",)
-
-    def __init__(self, config: LlavaMistralConfig):
-        super(MistralForCausalLM, self).__init__(config)
-        _build(self, LlavaMistralModel(config))
-
-
-class LlavaMistralModel(MistralModel):
-    config_class = LlavaMistralConfig
-
-
-MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    LlavaLlamaConfig.model_type: LlavaLlamaForCausalLM,
-    LlavaMistralConfig.model_type: LlavaMistralForCausalLM,
-}
-AutoModelForCausalLM.register(LlavaLlamaConfig, LlavaLlamaForCausalLM)
-AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)
 
 
 def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.LongTensor:
     """Positions `[batch, length]` of the last `length` columns of a 0/1 mask, counted from its first 1."""
     positions = attention_mask.long().cumsum(-1) - 1
     return positions.clamp(min=0)[:, -length:]
-
-
-def _build(model: PreTrainedModel, core: PreTrainedModel) -> None:
-    """Put a causal language model together; tower and projector come last and keep their own initialisation."""
-    config = model.config
-    model.model = core
-    model.vocab_size = config.vocab_size
-    model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    model.post_init()
-    if config.mm_vision_config:
-        model.initialize_vision_modules()
 
 
 def _check_counts(positions: int, features: int) -> None:

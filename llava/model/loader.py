@@ -12,7 +12,7 @@ from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
 from llava.model.configuration import SCHEME_PATCH
-from llava.model.language_model import MODEL_CLASSES
+from llava.model.families import model_class_of
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.weights.assemble import build_empty, fill_model
 from llava.model.weights.locate import locate_model
@@ -23,11 +23,8 @@ from llava.model.weights.quantized import (
     quantization_config,
     split_quantization_state,
 )
-from llava.records import read_json
 
 log = logging.getLogger(__name__)
-
-_NORMALISATION = ("image_mean", "image_std")
 
 
 class LoadedModel(NamedTuple):
@@ -98,7 +95,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of an opened checkpoint, filled and placed, in evaluation mode."""
     config = parts.config
-    model = build_empty(MODEL_CLASSES[config.model_type], config, attn_implementation)
+    model = build_empty(model_class_of(config), config, attn_implementation)
     quantization_state = _prepare_quantized(parts, model, bits, dtype)
     placement = Placement(model, device, dtype, device_map, bits)
     fill_model(model, parts.sources(model), dtype, placement.device_of, quantization_state=quantization_state)
@@ -139,19 +136,11 @@ def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder:
 
 
 def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> ImageProcessor:
-    """The image processor of the first of `folders` that has one, or CLIP's for the tower's size."""
+    """The image processor of the first of `folders` that has one, or the tower's own settings."""
     for place in folders:
-        if place is None:
-            continue
-        if (place / "preprocessor_config.json").is_file():
-            return ImageProcessor.from_pretrained(place)
-        if (place / "processor_config.json").is_file():
-            settings = read_json(place / "processor_config.json").get("image_processor")
-            if settings:
-                return ImageProcessor.from_pretrained(settings)
-    tower = model.get_vision_tower()
-    normalisation = {name: tower.vision_config[name] for name in _NORMALISATION if name in tower.vision_config}
-    return ImageProcessor.from_pretrained({"size": tower.image_size, "crop_size": tower.image_size} | normalisation)
+        if place is not None and (found := ImageProcessor.find(place)) is not None:
+            return found
+    return ImageProcessor.from_pretrained(model.get_vision_tower().default_image_settings())
 
 
 def _prepare_quantized(parts: Parts, model: PreTrainedModel, bits: int, dtype) -> dict[str, list[str]] | None:

@@ -10,7 +10,9 @@ import logging
 from collections.abc import Callable, Sequence
 
 from llava.errors import LlavaError
-from llava.openai_api import ApiSettings, ChatJob, ChatResult, RunSummary, UnusableReply, make_client, read_completion
+from llava.openai_client.client import UnusableReply, make_client, read_completion
+from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
+from llava.openai_client.settings import ApiSettings
 from llava.records import Record, ResumableJsonl, read_json, write_json
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
-"""What keeps a long run of paid requests within bounds: rate limits, back-off and the account of money."""
+"""What keeps a long run of paid requests within bounds: rate limits and the account of money."""
 
 import asyncio
-import random
-from collections import deque
 from dataclasses import dataclass, field
+
+from aiolimiter import AsyncLimiter
 
 from llava.errors import LlavaError
 
@@ -34,48 +34,49 @@ def estimate_tokens(messages: list[dict]) -> int:
     return total
 
 
-def backoff_seconds(attempt: int, base: float, cap: float = 60.0) -> float:
-    """Exponential back-off with full jitter, so that clients that failed together don't return together."""
-    return random.uniform(0, min(cap, base * 2**attempt))
-
-
 class RateGate:
-    """Lets requests pass at no more than so many, and so many tokens, in any 60 seconds.
+    """Lets requests pass at no more than so many a minute, and so many tokens.
 
-    `pause` holds everybody back: a Retry-After is the server's word about all of our requests.
+    Passing is spread over the minute: at most what is allowed for `BURST_SECONDS` passes at once, because providers
+    count in such short windows. `pause` holds everybody back: a Retry-After is the server's word about all of our
+    requests.
     """
 
-    WINDOW = 60.0
+    BURST_SECONDS = 10.0
 
     def __init__(self, requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
-        self.requests_per_minute = requests_per_minute
-        self.tokens_per_minute = tokens_per_minute
-        self._passed: deque[tuple[float, int]] = deque()
-        self._tokens = 0
+        self._requests = _limiter(requests_per_minute)
+        self._tokens = _limiter(tokens_per_minute)
+        self._most_tokens = tokens_per_minute or 0.0
         self._open_at = 0.0
+        self._turn = asyncio.Lock()
 
     async def acquire(self, tokens: int) -> None:
+        """Wait until a request of so many tokens, those of its answer included, may be sent."""
         clock = asyncio.get_running_loop().time
-        while (wait := self._wait(clock(), tokens)) > 0:
-            await asyncio.sleep(wait)
-        if self.requests_per_minute or self.tokens_per_minute:
-            self._passed.append((clock(), tokens))
-            self._tokens += tokens
+        # One after the other: aiolimiter lets small amounts pass first, and a large one might wait for ever.
+        async with self._turn:
+            if self._requests is not None:
+                await self._requests.acquire()
+            if self._tokens is not None:
+                # A single request above the limit takes the whole minute: the server is the judge of it.
+                left = min(float(tokens), self._most_tokens)
+                while left > 0:
+                    piece = min(left, self._tokens.max_rate)
+                    await self._tokens.acquire(piece)
+                    left -= piece
+            while (wait := self._open_at - clock()) > 0:
+                await asyncio.sleep(wait)
 
     def pause(self, seconds: float) -> None:
         self._open_at = max(self._open_at, asyncio.get_running_loop().time() + seconds)
 
-    def _wait(self, now: float, tokens: int) -> float:
-        while self._passed and self._passed[0][0] <= now - self.WINDOW:
-            self._tokens -= self._passed.popleft()[1]
-        wait = self._open_at - now
-        until_next_leaves = self._passed[0][0] + self.WINDOW - now if self._passed else 0.0
-        if self.requests_per_minute and len(self._passed) >= max(1, int(self.requests_per_minute)):
-            wait = max(wait, until_next_leaves)
-        # A single request above the limit passes alone: the server is the judge of it.
-        if self.tokens_per_minute and self._passed and self._tokens + tokens > self.tokens_per_minute:
-            wait = max(wait, until_next_leaves)
-        return wait
+
+def _limiter(per_minute: float | None) -> AsyncLimiter | None:
+    if not per_minute:
+        return None
+    burst = max(1.0, per_minute * RateGate.BURST_SECONDS / 60)
+    return AsyncLimiter(burst, 60 * burst / per_minute)
 
 
 @dataclass

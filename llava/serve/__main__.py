@@ -3,6 +3,7 @@
 python -m llava.serve --model-path CHECKPOINT [--model-path ANOTHER]
 """
 
+import asyncio
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 READY_SECONDS = 1800.0  # large checkpoints take their time
 STOP_SECONDS = 70.0  # workers drain for 60 by default
 LOOK_SECONDS = 0.2
+HEALTH_SECONDS = 5.0
 
 
 def build_parser() -> ArgumentParser:
@@ -115,27 +117,33 @@ def _servers(args, names: list[str]) -> list[Server]:
 
 
 def _wait_until_ready(args, running: list[tuple[Server, subprocess.Popen]]) -> None:
-    import httpx
-
     deadline = time.monotonic() + READY_SECONDS
     missing = list(running)
-    with httpx.Client(trust_env=False, timeout=5) as client:
-        while missing:
-            _check_alive(running)
-            if time.monotonic() > deadline:
-                raise LlavaError(f"{missing[0][0].name} didn't come up within {READY_SECONDS:g} s")
-            server, _ = missing[0]
-            try:
-                if client.get(server.url + "/health").status_code == 200:
-                    missing.pop(0)
-                    continue
-            except httpx.TransportError:
-                pass
+    while missing:
+        _check_alive(running)
+        if time.monotonic() > deadline:
+            raise LlavaError(f"{missing[0][0].name} didn't come up within {READY_SECONDS:g} s")
+        if asyncio.run(_is_healthy(missing[0][0].url)):
+            missing.pop(0)
+        else:
             time.sleep(LOOK_SECONDS)
     for server, _ in running:
         if server.name in ("API", "web page"):
             write_line(f"{server.name}: {server.url}{'/v1' if server.name == 'API' else ''}")
     write_line("ready; Ctrl-C stops it")
+
+
+async def _is_healthy(url: str) -> bool:
+    import aiohttp
+
+    from llava.serve.session import open_session
+
+    async with open_session(None, HEALTH_SECONDS) as session:
+        try:
+            async with session.get(url + "/health", allow_redirects=False) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
 
 
 def _watch(running: list[tuple[Server, subprocess.Popen]]) -> None:

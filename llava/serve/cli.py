@@ -9,6 +9,7 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN, RESEARCH_NOTICE
 from llava.errors import LlavaError
+from llava.sampling_params import add_sampling_flags, sampling_from_args
 
 HELP = """\
 /image PATH   add an image to your next question (as often as you like)
@@ -25,10 +26,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--image-file", action="append", default=[], help="an image to begin with; may be repeated")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--conv-mode", "--conv-template", dest="conv_mode", help="template; default: the checkpoint's")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--seed", type=int)
+    add_sampling_flags(parser, temperature=0.2, max_new_tokens=512)
     parser.add_bool("--load-8bit")
     parser.add_bool("--load-4bit")
     return parser
@@ -38,9 +36,10 @@ def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     from llava.images import open_image
 
+    sampling = sampling_from_args(args)
     images = [(path, open_image(path)) for path in args.image_file]
 
-    from llava.generation import Engine, SamplingParams
+    from llava.generation import Engine
     from llava.model import load_pretrained_model
 
     loaded = load_pretrained_model(
@@ -50,9 +49,6 @@ def main(argv=None) -> None:
         load_8bit=args.load_8bit,
         load_4bit=args.load_4bit,
         conversation_template=args.conv_mode,
-    )
-    sampling = SamplingParams(
-        temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
     chat = Chat(Engine(loaded), loaded.model.config.conversation_template, sampling)
     write_line(RESEARCH_NOTICE)

@@ -8,11 +8,10 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError, decode_error, split_chunks
-from llava.serve.secret import headers
+from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
+from llava.serve.session import open_session
 
 SHORT_TIMEOUT = 10.0
-CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first
 _TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL)  # a worker that is stopping, or has enough to do
 
@@ -22,20 +21,14 @@ class ServingClient:
 
     def __init__(self, controller: str, secret: str | None):
         self.controller = controller.rstrip("/")
-        self.headers = headers(secret)
+        self.secret = secret
         self._session: Any = None
 
     @property
     def session(self):
         """Made at the first request: a session belongs to the event loop it is made in."""
         if self._session is None:
-            import aiohttp
-
-            self._session = aiohttp.ClientSession(
-                headers=self.headers,
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS / 3),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT),
-            )
+            self._session = open_session(self.secret, READ_TIMEOUT)
         return self._session
 
     async def close(self) -> None:
@@ -107,7 +100,7 @@ class ServingClient:
         if address is None:
             raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
         try:
-            async with self.session.post(f"{address}/worker_attention_map", json=body) as reply:
+            async with self.session.post(f"{address}/worker_attention_map", json=body, allow_redirects=False) as reply:
                 content = await reply.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
@@ -121,7 +114,8 @@ class ServingClient:
 
         ended, rest = False, b""
         try:
-            async with self.session.post(f"{address}/worker_generate_stream", json=body) as reply:
+            url = f"{address}/worker_generate_stream"
+            async with self.session.post(url, json=body, allow_redirects=False) as reply:
                 if reply.status != 200:
                     raise _http_error(reply.status, await reply.read())
                 async for data in reply.content.iter_any():
@@ -153,7 +147,9 @@ class ServingClient:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=SHORT_TIMEOUT)
-        async with self.session.post(url, json=body, timeout=timeout, raise_for_status=True) as reply:
+        async with self.session.post(
+            url, json=body, timeout=timeout, raise_for_status=True, allow_redirects=False
+        ) as reply:
             return await reply.json()
 
 

@@ -9,21 +9,25 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+from typing import Any
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
+from llava.serve.bodies import parse_json, read_body, validated
 from llava.serve.hosts import Hosts, add_host_flags
 from llava.serve.http_server import run_server
 from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
 from llava.serve.protocol import ErrorType, ServeError, check_address, encode_error
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
-from llava.serve.secret import add_secret_flags, headers, secret_from_args
+from llava.serve.request_models import ForModel, Heartbeat, WorkerEntry, WorkerStatus, WorkerWanted
+from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.session import open_session
 
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT = 5.0
-CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 120.0  # between two pieces of an answer
+_JSON = {"content-type": "application/json"}
 
 
 def build_parser() -> ArgumentParser:
@@ -51,18 +55,10 @@ def build_app(
     registry: Registry, secret: str | None, max_body: int = MAX_BODY_BYTES, hosts: Hosts | None = None
 ) -> RequestMiddleware:
     """The ASGI application around a registry."""
-    import httpx
     from fastapi import FastAPI, Request
     from fastapi.responses import StreamingResponse
 
-    client = httpx.AsyncClient(
-        headers=headers(secret),
-        timeout=httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-        follow_redirects=False,
-        trust_env=False,
-    )
-
+    session: Any = None  # belongs to the event loop, so it is made when that runs
     tasks: set[asyncio.Task] = set()  # the loop itself keeps no hold of its tasks
 
     def background(work) -> None:
@@ -72,11 +68,13 @@ def build_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
+        nonlocal session
+        session = open_session(secret, READ_TIMEOUT)
         expiring = asyncio.create_task(_expire_for_ever(registry))
         logger.info("controller ready")
         yield
         expiring.cancel()
-        await client.aclose()
+        await session.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     answer_errors(app)
@@ -87,12 +85,10 @@ def build_app(
 
     @app.post("/register_worker")
     async def register_worker(request: Request) -> dict:
-        body = await _json(request)
-        address, status = body.get("worker_name"), body.get("worker_status")
+        body = await read_body(request, WorkerEntry)
         try:
-            if status is None:
-                status = await _ask_status(client, str(address))
-            worker = registry.register(str(address), status, bool(body.get("check_heart_beat", True)))
+            status = body.worker_status or await _ask_status(session, body.worker_name)
+            worker = registry.register(body.worker_name, status, body.check_heart_beat)
         except LlavaError as error:
             raise ServeError(ErrorType.BAD_REQUEST, str(error)) from error
         logger.info("worker %s serves %s", worker.address, ", ".join(worker.model_names))
@@ -100,14 +96,14 @@ def build_app(
 
     @app.post("/unregister_worker")
     async def unregister_worker(request: Request) -> dict:
-        address = str((await _json(request)).get("worker_name"))
+        address = (await read_body(request, WorkerEntry)).worker_name
         registry.remove(address)
-        logger.info("worker %s left", address)
+        logger.info("worker %r left", address)
         return {"unregistered": address}
 
     @app.post("/refresh_all_workers")
     async def refresh_all_workers() -> dict:
-        await _refresh(registry, client)
+        await _refresh(registry, session)
         return {"models": registry.models()}
 
     @app.post("/list_models")
@@ -116,12 +112,12 @@ def build_app(
 
     @app.post("/get_worker_address")
     async def get_worker_address(request: Request) -> dict:
-        body = await _json(request)
+        body = await read_body(request, WorkerWanted)
         # Addresses that the asker couldn't reach: passed over now, and dropped if we can't reach them either.
-        failed = frozenset(str(address) for address in body.get("exclude") or ())
+        failed = frozenset(body.exclude)
         for address in failed & registry.workers.keys():
-            background(_drop_if_dead(registry, client, address))
-        return {"address": registry.choose(str(body.get("model")), failed) or ""}
+            background(_drop_if_dead(registry, session, address))
+        return {"address": registry.choose(body.model, failed) or ""}
 
     @app.post("/list_workers")
     async def list_workers() -> dict:
@@ -129,8 +125,8 @@ def build_app(
 
     @app.post("/receive_heart_beat")
     async def receive_heart_beat(request: Request) -> dict:
-        body = await _json(request)
-        return {"exist": registry.heartbeat(str(body.get("worker_name")), int(body.get("queue_length") or 0))}
+        body = await read_body(request, Heartbeat)
+        return {"exist": registry.heartbeat(body.worker_name, body.queue_length)}
 
     @app.post("/worker_get_status")
     async def worker_get_status() -> dict:
@@ -138,34 +134,35 @@ def build_app(
 
     @app.post("/worker_generate_stream")
     async def worker_generate_stream(request: Request):
-        body = await _json(request)
-        chunks = _forward(registry, client, str(body.get("model")), await request.body(), request.state.request_id)
+        model = (await read_body(request, ForModel)).model
+        chunks = _forward(registry, session, model, await request.body(), request.state.request_id)
         return StreamingResponse(chunks, media_type="application/octet-stream")
 
     return RequestMiddleware(app, secret_check(secret), max_body, hosts)
 
 
-async def _forward(registry: Registry, client, model: str, body: bytes, request_id: str):
+async def _forward(registry: Registry, session, model: str, body: bytes, request_id: str):
     """A worker's stream, from another worker if the first can't be reached; errors are the stream's last chunk."""
-    import httpx
+    import aiohttp
 
     tried: set[str] = set()
     while address := registry.choose(model, frozenset(tried)):
         tried.add(address)
         begun = False
         try:
-            async with client.stream("POST", f"{address}/worker_generate_stream", content=body) as reply:
-                reply.raise_for_status()
-                async for chunk in reply.aiter_raw():
+            url = f"{address}/worker_generate_stream"
+            async with session.post(url, data=body, headers=_JSON, allow_redirects=False) as reply:
+                _expect_ok(reply)
+                async for chunk in reply.content.iter_any():
                     begun = True
                     yield chunk
             return
-        except httpx.ReadTimeout:
+        except aiohttp.SocketTimeoutError:
             yield encode_error(ServeError(ErrorType.TIMEOUT), request_id)
             return
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             logger.warning("%s worker %s failed: %s", request_id, address, type(error).__name__)
-            if isinstance(error, httpx.TransportError):
+            if not isinstance(error, aiohttp.ClientResponseError):
                 registry.remove(address)
             if begun:
                 yield encode_error(ServeError(ErrorType.WORKER_LOST), request_id)
@@ -175,12 +172,12 @@ async def _forward(registry: Registry, client, model: str, body: bytes, request_
     yield encode_error(ServeError(lost, words), request_id)
 
 
-async def _refresh(registry: Registry, client) -> None:
+async def _refresh(registry: Registry, session) -> None:
     """Ask every worker how it is, all at once, and swap the table; who doesn't answer is dropped."""
 
     async def ask(worker: Worker) -> Worker | None:
         try:
-            return refreshed(worker, await _ask_status(client, worker.address), registry.clock())
+            return refreshed(worker, await _ask_status(session, worker.address), registry.clock())
         except LlavaError as error:
             logger.warning("%s", error)
             return None
@@ -191,23 +188,37 @@ async def _refresh(registry: Registry, client) -> None:
     registry.replace_all([worker for worker in answers if worker is not None] + joined_meanwhile)
 
 
-async def _drop_if_dead(registry: Registry, client, address: str) -> None:
+async def _drop_if_dead(registry: Registry, session, address: str) -> None:
     try:
-        await _ask_status(client, address)
+        await _ask_status(session, address)
     except LlavaError as error:
         logger.warning("%s, dropped", error)
         registry.remove(address)
 
 
-async def _ask_status(client, address: str) -> dict:
-    import httpx
+async def _ask_status(session, address: str) -> WorkerStatus:
+    import aiohttp
 
+    url = f"{check_address(address)}/worker_get_status"
+    timeout = aiohttp.ClientTimeout(total=STATUS_TIMEOUT)
     try:
-        reply = await client.post(f"{check_address(address)}/worker_get_status", timeout=STATUS_TIMEOUT)
-        reply.raise_for_status()
-        return reply.json()
-    except (httpx.HTTPError, ValueError) as error:
+        async with session.post(url, timeout=timeout, allow_redirects=False) as reply:
+            _expect_ok(reply)
+            content = await reply.read()
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise LlavaError(f"worker {address} doesn't tell its status ({type(error).__name__})") from error
+    try:
+        return validated(parse_json(content), WorkerStatus)
+    except ServeError as error:
+        raise LlavaError(f"worker {address}: its status isn't one: {error}") from error
+
+
+def _expect_ok(reply) -> None:
+    """Any status but 200 is an error, a redirect too."""
+    import aiohttp
+
+    if reply.status != 200:
+        raise aiohttp.ClientResponseError(reply.request_info, reply.history, status=reply.status)
 
 
 async def _expire_for_ever(registry: Registry) -> None:
@@ -215,16 +226,6 @@ async def _expire_for_ever(registry: Registry) -> None:
         await asyncio.sleep(1.0)
         for address in registry.expire():
             logger.warning("worker %s: no heartbeat, dropped", address)
-
-
-async def _json(request) -> dict:
-    try:
-        body = await request.json()
-    except ValueError as error:
-        raise ServeError(ErrorType.BAD_REQUEST, "The body is not JSON.") from error
-    if not isinstance(body, dict):
-        raise ServeError(ErrorType.BAD_REQUEST, "The body is not a JSON object.")
-    return body
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m llava.serve.gradio_web_server [--controller http://localhost:21001] [--port 7860]
 """
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 32 << 20
 MAX_BODY_BYTES = 8 * MAX_FILE_BYTES
+SWEEP_SECONDS = 60
 MEMORY_FOLDER = Path("/dev/shm")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PREFIX, LOCK = "llava-web-", ".lock"
@@ -45,6 +47,8 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--embed", help="without heading, to stand in another page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons, and keep what they say in this folder")
     parser.add_argument("--feedback-days", type=float, default=30.0, help="delete votes after so many days")
+    parser.add_argument("--visitor-upload-mb", type=int, default=128, help="MiB of files that one visitor may have")
+    parser.add_argument("--upload-mb", type=int, default=1024, help="MiB of files that all visitors may have")
     parser.add_argument(
         "--api-key-file",
         help=f"keys of visitors, one per line: name key (default: ${VARIABLE}, else no key is asked for)",
@@ -70,20 +74,22 @@ def main(argv=None) -> None:
         # Both are read when gradio is imported, which `build_app` does.
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        app = build_app(args, secret, keys)
+        app = build_app(args, secret, folder, keys)
         logger.info("web page at http://%s:%d", args.host, args.port)
         run_server(app, args.host, args.port, timeout_graceful_shutdown=5)
 
 
-def build_app(args, secret: str | None, keys: Keys) -> BrowserHeaders:
-    """The ASGI application of the page."""
+def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHeaders:
+    """The ASGI application of the page; uploads lie in `folder`, which gradio takes for its own."""
     from fastapi import FastAPI
 
     with _no_stub_files():
         gradio = require("gradio", "serve")
     from llava.serve.client import ServingClient
     from llava.serve.web.feedback import FeedbackLog
+    from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
     from llava.serve.web.page import CSS, HEAD, PageOptions, build_page
+    from llava.serve.web.uploads import Uploads
 
     client = ServingClient(args.controller_url, secret)
     options = PageOptions(
@@ -93,9 +99,15 @@ def build_app(args, secret: str | None, keys: Keys) -> BrowserHeaders:
         feedback=FeedbackLog(args.feedback_dir, args.feedback_days) if args.feedback_dir else None,
     )
 
+    # All visitors together leave half of a small file system free.
+    in_all = min(args.upload_mb << 20, shutil.disk_usage(folder).free // 2)
+    uploads = Uploads(folder, args.visitor_upload_mb << 20, in_all)
+
     @contextlib.asynccontextmanager
     async def lifespan(_):
+        sweeping = asyncio.create_task(_sweep(uploads))
         yield
+        sweeping.cancel()
         await client.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -104,9 +116,10 @@ def build_app(args, secret: str | None, keys: Keys) -> BrowserHeaders:
     async def health() -> dict:
         return {"status": "ok"}
 
+    page = build_page(client, options)
     app = gradio.mount_gradio_app(
         app,
-        build_page(client, options),
+        page,
         path="/",
         allowed_paths=[],
         max_file_size=MAX_FILE_BYTES,
@@ -114,12 +127,25 @@ def build_app(args, secret: str | None, keys: Keys) -> BrowserHeaders:
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
+        run_history=False,
         footer_links=[],
         css=CSS,
         head=HEAD,
     )
+    # `launch` sets these, mounting doesn't; without them gradio checks no path that a request names.
+    page.has_launched = page.is_running = True
+    handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
+    for number, handler in page.fns.items():
+        handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
+    app = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
     app = RequestMiddleware(app, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
     return BrowserHeaders(app, args.embed)
+
+
+async def _sweep(uploads) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        uploads.sweep()
 
 
 @contextlib.contextmanager

@@ -5,22 +5,19 @@ put into words by the worker with its checkpoint's template). Images come as bas
 Needs no torch.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
+from llava.sampling_params import SamplingParams
+from llava.serve.bodies import validated
 from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.request_models import MAX_IMAGES, AttentionMapRequest, ChatMessage, GenerateRequest, Part
 
-MAX_IMAGES = 32
-MAX_STOPS = 8
-MAX_TOP_LOGPROBS = 20
-DEFAULT_NEW_TOKENS = 256
-ROLES = ("system", "developer", "user", "assistant")
 _HARMLESS_PLACEHOLDER = "< image>"
-_REQUEST_ID = re.compile(r"req-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -41,15 +38,7 @@ class Job:
     messages: tuple[Message, ...] | None
     images: tuple[str, ...]
     """In the order of their places in the text."""
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = DEFAULT_NEW_TOKENS
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    logprobs: int | None = None
-    """How many alternatives to report at each position; None reports nothing."""
-    ignore_eos: bool = False
-    """Go on to `max_new_tokens` whatever the model says; for measurements."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     token_ids: bool = False
     """Report them too: what a later request for a look needs."""
     stream: bool = True
@@ -61,85 +50,19 @@ def read_job(body: Mapping[str, Any]) -> Job:
     """A Job from the JSON of /worker_generate_stream.
 
     Raises:
-        ServeError: BAD_REQUEST that names the field.
+        ServeError: BAD_REQUEST that names the field, BAD_IMAGE.
     """
-    if (body.get("prompt") is None) == (body.get("messages") is None):
-        raise _bad("give either prompt or messages")
-    loose = tuple(_base64_texts(body.get("images") or ()))
-    if body.get("messages") is None:
-        prompt, messages, images = _text(body["prompt"], "prompt"), None, loose
-        if not prompt:
-            raise _bad("prompt is empty")
-        places = prompt.count(DEFAULT_IMAGE_TOKEN)
-    else:
-        prompt, messages = None, read_messages(body["messages"], loose)
-        images = tuple(image for message in messages for image in message.images)
-        places = len(images)
-    if places != len(images):
-        raise _bad(f"the prompt has {places} {DEFAULT_IMAGE_TOKEN} but {len(images)} image(s) came with it")
-    if len(images) > MAX_IMAGES:
-        raise _bad(f"{len(images)} images are more than the {MAX_IMAGES} allowed")
-    request_id = body.get("request_id")
-    return Job(
-        model=_text(body.get("model") or "", "model"),
-        prompt=prompt,
-        messages=messages,
-        images=images,
-        temperature=_number(body, "temperature", 0.0, 0.0, 10.0),
-        top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
-        max_new_tokens=int(_number(body, "max_new_tokens", DEFAULT_NEW_TOKENS, 1, 1_000_000)),
-        stop=_stops(body.get("stop")),
-        seed=None if body.get("seed") is None else int(_number(body, "seed", 0, -(2**63), 2**64 - 1)),
-        logprobs=_logprobs(body.get("logprobs")),
-        ignore_eos=bool(body.get("ignore_eos", False)),
-        token_ids=bool(body.get("return_token_ids", False)),
-        stream=bool(body.get("stream", True)),
-        request_id=request_id if isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id) else None,
-    )
+    return _to_job(validated(body, GenerateRequest))
 
 
 def read_attention_map_request(body: Mapping[str, Any]) -> tuple[Job, list[int]]:
     """(what was asked, the answer's token ids) from the JSON of /worker_attention_map.
 
     Raises:
-        ServeError: BAD_REQUEST that names the field.
+        ServeError: BAD_REQUEST that names the field, BAD_IMAGE.
     """
-    token_ids = body.get("token_ids")
-    if not isinstance(token_ids, Sequence) or isinstance(token_ids, str) or not token_ids:
-        raise _bad("token_ids has to be a list of an answer's ids")
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in token_ids):
-        raise _bad("token_ids has to hold integers")
-    return read_job(body), list(token_ids)
-
-
-def read_messages(messages: Any, loose: Sequence[str] = ()) -> tuple[Message, ...]:
-    """OpenAI's messages as turns. Content is text or parts: text, image_url (data URLs only), or `{"type": "image"}`,
-    which takes the next of `loose`. Neighbouring turns of one role are joined by a line break.
-
-    Raises:
-        ServeError: BAD_REQUEST.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise _bad("messages has to be a list of at least one message")
-    rest, turns = list(loose), []
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise _bad(f"messages.{number}: role has to be one of {', '.join(ROLES)}")
-        role = "system" if message["role"] == "developer" else message["role"]
-        turn = _read_content(message.get("content"), role, number, rest)
-        if turns and turns[-1].role == role:
-            last = turns.pop()
-            turn = Message(role, f"{last.text}\n{turn.text}", last.images + turn.images)
-        turns.append(turn)
-    if rest:
-        raise _bad(f"{len(rest)} image(s) of images have no place in the messages")
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise _bad("a system message has to come first")
-    if turns[-1].role != "user":
-        raise _bad("the last message has to be the user's")
-    if turns[0].role == "assistant" or (turns[0].role == "system" and turns[1].role == "assistant"):
-        raise _bad("the conversation has to begin with the user")
-    return tuple(turns)
+    request = validated(body, AttentionMapRequest)
+    return _to_job(request), request.token_ids
 
 
 def to_conversation(messages: Sequence[Message], template: Conversation) -> Conversation:
@@ -154,77 +77,96 @@ def to_conversation(messages: Sequence[Message], template: Conversation) -> Conv
     return conversation
 
 
-def _read_content(content: Any, role: str, number: int, loose: list[str]) -> Message:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, Sequence) or not parts:
-        raise _bad(f"messages.{number}: content has to be text or a list of parts")
+def _to_job(request: GenerateRequest) -> Job:
+    if (request.prompt is None) == (request.messages is None):
+        raise _bad("prompt: give either prompt or messages")
+    if request.messages is None:
+        messages, images = None, tuple(request.images)
+        places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
+    else:
+        messages = _read_messages(request.messages, request.images)
+        images = tuple(image for message in messages for image in message.images)
+        places = len(images)
+    if places != len(images):
+        raise _bad(f"images: the prompt has {places} {DEFAULT_IMAGE_TOKEN} but {len(images)} image(s) came with it")
+    if len(images) > MAX_IMAGES:
+        raise _bad(f"images: {len(images)} are more than the {MAX_IMAGES} allowed")
+    return Job(
+        model=request.model,
+        prompt=request.prompt,
+        messages=messages,
+        images=images,
+        sampling=request.sampling(),
+        token_ids=request.return_token_ids,
+        stream=request.stream,
+        request_id=request.known_request_id(),
+    )
+
+
+def _read_messages(messages: Sequence[ChatMessage], loose: Iterable[str] = ()) -> tuple[Message, ...]:
+    """OpenAI's messages as turns. A part of type `image` takes the next of `loose`. Neighbouring turns of one role
+    are joined by a line break.
+
+    Raises:
+        ServeError: BAD_REQUEST, BAD_IMAGE.
+    """
+    rest = list(loose)[::-1]
+    pieces = [_read_message(message, number, rest) for number, message in enumerate(messages)]
+    turns = []
+    for role, group in groupby(pieces, lambda piece: piece.role):
+        same = list(group)
+        images = tuple(image for piece in same for image in piece.images)
+        turns.append(Message(role, "\n".join(piece.text for piece in same), images))
+    if rest:
+        raise _bad(f"images: {len(rest)} have no place in the messages")
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise _bad("messages: a system message has to come first")
+    if turns[-1].role != "user":
+        raise _bad("messages: the last message has to be the user's")
+    if turns[0].role == "assistant" or (turns[0].role == "system" and turns[1].role == "assistant"):
+        raise _bad("messages: the conversation has to begin with the user")
+    return tuple(turns)
+
+
+def _read_message(message: ChatMessage, number: int, loose: list[str]) -> Message:
+    """One message by itself; `loose` are the images that still need a place, the next one last."""
+    role = "system" if message.role == "developer" else message.role
     pieces: list[str] = []
     images: list[str] = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            text = _text(part.get("text"), f"messages.{number}: text")
-            if role == "assistant":
-                # A model may have said it; it must not become the place of an image in the next turn.
-                text = text.replace(DEFAULT_IMAGE_TOKEN, _HARMLESS_PLACEHOLDER)
-            if DEFAULT_IMAGE_TOKEN in text:
-                raise _bad(f"messages.{number}: text can't hold {DEFAULT_IMAGE_TOKEN}; send the image as a part")
-            pieces.append(text)
-            continue
-        if role != "user":
-            raise _bad(f"messages.{number}: only the user's messages can hold images")
-        if kind == "image_url":
-            images.append(_data_url(part.get("image_url"), number))
-        elif kind == "image" and loose:
-            images.append(loose.pop(0))
+    for place, part in enumerate(message.content):
+        where = f"messages.{number}.content.{place}"
+        if part.type == "text":
+            pieces.append(_read_text(part, role, where))
+        elif role != "user":
+            raise _bad(f"{where}: only the user's messages can hold images")
         else:
-            raise _bad(f"messages.{number}: a part has to be of type text or image_url")
-        pieces.append(DEFAULT_IMAGE_TOKEN)
+            images.append(_read_image(part, where, loose))
+            pieces.append(DEFAULT_IMAGE_TOKEN)
     return Message(role, "\n".join(piece for piece in pieces if piece), tuple(images))
 
 
-def _data_url(value: Any, number: int) -> str:
-    url = value.get("url") if isinstance(value, Mapping) else value
-    if not isinstance(url, str) or url[:5].lower() != "data:":
-        words = f"messages.{number}: images are taken as data: URLs only; nothing is fetched from an address"
+def _read_text(part: Part, role: str, where: str) -> str:
+    if part.text is None:
+        raise _bad(f"{where}.text: Field required")
+    if role == "assistant":
+        # A model may have said it; it must not become the place of an image in the next turn.
+        return part.text.replace(DEFAULT_IMAGE_TOKEN, _HARMLESS_PLACEHOLDER)
+    if DEFAULT_IMAGE_TOKEN in part.text:
+        raise _bad(f"{where}.text: it can't hold {DEFAULT_IMAGE_TOKEN}; send the image as a part")
+    return part.text
+
+
+def _read_image(part: Part, where: str, loose: list[str]) -> str:
+    if part.type == "image":
+        if not loose:
+            raise _bad(f"{where}: images has no image for this place")
+        return loose.pop()
+    if part.image_url is None:
+        raise _bad(f"{where}.image_url: Field required")
+    if part.image_url.url[:5].lower() != "data:":
+        words = f"{where}.image_url: images are taken as data: URLs only; nothing is fetched from an address"
         raise ServeError(ErrorType.BAD_IMAGE, words)
-    return url
-
-
-def _base64_texts(images: Any) -> list[str]:
-    if not isinstance(images, Sequence) or isinstance(images, str):
-        raise _bad("images has to be a list of base64 texts")
-    return [_text(image, "images") for image in images]
-
-
-def _stops(stop: Any) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stops, Sequence) or len(stops) > MAX_STOPS:
-        raise _bad(f"stop has to be a text or a list of at most {MAX_STOPS}")
-    return tuple(_text(text, "stop") for text in stops if text)
-
-
-def _logprobs(value: Any) -> int | None:
-    if value is None or value is False:
-        return None
-    if value is True:
-        return 0
-    return int(_number({"logprobs": value}, "logprobs", 0, 0, MAX_TOP_LOGPROBS))
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _bad(f"{name} has to be text")
-    return value
-
-
-def _number(body: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise _bad(f"{name} has to be a number from {low:g} to {high:g}")
-    return value
+    return part.image_url.url
 
 
 def _bad(words: str) -> ServeError:

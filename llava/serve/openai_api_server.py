@@ -61,6 +61,7 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
 
     from llava.serve.api.metrics import Metrics
     from llava.serve.api.types import ChatRequest, model_entry
+    from llava.serve.bodies import read_body
 
     metrics = Metrics()
 
@@ -102,8 +103,9 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
         return model_entry(name)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request):
+    async def chat_completions(request: Request):
         request_id = request.state.request_id
+        body = await read_body(request, ChatRequest)
         answer = ChatAnswer(client, body, request_id, metrics)
         try:
             key = keys.admit({name.lower(): value for name, value in request.headers.items()})
@@ -111,14 +113,14 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
             if not body.stream:
                 reply = await unless_gone(request.receive, answer.whole())
                 answer.count("ok")
-                logger.info("%s key %s model %s: answered", request_id, key, body.model)
+                logger.info("%s key %s model %r: answered", request_id, key, body.model)
                 return reply
             events = answer.events()
             # The first event decides the status: an error before it is no stream at all.
             first = await unless_gone(request.receive, anext(events))
         except ServeError as error:
             answer.count(error.error_type.value)
-            logger.warning("%s model %s: %s", request_id, body.model, error.error_type.value)
+            logger.warning("%s model %r: %s", request_id, body.model, error.error_type.value)
             raise
         return StreamingResponse(_event_stream(first, events, answer), media_type="text/event-stream")
 
@@ -248,7 +250,7 @@ async def _event_stream(first: dict, events: AsyncIterator[dict], answer: ChatAn
         yield _event(error_body(ServeError(ErrorType.INTERNAL), answer.request_id))
     finally:
         answer.count(status)
-        logger.info("%s model %s: %s", answer.request_id, answer.body.model, status)
+        logger.info("%s model %r: %s", answer.request_id, answer.body.model, status)
 
 
 def _event(content: dict) -> bytes:

@@ -3,9 +3,13 @@
 python -m llava.serve.register_worker --controller-address http://localhost:21001 --worker-name http://HOST:21002
 """
 
+import json
+
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
-from llava.serve.secret import add_secret_flags, headers, secret_from_args
+from llava.serve.secret import add_secret_flags, secret_from_args
+
+READ_TIMEOUT = 15.0
 
 
 def build_parser() -> ArgumentParser:
@@ -18,27 +22,37 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv=None) -> int:
-    import httpx
+    import asyncio
 
     args = build_parser().parse_args(argv)
-    body = {"worker_name": args.worker_name, "check_heart_beat": args.check_heart_beat, "worker_status": None}
-    try:
-        reply = httpx.post(
-            args.controller_address.rstrip("/") + "/register_worker",
-            json=body,
-            headers=headers(secret_from_args(args)),
-            timeout=15,
-        )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise LlavaError(f"controller {args.controller_address} can't be reached ({type(error).__name__})") from error
-    if reply.status_code != 200:
-        try:
-            words = reply.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            words = f"status {reply.status_code}"
-        raise LlavaError(f"controller {args.controller_address}: {words}")
-    write_line(f"registered {reply.json()['registered']}")
+    write_line(f"registered {asyncio.run(_register(args, secret_from_args(args)))}")
     return 0
+
+
+async def _register(args, secret: str | None) -> str:
+    """The address as the controller noted it."""
+    import aiohttp
+
+    from llava.serve.session import open_session
+
+    body = {"worker_name": args.worker_name, "check_heart_beat": args.check_heart_beat}
+    session = open_session(secret, READ_TIMEOUT)
+    try:
+        url = args.controller_address.rstrip("/") + "/register_worker"
+        async with session.post(url, json=body, allow_redirects=False) as reply:
+            content = await reply.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise LlavaError(f"controller {args.controller_address} can't be reached ({type(error).__name__})") from error
+    finally:
+        await session.close()
+    try:
+        answer = json.loads(content)
+        if reply.status == 200:
+            return answer["registered"]
+        words = answer["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        words = f"status {reply.status}"
+    raise LlavaError(f"controller {args.controller_address}: {words}")
 
 
 if __name__ == "__main__":

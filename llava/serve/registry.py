@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from llava.errors import LlavaError
 from llava.serve.protocol import EXPIRY_SECONDS, check_address
+from llava.serve.request_models import WorkerStatus
 
 DISPATCH_METHODS = ("lottery", "shortest_queue")
 
@@ -39,9 +40,9 @@ class Registry:
     workers: dict[str, Worker] = field(default_factory=dict)
     one_owner_per_model: bool = False
 
-    def register(self, address: str, status: dict, check_heart_beat: bool = True) -> Worker:
-        """Add or update a worker from its status {model_names, speed, queue_length}."""
-        worker = read_status(address, status, check_heart_beat, self.clock())
+    def register(self, address: str, status: WorkerStatus, check_heart_beat: bool = True) -> Worker:
+        """Add or update a worker from its status; an address that isn't one is a LlavaError."""
+        worker = to_worker(address, status, check_heart_beat, self.clock())
         if self.one_owner_per_model:
             self._check_owner(worker)
         self.workers[worker.address] = worker
@@ -106,18 +107,12 @@ class Registry:
         }
 
 
-def read_status(address: str, status: dict, check_heart_beat: bool, now: float) -> Worker:
-    """A Worker from what it says of itself; nonsense is a LlavaError."""
-    names = status.get("model_names") if isinstance(status, dict) else None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise LlavaError(f"worker {address}: its status names no models")
-    try:
-        speed, queue_length = float(status.get("speed", 1)), int(status.get("queue_length", 0))
-    except (TypeError, ValueError) as error:
-        raise LlavaError(f"worker {address}: speed and queue_length must be numbers") from error
-    return Worker(check_address(address), tuple(names), speed, queue_length, check_heart_beat, now)
+def to_worker(address: str, status: WorkerStatus, check_heart_beat: bool, now: float) -> Worker:
+    """A Worker from what it says of itself; an address that isn't one is a LlavaError."""
+    names = tuple(status.model_names)
+    return Worker(check_address(address), names, status.speed, status.queue_length, check_heart_beat, now)
 
 
-def refreshed(worker: Worker, status: dict, now: float) -> Worker:
+def refreshed(worker: Worker, status: WorkerStatus, now: float) -> Worker:
     """`worker` with a fresh status."""
-    return read_status(worker.address, status, worker.check_heart_beat, now)
+    return to_worker(worker.address, status, worker.check_heart_beat, now)

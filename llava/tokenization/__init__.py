@@ -14,7 +14,6 @@ from llava.tokenization.samples import (
     render_prompt,
     stop_token_ids,
 )
-from llava.tokenization.turns import read_turns
 
 __all__ = [
     "Encoded",
@@ -24,7 +23,6 @@ __all__ = [
     "encode_prompt",
     "expand_images",
     "pad_batch",
-    "read_turns",
     "render_prompt",
     "stop_token_ids",
     "tokenize_prompt",

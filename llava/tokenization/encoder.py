@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers.pre_tokenizers import Metaspace
 
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.records import sound_text
 from llava.tokenization.image_tokens import ImageTokens
 
 
@@ -24,11 +25,12 @@ def tokenize_prompt(prompt: str, tokenizer: Any, image_tokens: ImageTokens | Non
 def encode_segments(segments: Sequence[str], tokenizer: Any, image_tokens: ImageTokens) -> list[list[int]]:
     """The ids of each segment of one text, the tokenizer's BOS in front of the first.
 
-    The ids of the first n segments are the same whatever comes behind them.
+    The ids of the first n segments are the same whatever comes behind them. Half of a character pair, which no
+    tokenizer takes, becomes U+FFFD (records are mended as they are read; a request may hold one too).
     """
     encoder = _Encoder(tokenizer)
     encode = _encode_patches if image_tokens.scheme == "patch" else _encode_placeholders
-    encoded = [encode(encoder, segment.split(DEFAULT_IMAGE_TOKEN), image_tokens) for segment in segments]
+    encoded = [encode(encoder, sound_text(segment).split(DEFAULT_IMAGE_TOKEN), image_tokens) for segment in segments]
     if encoded:
         encoded[0] = encoder.begin_ids() + encoded[0]
     return encoded

@@ -12,10 +12,10 @@ import numpy as np
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
+from llava.record_content import USER, Turn
 from llava.tokenization.batches import expand_images
 from llava.tokenization.encoder import tokenize_prompt
 from llava.tokenization.image_tokens import ImageTokens
-from llava.tokenization.turns import USER, Turn
 
 _MARK = "### "
 

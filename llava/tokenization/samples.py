@@ -1,6 +1,6 @@
 """A conversation as a training sample, and as the prompt whose ids that sample begins with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -10,13 +10,11 @@ import numpy as np
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, Segment, SeparatorStyle, get_template
 from llava.errors import LlavaError
+from llava.record_content import ASSISTANT, Dialogue, RecordOrTurns, Turn, read_dialogue
 from llava.tokenization.batches import expand_images, truncate
 from llava.tokenization.encoder import encode_segments
 from llava.tokenization.hash_format import encode_hash_sample
 from llava.tokenization.image_tokens import ImageTokens
-from llava.tokenization.turns import ASSISTANT, Turn, read_turns
-
-Record = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Encoded:
 
 
 def encode_conversation(
-    record: Record,
+    record: RecordOrTurns,
     template: Conversation | str,
     tokenizer: Any,
     image_tokens: ImageTokens | None = None,
@@ -50,18 +48,20 @@ def encode_conversation(
     """Ids and labels of a record: exactly the answers' text and end marks are targets (v0's `###`: hash_format).
 
     Args:
-        record: a record with "conversations", or its list of turns.
+        record: a record with "conversations", or its list of turns. A system turn takes the place of the template's
+            system text.
         template: from `get_template`, or its name.
         image_tokens: how images stand in the text; None is one placeholder without start and end.
         max_length: longest sample in positions; what is beyond is cut off and counted.
         features_per_image: positions of each image; None leaves one IMAGE_TOKEN_INDEX for each.
 
     Raises:
-        LlavaError: no conversation, or turns that don't alternate (see `read_turns`).
+        LlavaError: no conversation, or turns that don't alternate (see `read_dialogue`).
     """
-    template = get_template(template) if isinstance(template, str) else template
+    dialogue = read_dialogue(record)
+    template = _template_of(dialogue, template)
     image_tokens = image_tokens or ImageTokens()
-    turns, dropped = read_turns(record), 0
+    turns, dropped = dialogue.turns, 0
     features = 1 if features_per_image is None else features_per_image
     if template.sep_style is SeparatorStyle.SINGLE:
         input_ids, labels = encode_hash_sample(turns, template, tokenizer, image_tokens, features)
@@ -93,10 +93,11 @@ def encode_prompt(conversation: Conversation, tokenizer: Any, image_tokens: Imag
     return [token for part in encode_segments(texts, tokenizer, image_tokens or ImageTokens()) for token in part]
 
 
-def conversation_from_record(record: Record, template: Conversation | str) -> Conversation:
+def conversation_from_record(record: RecordOrTurns, template: Conversation | str) -> Conversation:
     """The template with the record's turns said; a last answer is left out, so that it can be asked for."""
-    template = get_template(template) if isinstance(template, str) else template.copy()
-    turns, _ = _from_first_question(read_turns(record))
+    dialogue = read_dialogue(record)
+    template = _template_of(dialogue, template).copy()
+    turns, _ = _from_first_question(dialogue.turns)
     if turns and turns[-1].role == ASSISTANT:
         turns = turns[:-1]
     for turn in turns:
@@ -110,6 +111,16 @@ def stop_token_ids(template: Conversation, tokenizer: Any) -> list[int]:
     mark = tokenizer.convert_tokens_to_ids(template.stop_str)
     is_token = mark is not None and tokenizer.convert_ids_to_tokens(mark) == template.stop_str
     return [*ids, mark] if is_token and mark not in ids else ids
+
+
+def _template_of(dialogue: Dialogue, template: Conversation | str) -> Conversation:
+    """The template, with the conversation's own system text where it has one."""
+    template = get_template(template) if isinstance(template, str) else template
+    if dialogue.system is None:
+        return template
+    template = template.copy()
+    template.set_system(dialogue.system)
+    return template
 
 
 def _from_first_question(turns: list[Turn]) -> tuple[list[Turn], int]:

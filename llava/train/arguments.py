@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
+from llava.train.compute import flags_of_the_path, half_precision_of, join_group_of_one
 from llava.train.legacy_flags import translate_flags
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class ModelArguments:
     tune_mm_mlp_adapter: bool = _flag(False, "stage 1: train the projector alone")
     freeze_mm_mlp_adapter: bool = _flag(False, "keep the projector as it is")
     unfreeze_mm_vision_tower: bool = _flag(False, "train the vision tower too")
-    vision_tower: str | None = _flag(None, "CLIP directory or hub id (default: the checkpoint's own)")
+    vision_tower: str | None = _flag(None, "the vision tower's directory or hub id (default: the checkpoint's own)")
     mm_vision_select_layer: int | None = _flag(
         None, "tower layer whose output is used (default: the checkpoint's, else -2)"
     )
@@ -116,7 +117,23 @@ class LlavaTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.fsdp == "True":
             self.fsdp = True
+        if self.accelerator_config is None:
+            # Copies to the GPU don't wait; sharded gradients are reduced in each micro-batch, or every process would
+            # hold all of them whole until the last.
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory and not self.use_cpu}
+            if self.fsdp:
+                self.accelerator_config["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+        # The Trainer would compile the whole model, which breaks at the loss and at every gathered layer; here each
+        # layer is compiled by itself, one graph for all of them (llava.train.compute).
+        self.compile_layers = self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
+        self.compile_options = {"backend": self.torch_compile_backend or "inductor", "mode": self.torch_compile_mode}
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
+
+    @property
+    def recomputes_activations(self) -> bool:
+        """Whether layers compute their activations again in the backward pass (renamed in transformers 5.20)."""
+        return bool(getattr(self, "activation_checkpointing", False) or getattr(self, "gradient_checkpointing", False))
 
 
 @dataclass
@@ -168,6 +185,8 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     for warning in warnings:
         if _is_main_process():
             logger.warning(warning)
+    if torch.cuda.is_available():
+        argv = _for_gpus(argv)
     try:
         model, data, training, rest = build_parser().parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
@@ -178,6 +197,15 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     if rest:
         raise LlavaError(f"unknown argument {rest[0]!r}; see --help")
     return Arguments(model, data, training)
+
+
+def _for_gpus(argv: list[str]) -> list[str]:
+    """The command line with what a run on GPUs needs; a run in half precision joins its process group."""
+    parser = build_parser()
+    argv = argv + half_precision_of(parser.parse_known_args(argv)[0])
+    argv = argv + flags_of_the_path(parser.parse_known_args(argv)[0], int(os.environ.get("WORLD_SIZE", "1")))
+    join_group_of_one(parser.parse_known_args(argv)[0])
+    return argv
 
 
 def boolean_flags() -> set[str]:

@@ -6,7 +6,6 @@ against its manifest and falls back to the one before.
 
 import json
 import logging
-import os
 import re
 import shutil
 import zlib
@@ -14,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llava.folders import part_of, publish_folder
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-STAGING_PREFIX = ".part-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _BLOCK = 1 << 20
 _SAMPLED_ABOVE = 1 << 30
@@ -67,7 +67,7 @@ def find_damage(folder: Path) -> str | None:
 @contextmanager
 def staged(final: Path, *, main_process: bool = True) -> Iterator[Path]:
     """A folder beside `final` to write into; the main process finishes it with `publish`."""
-    staging = final.with_name(STAGING_PREFIX + final.name)
+    staging = part_of(final)
     if main_process:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -77,28 +77,7 @@ def staged(final: Path, *, main_process: bool = True) -> Iterator[Path]:
 def publish(staging: Path, final: Path) -> None:
     """Write the manifest, make everything durable, and give the folder its name."""
     write_manifest(staging)
-    _sync_tree(staging)
-    if final.exists():
-        shutil.rmtree(final)
-    staging.rename(final)
-    _sync(final.parent)
-
-
-def publish_files(staging: Path, folder: Path) -> None:
-    """Move the files of a finished model into `folder`, config.json last: before it nothing can be loaded."""
-    _sync_tree(staging)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    for stale in [*folder.glob("model*.safetensors"), *folder.glob("model*.index.json")]:
-        stale.unlink()
-    paths = sorted(staging.iterdir(), key=lambda path: (path.name == "config.json", path.name))
-    for path in paths:
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    staging.rmdir()
-    _sync(folder)
+    publish_folder(staging, final)
 
 
 def remove_old(output_dir: str | Path, limit: int | None) -> None:
@@ -116,13 +95,6 @@ def remove_old(output_dir: str | Path, limit: int | None) -> None:
     for folder in folders:
         if folder not in keep:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_staging(output_dir: str | Path) -> None:
-    """Remove what a killed run was still writing."""
-    for folder in Path(output_dir).glob(f"{STAGING_PREFIX}*"):
-        logger.warning("%s was left unfinished by an earlier run; removed", folder)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_manifest(folder: Path) -> None:
@@ -153,16 +125,3 @@ def _checksum(path: Path) -> int:
             file.seek((size - _BLOCK) * part // 63)
             checksum = zlib.crc32(file.read(_BLOCK), checksum)
     return checksum
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

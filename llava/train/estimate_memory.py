@@ -58,13 +58,14 @@ class Recipe:
 
 
 def parameters(shape: dict[str, int]) -> int:
-    """Parameters of a LLaMA or Mistral of this shape."""
+    """Parameters of a language model of this shape."""
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
     head = shape.get("head_dim") or hidden // shape["num_attention_heads"]
     queries = shape["num_attention_heads"] * head
     keys = (shape.get("num_key_value_heads") or shape["num_attention_heads"]) * head
     block = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * shape["intermediate_size"] + 2 * hidden
-    return layers * block + 2 * shape["vocab_size"] * hidden + hidden
+    matrices = 1 if shape.get("tied") else 2
+    return layers * block + matrices * shape["vocab_size"] * hidden + hidden
 
 
 def lora_parameters(shape: dict[str, int], rank: int) -> int:
@@ -241,6 +242,7 @@ def _shape(name: str) -> dict[str, int]:
         return {key: config[key] for key in KNOWN_SHAPES["llama-7b"] if key != "num_key_value_heads"} | {
             "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
             "head_dim": config.get("head_dim") or 0,
+            "tied": int(bool(config.get("tie_word_embeddings"))),
         }
     except (ValueError, KeyError, RecursionError) as error:
         raise LlavaError(f"{path}: not a language model's config ({error})") from error

@@ -51,7 +51,7 @@ def translate_flags(
         flags.pop("debug")  # ours, for tracebacks; the Trainer's --debug has a value
     warnings: list[str] = []
     _drop_ignored(flags, warnings)
-    _rename(flags, warnings)
+    _rename(flags, warnings, booleans)
     _warmup(flags, warnings)
     _group_by_length(flags, warnings)
     _fsdp(flags, warnings, has_gpu or keep_fsdp)
@@ -94,7 +94,7 @@ def _drop_ignored(flags: dict, warnings: list[str]) -> None:
                 warnings.append(f"--{name} is ignored: {reason}")
 
 
-def _rename(flags: dict, warnings: list[str]) -> None:
+def _rename(flags: dict, warnings: list[str], booleans: Collection[str]) -> None:
     if "evaluation_strategy" in flags:
         flags["eval_strategy"] = flags.pop("evaluation_strategy")
         warnings.append("--evaluation_strategy is now --eval_strategy; translated")
@@ -105,12 +105,14 @@ def _rename(flags: dict, warnings: list[str]) -> None:
         if is_true(flags.pop("adafactor")):
             flags["optim"] = ["adafactor"]
         warnings.append("--adafactor is now --optim adafactor; translated")
-    if "gradient_checkpointing" in flags:
-        # Still parsed by the Trainer, under a newer name; nothing changes for the user.
-        flags.setdefault("activation_checkpointing", flags["gradient_checkpointing"])
-        flags.pop("gradient_checkpointing")
-    if "gradient_checkpointing_kwargs" in flags:
-        flags.setdefault("activation_checkpointing_kwargs", flags.pop("gradient_checkpointing_kwargs"))
+    # One flag under two names: transformers renamed it, and tells by its own flags which it knows.
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    if new not in booleans:
+        old, new = new, old
+    for end in ("", "_kwargs"):
+        if old + end in flags:
+            flags.setdefault(new + end, flags[old + end])
+            flags.pop(old + end)
 
 
 def _warmup(flags: dict, warnings: list[str]) -> None:

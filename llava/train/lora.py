@@ -28,9 +28,7 @@ def add_adapters(model: PreTrainedModel, arguments: Arguments) -> nn.Module:
         if parameter.requires_grad and ("mm_projector" in name or "vision_tower" in name)
     ]
     if training.bits < 16:
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=bool(training.activation_checkpointing)
-        )
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.recomputes_activations)
     if training.lora_weight_path:
         peft_model = PeftModel.from_pretrained(model, training.lora_weight_path, is_trainable=True)
         load_non_lora(peft_model, Path(training.lora_weight_path))
@@ -52,7 +50,7 @@ def add_adapters(model: PreTrainedModel, arguments: Arguments) -> nn.Module:
         if name.removeprefix("base_model.model.") in kept:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
-    if training.activation_checkpointing:
+    if training.recomputes_activations:
         peft_model.enable_input_require_grads()
     return peft_model
 

@@ -1,25 +1,70 @@
 """Attention for samples joined without padding: each sees itself alone.
 
 Registered with transformers under `packed`; the collator gives the samples' borders (`cu_seq_lens_q`).
-On a GPU it is one kernel of variable length (flash-attn, or torch's own); elsewhere SDPA sample by sample,
+On a GPU it is one kernel of variable length (llava.model.varlen_attention); elsewhere SDPA sample by sample,
 which does no work between samples, unlike a block mask over the whole batch.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llava.errors import LlavaError
+from llava.model.varlen_attention import Kernel, installed_kernel, takes, varlen_attention
+
+logger = logging.getLogger(__name__)
 
 NAME = "packed"
+CAUSAL = "causal"
+# transformers makes no mask (and looks at no value) for attention of a name that has no mask function.
 
 
-def use_packed_attention(config) -> None:
-    """Let a model of this config attend within the samples of a packed batch."""
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+@contextmanager
+def training_attention(config, *, packed: bool, longest: int) -> Iterator[None]:
+    """Within, a model of this config attends as the collator's batches need it; afterwards as before.
+
+    `longest`: tokens of the longest sample.
+    """
+    before = config._attn_implementation
+    if packed:
+        use_packed_attention(config)
+    else:
+        use_causal_attention(config, longest)
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def use_packed_attention(config, kernel: Kernel | None = None) -> None:
+    """Let a model of this config attend within the samples of a packed batch (`kernel`: in place of the installed)."""
+    # Chosen here, not in a layer: what is compiled can't look for it.
+    if kernel is None and torch.cuda.is_available():
+        kernel = installed_kernel()
+    if kernel is not None and not kernel.takes_groups and config.num_key_value_heads != config.num_attention_heads:
+        times = config.num_attention_heads // config.num_key_value_heads
+        logger.warning("this attention kernel doesn't take grouped queries: keys and values are repeated x%d", times)
+    AttentionInterface.register(NAME, partial(packed_attention, kernel=kernel))
     config._attn_implementation = NAME
+
+
+def use_causal_attention(config, longest: int) -> None:
+    """Let a model of this config train on batches padded on the right without a mask.
+
+    What is padded comes last, so no real position sees it, and it is no target. Only for SDPA, and where a sliding
+    window isn't shorter than `longest`, the longest sample.
+    """
+    window = getattr(config, "sliding_window", None)
+    if config._attn_implementation == "sdpa" and (window is None or window >= longest):
+        AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+        config._attn_implementation = CAUSAL
 
 
 def packed_attention(
@@ -32,6 +77,8 @@ def packed_attention(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    kernel: Kernel | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within samples.
@@ -39,43 +86,51 @@ def packed_attention(
     Args:
         query: `[1, heads, tokens, size]`; key and value may have fewer heads (grouped queries).
         cu_seq_lens_q: int32 `[samples + 1]`, where each sample starts, and the end.
+        max_length_q: tokens of the longest sample, or more.
+        sliding_window: how many tokens back, itself included, a token sees; None: all.
+        kernel: what computes it on a GPU in half precision; None: the installed one.
 
     Returns:
         `[1, tokens, heads, size]` and None for the weights.
+
+    Raises:
+        LlavaError: the borders are missing.
     """
-    if cu_seq_lens_q is None:
-        cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
-        max_length_q = query.shape[2]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
-    grouped = key.shape[1] != query.shape[1]
-    sizes = cu_seq_lens_q.diff().tolist()
-    parts = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
-        for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-def _varlen_kernel(query, key, value, cu_seq_lens, longest: int, scaling: float | None) -> torch.Tensor:
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from torch.nn.attention.varlen import varlen_attn
-
-        if k.shape[1] != q.shape[1]:
-            k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
-        out = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, is_causal=True, scale=scaling)
-    else:
-        out = flash_attn_varlen_func(
-            q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, softmax_scale=scaling, causal=True
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise LlavaError("packed attention needs the samples' borders (cu_seq_lens_q, max_length_q)")
+    if takes(query, key, value):
+        if dropout:
+            raise LlavaError("attention dropout isn't possible in packed batches on a GPU; set attention_dropout to 0")
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        out = varlen_attention(
+            q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=sliding_window, kernel=kernel
         )
-    return out[None]
+        return out.unsqueeze(0), None
+    return _sample_by_sample(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
 
 
-def _no_mask(*args, **kwargs) -> None:
-    """The borders say it all."""
+@torch.compiler.disable
+def _sample_by_sample(query, key, value, borders, scale: float | None, dropout: float, window: int | None):
+    """`packed_attention` by SDPA; it reads the borders, which lie where no waiting is needed: on the CPU."""
+    grouped = key.shape[1] != query.shape[1]
+    sizes = borders.diff().tolist()
+    parts = []
+    for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)):
+        mask = _window_mask(q, window)
+        parts.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=grouped
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """bool `[tokens, tokens]`, True where a token sees another; None where the window holds the whole sample."""
+    tokens = query.shape[2]
+    if window is None or window >= tokens:
+        return None
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril().triu(1 - window)
 
 
 def fill_batches(

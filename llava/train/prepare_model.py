@@ -10,6 +10,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.model import LoadedModel, add_image_tokens, build_model_from_llm, load_pretrained_model
+from llava.model.families import family_of, find_family
 from llava.model.weights.locate import locate_model
 from llava.records import read_json
 from llava.train.arguments import Arguments, ModelArguments
@@ -17,9 +18,7 @@ from llava.train.projector_file import load_projector
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TEMPLATE = "v0"
 STAGE_1_TEMPLATE = "plain"
-LANGUAGE_MODELS = ("llama", "mistral")
 
 
 def prepare_model(arguments: Arguments) -> LoadedModel:
@@ -109,11 +108,11 @@ def start_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def template_name(model: PreTrainedModel, arguments: Arguments) -> str:
-    """The template that this run's samples are rendered with: --version, else the checkpoint's own, else v0."""
+    """The template of this run's samples: --version, else the checkpoint's own, else the family's."""
     if arguments.model.version:
         return arguments.model.version
     own = getattr(model.config, "conversation_template", None)
-    return own if own and own != STAGE_1_TEMPLATE else DEFAULT_TEMPLATE
+    return own if own and own != STAGE_1_TEMPLATE else family_of(model.config).training_template
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -125,7 +124,8 @@ def _is_language_model(folder: Path) -> bool:
     if (folder / "adapter_config.json").is_file():
         return False
     config = read_json(folder / "config.json")
-    return config.get("model_type") in LANGUAGE_MODELS and not config.get("mm_vision_tower")
+    family = find_family(config.get("model_type"))
+    return family is not None and family.name == config["model_type"] and not config.get("mm_vision_tower")
 
 
 def _build(folder: Path, arguments: Arguments) -> LoadedModel:

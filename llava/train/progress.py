@@ -15,11 +15,14 @@ def flops_per_token(model: torch.nn.Module) -> int:
     """Operations per token of one training step, the way MFU is counted.
 
     Two per parameter that multiplies for the forward pass, two for the gradient of the activations and two for
-    that of the weight where it is trained. The embedding look-up, the tower and recomputation don't count.
+    that of the weight where it is trained. The embedding look-up, the tower and recomputation don't count; an
+    embedding that is also the head does.
     """
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    not_counted = ("vision_tower", "mm_projector", *(() if tied else ("embed_tokens",)))
     total = 0
     for name, parameter in model.named_parameters():
-        if "embed_tokens" in name or "vision_tower" in name or "mm_projector" in name or parameter.ndim < 2:
+        if any(part in name for part in not_counted) or parameter.ndim < 2:
             continue
         size = getattr(parameter, "ds_numel", parameter.numel())
         if parameter.__class__.__name__ == "Params4bit":

@@ -1,6 +1,7 @@
 """The parts of a run, put together: processes, output folder, dataset, feature cache, trainer, final files."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,19 @@ import torch
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
+from llava.folders import WEIGHTS, part_in, publish_files, remove_parts
 from llava.images import open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
 from llava.train.arguments import Arguments, LlavaTrainingArguments
-from llava.train.checkpoints import STAGING_PREFIX, publish_files, remove_staging
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import LlavaDataset, PackedDataset, distinct_images
 from llava.train.data.feature_cache import FeatureCache, build_feature_cache, fingerprint
+from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
-from llava.train.data.record_images import ImageSource
 from llava.train.data.record_store import RecordStore
 from llava.train.lora import add_adapters, save_adapter
-from llava.train.packing import fill_batches, use_packed_attention
+from llava.train.packing import fill_batches, training_attention
 from llava.train.prepare_model import padding_id, start_end_ids
 from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_tflops
 from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
@@ -47,7 +48,7 @@ def prepare_output(training: LlavaTrainingArguments) -> None:
     except OSError as error:
         raise LlavaError(f"--output_dir {folder}: can't be made ({error.strerror})") from error
     if training.should_save:
-        remove_staging(folder)
+        remove_parts(folder)
 
 
 def build_dataset(
@@ -103,8 +104,7 @@ def build_trainer(
     """The trainer, its callbacks, and how it writes the model."""
     data, training = arguments.data, arguments.training
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
-    if data.packing:
-        use_packed_attention(model.config)
+    config = model.config
     if training.lora_enable:
         model = add_adapters(model, arguments)
 
@@ -130,9 +130,12 @@ def build_trainer(
         model=model,
         args=training,
         train_dataset=train_dataset,
-        data_collator=Collator(padding_id(tokenizer), packing=data.packing, cache=cache),
+        data_collator=Collator(
+            padding_id(tokenizer), packing=data.packing, pack_length=pack_length(arguments), cache=cache
+        ),
         write_model=write_model,
         describe=dataset.describe,
+        attention=partial(training_attention, config, packed=data.packing, longest=training.model_max_length),
     )
     from transformers import ProgressCallback
     from transformers.trainer_callback import PrinterCallback
@@ -145,14 +148,21 @@ def build_trainer(
     return trainer
 
 
+def pack_length(arguments: Arguments) -> int | None:
+    """Tokens that packed batches are filled up to: on a GPU, and where layers are compiled for one shape."""
+    training = arguments.training
+    fixed = training.device.type == "cuda" or training.compile_layers
+    return arguments.data.max_tokens_per_batch if fixed else None
+
+
 def save_final(trainer: LlavaTrainer) -> None:
     """The finished model in the output folder: written aside, moved in when whole, config.json last."""
     output_dir = Path(trainer.args.output_dir)
-    staging = output_dir / f"{STAGING_PREFIX}final"
+    staging = part_in(output_dir)
     trainer.save_model(str(staging / "model"))
     trainer.wait_for_all()
     if trainer.args.should_save:
-        publish_files(staging / "model", output_dir)
+        publish_files(staging / "model", output_dir, last="config.json", stale=WEIGHTS)
         staging.rmdir()
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
     trainer.wait_for_all()

@@ -4,8 +4,8 @@ The loss of an optimizer step is the mean of its micro-batches' token means, as 
 """
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch.distributed
 from torch import nn
 from transformers import Trainer
 
-from llava.errors import LlavaError
 from llava.train.checkpoints import publish, remove_old, staged
+from llava.train.compute import compile_layers, set_policy
 from llava.train.data.dataset import Report
 from llava.train.data.sampler import EpochSampler
 from llava.train.lora import load_non_lora
+from llava.train.loss_watch import LossWatch
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class LlavaTrainer(Trainer):
     Args:
         write_model: `write_model(folder, state_dict or None)` writes the whole model in the project's layout.
         describe: `describe(sample number)` names a record in messages.
+        attention: `attention()` is a context in which the model attends as its training batches need it.
     """
 
     def __init__(
@@ -41,13 +43,15 @@ class LlavaTrainer(Trainer):
         *args,
         write_model: Callable[[Path, dict | None], None],
         describe: Callable[[int], str],
+        attention: Callable[[], AbstractContextManager] = nullcontext,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         # Each micro-batch's own token mean, not a mean over the accumulated batch: the reference's arithmetic.
         self.model_accepts_loss_kwargs = False
         self.write_model = write_model
-        self.describe = describe
+        self.loss_watch = LossWatch(describe)
+        self.attention = attention
         self.tokens_seen = 0
         self.samples_seen = 0
         self.report = Report()
@@ -73,15 +77,39 @@ class LlavaTrainer(Trainer):
             self._sampler.set_epoch(epoch)
         return super()._run_epoch(epoch=epoch, **kwargs)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        set_policy(self.accelerator)
+
+    def train(self, *args, **kwargs):
+        with self.attention():
+            output = super().train(*args, **kwargs)
+        self.loss_watch.look()
+        return output
+
+    def _prepare_for_training(self, *args, **kwargs):
+        if self.args.compile_layers and not self._is_compiled:
+            self._is_compiled = True
+            # The CPU's attention goes from sample to sample, which is no graph.
+            compile_layers(self.model, fullgraph=self.args.device.type == "cuda", **self.args.compile_options)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    _is_compiled = False
+
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         meta = {key: inputs.pop(key) for key in META_KEYS}
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(loss):
-            self._stop_at_bad_loss(loss, meta["sample_numbers"])
+        self.loss_watch.note(loss, self.state.global_step + 1, meta["sample_numbers"])
         self.tokens_seen += meta["num_tokens"]
         self.samples_seen += len(meta["sample_numbers"])
         self._note(meta["report"])
         return loss
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.loss_watch.look()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _note(self, report: Report) -> None:
         """Count what was cut, has no target or was left out; an image that is left out is said at once."""
@@ -89,13 +117,6 @@ class LlavaTrainer(Trainer):
             if number not in self.report.skipped:
                 logger.warning("left out: %s", message)
         self.report.add(report)
-
-    def _stop_at_bad_loss(self, loss: torch.Tensor, numbers: Sequence[int]) -> None:
-        names = ", ".join(self.describe(number) for number in numbers)
-        raise LlavaError(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch held: {names}; "
-            "try a lower --learning_rate, or --bf16 in place of --fp16"
-        )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -1,5 +1,7 @@
 """The audit finds what training has seen of a test set, and only that."""
 
+import base64
+import io
 import json
 
 import numpy as np
@@ -14,7 +16,7 @@ from llava.errors import LlavaError
 
 
 def item(key, image, question, answer, kind="OPEN"):
-    return VqaItem(key, image, question, answer, kind)
+    return VqaItem(key, (image,), question, answer, kind)
 
 
 def smooth_image(seed: int) -> Image.Image:
@@ -146,3 +148,31 @@ def test_a_image_wise_split_of_vqa_rad_is_clean(shared_dir):
     found = audit_splits(train, test)
     assert found["images"]["same_name"] == found["questions"]["near_duplicates"] == 0
     assert len(found["subsets"]["unseen image"]) == len(test) > 100
+
+
+def test_images_under_every_key_and_in_the_record_are_known(tmp_path):
+    """`image`, `images` and embedded files: a test question counts as seen whichever of its images training has."""
+    picture = io.BytesIO()
+    smooth_image(3).save(picture, "PNG")
+    smooth_image(3).save(tmp_path / "same.png")
+    smooth_image(4).save(tmp_path / "new.png")
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+
+    def row(key, **images):
+        turns = [{"from": "user", "value": "<image>\nIs it blue?"}, {"from": "assistant", "value": "no"}]
+        return {"id": key, "conversations": turns, **images}
+
+    (tmp_path / "train.json").write_text(json.dumps([row(1, image="same.png")]))
+    tests = [
+        row(1, images=["same.png"]),
+        row(2, images=["new.png", "same.png"]),
+        row(3, image=url),
+        row(4, image="new.png"),
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(tests))
+    train, test = (read_vqa_items(tmp_path / f"{name}.json") for name in ("train", "test"))
+    found = audit_splits(train, test, tmp_path, tmp_path)
+    assert [entry["image_seen"] for entry in found["items"]] == [True, True, True, False]
+    assert found["test"]["images"] == 3 and found["images"]["same_name"] == 1 and found["images"]["seen"] == 2
+    by_name = audit_splits(train, test)
+    assert [entry["image_seen"] for entry in by_name["items"]] == [True, True, False, False]

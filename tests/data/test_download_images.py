@@ -17,11 +17,12 @@ import pytest
 
 from llava.data.download_images import FAILURES_FILE, main
 from llava.data.fetching.articles import read_plan
-from llava.data.fetching.transfer import RateLimit
+from llava.data.fetching.transfer import Limits, Transfer, TransferError
 from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
 from llava.records import read_records
 from tests.data.archive_server import ArchiveServer, Reply, archive, archive_with_bomb, header
+from tests.skipping_loop import run_skipping
 
 FAST = ["--requests-per-second", "0", "--backoff", "0.01", "--timeout", "1", "--min-free-gb", "0", "--retries", "2"]
 
@@ -327,21 +328,24 @@ def test_no_more_connections_than_asked_for(wanted, server):
     assert 2 <= server.most_at_once <= 4
 
 
-def test_rate_limit_spaces_requests(monkeypatch):
-    waits = []
+@pytest.mark.parametrize(("per_second", "times"), [(10.0, [0, 0.1, 0.2, 0.3]), (0, [0, 0, 0, 0])])
+def test_rate_limit_spaces_requests(per_second, times):
+    asked = []
 
-    async def sleep(seconds):
-        waits.append(seconds)
+    async def get(url):
+        asked.append(asyncio.get_running_loop().time())
+        raise TransferError("not asked")
 
-    async def ask(rate, times):
-        for _ in range(times):
-            await rate.wait()
+    async def ask():
+        async with Transfer(Limits(requests_per_second=per_second)) as transfer:
+            transfer._get = get
+            for _ in range(4):
+                with pytest.raises(TransferError):
+                    async with transfer.open("http://somewhere"):
+                        pass
 
-    monkeypatch.setattr("llava.data.fetching.transfer.asyncio.sleep", sleep)
-    asyncio.run(ask(RateLimit(10.0), 4))
-    assert waits == pytest.approx([0, 0.1, 0.2, 0.3], abs=0.05)
-    asyncio.run(ask(RateLimit(0), 1))
-    assert len(waits) == 4
+    run_skipping(ask())
+    assert asked == pytest.approx(times)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 """Captions made of question-answer records."""
 
+import argparse
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
+from llava.data.conversion import ImageFolder
+from llava.data.sources import qa_captions
 from llava.data.sources.qa_captions import statement
+from llava.errors import LlavaError
 from llava.records import read_records, write_json
 
 
@@ -47,3 +52,15 @@ def test_only_shared_sentences_and_fields(tmp_path):
     assert subprocess.run(command).returncode == 0
     captions = {row["conversations"][1]["value"] for row in read_records(out / "captions.json")}
     assert captions == {"image organ: chest. organ: lung."}
+
+
+def test_captions_of_other_keys_go_by_who_speaks(tmp_path):
+    turns = [("system", "Be brief."), ("assistant", "Hello."), ("user", "Organ?\n<image>"), ("assistant", "Lung")]
+    rows = [{"id": "1", "images": ["a.png"], "messages": [{"role": r, "content": t} for r, t in turns]}]
+    write_json(tmp_path / "train.json", rows)
+    args = argparse.Namespace(records=tmp_path / "train.json", field=[], question="What?", min_images=1)
+    splits = qa_captions.convert(args, ImageFolder(None)).splits
+    assert [row["conversations"][1]["value"] for row in splits["captions"]] == ["organ: lung."]
+    write_json(tmp_path / "train.json", [{**rows[0], "images": ["a.png", "b.png"]}])
+    with pytest.raises(LlavaError, match=r"record 0 \('1'\): expected the name of one image"):
+        qa_captions.convert(args, ImageFolder(None))

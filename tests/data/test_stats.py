@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("textblob", reason='textblob is in the extra "stats"')
 pytest.importorskip("simplemma", reason='simplemma is in the extra "stats"')
 
-from llava.data.stats import collect, verb_object_finder
+from llava.data.stats_count import collect, verb_object_finder
 from llava.errors import LlavaError
 from llava.records import write_json
 
@@ -48,11 +48,28 @@ def test_counts_and_figure(tmp_path):
     assert json.loads((out / "stats.json").read_text())["turns"] == {"1": 3, "2": 3}
     assert (out / "stats.png").read_bytes()[:4] == b"\x89PNG"
     page = (out / "stats.html").read_text()
-    assert "data:image/png;base64" in page
-    assert "http" not in page
+    assert page.count("<svg ") == page.count("<figcaption>") == 5
+    assert "describe" in page and "<td>image</td>" in page
+    assert "://" not in page
 
 
 def test_a_record_without_conversations_is_named(tmp_path):
     write_json(tmp_path / "bad.json", [{"id": "r7"}])
     with pytest.raises(LlavaError, match="r7"):
         collect(tmp_path / "bad.json")
+
+
+def test_speakers_and_images_of_every_kind_are_counted(tmp_path):
+    told = [{"role": "system", "content": "Answer."}, {"role": "assistant", "content": "Hello you."}]
+    asked = [
+        {"from": "user", "value": "Describe the image.\n<image>"},
+        {"from": "assistant", "value": "It shows a scan."},
+    ]
+    rows = [
+        {"id": "u", "images": ["p.png"], "domain": "mri", "messages": [*told, *asked]},
+        {"id": "t", "conversations": asked},
+    ]
+    write_json(tmp_path / "x.json", rows)
+    stats = collect(tmp_path / "x.json")
+    assert (stats.text_only, stats.turns, stats.domains) == (1, [1, 1], {"mri": 1})
+    assert stats.lengths == {"instructions": [3, 3], "responses": [2, 4, 4]}

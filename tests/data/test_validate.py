@@ -219,3 +219,50 @@ def test_split_takes_a_range_and_counts_what_is_too_long(tmp_path, capsys):
     pieces = split(tmp_path, records, "--max-length", "100", "--begin", "1", "--end", "3")
     assert [piece["id"] for piece in pieces] == ["1", "2"]
     assert "2 pieces are one question and answer longer than 100" in capsys.readouterr().out
+
+
+def test_split_goes_by_who_speaks(tmp_path):
+    """A greeting of the assistant stays with the first piece, a system turn goes with each; no answer is lost."""
+    plain = record("long", "<image>\nq0", "a0 " * 60, "q1", "a1 " * 60, "q2", "a2 " * 60)["conversations"]
+    opening = [{"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Hello."}]
+    made = {"id": "long", "images": ["a.png"], "messages": [*opening, *plain]}
+    pieces = split(tmp_path, [made], "--max-length", "250")
+    assert [piece["id"] for piece in pieces] == ["long_0", "long_4", "long_6"]
+    for number, piece in enumerate(pieces):
+        spoken = piece["conversations"]
+        assert spoken[0] == opening[0] and (spoken[1] == opening[1]) == (number == 0)
+        assert spoken[-1] == {"from": "gpt", "value": plain[2 * number + 1]["value"]}
+        assert spoken[-2]["from"] == "human" and spoken[-2]["value"].startswith("<image>\n")
+        assert spoken[-2]["value"].endswith(f"q{number}") and "messages" not in piece
+
+
+def test_records_of_other_keys_are_checked_and_put_right(tmp_path, images):
+    made = {
+        "id": "m",
+        "images": ["a.png"],
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": 4}],
+    }
+    code, report = run(tmp_path, [made], "--image-folder", str(images), "--fix", str(tmp_path / "fixed.json"))
+    assert (
+        code == 1
+        and report["faults"].keys() == {"image_count"}
+        and report["notes"].keys() == {"number_as_text", "other_names"}
+    )
+    fixed = [{"id": "m", "images": ["a.png"], "conversations": turns("q\n<image>", "4")}]
+    assert read_records(tmp_path / "fixed.json") == fixed
+    gone = {**made, "images": ["a.png", "none.png"]}
+    write_records(tmp_path / "in.json", [made, gone])
+    filter_missing.main(
+        [str(tmp_path / "in.json"), "--image-folder", str(images), "--output", str(tmp_path / "o.json")]
+    )
+    assert read_records(tmp_path / "o.json") == [made]
+
+
+def test_a_lone_surrogate_stops_no_command(tmp_path, images, caplog):
+    path = tmp_path / "half.json"
+    path.write_text(json.dumps([record("a", "<image>\nq", "fine \ud83d")]))
+    assert validate.main([str(path), "--fix", str(tmp_path / "fixed.jsonl")]) == 0
+    assert read_records(tmp_path / "fixed.jsonl")[0]["conversations"][1]["value"] == "fine \ufffd"
+    filter_missing.main([str(path), "--image-folder", str(images), "--output", str(tmp_path / "out.parquet")])
+    assert read_records(tmp_path / "out.parquet")[0]["conversations"][1]["value"] == "fine \ufffd"
+    assert "1 texts held half of a character pair (first: record 0)" in caplog.text

@@ -39,7 +39,8 @@ def test_demo_ends_with_a_table_results_and_a_page(demo):
     results = json.loads((output / "results.json").read_text())
     assert set(results) == KEYS and results["seed"] == 4 and results["questions"] > 80
     page = (output / "report.html").read_text()
-    assert "<img" in page and "data:image/png;base64" in page and "research only" in page
+    assert "<img" in page and "data:image/jpeg;base64" in page and "research only" in page
+    assert page.count("<svg ") == page.count("<figcaption>") >= 7
     assert 'src="http' not in page and "<script" not in page
 
 

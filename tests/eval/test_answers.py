@@ -1,5 +1,6 @@
 """Answer files: in the order of the questions, whole or resumable, with a manifest, images checked first."""
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llava.errors import LlavaError
@@ -151,6 +153,19 @@ def test_answers_of_another_run_are_not_continued(model, data, tmp_path):
     assert len(answer(model, data, path, "--temperature", "0.5", "--overwrite")) == NUMBER
 
 
+def test_answers_of_an_earlier_version_go_on(finished, model, data, tmp_path):
+    """A part and its claim as versions wrote them that knew five parameters."""
+    path = tmp_path / "answers.jsonl"
+    stop_after(1, model, data, path)
+    claim = path.with_name("answers.jsonl.part.json")
+    kept = json.loads(claim.read_text())
+    old = {"temperature": 0.0, "top_p": None, "num_beams": 1, "max_new_tokens": 8, "seed": 0}
+    settings = kept["settings"] | {"decoding": old}
+    text = json.dumps(settings, sort_keys=True)
+    claim.write_text(json.dumps({"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "settings": settings}))
+    assert answer(model, data, path) == read_records(finished)
+
+
 def test_sampling_depends_on_the_seed_alone(model, data, tmp_path):
     sampled = ["--temperature", "1.0", "--top_p", "0.9", "--seed"]
     first = answer(model, data, tmp_path / "a.jsonl", *sampled, "1")
@@ -226,6 +241,51 @@ def test_yes_no_probabilities_are_written_for_closed_questions(model, data, tmp_
     one_by_one = answer(model, data, tmp_path / "b.jsonl", "--yes-no-probabilities", "--batch-size", "1")
     again = [row["metadata"].get("p_yes") for row in one_by_one]
     assert [c for c in known if c] == pytest.approx([c for c in again if c], abs=1e-5)
+
+
+def test_likelihoods_of_options_are_the_models_own(model, data, tmp_path):
+    """Each option's log probability by hand, from the first id that differs on, and equal in every batch."""
+    from llava.conversation import get_template
+    from llava.images import open_image
+    from llava.model import load_pretrained_model
+    from llava.tokenization import encode_conversation
+
+    turns = [{"from": "human", "value": "Which?\n<image>"}, {"from": "gpt", "value": "A"}]
+    records = [
+        {"id": "q0", "image": "p0.png", "conversations": turns, "options": ["left lung", "left", "no"]},
+        {"id": "q1", "image": "p1.png", "conversations": turns, "options": {"A": "yes", "B": "a long option of words"}},
+        {"id": "q2", "image": "p1.png", "conversations": turns},
+    ]
+    (data / "choice.json").write_text(json.dumps(records))
+    runs = []
+    for size in ("32", "1"):
+        path = tmp_path / f"{size}.jsonl"
+        more = ["--option-likelihoods", "--batch-size", size]
+        model_vqa_med.main(flags(model, data, path, *more, questions="choice.json"))
+        runs.append([row["metadata"] for row in read_records(path)])
+    assert "option_letters" not in runs[0][2] and [len(one["option_letters"]) for one in runs[0][:2]] == [3, 2]
+    for one, other in zip(*runs):
+        for kind in ("option_letters", "option_texts"):
+            pairs = [[found["log_probability"] for found in run.get(kind, ())] for run in (one, other)]
+            assert pairs[0] == pytest.approx(pairs[1], abs=1e-5)
+
+    loaded = load_pretrained_model(str(model))
+    template = get_template(loaded.model.config.conversation_template)
+    image = loaded.image_processor([open_image(data / "p0.png")], loaded.model.config.image_aspect_ratio)
+    samples = []
+    for option in records[0]["options"]:
+        record = [turns[0], {"from": "gpt", "value": option}]
+        features = loaded.model.num_patches
+        samples.append(encode_conversation(record, template, loaded.tokenizer, features_per_image=features))
+    ids = [sample.input_ids for sample in samples]
+    start = next(place for place, column in enumerate(zip(*ids)) if len(set(column)) > 1)
+    for sample, found in zip(samples, runs[0][0]["option_texts"], strict=True):
+        with torch.inference_mode():
+            logits = loaded.model(torch.tensor([sample.input_ids]), pixel_values=torch.from_numpy(image)).logits[0]
+        logs = logits.double().log_softmax(-1)
+        learned = [place for place in range(start, len(sample.labels)) if sample.labels[place] != -100]
+        by_hand = sum(float(logs[place - 1, sample.input_ids[place]]) for place in learned)
+        assert found == {"log_probability": pytest.approx(by_hand, abs=1e-5), "tokens": len(learned)}
 
 
 def test_answer_prompter_asks_twice(finished, model, data, tmp_path):

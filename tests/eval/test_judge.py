@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from llava.errors import LlavaError
 from llava.eval.chat.judge import build_job, read_scores, repair_job
 from llava.eval.chat.summary import order_agreement, read_scores_file
+from llava.eval.eval_multimodal_chat_gpt_score import join_by_id
 from llava.openai_api import ChatResult
 from llava.records import read_records, write_records
 from tests.openai_server import OpenAIServer
@@ -152,3 +154,13 @@ def test_the_real_questions(shared_dir, tmp_path):
     assert (sizes["conversation"], sizes["detailed_description"], sizes["overall"]) == (143, 50, 193)
     domains = ("chest_xray", "mri", "histology", "gross", "ct_scan")
     assert [sizes[name] for name in domains] == [37, 38, 44, 34, 40]
+
+
+def test_answers_are_joined_by_id_as_text_and_have_to_be_texts(tmp_path):
+    write_records(tmp_path / "q.jsonl", [QUESTION])
+    write_records(tmp_path / "a.jsonl", [{"question_id": "7", "text": 4}])
+    (pair,) = join_by_id(str(tmp_path / "q.jsonl"), str(tmp_path / "a.jsonl"))
+    assert (pair[0]["question_id"], pair[1]["text"]) == (7, "4") and build_job(*pair)
+    write_records(tmp_path / "a.jsonl", [{"question_id": "7", "text": None}])
+    with pytest.raises(LlavaError, match=r"a\.jsonl record 0: no text"):
+        join_by_id(str(tmp_path / "q.jsonl"), str(tmp_path / "a.jsonl"))

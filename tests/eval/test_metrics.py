@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.eval.metrics import normalize_word, paper_item, paper_summary, strict_item, strict_words
+from llava.eval.metrics import OPEN, Answer, normalize_word, paper_item, paper_summary, strict_item, strict_words
 from llava.eval.metrics.calibration import calibrate
+from llava.eval.metrics.chrf import open_chrf
 from llava.eval.metrics.intervals import bootstrap_interval, compare_paired, mcnemar
 
 
@@ -70,6 +71,16 @@ def test_strict_words_keep_decimals_and_join_thousands():
     assert strict_words("It doesnt.") == ["it", "doesn't"]
 
 
+def test_strict_words_of_scripts_without_blanks_are_characters():
+    assert strict_words("CT显示3.5厘米的结节") == ["ct", "显", "示", "3.5", "厘", "米", "的", "结", "节"]
+    assert strict_words("폐 결절, naïve") == ["폐", "결절", "naïve"]
+
+
+@pytest.mark.parametrize(("said", "right"), [("有", 1), ("有的", 1), ("没有", 0), ("有没有", 0), ("无", 0)])
+def test_a_denied_chinese_word_is_not_said(said, right):
+    assert strict_item(said, "有").correct == right
+
+
 def test_only_the_first_32_periods_go_in_paper():
     text = " ".join(["a.b."] * 20)
     assert normalize_word(text).count(".") == 40 - 32
@@ -93,6 +104,16 @@ def test_scores_are_fractions(prediction, reference):
 def test_the_reference_itself_is_right(text):
     item = strict_item(text, text)
     assert item.recall == item.precision == item.exact == 1
+
+
+def test_chrf_is_sacrebleus_and_knows_no_case():
+    def score(prediction, reference):
+        return open_chrf(Answer(prediction, reference, OPEN))
+
+    assert score("Left lung", "left lung") == 1 and score("", "left lung") == score("xyz", "abd") == 0
+    # Letters alone: 1 of 3 and of 2 is right; the two counts weigh 1 and 4 (beta is 2), longer n-grams find nothing.
+    assert score("abc", "ax") == pytest.approx(5 / (3 + 4 * 2) / 2)
+    assert score("cardiomegalie", "cardiomegaly") > 0.8 > strict_item("cardiomegalie", "cardiomegaly").recall
 
 
 def test_interval_holds_the_mean_and_narrows_with_more_questions():

@@ -101,6 +101,46 @@ def test_missing_answers_by_choice(files, tmp_path):
     assert (skipped["strict"]["closed accuracy"]["value"], wrong["strict"]["closed accuracy"]["value"]) == (100, 50)
 
 
+def test_a_null_answer_is_no_answer_and_never_the_word_none(files, tmp_path):
+    """VQA's normaliser makes "None" a 0, which answers "How many?"."""
+    questions = [record("1", "How many?", "0", "OPEN"), record("2", "Any?", "no", "CLOSED")]
+    flags = files(questions, [("1", None), ("2", "no")])
+    with pytest.raises(LlavaError, match=r"1 null \(first '1'\); --on-missing"):
+        run_eval.main(flags)
+    wrong = run_json(flags, tmp_path, "--on-missing", "wrong")
+    assert (wrong["missing_answers"], wrong["paper"]["recall"]["value"], wrong["strict"]["open recall"]["value"]) == (
+        1,
+        0,
+        0,
+    )
+    assert run_json(flags, tmp_path, "--on-missing", "skip")["open"] == 0
+
+
+def test_the_question_goes_by_who_speaks(files, tmp_path):
+    """A system text or a greeting before the question is neither question nor answer."""
+    opening = ({"from": "system", "value": "Answer with yes or no."}, {"from": "gpt", "value": "Hello, no."})
+    questions = [record(str(n), "Is it blue?", "yes", "CLOSED") for n in range(3)]
+    for n, before in enumerate(([opening[0]], [opening[1]], opening)):
+        questions[n]["conversations"] = [*before, *questions[n]["conversations"]]
+    items = tmp_path / "items.jsonl"
+    content = run_json(files(questions, [(str(n), "yes") for n in range(3)]), tmp_path, "--per-item", str(items))
+    assert content["strict"]["closed accuracy"]["value"] == content["paper"]["yes/no accuracy"]["value"] == 100
+    rows = [json.loads(line) for line in items.read_text().splitlines()]
+    assert {row["question"] for row in rows} == {"Is it blue?"} and {row["reference"] for row in rows} == {"yes"}
+
+
+def test_chinese_answers_in_a_sentence_score_as_english_ones(files, tmp_path):
+    questions = [
+        record("0", "图中有肝脏吗?", "有", "CLOSED"),
+        record("1", "这是什么器官?", "肝脏", "OPEN"),
+        record("2", "左肺健康吗?", "不健康", "CLOSED"),
+    ]
+    right = run_json(files(questions, [("0", "有。"), ("1", "图中的器官是肝脏。"), ("2", "左肺不健康")]), tmp_path)
+    assert right["strict"]["closed accuracy"]["value"] == right["strict"]["open recall"]["value"] == 100
+    wrong = run_json(files(questions, [("0", "图中没有肝脏"), ("1", "肾"), ("2", "健康")]), tmp_path)
+    assert wrong["strict"]["closed accuracy"]["value"] == wrong["strict"]["open recall"]["value"] == 0
+
+
 BAD = {
     "missing": ({"answers": [("1", "a"), ("2", "b"), ("3", "c")]}, "1 missing (first '4')"),
     "doubled": ({"answers": [*ANSWERS.items(), ("2", "no")]}, "1 doubled (first '2')"),
@@ -110,6 +150,13 @@ BAD = {
     "blank": ({"raw": "\n" * 100}, "no answers"),
     "not JSON": ({"raw": '{"question_id": "1", "text": "a"}\n{"question_id": "2", "te\n'}, "answers.jsonl line 2"),
     "no text": ({"raw": '{"question_id": "1"}\n'}, 'no "text"'),
+    "null id": ({"raw": '{"question_id": null, "text": "a"}\n'}, 'no "question_id"'),
+    "text of parts": ({"raw": '{"question_id": "1", "text": ["a"]}\n'}, '"text" is a list'),
+    "null reference": ({"questions": [record("x7", "q", None, "OPEN")]}, 'record 0 ("x7"): turn 2 of the conv'),
+    "null raw reference": (
+        {"questions": [{"qid": 7, "question": "q", "answer": None, "answer_type": "OPEN"}]},
+        'record 0 ("7"): the answer is null',
+    ),
     "answer type": (
         {"questions": [record("1", "q", "a", "BOTH")], "answers": [("1", "a")]},
         "unknown answer type 'BOTH'",

@@ -13,6 +13,7 @@ from tests import tiny
 KINDS = {
     "llama": {"kind": "llama"},
     "mistral": {"kind": "mistral"},
+    "qwen2": {"kind": "qwen2", "tie_word_embeddings": True},
     "patches": {"kind": "llama", "mm_image_token_scheme": "patch", "mm_use_im_start_end": True},
 }
 

@@ -213,12 +213,60 @@ def test_images_and_placeholders_have_to_match(llama, images, tmp_path):
 
 def test_wrong_sampling_parameters():
     wrong = [
-        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.2}, {"max_new_tokens": 0}, {"stop": ("",)}, {"logprobs": 99},
-        {"num_beams": 0}, {"num_beams": 2, "temperature": 1.0},
+        {"temperature": -1}, {"top_p": -0.1}, {"top_p": 1.2}, {"max_new_tokens": 0}, {"stop": ("",)}, {"logprobs": 99},
+        {"num_beams": 0}, {"num_beams": 2, "temperature": 1.0}, {"num_beams": 2, "repetition_penalty": 1.1},
+        {"temperature": float("nan")}, {"temperature": float("inf")}, {"logit_bias": {1: float("nan")}},
+        {"stop": ("\ud800",)}, {"top_k": -2}, {"seed": True}, {"top_p": "1"}, {"no_such": 1},
     ]  # fmt: skip
     for settings in wrong:
-        with pytest.raises(LlavaError):
+        with pytest.raises(LlavaError, match=next(iter(settings))):
             SamplingParams(**settings)
+
+
+def test_neutral_values_of_others():
+    neutral = {
+        "top_k": -1,
+        "repetition_penalty": 1,
+        "stop": None,
+        "seed": None,
+        "logit_bias": None,
+        "temperature": None,
+    }
+    assert SamplingParams(**neutral) == SamplingParams(stop=()) == SamplingParams()
+
+
+def test_ids_that_end_an_answer_and_ids_of_no_vocabulary(llama):
+    engine = Engine(llama)
+    (plain,) = engine.generate([ask("What is it?", max_new_tokens=8, ignore_eos=True)])
+    end = plain.token_ids[3]
+    (answer,) = engine.generate([ask("What is it?", max_new_tokens=8, ignore_eos=True, stop_token_ids=[end])])
+    assert answer.token_ids == plain.token_ids[: plain.token_ids.index(end)] and answer.finish_reason == "stop"
+    for wrong in ({"stop_token_ids": [10**6]}, {"logit_bias": {10**6: 1}}):
+        with pytest.raises(LlavaError, match=f"{next(iter(wrong))}: 1000000 is no id"):
+            engine.submit(ask("What is it?", **wrong))
+
+
+def test_a_text_that_no_context_holds_is_refused_before_it_is_tokenised(llama, monkeypatch):
+    engine = Engine(llama)
+    monkeypatch.setattr(engine.prompts, "_tokenize", lambda _: pytest.fail("tokenised"))
+    with pytest.raises(ContextTooLong, match="characters"):
+        engine.submit(ask("left right " * 1_000_000))
+
+
+def test_a_penalty_holds_whatever_else_is_answered(llama, images):
+    """Each row's rule sees its own prompt and answer, also when it waits for memory and goes on."""
+    settings = {"temperature": 0.8, "top_k": 50, "repetition_penalty": 1.3, "seed": 5, "ignore_eos": True}
+    request = ask("What is it?", [images[0]], max_new_tokens=40, **settings)
+    (alone,) = Engine(llama).generate([request])
+    others = mixed_requests(images, max_new_tokens=100, ignore_eos=True)
+    per_position = Engine(llama).scheduler.runner.cache.bytes_per_position
+    engine = Engine(llama, cache_bytes=per_position * 64 * 10)
+    together = engine.generate([*others[:4], request, *others[4:]])
+    assert engine.statistics()["preempted"] > 0
+    assert together[4].token_ids == alone.token_ids
+    settings["repetition_penalty"] = 1
+    (without,) = Engine(llama).generate([ask("What is it?", [images[0]], max_new_tokens=40, **settings)])
+    assert without.token_ids != alone.token_ids
 
 
 def test_little_memory_means_waiting_not_failing(llama, images):

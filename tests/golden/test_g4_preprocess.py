@@ -19,6 +19,7 @@ import pytest
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.model.tokenizer import add_tokens, load_tokenizer
+from llava.record_content import ASSISTANT, read_turns
 from llava.tokenization import (
     Encoded,
     ImageTokens,
@@ -26,9 +27,7 @@ from llava.tokenization import (
     encode_conversation,
     encode_prompt,
     pad_batch,
-    read_turns,
 )
-from llava.tokenization.turns import ASSISTANT
 from tests.conftest import golden_cases, golden_root
 
 

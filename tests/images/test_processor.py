@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.images.anyres import best_pinpoint, default_pinpoints, read_pinpoints
+from llava.records import read_json, write_json
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -102,6 +106,45 @@ def test_round_trip_and_transformers_reads_it(config, tmp_path):
     image = noise(50, 60)
     theirs = CLIPImageProcessorPil.from_pretrained(tmp_path)(image, return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(processor([image]), theirs, atol=1e-6)
+
+
+OTHERS = {
+    "SiglipImageProcessor": SiglipImageProcessorPil,
+    "ViTImageProcessor": ViTImageProcessorPil,
+    "BitImageProcessor": BitImageProcessorPil,
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("variant", ["", "Fast"])
+def test_other_kinds_are_read_and_written_with_their_own_means(kind, variant, tmp_path):
+    """A file that leaves out what equals the kind's defaults, as the hub's do, and a whole one."""
+    image = noise(300, 250)
+    write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": kind + variant})
+    processor = ImageProcessor.from_pretrained(tmp_path)
+    expected = OTHERS[kind]()(image, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(processor([image]), expected, atol=1e-6)
+    sizes = {"size": {"height": 28, "width": 28}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    if kind == "BitImageProcessor":
+        sizes |= {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}, "resample": 2}
+    processor = ImageProcessor.from_pretrained({"image_processor_type": kind} | sizes)
+    processor.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "preprocessor_config.json")["image_processor_type"] == kind
+    assert ImageProcessor.from_pretrained(tmp_path) == processor
+    theirs = OTHERS[kind].from_pretrained(tmp_path)(image, return_tensors="np")["pixel_values"]
+    assert theirs.shape == (1, 3, 28, 28)
+    np.testing.assert_allclose(processor([image]), theirs, atol=1e-6)
+
+
+def test_kinds_without_known_defaults(tmp_path):
+    whole = {"size": 28, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    assert ImageProcessor.from_pretrained({"image_processor_type": "OtherImageProcessor"} | whole).kind.startswith("O")
+    with pytest.raises(LlavaError, match="image_mean, image_std, resample of OtherImageProcessor must be given"):
+        ImageProcessor.from_pretrained({"image_processor_type": "OtherImageProcessor", "size": 28})
+    with pytest.raises(LlavaError, match="do_flip_channel_order of OtherImageProcessor isn't supported"):
+        ImageProcessor.from_pretrained(
+            {"image_processor_type": "OtherImageProcessor", "do_flip_channel_order": True} | whole
+        )
 
 
 def test_wrong_settings(tmp_path):

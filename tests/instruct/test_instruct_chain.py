@@ -110,3 +110,9 @@ def test_nothing_left_is_an_error(tmp_path):
     done = command("llava.instruct.instruct_postprocess", *words)
     assert done.returncode == 2
     assert not (tmp_path / "o.json").exists()
+
+
+def test_a_caption_record_of_other_keys_is_a_figure(tmp_path):
+    spoken = [{"role": "user", "content": "q\n<image>"}, {"role": "assistant", "content": "A caption."}]
+    write_json(tmp_path / "r.json", [{"id": "x", "pair_id": None, "images": ["x.jpg"], "messages": spoken}])
+    assert read_figures(tmp_path / "r.json") == [Figure(key="x", caption="A caption.", image="x.jpg")]

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
+from llava.folders import part_of, stage
 from llava.model import load_pretrained_model
 from llava.model import make_delta as make_delta_command
 from llava.model.convert import delta as delta_module
 from llava.model.convert.delta import apply_delta, make_delta
 from llava.model.weights import shards
 from llava.model.weights.files import WeightFiles
-from llava.model.weights.staging import staging_folder
 from llava.records import read_json, write_json
 from tests.tiny import make_llava, make_llm
 
@@ -68,7 +68,7 @@ def assert_applied(folder: Path, target: Path) -> None:
 
 
 def assert_untouched(target: Path) -> None:
-    assert not target.exists() and not staging_folder(target).exists()
+    assert not target.exists() and not part_of(target).exists()
 
 
 def test_apply_gives_back_the_target(work):
@@ -79,7 +79,7 @@ def test_apply_gives_back_the_target(work):
         difference = (original.read(name).float() - result.read(name).float()).abs().max()
         assert difference <= 2e-3, name
     assert "research only" in (target / "README.md").read_text().lower()
-    assert not staging_folder(target).exists()
+    assert not part_of(target).exists()
 
 
 def test_mistral_with_added_tokens(tmp_path):
@@ -256,7 +256,7 @@ def test_damaged_values_are_noticed_by_checksum(work, kind):
     (work / "target").mkdir()
     with pytest.raises(LlavaError, match=r"checksum .* damaged, fetch it again"):
         apply_delta(work / "llm", work / "target", work / "delta")
-    assert list((work / "target").iterdir()) == [] and not staging_folder(work / "target").exists()
+    assert list((work / "target").iterdir()) == [] and not part_of(work / "target").exists()
 
 
 def test_not_enough_space_is_said_before_any_work(work, monkeypatch):
@@ -307,12 +307,12 @@ def test_killed_run_goes_on(work, caplog):
     done = run_apply(work, KILL_AFTER)
     assert done.returncode == 9
     assert not (work / "target").exists()
-    assert len((staging_folder(work / "target") / "journal.txt").read_text().splitlines()) == 6
+    assert len((part_of(work / "target") / "journal.txt").read_text().splitlines()) == 6
     with caplog.at_level("INFO"):
         apply_delta(work / "llm", work / "target", work / "delta")
     assert "going on from an earlier attempt: 5 of" in caplog.text
     assert_applied(work, work / "target")
-    assert not staging_folder(work / "target").exists()
+    assert not part_of(work / "target").exists()
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def stopped(work, monkeypatch) -> Path:
         with pytest.raises(KeyboardInterrupt):
             apply_delta(work / "llm", work / "target", work / "delta")
     assert not (work / "target").exists()
-    return staging_folder(work / "target")
+    return part_of(work / "target")
 
 
 def test_stopped_run_with_other_inputs_starts_afresh(work, stopped, caplog):
@@ -340,6 +340,12 @@ def test_stopped_run_with_other_inputs_starts_afresh(work, stopped, caplog):
     with caplog.at_level("INFO"):
         apply_delta(work / "llm", work / "target", work / "delta")
     assert "starting afresh" in caplog.text
+    assert_applied(work, work / "target")
+
+
+def test_shards_of_a_stopped_run_that_were_cut_otherwise_do_not_stay(work, stopped):
+    apply_delta(work / "llm", work / "target", work / "delta", max_shard_bytes=100_000)
+    assert not (work / "target" / "model.safetensors").exists()
     assert_applied(work, work / "target")
 
 
@@ -371,8 +377,6 @@ def test_written_tensors_are_verified(work, monkeypatch):
 
 
 def test_one_process_at_a_time(work):
-    from llava.model.weights.staging import stage
-
     with (
         pytest.raises(RuntimeError, match="outer"),
         stage(work / "target"),

@@ -87,7 +87,7 @@ def test_unknown_field(llm, clip):
 
 def test_other_kind_of_language_model(llm, clip, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(LlavaError, match="type 'gpt2' aren't supported; use llama or mistral"):
+    with pytest.raises(LlavaError, match="type 'gpt2' aren't supported; use llama, mistral or qwen2"):
         build_model_from_llm(tmp_path, clip, device="cpu")
 
 

@@ -10,7 +10,7 @@ import torch
 import llava
 from llava.errors import LlavaError
 from llava.model import build_model_from_llm, load_pretrained_model
-from llava.model.towers.files import CLIP_PREFIX
+from llava.model.towers.clip import CLIP_PREFIX
 from tests.model.checkpoints import PROJECTOR, TOWER, Payload, Tiny, logits, save, write
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -34,7 +34,7 @@ def error(folder, base=None, **kwargs) -> str:
         (UP, "incomplete"),
         ("lm_head.weight", "incomplete"),
         ("model.mm_projector.2.bias", "projector"),
-        (CLIP_PREFIX + "encoder.layers.1.mlp.fc1.bias", "CLIP"),
+        (CLIP_PREFIX + "encoder.layers.1.mlp.fc1.bias", "whole vision model"),
     ],
 )
 def test_missing(tiny, tmp_path, name, cause):
@@ -78,7 +78,7 @@ def test_harmless_extras_are_ignored(tiny, tmp_path, name):
         ("model.embed_tokens.weight", "tokens were added"),
         ("lm_head.weight", "tokens were added"),
         ("model.mm_projector.0.weight", "another tower or language model"),
-        (CLIP_PREFIX + "embeddings.patch_embedding.weight", "another size of CLIP"),
+        (CLIP_PREFIX + "embeddings.patch_embedding.weight", "another size of vision model"),
         (UP, "config.json"),
     ],
 )
@@ -102,7 +102,7 @@ def test_tower_folder_without_a_block(tiny, tmp_path):
     clip = write(tmp_path / "clip", tower, json.loads((tiny.clip / "config.json").read_text()))
     folder = write(tmp_path / "a", tiny.without(TOWER), tiny.reference_config(mm_vision_tower=str(clip)), tiny.folder)
     message = error(folder)
-    assert "fc1.bias" in message and str(clip / "model.safetensors") in message and "whole CLIP" in message
+    assert "fc1.bias" in message and str(clip / "model.safetensors") in message and "whole vision model" in message
 
 
 def test_tower_not_found(tiny, tmp_path):

@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from llava.errors import LlavaError
 from llava.model import LlavaMistralForCausalLM, load_pretrained_model
 from llava.model.configuration import SCHEME_PATCH, SCHEME_PLACEHOLDER
-from llava.model.towers.files import CLIP_PREFIX
+from llava.model.towers.clip import CLIP_PREFIX
 from tests.model.checkpoints import PROJECTOR, TOWER, Tiny, logits, save, write
 
 

@@ -17,7 +17,7 @@ import torch
 
 from llava.errors import LlavaError
 from llava.model import build_model_from_llm
-from llava.model.towers.open_clip import read_open_clip_config
+from llava.model.towers import read_vision_config
 from tests.model.checkpoints import save
 from tests.tiny import make_llm
 
@@ -57,7 +57,7 @@ def test_error_names_the_extra(tmp_path, monkeypatch):
 
 def test_config_that_is_kept(tmp_path):
     folder = write_config(tmp_path, timm_model_name="vit_base_patch16_224", image_size=224, timm_proj="linear")
-    assert read_open_clip_config(folder) == {
+    assert read_vision_config(folder) == {
         "model_type": "open_clip",
         "timm_model_name": "vit_base_patch16_224",
         "image_size": 224,
@@ -70,4 +70,4 @@ def test_open_clip_model_without_a_timm_trunk(tmp_path):
     folder = write_config(tmp_path, layers=12, width=768, patch_size=16)
     save({"visual.conv1.weight": torch.ones(1)}, folder / "open_clip_model.safetensors")
     with pytest.raises(LlavaError, match=r"open_clip_config\.json: only open_clip models with a timm ViT"):
-        read_open_clip_config(folder)
+        read_vision_config(folder)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from llava.errors import LlavaError
 from llava.model import load_pretrained_model, save_model
 from llava.model.weights.files import WeightFiles
 from tests.model.checkpoints import logits
@@ -80,7 +81,7 @@ def test_failed_save_leaves_the_earlier_one(loaded, tmp_path):
         def save_pretrained(self, folder):
             raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(LlavaError, match="no space"):
         save_model(folder, loaded.model, loaded.tokenizer, Broken())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -9,8 +9,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from llava.errors import LlavaError
 from llava.model import build_model_from_llm, load_pretrained_model, save_model
-from llava.model.towers.base import CLIPVisionTower, used_layers
-from llava.model.towers.files import CLIP_PREFIX, known_vision_config, read_vision_config
+from llava.model.towers import read_vision_config
+from llava.model.towers.base import used_layers
+from llava.model.towers.clip import CLIP_PREFIX, CLIPVisionTower, known_vision_config
 from tests.tiny import make_clip, make_llm
 
 LAYERS = 3
@@ -82,7 +83,7 @@ def test_folder_of_a_whole_clip(llm, clip, tmp_path):
 
 
 def test_folder_that_is_no_clip(llm, tmp_path):
-    with pytest.raises(LlavaError, match=r"not a CLIP vision tower .*'llama'"):
+    with pytest.raises(LlavaError, match=r"not a vision tower .*'llama'"):
         build(llm, llm)
 
 

@@ -4,7 +4,7 @@ CVE-2026-85695, CVE-2024-11449, CVE-2024-12065, CVE-2024-12068, CVE-2026-24779, 
 import httpx
 import pytest
 
-from tests.security.listener import listener
+from tests.security.page_visitor import listener
 from tests.serve.processes import Process
 
 WORDS = "what only the server's owner may read"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.security.listener import listener
+from tests.security.page_visitor import listener
 from tests.serve.processes import Process, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")

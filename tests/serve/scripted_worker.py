@@ -51,19 +51,21 @@ class ScriptedBackend:
             words *= 100
         said = 0
         last = len(words) - 1 if words[-1] == "hold" else None
-        for place, word in enumerate(words[: job.max_new_tokens]):
+        for place, word in enumerate(words[: job.sampling.max_new_tokens]):
             if word == "die":
                 time.sleep(0.2)
                 os._exit(9)
-            top = [{"token": word, "logprob": -0.5}][: job.logprobs or 0]
-            logprobs = ({"token": word + " ", "logprob": -0.5, "top": top},) if job.logprobs is not None else ()
+            top = [{"token": word, "logprob": -0.5}][: job.sampling.logprobs or 0]
+            logprobs = (
+                ({"token": word + " ", "logprob": -0.5, "top": top},) if job.sampling.logprobs is not None else ()
+            )
             put(Piece(word + " ", logprobs, (place,)))
             said += 1
             if stopped.wait(300 if place == last else self.pause):
                 self.cancelled += 1
                 self.running -= 1
                 return
-        reason = "length" if len(words) > job.max_new_tokens else "stop"
+        reason = "length" if len(words) > job.sampling.max_new_tokens else "stop"
         usage = {"prompt_tokens": len(text.split()), "completion_tokens": said, "cached_tokens": 0}
         self.running -= 1
         put(Piece(finish_reason=reason, usage=usage))

@@ -194,12 +194,12 @@ def test_expiry_and_dispatch_without_network():
     from random import Random
 
     from llava.serve.registry import Registry
+    from llava.serve.request_models import WorkerStatus
 
     now = [0.0]
     registry = Registry("shortest_queue", clock=lambda: now[0], dice=Random(0))
     for port, queue in ((1, 5), (2, 1)):
-        status = {"model_names": ["m"], "speed": 1, "queue_length": queue}
-        registry.register(f"http://h:{port}", status)
+        registry.register(f"http://h:{port}", WorkerStatus(model_names=["m"], queue_length=queue))
     assert [registry.choose("m") for _ in range(6)] == ["http://h:2"] * 4 + ["http://h:1", "http://h:2"]
     now[0] = 20.0
     assert registry.heartbeat("http://h:1", 0)
@@ -208,6 +208,6 @@ def test_expiry_and_dispatch_without_network():
     assert list(registry.workers) == ["http://h:1"]
     lottery = Registry("lottery", clock=lambda: 0.0, dice=Random(0))
     for port, speed in ((1, 1), (2, 3)):
-        lottery.register(f"http://h:{port}", {"model_names": ["m"], "speed": speed})
+        lottery.register(f"http://h:{port}", WorkerStatus(model_names=["m"], speed=speed))
     picks = [lottery.choose("m") for _ in range(2000)]
     assert 0.70 < picks.count("http://h:2") / 2000 < 0.80

@@ -123,6 +123,31 @@ def test_seeds_stops_logprobs_choices(client):
     assert stopped.choices[0].finish_reason == "stop"
 
 
+def test_parameters_beyond_openais_reach_the_engine(client, checkpoint):
+    """As vLLM's clients send them; what they do is the engine's own, so the engine is asked too."""
+    from llava.conversation import get_template
+    from llava.generation import Engine, Request, SamplingParams
+    from llava.model import load_pretrained_model
+
+    engine = Engine(load_pretrained_model(checkpoint, device="cpu"))
+    hot = {"temperature": 1.5, "seed": 7}
+    cases = [{}, {"top_k": 3}, {"repetition_penalty": 1.5}, {"logit_bias": {"300": 30}}, {"stop_token_ids": [300]}]
+    texts = []
+    for case in cases:
+        conversation = get_template(engine.model.config.conversation_template)
+        conversation.append_message(conversation.roles[0], "Hi")
+        (expected,) = engine.generate([Request(conversation, (), SamplingParams(**hot, **case, max_new_tokens=12))])
+        texts.append(ask(client, "Hi", extra_body=case, **hot).choices[0].message.content)
+        assert texts[-1] == expected.text.lstrip(), case
+    assert len(set(texts[:4])) == 4
+    greedy = ask(client, "Hi").choices[0].message.content
+    assert ask(client, "Hi", extra_body={"top_k": 1}, **hot).choices[0].message.content == greedy
+    with pytest.raises(openai.BadRequestError, match="logit_bias: 99999 is no id"):
+        ask(client, "Hi", logit_bias={"99999": 1})
+    with pytest.raises(openai.BadRequestError, match="characters, more than the model's context"):
+        ask(client, "left right " * 200_000)
+
+
 def test_where_the_model_looked(serving):
     """The worker's own ids of an answer lead to weights that sum to what they say, in the page's form."""
     worker = serving[1]

@@ -136,7 +136,7 @@ def test_an_unknown_model_and_fields_that_cannot_be_honoured(client):
         ("temperature: ", {"temperature": -1}),
         ("top_logprobs: needs", {"top_logprobs": 2}),
         ("n: ", {"n": 17}),
-        ("role has to be", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}),
+        (r"messages.0.role: Input should be", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}),
     ):
         with pytest.raises(openai.APIStatusError, match=words) as caught:
             client.chat.completions.create(**{"model": "scripted", "messages": ASK} | more)

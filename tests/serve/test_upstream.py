@@ -109,13 +109,14 @@ def test_nobody_there_and_a_wrong_key(upstream, tmp_path):
 
 def test_images_go_on_as_png_in_their_places():
     text = "<image>\nbefore\n<image>\nafter"
-    job = read_job({"messages": [{"role": "user", "content": "x"}], "stop": ["###"], "seed": 3})
+    job = read_job({"messages": [{"role": "user", "content": "x"}], "stop": ["###"], "seed": 3, "top_k": 5})
     message = Message("user", text, (data_url(), data_url()))
     request = to_request(dataclasses.replace(job, messages=(message,)), "m")
     parts = request["messages"][0]["content"]
     assert [part.get("text") for part in parts] == [None, "before", None, "after"]
     assert all(part["image_url"]["url"].startswith("data:image/png;base64,iVBOR") for part in parts[::2])
-    assert (request["stop"], request["seed"], request["temperature"]) == (["###"], 3, 0.0)
+    assert (request["temperature"], request["top_p"], request["max_tokens"]) == (0.0, 1.0, 256)
+    assert request["extra_body"] == {"stop": ["###"], "seed": 3, "top_k": 5}, "nothing that is at its default"
 
 
 def test_either_a_checkpoint_or_a_server():

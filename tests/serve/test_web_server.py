@@ -57,10 +57,10 @@ def test_the_next_server_removes_what_a_killed_one_left(web):
 
 def test_starts_without_torch():
     script = (
-        "import sys\n"
+        "import sys\nfrom pathlib import Path\n"
         "import llava.serve.gradio_web_server as w\n"
         "args = w.build_parser().parse_args([])\n"
-        "w.build_app(args, None, w.read_keys(None, None))\n"
+        "w.build_app(args, None, Path('.'), w.read_keys(None, None))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"})

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates, get_template
 from llava.model.tokenizer import add_tokens
+from llava.record_content import ASSISTANT, read_turns
 from llava.tokenization import ImageTokens, conversation_from_record, encode_conversation, encode_prompt, expand_images
-from llava.tokenization.turns import ASSISTANT, read_turns
 from tests.tokenization.made_tokenizers import get, names
 
 TEMPLATES = sorted(name for name, template in conv_templates.items() if template.sep_style is not SeparatorStyle.SINGLE)

@@ -154,3 +154,27 @@ def test_start_and_end_tokens_stand_around_the_image():
     start, end = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
     place = ids.index(IMAGE_TOKEN_INDEX)
     assert (ids[place - 1], ids[place + 1]) == (start, end)
+
+
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [
+        ("v1", "Be brief. USER:"),
+        ("mpt", "<|im_start|>system\nBe brief.<|im_end|>"),
+        ("llama_2", "[INST] <<SYS>>\nBe brief."),
+    ],
+)
+def test_a_system_turn_takes_the_place_of_the_templates(tokenizer, template, start):
+    record = [{"role": "system", "content": "Be brief."}, *RECORD]
+    assert render_prompt(conversation_from_record(record, template)).startswith(start)
+    sample = encode_conversation(record, template, tokenizer)
+    own = get_template(template)
+    own.set_system("Be brief.")
+    assert sample == encode_conversation(RECORD, own, tokenizer) != encode_conversation(RECORD, template, tokenizer)
+    prompt = encode_prompt(conversation_from_record(record, template), tokenizer)
+    assert sample.input_ids[: len(prompt)] == prompt
+
+
+def test_half_of_a_character_pair_is_tokenised_as_its_replacement(tokenizer):
+    assert tokenize_prompt("fine \ud83d", tokenizer) == tokenize_prompt("fine \ufffd", tokenizer)
+    assert tokenize_prompt("\ud83d\ude00", tokenizer) == tokenize_prompt("\U0001f600", tokenizer)

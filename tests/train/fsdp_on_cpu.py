@@ -25,6 +25,22 @@ class FsdpState(AcceleratorState):
             self.fsdp_plugin = fsdp_plugin
 
 
+def note_gradients(seen: dict):
+    """A `_clip_grad_norm` that notes the gradients' dtypes, and which share (of those not 0) bfloat16 could hold."""
+    import torch
+
+    from llava.train.trainer import LlavaTrainer
+
+    def clip(self, model):
+        parts = [parameter.grad.to_local() for parameter in model.parameters() if parameter.grad is not None]
+        seen["gradient_dtypes"] = sorted({str(part.dtype) for part in parts})
+        values = torch.cat([part[part != 0] for part in parts])
+        seen["gradients_in_bf16"] = (values == values.bfloat16()).float().mean().item()
+        return LlavaTrainer._clip_grad_norm(self, model)
+
+    return clip
+
+
 def main() -> None:
     import accelerate.accelerator
     import torch
@@ -48,6 +64,7 @@ def main() -> None:
     from llava.train import setup_run
 
     setup_run.summarise = note
+    setup_run.LlavaTrainer = type("Noting", (setup_run.LlavaTrainer,), {"_clip_grad_norm": note_gradients(seen)})
     training.train(sys.argv[1:], keep_fsdp=True)
     if torch.distributed.get_rank() == 0:
         print(json.dumps(seen))

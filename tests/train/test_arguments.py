@@ -32,7 +32,7 @@ def test_published_flags_are_read(parse):
     assert arguments.model.mm_vision_select_layer == -2
     assert arguments.model.mm_use_im_start_end is True and arguments.model.tune_mm_mlp_adapter is True
     assert arguments.training.warmup_steps == 0.03
-    assert arguments.training.activation_checkpointing is True
+    assert arguments.training.recomputes_activations is True
     assert arguments.data.lazy_preprocess is True
 
 

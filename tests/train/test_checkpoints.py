@@ -2,14 +2,13 @@ import json
 
 import pytest
 
+from llava.folders import remove_parts
 from llava.train.checkpoints import (
     find_damage,
     last_good_checkpoint,
     list_checkpoints,
     publish,
-    publish_files,
     remove_old,
-    remove_staging,
     staged,
 )
 
@@ -53,7 +52,7 @@ def test_what_was_being_written_when_killed_is_no_checkpoint(tmp_path, caplog):
     with staged(tmp_path / "checkpoint-6") as staging:
         (staging / "model.safetensors").write_bytes(b"wei")
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5"]
-    remove_staging(tmp_path)
+    remove_parts(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
@@ -69,17 +68,3 @@ def test_old_checkpoints_go_but_never_the_last_good_one(tmp_path):
     good = make(tmp_path, 1)
     remove_old(tmp_path, 1)
     assert good.is_dir()
-
-
-def test_final_files_replace_older_ones_of_another_count(tmp_path):
-    output_dir = tmp_path / "out"
-    output_dir.mkdir()
-    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "notes.txt"):
-        (output_dir / name).write_text("old")
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    for name in ("model.safetensors", "config.json"):
-        (staging / name).write_text("new")
-    publish_files(staging, output_dir)
-    assert sorted(path.name for path in output_dir.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
-    assert (output_dir / "config.json").read_text() == "new"

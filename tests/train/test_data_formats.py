@@ -13,7 +13,7 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.records import write_records
-from llava.train.data.record_images import ImageSource
+from llava.train.data.image_source import ImageSource
 from llava.train.data.record_store import open_records
 from llava.train.train import train
 from tests.tiny import make_llava

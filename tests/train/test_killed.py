@@ -35,7 +35,7 @@ def test_sigkill_at_three_moments(tmp_path):
         process = start(flags(killed, data, base, *more))
         while process.poll() is None:
             names = [path.name for path in killed.glob("*checkpoint-*")] if killed.is_dir() else []
-            if any(int(name.rpartition("-")[2]) >= step for name in names):
+            if any(int(name.removesuffix(".part").rpartition("-")[2]) >= step for name in names):
                 process.send_signal(signal.SIGKILL)
                 kills += process.wait() == -signal.SIGKILL
                 break

@@ -4,9 +4,9 @@ import numpy as np
 
 from llava.tokenization import Encoded
 from llava.train.data.dataset import LlavaDataset
+from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
 from llava.train.data.lengths import load_lengths, save_lengths
-from llava.train.data.record_images import ImageSource
 from llava.train.data.record_store import open_records
 
 

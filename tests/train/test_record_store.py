@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from llava.errors import LlavaError
-from llava.records import write_records
+from llava.records import iter_records, write_records
 from llava.train.data import record_store
 from llava.train.data.record_store import describe, open_records
 
@@ -44,6 +44,26 @@ def test_blank_lines_and_line_endings_do_not_shift_jsonl(tmp_path, monkeypatch, 
     path.write_bytes(b'{"id": 1}\r\n\r\n\n{"id": 2}\n\n\n{"id": 3}')
     store = open_records(path)
     assert [store[index]["id"] for index in range(len(store))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 24])
+@pytest.mark.parametrize("blank", [b"   \n", b"\t \r\n", b"\x0b\x0c\n", b"\n"])
+def test_lines_of_blanks_are_no_records_wherever_they_stand(tmp_path, monkeypatch, block, blank):
+    monkeypatch.setattr(record_store, "_SCAN_BYTES", block)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(2 * blank + b'{"id": 1}\n' + blank + b'  {"id": 2}\n' + blank + b'{"id": 3}\n' + blank + b"  ")
+    store = open_records(path)
+    assert [store[index]["id"] for index in range(len(store))] == [1, 2, 3]
+    assert [record["id"] for record in iter_records(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_half_of_a_character_pair_is_replaced_and_said(tmp_path, caplog, suffix):
+    path = tmp_path / f"data.{suffix}"
+    text = '{"id": "a", "text": "fine \\ud83d"}'
+    path.write_text(f"[{text}]" if suffix == "json" else text)
+    assert open_records(path)[0] == {"id": "a", "text": "fine \ufffd"}
+    assert "replaced by U+FFFD" in caplog.text
 
 
 def test_a_store_travels_to_worker_processes(tmp_path):

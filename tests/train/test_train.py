@@ -126,7 +126,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, stage1, data):
     # The folder as a killed run leaves it: a checkpoint in the middle, something half-written, no final model.
     (tmp_path / "killed").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
-    (tmp_path / "killed" / ".part-checkpoint-5").mkdir()
+    (tmp_path / "killed" / ".checkpoint-5.part").mkdir()
     summary = train(flags(tmp_path / "killed", data, stage1[0], *more))
     assert summary["resumed_from"].endswith("checkpoint-4") and summary["steps"] == 6
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

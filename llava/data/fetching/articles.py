@@ -55,6 +55,7 @@ class Plan:
     refused: list[tuple[Image, str, str]]
     """(image, address, reason)."""
     duplicates: int
+    """Lines that say what an earlier one says."""
 
 
 def read_plan(path: str | Path, limit: int | None = None) -> Plan:

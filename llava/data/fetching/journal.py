@@ -11,9 +11,8 @@ from pathlib import Path
 
 from llava.data.fetching.articles import Image
 from llava.errors import LlavaError
+from llava.folders import PART
 from llava.records import Record, write_records
-
-PART = ".part"
 
 
 class Journal:

@@ -1,33 +1,36 @@
 """One archive over HTTP: asked for politely, read as it arrives, tried again when the line fails."""
 
 import asyncio
-import random
 import re
-import time
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from aiolimiter import AsyncLimiter
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+
+from llava.retries import AskedWait, retry_after
 
 USER_AGENT = "llava-med-data/2 (research; fetches figures of open-access articles)"
 OA_SERVICE = "https://www.ncbi.nlm.nih.gov/pmc/utils/oa/oa.fcgi"
 GONE = {400, 401, 403, 404, 405, 410, 451}
 _DRAIN = 1 << 16
 _REDIRECTS = 5
-_MAX_WAIT = 120.0
+_MOST_ASKED = 120.0
+"""Seconds that a server may have us wait before the next try."""
 
 
 class TransferError(Exception):
-    """An archive couldn't be had. `permanent`: asking again is no use."""
+    """An archive couldn't be had. `permanent`: asking again is no use; else it may be after `seconds`, if known."""
 
-    def __init__(self, reason: str, permanent: bool = False, wait: float | None = None):
+    def __init__(self, reason: str, permanent: bool = False, seconds: float | None = None):
         super().__init__(reason)
         self.reason = reason
         self.permanent = permanent
-        self.wait = wait
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -48,20 +51,6 @@ class Limits:
     max_unpacked_bytes: int = 16 << 30
 
 
-class RateLimit:
-    """At most so many requests per second over all connections; 0 is no limit."""
-
-    def __init__(self, per_second: float):
-        self._interval = 1 / per_second if per_second else 0.0
-        self._next = 0.0
-
-    async def wait(self) -> None:
-        if self._interval:
-            start = max(time.monotonic(), self._next)
-            self._next = start + self._interval
-            await asyncio.sleep(max(0.0, start - time.monotonic()))
-
-
 class Transfer:
     """Fetches archives over kept-open connections, many at once; an asynchronous context."""
 
@@ -69,7 +58,9 @@ class Transfer:
         self.limits = limits
         self.bytes = 0
         """Received so far."""
-        self._rate = RateLimit(limits.requests_per_second)
+        # One at a time, evenly: over all connections.
+        rate = limits.requests_per_second
+        self._rate = AsyncLimiter(1, 1 / rate) if rate else None
         self._proxies: dict[str, str | None] = {}
 
     async def __aenter__(self) -> "Transfer":
@@ -92,7 +83,8 @@ class Transfer:
         Raises:
             TransferError: from here or from a `read`, with a reason fit for the list of failures.
         """
-        await self._rate.wait()
+        if self._rate is not None:
+            await self._rate.acquire()
         try:
             async with asyncio.timeout(self.limits.article_timeout):
                 response = await self._get(url)
@@ -139,10 +131,19 @@ class Transfer:
         url = link[1].decode("ascii", "replace").replace("&amp;", "&")
         return re.sub(r"^ftp://ftp\.ncbi\.", "https://ftp.ncbi.", url)
 
-    async def pause(self, attempt: int, wait: float | None) -> None:
-        """Wait before the next try: as long as the server asked, else doubling, with some chance to spread them."""
-        delay = wait if wait is not None else self.limits.backoff * 2**attempt * random.uniform(0.5, 1.0)
-        await asyncio.sleep(min(delay, _MAX_WAIT))
+    async def retrying(self, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Call `attempt` until it raises no TransferError that another try may mend, or the tries are used up.
+
+        Raises:
+            TransferError: the last one.
+        """
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(lambda error: isinstance(error, TransferError) and not error.permanent),
+            stop=stop_after_attempt(self.limits.retries + 1),
+            wait=AskedWait(self.limits.backoff, most=_MOST_ASKED, most_asked=_MOST_ASKED),
+            reraise=True,
+        )
+        await retrying(attempt)
 
 
 class Body:
@@ -168,18 +169,7 @@ def _status_error(response) -> TransferError:
     status = response.status
     if status in GONE:
         return TransferError(f"HTTP {status}", permanent=True)
-    return TransferError(f"HTTP {status}", wait=_retry_after(response.headers.get("Retry-After")))
-
-
-def _retry_after(value: str | None) -> float | None:
-    if value is None:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+    return TransferError(f"HTTP {status}", seconds=retry_after(response.headers))
 
 
 async def _let_go(response: aiohttp.ClientResponse) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 from llava.data.fetching.archive import ArchiveError, Member, TarReader
 from llava.data.fetching.articles import Article, Image
-from llava.data.fetching.journal import PART, Journal
+from llava.data.fetching.journal import Journal
 from llava.data.fetching.transfer import OA_SERVICE, Limits, Transfer, TransferError
 from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
+from llava.folders import PART
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +185,7 @@ async def _fetch(article: Article, transfer: Transfer, run: _Run) -> _Result:
 async def _try_address(
     article: Article, url: str, transfer: Transfer, result: _Result, run: _Run, kept: Path | None
 ) -> None:
-    for attempt in range(transfer.limits.retries + 1):
-        wait = None
+    async def attempt() -> None:
         result.requests += 1
         try:
             async with transfer.open(url) as body:
@@ -194,11 +195,14 @@ async def _try_address(
                     async with _Tee(body, kept) as copy:
                         await _take(article, copy, result, run)
         except TransferError as error:
-            result.reason, result.permanent, wait = error.reason, error.permanent, error.wait
-        if not result.reason or result.permanent or not result.wanted(article):
-            return
-        if attempt < transfer.limits.retries:
-            await transfer.pause(attempt, wait)
+            result.reason, result.permanent = error.reason, error.permanent
+            if result.wanted(article):
+                raise
+        if result.reason and result.wanted(article):
+            raise TransferError(result.reason, result.permanent)
+
+    with suppress(TransferError):  # `result` says why
+        await transfer.retrying(attempt)
 
 
 async def _take(article: Article, source, result: _Result, run: _Run) -> None:

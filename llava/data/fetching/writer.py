@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from llava.data.fetching.journal import PART
+from llava.folders import PART
 
 _PIECE = 1 << 20
 """Bytes of an image that are gathered before they are written."""

@@ -39,7 +39,7 @@ def caption_sentences(phantom: Phantom) -> list[str]:
     facts = ["modality", "organ"] + (["normality"] if phantom.is_normal else ["kind"])
     sentences = [statement(fact, phantom) for fact in facts]
     if not phantom.is_normal:
-        sentences.append(f"It looks {_LOOKS[SHAPES[phantom.kind]]}.")
+        sentences.append(f"It looks {_LOOKS[SHAPES[phantom.finding]]}.")
         sentences += [statement(fact, phantom) for fact in ("number", "size", "side", "place")]
     return sentences
 
@@ -88,7 +88,7 @@ def notes(phantom: Phantom, random: np.random.Generator) -> str:
     ]
     words = [value_of(fact, phantom) for fact in facts]
     if not phantom.is_normal:
-        words.append(_LOOKS[SHAPES[phantom.kind]])
+        words.append(_LOOKS[SHAPES[phantom.finding]])
     return ", ".join(random.permutation(words)) + "."
 
 
@@ -105,7 +105,8 @@ def test_records(names: Sequence[str], phantoms: Sequence[Phantom]) -> list[Reco
 
     Images without a finding, and as many with one, are asked whether they are normal.
     """
-    records, dealer, asked = [], Dealer(), Counter()
+    records: list[Record] = []
+    dealer, asked = Dealer(), Counter[tuple[str, ...]]()
     families = sorted({(template.fact, template.form) for template in TEMPLATES})
     normals = sum(phantom.is_normal for phantom in phantoms)
     abnormal_asked = 0

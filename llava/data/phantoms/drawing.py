@@ -75,7 +75,7 @@ class Scene:
         weights = _interpolation(self.size, cells)
         return weights @ grid @ weights.T
 
-    def ellipse(self, x: float, y: float, width, height, softness: float = 1.5) -> np.ndarray:
+    def ellipse(self, x: float | np.ndarray, y: float | np.ndarray, width, height, softness: float = 1.5) -> np.ndarray:
         """1 inside, 0 outside, soft at the edge."""
         distance = np.sqrt(((self.x - x) / width) ** 2 + ((self.y - y) / height) ** 2)
         return self.inside((distance - 1) * np.minimum(width, height), softness)
@@ -101,7 +101,7 @@ class Scene:
         masks = {name: np.zeros(self.x.shape, np.float32) for name in (*SHAPES, "core")}
         for index, phantom in enumerate(self.phantoms):
             if not phantom.is_normal:
-                shape = SHAPES[phantom.kind]
+                shape = SHAPES[phantom.finding]
                 angle = self.random.uniform(0, 2 * np.pi)
                 for x, y, radius in self._places(phantom):
                     self._stamp(index, shape, x, y, radius, angle + self.random.uniform(-0.3, 0.3), masks)

@@ -27,7 +27,6 @@ class Domain:
     organ: str
     kinds: tuple[str, str, str, str]
     """Findings, one of each shape."""
-    plurals: tuple[str, str, str, str]
 
 
 DOMAINS = (
@@ -36,35 +35,30 @@ DOMAINS = (
         "chest X-ray",
         "chest",
         ("nodule", "cavity", "mass", "atelectasis"),
-        ("nodules", "cavities", "masses", "atelectases"),
     ),
     Domain(
         "ct_scan",
         "CT scan",
         "abdomen",
         ("cyst", "abscess", "metastasis", "laceration"),
-        ("cysts", "abscesses", "metastases", "lacerations"),
     ),
     Domain(
         "mri",
         "MRI scan",
         "brain",
         ("meningioma", "glioma", "cavernoma", "infarct"),
-        ("meningiomas", "gliomas", "cavernomas", "infarcts"),
     ),
     Domain(
         "histology",
         "histology slide",
         "colon",
         ("follicle", "gland", "carcinoma", "vessel"),
-        ("follicles", "glands", "carcinomas", "vessels"),
     ),
     Domain(
         "gross",
         "gross specimen",
         "liver",
         ("adenoma", "granuloma", "hemorrhage", "scar"),
-        ("adenomas", "granulomas", "hemorrhages", "scars"),
     ),
 )
 
@@ -88,6 +82,12 @@ class Phantom:
         return self.kind is None
 
     @property
+    def finding(self) -> int:
+        """The kind, of an image that isn't normal."""
+        assert self.kind is not None, "a normal image has no finding"
+        return self.kind
+
+    @property
     def combination(self) -> tuple[int | None, ...]:
         return (self.domain, self.kind, self.side, self.place, self.size, self.number)
 
@@ -107,7 +107,7 @@ def is_held_out(phantom: Phantom, seed: int) -> bool:
     """
     if phantom.is_normal:
         return False
-    low, high = phantom.kind & 1, phantom.kind >> 1
+    low, high = phantom.finding & 1, phantom.finding >> 1
     turn = seed + phantom.domain
     return (phantom.side, phantom.place, phantom.size, phantom.number) == (
         low ^ (turn & 1),

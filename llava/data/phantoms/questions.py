@@ -96,7 +96,7 @@ def value_of(fact: str, phantom: Phantom) -> str:
     if fact == "normality":
         return "normal" if phantom.is_normal else "abnormal"
     if fact == "kind":
-        return domain.kinds[phantom.kind]
+        return domain.kinds[phantom.finding]
     if fact == "where":
         return f"{PLACES[phantom.place]} {SIDES[phantom.side]}"
     words = {"side": SIDES, "place": PLACES, "size": SIZES, "number": NUMBERS}[fact]
@@ -159,7 +159,7 @@ class Dealer:
         self._asked[template.name, truth] += 1
         if fact == "kind":
             # A kind is asked about so seldom that the first questions matter: every other kind begins with a yes.
-            turn += phantom.kind + phantom.domain
+            turn += phantom.finding + phantom.domain
         said = statement(fact, phantom)
         if template.form == OPEN:
             return Question(template, template.text, truth, said)

@@ -1,1 +1,1 @@
-"""One module per data set: each adds its flags and returns a `llava.data.conversion.Conversion`."""
+"""Data sets, a module each: `NAME`, `add_arguments` and `convert`; llava.data.convert finds them."""

@@ -3,7 +3,6 @@
 With --test-fraction a part of the images, and all their questions, is kept apart for testing.
 """
 
-import csv
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +16,13 @@ from llava.data.conversion import (
     vqa_record,
     yes_no_type,
 )
+from llava.data.sources.tables import read_table
 from llava.errors import LlavaError
 from llava.records import Record
 
-_LONGEST_CELL = 1 << 24
+NAME = "csv"
+
+COLUMN_FLAGS = "--image-column, --question-column, --answer-column and --delimiter say what is what"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -53,7 +55,15 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
 
 def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
     kept = [name.strip() for name in args.keep_columns.split(",")] if args.keep_columns else []
-    for line, row in _rows(path, args, kept):
+    named = [
+        args.image_column,
+        args.question_column,
+        args.answer_column,
+        args.id_column,
+        args.answer_type_column,
+        *kept,
+    ]
+    for line, row in read_table(path, [name for name in named if name], args.delimiter, COLUMN_FLAGS):
         where = f"{path} line {line}"
         question, answer = row[args.question_column], row[args.answer_column]
         if fault := fault_of_texts(question, answer):
@@ -66,40 +76,6 @@ def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
         name = row[args.id_column].strip() if args.id_column else f"{line:06d}"
         further = {column: row[column].strip() for column in kept}
         yield vqa_record(name, image, question, answer, read_answer_type(kind, where), **further)
-
-
-def _rows(path: Path, args, kept: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, row) of each row that isn't blank; every row has every column."""
-    delimiter = args.delimiter or ("\t" if path.suffix.lower() in (".tsv", ".tab") else ",")
-    named = [
-        args.image_column,
-        args.question_column,
-        args.answer_column,
-        args.id_column,
-        args.answer_type_column,
-        *kept,
-    ]
-    csv.field_size_limit(_LONGEST_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        try:
-            columns = reader.fieldnames or []
-            absent = [name for name in named if name and name not in columns]
-            if absent:
-                raise LlavaError(
-                    f"{path}: no column {', '.join(absent)}; there are: {', '.join(columns)} "
-                    f"(--image-column, --question-column, --answer-column and --delimiter say what is what)"
-                )
-            for row in reader:
-                if None in row or None in row.values():
-                    raise LlavaError(
-                        f"{path} line {reader.line_num}: {len(columns)} columns expected; is a quote missing?"
-                    )
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise LlavaError(f"{path} line {reader.line_num}: not a readable table ({error})") from error
-        except UnicodeDecodeError as error:
-            raise LlavaError(f"{path}: not UTF-8 ({error}); save the table as UTF-8") from error
 
 
 def _split_key(record: Record) -> str:

@@ -22,6 +22,8 @@ from llava.data.sources.plain_pickle import read_plain_pickle
 from llava.errors import LlavaError
 from llava.records import Record
 
+NAME = "pathvqa"
+
 SPLITS = {"train": "train", "val": "validate", "test": "test"}
 
 

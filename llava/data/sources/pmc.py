@@ -13,7 +13,10 @@ from llava.commandline import ArgumentParser, existing_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import Conversion, ImageFolder
 from llava.errors import LlavaError
+from llava.record_content import first_given
 from llava.records import Record, iter_records, read_json
+
+NAME = "pmc"
 
 MISSING_DEFAULT = "drop"
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
@@ -103,7 +106,7 @@ def _rows(path: Path, conversion: Conversion) -> dict[str, Record]:
         domain = _domain(entry.get("domain"), listed)
         row = rows.get(str(key))
         if row is None:
-            caption = entry.get("fig_caption", entry.get("caption"))
+            caption = first_given(entry, "fig_caption", "caption")
             rows[str(key)] = {"image": entry.get("image"), "caption": caption, "domain": domain}
         else:
             conversion.left_out["pair listed before"] += 1

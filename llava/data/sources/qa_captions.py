@@ -14,7 +14,10 @@ from llava.commandline import ArgumentParser, existing_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import Conversion, ImageFolder, clean_text
 from llava.errors import LlavaError
+from llava.record_content import question_answer_pairs, read_turns, record_images
 from llava.records import Record, iter_records
+
+NAME = "qa-captions"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -50,15 +53,21 @@ def _read(path: Path, image_folder: ImageFolder, fields: list[str]) -> tuple[Pai
     by_image: Pairs = {}
     said: Pairs = {}
     for index, record in enumerate(iter_records(path)):
-        turns = record.get("conversations") or []
-        if len(turns) < 2 or not record.get("image"):
-            raise LlavaError(f"{path} record {index} ({record.get('id')!r}): expected an image, a question, an answer")
-        if image_folder.accept(record["image"]):
-            texts = [clean_text(turn.get("value", "")).replace(DEFAULT_IMAGE_TOKEN, "").strip() for turn in turns]
-            pairs = list(zip(texts[::2], texts[1::2], strict=False))
-            by_image.setdefault(record["image"], []).extend(pairs)
-            named = [(field.replace("_", " "), clean_text(record[field])) for field in fields if field in record]
-            said.setdefault(record["image"], []).extend([*named, *pairs])
+        where = f"{path} record {index} ({record.get('id')!r})"
+        try:
+            asked = question_answer_pairs(read_turns(record))
+        except LlavaError as error:
+            raise LlavaError(f"{where}: {error}") from error
+        images = record_images(record)
+        if not asked or len(images) != 1 or not isinstance(images[0], str):
+            raise LlavaError(f"{where}: expected the name of one image, a question and an answer")
+        image = images[0]
+        if image_folder.accept(image):
+            pairs = [tuple(text.replace(DEFAULT_IMAGE_TOKEN, "").strip() for text in pair) for pair in asked]
+            by_image.setdefault(image, []).extend(pairs)
+            given = [field for field in fields if record.get(field) is not None]
+            named = [(field.replace("_", " "), clean_text(record[field])) for field in given]
+            said.setdefault(image, []).extend([*named, *pairs])
     return by_image, said
 
 

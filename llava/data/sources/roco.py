@@ -16,6 +16,8 @@ from llava.data.conversion import Conversion, ImageFolder, is_inside
 from llava.errors import LlavaError
 from llava.records import Record, write_records
 
+NAME = "roco"
+
 MISSING_DEFAULT = "drop"
 QUESTION = "The following image is a radiology scan. Deeply analyze and diagnose this image."
 URLS_FILE = "image_urls.jsonl"

@@ -19,6 +19,8 @@ from llava.data.conversion import (
 from llava.errors import LlavaError
 from llava.records import Record, iter_records
 
+NAME = "slake"
+
 FILES = {"train": ("train.json",), "validate": ("validate.json", "validation.json"), "test": ("test.json",)}
 LANGUAGES = ("en", "zh", "all")
 

@@ -21,6 +21,8 @@ from llava.data.sources.hub_parquet import parquet_conversion
 from llava.errors import LlavaError
 from llava.records import Record, read_records
 
+NAME = "vqa-rad"
+
 MISSPELT_TYPES = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
 PUBLIC_SPLITS = {"freeform": "train", "para": "train", "test_freeform": "test", "test_para": "test"}
 

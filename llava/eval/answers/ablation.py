@@ -15,8 +15,7 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.eval.answers.questions import Question
-
-ABLATIONS = ("none", "blank", "noise", "shuffle")
+from llava.record_content import image_bytes, image_key
 
 _SIDE = 224
 _GREY = 128
@@ -28,7 +27,7 @@ class QuestionImages:
     Args:
         folder: of the images that questions name.
         questions: all that will be asked, also those of other processes, so that "shuffle" is the same in each.
-        ablation: one of `ABLATIONS`; "none" leaves images as they are.
+        ablation: "blank", "noise" or "shuffle"; "none" leaves images as they are.
         seed: of noise and shuffling.
 
     Raises:
@@ -41,7 +40,7 @@ class QuestionImages:
         missing = []
         for question in questions:
             for image in question.images:
-                key = _key(image)
+                key = image_key(image)
                 if key not in self.sources:
                     self.sources[key] = source = _source(image, folder)
                     if isinstance(source, Path) and not source.is_file():
@@ -57,7 +56,7 @@ class QuestionImages:
 
     def of(self, question: Question) -> list[Any]:
         """What stands for the question's images: paths, bytes or PIL images; the same object for the same one."""
-        return [self._image(_key(image)) for image in question.images]
+        return [self._image(image_key(image)) for image in question.images]
 
     def _image(self, key) -> Any:
         if self.ablation == "none":
@@ -70,22 +69,10 @@ class QuestionImages:
         return self._replacements[name]
 
 
-def _key(image) -> Any:
-    return image if isinstance(image, str) else hashlib.sha256(_content(image)).hexdigest()
-
-
 def _source(image, folder) -> Any:
     if not isinstance(image, str):
-        return _content(image)
+        return image_bytes(image)
     return image if image.startswith("data:") else Path(folder or "") / image
-
-
-def _content(image) -> bytes:
-    """Bytes of an embedded image, as Parquet files hold them."""
-    content = image.get("bytes") if isinstance(image, dict) else image
-    if not isinstance(content, bytes):
-        raise LlavaError(f"an image is neither a name nor bytes but {type(image).__name__}")
-    return content
 
 
 def _derangement(keys: list, seed: int) -> dict:

@@ -10,7 +10,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,10 @@ from llava.data.conversion import sha256_of
 from llava.errors import LlavaError
 from llava.eval.answers.manifest import manifest_path, read_dataset_manifest, read_manifest, write_manifest
 from llava.eval.answers.questions import Question
+from llava.folders import PART
 from llava.records import Record, ResumableJsonl, read_json, write_json
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are generated; greedy by default."""
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 1024
-    seed: int = 0
 
 
 Fill = Callable[[Sequence[Question], ResumableJsonl], dict[str, Any]]
@@ -127,12 +116,12 @@ def _finished(answers_file: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _claim_path(answers_file: Path) -> Path:
-    return answers_file.with_name(f"{answers_file.name}.part.json")
+    return answers_file.with_name(f"{answers_file.name}{PART}.json")
 
 
 def _claim(answers_file: Path, settings: dict[str, Any], fingerprint: str, overwrite: bool) -> None:
     """Note whose answers the unfinished file holds, or make sure that they are ours."""
-    part, claim = answers_file.with_name(f"{answers_file.name}.part"), _claim_path(answers_file)
+    part, claim = answers_file.with_name(f"{answers_file.name}{PART}"), _claim_path(answers_file)
     if overwrite:
         part.unlink(missing_ok=True)
     elif part.is_file() and part.stat().st_size:

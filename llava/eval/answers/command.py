@@ -2,12 +2,12 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file
 from llava.errors import LlavaError
+from llava.sampling_params import add_sampling_flags, sampling_from_args
 
 
 def add_answer_flags(parser: ArgumentParser) -> None:
@@ -15,17 +15,14 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--model-path", "--model-name", help="checkpoint: a folder or a hub id")
     parser.add_argument("--model-base", help="base model of a LoRA or projector checkpoint")
     parser.add_argument("--mm-projector", help="projector file over the language model --model-name")
-    parser.add_argument("--vision-tower", help="CLIP folder or hub id in place of the checkpoint's")
+    parser.add_argument("--vision-tower", help="vision tower's folder or hub id in place of the checkpoint's")
     parser.add_argument("--image-folder", default="", help="where the questions' images lie")
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--answers-file", default="answer.jsonl")
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's own)")
     parser.add_argument("--num-chunks", type=int, default=1, help="parts of the questions")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--num_beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of --ablate-image")
+    # The seed is that of --ablate-image too; top_p stays null in the manifest unless it is given.
+    add_sampling_flags(parser, seed=0, top_p=None)
     parser.add_argument("--batch-size", type=int, default=32, help="answers generated side by side")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best there is)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
@@ -39,6 +36,7 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     )
     parser.add_bool("--answer-prompter", help="ask a second time for the answer alone")
     parser.add_bool("--yes-no-probabilities", help="write the probability of yes for closed questions too")
+    parser.add_bool("--option-likelihoods", help="write how likely each option of a multiple-choice question is too")
     parser.add_bool("--overwrite", help="start anew even if there are answers already")
 
 
@@ -55,21 +53,19 @@ def check_flags(args: Namespace) -> None:
     if not remote and not args.model_path:
         raise LlavaError("give --model-path (a checkpoint), or --api-base and --api-model (a server)")
     limits = {
-        "--max_new_tokens": (args.max_new_tokens, 1),
         "--batch-size": (args.batch_size, 1),
-        "--num_beams": (args.num_beams, 1),
         "--num-chunks": (args.num_chunks, 1),
-        "--temperature": (args.temperature, 0),
     }
     for flag, (value, least) in limits.items():
         if value < least:
             raise LlavaError(f"{flag} is {value}; give {least} or more")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise LlavaError(f"--top_p is {args.top_p}; give a number above 0 and at most 1")
+    sampling_from_args(args)
     if args.load_8bit and args.load_4bit:
         raise LlavaError("--load-8bit and --load-4bit exclude each other")
-    if remote and (args.yes_no_probabilities or args.answer_prompter):
-        raise LlavaError("--yes-no-probabilities and --answer-prompter need a checkpoint on this machine")
+    if remote and (args.yes_no_probabilities or args.option_likelihoods or args.answer_prompter):
+        raise LlavaError(
+            "--yes-no-probabilities, --option-likelihoods and --answer-prompter need a checkpoint on this machine"
+        )
 
 
 def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[Any]) -> dict[str, Any]:
@@ -79,22 +75,23 @@ def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[
     """
     from llava.conversation import get_template
     from llava.eval.answers.ablation import QuestionImages
-    from llava.eval.answers.answering import Decoding, answer_questions, question_settings
+    from llava.eval.answers.answering import answer_questions, question_settings
     from llava.eval.answers.checkpoint_facts import checkpoint_facts
+    from llava.eval.answers.manifest import decoding_entry
 
     if args.conv_mode:
         get_template(args.conv_mode)
     if args.image_folder:
         existing_dir(args.image_folder, "--image-folder")
     images = QuestionImages(args.image_folder, everything, args.ablate_image, args.seed)
-    decoding = Decoding(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
+    sampling = sampling_from_args(args)
     settings = question_settings(
         args.question_file,
         questions,
         chunk=[args.chunk_idx, args.num_chunks],
         image_folder=str(args.image_folder),
         ablate_image=args.ablate_image,
-        decoding=asdict(decoding),
+        decoding=decoding_entry(sampling),
     )
     if getattr(args, "api_base", None) or getattr(args, "azure_endpoint", None):
         from llava.eval.answers.remote import RemoteAnswers
@@ -102,12 +99,12 @@ def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[
 
         api = settings_from_args(args)
         if args.dry_run:
-            remote = RemoteAnswers(api, images, decoding)
+            remote = RemoteAnswers(api, images, sampling)
             print_dry_run([remote.job(question) for question in questions], api)
             return {}
         settings |= {"checkpoint": api.model, "served_by": api.base_url or api.azure_endpoint}
         return answer_questions(
-            questions, args.answers_file, settings, RemoteAnswers(api, images, decoding), overwrite=args.overwrite
+            questions, args.answers_file, settings, RemoteAnswers(api, images, sampling), overwrite=args.overwrite
         )
     from llava.eval.answers.local import LocalAnswers
 
@@ -123,14 +120,17 @@ def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[
         "batch_size": args.batch_size,
         "answer_prompter": args.answer_prompter,
         "yes_no_probabilities": args.yes_no_probabilities,
+        # Only where it is asked for: files that were answered before there was the flag stay as they are.
+        **({"option_likelihoods": True} if args.option_likelihoods else {}),
     }
     fill = LocalAnswers(
         model,
         images,
-        decoding,
+        sampling,
         batch_size=args.batch_size,
         answer_prompter=args.answer_prompter,
         yes_no_probabilities=args.yes_no_probabilities,
+        option_likelihoods=args.option_likelihoods,
     )
     return answer_questions(questions, args.answers_file, settings, fill, overwrite=args.overwrite)
 

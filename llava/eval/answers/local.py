@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from llava.conversation import get_template
 from llava.eval.answers.ablation import QuestionImages
-from llava.eval.answers.answering import Decoding, answer_record
+from llava.eval.answers.answering import answer_record
 from llava.eval.answers.questions import Question
+from llava.record_content import OPTION_LETTERS
 from llava.records import ResumableJsonl
+from llava.sampling_params import SamplingParams
 from llava.tokenization import conversation_from_record
 
 SAVE_EVERY = 128
@@ -55,22 +57,25 @@ class LocalAnswers:
         question_images: of the questions.
         answer_prompter: ask a second time for the answer alone, and put it behind the first answer.
         yes_no_probabilities: write each closed question's probability of yes against no too.
+        option_likelihoods: write how likely each option of a multiple-choice question is too, as letter and as text.
     """
 
     def __init__(
         self,
         model: LocalModel,
         question_images: QuestionImages,
-        decoding: Decoding,
+        sampling: SamplingParams,
         *,
         batch_size: int = 32,
         save_every: int | None = None,
         answer_prompter: bool = False,
         yes_no_probabilities: bool = False,
+        option_likelihoods: bool = False,
     ):
-        self.model, self.question_images, self.decoding = model, question_images, decoding
+        self.model, self.question_images, self.sampling = model, question_images, sampling
         self.batch_size, self.save_every = batch_size, save_every or SAVE_EVERY
         self.answer_prompter, self.yes_no_probabilities = answer_prompter, yes_no_probabilities
+        self.option_likelihoods = option_likelihoods
 
     def __call__(self, questions: Sequence[Question], output: ResumableJsonl) -> dict[str, Any]:
         from llava.generation import Engine
@@ -98,7 +103,7 @@ class LocalAnswers:
 
     def _answer(self, group, engine, loaded, template) -> Iterator[tuple[Question, str, dict[str, Any]]]:
         images = [self.question_images.of(question) for question in group]
-        conversations = [conversation_from_record(_as_record(question), template) for question in group]
+        conversations = [conversation_from_record(_turns(question), template) for question in group]
         answers = self._generate(engine, group, conversations, images)
         metadata = [{"finish_reason": a.finish_reason, "tokens": len(a.token_ids)} for a in answers]
         texts = [answer.text.strip() for answer in answers]
@@ -112,9 +117,17 @@ class LocalAnswers:
             from llava.eval.answers.yes_no import yes_probabilities
 
             closed = [index for index, question in enumerate(group) if question.answer_type == "CLOSED"]
-            asked = [([{"from": "human", "value": group[i].text}], images[i]) for i in closed]
+            asked = [(_turns(group[i]), images[i]) for i in closed]
             for index, chance in zip(closed, yes_probabilities(loaded, template, asked, self.batch_size)):
                 metadata[index]["p_yes"] = chance
+        if self.option_likelihoods:
+            from llava.eval.answers.likelihood import answer_likelihoods
+
+            choices = [index for index, question in enumerate(group) if question.options]
+            for kind in ("letter", "text"):
+                asked = [(_turns(group[i]), images[i], _options(group[i], kind)) for i in choices]
+                for index, found in zip(choices, answer_likelihoods(loaded, template, asked, self.batch_size)):
+                    metadata[index][f"option_{kind}s"] = [one._asdict() for one in found]
         return zip(group, texts, metadata)
 
     def _generate(self, engine, group, conversations, images) -> list:
@@ -122,27 +135,21 @@ class LocalAnswers:
 
         return engine.generate(
             [
-                Request(conversation, own_images, sampling_params(self.decoding, question), question.id)
+                Request(conversation, own_images, own_seed(self.sampling, question), question.id)
                 for question, conversation, own_images in zip(group, conversations, images)
             ]
         )
 
 
-def sampling_params(decoding: Decoding, question: Question):
-    """The engine's parameters; each question has random numbers of its own, whatever batch it is in."""
-    from llava.generation import SamplingParams
-
-    given = {
-        "temperature": decoding.temperature,
-        "max_new_tokens": decoding.max_new_tokens,
-        "seed": zlib.crc32(f"{decoding.seed}/{question.id}".encode()),
-    }
-    if decoding.top_p is not None:
-        given["top_p"] = decoding.top_p
-    if decoding.num_beams != 1:
-        given["num_beams"] = decoding.num_beams
-    return SamplingParams(**given)
+def own_seed(sampling: SamplingParams, question: Question) -> SamplingParams:
+    """Each question has random numbers of its own, whatever batch it is in."""
+    return sampling.with_seed(zlib.crc32(f"{sampling.seed}/{question.id}".encode()))
 
 
-def _as_record(question: Question) -> dict[str, Any]:
-    return {"conversations": [{"from": "human", "value": question.text}]}
+def _options(question: Question, kind: str) -> list[str]:
+    return list(OPTION_LETTERS[: len(question.options)] if kind == "letter" else question.options)
+
+
+def _turns(question: Question) -> list[dict[str, str]]:
+    system = [] if question.system is None else [{"from": "system", "value": question.system}]
+    return [*system, {"from": "human", "value": question.text}]

@@ -12,7 +12,9 @@ from typing import Any
 
 from llava.data.conversion import MANIFEST_FILE, sha256_of
 from llava.records import read_json, write_json
+from llava.sampling_params import SamplingParams
 
+_ALWAYS_NAMED = ("temperature", "top_p", "num_beams", "max_new_tokens", "seed")
 _PACKAGES = ("llava-med", "torch", "transformers", "tokenizers", "numpy", "pillow")
 
 
@@ -39,6 +41,17 @@ def write_manifest(file: str | Path, **content: Any) -> dict[str, Any]:
     return manifest
 
 
+def decoding_entry(sampling: SamplingParams) -> dict[str, Any]:
+    """The manifest's `decoding`: what has always been in it, and every other parameter that isn't at its default.
+
+    So a new parameter leaves the manifests of those who don't use it as they were, and their runs go on.
+    """
+    others = sampling.model_dump(mode="json", exclude_defaults=True)
+    always = {name: getattr(sampling, name) for name in _ALWAYS_NAMED}
+    # An old form: null where --top_p wasn't given.
+    return others | always | ({} if "top_p" in sampling.model_fields_set else {"top_p": None})
+
+
 def describe(manifest: dict[str, Any] | None) -> str:
     """One line: checkpoint, epochs, split, template, decoding, seed."""
     if manifest is None:
@@ -47,6 +60,7 @@ def describe(manifest: dict[str, Any] | None) -> str:
     how = "greedy" if not decoding.get("temperature") else f"temperature {decoding['temperature']:g}"
     if decoding.get("num_beams", 1) > 1:
         how = f"{decoding['num_beams']} beams"
+    how = " ".join([how, *(f"{name} {value}" for name, value in decoding.items() if name not in _ALWAYS_NAMED)])
     parts = {
         "checkpoint": manifest.get("checkpoint"),
         "epochs": manifest.get("training_epochs"),

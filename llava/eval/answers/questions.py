@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.vqa_items import plain_question, record_turns
+from llava.data.vqa_items import plain_question
 from llava.errors import LlavaError
+from llava.record_content import USER, as_text, read_dialogue, record_images, record_options
 from llava.records import Record, iter_records
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `text` is what the user says, one `<image>` per image; `images` are names or bytes."""
+    """One question. `text` is what the user says, one `<image>` per image; `images` are names or bytes.
+
+    `system` takes the place of the template's system text, as in training; `options` are those of a multiple-choice
+    question.
+    """
 
     id: int | str
     text: str
     images: tuple[Any, ...] = ()
     answer_type: str | None = None
+    system: str | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def plain(self) -> str:
@@ -62,26 +69,30 @@ def _refuse_doubled(questions: Iterable[Question], path) -> None:
 
 
 def _from_med(record: Record, where: str) -> Question:
-    turns = record_turns(record, where)
-    if "id" not in record:
+    key = record.get("id")
+    if key is None:
         raise LlavaError(f'{where}: no "id"')
-    if not turns:
-        raise LlavaError(f'{where} ("{record["id"]}"): the conversation is empty')
-    return _question(record["id"], turns[0]["value"], record, where)
+    try:
+        dialogue = read_dialogue(record)
+    except LlavaError as error:
+        raise LlavaError(f'{where} ("{key}"): {error}') from error
+    asked = next((turn.text for turn in dialogue.turns if turn.role == USER), None)
+    if asked is None:
+        raise LlavaError(f'{where} ("{key}"): the conversation holds no question')
+    return _question(key, asked, record, where, dialogue.system)
 
 
 def _from_line(record: Record, where: str) -> Question:
-    missing = [key for key in ("question_id", "text") if key not in record]
+    missing = [key for key in ("question_id", "text") if record.get(key) is None]
     if missing:
         raise LlavaError(f'{where}: no "{missing[0]}"; expected {{"question_id", "text", "image"}}')
     return _question(record["question_id"], record["text"], record, where)
 
 
-def _question(key, text, record: Record, where: str) -> Question:
+def _question(key, text, record: Record, where: str, system: str | None = None) -> Question:
     """The question with its tags checked against its images; a text without tags gets them in front."""
-    image = record.get("image")
-    images = tuple(image) if isinstance(image, (list, tuple)) else () if image in (None, "") else (image,)
-    text = str(text).strip()
+    images = tuple(record_images(record))
+    text = as_text(text).strip()
     tags = text.count(DEFAULT_IMAGE_TOKEN)
     if images and not tags:
         text = "\n".join([*[DEFAULT_IMAGE_TOKEN] * len(images), text])
@@ -91,4 +102,9 @@ def _question(key, text, record: Record, where: str) -> Question:
             f"give each image its tag, or none"
         )
     answer_type = record.get("answer_type")
-    return Question(key, text, images, str(answer_type).strip().upper() if answer_type is not None else None)
+    answer_type = None if answer_type is None else str(answer_type).strip().upper()
+    try:
+        options = tuple(record_options(record))
+    except LlavaError as error:
+        raise LlavaError(f'{where} ("{key}"): {error}') from error
+    return Question(key, text, images, answer_type, system, options)

@@ -7,20 +7,28 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
 from llava.eval.answers.ablation import QuestionImages
-from llava.eval.answers.answering import Decoding, answer_record
+from llava.eval.answers.answering import answer_record
 from llava.eval.answers.questions import Question
 from llava.images import open_image, png_data_url
 from llava.openai_api import ApiSettings, ChatJob, ChatResult, run_jobs
 from llava.records import ResumableJsonl
+from llava.sampling_params import SamplingParams
 
+_OWN_FIELDS = ("temperature", "seed")  # of ChatJob
 _ASKED_AT_ONCE = 512  # questions whose images are held in memory
 
 
 class RemoteAnswers:
-    """Fills an answer file from a server (see `answering.answer_questions`)."""
+    """Fills an answer file from a server (see `answering.answer_questions`).
 
-    def __init__(self, settings: ApiSettings, question_images: QuestionImages, decoding: Decoding):
-        self.settings, self.question_images, self.decoding = settings, question_images, decoding
+    Raises:
+        LlavaError: beam search is asked for, which no such server does.
+    """
+
+    def __init__(self, settings: ApiSettings, question_images: QuestionImages, sampling: SamplingParams):
+        self.settings, self.question_images, self.sampling = settings, question_images, sampling
+        if sampling.num_beams > 1:
+            raise LlavaError("--num_beams: an OpenAI-compatible server does no beam search; leave it at 1")
 
     def __call__(self, questions: Sequence[Question], output: ResumableJsonl) -> dict[str, Any]:
         by_id = {question.id: question for question in questions}
@@ -49,12 +57,14 @@ class RemoteAnswers:
                 content.append({"type": "text", "text": piece.strip()})
             if source is not None:
                 content.append({"type": "image_url", "image_url": {"url": _data_url(source)}})
+        system = [] if question.system is None else [{"role": "system", "content": question.system}]
         return ChatJob(
             key=question.id,
-            messages=[{"role": "user", "content": content}],
-            temperature=self.decoding.temperature,
-            max_tokens=self.decoding.max_new_tokens,
-            seed=self.decoding.seed,
+            messages=[*system, {"role": "user", "content": content}],
+            temperature=self.sampling.temperature,
+            max_tokens=self.sampling.max_new_tokens,
+            seed=self.sampling.seed,
+            more={name: value for name, value in self.sampling.openai_fields().items() if name not in _OWN_FIELDS},
         )
 
 

@@ -48,7 +48,7 @@ def yes_probabilities(
         batch = asked[start : start + batch_size]
         encoded = []
         for turns, images in batch:
-            prompt = conversation_from_record({"conversations": turns}, template)
+            prompt = conversation_from_record(turns, template)
             ids = encode_prompt(prompt, tokenizer, image_tokens) + opening
             ids, _ = expand_images(ids, None, [model.num_patches] * len(images))
             encoded.append((ids, ids))
@@ -86,5 +86,5 @@ def _answer_tokens(template, tokenizer, image_tokens) -> tuple[list[int], set[in
 def _target_ids(word: str, template: Conversation, tokenizer: Any, image_tokens: ImageTokens) -> list[int]:
     """The ids that training would have the model say if `word` were the answer, end mark included."""
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": word}]
-    labels = encode_conversation({"conversations": turns}, template, tokenizer, image_tokens).labels
+    labels = encode_conversation(turns, template, tokenizer, image_tokens).labels
     return [label for label in labels if label != IGNORE_INDEX]

@@ -7,11 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava.data.vqa_items import VqaItem, read_vqa_items
+from llava.data.vqa_items import VqaItem
 from llava.errors import LlavaError
 from llava.records import Record, iter_records
-
-ON_MISSING = ("error", "skip", "wrong")
 
 
 @dataclass(frozen=True)
@@ -23,29 +21,16 @@ class JoinedItem:
     record: Record = field(default_factory=dict)
 
 
-def read_joined(gt: str | Path, pred: str | Path, on_missing: str = "error") -> list[JoinedItem]:
-    """The questions of `gt` in order, each with its answer from `pred`.
-
-    Args:
-        gt: LLaVA-Med records or raw VQA-RAD/SLAKE rows.
-        pred: answers, `{"question_id", "text", …}` per line (or a JSON list).
-        on_missing: a question without answer is an "error", is left out ("skip") or has an empty answer ("wrong").
-
-    Raises:
-        LlavaError: a file is bad; an id of `pred` stands twice or isn't in `gt`; or, by `on_missing`, an answer
-            is missing. The message gives the number of each and the first id.
-    """
-    items = read_vqa_items(gt)
-    return join(items, read_answers(pred), gt, pred, on_missing)
-
-
 def read_answers(path: str | Path) -> list[Record]:
-    """The lines of an answer file; errors name file and line."""
+    """The lines of an answer file; errors name file and line. A text that is null is no answer, not the word "None"."""
     answers = []
     for number, record in enumerate(iter_records(path), 1):
-        if "question_id" not in record or "text" not in record:
-            missing = next(key for key in ("question_id", "text") if key not in record)
-            raise LlavaError(f'{path} answer {number}: no "{missing}"; expected {{"question_id": …, "text": …}}')
+        missing = [key for key in ("question_id", "text") if key not in record]
+        if missing or record["question_id"] is None:
+            key = missing[0] if missing else "question_id"
+            raise LlavaError(f'{path} answer {number}: no "{key}"; expected {{"question_id": …, "text": …}}')
+        if isinstance(record["text"], (list, dict)):
+            raise LlavaError(f'{path} answer {number}: "text" is a {type(record["text"]).__name__}; expected a text')
         answers.append(record)
     if not answers:
         raise LlavaError(f"{path}: the file holds no answers")
@@ -55,23 +40,34 @@ def read_answers(path: str | Path) -> list[Record]:
 def join(
     items: list[VqaItem], answers: list[Record], gt: str | Path, pred: str | Path, on_missing: str = "error"
 ) -> list[JoinedItem]:
-    """`read_joined` on what was read; the paths serve the messages."""
+    """The questions in order, each with its answer.
+
+    Args:
+        gt, pred: the files that both are from, for messages.
+        on_missing: a question without answer is an "error", is left out ("skip") or has an empty answer ("wrong").
+
+    Raises:
+        LlavaError: an id of the answers stands twice or isn't one of the questions'; or, by `on_missing`, an answer
+            is missing. The message gives the number of each and the first id.
+    """
     # One writer's 17 is another's "17": ids are compared as text.
     ids = {str(item.id) for item in items}
     counts = Counter(str(answer["question_id"]) for answer in answers)
+    given = {str(answer["question_id"]): answer for answer in answers if answer["text"] is not None}
     doubled = [key for key, count in counts.items() if count > 1]
     unknown = [key for key in counts if key not in ids]
     missing = [str(item.id) for item in items if str(item.id) not in counts]
-    if doubled or unknown or (missing and on_missing == "error") or len(missing) == len(items):
-        kinds = (("missing", missing), ("doubled", doubled), ("unknown", unknown))
+    null = [str(item.id) for item in items if str(item.id) in counts and str(item.id) not in given]
+    without = len(missing) + len(null)
+    if doubled or unknown or (without and on_missing == "error") or without == len(items):
+        kinds = (("missing", missing), ("null", null), ("doubled", doubled), ("unknown", unknown))
         found = ", ".join(f"{len(keys)} {kind} (first {keys[0]!r})" for kind, keys in kinds if keys)
         hint = "; --on-missing skip or wrong scores the rest" if not (doubled or unknown) else ""
-        hint = "" if len(missing) == len(items) else hint
+        hint = "" if without == len(items) else hint
         raise LlavaError(f"the ids of {pred} don't match the {len(items)} questions of {gt}: {found}{hint}")
-    by_id = {str(answer["question_id"]): answer for answer in answers}
     joined = []
     for item in items:
-        answer = by_id.get(str(item.id))
+        answer = given.get(str(item.id))
         if answer is not None:
             joined.append(JoinedItem(item, str(answer["text"]), answer))
         elif on_missing == "wrong":

@@ -1,17 +1,17 @@
 """The *paper* set: the numbers of LLaVA-Med v1.0's metric scripts, faults included.
 
-`paper_item` scores one answer, `paper_summary` averages as one of the three published scripts does. The
-published table comes from `run_eval_batch`: "open" is its recall, "closed" its yes/no accuracy.
+`paper_item` scores one answer, `paper_summary` averages as one of the three published scripts (`PAPER_SCRIPTS`) does.
+The published table comes from `run_eval_batch`: "open" is its recall, "closed" its yes/no accuracy.
 """
 
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
+from llava.eval.metrics.registry import CLOSED, OPEN, Answer, metric, metrics_of
 from llava.eval.metrics.words import normalize_word
-
-PAPER_SCRIPTS = ("run_eval_batch", "run_eval", "run_eval_pvqa")
 
 
 @dataclass(frozen=True)
@@ -77,68 +77,90 @@ class Candidates:
 def paper_summary(
     items: Sequence[PaperItem], answer_types: Sequence[str], script: str = "run_eval_batch"
 ) -> dict[str, float | None]:
-    """Means in percent under the names the scripts print; None where there is nothing to average."""
-    numbers = {name: percent(values) for name, values in paper_values(items, answer_types, script).items()}
-    if script != "run_eval_batch" and numbers["yes/no accuracy"] is None and items:
-        numbers["yes/no accuracy"] = 0.0  # these two print 0 where no closed answer was counted
-    return numbers
-
-
-def paper_values(
-    items: Sequence[PaperItem], answer_types: Sequence[str], script: str = "run_eval_batch"
-) -> dict[str, list[float | None]]:
-    """What each number is the mean of: one value per question, None where the question doesn't count.
+    """Means in percent under the names the scripts print; None where there is nothing to average.
 
     Args:
         items: one per question, in the order of `answer_types` ("OPEN" or "CLOSED").
         script: whose rules for open and closed accuracy to follow, one of `PAPER_SCRIPTS`.
     """
-    if script not in PAPER_SCRIPTS:
-        raise ValueError(f"unknown script {script!r}; one of {PAPER_SCRIPTS}")
-
-    def values(kind, value):
-        return [value(item) if answer_type == kind else None for item, answer_type in zip(items, answer_types)]
-
-    names = {n: k for n, k in _OPEN_NUMBERS.items() if script != "run_eval_pvqa" or not n.startswith("bleu")}
-    numbers = {name: values("OPEN", lambda item, key=key: getattr(item, key)) for name, key in names.items()}
-    if script == "run_eval_batch":
-        numbers["open accuracy"] = values("OPEN", lambda item: item.contained)
-        numbers["yes/no accuracy"] = values("CLOSED", lambda item: item.contained)
-        numbers["recall_closed"] = values("CLOSED", lambda item: item.recall)
-    else:
-        numbers["open accuracy"] = values("OPEN", lambda item: item.appearance)
-        hit = _hit_or_left_out if script == "run_eval_pvqa" else _hit_if_yes_or_no
-        numbers["yes/no accuracy"] = values("CLOSED", hit)
+    answers = [Answer("", "", kind, script=script) for kind in answer_types]
+    for answer, item in zip(answers, items, strict=True):
+        answer.keep(paper_scores, item)
+    metrics = [found for found in metrics_of(script) if found.metric_set == "paper"]
+    numbers = {found.name: found.mean(found.values(answers)) for found in metrics}
+    if script != "run_eval_batch" and numbers["yes/no accuracy"] is None and items:
+        numbers["yes/no accuracy"] = 0.0  # these two print 0 where no closed answer was counted
     return numbers
 
 
-def percent(values: Iterable[float | None]) -> float | None:
-    """Mean of those that count, in percent; None if none does."""
-    counted = [value for value in values if value is not None]
-    return 100 * sum(counted) / len(counted) if counted else None
+def paper_scores(answer: Answer) -> PaperItem:
+    """`paper_item` of an answer; metrics share it by `answer.once`."""
+    return paper_item(answer.prediction, answer.reference, answer.candidates)
 
 
-def _hit_if_yes_or_no(item: PaperItem) -> float:
-    return item.contained if item.says_yes_or_no else 0.0
+_open = partial(metric, counts=OPEN, metric_set="paper")
+_closed = partial(metric, counts=CLOSED, metric_set="paper")
+_WITH_BLEU = ("run_eval_batch", "run_eval")
 
 
-def _hit_or_left_out(item: PaperItem) -> float | None:
-    """As the PathVQA script counts: a wrong answer that says yes or no is in no list at all."""
-    if not item.says_yes_or_no:
+@_open("recall", label="open: recall", headline="open")
+def _recall(answer: Answer) -> float:
+    return answer.once(paper_scores).recall
+
+
+@_open("precision", label="open: precision")
+def _precision(answer: Answer) -> float:
+    return answer.once(paper_scores).precision
+
+
+@_open("f1 score", label="open: f1")
+def _f1(answer: Answer) -> float:
+    return answer.once(paper_scores).f1
+
+
+@_open("exact match score", label="open: exact match")
+def _exact(answer: Answer) -> float:
+    return answer.once(paper_scores).exact
+
+
+@_open("open accuracy", label="open: accuracy")
+def _open_accuracy(answer: Answer) -> float | None:
+    item = answer.once(paper_scores)
+    return item.contained if answer.script == "run_eval_batch" else item.appearance
+
+
+@_open("bleu_score", label="open: BLEU", scripts=_WITH_BLEU)
+def _bleu_4(answer: Answer) -> float:
+    return answer.once(paper_scores).bleu
+
+
+@_open("bleu_score_1", label="open: BLEU-1", scripts=_WITH_BLEU)
+def _bleu_1(answer: Answer) -> float:
+    return answer.once(paper_scores).bleu_1
+
+
+@_open("bleu_score_2", label="open: BLEU-2", scripts=_WITH_BLEU)
+def _bleu_2(answer: Answer) -> float:
+    return answer.once(paper_scores).bleu_2
+
+
+@_open("bleu_score_3", label="open: BLEU-3", scripts=_WITH_BLEU)
+def _bleu_3(answer: Answer) -> float:
+    return answer.once(paper_scores).bleu_3
+
+
+@_closed("yes/no accuracy", label="closed: accuracy", headline="closed")
+def _yes_no_accuracy(answer: Answer) -> float | None:
+    item = answer.once(paper_scores)
+    if answer.script != "run_eval_batch" and not item.says_yes_or_no:
         return 0.0
-    return 1.0 if item.contained else None
+    # The PathVQA script puts a wrong answer that says yes or no in no list at all.
+    return None if answer.script == "run_eval_pvqa" and not item.contained else item.contained
 
 
-_OPEN_NUMBERS = {
-    "exact match score": "exact",
-    "f1 score": "f1",
-    "precision": "precision",
-    "recall": "recall",
-    "bleu_score": "bleu",
-    "bleu_score_1": "bleu_1",
-    "bleu_score_2": "bleu_2",
-    "bleu_score_3": "bleu_3",
-}
+@_closed("recall_closed", label="closed: recall", scripts=("run_eval_batch",))
+def _recall_closed(answer: Answer) -> float:
+    return answer.once(paper_scores).recall
 
 
 def _counts(text: str) -> Counter:

@@ -1,23 +1,27 @@
-"""Both metric sets over joined questions and answers, with counts, intervals, groups and one row per item."""
+"""Every metric over joined questions and answers, with counts, intervals, groups and one row per item."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from llava.eval.metrics.intervals import RESAMPLES, bootstrap_interval
-from llava.eval.metrics.paper import Candidates, PaperItem, paper_item, paper_values, percent
-from llava.eval.metrics.strict import StrictItem, strict_item, strict_values
-
-SETS = ("paper", "strict")
-HEADLINE = {
-    "paper": {"open": "recall", "closed": "yes/no accuracy"},
-    "strict": {"open": "open recall", "closed": "closed accuracy"},
-}
-"""The two numbers of each set that the published tables hold."""
+from llava.eval.metrics.paper import Candidates, paper_scores
+from llava.eval.metrics.registry import (
+    CHOICE,
+    CLOSED,
+    OPEN,
+    SETS,
+    Answer,
+    Metric,
+    all_metrics,
+    headline_name,
+    metrics_of,
+)
+from llava.eval.metrics.strict import strict_scores
 
 
 @dataclass(frozen=True)
 class Number:
-    """A mean in percent over `count` questions with its bootstrap interval; None where nothing counts."""
+    """A mean in the metric's unit over `count` questions with its bootstrap interval; None where nothing counts."""
 
     value: float | None
     low: float | None
@@ -27,25 +31,45 @@ class Number:
 
 @dataclass
 class Scores:
-    """What a set of answers reaches. `values` holds each number's score per question, fractions or None."""
+    """What a set of answers reaches, by metric set and name. `values` holds each number's score per question.
+
+    *paper* and *strict* hold all their numbers; of the further metrics there are those that count a question.
+    """
 
     questions: int
     open: int
     closed: int
+    choice: int
     numbers: dict[str, dict[str, Number]]
     values: dict[str, dict[str, list[float | None]]] = field(repr=False)
     rows: list[dict] = field(repr=False)
     groups: dict[str, dict[str, dict]] = field(default_factory=dict, repr=False)
 
     def headline(self, metric_set: str, kind: str) -> Number:
-        """The number that tables show: `metric_set` "paper" or "strict", `kind` "open" or "closed"."""
-        return self.numbers[metric_set][HEADLINE[metric_set][kind]]
+        """The number that published tables show: `metric_set` "paper" or "strict", `kind` "open" or "closed"."""
+        return self.numbers[metric_set][headline_name(metric_set, kind)]
+
+    def number(self, metric: Metric) -> Number | None:
+        """A metric's number, None if it counts no question here."""
+        return self.numbers.get(metric.metric_set, {}).get(metric.name)
+
+    @property
+    def counts(self) -> str:
+        """How many questions of which kind: "2 open, 2 closed"."""
+        more = f", {self.choice} multiple-choice" if self.choice else ""
+        return f"{self.open} open, {self.closed} closed{more}"
 
     def as_dict(self) -> dict:
         """Without the values and rows, for a JSON file."""
         numbers = {name: {key: asdict(n) for key, n in part.items()} for name, part in self.numbers.items()}
-        counts = {"questions": self.questions, "open": self.open, "closed": self.closed}
+        counts = {"questions": self.questions, "open": self.open, "closed": self.closed, "choice": self.choice}
         return counts | numbers | ({"groups": self.groups} if self.groups else {})
+
+
+def headlines(several: Iterable[Scores]) -> list[Metric]:
+    """The metrics that tables of several answer files show: the published ones, and further ones that one has."""
+    several = list(several)
+    return [m for m in all_metrics() if m.is_headline and any(scores.number(m) is not None for scores in several)]
 
 
 def score_items(
@@ -68,25 +92,31 @@ def score_items(
         clusters: one key per question; the bootstrap then draws whole clusters (images, say).
         resamples: of the bootstrap; 0 leaves intervals out.
     """
-    types = [entry.item.answer_type for entry in joined]
     pool = None if candidates is None else Candidates(candidates)
-    paper, strict = [], []
-    for entry in progress(joined):
-        paper.append(paper_item(entry.prediction, entry.item.answer, pool))
-        strict.append(strict_item(entry.prediction, entry.item.answer, entry.item.question))
-    values = {"paper": paper_values(paper, types, script), "strict": strict_values(strict, types)}
-    numbers = {
-        name: {key: _number(column, clusters, resamples, seed) for key, column in part.items()}
-        for name, part in values.items()
-    }
+    answers = [_answer(entry, script, pool) for entry in joined]
+    for answer in progress(answers):  # what takes long, and what most metrics share
+        answer.once(paper_scores)
+        answer.once(strict_scores)
+    found = {}
+    for metric in metrics_of(script):
+        column = metric.values(answers)
+        if metric.metric_set != "further" or any(value is not None for value in column):
+            found[metric] = column
+    values: dict[str, dict] = {name: {} for name in SETS}
+    numbers: dict[str, dict] = {name: {} for name in SETS}
+    for metric, column in found.items():
+        values[metric.metric_set][metric.name] = column
+        numbers[metric.metric_set][metric.name] = _number(metric, column, clusters, resamples, seed)
+    types = [answer.answer_type for answer in answers]
     return Scores(
         questions=len(types),
-        open=types.count("OPEN"),
-        closed=types.count("CLOSED"),
+        open=types.count(OPEN),
+        closed=types.count(CLOSED),
+        choice=types.count(CHOICE),
         numbers=numbers,
         values=values,
-        rows=[_row(entry, p, s) for entry, p, s in zip(joined, paper, strict)],
-        groups={name: _group(joined, name, values) for name in group_by},
+        rows=[_row(answer, values["further"], index) for index, answer in enumerate(answers)],
+        groups={name: _group(joined, name, found) for name in group_by},
     )
 
 
@@ -101,40 +131,55 @@ def group_keys(joined: Sequence, limit: int = 40) -> list[str]:
     return [name for name, found in fields.items() if name not in _NOT_GROUPS and 2 <= len(found) <= few]
 
 
-_NOT_GROUPS = {"img_id", "triple", "phrase_type_id", "answer"}
+_NOT_GROUPS = {"img_id", "triple", "phrase_type_id", "answer", "source_id"}
 
 
-def _number(column, clusters, resamples: int, seed: int) -> Number:
-    interval = bootstrap_interval(column, clusters, resamples=resamples, seed=seed) if resamples else None
-    low, high = (None, None) if interval is None else (100 * interval[0], 100 * interval[1])
-    return Number(percent(column), low, high, sum(value is not None for value in column))
-
-
-def _row(entry, paper: PaperItem, strict: StrictItem) -> dict:
+def _answer(entry, script: str, pool: Candidates | None) -> Answer:
     item = entry.item
+    return Answer(
+        prediction=entry.prediction,
+        reference=item.answer,
+        answer_type=item.answer_type,
+        question=item.question,
+        item=item,
+        record=entry.record,
+        script=script,
+        candidates=pool,
+    )
+
+
+def _number(metric: Metric, column, clusters, resamples: int, seed: int) -> Number:
+    interval = bootstrap_interval(column, clusters, resamples=resamples, seed=seed) if resamples else None
+    low, high = (None, None) if interval is None else (metric.scale * interval[0], metric.scale * interval[1])
+    return Number(metric.mean(column), low, high, sum(value is not None for value in column))
+
+
+def _row(answer: Answer, further: dict[str, list[float | None]], index: int) -> dict:
+    item = answer.item
+    counted = {name: column[index] for name, column in further.items() if column[index] is not None}
     return {
         "question_id": item.id,
         "image": item.image,
         "answer_type": item.answer_type,
         "question": item.question,
         "reference": item.answer,
-        "prediction": entry.prediction,
-        "paper": paper.as_dict(),
-        "strict": strict.as_dict(),
+        "prediction": answer.prediction,
+        "paper": answer.once(paper_scores).as_dict(),
+        "strict": answer.once(strict_scores).as_dict(),
+        "further": counted,
     }
 
 
-def _group(joined, name: str, values) -> dict[str, dict]:
+def _group(joined, name: str, found: dict[Metric, list[float | None]]) -> dict[str, dict]:
     """Headline means of each value of the field; a record without it is under "-"."""
     keys = [str(entry.item.fields.get(name, "-")).strip() for entry in joined]
     table = {}
     for key in sorted(set(keys)):
-        inside = [index for index, found in enumerate(keys) if found == key]
-        row: dict = {"questions": len(inside)}
-        for metric_set, names in HEADLINE.items():
-            for kind, number in names.items():
-                column = [values[metric_set][number][index] for index in inside]
-                row[kind] = sum(value is not None for value in column)
-                row[f"{metric_set} {kind}"] = percent(column)
+        inside = [index for index, found_key in enumerate(keys) if found_key == key]
+        kinds = [joined[index].item.answer_type for index in inside]
+        row: dict = {"questions": len(inside), "open": kinds.count(OPEN), "closed": kinds.count(CLOSED)}
+        for metric, column in found.items():
+            if metric.is_headline:
+                row[metric.title] = metric.mean(column[index] for index in inside)
         table[key] = row
     return table

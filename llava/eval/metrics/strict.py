@@ -5,10 +5,10 @@ Open questions score by set recall, closed ones by accuracy; docs/metrics.md giv
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
-from llava.eval.metrics.paper import percent
+from llava.eval.metrics.registry import CLOSED, OPEN, Answer, metric
 from llava.eval.metrics.words import strict_words
 
 
@@ -36,8 +36,9 @@ def strict_item(prediction: str, reference: str, question: str = "") -> StrictIt
     Recall is the share of the reference's distinct words that are said; precision and F1 count each word at
     most as often as it stands in the reference. A closed answer is correct if
     - the reference says yes or no: the answer says that one, as a word, and not the other;
-    - else: the reference's words stand in the answer one after the other, and no other option that the
-      question offers ("… two options: [left, right]") does.
+    - else: the reference's words stand in the answer one after the other, nowhere denied by the character before
+      them (没有 doesn't say 有), and no other option that the question offers ("… two options: [left, right]")
+      stands there.
     """
     said, wanted = strict_words(str(prediction)), strict_words(str(reference))
     if not wanted:  # a reference of marks alone, such as "+"
@@ -55,28 +56,43 @@ def strict_item(prediction: str, reference: str, question: str = "") -> StrictIt
     )
 
 
-def strict_summary(items: Sequence[StrictItem], answer_types: Sequence[str]) -> dict[str, float | None]:
-    """Means in percent; None where there is nothing to average."""
-    return {name: percent(values) for name, values in strict_values(items, answer_types).items()}
+def strict_scores(answer: Answer) -> StrictItem:
+    """`strict_item` of an answer; metrics share it by `answer.once`."""
+    return strict_item(answer.prediction, answer.reference, answer.question)
 
 
-def strict_values(items: Sequence[StrictItem], answer_types: Sequence[str]) -> dict[str, list[float | None]]:
-    """What each number is the mean of: one value per question, None where the question doesn't count.
+_open = partial(metric, counts=OPEN, metric_set="strict")
+_closed = partial(metric, counts=CLOSED, metric_set="strict")
 
-    `closed undecided` are the answers that say both yes and no.
-    """
 
-    def values(kind, value):
-        return [value(item) if answer_type == kind else None for item, answer_type in zip(items, answer_types)]
+@_open("open recall", label="open: recall", headline="open")
+def _recall(answer: Answer) -> float:
+    return answer.once(strict_scores).recall
 
-    return {
-        "open recall": values("OPEN", lambda item: item.recall),
-        "open precision": values("OPEN", lambda item: item.precision),
-        "open f1": values("OPEN", lambda item: item.f1),
-        "open exact match": values("OPEN", lambda item: item.exact),
-        "closed accuracy": values("CLOSED", lambda item: item.correct),
-        "closed undecided": values("CLOSED", lambda item: float(item.polarity == "both")),
-    }
+
+@_open("open precision", label="open: precision")
+def _precision(answer: Answer) -> float:
+    return answer.once(strict_scores).precision
+
+
+@_open("open f1", label="open: f1")
+def _f1(answer: Answer) -> float:
+    return answer.once(strict_scores).f1
+
+
+@_open("open exact match", label="open: exact match")
+def _exact(answer: Answer) -> float:
+    return answer.once(strict_scores).exact
+
+
+@_closed("closed accuracy", label="closed: accuracy", headline="closed")
+def _accuracy(answer: Answer) -> float:
+    return answer.once(strict_scores).correct
+
+
+@_closed("closed undecided", label="closed: says yes and no", higher_is_better=False)
+def _undecided(answer: Answer) -> float:
+    return float(answer.once(strict_scores).polarity == "both")
 
 
 def reference_polarity(reference: str) -> str:
@@ -99,11 +115,26 @@ def _is_correct(said: list[str], wanted: list[str], question: str) -> bool:
         return _polarity(said) == polarity
     others = [option for option in question_options(question) if option and not _stands_in(option, wanted)]
     others = [option for option in others if not _stands_in(wanted, option)]
+    if _is_denied(wanted, said):
+        return False
     return _stands_in(wanted, said) and not any(_stands_in(option, said) for option in others)
 
 
+_DENIALS = frozenset("不没沒无無非未否")
+
+
+def _is_denied(words: list[str], text: list[str]) -> bool:
+    """Whether Chinese words stand behind a character that denies them, where each character is a word of its own."""
+    return len(words[0]) == 1 and any(start and text[start - 1] in _DENIALS for start in _places(words, text))
+
+
 def _stands_in(words: list[str], text: list[str]) -> bool:
-    return any(text[start : start + len(words)] == words for start in range(len(text) - len(words) + 1))
+    return bool(_places(words, text))
+
+
+def _places(words: list[str], text: list[str]) -> list[int]:
+    """Where `words` stand in `text` one after the other."""
+    return [start for start in range(len(text) - len(words) + 1) if text[start : start + len(words)] == words]
 
 
 def _polarity(words: list[str]) -> str:

@@ -29,14 +29,21 @@ def normalize_word(text: str) -> str:
 
 
 def strict_words(text: str) -> list[str]:
-    """The words of an answer: every mark separates, but for decimal points, thousands commas and apostrophes."""
+    """The words of an answer: every mark separates, but for decimal points, thousands commas and apostrophes.
+
+    Scripts that are written without blanks (Chinese, Japanese, Thai, Lao, Khmer, Burmese) have a word per character.
+    """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     words = [_NUMBERS.get(word, word) for word in _WORD.findall(text)]
     return [_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES]
 
 
-_WORD = re.compile(r"\d+(?:\.\d+)+|[^\W_]+(?:'[^\W_]+)*")
+# Han (with extensions and compatibility forms), kana, Thai and Lao, Burmese, Khmer.
+_UNSPACED = "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED += "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_LETTER = rf"[^\W_{_UNSPACED}]"
+_WORD = re.compile(rf"\d+(?:\.\d+)+|[{_UNSPACED}]|{_LETTER}+(?:'{_LETTER}+)*")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

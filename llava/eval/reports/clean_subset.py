@@ -8,7 +8,7 @@ from llava.data.audit_checks import audit_splits
 from llava.data.audit_text import audit_lines
 from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
-from llava.eval.metrics.score import Scores, score_items
+from llava.eval.metrics.score import Scores, headlines, score_items
 from llava.eval.reports.evaluation import Evaluation, read_candidates
 from llava.eval.reports.tables import number_cell, text_table
 from llava.records import read_json
@@ -28,15 +28,15 @@ class CleanScores:
         return {"audit": audit, "scores": found}
 
     def text(self) -> str:
-        keys = [(name, kind) for name in ("paper", "strict") for kind in ("open", "closed")]
+        shown = headlines([self.all_questions])
         rows = []
         for name, scores in (("all", self.all_questions), *self.subsets.items()):
             if scores is None:
-                rows.append([name, "0", "0", *("no question" for _ in keys)])
+                rows.append([name, "0", "0", *("no question" for _ in shown)])
             else:
-                cells = [number_cell(scores.headline(*key)) for key in keys]
+                cells = [number_cell(scores.number(metric)) for metric in shown]
                 rows.append([name, str(scores.open), str(scores.closed), *cells])
-        header = ["test questions", "open", "closed", *(" ".join(key) for key in keys)]
+        header = ["test questions", "open", "closed", *(metric.heading for metric in shown)]
         return "\n".join([*audit_lines(self.audit), "", text_table(header, rows)])
 
 

@@ -4,31 +4,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava.eval.metrics.intervals import Comparison, compare_paired
-from llava.eval.metrics.score import HEADLINE
+from llava.eval.metrics.registry import Metric
+from llava.eval.metrics.score import headlines
 from llava.eval.reports.evaluation import Evaluation, evaluate
 from llava.eval.reports.tables import text_table
 
 
 @dataclass
 class AnswerComparison:
-    """The headline numbers of two answer files compared, by (set, kind)."""
+    """The headline numbers of two answer files compared."""
 
     first: Path
     second: Path
-    numbers: dict[tuple[str, str], Comparison]
+    numbers: dict[Metric, Comparison]
 
     def as_dict(self) -> dict:
-        numbers = {f"{name} {kind}": asdict(found) for (name, kind), found in self.numbers.items()}
+        numbers = {metric.title: asdict(found) for metric, found in self.numbers.items()}
         return {"first": str(self.first), "second": str(self.second), **numbers}
 
     def text(self) -> str:
         rows = []
-        for (name, kind), found in self.numbers.items():
+        for metric, found in self.numbers.items():
             mcnemar = "" if found.mcnemar_p is None else f"{found.mcnemar_p:.4f}"
             alone = "" if found.only_first is None else f"{found.only_first} / {found.only_second}"
-            change = f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-            row = [f"{name} {kind}", f"{100 * found.first:.2f}", f"{100 * found.second:.2f}", change]
-            rows.append([*row, f"{found.p_value:.4f}", alone, mcnemar])
+            rows.append([metric.heading, *comparison_cells(metric, found), alone, mcnemar])
         header = ["metric (%)", "first", "second", "difference", "p (bootstrap)", "right alone", "p (McNemar)"]
         return f"first: {self.first}\nsecond: {self.second}\n\n{text_table(header, rows)}"
 
@@ -49,16 +48,25 @@ def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
     by_image = settings["unit"] == "image"
     clusters = [first.joined[i].item.image or first.joined[i].item.id for i, _ in shared] if by_image else None
     numbers = {}
-    for name, kinds in HEADLINE.items():
-        for kind, number in kinds.items():
-            ours, theirs = first.scores.values[name][number], other.scores.values[name][number]
-            found = compare_paired(
-                [ours[i] for i, _ in shared],
-                [theirs[j] for _, j in shared],
-                clusters,
-                resamples=settings["resamples"] or 10_000,
-                seed=settings["bootstrap_seed"],
-            )
-            if found is not None:
-                numbers[name, kind] = found
+    for metric in headlines([first.scores]):
+        ours = first.scores.values[metric.metric_set][metric.name]
+        theirs = other.scores.values[metric.metric_set].get(metric.name)
+        if theirs is None:
+            continue  # it counts no question of the other file
+        found = compare_paired(
+            [ours[i] for i, _ in shared],
+            [theirs[j] for _, j in shared],
+            clusters,
+            resamples=settings["resamples"] or 10_000,
+            seed=settings["bootstrap_seed"],
+        )
+        if found is not None:
+            numbers[metric] = found
     return AnswerComparison(first.pred, Path(second), numbers)
+
+
+def comparison_cells(metric: Metric, found: Comparison) -> list[str]:
+    """Both means, their difference with its interval, and the bootstrap's p value, in the metric's unit."""
+    scale = metric.scale
+    change = f"{scale * found.difference:+.2f} [{scale * found.low:+.2f}, {scale * found.high:+.2f}]"
+    return [f"{scale * found.first:.2f}", f"{scale * found.second:.2f}", change, f"{found.p_value:.4f}"]

@@ -52,7 +52,7 @@ class Evaluation:
         """For the terminal."""
         scores = self.scores
         lines = [
-            f"{self.pred}: {scores.questions} questions ({scores.open} open, {scores.closed} closed)",
+            f"{self.pred}: {scores.questions} questions ({scores.counts})",
             f"produced by: {describe(self.manifest)}",
         ]
         if self.dataset:
@@ -69,7 +69,7 @@ class Evaluation:
         if self.calibration:
             lines += ["", calibration_line(self.calibration)]
         for name, groups in scores.groups.items():
-            lines += ["", group_table(name, groups)]
+            lines += ["", group_table(name, groups, scores)]
         return "\n".join(lines)
 
 

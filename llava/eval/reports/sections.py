@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from llava.eval.answers.manifest import describe
+from llava.eval.metrics.joined import JoinedItem
+from llava.eval.metrics.score import headlines
 from llava.eval.reports.clean_subset import CleanScores
-from llava.eval.reports.compare import compare_answers
+from llava.eval.reports.compare import compare_answers, comparison_cells
 from llava.eval.reports.evaluation import Evaluation
-from llava.eval.reports.page import bars, example_card, note, paragraphs, reliability, table
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
 from llava.images import open_image
-
-KEYS = [("paper", "open"), ("paper", "closed"), ("strict", "open"), ("strict", "closed")]
+from llava.pages import Card, cards, figure, figures, note, preformatted, subheading, table
+from llava.pages.charts import bars, reliability
 
 
 @dataclass
@@ -37,53 +40,56 @@ class Entry:
 
 def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], list[str]]:
     """(header, rows, CSS classes): our answer files by data set, the published rows below each set's."""
-    header = ["model", "data set", "open / closed", *(f"{name} {kind}" for name, kind in KEYS)]
+    shown = headlines(entry.result.scores for entry in entries)
+    header = ["model", "data set", "open / closed", *(metric.heading for metric in shown)]
     rows, classes = [], []
     for dataset in dict.fromkeys(entry.dataset for entry in entries):
         ours = [entry for entry in entries if entry.dataset == dataset]
         for entry in ours:
             scores = entry.result.scores
             name = DATASET_NAMES.get(dataset or "", entry.result.gt.stem)
-            cells = [number_cell(scores.headline(*key)) for key in KEYS]
+            cells = [number_cell(scores.number(metric)) for metric in shown]
             rows.append([entry.label, name, f"{scores.open} / {scores.closed}", *cells])
             classes.append("")
-        for row in PUBLISHED.get(dataset or "", ()):
+        if dataset is None:
+            continue
+        for row in PUBLISHED.get(dataset, ()):
             counts = "{} / {}".format(*TEST_COUNTS[dataset])
             name = f"{DATASET_NAMES[dataset]}, published"
-            rows.append([row.model, name, counts, plain(row.open), plain(row.closed), "", ""])
+            rows.append([row.model, name, counts, plain(row.open), plain(row.closed), *[""] * (len(shown) - 2)])
             classes.append("published")
     return header, rows, classes
 
 
-def scores_section(entries: Sequence[Entry]) -> str:
+def scores_section(entries: Sequence[Entry]) -> Markup:
     """The table, and bars of the headline numbers."""
     header, rows, classes = score_rows(entries)
-    groups = []
-    for name, kind in KEYS:
-        numbers = [(entry.label, entry.result.scores.headline(name, kind)) for entry in entries]
-        groups.append((f"{name}: {kind}", [(label, n.value, n.low, n.high) for label, n in numbers]))
+    drawn = []
+    for metric in headlines(entry.result.scores for entry in entries):
+        if metric.unit != "%":  # the bars end at 100
+            continue
+        numbers = [(entry.label, entry.result.scores.number(metric)) for entry in entries]
+        shown = bars(metric.title, [(label, n.value, n.low, n.high) for label, n in numbers if n is not None])
+        drawn.append(figure(shown, f"{metric.label}, with 95 % intervals."))
     unit = entries[0].result.settings["unit"]
     text = (
         f"Percent with 95 % bootstrap intervals (resampled {unit}s). paper: the published scripts' numbers, open is "
         "recall, closed is accuracy; strict: whole words counted once, yes or no only where the answer says one of "
         "them. Published rows were made with the paper set."
     )
-    return table(header, rows, classes) + bars(groups) + note(text)
+    return table(header, rows, classes) + figures(*drawn) + note(text)
 
 
-def ablation_section(entries: Sequence[Entry]) -> str:
+def ablation_section(entries: Sequence[Entry]) -> Markup:
     """What is left of each score without the image, with the paired difference to the answers with it."""
     rows = []
     for base in (entry for entry in entries if entry.ablation == "none"):
         for other in ablations_of(base, entries):
             compared = compare_answers(base.result, other.result.pred).numbers
-            for key in KEYS:
-                if (found := compared.get(key)) is not None:
-                    change = f"{100 * found.difference:+.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-                    shares = [f"{100 * found.first:.2f}", f"{100 * found.second:.2f}", change, f"{found.p_value:.4f}"]
-                    rows.append([base.label, other.ablation, " ".join(key), *shares])
+            for metric, found in compared.items():
+                rows.append([base.label, other.ablation, metric.heading, *comparison_cells(metric, found)])
     if not rows:
-        return ""
+        return Markup()
     header = ["model", "images", "metric", "with images", "ablated", "difference", "p (paired bootstrap)"]
     return table(header, rows) + note("A model that looks at the image loses much; one that guesses loses nothing.")
 
@@ -99,69 +105,74 @@ def ablations_of(base: Entry, entries: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.ablation != "none" and key(entry) == key(base)]
 
 
-def calibration_section(entries: Sequence[Entry]) -> str:
+def calibration_section(entries: Sequence[Entry]) -> Markup:
     """Reliability of yes and no by token probabilities."""
     found = [(entry.label, entry.result.calibration) for entry in entries if entry.result.calibration]
-    figures = "".join(reliability(one.bins, label, calibration_line(one)) for label, one in found)
-    text = "Right answers (%) over confidence (%); below the line a model is surer than it is right."
-    return f'<div class="figures">{figures}</div>{note(text)}' if found else ""
+    if not found:
+        return Markup()
+    drawn = [figure(reliability(label, one.bins), f"{label}: {calibration_line(one)}") for label, one in found]
+    text = "Each point holds as many answers as it says; below the line a model is surer than it is right."
+    return figures(*drawn) + note(text)
 
 
-def groups_section(entries: Sequence[Entry]) -> str:
+def groups_section(entries: Sequence[Entry]) -> Markup:
     """Headline numbers by question type, organ, …"""
     parts = []
     for entry in entries:
         for name, groups in entry.result.scores.groups.items():
-            columns = [" ".join(key) for key in KEYS]
+            shown = headlines([entry.result.scores])
             rows = [
-                [key, str(row["open"]), str(row["closed"]), *(plain(row[column]) for column in columns)]
+                [key, str(row["open"]), str(row["closed"]), *(plain(row[metric.title]) for metric in shown)]
                 for key, row in groups.items()
             ]
-            parts.append(f"<h3>{_escape(entry.label)}, by {_escape(name)}</h3>")
-            parts.append(table([name, "open questions", "closed questions", *columns], rows))
-    return "".join(parts)
+            parts.append(subheading(f"{entry.label}, by {name}"))
+            header = [name, "open questions", "closed questions", *(metric.heading for metric in shown)]
+            parts.append(table(header, rows))
+    return Markup().join(parts)
 
 
-def audit_section(clean: Sequence[tuple[str, CleanScores]]) -> str:
+def audit_section(clean: Sequence[tuple[str, CleanScores]]) -> Markup:
     """What training has seen of the test set, and the scores on what it hasn't."""
     if not clean:
-        return ""
+        return Markup()
     from llava.data.audit_text import audit_lines
 
     rows = []
+    shown = headlines(scores.all_questions for _, scores in clean)
     for label, scores in clean:
         for name, part in (("all", scores.all_questions), *scores.subsets.items()):
-            cells = ["no question"] * 4 if part is None else [number_cell(part.headline(*key)) for key in KEYS]
+            cells = ["no question"] * len(shown) if part is None else [number_cell(part.number(m)) for m in shown]
             counts = "0 / 0" if part is None else f"{part.open} / {part.closed}"
             rows.append([label, name, counts, *cells])
-    header = ["model", "test questions", "open / closed", *(" ".join(key) for key in KEYS)]
-    return paragraphs(audit_lines(clean[0][1].audit)) + table(header, rows)
+    header = ["model", "test questions", "open / closed", *(metric.heading for metric in shown)]
+    return preformatted(audit_lines(clean[0][1].audit)) + table(header, rows)
 
 
-def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, each: int = 4, seed: int = 0) -> str:
-    """Drawn by lot: right and wrong answers, open and closed, with their images where a folder is given."""
+def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, each: int = 4, seed: int = 0) -> Markup:
+    """A random sample: right and wrong answers, open and closed, with their images where a folder is given."""
     parts = []
     for entry in entries:
         values = entry.result.scores.values["strict"]
-        right, wrong = [], []
+        right: list[JoinedItem] = []
+        wrong: list[JoinedItem] = []
         for index, joined in enumerate(entry.result.joined):
             score = values["closed accuracy"][index]
             score = values["open recall"][index] if score is None else score
             if score in (0, 1):
                 (right if score else wrong).append(joined)
         chosen = random.Random(seed)
-        cards = ""
+        shown = []
         for pool, is_right in ((right, True), (wrong, False)):
             for joined in chosen.sample(pool, min(each, len(pool))):
                 item = joined.item
                 image = _image(item.image, image_folder or (entry.result.manifest or {}).get("image_folder"))
-                cards += example_card(image, item.question, item.answer, joined.prediction, is_right)
-        heading = f"{_escape(entry.label)}: {len(right)} wholly right, {len(wrong)} wholly wrong (strict)"
-        parts.append(f'<h3>{heading}</h3><div class="cards">{cards}</div>')
-    return "".join(parts)
+                shown.append(Card(image, item.question, str(item.answer), joined.prediction, is_right))
+        parts.append(subheading(f"{entry.label}: {len(right)} wholly right, {len(wrong)} wholly wrong (strict)"))
+        parts.append(cards(shown))
+    return Markup().join(parts)
 
 
-def provenance_section(entries: Sequence[Entry]) -> str:
+def provenance_section(entries: Sequence[Entry]) -> Markup:
     """What produced each answer file."""
     rows = []
     for entry in entries:
@@ -177,9 +188,3 @@ def _image(name: Any, folder: str | Path | None):
         return None
     path = Path(folder) / name
     return open_image(path) if path.is_file() else None
-
-
-def _escape(text: str) -> str:
-    from html import escape
-
-    return escape(text)

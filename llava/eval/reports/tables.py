@@ -3,46 +3,34 @@
 from collections.abc import Sequence
 
 from llava.eval.metrics.calibration import Calibration
-from llava.eval.metrics.score import Number, Scores
-
-SCORE_ROWS = (
-    ("open: recall", "recall", "open recall"),
-    ("open: precision", "precision", "open precision"),
-    ("open: f1", "f1 score", "open f1"),
-    ("open: exact match", "exact match score", "open exact match"),
-    ("open: accuracy", "open accuracy", None),
-    ("open: BLEU", "bleu_score", None),
-    ("open: BLEU-1", "bleu_score_1", None),
-    ("open: BLEU-2", "bleu_score_2", None),
-    ("open: BLEU-3", "bleu_score_3", None),
-    ("closed: accuracy", "yes/no accuracy", "closed accuracy"),
-    ("closed: recall", "recall_closed", None),
-    ("closed: says yes and no", None, "closed undecided"),
-)
-"""Label, name in the paper set, name in the strict set."""
+from llava.eval.metrics.registry import CHOICE, CLOSED, OPEN, SETS, Metric, all_metrics
+from llava.eval.metrics.score import Number, Scores, headlines
 
 
 def score_table(scores: Scores, digits: int = 4) -> str:
-    """Both sets side by side, one row per number, with intervals."""
-    rows = []
-    for label, paper, strict in SCORE_ROWS:
-        cells = [
-            number_cell(scores.numbers[name].get(key), digits) if key else ""
-            for name, key in (("paper", paper), ("strict", strict))
-        ]
-        if any(cells):
-            rows.append([label, *cells])
-    return text_table(["metric (%)", "paper", "strict"], rows)
+    """All numbers, one row per label with a column per set, with intervals."""
+    rows: dict[str, dict[str, str]] = {}
+    for metric in sorted(all_metrics(), key=lambda found: (OPEN, CLOSED, CHOICE).index(found.counts)):
+        if cell := number_cell(scores.number(metric), digits):
+            rows.setdefault(_row_label(metric), {})[metric.metric_set] = cell
+    columns = [name for name in SETS if any(name in cells for cells in rows.values())]
+    table = [[label, *(cells.get(name, "") for name in columns)] for label, cells in rows.items()]
+    return text_table(["metric (%)", *columns], table)
 
 
-def group_table(name: str, groups: dict[str, dict]) -> str:
+def _row_label(metric: Metric) -> str:
+    unit = "" if metric.unit == "%" else f" ({metric.unit})"
+    return f"{metric.label}{unit}{'' if metric.higher_is_better else ' (less is better)'}"
+
+
+def group_table(name: str, groups: dict[str, dict], scores: Scores) -> str:
     """The headline numbers of each group of questions."""
-    columns = ("paper open", "strict open", "paper closed", "strict closed")
+    shown = headlines([scores])
     rows = [
-        [key, str(row["open"]), str(row["closed"]), *(plain(row[column]) for column in columns)]
+        [key, str(row["open"]), str(row["closed"]), *(plain(row[metric.title]) for metric in shown)]
         for key, row in groups.items()
     ]
-    return text_table([name, "open", "closed", *columns], rows)
+    return text_table([name, "open", "closed", *(metric.heading for metric in shown)], rows)
 
 
 def calibration_line(found: Calibration) -> str:

@@ -61,7 +61,7 @@ class RowCache:
 
     def save(self, row: int, length: int) -> list[torch.Tensor]:
         """A copy of the first `length` positions of a row, per layer `[2, kv_heads, length, head_dim]`."""
-        return [layer[:, row, :, :length].clone() for layer in self.layers]
+        return [layer[:, row, :, :length].clone() for layer in self.layers if layer is not None]
 
     def write(
         self, index: int, rows: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -83,11 +83,12 @@ class RowCache:
 
     def _layer(self, index: int, like: torch.Tensor) -> torch.Tensor:
         """The buffer of a layer; `like` is `[tokens, kv_heads, head_dim]`."""
-        if self.layers[index] is None:
+        layer = self.layers[index]
+        if layer is None:
             _, heads, head_dim = like.shape
             # Zeros, not empty: a masked position may hold anything but NaN, which no mask can hide.
-            self.layers[index] = like.new_zeros(2, self.rows, heads, self.width, head_dim)
-        return self.layers[index]
+            layer = self.layers[index] = like.new_zeros(2, self.rows, heads, self.width, head_dim)
+        return layer
 
 
 def _resized(old: torch.Tensor, rows: int, width: int, used_rows: int) -> torch.Tensor:

@@ -94,7 +94,7 @@ class LoraAdapter:
 def native_name(name: str) -> str:
     """LLaVA's name of a tensor that peft, or LLaVA's LoRA training, wrote with its wrappers in front."""
     name = name.removeprefix("base_model.")
-    while name.startswith(("model.model.", "model.lm_head.")):
+    while name.startswith(("model.model.", "model.lm_head")):
         name = name.removeprefix("model.")
     return name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
 

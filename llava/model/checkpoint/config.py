@@ -6,12 +6,8 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
-from llava.model.configuration import (
-    SCHEME_PATCH,
-    SCHEME_PLACEHOLDER,
-    LlavaLlamaConfig,
-    LlavaMistralConfig,
-)
+from llava.model.configuration import SCHEME_PATCH, SCHEME_PLACEHOLDER, LlavaConfigFields
+from llava.model.families import family_names, family_of, find_family
 from llava.records import read_json
 
 log = logging.getLogger(__name__)
@@ -20,11 +16,11 @@ _FIELDS_SINCE_PLACEHOLDER = ("mm_projector_type", "mm_use_im_patch_token", "mm_v
 """Fields that came with the one-placeholder scheme; a v1.0 config has none of them."""
 
 
-def read_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
+def read_config(folder: Path) -> LlavaConfigFields:
     """The configuration of a native LLaVA folder (also of a LoRA or projector folder that has one).
 
     Raises:
-        LlavaError: not the configuration of a LLaMA or Mistral.
+        LlavaError: not the configuration of a language model of any family.
     """
     path = folder / "config.json"
     content = read_json(path)
@@ -46,23 +42,16 @@ def infer_template(config, folder: Path) -> str:
     """The prompt template that a release of this layout was trained with."""
     if config.mm_image_token_scheme == SCHEME_PATCH:
         return "simple"
-    if isinstance(config, LlavaMistralConfig):
-        return "mistral_instruct"
-    if "<<SYS>>" in _chat_template(folder):
-        return "llava_llama_2"
-    # BabyDoctor and LLaVA's own LLaMA-2-chat models: one Linear over LLaMA-2 (4096 positions).
-    if config.mm_projector_type == "linear" and config.max_position_embeddings >= 4096:
-        return "llava_llama_2"
-    return "vicuna_v1"
+    family = family_of(config)
+    return family.recognise_template(config, _chat_template(folder)) or family.default_template
 
 
 def _config_class(content: dict[str, Any], path: Path):
     model_type = content.get("model_type")
-    if model_type in {"llava_mistral", "mistral"}:
-        return LlavaMistralConfig
-    if model_type in {"llava", "llava_llama", "llama"}:
-        return LlavaLlamaConfig
-    raise LlavaError(f"{path}: model_type {model_type!r} isn't supported; use a LLaMA or Mistral based LLaVA")
+    family = find_family(model_type)
+    if family is None:
+        raise LlavaError(f"{path}: model_type {model_type!r} isn't supported; use a LLaVA over {family_names()}")
+    return family.config_class
 
 
 def _scheme(content: dict[str, Any], folder: Path) -> str:

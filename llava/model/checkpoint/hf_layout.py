@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from llava.errors import LlavaError
-from llava.model.configuration import LlavaConfigFields, LlavaLlamaConfig, LlavaMistralConfig
-from llava.model.towers.files import CLIP_PREFIX, in_unused_layer
+from llava.images.processor import find_settings
+from llava.model.configuration import LlavaConfigFields
+from llava.model.families import family_of_llm
+from llava.model.towers import VisionTower, find_tower_class, sketch_vision_tower
+from llava.model.towers.base import TOWER_PREFIX, in_unused_layer
 from llava.model.weights.assemble import Source
 from llava.model.weights.files import WeightFiles
 from llava.records import read_json
@@ -21,12 +24,9 @@ from llava.records import read_json
 _RENAMED = (
     (r"(?:model\.)?language_model\.(?:model\.)?(embed_tokens|layers|norm)\.(.+)", r"model.\1.\2"),
     (r"(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
-    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", CLIP_PREFIX + r"\1"),
 )
+_TOWER = r"(?:model\.)?vision_tower\.(.+)"
 _PROJECTOR = r"(?:model\.)?multi_modal_projector\.linear_([12])\.(weight|bias)"
-
-_CONFIG_CLASSES = {"llama": LlavaLlamaConfig, "mistral": LlavaMistralConfig}
-_SELECT_FEATURE = {"default": "patch", "full": "cls_patch"}
 
 
 def is_hf_config(config: dict[str, Any]) -> bool:
@@ -34,8 +34,14 @@ def is_hf_config(config: dict[str, Any]) -> bool:
     return "text_config" in config and "vision_config" in config
 
 
-def native_name(hf_name: str, linear: bool = False) -> str | None:
-    """LLaVA's name of a tensor, None for one that it has none for (the second layer of a `linear` projector)."""
+def native_name(hf_name: str, linear: bool = False, tower: VisionTower | None = None) -> str | None:
+    """LLaVA's name of a tensor, None for one that it has none for (the second layer of a `linear` projector).
+
+    `tower` knows the names of its own; without it they have none.
+    """
+    if match := re.fullmatch(_TOWER, hf_name):
+        own_name = tower.own_name(match[1]) if tower else None
+        return TOWER_PREFIX + own_name if own_name else None
     for pattern, replacement in _RENAMED:
         if re.fullmatch(pattern, hf_name):
             return re.sub(pattern, replacement, hf_name)
@@ -48,7 +54,7 @@ def native_name(hf_name: str, linear: bool = False) -> str | None:
     return f"model.mm_projector.{0 if layer == '1' else 2}.{leaf}"
 
 
-def native_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
+def native_config(folder: Path) -> LlavaConfigFields:
     """The configuration of an HF folder as ours.
 
     Raises:
@@ -56,12 +62,7 @@ def native_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
     """
     hf = read_json(folder / "config.json")
     text = dict(hf["text_config"])
-    config_class = _CONFIG_CLASSES.get(text.get("model_type", "llama"))
-    if config_class is None:
-        raise LlavaError(
-            f"{folder}: language models of type {text['model_type']!r} aren't supported; "
-            f"use {' or '.join(_CONFIG_CLASSES)}"
-        )
+    config_class = family_of_llm(text.get("model_type", "llama"), folder).config_class
     layer = hf.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise LlavaError(f"{folder}: vision_feature_layer {layer} selects several layers; only one is supported")
@@ -73,15 +74,30 @@ def native_config(folder: Path) -> LlavaLlamaConfig | LlavaMistralConfig:
     ours = {
         "mm_projector_type": "linear" if linear else "mlp2x_gelu",
         "mm_vision_select_layer": layer,
-        "mm_vision_select_feature": _SELECT_FEATURE[hf.get("vision_feature_select_strategy", "default")],
         "image_aspect_ratio": _aspect_ratio(folder),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     }
     # An export of ours keeps the fields that HF has no place for.
     kept = {field.name: hf[field.name] for field in fields(LlavaConfigFields) if field.name in hf}
     config = config_class.from_dict(text | ours | kept)
-    config.mm_vision_config = dict(hf["vision_config"])
+    vision_config = dict(hf["vision_config"])
+    config.mm_vision_config = find_tower_class(vision_config).with_image_size(vision_config, folder)
+    if "mm_vision_select_feature" not in kept:
+        strategy = hf.get("vision_feature_select_strategy", "default")
+        config.mm_vision_select_feature = _select_feature(strategy, sketch_vision_tower(config), folder)
     return config
+
+
+def _select_feature(strategy: str, tower: VisionTower, folder: Path) -> str:
+    """`default` drops the first token whatever it is, `full` keeps all."""
+    if strategy == "full":
+        return "cls_patch" if tower.prefix_tokens else "patch"
+    if tower.prefix_tokens != 1:
+        raise LlavaError(
+            f"{folder}: vision_feature_select_strategy {strategy!r} drops one token of each image, but the vision "
+            f"tower has {tower.prefix_tokens} before its patches; only full can be read"
+        )
+    return "patch"
 
 
 def hf_source(weights: WeightFiles, model) -> Source:
@@ -91,9 +107,10 @@ def hf_source(weights: WeightFiles, model) -> Source:
         LlavaError: a projector without activation whose second layer isn't the identity.
     """
     linear = model.config.mm_projector_type == "linear"
+    tower = model.get_vision_tower()
     names, unused_layers, unused = {}, {}, set()
     for hf_name in weights:
-        name = native_name(hf_name, linear)
+        name = native_name(hf_name, linear, tower)
         if name is None:
             if linear and re.fullmatch(_PROJECTOR, hf_name):
                 check_identity(weights, hf_name)
@@ -118,10 +135,4 @@ def check_identity(weights: WeightFiles, hf_name: str) -> None:
 
 def _aspect_ratio(folder: Path) -> str | None:
     """`pad` where the image processor pads to a square before it resizes, as LLaVA-1.5's does."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        path = folder / "processor_config.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    return "pad" if content.get("image_processor", content).get("do_pad") else None
+    return "pad" if (find_settings(folder) or {}).get("do_pad") else None

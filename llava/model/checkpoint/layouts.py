@@ -18,15 +18,12 @@ from llava.errors import LlavaError
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
 from llava.model.checkpoint.config import infer_template, read_config
 from llava.model.checkpoint.hf_layout import hf_source, is_hf_config, native_config
-from llava.model.configuration import LlavaLlamaConfig, LlavaMistralConfig
-from llava.model.towers.files import (
-    TOWER_PREFIX,
-    in_unused_layer,
-    known_vision_config,
-    read_vision_config,
-    tower_source,
-)
-from llava.model.weights.assemble import Source
+from llava.model.configuration import LlavaConfigFields
+from llava.model.families import EMBEDDINGS, FINAL_NORM
+from llava.model.towers import read_vision_config
+from llava.model.towers.base import TOWER_PREFIX, in_unused_layer
+from llava.model.towers.clip import known_vision_config
+from llava.model.weights.assemble import Source, tied_weights
 from llava.model.weights.files import WeightFiles, find_weight_files, is_harmless
 from llava.model.weights.locate import locate_model
 from llava.records import read_json
@@ -35,7 +32,6 @@ log = logging.getLogger(__name__)
 
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _DELTA_NORM = 0.1
 """A final norm's weights lie around one or above; the difference of two of them is far below this."""
 
@@ -48,7 +44,7 @@ class Parts:
     language model's, `quantized` what of them is stored in 8 or 4 bits.
     """
 
-    config: LlavaLlamaConfig | LlavaMistralConfig
+    config: LlavaConfigFields
     weights: WeightFiles
     sources: Callable[[PreTrainedModel], list[Source]]
     folders: list[Path]
@@ -82,8 +78,7 @@ def is_delta(weights: WeightFiles) -> bool:
     tables = [name for name in weights if name.endswith("rotary_emb.inv_freq")]
     if tables and not weights.read(tables[0]).any():
         return True
-    norm = "model.norm.weight"
-    return norm in weights and weights.read(norm).float().abs().mean().item() < _DELTA_NORM
+    return FINAL_NORM in weights and weights.read(FINAL_NORM).float().abs().mean().item() < _DELTA_NORM
 
 
 def is_quantized(weights: WeightFiles) -> bool:
@@ -124,7 +119,7 @@ def _open_native(folder: Path, vision_tower) -> Parts:
     tower_folder = _find_tower(config, folder, vision_tower, weights)
 
     def sources(model: PreTrainedModel) -> list[Source]:
-        tower = [] if _has_tower(weights) else [tower_source(tower_folder, model)]
+        tower = [] if _has_tower(weights) else [model.get_vision_tower().source(tower_folder)]
         return [*tower, native_source(weights, model)]
 
     return Parts(config, weights, sources, [folder], tower_folder)
@@ -163,10 +158,10 @@ def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts
         changed = [native_source(weights, model, "base model")]
         changed.append(native_source(extra, model, "adapter's other weights"))
         if not (_has_tower(weights) or _has_tower(extra)):
-            changed.insert(0, tower_source(tower_folder, model))
+            changed.insert(0, model.get_vision_tower().source(tower_folder))
         for source in changed:
             source.convert = adapter.merged
-        _check_reach(adapter, changed, base_folder)
+        _check_reach(adapter, changed, base_folder, model)
         replaced = Source("adapter", adapter.weights, adapter.overrides, unused=_pair_names(adapter))
         return [*changed, replaced]
 
@@ -191,7 +186,7 @@ def _open_projector(folder: Path, base_folder: Path | None, vision_tower) -> Par
     tower_folder = _find_tower(config, folder, vision_tower, weights)
 
     def sources(model: PreTrainedModel) -> list[Source]:
-        tower = [] if _has_tower(weights) else [tower_source(tower_folder, model)]
+        tower = [] if _has_tower(weights) else [model.get_vision_tower().source(tower_folder)]
         base = native_source(weights, model, "base model")
         own = projector_source(projector, model)
         _grow_embeddings(base, own, model)
@@ -216,7 +211,7 @@ def _grow_embeddings(base: Source, own: Source, model: PreTrainedModel) -> None:
     LLaVA's stage 1 saves the embedding's new rows and leaves those of the head as it made them: the mean.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    for name in _EMBEDDINGS:
+    for name in EMBEDDINGS:
         if name not in base.names:
             continue
         shape = base.weights.shape(base.names[name])
@@ -255,7 +250,12 @@ def _appending(before, name: str, new: torch.Tensor | None, rows: int):
     return convert
 
 
-def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path) -> None:
+def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path, model: PreTrainedModel) -> None:
+    for name in adapter.adds_to & tied_weights(model).keys():
+        raise LlavaError(
+            f"{adapter.weights.files[0]}: the adapter changes {name}, which is the embedding of {base_folder} "
+            f"(config.json: tie_word_embeddings); train one without that layer"
+        )
     lost = sorted(adapter.adds_to.difference(*(source.names for source in sources)))
     if lost:
         raise LlavaError(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
-from llava.model.language_model import MODEL_CLASSES
+from llava.model.families import model_class_of
 from llava.model.weights.assemble import Source, build_empty, match_sources
 from llava.model.weights.locate import locate_model
 from llava.model.weights.shards import Planned, fill_from
@@ -70,7 +70,7 @@ def resolve_checkpoint(
             f"{parts.weights.files[0].parent}: the weights are stored in 8 or 4 bits and can't be rewritten exactly; "
             f"give the 16-bit checkpoint"
         )
-    model = build_empty(MODEL_CLASSES[parts.config.model_type], parts.config)
+    model = build_empty(model_class_of(parts.config), parts.config)
     sources = parts.sources(model)
     chosen = match_sources(model, sources)
     for source in sources:

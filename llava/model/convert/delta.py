@@ -1,6 +1,6 @@
 """Delta weights: `target = base + delta`, tensor by tensor from shards to shards.
 
-A delta is what training changed, so that it can be given away without the base (LLaMA's licence forbids that).
+A delta is what training changed, so that it can be given away where a licence forbids giving away the base.
 Names that the base doesn't have (projector, tower) are whole in the delta; the embedding and the head of the
 delta have a row more for each added token. All arithmetic is in the delta's dtype, as the releases were made.
 """
@@ -15,29 +15,23 @@ from typing import Any
 import torch
 
 from llava.errors import LlavaError
+from llava.folders import check_space, check_target, stage
 from llava.model.convert.delta_archive import DeltaArchive
 from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import copy_side_files, find_tokenizer
+from llava.model.families import EMBEDDING, EMBEDDINGS, HEAD, family_names, find_family
 from llava.model.weights.checksums import recorded_checksums
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
-from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, write_shards
-from llava.model.weights.staging import check_space, check_target, stage
+from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, write_shards
 from llava.records import read_json
 
 log = logging.getLogger(__name__)
 
-GROWING = ("model.embed_tokens.weight", "lm_head.weight")
-"""Tensors with one row per token."""
+_UNPACKED = "delta"
+"""Folder beside the shards for what a zip holds."""
 
 _ADDED_PARTS = ("model.mm_projector.", "model.vision_tower.")
-_FAMILIES = {
-    "llama": "llama",
-    "llava": "llama",
-    "llava_llama": "llama",
-    "mistral": "mistral",
-    "llava_mistral": "mistral",
-}
 _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -53,7 +47,7 @@ def apply_delta(
     """Write the model `base + delta` to the folder `target`; returns it.
 
     Args:
-        base: folder or hub id of the plain language model (LLaMA-1/2, Mistral).
+        base: folder or hub id of the plain language model.
         delta: a folder, a `.zip` of one, or a hub id.
         check_inputs: compare what is read with the checksums in the files, where they hold some.
 
@@ -67,14 +61,15 @@ def apply_delta(
             archive = stack.enter_context(DeltaArchive(Path(delta).expanduser()))
             _check_configs(read_json_of(base_folder, "base"), archive.config(), str(base_folder), str(delta))
             check_space(target, archive.unpacked_bytes() * 2, "unpacking the delta and writing the result")
-            folder = stack.enter_context(stage(target, overwrite))
-            delta_folder = archive.unpack(folder / "delta")
+            staged = stage(target, overwrite=overwrite, resume=(*RESUMABLE, _UNPACKED))
+            folder = stack.enter_context(staged)
+            delta_folder = archive.unpack(folder / _UNPACKED)
         else:
             delta_folder = locate_model(delta, "delta")
             folder = None
         pair = open_pair(base_folder, delta_folder, "delta")
         check_space(target, sum(pair.upper.dtype(name).itemsize * _numel(pair.upper, name) for name in pair.names))
-        folder = folder or stack.enter_context(stage(target, overwrite))
+        folder = folder or stack.enter_context(stage(target, overwrite=overwrite, resume=RESUMABLE))
         tensors = _plan(pair, 1, None, check_inputs)
         write_shards(folder, tensors, pair.base.files + pair.upper.files, max_shard_bytes=max_shard_bytes)
         copy_side_files(delta_folder, folder)
@@ -82,7 +77,7 @@ def apply_delta(
             log.info("the delta has no %s; taking the base's", source.name)
             copy_side_files(base_folder, folder, only=(source.name,))
         write_model_card(folder, "Delta weights applied to their base.", base=str(base), source=str(delta))
-        if (folder / "delta").is_dir():
+        if (folder / _UNPACKED).is_dir():
             del pair, tensors
             archive.remove()
     return target
@@ -109,7 +104,7 @@ def make_delta(
     pair = open_pair(base_folder, target_folder, "target")
     tensors = _plan(pair, -1, dtype or _half(pair), True)
     check_space(delta, sum(tensor.nbytes for tensor in tensors))
-    with stage(delta, overwrite) as folder:
+    with stage(delta, overwrite=overwrite, resume=RESUMABLE) as folder:
         write_shards(folder, tensors, pair.base.files + pair.upper.files, max_shard_bytes=max_shard_bytes)
         copy_side_files(target_folder, folder)
         write_model_card(
@@ -142,20 +137,26 @@ def open_pair(base_folder: Path, upper_folder: Path, what: str) -> Pair:
     upper_config = read_json_of(upper_folder, what)
     _check_configs(read_json_of(base_folder, "base"), upper_config, str(base_folder), str(upper_folder), what)
     base, upper = WeightFiles.of_folder(base_folder), WeightFiles.of_folder(upper_folder)
-    names = tuple(name for name in upper if not is_harmless(name))
+    tied = _is_tied(base_folder, base) and _is_tied(upper_folder, upper)
+    names = tuple(name for name in upper if not is_harmless(name) and not (tied and name == HEAD))
     own = [name for name in base if name.startswith(_ADDED_PARTS)]
     if own:
         raise LlavaError(
             f"{base_folder}: the base already holds {own[0]}, so it is a finished LLaVA and not the plain language "
-            f"model; give the folder of the original LLaMA or Mistral"
+            f"model; give the folder of the original"
         )
     missing = [name for name in names if name not in base and not name.startswith(_ADDED_PARTS)]
     if missing:
+        if missing == [HEAD] and _is_tied(base_folder, base):
+            raise LlavaError(
+                f"{base_folder}: the base's head is its embedding (config.json: tie_word_embeddings), the {what} "
+                f"{upper_folder} has one of its own; give the base that it was made for"
+            )
         raise LlavaError(
             f"{base_folder}: the base has no {_some(missing)}, which the {what} {upper_folder} changes; "
             f"the {what} was made for another base, or a file of the base is missing"
         )
-    extra = [name for name in base if name not in upper and not is_harmless(name)]
+    extra = [name for name in base if name not in upper and not is_harmless(name) and not (tied and name == HEAD)]
     if extra:
         raise LlavaError(
             f"{upper_folder}: the {what} has no {_some(extra)}, which the base {base_folder} has; "
@@ -171,13 +172,29 @@ def open_pair(base_folder: Path, upper_folder: Path, what: str) -> Pair:
             )
         if name in base:
             _check_shape(base, upper, name, what)
-    rows = upper.shape(GROWING[0])[0] if GROWING[0] in upper else None
+    rows = upper.shape(EMBEDDING)[0] if EMBEDDING in upper else None
     if rows is not None and rows != upper_config.get("vocab_size", rows):
         raise LlavaError(
-            f"{upper.file_of(GROWING[0])}: the embedding has {rows} rows but config.json beside it says vocab_size "
+            f"{upper.file_of(EMBEDDING)}: the embedding has {rows} rows but config.json beside it says vocab_size "
             f"{upper_config['vocab_size']}; take weights and config.json of one release"
         )
     return Pair(base, upper, names)
+
+
+def _is_tied(folder: Path, weights: WeightFiles) -> bool:
+    """Whether the head is the embedding; a file may hold the tensor twice.
+
+    Raises:
+        LlavaError: the config ties two tensors that differ.
+    """
+    if not read_json(folder / "config.json").get("tie_word_embeddings"):
+        return False
+    if HEAD in weights and not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
+        raise LlavaError(
+            f"{weights.file_of(HEAD)}: {HEAD} isn't the embedding, but config.json ties the two; set "
+            f"tie_word_embeddings there to false, or remove {HEAD}"
+        )
+    return True
 
 
 def read_json_of(folder: Path, what: str) -> dict[str, Any]:
@@ -191,13 +208,13 @@ def read_json_of(folder: Path, what: str) -> dict[str, Any]:
 def _check_configs(base: dict, upper: dict, base_name: str, upper_name: str, what: str = "delta") -> None:
     families = []
     for config, name in ((base, base_name), (upper, upper_name)):
-        family = _FAMILIES.get(config.get("model_type"))
+        family = find_family(config.get("model_type"))
         if family is None or "text_config" in config:
             raise LlavaError(
-                f"{name}: config.json has model_type {config.get('model_type')!r} and isn't a LLaMA or Mistral in "
+                f"{name}: config.json has model_type {config.get('model_type')!r} and isn't {family_names()} in "
                 f"the native layout; convert it with python -m llava.model.import_hf first"
             )
-        families.append(family)
+        families.append(family.name)
     if families[0] != families[1]:
         raise LlavaError(
             f"base {base_name} is a {families[0]} model but {what} {upper_name} belongs to a {families[1]} one; "
@@ -217,12 +234,12 @@ def _check_shape(base: WeightFiles, upper: WeightFiles, name: str, what: str) ->
     ours, theirs = base.shape(name), upper.shape(name)
     if ours == theirs:
         return
-    if name in GROWING and len(ours) == len(theirs) == 2 and ours[1] == theirs[1]:
+    if name in EMBEDDINGS and len(ours) == len(theirs) == 2 and ours[1] == theirs[1]:
         if theirs[0] > ours[0]:
             return
         raise LlavaError(
             f"{base.file_of(name)}: {name} has {ours[0]} rows in the base but only {theirs[0]} in the {what} "
-            f"{upper.file_of(name)}; tokens were already added to this base (a plain LLaMA or Mistral has 32000 rows, "
+            f"{upper.file_of(name)}; tokens were already added to this base (a plain LLaMA has 32000 rows, "
             f"LLaVA-Med v1.0 has 32003), give the plain language model"
         )
     raise LlavaError(
@@ -286,7 +303,7 @@ class _Checked:
 
 
 def _half(pair: Pair) -> torch.dtype:
-    dtype = pair.upper.dtype(GROWING[0] if GROWING[0] in pair.upper else pair.names[0])
+    dtype = pair.upper.dtype(EMBEDDING if EMBEDDING in pair.upper else pair.names[0])
     return dtype if dtype.itemsize == 2 else torch.float16
 
 

@@ -6,26 +6,28 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.errors import LlavaError
+from llava.folders import check_space, check_target, stage
 from llava.images import ImageProcessor
 from llava.model.checkpoint.config import infer_template
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
+from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.hf_writer import EXPORT_NOTE
 from llava.model.convert.model_card import write_model_card
+from llava.model.families import EMBEDDING, EMBEDDINGS, HEAD, model_class_of
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
+from llava.model.towers import CLIP, VisionTower, sketch_vision_tower
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
-from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, fill_from, planned_copy, write_shards
-from llava.model.weights.staging import check_space, check_target, stage
+from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, fill_from, planned_copy, write_shards
 from llava.records import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-_CLASSES = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
 _CLIP_LARGE = {(1024, 224): "openai/clip-vit-large-patch14", (1024, 336): "openai/clip-vit-large-patch14-336"}
 
 
@@ -50,25 +52,31 @@ def import_hf(
     rows = note.get("vocab_size") or content.get("image_token_index") or content.get("image_token_id")
     if not rows:
         raise LlavaError(f"{source / 'config.json'}: has no image_token_index, so the vocabulary's size is unknown")
+    processor = ImageProcessor.find(source)
+    if processor is None:
+        raise LlavaError(
+            f"{source}: no preprocessor_config.json or processor_config.json; copy it from the model's source"
+        )
     weights = WeightFiles.of_folder(source)
-    tensors = _plan(weights, rows, config.mm_projector_type == "linear")
+    tensors = _plan(weights, rows, config)
     check_space(output, sum(tensor.nbytes for tensor in tensors))
     tokenizer = _without_added(load_tokenizer(source), note, rows)
     config.vocab_size = rows
-    config.architectures = [_CLASSES[config.model_type]]
+    config.architectures = [model_class_of(config).__name__]
     config.pad_token_id = tokenizer.pad_token_id
     if config.conversation_template is None:
         config.conversation_template = infer_template(config, source)
     if config.mm_vision_tower is None:
         vision = config.mm_vision_config
-        config.mm_vision_tower = _CLIP_LARGE.get((vision.get("hidden_size"), vision.get("image_size")))
+        if vision.get("model_type", CLIP) == CLIP:
+            config.mm_vision_tower = _CLIP_LARGE.get((vision.get("hidden_size"), vision.get("image_size")))
         # The folder holds the tower: LLaVA's own code reads it only if it was trained.
         config.unfreeze_mm_vision_tower = True
-    with stage(output, overwrite) as folder:
+    with stage(output, overwrite=overwrite, resume=RESUMABLE) as folder:
         write_shards(folder, tensors, weights.files, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
-        ImageProcessor.from_config(_image_settings(source)).save_pretrained(folder)
+        processor.save_pretrained(folder)
         if (source / "generation_config.json").is_file():
             settings = read_json(source / "generation_config.json")
             write_json(folder / "generation_config.json", settings | {"pad_token_id": tokenizer.pad_token_id})
@@ -76,17 +84,21 @@ def import_hf(
     return output
 
 
-def _plan(weights: WeightFiles, rows: int, linear: bool) -> list[Planned]:
+def _plan(weights: WeightFiles, rows: int, config: LlavaConfigFields) -> list[Planned]:
+    linear = config.mm_projector_type == "linear"
+    tower = sketch_vision_tower(config)
     planned = []
     for hf_name in weights:
-        name = native_name(hf_name, linear)
+        name = native_name(hf_name, linear, tower)
         if is_harmless(name or hf_name):
             continue
         if name is None:
             if not (linear and re.search(r"multi_modal_projector\.linear_2\.", hf_name)):
                 raise LlavaError(f"{weights.file_of(hf_name)}: {hf_name} has no counterpart in LLaVA's layout")
             check_identity(weights, hf_name)
-        elif name in _EMBEDDINGS:
+        elif name == HEAD and config.tie_word_embeddings:
+            _check_tied(weights, hf_name, tower)
+        elif name in EMBEDDINGS:
             shape = weights.shape(hf_name)
             if shape[0] < rows:
                 raise LlavaError(
@@ -96,6 +108,15 @@ def _plan(weights: WeightFiles, rows: int, linear: bool) -> list[Planned]:
         else:
             planned.append(planned_copy(weights, hf_name, name))
     return planned
+
+
+def _check_tied(weights: WeightFiles, head: str, tower: VisionTower) -> None:
+    embedding = next((name for name in weights if native_name(name, tower=tower) == EMBEDDING), None)
+    if embedding is None or not torch.equal(weights.read(head), weights.read(embedding)):
+        raise LlavaError(
+            f"{weights.file_of(head)}: {head} isn't the embedding, but config.json ties the two; set "
+            f"tie_word_embeddings there to false"
+        )
 
 
 class _Cut:
@@ -134,11 +155,3 @@ def _without_added(tokenizer: PreTrainedTokenizerBase, note: dict[str, Any], row
     )
     result.name_or_path = tokenizer.name_or_path
     return result
-
-
-def _image_settings(folder: Path) -> dict[str, Any]:
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            return content.get("image_processor", content)
-    raise LlavaError(f"{folder}: no preprocessor_config.json or processor_config.json; copy it from the model's source")

@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AddedToken, LlamaConfig, LlavaConfig, MistralConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, LlavaConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import get_template
 from llava.errors import LlavaError
+from llava.folders import check_space, check_target, stage
 from llava.model.checkpoint.resolved import ResolvedCheckpoint, resolve_checkpoint
-from llava.model.configuration import LlavaConfigFields, LlavaMistralConfig
+from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.chat_template import chat_template
 from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import find_tokenizer
+from llava.model.families import EMBEDDINGS, family_of
 from llava.model.loader import load_image_processor
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
-from llava.model.towers.base import used_layers
-from llava.model.towers.files import CLIP_PREFIX
-from llava.model.weights.shards import MAX_SHARD_BYTES, Fill, Planned, planned_tensor, write_shards
-from llava.model.weights.staging import check_space, check_target, stage
+from llava.model.towers import CLIP, VisionTower
+from llava.model.towers.base import TOWER_PREFIX
+from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, planned_tensor, write_shards
 from llava.records import read_json, write_json
 from llava.tokenization import ImageTokens, tokenize_prompt
 
@@ -42,7 +43,9 @@ LINEAR_NOTE = (
     '"linear"`): transformers takes that, vLLM is believed to refuse it.'
 )
 
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+TOWER_NOTE = "The vision tower is neither CLIP nor SigLIP: transformers runs it here, other engines may refuse it."
+
+_WIDELY_KNOWN = (CLIP, "siglip_vision_model")
 _PROJECTOR = {
     "linear": {"model.mm_projector.": "multi_modal_projector.linear_1."},
     "mlp2x_gelu": {
@@ -51,7 +54,7 @@ _PROJECTOR = {
     },
 }
 _PREFIXES = {
-    CLIP_PREFIX: "vision_tower.vision_model.",
+    TOWER_PREFIX + "vision_tower.": "vision_tower.",
     "model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
 }
@@ -66,7 +69,6 @@ _NOISE = {
     "problem_type",
     "return_dict",
 }
-_SELECT_STRATEGY = {"patch": "default", "cls_patch": "full"}
 
 
 def export_hf(
@@ -85,7 +87,7 @@ def export_hf(
         dtype: cast all weights; by default each keeps its own.
 
     Raises:
-        LlavaError: what the layout can't hold (other towers than CLIP, deeper projectors, anyres), and
+        LlavaError: what the layout can't hold (a tower that the library lacks, deeper projectors, anyres), and
             `resolve_checkpoint`'s.
     """
     output = check_target(output, overwrite)
@@ -99,16 +101,20 @@ def export_hf(
     tower_layers, feature_layer = _tower_layers(checkpoint)
     tensors = _plan(checkpoint, rows, tower_layers, dtype)
     check_space(output, sum(tensor.nbytes for tensor in tensors))
-    with stage(output, overwrite) as folder:
+    with stage(output, overwrite=overwrite, resume=RESUMABLE) as folder:
         write_shards(folder, tensors, checkpoint.files, max_shard_bytes=max_shard_bytes)
         hf = _hf_config(checkpoint, tokenizer, note, rows, tower_layers, feature_layer, dtype)
         write_json(folder / "config.json", hf)
         _write_processor(folder, checkpoint, tokenizer)
         _write_generation_config(folder, checkpoint, tokenizer)
         notes = ("Layout: transformers' `LlavaForConditionalGeneration`.",)
-        if config.mm_projector_type == "linear":
-            log.warning(LINEAR_NOTE)
-            notes += (LINEAR_NOTE,)
+        for applies, words in (
+            (config.mm_projector_type == "linear", LINEAR_NOTE),
+            (config.mm_vision_config.get("model_type", CLIP) not in _WIDELY_KNOWN, TOWER_NOTE),
+        ):
+            if applies:
+                log.warning(words)
+                notes += (words,)
         write_model_card(
             folder,
             "A LLaVA checkpoint for transformers and the engines that read its layout.",
@@ -129,10 +135,16 @@ def hf_name(name: str, projector_type: str) -> str:
 
 def _check_expressible(checkpoint: ResolvedCheckpoint) -> None:
     config, where = checkpoint.config, checkpoint.folder
-    kind = (config.mm_vision_config or {}).get("model_type")
-    if kind != "clip_vision_model":
+    kind, tower = config.mm_vision_config.get("model_type"), checkpoint.model.get_vision_tower()
+    if tower.library_config() is None:
         raise LlavaError(
-            f"{where}: transformers' LLaVA layout takes CLIP towers, this one is {kind!r}; serve the native folder"
+            f"{where}: transformers' LLaVA layout takes vision models of that library, this tower is {kind!r}; "
+            f"serve the native folder"
+        )
+    if tower.prefix_tokens > 1 and tower.select_feature == "patch":
+        raise LlavaError(
+            f"{where}: transformers' LLaVA layout drops one token before the patches or none, this tower {kind!r} "
+            f"has {tower.prefix_tokens}; serve the native folder"
         )
     if config.mm_projector_type not in _PROJECTOR:
         raise LlavaError(
@@ -160,44 +172,47 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, native_rows: int) -> dict[st
     return note
 
 
+def _select_strategy(tower: VisionTower) -> str:
+    """`default` drops the first token, which has to be a class token; `full` drops none."""
+    return "default" if tower.select_feature == "patch" and tower.prefix_tokens else "full"
+
+
 def _tower_layers(checkpoint: ResolvedCheckpoint) -> tuple[int, int]:
     """Blocks of the export and the hidden state that is taken; a tower may have been saved without its last block."""
-    config = checkpoint.config
-    total = config.mm_vision_config["num_hidden_layers"]
-    blocks = {
-        int(name.removeprefix(CLIP_PREFIX + "encoder.layers.").partition(".")[0])
-        for name in checkpoint.names
-        if name.startswith(CLIP_PREFIX + "encoder.layers.")
-    }
-    if blocks == set(range(total)):
-        return total, config.mm_vision_select_layer
-    used = used_layers(config.mm_vision_select_layer, total)
-    log.info("the checkpoint has %d of the tower's %d blocks, all that are used", used, total)
-    return used, -1
+    tower = checkpoint.model.get_vision_tower()
+    blocks = {_block_of(tower, name) for name in checkpoint.names} - {None}
+    if blocks == set(range(tower.num_blocks)):
+        return tower.num_blocks, tower.select_layer
+    log.info("the checkpoint has %d of the tower's %d blocks, all that are used", tower.used_blocks, tower.num_blocks)
+    return tower.used_blocks, -1
+
+
+def _block_of(tower: VisionTower, name: str) -> int | None:
+    return tower.block_of(name.removeprefix(TOWER_PREFIX)) if name.startswith(TOWER_PREFIX) else None
 
 
 def _plan(checkpoint: ResolvedCheckpoint, rows: int, tower_layers: int, dtype: torch.dtype | None) -> list[Planned]:
     config = checkpoint.config
+    tower = checkpoint.model.get_vision_tower()
     planned = []
     for name in checkpoint.names:
-        block = name.removeprefix(CLIP_PREFIX + "encoder.layers.").partition(".")[0]
-        if name.startswith(CLIP_PREFIX + "encoder.layers.") and int(block) >= tower_layers:
+        block = _block_of(tower, name)
+        if block is not None and block >= tower_layers:
             continue
         new_name = hf_name(name, config.mm_projector_type)
-        if name in _EMBEDDINGS:
+        if name in EMBEDDINGS:
             shape = (rows, *checkpoint.shape(name)[1:])
             begin = _Grown(checkpoint, name)
             planned.append(Planned(new_name, shape, dtype or checkpoint.dtype(name), begin))
         else:
             planned.append(checkpoint.planned(name, new_name, dtype))
-    have = {tensor.name for tensor in planned}
-    width = config.mm_vision_config["hidden_size"]
-    own = dtype or checkpoint.dtype(CLIP_PREFIX + "pre_layrnorm.weight")
+    own = dtype or next(checkpoint.dtype(name) for name in checkpoint.names if name.startswith(TOWER_PREFIX))
     # Never computed for the selected layer, but the layout has it.
-    for leaf, make in (("weight", torch.ones), ("bias", torch.zeros)):
-        name = f"vision_tower.vision_model.post_layernorm.{leaf}"
-        if name not in have:
-            planned.append(planned_tensor(name, (width,), own, lambda make=make: make(width)))
+    for name, shape in tower.tail_shapes.items():
+        if TOWER_PREFIX + name not in checkpoint.names:
+            make = torch.ones if name.endswith("norm.weight") else torch.zeros
+            new_name = hf_name(TOWER_PREFIX + name, config.mm_projector_type)
+            planned.append(planned_tensor(new_name, shape, own, lambda make=make, shape=shape: make(shape)))
     if config.mm_projector_type == "linear":
         size = config.hidden_size
         own = dtype or checkpoint.dtype("model.mm_projector.weight")
@@ -239,21 +254,20 @@ def _hf_config(
 ) -> dict[str, Any]:
     config = checkpoint.config
     own_fields = {field.name for field in fields(LlavaConfigFields)}
-    known = {field.name for field in fields(LlamaConfig)} | {field.name for field in fields(MistralConfig)}
-    text_class = MistralConfig if isinstance(config, LlavaMistralConfig) else LlamaConfig
+    text_class = family_of(config).text_config_class
+    known = {field.name for field in fields(text_class)}
     text = {name: value for name, value in config.to_dict().items() if name in known - own_fields}
     text |= {"vocab_size": rows, "pad_token_id": tokenizer.pad_token_id}
     for name in ("architectures", "transformers_version", "model_type", "_name_or_path"):
         text.pop(name, None)
-    vision = {k: v for k, v in config.mm_vision_config.items() if k != "model_type"}
-    vision["num_hidden_layers"] = tower_layers
+    tower = checkpoint.model.get_vision_tower()
     hf = LlavaConfig(
         text_config=text_class(**text),
-        vision_config={"model_type": "clip_vision_model", **vision},
+        vision_config=tower.library_config() | {"num_hidden_layers": tower_layers},
         image_token_index=tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN),
         image_seq_length=checkpoint.model.num_patches,
         projector_hidden_act="linear" if config.mm_projector_type == "linear" else "gelu",
-        vision_feature_select_strategy=_SELECT_STRATEGY[config.mm_vision_select_feature],
+        vision_feature_select_strategy=_select_strategy(tower),
         vision_feature_layer=feature_layer,
         tie_word_embeddings=config.tie_word_embeddings,
     ).to_dict()
@@ -264,7 +278,7 @@ def _hf_config(
     kept = {name: getattr(config, name) for name in sorted(own_fields)}
     kept.pop("mm_vision_config")
     kept["mm_vision_select_layer"] = feature_layer
-    stored = dtype or checkpoint.dtype(_EMBEDDINGS[0])
+    stored = dtype or checkpoint.dtype(EMBEDDINGS[0])
     return (
         hf
         | kept
@@ -288,7 +302,7 @@ def _without_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_processor(folder: Path, checkpoint: ResolvedCheckpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-    config = checkpoint.config
+    config, tower = checkpoint.config, checkpoint.model.get_vision_tower()
     tower_folder = checkpoint.parts.tower_folder
     processor = load_image_processor([*checkpoint.parts.folders, tower_folder], checkpoint.model)
     pads = config.image_aspect_ratio == "pad"
@@ -296,7 +310,7 @@ def _write_processor(folder: Path, checkpoint: ResolvedCheckpoint, tokenizer: Pr
     path = folder / "preprocessor_config.json"
     # A plain CLIP processor would centre-crop what the model was trained to see whole.
     settings = read_json(path) | {
-        "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
+        "image_processor_type": "LlavaImageProcessor" if pads else processor.kind,
         "do_pad": pads,
         "processor_class": "LlavaProcessor",
     }
@@ -314,8 +328,8 @@ def _write_processor(folder: Path, checkpoint: ResolvedCheckpoint, tokenizer: Pr
             "processor_class": "LlavaProcessor",
             "image_token": DEFAULT_IMAGE_TOKEN,
             "patch_size": config.mm_vision_config["patch_size"],
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": _SELECT_STRATEGY[config.mm_vision_select_feature],
+            "num_additional_image_tokens": tower.prefix_tokens,
+            "vision_feature_select_strategy": _select_strategy(tower),
             "image_processor": {k: v for k, v in settings.items() if k != "processor_class"},
         },
     )

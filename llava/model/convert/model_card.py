@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import RESEARCH_NOTICE
+from llava.folders import final_name
 from llava.records import atomic_path, read_json
 
 _FACTS = {
@@ -43,7 +44,7 @@ def write_model_card(
     lines += ["- delta-weights"] if is_delta else []
     if (folder / "config.json").is_file() and not is_delta:
         lines += ["pipeline_tag: image-text-to-text"]
-    lines += ["---", "", f"# {_title(folder)}", "", f"**{RESEARCH_NOTICE}**", "", description, ""]
+    lines += ["---", "", f"# {final_name(folder)}", "", f"**{RESEARCH_NOTICE}**", "", description, ""]
     origin = [("Base", base), ("Made from", source)]
     facts = [(words, _name(value)) for words, value in origin if value]
     facts += [
@@ -59,10 +60,6 @@ def write_model_card(
     ]
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _title(folder: Path) -> str:
-    return folder.name.removeprefix(".").removesuffix(".part")
 
 
 def _name(path: str) -> str:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
+from llava.folders import check_space, check_target, stage
 from llava.model.checkpoint.resolved import resolve_checkpoint
 from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import find_tokenizer
-from llava.model.language_model import MODEL_CLASSES
+from llava.model.families import EMBEDDING, model_class_of
 from llava.model.loader import add_missing_image_tokens, load_image_processor
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
-from llava.model.weights.shards import MAX_SHARD_BYTES, write_shards
-from llava.model.weights.staging import check_space, check_target, stage
+from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, write_shards
 
 
 def write_native(
@@ -43,9 +43,9 @@ def write_native(
     processor = load_image_processor([*folders, checkpoint.parts.tower_folder], checkpoint.model)
     tensors = [checkpoint.planned(name, dtype=dtype) for name in checkpoint.names]
     check_space(output, sum(tensor.nbytes for tensor in tensors))
-    config.architectures = [MODEL_CLASSES[config.model_type].__name__]
-    config.dtype = dtype or checkpoint.dtype("model.embed_tokens.weight")
-    with stage(output, overwrite) as folder:
+    config.architectures = [model_class_of(config).__name__]
+    config.dtype = dtype or checkpoint.dtype(EMBEDDING)
+    with stage(output, overwrite=overwrite, resume=RESUMABLE) as folder:
         write_shards(folder, tensors, checkpoint.files, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)

@@ -12,6 +12,7 @@ from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, nativ
 from llava.model.checkpoint.layouts import projector_file
 from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import copy_side_files, find_tokenizer
+from llava.model.families import EMBEDDING
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights.files import WeightFiles, find_weight_files
 from llava.model.weights.locate import locate_model
@@ -19,7 +20,6 @@ from llava.records import atomic_path, read_json
 from llava.tokenization import ImageTokens
 
 FILE_NAME = "mm_projector.bin"
-EMBEDDING = "model.embed_tokens.weight"
 
 _PROJECTOR = re.compile(r"(?:.*\.)?(mm_projector\..+)")
 

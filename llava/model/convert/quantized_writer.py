@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from llava.errors import LlavaError
+from llava.folders import check_target, stage
 from llava.model.checkpoint.layouts import open_checkpoint
 from llava.model.convert.model_card import write_model_card
 from llava.model.loader import load_pretrained_model
 from llava.model.saver import save_model
 from llava.model.weights.locate import locate_model
-from llava.model.weights.staging import check_target, stage
 
 
 def quantize(
@@ -39,7 +39,7 @@ def quantize(
     tokenizer, model, processor, _ = load_pretrained_model(
         folder, base, device=device, dtype=dtype or "float16", load_8bit=bits == 8, load_4bit=bits == 4
     )
-    with stage(output, overwrite) as staging:
+    with stage(output, overwrite=overwrite) as staging:
         save_model(staging, model, tokenizer, processor)
         write_model_card(
             staging,

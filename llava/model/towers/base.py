@@ -1,66 +1,110 @@
-"""Vision towers: pixel values to patch features, running only the layers whose output is used.
+"""What the model asks of a vision tower, and what all towers share: which layers run, which are left out."""
 
-`build_vision_tower` makes the tower that a LLaVA config describes, without weights of its own; the weights
-come from the checkpoint or from the tower's folder (llava.model.loader).
-"""
-
+from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.errors import LlavaError
-from llava.model.weights.files import WeightFiles
-
-OPEN_CLIP_KIND = "open_clip"
+from llava.model.weights.assemble import Source
+from llava.model.weights.files import WeightFiles, is_harmless
 
 TOWER_PREFIX = "model.vision_tower."
 """What stands before the tower's names in a checkpoint."""
 
 
-def build_vision_tower(config: Any) -> "VisionTower":
-    """The tower of `config.mm_vision_config`, select layer and feature as the config says.
-
-    Raises:
-        LlavaError: the configuration is of no known tower, or the selected layer doesn't exist.
-    """
-    vision_config = dict(config.mm_vision_config or {})
-    if vision_config.get("model_type") == OPEN_CLIP_KIND:
-        from llava.model.towers.open_clip import OpenCLIPVisionTower
-
-        tower_class: type[VisionTower] = OpenCLIPVisionTower
-    else:
-        tower_class = CLIPVisionTower
-    return tower_class(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
-
-
 class VisionTower(nn.Module):
-    """What the model asks of a tower.
+    """A vision model cut after the selected block: `forward` makes pixel values into features.
 
-    `forward(pixel_values [n, 3, H, W]) -> [n, num_patches, hidden_size]`, in the tower's dtype.
+    A subclass sets the annotated attributes and says how to find its configuration and weights in a folder. Its
+    state keys begin with `vision_tower.`, as LLaVA's own.
+
+    Args:
+        vision_config: what `read_config` found, or a checkpoint's `mm_vision_config`.
+        select_layer: which hidden state is used (0 is the embedding, -1 the last block's output).
+        select_feature: `patch` drops the tokens before the patches, `cls_patch` keeps them.
     """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """Values of `mm_vision_config["model_type"]` that are this tower's; () for whatever no other tower takes."""
 
     no_split_modules: tuple[str, ...] = ()
     """Classes whose modules stay on one device, and are sharded one by one."""
 
+    other_parts: tuple[str, ...] = ()
+    """How names in a tower's files begin that belong to something else (the text half of a CLIP)."""
+
     hidden_size: int
     image_size: int
+    """Height and width of the pixel values, in pixels."""
     patches_per_side: int
-    vision_config: dict
+    prefix_tokens: int
+    """How many tokens come before the patches: a class token, registers, or none."""
+    block_prefix: str
+    """State keys of block N begin with `block_prefix` and `N.`."""
+    num_blocks: int
+    """Blocks of the whole vision model."""
+    used_blocks: int
+    """Those that are run and held."""
+    tail: tuple[str, ...]
+    """How the state keys begin of what comes after the last block: not run, not held."""
 
-    def __init__(self, select_feature: str):
+    tail_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """State keys and shapes of what `library_config` has after the last block."""
+
+    def __init__(self, vision_config: dict[str, Any], select_layer: int = -2, select_feature: str = "patch"):
         super().__init__()
         if select_feature not in {"patch", "cls_patch"}:
             raise LlavaError(f"mm_vision_select_feature must be patch or cls_patch, not {select_feature!r}")
+        self.vision_config = vision_config
+        self.select_layer = select_layer
         self.select_feature = select_feature
         self._unused_layers: dict[str, tuple[Path, str]] = {}
 
+    @classmethod
+    @abstractmethod
+    def read_config(cls, folder: Path) -> dict[str, Any] | None:
+        """What a LLaVA config keeps of the tower in `folder`; None if what lies there is no tower of this kind.
+
+        Raises:
+            LlavaError: it is of this kind, and can't be used.
+        """
+
+    @classmethod
+    def with_image_size(cls, vision_config: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """`vision_config` with the size of the images that the preprocessing in `folder` makes, if that is needed."""
+        return vision_config
+
+    @abstractmethod
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixel values `[n, 3, H, W]` to `[n, prefix_tokens + patches, hidden]`, the selected block's output."""
+
+    @abstractmethod
+    def own_name(self, file_name: str) -> str | None:
+        """The state key of a tensor in the tower's own files; None for one that the vision model doesn't have."""
+
+    def open_weights(self, folder: Path) -> WeightFiles:
+        """The weight files of the tower's own folder."""
+        return WeightFiles.of_folder(folder)
+
+    def library_config(self) -> dict[str, Any] | None:
+        """The `vision_config` with which transformers' own LLaVA builds this tower; None if it can't."""
+        return None
+
+    def default_image_settings(self) -> dict[str, Any]:
+        """Preprocessing for a checkpoint without preprocessor_config.json, as `ImageProcessor` reads it."""
+        normalisation = {name: self.vision_config[name] for name in ("image_mean", "image_std")
+                         if name in self.vision_config}  # fmt: skip
+        return {"size": self.image_size, "crop_size": self.image_size} | normalisation
+
     @property
     def num_patches(self) -> int:
-        """Features per image: the patches, and the class token where `cls_patch` is selected."""
-        return self.patches_per_side**2 + (self.select_feature == "cls_patch")
+        """Features per image: the patches, and what comes before them where `cls_patch` is selected."""
+        return self.patches_per_side**2 + self.prefix_tokens * (self.select_feature == "cls_patch")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,6 +117,48 @@ class VisionTower(nn.Module):
     @property
     def is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixel values `[n, 3, image_size, image_size]` to features `[n, num_patches, hidden_size]`.
+
+        In the tower's dtype, on its device; without gradients while the tower is frozen.
+        """
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        size = self.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+            raise LlavaError(
+                f"the vision tower takes pixel values [n, 3, {size}, {size}], got {list(pixel_values.shape)}"
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            return self.select(self.encode(pixel_values))
+
+    def select(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[n, prefix_tokens + patches, hidden]` with the tokens before the patches, or without them."""
+        return hidden_states[:, self.prefix_tokens :] if self.select_feature == "patch" else hidden_states
+
+    def source(self, folder: Path) -> Source:
+        """The weights of the tower's own folder under the names that a checkpoint has for them."""
+        weights = self.open_weights(folder)
+        names, unused_layers, unused = {}, {}, set()
+        for file_name in weights:
+            own_name = self.own_name(file_name)
+            if own_name is not None:
+                kept = unused_layers if self.is_unused_layer(own_name) else names
+                kept[TOWER_PREFIX + own_name] = file_name
+            elif file_name.startswith(self.other_parts):
+                unused.add(file_name)
+        names = {name: file_name for name, file_name in names.items() if not is_harmless(name)}
+        return Source("vision tower", weights, names, unused_layers, frozenset(unused))
+
+    def block_of(self, name: str) -> int | None:
+        """The number of the block that a state key belongs to; None if it belongs to none."""
+        block = name.removeprefix(self.block_prefix).partition(".")[0]
+        return int(block) if name.startswith(self.block_prefix) and block.isdigit() else None
+
+    def is_unused_layer(self, name: str) -> bool:
+        """Whether a state key of the whole vision model belongs to what isn't run and therefore not held."""
+        block = self.block_of(name)
+        return name.startswith(self.tail) or (block is not None and self.used_blocks <= block < self.num_blocks)
 
     def remember_unused_layers(self, names: dict[str, str], weights: WeightFiles) -> None:
         """Note where the tensors after the selected layer lie: the model doesn't hold them, a checkpoint should.
@@ -94,62 +180,10 @@ class VisionTower(nn.Module):
             if path in opened and key in opened[path]
         }
 
-    def is_unused_layer(self, name: str) -> bool:
-        """Whether a tensor of the whole tower, named as here, belongs to what isn't run and therefore not held."""
-        raise NotImplementedError
 
-    def select(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[n, 1 + patches, hidden]` with the class token first, or without it."""
-        return hidden_states[:, 1:] if self.select_feature == "patch" else hidden_states
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        pixel_values = pixel_values.to(self.device, self.dtype)
-        size = self.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise LlavaError(
-                f"the vision tower takes pixel values [n, 3, {size}, {size}], got {list(pixel_values.shape)}"
-            )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            return self.select(self.encode(pixel_values))
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`[n, 1 + patches, hidden]`, the output of the selected layer."""
-        raise NotImplementedError
-
-
-class CLIPVisionTower(VisionTower):
-    """A CLIP ViT without the blocks after the selected layer and without the final norm.
-
-    State keys are `vision_tower.vision_model.*`, as LLaVA writes them.
-    """
-
-    no_split_modules = ("CLIPEncoderLayer",)
-
-    def __init__(self, vision_config: dict, select_layer: int = -2, select_feature: str = "patch"):
-        super().__init__(select_feature)
-        self.vision_config = vision_config
-        full = CLIPVisionConfig.from_dict(vision_config)
-        used = CLIPVisionConfig.from_dict(vision_config)
-        used.num_hidden_layers = used_layers(select_layer, full.num_hidden_layers)
-        self.hidden_size = full.hidden_size
-        self.image_size = full.image_size
-        self.patches_per_side = full.image_size // full.patch_size
-        self.vision_tower = nn.Module()
-        self.vision_tower.vision_model = CLIPVisionModel(used)
-        self.vision_tower.vision_model.post_layernorm = nn.Identity()
-
-    def is_unused_layer(self, name: str) -> bool:
-        own_name = name.removeprefix("vision_tower.vision_model.")
-        if own_name.startswith("post_layernorm."):
-            return True
-        block = own_name.removeprefix("encoder.layers.").partition(".")[0]
-        used = len(self.vision_tower.vision_model.encoder.layers)
-        return block.isdigit() and used <= int(block) < self.vision_config["num_hidden_layers"]
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        clip = self.vision_tower.vision_model
-        hidden_states = clip.pre_layrnorm(clip.embeddings(pixel_values))
-        return clip.encoder(inputs_embeds=hidden_states).last_hidden_state
+def in_unused_layer(name: str, model: Any) -> bool:
+    """Whether a checkpoint's tensor belongs to the part of the tower that `model` doesn't run."""
+    return name.startswith(TOWER_PREFIX) and model.get_vision_tower().is_unused_layer(name.removeprefix(TOWER_PREFIX))
 
 
 def used_layers(select_layer: int, num_layers: int) -> int:

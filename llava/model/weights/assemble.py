@@ -138,6 +138,7 @@ def match_sources(
 ) -> dict[str, Source]:
     """Which source gives each weight, or the error that says what doesn't fit."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    sources = list(sources)
     quantization_state = quantization_state or {}
     beside = {key for keys in quantization_state.values() for key in keys}
     chosen: dict[str, Source] = {}
@@ -148,7 +149,10 @@ def match_sources(
         if extra:
             raise LlavaError(_describe_extra(source, extra, model))
         chosen.update((name, source) for name, file_name in source.names.items() if file_name in used)
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    tied = tied_weights(model)
+    for name in tied.keys() & chosen.keys():
+        _check_tie(name, tied[name], chosen, sources)
+        del chosen[name]
     missing = [name for name in wanted if name not in chosen and name not in tied and not fresh(name)]
     if missing:
         raise LlavaError(_describe_missing(sources, missing))
@@ -157,6 +161,28 @@ def match_sources(
         if source.shape(name) != wanted[name] and name not in quantization_state:
             raise LlavaError(_describe_shape(source, name, wanted[name]))
     return chosen
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Weights that are another weight of the model, with its name: `{head: embedding}`, or {} where none are tied."""
+    return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
+
+
+def _check_tie(name: str, origin: str, chosen: dict[str, Source], sources: list[Source]) -> None:
+    """Some files hold a tied weight all the same; it is left out if it says nothing of its own.
+
+    An embedding from a later source (trained rows, an adapter's) leaves an older head behind.
+    """
+    source, of_origin = chosen[name], chosen.get(origin)
+    order = [sources.index(one) for one in (source, of_origin) if one is not None]
+    if len(order) == 2 and order[0] < order[1]:
+        return
+    key = source.names[name]
+    if source is not of_origin or not torch.equal(source.weights.read(key), source.weights.read(source.names[origin])):
+        raise LlavaError(
+            f"{source.weights.file_of(key)}: {key} isn't the embedding {origin}, but config.json ties the two; "
+            f"set tie_word_embeddings there to false, or remove {key}"
+        )
 
 
 def _initialise(model, dtype, where) -> None:
@@ -197,7 +223,7 @@ def _describe_shape(source: Source, name: str, wanted: tuple[int, ...]) -> str:
     elif "mm_projector" in name:
         cause = "the projector was trained for another tower or language model"
     elif "vision_tower" in name:
-        cause = "the tower's folder holds another size of CLIP than the one the model was trained with"
+        cause = "the tower's folder holds another size of vision model than the one the model was trained with"
     file_name = source.names[name]
     return (
         f"{source.weights.file_of(file_name)}: {file_name} has shape {list(found)}, "
@@ -209,7 +235,7 @@ def _describe_missing(sources: list[Source], missing: list[str]) -> str:
     name = missing[0]
     part, cause = "", "the checkpoint is incomplete, or its config.json describes another model"
     if "vision_tower" in name:
-        part, cause = "vision tower", "the tower's folder doesn't hold a whole CLIP vision model"
+        part, cause = "vision tower", "the tower's folder doesn't hold the whole vision model"
     elif "mm_projector" in name:
         part, cause = (
             "projector",

@@ -78,7 +78,7 @@ def prepare_quantized(model: PreTrainedModel, config: BitsAndBytesConfig, quanti
     """
     require("bitsandbytes", "quantized")
     if quantized is not None:
-        linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         config.llm_int8_skip_modules = sorted(name for name in linear if f"{name}.weight" not in quantized)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=quantized is not None)
     model.hf_quantizer = quantizer

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from llava.errors import LlavaError
+from llava.folders import WEIGHTS, remove_stale
 from llava.model.weights.checksums import CHECKSUMS
 from llava.model.weights.files import WeightFiles
 from llava.records import write_json
@@ -38,6 +39,8 @@ FLUSH_BYTES = 128 << 20
 MAX_SHARD_BYTES = 5_000_000_000
 WRITERS = 2
 JOURNAL = "journal.txt"
+RESUMABLE = (JOURNAL, "*.safetensors")
+"""What a later attempt goes on with (llava.folders.stage)."""
 
 DTYPE_NAMES = MappingProxyType(
     {
@@ -110,11 +113,10 @@ def write_shards(
     tensors: Sequence[Planned],
     inputs: Iterable[Path] = (),
     *,
-    base_name: str = "model",
     metadata: dict[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Path]:
-    """Write `tensors` as `<base_name>.safetensors`, or as shards with an index, into `folder`.
+    """Write `tensors` as `model.safetensors`, or as shards with an index, into `folder`.
 
     Run again after it was killed, with the same `tensors` and unchanged `inputs` (the files that they come
     from), it goes on where it was. On return everything is flushed and verified.
@@ -123,7 +125,9 @@ def write_shards(
         LlavaError: what was written can't be read back as it was meant.
         OSError: the disk is full, or the system refuses for another reason.
     """
-    shards = _lay_out(folder, tensors, base_name, metadata or {}, max_shard_bytes)
+    shards = _lay_out(folder, tensors, metadata or {}, max_shard_bytes)
+    # An earlier attempt may have cut the same tensors into other files.
+    remove_stale(folder, WEIGHTS, keep=[shard.path.name for shard in shards])
     with _Journal(folder / JOURNAL, _fingerprint(shards, inputs)) as journal:
         fresh = not journal.done
         for shard in shards:
@@ -139,7 +143,7 @@ def write_shards(
         weight_map = {tensor.name: shard.path.name for shard in shards for tensor in shard.tensors}
         total = sum(tensor.nbytes for tensor in tensors)
         write_json(
-            folder / f"{base_name}.safetensors.index.json",
+            folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
     _check_readable([shard.path for shard in shards], tensors)
@@ -334,9 +338,7 @@ class _Journal:
         self._file.close()
 
 
-def _lay_out(
-    folder: Path, tensors: Sequence[Planned], base_name: str, metadata: dict[str, str], max_bytes: int
-) -> list[_Shard]:
+def _lay_out(folder: Path, tensors: Sequence[Planned], metadata: dict[str, str], max_bytes: int) -> list[_Shard]:
     groups: list[list[Planned]] = [[]]
     size = 0
     # Widest elements first: every tensor then starts at a multiple of its element's size.
@@ -347,9 +349,9 @@ def _lay_out(
         groups[-1].append(tensor)
         size += tensor.nbytes
     if len(groups) == 1:
-        names = [f"{base_name}.safetensors"]
+        names = ["model.safetensors"]
     else:
-        names = [f"{base_name}-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+        names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     return [_Shard(folder / name, group, metadata) for name, group in zip(names, groups)]
 
 

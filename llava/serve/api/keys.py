@@ -17,7 +17,10 @@ MIN_LENGTH = 8
 
 @dataclass
 class Key:
-    """A key and its bucket: `tokens` are requests that may come now."""
+    """A key and its bucket: `tokens` are requests that may come now.
+
+    Apart from the limiters of our own clients (aiolimiter), which wait: a server refuses, and says for how long.
+    """
 
     name: str
     value: str

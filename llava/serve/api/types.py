@@ -3,77 +3,80 @@
 import time
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from llava.sampling_params import MOST_LOGPROBS, Fields, SamplingFields, Whole
 from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.request_models import DEFAULT_NEW_TOKENS, Messages, ModelName
 
 MAX_CHOICES = 16
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(SamplingFields):
     """The fields that are honoured. One that would change the answer and isn't honoured is refused, not ignored."""
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    temperature: float | None = Field(None, ge=0, le=10)
-    top_p: float | None = Field(None, ge=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
-    seed: int | None = None
+    model: ModelName
+    messages: Messages
+    max_tokens: Whole | None = Field(None, ge=1, le=1_000_000)
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=1_000_000)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    ignore_eos: bool = False
-    """Not OpenAI's: go on to the last token whatever the model says, for measurements."""
+    top_logprobs: Whole | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    n: Whole = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     def check(self) -> None:
         """Raises a ServeError (BAD_REQUEST) that names a field which can't be honoured."""
         for name, value in (self.model_extra or {}).items():
-            if name in _HARMLESS or value in _NEUTRAL.get(name, (None,)):
+            if name in _HARMLESS or value in _NEUTRAL.get(name, ()):
                 continue
             known = name in _NEUTRAL or name in _REFUSED
-            words = f"{name}: not supported here" if known else f"{name}: unknown field"
+            shown = ascii(name)[1:-1][:60]
+            words = f"{shown}: not supported here" if known else f"{shown}: unknown field"
             raise ServeError(ErrorType.BAD_REQUEST, words)
         if self.top_logprobs is not None and not self.logprobs:
             raise ServeError(ErrorType.BAD_REQUEST, "top_logprobs: needs logprobs true")
 
     def worker_body(self, choice: int, request_id: str) -> dict[str, Any]:
         """The worker's request for one of the `n` choices."""
-        return {
+        return self.common() | {
             "model": self.model,
-            "messages": self.messages,
-            "temperature": self.temperature or 0.0,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
-            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
-            "stop": self.stop,
-            "seed": None if self.seed is None else self.seed + choice,
+            "messages": [message.model_dump(exclude_none=True) for message in self.messages],
+            "max_new_tokens": self.max_completion_tokens or self.max_tokens or DEFAULT_NEW_TOKENS,
+            "seed": None if self.seed is None else _later_seed(self.seed, choice),
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-            "ignore_eos": self.ignore_eos,
             "stream": self.stream,
             "request_id": request_id,
         }
 
 
+def _later_seed(seed: int, choice: int) -> int:
+    """Behind the greatest seed come the smallest ones."""
+    return seed + choice if seed + choice < 1 << 64 else seed + choice - (1 << 64)
+
+
 _HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _NEUTRAL: dict[str, tuple] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "min_tokens": (0,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
 }
+"""What says nothing, by OpenAI's clients and by vLLM's; null never does."""
 _REFUSED = {"functions", "function_call", "audio", "prediction", "reasoning_effort", "web_search_options", "verbosity"}
 
 

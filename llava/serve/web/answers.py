@@ -5,9 +5,9 @@ import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
+from llava.sampling_params import SamplingParams
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.web.chat_state import Chat, Exchange, Reply
 
@@ -16,14 +16,7 @@ logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.08  # between two states of the page
 
 
-@dataclass(frozen=True)
-class Settings:
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-
-
-async def answer(client, chat: Chat, models: list[str | None], settings: Settings) -> AsyncIterator[None]:
+async def answer(client, chat: Chat, models: list[str | None], sampling: SamplingParams) -> AsyncIterator[None]:
     """Fill the replies to the chat's last question; yields whenever there is more to show.
 
     `chat.stopping` ends it; so does closing the iterator. Errors become words in the reply.
@@ -36,13 +29,14 @@ async def answer(client, chat: Chat, models: list[str | None], settings: Setting
         exchange.replies[side] = None
         if model:
             exchange.replies[side] = Reply(model, request_id="req-" + secrets.token_hex(8))
-            tasks.append(asyncio.create_task(_fill(client, chat, exchange, side, settings, changed)))
+            tasks.append(asyncio.create_task(_fill(client, chat, exchange, side, sampling, changed)))
     try:
         while not all(task.done() for task in tasks) and not chat.stopping:
             changed.clear()
             yield
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(changed.wait(), 1.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await changed.wait()
             await asyncio.sleep(REFRESH_SECONDS)
     finally:
         for task in tasks:
@@ -51,14 +45,15 @@ async def answer(client, chat: Chat, models: list[str | None], settings: Setting
     yield
 
 
-async def _fill(client, chat: Chat, exchange: Exchange, side: int, settings: Settings, changed: asyncio.Event) -> None:
+async def _fill(
+    client, chat: Chat, exchange: Exchange, side: int, sampling: SamplingParams, changed: asyncio.Event
+) -> None:
     reply = exchange.replies[side]
     body: dict[str, Any] = {
         "model": reply.model,
         "messages": chat.messages(side),
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "max_new_tokens": settings.max_new_tokens,
+        **sampling.common(),
+        "max_new_tokens": sampling.max_new_tokens,
         "request_id": reply.request_id,
         "return_token_ids": True,
     }

@@ -10,11 +10,12 @@ import gradio as gr
 from llava.errors import LlavaError
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
-from llava.serve.web.answers import Settings, answer
+from llava.serve.web.answers import answer
 from llava.serve.web.attention_view import AttentionPart
 from llava.serve.web.chat_state import SIDES, Chat, Exchange, UploadedImage, thumbnails
 from llava.serve.web.examples import EXAMPLES, draw_example
 from llava.serve.web.feedback import FeedbackLog
+from llava.serve.web.settings import SettingsPanel
 
 logger = logging.getLogger(__name__)
 
@@ -165,16 +166,13 @@ class Page:
                     for name, question in EXAMPLES
                 ]
             self.attention = AttentionPart(self.client)
-            with gr.Accordion("Settings", open=False):
-                self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)")
-                self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
-                self.max_new_tokens = gr.Slider(1, 2048, 256, step=1, label="Longest answer in tokens")
+            self.settings = SettingsPanel()
             self.exported = gr.Textbox(visible="hidden", elem_id="exported")
 
     def _connect(self) -> None:
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         view = [self.chat, *self.views, self.box, self.draft, self.stop]
-        chosen = [self.model, self.other, self.temperature, self.top_p, self.max_new_tokens]
+        chosen = [self.model, self.other, *self.settings.controls]
         places = [self.known, self.waiting, self.main, self.model, self.other]
         self.accept.click(self.on_accept, self.known, [self.notice, self.waiting, self.main, self.accepted], **quiet)
         self.timer.tick(self.on_tick, [self.known, self.accepted, self.model, self.other], places, **quiet)
@@ -261,14 +259,17 @@ class Page:
         async for update in self._answer(chat, *chosen):
             yield update
 
-    async def _answer(self, chat: Chat, model, other, temperature, top_p, max_new_tokens):
+    async def _answer(self, chat: Chat, model, other, *settings):
         models = [model, None if other == NO_SECOND else other]
-        settings = Settings(temperature, top_p, int(max_new_tokens))
+        try:
+            sampling = self.settings.read(settings)
+        except LlavaError as error:
+            raise _error(str(error), "Settings") from error
         # The box is emptied once: the next question may be typed while this one is answered.
         box = {"text": "", "files": []}
         chat.running = True
         try:
-            async for _ in answer(self.client, chat, models, settings):
+            async for _ in answer(self.client, chat, models, sampling):
                 yield self._show(chat, box, running=True)
                 box = None
         finally:

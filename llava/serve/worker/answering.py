@@ -131,7 +131,7 @@ async def answer_chunks(
                 token_ids += piece.token_ids
                 last = piece if piece.is_last else last
             more: dict[str, Any] = {}
-            if job.logprobs is not None:
+            if job.sampling.logprobs is not None:
                 more["logprobs"], logprobs = logprobs, []
             if job.token_ids:
                 more["token_ids"], token_ids = token_ids, []

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from typing import Any
 
+from llava.serve.bodies import read_json
 from llava.serve.hosts import Hosts
 from llava.serve.http_server import server_settings
 from llava.serve.job import Job, read_attention_map_request, read_job
@@ -68,7 +68,7 @@ class WorkerApp:
             return JSONResponse(self.status())
 
         async def worker_attention_map(request):
-            job, token_ids = read_attention_map_request(_object(await _json(request)))
+            job, token_ids = read_attention_map_request(await read_json(request))
             self._check(job)
             return JSONResponse(await asyncio.to_thread(self.backend.attention_map, job, token_ids))
 
@@ -89,9 +89,9 @@ class WorkerApp:
             raise ServeError(ErrorType.NO_WORKER, words)
 
     async def chunks(self, body, request_id: str):
-        """The answer; every error is the stream's last chunk, as clients of the old protocol expect."""
+        """The answer to `body`; every error is the stream's last chunk, as clients of the old protocol expect."""
         try:
-            job = read_job(_object(body))
+            job = read_job(body)
             request_id = job.request_id or request_id
             self._check(job)
         except ServeError as error:
@@ -117,7 +117,7 @@ class _Stream:
     async def __call__(self, scope, receive, send) -> None:
         from starlette.requests import Request
 
-        body = await _json(Request(scope, receive))
+        body = await read_json(Request(scope, receive))
         headers = [(b"content-type", b"application/octet-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         with contextlib.suppress(ServeError):
@@ -128,19 +128,6 @@ class _Stream:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-
-
-async def _json(request) -> Any:
-    try:
-        return await request.json()
-    except ValueError as error:
-        raise ServeError(ErrorType.BAD_REQUEST, "The body is not JSON.") from error
-
-
-def _object(body: Any) -> dict:
-    if not isinstance(body, dict):
-        raise ServeError(ErrorType.BAD_REQUEST, "The body is not a JSON object.")
-    return body
 
 
 async def serve(worker: WorkerApp, host: str, port: int, membership: Membership | None, drain_seconds: int) -> None:

@@ -18,7 +18,6 @@ from llava.generation import (
     EngineBusy,
     OutOfMemory,
     Request,
-    SamplingParams,
     TokenLogprob,
 )
 from llava.generation import Piece as EnginePiece
@@ -30,7 +29,6 @@ from llava.serve.worker.answering import Piece
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_TOP_P = 1e-6
 CHECKED_IMAGES = 4096  # how many to remember
 
 
@@ -73,17 +71,8 @@ class EngineBackend:
         self.engine.stop(drain=False)
 
     def _request(self, job: Job) -> Request:
-        sampling = SamplingParams(
-            temperature=job.temperature,
-            top_p=max(job.top_p, SMALLEST_TOP_P),
-            max_new_tokens=job.max_new_tokens,
-            stop=job.stop,
-            seed=job.seed,
-            logprobs=job.logprobs,
-            ignore_eos=job.ignore_eos,
-        )
         conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt
-        return Request(conversation, [self.checked.check(text) for text in job.images], sampling)
+        return Request(conversation, [self.checked.check(text) for text in job.images], job.sampling)
 
 
 def to_serve_error(error: Exception) -> ServeError:

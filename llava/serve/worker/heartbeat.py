@@ -1,11 +1,13 @@
 """A worker's side of being known: register with the controller, heartbeats, and leaving."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from llava.serve.protocol import HEARTBEAT_SECONDS
-from llava.serve.secret import headers
+from llava.serve.session import open_session
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +25,16 @@ class Membership:
     """
 
     def __init__(self, controller: str, address: str, status: Callable[[], dict], secret: str | None):
-        import httpx
-
         self.controller, self.address, self.status = controller.rstrip("/"), address, status
-        self.client = httpx.AsyncClient(headers=headers(secret), timeout=TIMEOUT, trust_env=False)
+        self.secret = secret
+        self.session: Any = None
         self.known = False
         self.complained = False
         self.task: asyncio.Task | None = None
 
     def start(self) -> None:
+        """To be called in the event loop."""
+        self.session = open_session(self.secret, TIMEOUT)
         self.task = asyncio.create_task(self._stay_known())
 
     async def leave(self) -> None:
@@ -43,7 +46,8 @@ class Membership:
         self.known = False
 
     async def close(self) -> None:
-        await self.client.aclose()
+        if self.session is not None:
+            await self.session.close()
 
     async def _stay_known(self) -> None:
         while True:
@@ -66,24 +70,22 @@ class Membership:
 
     async def _post(self, path: str, body: dict) -> dict | None:
         """The reply, or None after saying once why there is none."""
-        import httpx
+        import aiohttp
 
         try:
-            reply = await self.client.post(self.controller + path, json=body)
-            reply.raise_for_status()
-            self.complained = False
-            return reply.json()
-        except (httpx.HTTPError, ValueError) as error:
-            if not self.complained:
-                logger.warning("controller %s: %s; trying on", self.controller, _words(error))
-            self.complained = True
-            return None
-
-
-def _words(error: Exception) -> str:
-    reply = getattr(error, "response", None)
-    if reply is None:
-        return f"no answer ({type(error).__name__})"
-    if reply.status_code == 401:
-        return "it has another secret (see --secret-file)"
-    return f"status {reply.status_code}: {reply.text[:200]}"
+            timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+            url = self.controller + path
+            async with self.session.post(url, json=body, timeout=timeout, allow_redirects=False) as reply:
+                content = await reply.text()
+            if reply.status == 200:
+                self.complained = False
+                return json.loads(content)
+            words = f"status {reply.status}: {content[:200]}"
+            if reply.status == 401:
+                words = "it has another secret (see --secret-file)"
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            words = f"no answer ({type(error).__name__})"
+        if not self.complained:
+            logger.warning("controller %s: %s; trying on", self.controller, words)
+        self.complained = True
+        return None

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx  # for its errors: the openai package's own client lets them through
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, require
@@ -125,20 +125,16 @@ def to_request(job: Job, model: str) -> dict[str, Any]:
     request: dict[str, Any] = {
         "model": model,
         "messages": [{"role": message.role, "content": _content(message)} for message in job.messages or ()],
-        "temperature": job.temperature,
-        "top_p": job.top_p,
-        "max_tokens": job.max_new_tokens,
+        "temperature": job.sampling.temperature,
+        "top_p": job.sampling.top_p,
+        "max_tokens": job.sampling.max_new_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    if job.stop:
-        request["stop"] = list(job.stop)
-    if job.seed is not None:
-        request["seed"] = job.seed
-    if job.logprobs is not None:
-        request |= {"logprobs": True, "top_logprobs": job.logprobs}
-    if job.ignore_eos:
-        request["extra_body"] = {"ignore_eos": True}
+    if job.sampling.logprobs is not None:
+        request |= {"logprobs": True, "top_logprobs": job.sampling.logprobs}
+    # Beside the package's own arguments, so that fields that OpenAI hasn't (vLLM's top_k) go through too.
+    request["extra_body"] = job.sampling.openai_fields()
     return request
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.tokenization import pad_batch
 from llava.train.data.dataset import Report
 from llava.train.data.feature_cache import FeatureCache
@@ -17,12 +17,18 @@ class Collator:
     Padded: `input_ids`, `labels` int64 [batch, longest]; `attention_mask` bool of the same shape, left out when
     there is no padding (attention is faster without). Packed: [1, all tokens], `position_ids` that start anew
     with each sample, and the sample's borders (`cu_seq_lens_q/k` int32 [samples + 1], `max_length_q/k`).
+    Either way `image_positions` and `target_positions`, int64: where image positions, and labels that are targets,
+    lie in the flattened ids. Nothing of a step then depends on values, and the GPU is never waited for.
     Images: `pixel_values` float32 [images, 3, H, W] in reading order, or `vision_features` [images,
     patches, mm_hidden] from the cache.
     """
 
-    def __init__(self, pad_id: int, *, packing: bool = False, cache: FeatureCache | None = None):
+    def __init__(
+        self, pad_id: int, *, packing: bool = False, pack_length: int | None = None, cache: FeatureCache | None = None
+    ):
+        """`pack_length`: fill packed batches up to so many tokens, so that shapes never change."""
         self.pad_id = pad_id
+        self.pack_length = pack_length
         self.packing = packing
         self.cache = cache
 
@@ -35,6 +41,10 @@ class Collator:
         ids = [sample.input_ids for sample in samples] or [np.array([self.pad_id, self.pad_id], np.int32)]
         labels = [sample.labels for sample in samples] or [np.full(2, IGNORE_INDEX, np.int32)]
         batch = self._packed(ids, labels) if self.packing else self._padded(ids, labels)
+        # Nothing comes before the first label of a row that could predict it.
+        is_target = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (1, 0))
+        batch["target_positions"] = is_target.flatten().nonzero()[:, 0]
+        batch["image_positions"] = (batch["input_ids"].flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
         self._add_images(batch, kept)
         batch["sample_numbers"] = [item["number"] for item in kept]
         batch["num_tokens"] = sum(len(sample.input_ids) for sample in samples)
@@ -52,6 +62,10 @@ class Collator:
         return batch
 
     def _packed(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
+        missing = (self.pack_length or 0) - sum(map(len, ids))
+        if missing > 0:  # one more sample, without a target
+            ids = [*ids, np.full(missing, self.pad_id, np.int32)]
+            labels = [*labels, np.full(missing, IGNORE_INDEX, np.int32)]
         borders = np.cumsum([0] + [len(part) for part in ids]).astype(np.int32)
         joined_labels = np.concatenate(labels).astype(np.int64)
         # A sample's first token is predicted by nothing; unpacked, the shift drops it.

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
+from llava.record_content import image_key, record_images
 from llava.records import Record
 from llava.tokenization import Encoded
+from llava.train.data.image_source import ImageSource
 from llava.train.data.lengths import load_lengths, save_lengths
-from llava.train.data.record_images import ImageSource, image_key, record_images
 from llava.train.data.record_store import RecordStore, describe
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from llava.record_content import image_key
 from llava.records import atomic_path, read_json, write_json
-from llava.train.data.record_images import image_key
 
 logger = logging.getLogger(__name__)
 

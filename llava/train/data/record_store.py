@@ -4,18 +4,22 @@ JSONL is read through an index of line offsets, Arrow by memory map; Parquet, wh
 unpacked into an Arrow file first; a JSON list has to be parsed whole and is then kept as bytes if it is long.
 """
 
+import codecs
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from llava.errors import LlavaError
-from llava.records import Record, atomic_path, read_json
+from llava.records import Record, Replaced, atomic_path, parse_record, read_json
 from llava.train.data.kept_files import kept_path
+
+logger = logging.getLogger(__name__)
 
 KEEP_PARSED = 20_000
 """Longest JSON list that is kept as Python objects (about 3 kB each); longer ones are kept as bytes."""
@@ -76,6 +80,7 @@ class JsonlRecords:
         self.path = path
         self.offsets = _line_offsets(path)
         self._file: tuple[int, int] | None = None
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -83,7 +88,16 @@ class JsonlRecords:
     def __getitem__(self, index: int) -> Record:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         line = os.pread(self._descriptor(), end - start, start)
-        return _parse(line, self.path, index)
+        replaced = Replaced(self.path)
+        record = parse_record(line.removeprefix(codecs.BOM_UTF8).strip(), replaced, "record", index)
+        if replaced.count and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s record %d holds half of a character pair, replaced by U+FFFD; llava.data.validate counts them",
+                self.path,
+                index,
+            )
+        return record
 
     def _descriptor(self) -> int:
         # A forked worker opens the file anew: it must not share its parent's descriptor.
@@ -170,34 +184,42 @@ def _unpacked(path: Path, output_dir: Path) -> Path:
     return target
 
 
-def _parse(line: bytes, path: Path, index: int) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
-    return record
-
-
 def _line_offsets(path: Path) -> np.ndarray:
     """Byte offset of each line's start, and the file's end: int64 [lines + 1]. Blank lines belong to the one before."""
     size = path.stat().st_size
     starts = [np.zeros(1, np.int64)]
-    last_was_break = False
+    # Starts of lines that begin with a blank: nearly always lines of blanks alone, where no record starts.
+    suspects: list[int] = []
+    first = last = b"\n"
     with path.open("rb") as file:
         base = 0
         while block := file.read(_SCAN_BYTES):
             data = np.frombuffer(block, np.uint8)
             after = np.flatnonzero(data[:-1] == ord("\n")) + 1
-            if last_was_break:
+            if last == b"\n" and base:
                 after = np.concatenate([[0], after])
-            # A line that starts with a line break (or "\r\n") is blank: no record starts there.
+            if not base:
+                first = block[:1]
+            # The usual blank line, "\n" or "\r\n", is told by its first byte.
             after = after[(data[after] != ord("\n")) & (data[after] != ord("\r"))]
+            suspects += (after[np.isin(data[after], _BLANK_BYTES)] + base).tolist()
             starts.append(after.astype(np.int64) + base)
-            last_was_break = block[-1] == ord("\n")
+            last = block[-1:]
             base += len(block)
-    return np.concatenate([*starts, np.array([size], np.int64)])
+        offsets = np.concatenate(starts)
+        blank = [start for start in suspects if _is_blank_line(file, start)]
+        if first.isspace() and _is_blank_line(file, 0):
+            blank.append(0)
+    offsets = offsets[~np.isin(offsets, blank)] if blank else offsets
+    return np.concatenate([offsets, np.array([size], np.int64)])
+
+
+_BLANK_BYTES = np.frombuffer(b" \t\v\f", np.uint8)
+
+
+def _is_blank_line(file: BinaryIO, start: int) -> bool:
+    file.seek(start)
+    return not file.readline().strip()
 
 
 def _as_bytes(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:

@@ -84,8 +84,8 @@ def _index(shards: Sequence[Path]) -> np.ndarray:
         last.append(_rows((name.rpartition("/")[2], number, *place) for name, place in members.items() if "/" in name))
     names = _sorted(np.concatenate(whole))
     if (repeated := np.flatnonzero(_as_before(names)[1:])).size:
-        both = sorted({shards[int(names[place + more, 2])].name for place in repeated[:1] for more in (0, 1)})
-        raise LlavaError(f"{len(repeated)} member(s) are in two tar files, one of them in {' and '.join(both)}")
+        where = sorted({shards[int(names[place + more, 2])].name for place in repeated[:1] for more in (0, 1)})
+        raise LlavaError(f"{len(repeated)} member(s) are in two tar files, one of them in {' and '.join(where)}")
     parts = _sorted(np.concatenate(last))
     again = _as_before(parts)
     parts[:-1, 2][again[1:]] = _AMBIGUOUS
@@ -116,7 +116,7 @@ def _members(shard: Path) -> dict[str, tuple[int, int]]:
             for member in tar:
                 if member.isfile():
                     members[member.name.removeprefix("./")] = member.offset_data, member.size
-                tar.members = []  # tarfile would keep all of them
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
     except tarfile.TarError as error:
         raise LlavaError(f"{shard}: not an uncompressed tar file ({error})") from error
     return members

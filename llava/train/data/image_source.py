@@ -1,31 +1,12 @@
-"""Images of training records: found in a folder, in tar shards, or in the record itself."""
+"""Where the images of training records are: in a folder, in tar shards, or in the record itself."""
 
 import tarfile
 from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.records import Record
+from llava.record_content import image_bytes, image_key
 from llava.train.data.tar_index import Place, TarIndex
-
-
-def record_images(record: Record) -> list[Any]:
-    """The images that a record names, in order: paths as written, or embedded ones (`bytes`)."""
-    image = record.get("image")
-    if image is None:
-        image = record.get("images")
-    if image is None or image == "" or image == []:
-        return []
-    return list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def image_key(image: Any) -> str:
-    """A name that tells distinct images apart: the path, or a digest of embedded bytes."""
-    if isinstance(image, str):
-        return image
-    import hashlib
-
-    return "sha256:" + hashlib.sha256(_embedded(image)).hexdigest()
 
 
 class ImageSource:
@@ -54,7 +35,7 @@ class ImageSource:
             FileNotFoundError: there is no such image.
         """
         if not isinstance(image, str):
-            return _embedded(image)
+            return image_bytes(image)
         place = self.find(image)
         if isinstance(place, (str, Path)):
             return place
@@ -88,11 +69,3 @@ class ImageSource:
         if isinstance(place, Place):
             return f"{place.shard.resolve()}|{place.offset}|{place.size}|{place.shard.stat().st_mtime_ns}"
         return image_key(image)
-
-
-def _embedded(image: Any) -> bytes:
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        image = image["bytes"]
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return bytes(image)
-    raise LlavaError(f"an image must be a path, bytes or {{'bytes': …}}, not {type(image).__name__}")

@@ -1,0 +1,43 @@
+"""Tables of text, CSV and TSV, row by row, with errors that name file and line."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llava.errors import LlavaError
+
+_LONGEST_CELL = 1 << 24
+
+
+def read_table(
+    path: Path, columns: Sequence[str], delimiter: str | None = None, hint: str | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, row) of each row that isn't blank; every row has every column of the table's first line.
+
+    Args:
+        columns: those that have to be there.
+        delimiter: between cells; default: a tab for .tsv and .tab, else a comma.
+        hint: what to do about a column that isn't there.
+
+    Raises:
+        LlavaError: the file isn't UTF-8 or not a table, lacks a column, or a row has another number of cells.
+    """
+    delimiter = delimiter or ("\t" if path.suffix.lower() in (".tsv", ".tab") else ",")
+    csv.field_size_limit(_LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            there = reader.fieldnames or []
+            absent = [name for name in columns if name not in there]
+            if absent:
+                what_to_do = f" ({hint})" if hint else ""
+                raise LlavaError(f"{path}: no column {', '.join(absent)}; there are: {', '.join(there)}{what_to_do}")
+            for row in reader:
+                if None in row or None in row.values():
+                    line = f"{path} line {reader.line_num}"
+                    raise LlavaError(f"{line}: {len(there)} columns expected; is a quote missing?")
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise LlavaError(f"{path} line {reader.line_num}: not a readable table ({error})") from error
+        except UnicodeDecodeError as error:
+            raise LlavaError(f"{path}: not UTF-8 ({error}); save the table as UTF-8") from error

@@ -1,0 +1,248 @@
+"""Folders that appear under their name only when they are whole: the one place that publishes a folder.
+
+A folder is put together aside, in a hidden one whose name ends in `.part`, by one process at a time. When it is
+complete it is flushed to the disk, and then either takes the target's place (`stage`) or has its files moved into
+a folder that keeps what else it holds, the file that marks the folder as complete last (`stage_files`). Writers of
+several processes use the two steps themselves: `publish_folder` and `publish_files`.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava.errors import LlavaError
+
+log = logging.getLogger(__name__)
+
+PART = ".part"
+"""What the name of everything unfinished ends in, files and folders."""
+WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
+"""Weight files of a checkpoint and their indexes: those of an earlier save make a folder that holds two models."""
+
+_LOCK = "lock"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def part_of(target: Path) -> Path:
+    """Where `target` is put together: beside it, so that it can be renamed."""
+    return target.parent / f".{target.name}{PART}"
+
+
+def part_in(folder: Path) -> Path:
+    """Where files for `folder` are put together: inside it, so that they can be moved though it is a mount point."""
+    return folder / f".{folder.absolute().name}{PART}"
+
+
+def final_name(folder: Path) -> str:
+    """The name that a folder has or, where it is still put together, will have."""
+    return folder.name.removeprefix(".").removesuffix(PART)
+
+
+def check_target(target: str | Path, overwrite: bool = False) -> Path:
+    """`target` as an absolute path that may be written.
+
+    Raises:
+        LlavaError: it is a file, or a folder with something in it and `overwrite` isn't set.
+    """
+    target = Path(target).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise LlavaError(f"{target}: is a file; give a folder to write to")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise LlavaError(f"{target}: the folder isn't empty; give another one, or --overwrite to replace it")
+    return target
+
+
+def check_space(target: Path, needed: int, what: str = "the result") -> None:
+    """Fail unless the disk of `target` has `needed` bytes free, those of an earlier attempt included.
+
+    Raises:
+        LlavaError: how much is needed, how much is free, and where.
+    """
+    place = _existing_parent(target)
+    free = shutil.disk_usage(place).free + _allocated(part_of(target))
+    if needed > free:
+        raise LlavaError(
+            f"not enough disk space for {target}: {what} takes {_size(needed)}, {place} has {_size(free)} free; "
+            f"free {_size(needed - free)} or choose a target on another disk"
+        )
+
+
+@contextmanager
+def stage(target: str | Path, *, overwrite: bool = False, resume: Iterable[str] = ()) -> Iterator[Path]:
+    """The folder in which to put `target` together; it takes the target's place when the block ends well.
+
+    Args:
+        resume: patterns of the files with which a later attempt goes on. They stay when the block is stopped
+            (Ctrl-C) or killed; all else of an earlier attempt is removed before the block begins, and everything
+            when the block fails.
+
+    Raises:
+        LlavaError: `check_target`'s, another process is writing the same target, the disk is full.
+    """
+    target, resume = check_target(target, overwrite), tuple(resume)
+    with _part(part_of(target), target, resume) as part:
+        yield part
+        publish_folder(part, target)
+
+
+@contextmanager
+def stage_files(folder: str | Path, *, last: str, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder in which to put files together that are moved into `folder` when the block ends well.
+
+    Args:
+        last, stale: as for `publish_files`.
+
+    Raises:
+        LlavaError: `folder` is a file, another process is writing to it, the disk is full.
+    """
+    folder = check_target(folder, overwrite=True)
+    with _part(part_in(folder), folder) as part:
+        yield part
+        publish_files(part, folder, last=last, stale=stale)
+
+
+def publish_folder(part: Path, target: Path) -> None:
+    """Flush `part` and give it the name `target`; a folder that stood there goes when the new one has its name."""
+    (part / _LOCK).unlink(missing_ok=True)
+    sync_tree(part)
+    old = None
+    if target.is_dir():
+        old = target.parent / f".{target.name}.old{PART}"
+        shutil.rmtree(old, ignore_errors=True)
+        target.replace(old)
+    part.replace(target)
+    sync(target.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def publish_files(part: Path, folder: Path, *, last: str, stale: Iterable[str] = ()) -> None:
+    """Flush `part`, move its files into `folder`, and remove `part`. Files of other names stay.
+
+    Args:
+        last: the file without which the folder counts as unfinished. An older one goes first, the new one comes last.
+        stale: patterns of files that don't fit the new ones, removed.
+    """
+    (part / _LOCK).unlink(missing_ok=True)
+    sync_tree(part)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / last).unlink(missing_ok=True)
+    remove_stale(folder, stale)
+    for path in sorted(part.iterdir(), key=lambda path: (path.name == last, path.name)):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    part.rmdir()
+    sync(folder)
+
+
+def remove_stale(folder: Path, patterns: Iterable[str], keep: Iterable[str] = ()) -> None:
+    """Remove the files of `folder` that match a pattern, except those named in `keep`."""
+    keep = set(keep)
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.name not in keep:
+                path.unlink()
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the folders that a killed process was putting together in `folder`; each is named in a warning."""
+    for part in folder.glob(f".*{PART}"):
+        if part.is_dir():
+            log.warning("%s was left unfinished by an earlier run; removed", part)
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush `folder`, all files below it and their names to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _part(part: Path, target: Path, resume: tuple[str, ...] = ()) -> Iterator[Path]:
+    """`part`, made or taken over from an attempt that was killed, and locked; it goes when the block fails."""
+    from filelock import FileLock, Timeout
+
+    existed = _existing_parent(part)
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(part / _LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise LlavaError(f"{target}: another process is writing it; wait for it or choose another target") from error
+    except OSError as error:
+        raise LlavaError(f"{part}: can't be written ({error.strerror}); choose another target") from error
+    try:
+        _clear(part, (_LOCK, *resume))
+        yield part
+    except BaseException as error:
+        if resume and isinstance(error, KeyboardInterrupt | SystemExit):
+            log.warning("stopped; what is done is kept in %s, run the same command again to go on", part)
+            raise
+        _remove(part, existed)
+        if isinstance(error, OSError):
+            raise _unwritable(error, target) from error
+        raise
+    finally:
+        lock.release()
+
+
+def _clear(folder: Path, keep: tuple[str, ...]) -> None:
+    for path in folder.iterdir():
+        if any(path.match(pattern) for pattern in keep):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _remove(part: Path, existed: Path) -> None:
+    """Remove the folder, and the parents that were made for it."""
+    shutil.rmtree(part, ignore_errors=True)
+    for parent in part.parents:
+        if parent == existed:
+            break
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
+def _unwritable(error: OSError, target: Path) -> LlavaError:
+    """The error of a write to `target` that the system refused, in words."""
+    where = error.filename or target
+    if error.errno in _NO_SPACE:
+        return LlavaError(
+            f"{where}: no room to write {target} ({error.strerror}); nothing was left behind; "
+            f"free some space (or raise the limit on file size) and run again"
+        )
+    return LlavaError(f"{where}: {error.strerror or error}; {target} was not written")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())
+
+
+def _allocated(folder: Path) -> int:
+    if not folder.is_dir():
+        return 0
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.3f} MB"

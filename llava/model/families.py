@@ -1,0 +1,182 @@
+"""The families of language models that a LLaVA can be made of: one row each, read by everything that has to know.
+
+A family whose model has the library's usual parts (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`;
+blocks of `self_attn` with rotary positions and `mlp`, each behind a norm) needs two classes, a row in `FAMILIES`
+and, if its models were trained with a format of their own, a prompt template (llava.conversation.templates).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+)
+
+from llava.errors import LlavaError
+from llava.model.configuration import LlavaConfigFields
+from llava.model.language_model import LlavaForCausalLM
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+EMBEDDINGS = (EMBEDDING, HEAD)
+"""The tensors of any family with one row per token; a model with tied embeddings holds and stores the first alone."""
+
+FINAL_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the package asks of a language-model family."""
+
+    name: str
+    """The library's `model_type` of the plain language model, also that of `text_config` in transformers' layout."""
+
+    text_config_class: type[PreTrainedConfig]
+    """The plain language model's configuration."""
+
+    config_class: type[Any]
+    """The same with LLaVA's fields; its `model_type` stands in a checkpoint's config.json."""
+
+    model_class: type[Any]
+    """The multimodal model."""
+
+    default_template: str
+    """Prompt template of a checkpoint that names none."""
+
+    training_template: str = "v0"
+    """Prompt template of a training run over the plain language model without `--version`."""
+
+    recognise_template: Callable[[Any, str], str | None] = lambda config, chat_template: None
+    """From configuration and chat template (or ""): the template of a release that names none, if it can be told."""
+
+    older_types: tuple[str, ...] = ()
+    """Further values of `model_type` that LLaVA checkpoints of this family have."""
+
+    has_delta: bool = True
+    """Whether models of this family are given away as differences to their base."""
+
+    @property
+    def llava_types(self) -> tuple[str, ...]:
+        """Values of `model_type` in a LLaVA checkpoint's config.json."""
+        return (self.config_class.model_type, *self.older_types)
+
+
+class LlavaLlamaConfig(LlavaConfigFields, LlamaConfig):
+    model_type = "llava_llama"
+
+
+class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
+    """LLaMA-1/2/3 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor, SmolLM2) with images."""
+
+    config_class = LlavaLlamaConfig
+    core_class = LlamaModel
+
+
+class LlavaMistralConfig(LlavaConfigFields, MistralConfig):
+    model_type = "llava_mistral"
+
+
+class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
+    """Mistral (LLaVA-Med v1.5) with images."""
+
+    config_class = LlavaMistralConfig
+    core_class = MistralModel
+
+
+class LlavaQwen2Config(LlavaConfigFields, Qwen2Config):
+    model_type = "llava_qwen2"
+
+
+class LlavaQwen2ForCausalLM(LlavaForCausalLM, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 with images."""
+
+    config_class = LlavaQwen2Config
+    core_class = Qwen2Model
+
+
+def _llama_template(config: Any, chat_template: str) -> str | None:
+    """LLaMA-2's chat template, or its 4096 positions under one Linear: BabyDoctor and LLaVA's LLaMA-2-chat models."""
+    if "<<SYS>>" in chat_template:
+        return "llava_llama_2"
+    if config.mm_projector_type == "linear" and config.max_position_embeddings >= 4096:
+        return "llava_llama_2"
+    return None
+
+
+FAMILIES = (
+    Family(
+        "llama",
+        LlamaConfig,
+        LlavaLlamaConfig,
+        LlavaLlamaForCausalLM,
+        default_template="vicuna_v1",
+        recognise_template=_llama_template,
+        older_types=("llava",),
+    ),
+    Family(
+        "mistral",
+        MistralConfig,
+        LlavaMistralConfig,
+        LlavaMistralForCausalLM,
+        default_template="mistral_instruct",
+    ),
+    Family(
+        "qwen2",
+        Qwen2Config,
+        LlavaQwen2Config,
+        LlavaQwen2ForCausalLM,
+        default_template="qwen2",
+        training_template="qwen2",
+        older_types=("llava_qwen",),
+    ),
+)
+
+for _family in FAMILIES:
+    AutoConfig.register(_family.config_class.model_type, _family.config_class)
+    AutoModelForCausalLM.register(_family.config_class, _family.model_class)
+
+
+def family_names() -> str:
+    """The names for a message: `llama or mistral`."""
+    *names, last = (family.name for family in FAMILIES)
+    return f"{', '.join(names)} or {last}"
+
+
+def find_family(model_type: str | None) -> Family | None:
+    """The family of a config.json's `model_type`, of the plain language model or of a LLaVA over it."""
+    return next((family for family in FAMILIES if model_type in (family.name, *family.llava_types)), None)
+
+
+def family_of_llm(model_type: str | None, where: Any) -> Family:
+    """The family of a plain language model; `where` is for the message.
+
+    Raises:
+        LlavaError: no family has that `model_type`.
+    """
+    found = next((family for family in FAMILIES if family.name == model_type), None)
+    if found is None:
+        raise LlavaError(f"{where}: language models of type {model_type!r} aren't supported; use {family_names()}")
+    return found
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a LLaVA configuration."""
+    return next(family for family in FAMILIES if isinstance(config, family.config_class))
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The multimodal model's class for a LLaVA configuration."""
+    return family_of(config).model_class

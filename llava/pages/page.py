@@ -1,0 +1,115 @@
+"""Pages that need nothing but themselves: no script, nothing fetched, so that they open anywhere, also years later.
+
+A page is a list of sections, each a heading and what the functions here return. Text is escaped by the templates
+(jinja2 with autoescape); `Markup` is what went through them.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from llava.constants import RESEARCH_NOTICE
+from llava.records import atomic_path
+
+IMAGE_SIDE = 280
+"""Pixels of the longer side of an image on a page."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A question about an image with the reference and a model's answer."""
+
+    image: Image.Image | None
+    question: str
+    reference: str
+    answer: str
+    right: bool
+
+    @property
+    def source(self) -> str | None:
+        return None if self.image is None else data_url(self.image)
+
+
+def write_page(path: str | Path, title: str, summary: str, sections: Sequence[tuple[str, Markup]]) -> Path:
+    """Write the page; sections that are empty are left out. The research notice stands on top."""
+    sections = [(heading, body) for heading, body in sections if body]
+    page = _environment().get_template("page.html")
+    text = page.render(title=title, summary=summary, sections=sections, notice=RESEARCH_NOTICE)
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> Markup:
+    """Rows of cells; numbers don't break. `classes`: one per row or "" ("published": numbers of others)."""
+    padded = [*classes, *[""] * (len(rows) - len(classes))]
+    return _part("table", header, list(zip(padded, rows)))
+
+
+def figure(chart: Markup, caption: str) -> Markup:
+    """A chart of `llava.pages.charts` with its caption; figures are numbered by the page."""
+    return _part("figure", chart, caption)
+
+
+def figures(*shown: Markup) -> Markup:
+    """Figures side by side where there is space for it, else below each other."""
+    return _part("figures", [one for one in shown if one])
+
+
+def cards(shown: Sequence[Card]) -> Markup:
+    """Questions and answers with their images, as many in a row as there is space for."""
+    return _part("cards", shown)
+
+
+def preformatted(lines: Sequence[str]) -> Markup:
+    """Lines as a block that keeps its indentation."""
+    return _part("preformatted", "\n".join(lines))
+
+
+def note(text: str) -> Markup:
+    """A remark in small type."""
+    return _part("note", text)
+
+
+def subheading(text: str) -> Markup:
+    """A heading inside a section."""
+    return _part("subheading", text)
+
+
+def data_url(image: Image.Image, side: int = IMAGE_SIDE) -> str:
+    """The image inside a URL, at most `side` pixels wide and high; small drawn ones are enlarged and stay sharp."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    if max(small.size) <= side // 2:
+        scale = side // max(small.size)
+        small = small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@lru_cache
+def _environment() -> Environment:
+    loader = PackageLoader("llava.pages")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.tests["number"] = _is_number
+    return environment
+
+
+def _part(name: str, *args: Any) -> Markup:
+    return getattr(_environment().get_template("parts.html").module, name)(*args)
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or (cell[:1] in {"+", "-", "−"} and len(cell) > 1)

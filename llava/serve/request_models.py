@@ -1,0 +1,144 @@
+"""What clients send, as pydantic models: OpenAI's messages, a worker's request, what the controller is told.
+
+Shapes, ranges and lengths are checked here, before anything is joined or tokenised; what several fields have to do
+with each other is checked in `llava.serve.job` and `llava.serve.api.types`.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from llava.sampling_params import MOST_LOGPROBS, Fields, SamplingFields, SamplingParams, TokenId, Whole
+
+MAX_IMAGES = 32
+MAX_MESSAGES = 1024
+MAX_PARTS = 256
+MAX_TEXT = 4 << 20
+"""Characters of all texts together: more than a context of a million tokens holds."""
+MAX_ANSWER_IDS = 65_536
+DEFAULT_NEW_TOKENS = 256
+_REQUEST_ID = re.compile(r"req-[0-9a-f]{16}")
+
+ModelName = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""One line: it goes into logs."""
+
+
+def at_most(most: int) -> BeforeValidator:
+    """For lists: `max_length` alone looks at every item first, and says so afterwards."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > most:
+            words = "List should have at most {most} items, not {length}"
+            raise PydanticCustomError("too_long", words, {"most": most, "length": len(value)})
+        return value
+
+    return BeforeValidator(check)
+
+
+class ImageUrl(Fields):
+    url: str
+
+
+class Part(Fields):
+    """A piece of a message. `image` takes the next of the request's own `images`."""
+
+    type: Literal["text", "image_url", "image"]
+    text: str | None = Field(None, max_length=MAX_TEXT)
+    image_url: Annotated[
+        ImageUrl | None, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)
+    ] = None
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class ChatMessage(Fields):
+    """One of OpenAI's messages; content that is one text is one part."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], Field(min_length=1), BeforeValidator(_parts), at_most(MAX_PARTS)]
+
+
+def _check_length(messages: list[ChatMessage]) -> list[ChatMessage]:
+    length = sum(len(part.text or "") for message in messages for part in message.content)
+    if length > MAX_TEXT:
+        words = "The texts have {length} characters together; at most {most} are taken"
+        raise PydanticCustomError("too_long", words, {"length": length, "most": MAX_TEXT})
+    return messages
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1), at_most(MAX_MESSAGES), AfterValidator(_check_length)]
+
+
+def _logprobs(value: Any) -> Any:
+    """OpenAI's two fields in one: true asks for no alternatives, false for nothing."""
+    return {True: 0, False: None}[value] if isinstance(value, bool) else value
+
+
+class GenerateRequest(SamplingFields):
+    """The body of /worker_generate_stream: LLaVA's `prompt` with its `images` (base64), or OpenAI's `messages`."""
+
+    model: ModelName = ""
+    prompt: str | None = Field(None, min_length=1, max_length=MAX_TEXT)
+    messages: Messages | None = None
+    images: list[str] = Field([], max_length=MAX_IMAGES)
+    max_new_tokens: Whole = Field(DEFAULT_NEW_TOKENS, ge=1, le=1_000_000)
+    logprobs: Annotated[int | None, BeforeValidator(_logprobs)] = Field(None, ge=0, le=MOST_LOGPROBS)
+    return_token_ids: bool = False
+    stream: bool = True
+    request_id: Any = None
+
+    def sampling(self) -> SamplingParams:
+        """How to decode the answer."""
+        return SamplingParams(**self.common(), max_new_tokens=self.max_new_tokens, logprobs=self.logprobs)
+
+    def known_request_id(self) -> str | None:
+        """The request's id, if it is one that a server of ours gave."""
+        given = self.request_id
+        return given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else None
+
+
+class AttentionMapRequest(GenerateRequest):
+    """The body of /worker_attention_map: a request, and the ids of the answer to it."""
+
+    token_ids: list[TokenId] = Field(min_length=1, max_length=MAX_ANSWER_IDS)
+
+
+Address = Annotated[str, Field(max_length=512)]
+
+
+class WorkerStatus(Fields):
+    """What a worker says of itself."""
+
+    model_names: list[Annotated[ModelName, Field(min_length=1)]] = Field(min_length=1, max_length=64)
+    speed: float = Field(1.0, ge=0)
+    queue_length: int = Field(0, ge=0)
+
+
+class WorkerEntry(Fields):
+    """The body of /register_worker and /unregister_worker; without a status the controller asks the worker itself."""
+
+    worker_name: Address
+    check_heart_beat: bool = True
+    worker_status: WorkerStatus | None = None
+
+
+class Heartbeat(Fields):
+    worker_name: Address
+    queue_length: int = Field(0, ge=0)
+
+
+class WorkerWanted(Fields):
+    """The body of /get_worker_address; `exclude` are addresses that the asker couldn't reach."""
+
+    model: ModelName = ""
+    exclude: list[Address] = Field([], max_length=1024)
+
+
+class ForModel(Fields):
+    """As much of a request as the controller has to know."""
+
+    model: ModelName = ""

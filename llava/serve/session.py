@@ -1,0 +1,28 @@
+"""How our servers and tools ask each other: one aiohttp session each, made alike."""
+
+from typing import Any
+
+from llava.serve.protocol import KEEP_ALIVE_SECONDS
+from llava.serve.secret import headers
+
+CONNECT_TIMEOUT = 5.0
+
+
+def open_session(secret: str | None, read_timeout: float) -> Any:
+    """An `aiohttp.ClientSession` of the running event loop; close it with `await session.close()`.
+
+    It sends the secret, keeps no cookies and asks no proxy. Give `allow_redirects=False` with each request: the
+    secret goes nowhere but to the address that was meant.
+
+    Args:
+        read_timeout: seconds between two pieces of an answer.
+    """
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        headers={"accept-encoding": "identity", **headers(secret)},
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS / 3),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=read_timeout),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+    )

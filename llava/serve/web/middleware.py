@@ -1,0 +1,294 @@
+"""What stands between the web page's visitors and gradio: a list of allowed routes, uploads, and checked requests.
+
+gradio has some sixty routes, of which the page needs a dozen; no other is reached, and no query that its
+own scripts don't send. Uploads are received and shown here, so that a file belongs to the visitor who sent it (a
+cookie says who that is) and to nobody else. Plain ASGI, behind `serve.middleware`, which caps the size of a body.
+"""
+
+import asyncio
+import json
+import logging
+import mimetypes
+import re
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import parse_qs, urlencode
+
+from llava.serve.job import MAX_IMAGES
+from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.web.calls import NOT_YOURS, SESSION, checked_call, checked_cancel
+from llava.serve.web.uploads import Refusal, Upload, Uploads
+
+logger = logging.getLogger(__name__)
+
+API = "/gradio_api"
+FILE = f"{API}/file="
+PAGES = {"/health", "/theme.css", "/favicon.ico", "/robots.txt", f"{API}/app_id"}
+ASSET = re.compile(r"/(assets|static)(/[\w@+-][\w@+.-]*)+", re.ASCII)  # no segment begins with a dot
+HEARTBEAT = re.compile(rf"{API}/heartbeat/[A-Za-z0-9_-]{{1,64}}", re.ASCII)
+CANCEL = f"{API}/cancel"
+QUEUED, DIRECT = f"{API}/queue/join", f"{API}/run/predict"
+CALLS = {QUEUED, DIRECT, CANCEL}
+
+MAX_CALL_BYTES = 1 << 20
+MAX_CONTENT_TYPE = 256
+MAX_NAME = 100
+UPLOAD_SECONDS = 600
+PROGRESS_SECONDS = 0.2
+COOKIE = "llava_visitor"
+VISITOR = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
+SHOWN_INLINE = {"image/png", "image/jpeg", "image/gif", "image/webp"}
+UNSAFE_NAME = re.compile(r"[^\w .()+-]")
+
+
+class PageMiddleware:
+    """ASGI middleware.
+
+    Args:
+        app: gradio's application.
+        handlers: how many values each handler takes, by its number, for those that go through gradio's queue (QUEUED)
+            and those that don't (DIRECT); a queued one called directly would pass by the cap on answers at a time.
+        uploads: the record of uploads, below the folder that gradio takes for its own.
+        max_file: bytes of one uploaded file.
+        embed: whether the page stands in another site's page: the cookie then has to be sent there too.
+    """
+
+    def __init__(self, app, handlers: dict[str, dict[int, int]], uploads: Uploads, max_file: int, embed: bool = False):
+        self.app, self.handlers, self.uploads, self.max_file, self.embed = app, handlers, uploads, max_file, embed
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        started = False
+
+        async def noting_send(message):
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, noting_send)
+        except (Refusal, ServeError) as error:
+            if started or getattr(error, "error_type", None) is ErrorType.CANCELLED:
+                raise
+            await _refuse(scope, receive, send, error.status, str(error))
+
+    async def _serve(self, scope, receive, send) -> None:
+        method, path = scope["method"], scope["path"]
+        reads = method in ("GET", "HEAD")
+        visitor = _visitor(scope)
+        if reads and path == "/":
+            await self.app(_without_query(scope), receive, self._with_cookie(scope, send, visitor))
+        elif reads and (path in PAGES or ASSET.fullmatch(path) or HEARTBEAT.fullmatch(path)):
+            await self.app(_without_query(scope), receive, send)
+        elif reads and path == f"{API}/queue/data":
+            session = _query(scope, "session_hash")
+            await self.app({**scope, "query_string": urlencode({"session_hash": session}).encode()}, receive, send)
+        elif reads and path == f"{API}/upload_progress":
+            await self._show_progress(scope, receive, send, visitor)
+        elif reads and path.startswith(FILE):
+            await self._show_file(scope, receive, send, visitor)
+        elif method == "POST" and path == f"{API}/upload":
+            await self._take_files(scope, receive, send, visitor)
+        elif method == "POST" and path in CALLS:
+            await self._call(scope, receive, send, visitor)
+        else:
+            raise Refusal(404, "There is no such page.")
+
+    async def _call(self, scope, receive, send, visitor: str) -> None:
+        """A handler's call: gradio gets the body that was checked, never the one that came."""
+        body = await _read_body(receive)
+        if scope["path"] == CANCEL:
+            body = checked_cancel(body)
+        else:
+            body = checked_call(body, self.handlers[scope["path"]], lambda path: self.uploads.belongs(path, visitor))
+        headers = [each for each in scope["headers"] if each[0] not in (b"content-type", b"content-length")]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        sent = False
+
+        async def receive_checked():
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app({**_without_query(scope), "headers": headers}, receive_checked, send)
+
+    async def _take_files(self, scope, receive, send, visitor: str) -> None:
+        """Files of a form, kept below the visitor's name; the answer is the list of their paths."""
+        from gradio.route_utils import GradioMultiPartParser, MultiPartException
+        from starlette.requests import Request
+        from starlette.responses import JSONResponse
+
+        request = Request(scope, receive)
+        kind = request.headers.get("content-type", "")
+        if not kind.startswith("multipart/form-data") or len(kind) > MAX_CONTENT_TYPE:
+            raise Refusal(400, "Files come as a form (multipart/form-data).")
+        upload_id = _query(scope, "upload_id", default="")
+        send = self._with_cookie(scope, send, visitor)
+        try:
+            with self.uploads.arriving(visitor, upload_id) as upload:
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    parser = GradioMultiPartParser(
+                        request.headers,
+                        self._counted(request, upload),
+                        max_files=MAX_IMAGES,
+                        max_fields=0,
+                        upload_dir=upload.folder,
+                        upload_id=upload_id,
+                        upload_progress=upload,
+                        max_file_size=self.max_file,
+                    )
+                    form = await parser.parse()
+                _put_in_place(upload, form.getlist("files"))
+                paths = list(upload.paths)
+        except MultiPartException as error:
+            if "File size" in error.message:
+                raise Refusal(413, f"A file is larger than {self.max_file >> 20} MiB.") from None
+            raise Refusal(400, "The form with the files can't be read.") from None
+        except TimeoutError:
+            raise Refusal(408, "The files took too long to arrive.") from None
+        await JSONResponse(paths)(scope, receive, send)
+
+    async def _counted(self, request, upload: Upload) -> AsyncIterator[bytes]:
+        async for chunk in request.stream():
+            self.uploads.grow(upload, len(chunk))
+            yield chunk
+
+    async def _show_progress(self, scope, receive, send, visitor: str) -> None:
+        """Server-sent events with the bytes that have arrived, as gradio's page reads them."""
+        from starlette.responses import StreamingResponse
+
+        upload_id = _query(scope, "upload_id")
+
+        async def events():
+            told: dict[str, int] = {}
+            waited = 0.0
+            while waited < UPLOAD_SECONDS:
+                upload = self.uploads.find(visitor, upload_id)
+                # Nothing of that name: it has not begun, or it was refused.
+                if (upload is None and (told or waited > 3)) or (upload is not None and upload.is_whole):
+                    break
+                for name, size in list(upload.progress.items()) if upload else ():
+                    if size > told.get(name, 0):
+                        event = {"msg": "update", "orig_name": name, "chunk_size": size - told.get(name, 0)}
+                        told[name] = size
+                        yield f"data: {json.dumps(event)}\n\n"
+                await asyncio.sleep(PROGRESS_SECONDS)
+                waited += PROGRESS_SECONDS
+            yield f"data: {json.dumps({'msg': 'done'})}\n\n"
+
+        await StreamingResponse(events(), media_type="text/event-stream")(scope, receive, send)
+
+    async def _show_file(self, scope, receive, send, visitor: str) -> None:
+        """An upload, to the visitor who has sent it; whatever it is, the browser runs nothing of it."""
+        from starlette.responses import FileResponse
+
+        path = scope["path"].removeprefix(FILE)
+        if not self.uploads.belongs(path, visitor):
+            raise Refusal(403, NOT_YOURS)
+        kind = mimetypes.guess_type(path)[0]
+        inline = kind in SHOWN_INLINE
+        headers = {
+            "cache-control": "no-store",
+            "content-disposition": "inline" if inline else "attachment",
+            "content-security-policy": "sandbox; default-src 'none'",
+            "x-content-type-options": "nosniff",
+        }
+        kind = kind if inline else "application/octet-stream"
+        await FileResponse(path, media_type=kind, headers=headers)(scope, receive, send)
+
+    def _with_cookie(self, scope, send, visitor: str):
+        """`send` that gives a visitor without a cookie one, which the browser keeps until it is closed."""
+        if _cookie(scope) == visitor:
+            return send
+        site = "Lax"
+        if scope.get("scheme") == "https":
+            site = "None; Partitioned; Secure" if self.embed else "Lax; Secure"
+        line = f"{COOKIE}={visitor}; Path=/; HttpOnly; SameSite={site}"
+
+        async def send_with_cookie(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"set-cookie", line.encode())]
+            await send(message)
+
+        return send_with_cookie
+
+
+def _put_in_place(upload: Upload, files: list) -> None:
+    """Name the files as they were called, each in a folder of its own; what is no whole file of the form goes."""
+    for number, file in enumerate(files):
+        if isinstance(file, str):
+            continue
+        file.file.close()
+        place = upload.folder / str(number)
+        place.mkdir(mode=0o700)
+        path = Path(file.file.name).rename(place / _safe_name(file.filename or ""))
+        upload.paths.append(str(path))
+    for left in upload.folder.iterdir():
+        if left.is_file():
+            left.unlink()
+    if not upload.paths:
+        raise Refusal(400, "The form has no file.")
+
+
+def _safe_name(name: str) -> str:
+    """A visitor's name of a file without what a path or an address could mean by it; its suffixes stay."""
+    name = UNSAFE_NAME.sub("_", re.split(r"[/\\]", name)[-1]).strip(" .")
+    while len(name.encode(errors="replace")) > MAX_NAME:
+        name = name[1:]
+    return name.strip(" .") or "file"
+
+
+def _visitor(scope) -> str:
+    """Who asks, by the cookie; a new name for who has none."""
+    return _cookie(scope) or secrets.token_urlsafe(32)
+
+
+def _cookie(scope) -> str | None:
+    from starlette.requests import cookie_parser  # unlike the standard one it lives with other programs' odd cookies
+
+    for name, value in scope["headers"]:
+        visitor = cookie_parser(value.decode("latin-1")).get(COOKIE, "") if name == b"cookie" else ""
+        if VISITOR.fullmatch(visitor):
+            return visitor
+    return None
+
+
+def _query(scope, name: str, default: str | None = None) -> str:
+    """One value of the address's query, which is a short name."""
+    value = parse_qs(scope["query_string"].decode("latin-1")).get(name, [default])[0]
+    if value is None or not (value == default or SESSION.fullmatch(value)):
+        raise Refusal(400, f"The address has no valid {name}.")
+    return value
+
+
+def _without_query(scope) -> dict:
+    return {**scope, "query_string": b""}
+
+
+async def _read_body(receive) -> bytes:
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        more = message.get("more_body", False)
+        if size > MAX_CALL_BYTES:
+            raise Refusal(413, f"The request is larger than {MAX_CALL_BYTES >> 20} MiB.")
+    return b"".join(parts)
+
+
+async def _refuse(scope, receive, send, status: int, line: str) -> None:
+    """One plain line; as JSON where the page's script looks for `detail` or `error`."""
+    from starlette.responses import JSONResponse, PlainTextResponse
+
+    if scope["path"] in CALLS:
+        response = JSONResponse({"detail": line, "error": line}, status)
+    else:
+        response = PlainTextResponse(line + "\n", status)
+    await response(scope, receive, send)

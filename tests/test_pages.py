@@ -1,0 +1,100 @@
+"""Pages hold everything themselves, whoever wrote the text on them, and their figures say what they show."""
+
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from markupsafe import Markup
+from PIL import Image
+
+from llava.constants import RESEARCH_NOTICE
+from llava.pages import Card, cards, figure, figures, note, preformatted, subheading, table, write_page
+from llava.pages.charts import INK, bars, curves, reliability
+
+EVIL = '<script>alert("1")</script> & <img src="http://outside/x.png">'
+
+
+def drawn():
+    bins = [
+        SimpleNamespace(confidence=0.55, accuracy=0.5, count=3),
+        SimpleNamespace(confidence=0.9, accuracy=1, count=9),
+    ]
+    return [
+        bars(EVIL, [(EVIL, 64.39, 57.0, 71.0), ("none", None, None, None), ("all", 100.0, None, None)]),
+        reliability(EVIL, bins),
+        curves(EVIL, [("first", [2.0, 1.5, 1.0]), (EVIL, [3.0])], "step", "loss"),
+    ]
+
+
+def everything(path):
+    card = Card(Image.new("RGB", (64, 48), "red"), EVIL, EVIL, EVIL, right=False)
+    parts = [
+        table([EVIL, "n"], [[EVIL, "1.5"], ["-", "−2"]], ["published", ""]),
+        cards([card, Card(None, "q", "r", "a", right=True)]),
+        preformatted(["a", "  " + EVIL]),
+        note(EVIL),
+        subheading(EVIL),
+    ]
+    shown = figures(*(figure(one, f"{EVIL} {number}") for number, one in enumerate(drawn())))
+    sections = [(EVIL, Markup().join(parts)), ("left out", Markup()), ("Figures", shown)]
+    return write_page(path, EVIL, EVIL, sections).read_text(encoding="utf-8")
+
+
+def test_text_of_others_is_escaped_everywhere(tmp_path):
+    html = everything(tmp_path / "page.html")
+    assert html.count("&lt;script&gt;") > 15 and "<script" not in html
+    assert not re.search(r'<[^>]*\s(?:src|href)="(?!data:|#)|url\((?!#)', html)
+    assert re.search(r"http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'", html)
+
+
+def test_notice_on_top_and_empty_sections_left_out(tmp_path):
+    html = everything(tmp_path / "page.html")
+    assert RESEARCH_NOTICE in html.partition("<body>")[2].partition("<h1>")[0]
+    assert html.count("<section") == html.count('<a href="#s') == 2 and "left out" not in html
+    assert '<tr class="published">' in html and '<td class="n">−2</td>' in html and "<td>-</td>" in html
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_figures_take_the_colours_of_the_page_and_say_what_they_show(number):
+    svg = drawn()[number]
+    assert svg.startswith('<svg role="img" aria-label="') and INK not in svg and "var(--" in svg
+    assert "://" not in svg.replace("http://outside", "") and "<metadata" not in svg
+    label = re.search('aria-label="([^"]*)"', svg)[1]
+    assert ("64.4", "100 at 90", "from 2.00 to 1.00")[number] in label
+    assert ("no question", "right answers (%)", "step")[number] in svg
+    assert set(re.findall('href="#([^"]*)"', svg)) <= set(re.findall('id="([^"]*)"', svg))
+
+
+def test_drawing_twice_gives_the_same():
+    assert drawn() == drawn()
+
+
+def test_a_page_fits_every_width_and_asks_for_nothing(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    everything(tmp_path / "page.html")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for width, media, scheme in ((500, "screen", "dark"), (1200, "screen", "light"), (700, "print", "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 800})
+            asked, said = [], []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.emulate_media(media=media, color_scheme=scheme)
+            page.goto((tmp_path / "page.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert [url for url in asked if not url.startswith(("file:", "data:"))] == said == []
+            ink, paper = page.evaluate(
+                "[getComputedStyle(document.querySelector('svg text')).fill,"
+                " getComputedStyle(document.querySelector('section')).backgroundColor]"
+            )
+            dark = media == "screen" and scheme == "dark"
+            assert (brightness(ink) > 128) == dark and (brightness(paper) < 128) == dark
+        browser.close()
+
+
+def brightness(color):
+    return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 3
