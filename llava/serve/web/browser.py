@@ -46,16 +46,15 @@ class BrowserHeaders:
     async def __call__(self, scope, receive, send):
         async def send_with_headers(message):
             if message["type"] == "http.response.start":
-                replaced = {name for name, _ in self.headers}
                 # No other site may read the page, whatever gradio says of it.
-                kept = [
-                    (name, value)
-                    for name, value in message["headers"]
-                    if name.lower() not in replaced and not name.lower().startswith(b"access-control-")
+                headers = [
+                    (n, value) for n, value in message["headers"] if not n.lower().startswith(b"access-control-")
                 ]
                 if message["status"] == 401:
-                    kept.append((b"www-authenticate", b'Basic realm="key", charset="UTF-8"'))
-                message = {**message, "headers": kept + self.headers}
+                    headers.append((b"www-authenticate", b'Basic realm="key", charset="UTF-8"'))
+                # An upload that is shown has a stricter policy of its own.
+                own = {name.lower() for name, _ in headers}
+                message = {**message, "headers": headers + [(n, value) for n, value in self.headers if n not in own]}
             await send(message)
 
         await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
