@@ -47,9 +47,7 @@ class BrowserHeaders:
         async def send_with_headers(message):
             if message["type"] == "http.response.start":
                 # No other site may read the page, whatever gradio says of it.
-                headers = [
-                    (n, value) for n, value in message["headers"] if not n.lower().startswith(b"access-control-")
-                ]
+                headers = [each for each in message["headers"] if not each[0].lower().startswith(b"access-control-")]
                 if message["status"] == 401:
                     headers.append((b"www-authenticate", b'Basic realm="key", charset="UTF-8"'))
                 # An upload that is shown has a stricter policy of its own.
