@@ -137,9 +137,9 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
-    app = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
-    app = RequestMiddleware(app, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
-    return BrowserHeaders(app, args.embed)
+    checked = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
+    known = RequestMiddleware(checked, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
+    return BrowserHeaders(known, args.embed)
 
 
 async def _sweep(uploads) -> None:

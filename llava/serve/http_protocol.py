@@ -4,6 +4,7 @@ uvicorn's protocol takes headers of any length, for any time, and parses them be
 Here bytes and seconds are counted as they arrive; what goes beyond a limit gets a typed error and the connection ends.
 """
 
+import asyncio
 import json
 import secrets
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.deadline: float | None = None  # of the head, or of the present stretch of a body
         self.unread_since: float | None = None
         self.closing_since: float | None = None
-        self.tick_handle = None
+        self.tick_handle: asyncio.TimerHandle | None = None
 
     # asyncio's side
 
@@ -191,10 +192,11 @@ class LimitedProtocol(HttpToolsProtocol):
         return self.in_head and self.cycle is not None and not self._is_answering() and self.deadline is None
 
     def _close_an_idle_one(self) -> bool:
-        idle = next((other for other in self.connections if other is not self and other._is_idle()), None)
-        if idle is not None:
-            idle.transport.close()
-        return idle is not None
+        for other in self.connections:
+            if isinstance(other, LimitedProtocol) and other is not self and other._is_idle():
+                other.transport.close()
+                return True
+        return False
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ServeError(ErrorType.BAD_REQUEST, msg))
