@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import ImageError, LlavaError, require
-from llava.images.codestreams import check_jpeg, check_jpeg2000, unpack_rle
-from llava.images.dicom_file import DicomFile, check_values, read_dicom_file, sequence, transfer_syntax_name
+from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, unpack_rle
+from llava.images.headers.dicom_file import DicomFile, check_values, read_dicom_file, sequence, transfer_syntax_name
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands, scale_range
 from llava.images.windows import apply_window, percentile_range, read_window

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import ImageError, LlavaError, require
-from llava.images.inflating import GZIP, gunzip
+from llava.images.headers.inflating import GZIP, gunzip
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands
 from llava.images.windows import apply_window, percentile_window, read_window

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava.errors import ImageError
-from llava.images.containers import read_container
+from llava.images.headers.containers import read_container
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
 

@@ -211,7 +211,7 @@ def test_every_test_file_of_pydicom_decodes_as_with_pydicom_itself():
 
     from llava.images import Limits
     from llava.images.dicom import _decode
-    from llava.images.dicom_file import read_dicom_file
+    from llava.images.headers.dicom_file import read_dicom_file
 
     compared = 0
     for path in sorted((Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm")):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.errors import ImageError
-from llava.images.inflating import inflate
+from llava.images.headers.inflating import inflate
 from llava.images.limits import Limits, plain_errors
 
 _PIXEL_TAGS = (

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import ImageError
-from llava.images.jpeg import read_jpeg_header
+from llava.images.headers.jpeg import read_jpeg_header
 from llava.images.limits import Limits
 
 _J2K_START = b"\xff\x4f\xff\x51"

@@ -5,7 +5,7 @@ import struct
 from dataclasses import dataclass
 
 from llava.errors import ImageError
-from llava.images.tags import exif_orientation, xmp_orientation
+from llava.images.headers.tags import exif_orientation, xmp_orientation
 
 _START_OF_FRAME = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})

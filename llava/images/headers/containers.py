@@ -9,9 +9,9 @@ import struct
 from dataclasses import dataclass
 
 from llava.errors import ImageError
-from llava.images.jpeg import read_jpeg_header, without_metadata
+from llava.images.headers.jpeg import read_jpeg_header, without_metadata
+from llava.images.headers.tags import Directory, exif_orientation, xmp_orientation
 from llava.images.limits import Limits
-from llava.images.tags import Directory, exif_orientation, xmp_orientation
 
 MAX_PARTS = 200_000
 """Chunks of a PNG or WebP, blocks of a GIF: a gigabyte in the usual pieces of 8 KiB."""
