@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
@@ -13,6 +13,7 @@ from llava.images import ImageProcessor
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
 from llava.model.configuration import SCHEME_PATCH
 from llava.model.families import model_class_of
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.weights.assemble import build_empty, fill_model
 from llava.model.weights.locate import locate_model
@@ -31,7 +32,7 @@ class LoadedModel(NamedTuple):
     """What answering needs: `image_processor` turns images into the pixel values of this model's tower."""
 
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
+    model: LlavaForCausalLM
     image_processor: ImageProcessor
     context_len: int
 
@@ -92,7 +93,7 @@ def load_model(
     bits: int = 0,
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
-) -> PreTrainedModel:
+) -> LlavaForCausalLM:
     """The model of an opened checkpoint, filled and placed, in evaluation mode."""
     config = parts.config
     model = build_empty(model_class_of(config), config, attn_implementation)
@@ -135,7 +136,7 @@ def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder:
     add_tokens(tokenizer, missing, strip_blanks=False)
 
 
-def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> ImageProcessor:
+def load_image_processor(folders: list[Path | None], model: LlavaForCausalLM) -> ImageProcessor:
     """The image processor of the first of `folders` that has one, or the tower's own settings."""
     for place in folders:
         if place is not None and (found := ImageProcessor.find(place)) is not None:
@@ -143,7 +144,7 @@ def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> 
     return ImageProcessor.from_pretrained(model.get_vision_tower().default_image_settings())
 
 
-def _prepare_quantized(parts: Parts, model: PreTrainedModel, bits: int, dtype) -> dict[str, list[str]] | None:
+def _prepare_quantized(parts: Parts, model: LlavaForCausalLM, bits: int, dtype) -> dict[str, list[str]] | None:
     """Set the model up for 8 or 4 bits; the names of the stored quantization state, None if it isn't quantized."""
     if not parts.quantized:
         if not bits:

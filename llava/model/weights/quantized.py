@@ -8,10 +8,11 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 from llava.errors import LlavaError, require
 
@@ -90,7 +91,7 @@ def prepare_quantized(model: PreTrainedModel, config: BitsAndBytesConfig, quanti
 
 def finish_quantized(model: PreTrainedModel) -> None:
     """Mark a filled model as quantized, as transformers, peft and the Trainer expect it."""
-    model.hf_quantizer.postprocess_model(model)
+    cast(HfQuantizer, model.hf_quantizer).postprocess_model(model)
 
 
 def quantized_parameter(
