@@ -141,9 +141,10 @@ class PromptBuilder:
         own = frozenset(request.sampling.stop_token_ids)
         if request.sampling.ignore_eos:
             return {"stop_ids": own, "stop_strings": tuple(strings)}
-        end = request.conversation.stop_str if isinstance(request.conversation, Conversation) else ""
+        template = request.conversation if isinstance(request.conversation, Conversation) else None
+        end = template.stop_str if template else ""
         if end not in self._stop_ids:
-            ids = stop_token_ids(request.conversation, self.tokenizer) if end else [self.tokenizer.eos_token_id]
+            ids = stop_token_ids(template, self.tokenizer) if template and end else [self.tokenizer.eos_token_id]
             self._stop_ids[end] = frozenset(ids) - {None}
         if end and end not in self._special:
             strings.append(end)
