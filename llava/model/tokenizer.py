@@ -2,7 +2,7 @@
 
 `tokenizer.json` is taken as it stands. A folder with a SentencePiece `tokenizer.model` alone (LLaVA-Med's are)
 is converted here: transformers 5 orders the merges by vocabulary index and forgets the `legacy` default of the
-time, which gives other ids for double blanks and for text unused_layers special tokens.
+time, which gives other ids for double blanks and for text beside special tokens.
 """
 
 import shutil

@@ -124,8 +124,8 @@ def build_app(args, secret: str | None, folder: Path) -> RequestMiddleware:
     handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
-    app = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
-    return RequestMiddleware(app, lambda headers: None, MAX_BODY_BYTES)
+    checked = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
+    return RequestMiddleware(checked, lambda headers: None, MAX_BODY_BYTES)
 
 
 async def _sweep(uploads) -> None:

@@ -71,7 +71,7 @@ class EngineBackend:
         self.engine.stop(drain=False)
 
     def _request(self, job: Job) -> Request:
-        conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt
+        conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt or ""
         return Request(conversation, [self.checked.check(text) for text in job.images], job.sampling)
 
 
