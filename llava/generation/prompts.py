@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
@@ -14,6 +15,7 @@ from llava.generation.cache.prefix_store import BLOCK
 from llava.generation.image_features import ImageEncoder, RequestImage
 from llava.generation.tokenizer_cache import TokenizerCache
 from llava.generation.types import ContextTooLong, Request
+from llava.model.configuration import LlavaConfigFields
 from llava.tokenization import ImageTokens, encode_prompt, expand_images, stop_token_ids, tokenize_prompt
 
 
@@ -49,7 +51,9 @@ class Prompt:
 class PromptBuilder:
     """Makes prompts of requests for one model; may be used from any thread."""
 
-    def __init__(self, tokenizer: Any, config: Any, encoder: ImageEncoder, context_len: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: LlavaConfigFields, encoder: ImageEncoder, context_len: int
+    ):
         self.tokenizer = TokenizerCache(tokenizer)
         self.encoder = encoder
         self.context_len = context_len

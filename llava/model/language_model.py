@@ -6,6 +6,7 @@
 collator says where those are (`image_positions`), so that no step waits for the GPU; else they are looked for.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,11 +22,33 @@ from llava.model.projector import build_projector
 from llava.model.towers import VisionTower, build_vision_tower
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from transformers import GenerationMixin
+
+    class Attention(nn.Module):
+        """What the engine calls of a block's attention."""
+
+        q_proj: nn.Linear
+        k_proj: nn.Linear
+        v_proj: nn.Linear
+        o_proj: nn.Linear
+        scaling: float
+
+    class Block(nn.Module):
+        """A layer of the language model (`Family.layer_class`)."""
+
+        self_attn: Attention
+        input_layernorm: nn.Module
+        post_attention_layernorm: nn.Module
+        mlp: nn.Module
 
     class Core(PreTrainedModel):
         """The language model without its head, and what the mixin puts into it."""
 
+        layers: Sequence[Block]
+        norm: nn.Module
+        rotary_emb: nn.Module
         vision_tower: VisionTower
         mm_projector: nn.Module
 
@@ -34,6 +57,9 @@ if TYPE_CHECKING:
 
         config: LlavaConfigFields
 
+        # The library's has a protocol of its own for `self`.
+        def generate(self, **kwargs: Any) -> torch.Tensor: ...  # type: ignore[override]
+        def eval(self) -> Self: ...
         def get_input_embeddings(self) -> nn.Embedding: ...
         def get_output_embeddings(self) -> nn.Linear: ...
 else:

@@ -11,7 +11,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
-from llava.model.configuration import SCHEME_PATCH
+from llava.model.configuration import SCHEME_PATCH, LlavaConfigFields
 from llava.model.families import model_class_of
 from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import add_tokens, load_tokenizer
@@ -106,12 +106,12 @@ def load_model(
     return model
 
 
-def context_length(config) -> int:
+def context_length(config: LlavaConfigFields) -> int:
     """Positions that the model was made for: `max_sequence_length` where the config has it."""
     return getattr(config, "max_sequence_length", None) or config.max_position_embeddings or 2048
 
 
-def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder: Path) -> None:
+def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config: LlavaConfigFields, folder: Path) -> None:
     """Give the tokenizer the image tokens that the config speaks of, if the vocabulary has rows for them.
 
     Raises:
@@ -144,7 +144,9 @@ def load_image_processor(folders: list[Path | None], model: LlavaForCausalLM) ->
     return ImageProcessor.from_pretrained(model.get_vision_tower().default_image_settings())
 
 
-def _prepare_quantized(parts: Parts, model: LlavaForCausalLM, bits: int, dtype) -> dict[str, list[str]] | None:
+def _prepare_quantized(
+    parts: Parts, model: LlavaForCausalLM, bits: int, dtype: torch.dtype
+) -> dict[str, list[str]] | None:
     """Set the model up for 8 or 4 bits; the names of the stored quantization state, None if it isn't quantized."""
     if not parts.quantized:
         if not bits:
