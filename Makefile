@@ -42,10 +42,11 @@ test: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## the tests that CI runs
 test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
-lint: $(STAMP)  ## linter, formatter, the contract of the layers, repeated code
+lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/pylint llava
 
 format: $(STAMP)  ## let ruff format and fix
