@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: help install demo serve test test-all lint format clean
+.PHONY: help install demo serve test test-all fuzz lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -41,6 +41,11 @@ test: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## the tests that CI runs
 
 test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
+
+FUZZ_FILES ?= 10000
+fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
+	mkdir -p runs
+	$(BIN)/python -m tests.fuzz.images --count $(FUZZ_FILES) --json runs/fuzz.json
 
 lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .
