@@ -197,9 +197,9 @@ def _decode(content: bytes, name: str, limits: Limits) -> Image.Image:
             heavy = 2.0 if container.kind == "WEBP" else 1.0
             limits.check_size(*image.size, name, _SLOW_DECODER if is_slow else heavy)
             image.load()
-            image = to_rgb(image)
+            rgb = to_rgb(image)
             method = _TRANSPOSED.get(container.orientation)
-            return image.copy() if method is None else image.transpose(method)
+            return rgb.copy() if method is None else rgb.transpose(method)
 
 
 def _unknown(name: str, limits: Limits) -> ImageError:
