@@ -19,7 +19,17 @@ _PUBLIC = {
     "open_image": "llava.images",
 }
 
-__all__ = sorted([*_PUBLIC, "__version__"])
+__all__ = [
+    "Conversation",
+    "Engine",
+    "LlavaError",
+    "LlavaLlamaForCausalLM",
+    "LlavaMistralForCausalLM",
+    "__version__",
+    "conv_templates",
+    "load_pretrained_model",
+    "open_image",
+]
 
 if TYPE_CHECKING:
     from llava.conversation import Conversation, conv_templates

@@ -74,6 +74,10 @@ class LlavaForCausalLM(_LanguageModel):
 
     core_class: type[PreTrainedModel]
 
+    if TYPE_CHECKING:  # transformers evaluates a class's annotations, and `Core` isn't there to find
+        model: Core
+        lm_head: LanguageHead
+
     def __init__(self, config: LlavaConfigFields):
         # Past the language model's own __init__, which would build the core a second time.
         PreTrainedModel.__init__(self, config)
