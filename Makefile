@@ -6,18 +6,30 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: help install demo serve test test-all lint format clean
+.PHONY: help install lock audit sbom demo serve test test-all lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(STAMP)  ## make the virtual environment and install everything into it
 
-# torch first and pinned: the range alone may bring another build and gigabytes of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+# Whatever is downloaded has to have one of the lock's hashes. torch's builds differ by platform: it is only pinned.
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,tracking]'
 	touch $@
+
+# deepspeed isn't a wheel: building it runs code of packages that no hash covers.
+lock:  ## write requirements.lock anew, after a change of constraints.txt
+	grep -vE '^(torch|deepspeed)==' constraints.txt | $(BIN)/uv pip compile --quiet --no-deps --generate-hashes \
+		--no-header --no-annotate --output-file requirements.lock -
+
+audit: $(STAMP)  ## ask whether a pinned package has known holes
+	$(BIN)/python scripts/audit.py constraints.txt
+
+sbom: $(STAMP)  ## write sbom.json, what is installed (CycloneDX)
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python
 
 # Apart from the environment: beside a CPU build of torch, torchvision breaks transformers where it is importable.
 $(OPENCLIP): $(STAMP)
