@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from llava.commandline import ArgumentParser, run
+from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
 from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, run_server, unless_gone
@@ -33,6 +33,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--requests-per-minute", type=float, help="of each key that has no limit of its own")
     parser.add_bool("--no-api-key", help="take requests without a key also from other machines")
     parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    parser.add_bool("--openapi", help="print the API's description (OpenAPI) and end")
     add_secret_flags(parser)
     return parser
 
@@ -41,6 +42,10 @@ def main(argv=None) -> None:
     from llava.serve.client import ServingClient
 
     args = build_parser().parse_args(argv)
+    if args.openapi:
+        from llava.serve.description import document
+
+        return write_line(json.dumps(document("api"), indent=1))
     keys = read_keys(args.api_key_file, args.requests_per_minute)
     if not keys.required and args.host not in LOOPBACK and not args.no_api_key:
         raise LlavaError(
@@ -59,6 +64,7 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> RequestMidd
     from llava.serve.api.metrics import Metrics
     from llava.serve.api.types import ChatRequest, model_entry
     from llava.serve.bodies import read_body
+    from llava.serve.description import document
 
     metrics = Metrics()
 
@@ -88,6 +94,10 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> RequestMidd
         except ServeError:
             workers = []
         return Response(metrics.text(workers), media_type="text/plain; version=0.0.4")
+
+    @app.get("/openapi.json")
+    async def openapi() -> dict:
+        return document("api")
 
     @app.get("/v1/models")
     async def models() -> dict:
