@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: help install lock audit sbom demo serve test test-all lint format clean
+.PHONY: help install lock audit sbom demo serve test test-all fuzz-api lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -53,6 +53,9 @@ test: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## the tests that CI runs
 
 test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
+
+fuzz-api: $(STAMP)  ## 10,000 requests made from the servers' descriptions (minutes)
+	$(BIN)/python -m tests.security.fuzz --cases 10000
 
 lint: $(STAMP)  ## linter, formatter, the contract of the layers, repeated code
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What stands before every server's routes: request ids, the secret or key, caps on size, errors in one form.
+"""What stands before every server's routes: request ids, names, the secret or key, caps on size, errors in one form.
 
 Plain ASGI, so that a body is counted while it arrives, before anything parses it.
 """
@@ -9,15 +9,14 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Any
 
-from llava.errors import require
-from llava.serve.protocol import ERRORS, KEEP_ALIVE_SECONDS, ErrorType, ServeError
+from llava.serve.hosts import Hosts
+from llava.serve.protocol import ERRORS, ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
-MAX_HEADERS = 100
+ONCE = (b"host", b"origin", b"authorization", b"x-llava-secret")  # the readers behind might take another one
 LIVENESS = "/health"  # the one path that needs no key
 REQUEST_ID_HEADER = "x-request-id"
 
@@ -29,6 +28,7 @@ class RequestMiddleware:
         app: the application behind it.
         authorize: from the request's headers (lower-case names) to None, or a ServeError to answer with.
         max_body: bytes of a body; more is refused while it arrives.
+        hosts: the names that the server answers to.
     """
 
     def __init__(
@@ -36,20 +36,25 @@ class RequestMiddleware:
         app,
         authorize: Callable[[dict[str, str]], ServeError | None],
         max_body: int = MAX_BODY_BYTES,
+        hosts: Hosts | None = None,
     ):
         self.app = app
         self.authorize = authorize
         self.max_body = max_body
+        self.hosts = hosts or Hosts()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id = "req-" + secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        scope["app"] = self.app  # a router alone answers in its own words where there is none
+        started, refusal = False, None
 
         async def send_with_id(message):
             nonlocal started
+            if refusal is not None and not started:
+                raise refusal  # frameworks have words of their own for a body that breaks off
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id.encode())]
@@ -58,33 +63,42 @@ class RequestMiddleware:
         received, is_whole = 0, False
 
         async def counted_receive():
-            nonlocal received, is_whole
+            nonlocal received, is_whole, refusal
             message = await receive()
             if message["type"] == "http.disconnect" and not is_whole:
-                raise ServeError(ErrorType.CANCELLED)  # left while it was sending: no fault of anyone here
+                refusal = ServeError(ErrorType.CANCELLED)  # left while it was sending: no fault of anyone here
             received += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if received > self.max_body:
-                raise ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
+                refusal = ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
+            if refusal is not None:
+                raise refusal
             return message
 
         try:
             self._check(scope)
             await self.app(scope, counted_receive, send_with_id)
+            return
         except ServeError as error:
-            if not started:
-                await _send_error(send_with_id, error, request_id)
-        except Exception:
-            # The last place before the client: the log gets the details, the client a request id. A response that
-            # has begun is left incomplete, which closes the connection.
-            logger.exception("%s %s failed", request_id, scope["path"])
-            if not started:
-                await _send_error(send_with_id, ServeError(ErrorType.INTERNAL), request_id)
+            failure = error
+        except Exception as error:
+            failure = refusal or _routing_error(error) or ServeError(ErrorType.INTERNAL)
+            if failure.error_type is ErrorType.INTERNAL:
+                # The last place before the client: the log gets the details, the client a request id. A response that
+                # has begun is left incomplete, which closes the connection.
+                logger.exception("%s %s failed", request_id, scope["path"])
+        if not started:
+            refusal = None
+            await _send_error(send_with_id, failure, request_id)
 
     def _check(self, scope) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if len(scope["headers"]) > MAX_HEADERS:
-            raise ServeError(ErrorType.TOO_LARGE, "Too many headers.")
+        if len(headers) < len(scope["headers"]):
+            names = [name.lower() for name, _ in scope["headers"]]
+            if any(names.count(name) > 1 for name in ONCE):
+                raise ServeError(ErrorType.BAD_REQUEST, "A header stands twice that may stand once.")
+        if error := self.hosts.check(headers):
+            raise error
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.max_body:
             raise ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
@@ -92,6 +106,13 @@ class RequestMiddleware:
             error = self.authorize(headers)
             if error is not None:
                 raise error
+
+
+def _routing_error(error: Exception) -> ServeError | None:
+    """What a framework raises for a path or method that it has no route for."""
+    status, headers = getattr(error, "status_code", None), getattr(error, "headers", None) or {}
+    kinds = {404: ErrorType.NO_ROUTE, 405: ErrorType.WRONG_METHOD}
+    return ServeError(kinds[status], allow=headers.get("Allow")) if status in kinds else None
 
 
 async def unless_gone(receive, work):
@@ -119,33 +140,24 @@ async def _wait_until_gone(receive) -> None:
         pass
 
 
-def run_server(app, host: str, port: int, **more: Any) -> None:
-    """Serve an ASGI application until a signal ends it. Nothing is logged of who asks; `more` goes to uvicorn."""
-    require("uvicorn", "serve").run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        **more,
-    )
-
-
 def answer_errors(app) -> None:
     """Make a FastAPI application answer a ServeError (and a body that doesn't fit) in the one form of errors."""
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 
     async def on_serve_error(request, error: ServeError):
-        retry = {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
-        return JSONResponse(error_body(error, request.state.request_id), error.status, retry)
+        return JSONResponse(error_body(error, request.state.request_id), error.status, error.headers)
 
     async def on_bad_body(request, error: RequestValidationError):
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         return await on_serve_error(request, ServeError(ErrorType.BAD_REQUEST, f"{where}: {first['msg']}"))
 
+    async def on_no_route(request, error: HTTPException):
+        return await on_serve_error(request, _routing_error(error) or ServeError(ErrorType.INTERNAL))
+
+    app.add_exception_handler(HTTPException, on_no_route)
     app.add_exception_handler(ServeError, on_serve_error)
     app.add_exception_handler(RequestValidationError, on_bad_body)
 
@@ -180,7 +192,6 @@ def error_body(error: ServeError, request_id: str) -> dict:
 async def _send_error(send, error: ServeError, request_id: str) -> None:
     body = json.dumps(error_body(error, request_id), ensure_ascii=False).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.retry_after is not None:
-        headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
+    headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
