@@ -20,7 +20,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from schemathesis.core.failures import FailureGroup
+from schemathesis.core.failures import Failure, FailureGroup
 
 from llava.serve.description import OPERATIONS, document
 from llava.serve.protocol import ERRORS, ErrorType, split_chunks
@@ -147,7 +147,7 @@ def _fault(operation, response) -> str | None:
         return _stream_fault([json.loads(event) for event in events if event != b"[DONE]"], b"")
     try:
         operation.validate_response(response)
-    except FailureGroup as error:
+    except (Failure, FailureGroup) as error:
         return f"not as described: {str(error)[:200]}"
     return None
 
