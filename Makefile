@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: help install lock audit sbom demo serve test test-all fuzz-api lint format clean
+.PHONY: help install lock audit sbom demo serve test test-all fuzz-api kills lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -56,6 +56,9 @@ test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## all tests, the long ones too
 
 fuzz-api: $(STAMP)  ## 10,000 requests made from the servers' descriptions (minutes)
 	$(BIN)/python -m tests.security.fuzz --cases 10000
+
+kills: $(STAMP)  ## 200 random SIGKILLs of commands and servers, figures as JSON (half an hour)
+	$(BIN)/python -m tests.faults.kills --kills 200
 
 lint: $(STAMP)  ## linter, formatter, the contract of the layers, repeated code
 	$(BIN)/ruff check .

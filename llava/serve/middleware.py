@@ -157,6 +157,11 @@ def answer_errors(app) -> None:
     async def on_no_route(request, error: HTTPException):
         return await on_serve_error(request, _routing_error(error) or ServeError(ErrorType.INTERNAL))
 
+    async def on_failure(request, _: Exception):
+        # The framework raises it again once it is answered; then RequestMiddleware logs it.
+        return await on_serve_error(request, ServeError(ErrorType.INTERNAL))
+
+    app.add_exception_handler(Exception, on_failure)
     app.add_exception_handler(HTTPException, on_no_route)
     app.add_exception_handler(ServeError, on_serve_error)
     app.add_exception_handler(RequestValidationError, on_bad_body)

@@ -206,7 +206,7 @@ class ChatAnswer:
         async for chunk in self._chunks(index):
             text, last = chunk["text"], chunk
             if logprobs is not None:
-                logprobs += chunk["logprobs"]
+                logprobs += chunk.get("logprobs") or []
         return text, logprobs, last
 
     async def _feed(self, index: int, queue: asyncio.Queue) -> None:
