@@ -99,7 +99,7 @@ def _download(folder: Path) -> Iterator[Words]:
 
 @contextlib.contextmanager
 def _generation(folder: Path) -> Iterator[Words]:
-    write_records(folder / "figures.jsonl", [{"id": f"f{n}", "caption": f"Caption {n}."} for n in range(60)])
+    write_records(folder / "figures.jsonl", [{"id": f"f{n}", "caption": f"Caption {n}."} for n in range(40)])
     with OpenAIServer("--mode", "dialogue", "--delay", "0.1", "--faults", "0.1", "--kinds", "429,500,cut") as server:
         words = ["-m", "llava.instruct.instruct_generate", "--input_path", str(folder / "figures.jsonl")]
         words += ["--api-base", server.url, "--api-model", "m"]
@@ -111,10 +111,10 @@ def _judging(folder: Path) -> Iterator[Words]:
     questions = [
         {"question_id": n, "text": f"Question {n}?", "gpt4_answer": "A scan.", "fig_caption": "CT.", "type": "detail"}
         | {"fig_label": "Fig. 1", "in_text_mention": [], "domain": {"ct_scan": True}}
-        for n in range(60)
+        for n in range(40)
     ]
     write_records(folder / "q.jsonl", questions)
-    write_records(folder / "a.jsonl", [{"question_id": n, "text": f"{n}.", "model_id": "m"} for n in range(60)])
+    write_records(folder / "a.jsonl", [{"question_id": n, "text": f"{n}.", "model_id": "m"} for n in range(40)])
     with OpenAIServer("--mode", "judge", "--delay", "0.1", "--faults", "0.1", "--kinds", "429,500,cut") as server:
         words = ["-m", "llava.eval.eval_multimodal_chat_gpt_score", "--question-file", str(folder / "q.jsonl")]
         words += ["--answers-file", str(folder / "a.jsonl"), "--api-base", server.url, "--api-model", "m"]
