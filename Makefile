@@ -1,4 +1,4 @@
-# Two commands to start with: `make demo` (the whole road on a laptop) and `make test`.
+# Two commands to start with: `make demo` (the full pipeline on a laptop) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: help install lock audit sbom demo serve test test-all fuzz-api kills lint format clean
+.PHONY: help install lock audit sbom demo serve test test-all fuzz fuzz-api kills lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -31,7 +31,7 @@ audit: $(STAMP)  ## ask whether a pinned package has known holes
 sbom: $(STAMP)  ## write sbom.json, what is installed (CycloneDX)
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python
 
-# Apart from the environment: beside a CPU build of torch, torchvision breaks transformers where it is importable.
+# Not in the environment: with a CPU build of torch, torchvision breaks transformers where it is importable.
 $(OPENCLIP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part \
 		torchvision==0.28.0 timm==1.0.31 open-clip-torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
@@ -60,10 +60,16 @@ fuzz-api: $(STAMP)  ## 10,000 requests made from the servers' descriptions (minu
 kills: $(STAMP)  ## 200 random SIGKILLs of commands and servers, figures as JSON (half an hour)
 	$(BIN)/python -m tests.faults.kills --kills 200
 
-lint: $(STAMP)  ## linter, formatter, the contract of the layers, repeated code
+FUZZ_FILES ?= 10000
+fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
+	mkdir -p runs
+	$(BIN)/python -m tests.fuzz.images --count $(FUZZ_FILES) --json runs/fuzz.json
+
+lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/pylint llava
 
 format: $(STAMP)  ## let ruff format and fix

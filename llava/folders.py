@@ -30,7 +30,7 @@ _REFUSED = _NO_SPACE | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, e
 
 
 def part_of(target: Path) -> Path:
-    """Where `target` is put together: beside it, so that it can be renamed."""
+    """Where `target` is put together: next to it, so that it can be renamed."""
     return target.parent / f".{target.name}{PART}"
 
 

@@ -32,7 +32,7 @@ _WINDOW = 1 << 20
 _NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets in brackets
 _BLANKS = (" ", "\n", "\r", "\t")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half beside it
+_ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half next to it
 _ESCAPE_IN_TEXT, _ESCAPE_IN_BYTES = re.compile(_ESCAPE), re.compile(_ESCAPE.encode())
 
 
@@ -137,7 +137,7 @@ class Replaced:
     def __enter__(self) -> "Replaced":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.count:
             first = f" (first: {self.first})" if self.first else ""
             logger.warning(
@@ -256,7 +256,7 @@ class ResumableJsonl:
     def __enter__(self) -> "ResumableJsonl":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _read_part(self) -> None:
@@ -282,14 +282,14 @@ def _iter_json(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file, Replaced(path) as replaced:
         try:
             text = file.read(_WINDOW)
-            place = _skip_blanks(text, 0) + 1  # behind the "["
+            place = _skip_blanks(text, 0) + 1  # after the "["
             while True:
                 if len(text) - place < _WINDOW // 4 and (more := file.read(_WINDOW)):
                     text, place = text[place:] + more, 0
                 place = _skip_blanks(text, place)
                 if text[place : place + 1] == "]":
                     if text[place + 1 :].strip() or file.read().strip():
-                        raise ValueError("there is something behind the list")
+                        raise ValueError("there is something after the list")
                     return
                 if index:
                     if text[place : place + 1] != ",":
@@ -306,7 +306,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
                         if not unfinished or not (more := file.read(max(_WINDOW, len(text)))):
                             raise
                     else:
-                        # What ends with the window may go on behind it (a number), or the file be cut here.
+                        # What ends with the window may go on after it (a number), or the file be cut here.
                         if not (more := file.read(_WINDOW)):
                             raise ValueError("the list is cut off")
                     text, place = text[place:] + more, 0
@@ -324,7 +324,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
 
 
 def _read_list(path: Path) -> list[Record]:
-    records = read_json(path)
+    records: list[Record] = read_json(path)
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")

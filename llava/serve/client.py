@@ -5,7 +5,7 @@ Needs no torch. A worker that can't be reached, or is lost before its first word
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
@@ -40,11 +40,8 @@ class ServingClient:
         """Names of the models that are ready."""
         return (await self._ask_controller("/list_models"))["models"]
 
-    async def refresh(self) -> list[str]:
-        return (await self._ask_controller("/refresh_all_workers"))["models"]
-
     async def worker_stats(self) -> list[dict[str, Any]]:
-        """Each worker's own status, with its address; who doesn't answer is left out."""
+        """Each worker's own status, with its address; workers that don't answer are left out."""
         import aiohttp
 
         found = []
@@ -60,7 +57,7 @@ class ServingClient:
         body = {"model": model, "exclude": sorted(exclude)}
         return (await self._ask_controller("/get_worker_address", body))["address"] or None
 
-    async def generate(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def generate(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of an answer (llava.serve.job's request).
 
         Raises:
@@ -107,14 +104,14 @@ class ServingClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
         if reply.status != 200:
-            error = _http_error(reply.status, content)
-            raise error if isinstance(error, ServeError) else ServeError(ErrorType.INTERNAL)
+            refused = _http_error(reply.status, content)
+            raise refused if isinstance(refused, ServeError) else ServeError(ErrorType.INTERNAL)
         try:
             return AttentionMap.model_validate_json(content).model_dump()
         except ValueError as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
 
-    async def _stream(self, address: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _stream(self, address: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         import aiohttp
 
         ended, rest = False, b""
