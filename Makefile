@@ -6,18 +6,30 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: help install demo serve test test-all fuzz lint format clean
+.PHONY: help install lock audit sbom demo serve test test-all fuzz fuzz-api kills lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(STAMP)  ## make the virtual environment and install everything into it
 
-# torch first and pinned: the range alone may bring another build and gigabytes of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+# Whatever is downloaded has to have one of the lock's hashes. torch's builds differ by platform: it is only pinned.
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,tracking]'
 	touch $@
+
+# deepspeed isn't a wheel: building it runs code of packages that no hash covers.
+lock:  ## write requirements.lock anew, after a change of constraints.txt
+	grep -vE '^(torch|deepspeed)==' constraints.txt | $(BIN)/uv pip compile --quiet --no-deps --generate-hashes \
+		--no-header --no-annotate --output-file requirements.lock -
+
+audit: $(STAMP)  ## ask whether a pinned package has known holes
+	$(BIN)/python scripts/audit.py constraints.txt
+
+sbom: $(STAMP)  ## write sbom.json, what is installed (CycloneDX)
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python
 
 # Not in the environment: with a CPU build of torch, torchvision breaks transformers where it is importable.
 $(OPENCLIP): $(STAMP)
@@ -41,6 +53,12 @@ test: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## the tests that CI runs
 
 test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
+
+fuzz-api: $(STAMP)  ## 10,000 requests made from the servers' descriptions (minutes)
+	$(BIN)/python -m tests.security.fuzz --cases 10000
+
+kills: $(STAMP)  ## 200 random SIGKILLs of commands and servers, figures as JSON (half an hour)
+	$(BIN)/python -m tests.faults.kills --kills 200
 
 FUZZ_FILES ?= 10000
 fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.folders import PART, sync
+from llava.folders import PART, sync, writing
 
 Record = dict[str, Any]
 
@@ -183,8 +183,17 @@ def _dumps(content: Any, path: str | Path, indent: int | None = None) -> str:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes if it fails."""
+    """A temporary path that becomes `path` when the block ends well, and vanishes if it fails.
+
+    Raises:
+        LlavaError: the system refuses to write it.
+    """
     path = Path(path)
+    with writing(path):
+        yield from _atomic_path(path)
+
+
+def _atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     os.close(handle)
@@ -213,18 +222,22 @@ class ResumableJsonl:
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + PART)
         self.key = key
-        self.part.parent.mkdir(parents=True, exist_ok=True)
         self.done: dict[Any, Record] = {}
-        if self.part.exists():
-            self._read_part()
-        self._file = self.part.open("ab")
+        with writing(self.part):
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            if self.part.exists():
+                self._read_part()
+            # Without a buffer: what a full disk refused must not be tried again while the file is closed.
+            self._file = self.part.open("ab", buffering=0)
 
     def add(self, record: Record) -> None:
         key = record[self.key]
         if key in self.done:
             raise LlavaError(f"{self.part}: {self.key} {key!r} was written twice")
-        self._file.write(_dumps(record, self.path).encode() + b"\n")
-        self._file.flush()
+        rest = memoryview(_dumps(record, self.path).encode() + b"\n")
+        with writing(self.part, f"{len(self.done)} records are kept"):
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self.done[key] = record
 
     def finish(self, order: Iterable[Any] | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
 from llava.serve.session import open_session
+from llava.serve.worker_answers import MOST_PENDING_BYTES, AttentionMap, Chunk, ReportedStatus
 
 SHORT_TIMEOUT = 10.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first
@@ -47,7 +48,8 @@ class ServingClient:
         for worker in (await self._ask_controller("/list_workers"))["workers"]:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
                 status = await self._post(f"{worker['address']}/worker_get_status", {})
-                found.append({"address": worker["address"], **status})
+                checked = ReportedStatus.model_validate(status).model_dump()
+                found.append({"address": worker["address"], **checked})
         return found
 
     async def address(self, model: str, exclude: set[str] | frozenset[str] = frozenset()) -> str | None:
@@ -104,7 +106,10 @@ class ServingClient:
         if reply.status != 200:
             refused = _http_error(reply.status, content)
             raise refused if isinstance(refused, ServeError) else ServeError(ErrorType.INTERNAL)
-        return json.loads(content)
+        try:
+            return AttentionMap.model_validate_json(content).model_dump()
+        except ValueError as error:
+            raise ServeError(ErrorType.WORKER_LOST) from error
 
     async def _stream(self, address: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         import aiohttp
@@ -117,14 +122,17 @@ class ServingClient:
                     raise _http_error(reply.status, await reply.read())
                 async for data in reply.content.iter_any():
                     chunks, rest = split_chunks(rest + data)
+                    if len(rest) > MOST_PENDING_BYTES:
+                        raise _Unreachable("a chunk without an end")
                     for chunk in chunks:
+                        Chunk.model_validate(chunk)
                         if chunk.get("error_code"):
                             raise decode_error(chunk)
                         ended = ended or chunk.get("finish_reason") is not None
                         yield chunk
         except aiohttp.SocketTimeoutError as error:
             raise ServeError(ErrorType.TIMEOUT) from error
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             raise _Unreachable from error
         if not ended:
             raise _Unreachable
@@ -166,5 +174,5 @@ def _http_error(status: int, content: bytes) -> Exception:
     try:
         error = json.loads(content)["error"]
         return ServeError(ErrorType(error["type"]), error["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return _Unreachable(f"status {status}")

@@ -235,7 +235,6 @@ def _answer(error: ServeError) -> bytes:
         "content-length": str(len(body)),
         "connection": "close",
     }
-    if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    headers |= error.headers
     lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
     return STATUS_LINE[error.status] + "".join(lines).encode() + b"\r\n" + body
