@@ -18,9 +18,6 @@ TRAIN = "llava.train.train"
 SHARED = {"help", "debug"}
 """Flags of every command, which tests/test_commands.py looks at."""
 
-WITHOUT_FLAGS = {"llava.serve.decoding_process"}
-"""Modules that another process of the package starts, not a user."""
-
 
 def command_modules() -> list[str]:
     """Modules that run as `python -m …`."""
@@ -28,7 +25,7 @@ def command_modules() -> list[str]:
     for path in sorted((ROOT / "llava").rglob("*.py")):
         if re.search(r'^if __name__ == "__main__":', path.read_text(), re.MULTILINE):
             found.append(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    return [module for module in found if module not in WITHOUT_FLAGS]
+    return found
 
 
 def flags_of(parser: argparse.ArgumentParser) -> Iterator[set[str]]:

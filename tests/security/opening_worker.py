@@ -11,7 +11,7 @@ import time
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import ImageError
-from llava.serve.decoding_pool import DecodingPool, _text_threads
+from llava.serve.decoding.pool import DecodingPool, _text_threads
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
 

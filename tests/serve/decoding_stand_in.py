@@ -1,4 +1,4 @@
-"""In place of `llava.serve.decoding_process`: what a broken or hostile decoder could do, by the image's first pixel.
+"""In place of `llava.serve.decoding.process`: what a broken or hostile decoder could do, by the image's first pixel.
 
 1 hangs, 2 dies, 3 replies with another size than it sends, 4 takes all memory; else the image is filled with the
 number of the process.
@@ -9,7 +9,7 @@ import time
 
 from PIL import Image
 
-from llava.serve import decoding_process
+from llava.serve.decoding import process as decoding_process
 
 
 def open_as_ordered(content, **options):

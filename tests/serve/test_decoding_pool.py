@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from llava.images import ImageError, open_uploaded_image
-from llava.serve.decoding_pool import DecodingPool, start_in_thread
+from llava.serve.decoding.pool import DecodingPool, start_in_thread
 from llava.serve.protocol import ErrorType, ServeError
 from tests.security.image_bombs import BOMBS
 from tests.serve.processes import wait_until

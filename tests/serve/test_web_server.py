@@ -17,6 +17,7 @@ from starlette.routing import Mount
 
 from llava.errors import LlavaError
 from llava.serve import gradio_web_server
+from llava.serve.api.keys import read_keys
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
 from llava.serve.web.examples import EXAMPLES, draw_example
 from llava.serve.web.feedback import FeedbackLog
@@ -170,10 +171,13 @@ def test_feedback_is_private_and_forgotten_in_time(tmp_path):
 
 def test_what_the_page_is_made_of_is_decided_by_flags(tmp_path):
     pytest.importorskip("gradio", reason="gradio is in the extra serve")
+    from llava.serve.web.middleware import PageMiddleware
 
     def pages(*words):
         args = gradio_web_server.build_parser().parse_args(["--controller", "http://127.0.0.1:1", *words])
-        middleware = gradio_web_server.build_app(args, None, tmp_path).app
+        middleware = gradio_web_server.build_app(args, None, tmp_path, read_keys(None, None))
+        while not isinstance(middleware, PageMiddleware):
+            middleware = middleware.app
         (found,) = [route.app.blocks for route in middleware.app.routes if isinstance(route, Mount)]
         return middleware, found, json.dumps(found.config, default=str)
 
@@ -201,7 +205,7 @@ def test_models_are_looked_for_once_or_all_the_time(monkeypatch, tmp_path, mode,
 
     monkeypatch.setattr(ServingClient, "models", models)
     args = gradio_web_server.build_parser().parse_args(["--model-list-mode", mode])
-    gradio_web_server.build_app(args, None, tmp_path)
+    gradio_web_server.build_app(args, None, tmp_path, read_keys(None, None))
     asyncio.run(made[0].on_tick([], True, None, "none"))
     asyncio.run(made[0].on_tick(["m"], True, "m", "none"))
     assert len(calls) == asked

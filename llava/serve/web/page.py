@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from llava.errors import ImageError, LlavaError
-from llava.serve.decoding_pool import DecodingPool, in_thread
+from llava.serve.decoding.pool import DecodingPool, in_thread
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
 from llava.serve.web.answers import answer

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llava.serve.decoding_pool import start_in_thread
+from llava.serve.decoding.pool import start_in_thread
 from llava.serve.job import Job
 from llava.serve.protocol import ErrorType, ServeError, encode_chunk, encode_error
 

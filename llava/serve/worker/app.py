@@ -4,7 +4,7 @@ import contextlib
 import logging
 
 from llava.serve.bodies import read_json
-from llava.serve.decoding_pool import in_thread
+from llava.serve.decoding.pool import in_thread
 from llava.serve.hosts import Hosts
 from llava.serve.http_server import server_settings
 from llava.serve.job import Job, read_attention_map_request, read_job

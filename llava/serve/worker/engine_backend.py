@@ -20,7 +20,7 @@ from llava.generation import (
 )
 from llava.generation import Piece as EnginePiece
 from llava.images import png_data_url
-from llava.serve.decoding_pool import DecodingPool
+from llava.serve.decoding.pool import DecodingPool
 from llava.serve.job import Job, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece

@@ -15,7 +15,7 @@ import httpx  # for its errors: the openai package's own client lets them throug
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, require
 from llava.images import open_uploaded_image, png_data_url
-from llava.serve.decoding_pool import DecodingPool
+from llava.serve.decoding.pool import DecodingPool
 from llava.serve.job import Job, Message
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece

@@ -1,4 +1,4 @@
-"""A process that opens images for others, one after the other, and may die of them: see `llava.serve.decoding_pool`.
+"""A process that opens images for others, one after the other, and may die of them: see `llava.serve.decoding.pool`.
 
 It is started with a socket and its memory's limit. A request is a length, JSON of options and the file's content; the
 reply is JSON with an error or a size, and the pixels. Nothing is unpickled on either side.
@@ -96,7 +96,3 @@ class _Collector(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.warnings.append(record.getMessage())
-
-
-if __name__ == "__main__":
-    main()

@@ -28,10 +28,12 @@ from PIL import Image
 
 from llava.errors import ImageError
 from llava.images import UPLOAD_LIMITS, read_upload
-from llava.serve.decoding_process import HEAD, READY
+from llava.serve.decoding.process import HEAD, READY
 from llava.serve.protocol import ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
+
+_PROGRAM = "from llava.serve.decoding.process import main; main()"
 
 SECONDS = 10.0
 """For one image. Header caps keep any image under 5 of one core (`llava.images.limits`)."""
@@ -110,7 +112,7 @@ class DecodingPool:
 
     def __init__(self, size: int = 2, seconds: float = SECONDS, memory: int = MEMORY, command: list[str] | None = None):
         self.seconds = seconds
-        command = command or [sys.executable, "-m", "llava.serve.decoding_process"]
+        command = command or [sys.executable, "-c", _PROGRAM]
         self._all = [_Process(command, memory) for _ in range(size)]
         self._free: queue.Queue[_Process] = queue.Queue()
         for process in self._all:
