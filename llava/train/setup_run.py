@@ -28,6 +28,8 @@ from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_t
 from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
 from llava.train.projector_file import save_projector
 from llava.train.trainer import LlavaTrainer
+from llava.train.validation import EarlyStopping, Validation
+from llava.train.validation_flags import metric_name
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +101,11 @@ def build_dataset(
 
 
 def build_trainer(
-    arguments: Arguments, loaded: LoadedModel, dataset: LlavaDataset, cache: FeatureCache | None
+    arguments: Arguments,
+    loaded: LoadedModel,
+    dataset: LlavaDataset,
+    cache: FeatureCache | None,
+    validation: Validation | None = None,
 ) -> LlavaTrainer:
     """The trainer, its callbacks, and how it writes the model."""
     data, training = arguments.data, arguments.training
@@ -130,12 +136,11 @@ def build_trainer(
         model=model,
         args=training,
         train_dataset=train_dataset,
-        data_collator=Collator(
-            padding_id(tokenizer), packing=data.packing, pack_length=pack_length(arguments), cache=cache
-        ),
+        data_collator=build_collator(arguments, loaded, cache),
         write_model=write_model,
         describe=dataset.describe,
         attention=partial(training_attention, config, packed=data.packing, longest=training.model_max_length),
+        validation=validation,
     )
     from transformers import ProgressCallback
     from transformers.trainer_callback import PrinterCallback
@@ -145,7 +150,30 @@ def build_trainer(
     bar = ProgressBar(trainer, flops_per_token(model), peak_tflops(training.peak_tflops), disable=training.disable_tqdm)
     trainer.add_callback(bar)
     trainer.progress = bar
+    if arguments.validation.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(arguments.validation.early_stopping_patience))
     return trainer
+
+
+def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCache | None) -> Collator:
+    """What makes batches, as the flags say; `cache` holds the features of their images."""
+    return Collator(
+        padding_id(loaded.tokenizer),
+        packing=arguments.data.packing,
+        pack_length=pack_length(arguments),
+        cache=cache,
+    )
+
+
+def build_validation(arguments: Arguments, loaded: LoadedModel, store: RecordStore) -> Validation:
+    """What measures held-out records (`store`), made into samples and batches as those to train on."""
+    dataset, cache = build_dataset(arguments.held_out(), loaded, store)
+    return Validation(
+        dataset,
+        build_collator(arguments, loaded, cache),
+        batch_size=arguments.training.eval_batch_size,
+        max_tokens=arguments.data.max_tokens_per_batch,
+    )
 
 
 def pack_length(arguments: Arguments) -> int | None:
@@ -187,6 +215,7 @@ def summarise(
         "samples_seen": trainer.samples_seen * training.world_size,
         "tokens_seen": trainer.tokens_seen * training.world_size,
         "tokens_per_second": round(rate, 1),
+        "data_wait": round(trainer.progress.data_wait(), 4),
         "mfu": round(rate * flops_per_token(model) / (peak * 1e12 * training.world_size), 4) if peak else None,
         "seconds": round(seconds, 1),
         "peak_memory_mb": round(memory_mb(), 1),
@@ -198,7 +227,29 @@ def summarise(
         "without_target": _named(dataset, sorted(report.targetless)),
         "answers_without_question": _named(dataset, sorted(report.dropped_turns)),
         "left_out": _named(dataset, sorted(report.skipped)),
+        "loss_normalisation": training.loss_normalisation,
+        "validation": _validated(trainer),
         "conversation_template": model.config.conversation_template,
+    }
+
+
+def _validated(trainer: LlavaTrainer) -> dict[str, Any] | None:
+    """What is to be said of the held-out records, but for what was measured."""
+    validation = trainer.validation
+    if validation is None:
+        return None
+    report = validation.report
+    report.add(validation.dataset.report)
+    return {
+        "data_path": str(validation.dataset.store.path),
+        "samples": len(validation.dataset),
+        "seconds": round(validation.seconds, 1),
+        "metric": metric_name(trainer.args) if trainer.args.metric_for_best_model else None,
+        "best_step": trainer.state.best_global_step,
+        "best_was_loaded": bool(trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint),
+        "truncated": _named(validation.dataset, sorted(report.truncated)),
+        "without_target": _named(validation.dataset, sorted(report.targetless)),
+        "left_out": _named(validation.dataset, sorted(report.skipped)),
     }
 
 
