@@ -167,12 +167,20 @@ def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCach
 
 def build_validation(arguments: Arguments, loaded: LoadedModel, store: RecordStore) -> Validation:
     """What measures held-out records (`store`), made into samples and batches as those to train on."""
+    flags = arguments.validation
     dataset, cache = build_dataset(arguments.held_out(), loaded, store)
+    answers = None
+    if flags.eval_generate:
+        from llava.train.answers import HeldOutAnswers
+
+        answers = HeldOutAnswers(loaded, dataset, flags.eval_generate, flags.eval_max_new_tokens)
+        answers.require(arguments.training.metric_for_best_model)
     return Validation(
         dataset,
         build_collator(arguments, loaded, cache),
         batch_size=arguments.training.eval_batch_size,
         max_tokens=arguments.data.max_tokens_per_batch,
+        answer=answers,
     )
 
 

@@ -234,7 +234,7 @@ class LlavaTrainer(Trainer):
             load_non_lora(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        best, step = self._best_checkpoint(), self.state.best_global_step
+        best = self._best_checkpoint()
         if best is None:
             logger.warning(
                 "the best checkpoint (step %s) is gone; the last weights are kept", self.state.best_global_step

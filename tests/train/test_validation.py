@@ -34,14 +34,21 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Training records, and held-out ones beside them (13, every third without an image)."""
+    """Training records, and held-out ones beside them (13, every third without an image).
+
+    Those in other.json have answers that training makes unlikely: their loss rises.
+    """
     folder = tmp_path_factory.mktemp("data")
-    make_records(folder, 13, text_only_every=3, name="held_out.json")
+    held = make_records(folder, 13, text_only_every=3, name="held_out.json")
+    records = json.loads(held.read_text())
+    for record in records:
+        record["conversations"][1]["value"] = "Nowhere was any pneumothorax seen"
+    (folder / "other.json").write_text(json.dumps(records))
     return make_records(folder, 24, text_only_every=3)
 
 
-def held_out(data: Path) -> tuple[str, str]:
-    return "--eval_data_path", str(data.with_name("held_out.json"))
+def held_out(data: Path, name: str = "held_out.json") -> tuple[str, str]:
+    return "--eval_data_path", str(data.with_name(name))
 
 
 def curve(folder: Path, name: str = "eval_loss") -> list[float]:
@@ -97,7 +104,7 @@ def test_the_held_out_loss_is_the_mean_over_all_targets_and_changes_nothing(tmp_
 )
 def test_two_processes_measure_the_same_and_load_the_best(tmp_path, base, data, script, more):
     """13 records in batches of 1 on two processes: one process has one less, and some hold text alone."""
-    more = (*RUN, *held_out(data), "--per_device_eval_batch_size", "1", "--learning_rate", "3e-2", *more)
+    more = (*RUN, *held_out(data, "other.json"), "--per_device_eval_batch_size", "1", "--learning_rate", "3e-2", *more)
     more += (
         "--load_best_model_at_end",
         "True",
@@ -115,41 +122,45 @@ def test_two_processes_measure_the_same_and_load_the_best(tmp_path, base, data, 
     assert best < 6, "the rate is chosen so that the last model isn't the best"
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["best_global_step"] == best and Path(state["best_model_checkpoint"]).name == f"checkpoint-{best}"
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-6"}
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{best}"]
     assert min(found) == pytest.approx(
         loss_by_hand(tmp_path, flags(tmp_path, data, base, *RUN, *held_out(data)))[0], rel=1e-4
     )
 
 
+def start(argv: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "llava.train.train", *argv]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
 def test_killed_in_the_middle_of_an_evaluation_it_resumes_on_the_same_curves(tmp_path, base, data):
     more = (*RUN, *held_out(data), "--per_device_eval_batch_size", "1", "--save_strategy", "steps", "--save_steps", "2")
-    more += ("--load_best_model_at_end", "True")
-    train(flags(tmp_path / "whole", data, base, *more))
-    words = [sys.executable, "-m", "llava.train.train", *flags(tmp_path / "killed", data, base, *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
+    with start(flags(tmp_path / "killed", data, base, *more)) as process:
         for line in process.stderr:
             if "step 4: evaluating 13 held-out records" in line:
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "checkpoint-4").exists(), "it was killed after the evaluation"
-    summary = train(flags(tmp_path / "killed", data, base, *more))
-    assert summary["resumed_from"].endswith("checkpoint-2")
+    names = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
+    assert names == {"checkpoint-2"}, "it was killed after the evaluation"
+    for name in ("whole", "killed"):
+        process = start(flags(tmp_path / name, data, base, *more))
+        assert process.communicate(timeout=300)[1] is not None and process.returncode == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-EARLY = ("--learning_rate", "0.3", "--max_steps", "12", "--eval_steps", "1", "--early_stopping_patience", "3")
+EARLY = ("--learning_rate", "3e-2", "--max_steps", "9", "--eval_steps", "1", "--early_stopping_patience", "2")
 
 
 def test_a_run_ends_early_and_a_resumed_one_counts_on(tmp_path, base, data):
-    more = (*RUN, *held_out(data), *EARLY, "--save_strategy", "steps", "--save_steps", "1")
+    more = (*RUN, *held_out(data, "other.json"), *EARLY, "--save_strategy", "steps", "--save_steps", "1")
     train(flags(tmp_path / "whole", data, base, *more))
     found = curve(tmp_path / "whole")
-    assert len(found) == 1 + found.index(min(found)) + 3 < 12
+    assert len(found) == 1 + found.index(min(found)) + 2 < 9
     last = len(found) - 1
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{last}", tmp_path / "killed" / f"checkpoint-{last}")
     train(flags(tmp_path / "killed", data, base, *more))
@@ -157,15 +168,15 @@ def test_a_run_ends_early_and_a_resumed_one_counts_on(tmp_path, base, data):
 
 
 def test_the_best_adapter_is_loaded_with_its_projector(tmp_path, base, data):
-    more = (*RUN, *held_out(data), "--lora_enable", "True", "--lora_dropout", "0", "--learning_rate", "0.1")
+    more = (*RUN, *held_out(data, "other.json"), "--lora_enable", "True", "--lora_dropout", "0")
+    more += ("--learning_rate", "0.1")
     more += ("--load_best_model_at_end", "True", "--save_strategy", "best")
     summary = train(flags(tmp_path, data, base, *more))
     best = tmp_path / f"checkpoint-{summary['validation']['best_step']}"
     assert summary["validation"]["best_was_loaded"] and summary["validation"]["best_step"] < 6
-    assert torch.load(tmp_path / "non_lora_trainables.bin").keys()
-    for name in ("non_lora_trainables.bin",):
-        kept, final = (torch.load(folder / name, weights_only=True) for folder in (best, tmp_path))
-        assert all(torch.equal(kept[key], final[key]) for key in kept)
+    name = "non_lora_trainables.bin"
+    kept, final = (torch.load(folder / name, weights_only=True) for folder in (best, tmp_path))
+    assert kept and all(torch.equal(kept[key], final[key]) for key in kept)
     kept, final = (load_file(folder / "adapter_model.safetensors") for folder in (best, tmp_path))
     assert all(torch.equal(kept[key], final[key]) for key in kept)
 
@@ -174,7 +185,7 @@ def test_the_best_adapter_is_loaded_with_its_projector(tmp_path, base, data):
 def test_every_process_has_as_many_batches(processes):
     batches = even_batches([5, 9, 1, 7, 7, 3, 2], 2, processes)
     assert len(batches) % processes == 0
-    assert sorted(sum(batches, [])) == list(range(7)) and batches[0] == [1, 3]
+    assert sorted(number for batch in batches for number in batch) == list(range(7)) and batches[0] == [1, 3]
 
 
 @pytest.mark.parametrize(
