@@ -77,6 +77,9 @@ class DataArguments:
     skip_unreadable_images: bool = _flag(
         False, "leave out records whose image is missing or unreadable, count and name them"
     )
+    jpeg_draft: bool = _flag(
+        False, "decode large JPEGs at twice the size needed in place of their own: faster, pixels differ a little"
+    )
     cache_vision_features: bool = _flag(False, "compute the frozen tower's output once per distinct image and keep it")
     vision_cache_dir: str | None = _flag(
         None, "folder of those features; several runs may share it (default: <output_dir>/vision_cache)"

@@ -11,7 +11,7 @@ import torch
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.folders import WEIGHTS, part_in, publish_files, remove_parts
-from llava.images import open_image
+from llava.images import ImageProcessor, open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
 from llava.train.arguments import Arguments, LlavaTrainingArguments
@@ -68,9 +68,12 @@ def build_dataset(
         return encode_conversation(record, template, tokenizer, image_tokens, features_per_image=features)
 
     aspect_ratio, grid = model.config.image_aspect_ratio, model.config.image_grid_pinpoints
+    if data.jpeg_draft and aspect_ratio == "anyres":
+        raise LlavaError("--jpeg_draft: tiles (--image_aspect_ratio anyres) are cut from the whole image; leave it out")
+    draft = draft_size(processor) if data.jpeg_draft else None
 
     def load_image(source) -> np.ndarray:
-        pixels = processor([open_image(source)], aspect_ratio=aspect_ratio, grid_pinpoints=grid)
+        pixels = processor([open_image(source, draft=draft)], aspect_ratio=aspect_ratio, grid_pinpoints=grid)
         if aspect_ratio == "keep":
             return pixels[0][None]
         return pixels[0] if aspect_ratio == "anyres" else pixels
@@ -153,6 +156,11 @@ def build_trainer(
     if arguments.validation.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(arguments.validation.early_stopping_patience))
     return trainer
+
+
+def draft_size(processor: ImageProcessor) -> int:
+    """Pixels that the sides of a draft need: twice what the image is resized to, so that resizing still averages."""
+    return 2 * (processor.size if isinstance(processor.size, int) else max(processor.size))
 
 
 def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCache | None) -> Collator:
@@ -284,6 +292,8 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
         "aspect_ratio": loaded.model.config.image_aspect_ratio,
         "dtype": "bfloat16" if training.bf16 else "float32",
     }
+    if data.jpeg_draft:
+        settings["draft"] = draft_size(loaded.image_processor)
     root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
 
     def load(number: int, image) -> np.ndarray:

@@ -22,6 +22,7 @@ from llava.train.compute import compile_layers, set_policy
 from llava.train.data.collator import META_KEYS
 from llava.train.data.dataset import Report
 from llava.train.data.sampler import EpochSampler
+from llava.train.data.worker_errors import plain_worker_errors
 from llava.train.group_of_one import add_gradients_at_once, is_group_of_one, keeps_copies
 from llava.train.lora import load_non_lora
 from llava.train.loss_watch import LossWatch
@@ -132,7 +133,8 @@ class LlavaTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         started = time.monotonic()
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        with plain_worker_errors():
+            batches, num_items = super().get_batch_samples(*args, **kwargs)
         self.data_seconds += time.monotonic() - started
         if self.args.loss_normalisation == "tokens":
             self._targets_of_step = self._count_targets(batches)

@@ -6,7 +6,7 @@ one wait for the GPU at its end. It draws no random number, so a run with it tra
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from llava.train.data.collator import META_KEYS
 from llava.train.data.dataset import LlavaDataset, Report
+from llava.train.data.worker_errors import plain_worker_errors
 from llava.train.loss_watch import LossWatch
 from llava.train.packing import fill_batches
 from llava.train.validation_flags import metric_name
@@ -79,7 +80,8 @@ class Validation:
         model = trainer.model_for_validation()
         watch = LossWatch(self.dataset.describe)
         losses, counts = [], []
-        for batch in self._batches(trainer.args):
+        batches = iter(self._batches(trainer.args))
+        while (batch := _next(batches)) is not None:
             meta = {key: batch.pop(key) for key in META_KEYS}
             self._note(meta["report"])
             batch = trainer._prepare_inputs(send_to_device(batch, trainer.args.device, non_blocking=True))
@@ -115,6 +117,11 @@ class Validation:
             if number not in self.report.skipped:
                 logger.warning("left out: %s", message)
         self.report.add(report)
+
+
+def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    with plain_worker_errors():
+        return next(batches, None)
 
 
 def even_batches(
