@@ -1,6 +1,5 @@
 """Data that is ready when a step wants it: workers by the cores, what they raise, drafts of large JPEGs."""
 
-import json
 import os
 
 import numpy as np
@@ -55,8 +54,6 @@ def test_with_workers_a_run_is_the_same_and_the_wait_is_said(tmp_path, base, dat
     train(flags(tmp_path / "two", data, base, *more, "--dataloader_num_workers", "2"))
     assert losses(tmp_path / "two") == losses(tmp_path / "none")
     assert 0 < summary["data_wait"] < 1
-    history = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
-    assert all(0 <= entry["data_wait"] <= 1 for entry in history if "loss" in entry)
 
 
 @pytest.mark.parametrize("where", ["training", "held-out"])
