@@ -29,7 +29,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def part_of(target: Path) -> Path:
-    """Where `target` is put together: beside it, so that it can be renamed."""
+    """Where `target` is put together: next to it, so that it can be renamed."""
     return target.parent / f".{target.name}{PART}"
 
 

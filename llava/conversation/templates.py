@@ -163,7 +163,7 @@ _MED_1_0_TEMPLATES = {
     }.items()
 }
 _QWEN_TEMPLATES = {
-    # ChatML as Qwen2's own chat template writes it: a line break behind each end mark, which alone ends an answer.
+    # ChatML as Qwen2's own chat template writes it: a line break after each end mark, which alone ends an answer.
     "qwen2": replace(_mpt("You are a helpful assistant."), sep="<|im_end|>\n", sep2="<|im_end|>", version="qwen2"),
 }
 _BY_RELEASE = {

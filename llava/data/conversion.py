@@ -71,7 +71,7 @@ class ImageFolder:
 def vqa_record(
     id: str, image: str | None, question: str, answer: Any, answer_type: str | None = None, **fields: Any
 ) -> Record:
-    """One question and answer as a conversation, `<image>` behind the question; fields that are None are left out."""
+    """One question and answer as a conversation, `<image>` after the question; fields that are None are left out."""
     text = clean_text(question)
     record: Record = {"id": str(id)}
     if image is not None:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Options:
-    """What to check beside the form."""
+    """What to check apart from the form."""
 
     image_folder: Path | None = None
     tokenizer: str | None = None

@@ -8,7 +8,7 @@ _UNFINISHED = "\ufffd"
 _LONGEST_WAIT = 32
 """Tokens after which what has come is shown, broken characters too."""
 _FEW, _REMEMBERED = 3, 1 << 16
-"""Texts of so few tokens are remembered, so many of them."""
+"""Texts of up to `_FEW` tokens are cached; the cache holds `_REMEMBERED` of them."""
 
 
 class Detokenizer:

@@ -1,6 +1,6 @@
 """`Engine`: requests in, answers out. Offline (`generate`), one at a time (`stream`), or as a service (`submit`).
 
-Whoever waits for an answer drives the engine's steps, unless `start` has given that to a thread of its own.
+A caller that waits for an answer runs the engine's steps, unless `start` has begun a thread for them.
 """
 
 import logging

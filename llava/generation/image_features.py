@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -45,6 +45,8 @@ class ImageEncoder:
         self.image_processor = image_processor
         self.aspect_ratio = model.config.image_aspect_ratio
         self.max_bytes = max_bytes
+        self.opener: Callable[[Any], Image.Image] | None = None
+        """In place of `open_image`, where images are opened elsewhere."""
         self.encoded = self.reused = 0
         """How many images were encoded, and how many were found."""
         self._features: OrderedDict[int, torch.Tensor] = OrderedDict()
@@ -109,7 +111,7 @@ class ImageEncoder:
     def _pixels(self, image: RequestImage) -> np.ndarray:
         pixels = image.source
         if not isinstance(pixels, np.ndarray):
-            rgb = open_image(pixels)
+            rgb = (self.opener or open_image)(pixels)
             pixels = np.asarray(self.image_processor([rgb], self.aspect_ratio), np.float32)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         size = self.model.get_vision_tower().image_size

@@ -1,4 +1,4 @@
-"""Logits to tokens, each row by its own rule, the same whatever rows stand beside it.
+"""Logits to tokens, each row by its own rule, whatever other rows are in the batch.
 
 What each parameter of `SamplingParams` does is here: `_edited` changes logits (greedy rows too), `_draw` cuts the
 distribution that is drawn from.

@@ -26,11 +26,13 @@ def build_model_from_llm(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    cache_dir: str | Path | None = None,
     **mm_fields: Any,
 ) -> LoadedModel:
     """A LLaVA of a language model and a vision tower (folders or hub ids) with a new projector.
 
     Args:
+        cache_dir: where hub ids are downloaded to; by default the hub's cache.
         mm_fields: fields of the LLaVA config: `mm_projector_type`, `mm_vision_select_layer`,
             `mm_vision_select_feature`, `mm_image_token_scheme`, `mm_use_im_start_end`,
             `mm_use_im_patch_token`, `image_aspect_ratio`, `conversation_template`, …
@@ -39,8 +41,8 @@ def build_model_from_llm(
     Raises:
         LlavaError: the language model is of another kind, a folder is incomplete.
     """
-    llm_folder = locate_model(llm_path, "language model")
-    tower_folder = locate_model(vision_tower, "vision tower")
+    llm_folder = locate_model(llm_path, "language model", cache_dir=cache_dir)
+    tower_folder = locate_model(vision_tower, "vision tower", cache_dir=cache_dir)
     # A folder's absolute path, so that the note of its origin stays true from any working directory.
     tower_name = str(tower_folder.absolute()) if Path(vision_tower).expanduser().is_dir() else str(vision_tower)
     config = _config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)

@@ -1,4 +1,4 @@
-"""What a LLaVA configuration has beside its language model's fields (llava.model.families joins the two).
+"""What a LLaVA configuration adds to its language model's fields (llava.model.families joins the two).
 
 A checkpoint's config.json carries all that is needed to run the model; nothing is read off a folder's name.
 """
@@ -12,7 +12,7 @@ SCHEME_PATCH = "patch"
 
 @dataclass(kw_only=True)
 class LlavaConfigFields:
-    """Fields that a LLaVA config has beside those of its language model (`mm_*` as the releases name them)."""
+    """Fields that a LLaVA config adds to those of its language model (`mm_*` as the releases name them)."""
 
     mm_vision_tower: str | None = None
     """Hub id or folder of the vision tower; where the checkpoint holds the tower itself, only its origin."""

@@ -1,7 +1,7 @@
 """The families of language models that a LLaVA can be made of: one row each, read by everything that has to know.
 
 A family whose model has the library's usual parts (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`;
-blocks of `self_attn` with rotary positions and `mlp`, each behind a norm) needs two classes, a row in `FAMILIES`
+blocks of `self_attn` with rotary positions and `mlp`, each after a norm) needs two classes, a row in `FAMILIES`
 and, if its models were trained with a format of their own, a prompt template (llava.conversation.templates).
 """
 
@@ -71,9 +71,6 @@ class Family:
 
     older_types: tuple[str, ...] = ()
     """Further values of `model_type` that LLaVA checkpoints of this family have."""
-
-    has_delta: bool = True
-    """Whether models of this family are given away as differences to their base."""
 
     @property
     def llava_types(self) -> tuple[str, ...]:

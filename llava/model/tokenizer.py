@@ -58,8 +58,8 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer so that older transformers, SGLang and llama.cpp read it too.
 
-    Beside `tokenizer.json` these are the class's name of old, the SentencePiece model that it was made from, and
-    `added_tokens.json`.
+    Apart from `tokenizer.json` these are the older name of the class, the SentencePiece model that it was made
+    from, and `added_tokens.json`.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"

@@ -39,11 +39,8 @@ class ServingClient:
         """Names of the models that are ready."""
         return (await self._ask_controller("/list_models"))["models"]
 
-    async def refresh(self) -> list[str]:
-        return (await self._ask_controller("/refresh_all_workers"))["models"]
-
     async def worker_stats(self) -> list[dict[str, Any]]:
-        """Each worker's own status, with its address; who doesn't answer is left out."""
+        """Each worker's own status, with its address; workers that don't answer are left out."""
         import aiohttp
 
         found = []

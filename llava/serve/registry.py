@@ -94,7 +94,7 @@ class Registry:
             weights = weights if sum(weights) > 0 else None
             return self.dice.choices(able, weights)[0].address
         chosen = min(able, key=lambda worker: (worker.queue_length + 1) / max(worker.speed, 1e-9))
-        chosen.queue_length += 1  # until its next heartbeat tells the truth, it has one more to do
+        chosen.queue_length += 1  # corrected by its next heartbeat
         return chosen.address
 
     def status(self) -> dict:

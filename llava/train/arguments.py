@@ -59,7 +59,6 @@ class ModelArguments:
     attn_implementation: str | None = _flag(
         None, "sdpa, eager, flash_attention_2, … (train_mem takes the fastest that is installed)"
     )
-    trust_remote_code: bool = _flag(False, "accepted, without effect: no code of a checkpoint is ever run")
 
 
 @dataclass
@@ -86,7 +85,7 @@ class DataArguments:
     )
     packing: bool = _flag(False, "join the samples of a batch without padding, attention and positions kept apart")
     max_tokens_per_batch: int | None = _flag(
-        None, "with --packing: fill each batch up to so many tokens instead of a number of samples"
+        None, "with --packing: tokens that each batch is filled up to, in place of a number of samples"
     )
 
 
@@ -94,7 +93,7 @@ class DataArguments:
 class LlavaTrainingArguments(TrainingArguments):
     """The Trainer's own flags and those of this family of scripts."""
 
-    cache_dir: str | None = _flag(None, "where downloaded models are kept")
+    cache_dir: str | None = _flag(None, "where hub ids are downloaded to (default: the hub's cache)")
     remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
     logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
     model_max_length: int = _flag(2048, "longest sample in tokens, image positions included; longer ones are cut")
@@ -114,8 +113,12 @@ class LlavaTrainingArguments(TrainingArguments):
     mm_vision_tower_lr: float | None = _flag(None, "learning rate of the vision tower")
     group_by_modality_length: bool = _flag(False, "batches of like length, with and without images apart")
     bits: int = _flag(16, "16, or 8 or 4: load the language model quantized (with --lora_enable)")
-    double_quant: bool = _flag(True, "quantize the quantization constants too")
-    quant_type: Literal["nf4", "fp4"] = _flag("nf4", "4-bit data type")
+    double_quant: bool | None = _flag(
+        None, "with --bits 4: quantize the scales too (default: True, or a quantized checkpoint's own)"
+    )
+    quant_type: Literal["nf4", "fp4"] | None = _flag(
+        None, "with --bits 4: the data type (default: nf4, or a quantized checkpoint's own)"
+    )
     lora_enable: bool = _flag(False, "train low-rank adapters instead of the language model")
     lora_r: int = _flag(64, "rank")
     lora_alpha: int = _flag(16, "scale; the update is multiplied by lora_alpha / lora_r")
@@ -125,7 +128,6 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_target_modules: str | None = _flag(
         None, "names of layers, by comma (default: every linear layer of the language model but lm_head)"
     )
-    force_fsdp: bool = _flag(False, "accepted for old scripts; --fsdp says what is wanted")
     keep_half_weights: bool | None = _flag(
         None,
         "one GPU in half precision: keep the weights' half-precision copies over an optimizer step, "
@@ -227,8 +229,8 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, OSError) as error:
-        # The Trainer's dataclass checks its own flags and speaks in exceptions.
-        raise LlavaError(f"a flag can't be what it is: {' '.join(str(error).split())}") from error
+        # The Trainer's dataclass checks its own flags and raises these.
+        raise LlavaError(f"a flag has an invalid value: {' '.join(str(error).split())}") from error
     if rest:
         raise LlavaError(f"unknown argument {rest[0]!r}; see --help")
     return Arguments(model, data, training, validation)
@@ -336,13 +338,8 @@ def _check_pairs(arguments: Arguments) -> None:
             "--tune_mm_mlp_adapter trains the projector alone and --lora_enable adapters; choose one",
         ),
         (
-            training.bits < 16 and not (training.lora_enable or model.tune_mm_mlp_adapter),
+            training.bits < 16 and not training.lora_enable,
             f"--bits {training.bits} weights can't be trained themselves; add --lora_enable True",
-        ),
-        (
-            training.bits == 4 and not (training.double_quant and training.quant_type == "nf4"),
-            "--bits 4 is nf4 with double quantization; drop --quant_type fp4 and --double_quant False, which "
-            "take more memory or lose precision",
         ),
         (
             data.cache_vision_features and model.unfreeze_mm_vision_tower,
@@ -365,8 +362,17 @@ def _check_pairs(arguments: Arguments) -> None:
             "--packing leaves no padding that --group_by_modality_length could save; choose one",
         ),
         (
+            data.packing and training.train_sampling_strategy == "group_by_length",
+            "--packing leaves no padding that --group_by_length (--train_sampling_strategy group_by_length) could "
+            "save; choose one",
+        ),
+        (
             data.max_tokens_per_batch is not None and not data.packing,
             "--max_tokens_per_batch fills packed batches; add --packing True",
+        ),
+        (
+            training.remove_unused_columns,
+            "--remove_unused_columns True would take from samples what their batches need; leave it out",
         ),
         (
             bool(training.fsdp) and bool(training.deepspeed),

@@ -66,7 +66,7 @@ def find_damage(folder: Path) -> str | None:
 
 @contextmanager
 def staged(final: Path, *, main_process: bool = True) -> Iterator[Path]:
-    """A folder beside `final` to write into; the main process finishes it with `publish`."""
+    """A folder next to `final` to write into; the main process finishes it with `publish`."""
     staging = part_of(final)
     if main_process:
         shutil.rmtree(staging, ignore_errors=True)

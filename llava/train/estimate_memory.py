@@ -44,7 +44,7 @@ class Recipe:
     model_max_length: int = 2048
     gradient_checkpointing: bool = False
     every_n_layers: int = 1
-    """With gradient_checkpointing: one layer of so many computes its activations again, the others keep them."""
+    """With gradient_checkpointing: one in this many layers recomputes its activations, the others keep them."""
     half_precision: bool = True
     tune_mm_mlp_adapter: bool = False
     lora_enable: bool = False
@@ -244,7 +244,7 @@ def _shape(name: str) -> dict[str, int]:
             "head_dim": config.get("head_dim") or 0,
             "tied": int(bool(config.get("tie_word_embeddings"))),
         }
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise LlavaError(f"{path}: not a language model's config ({error})") from error
 
 

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: adapters on the language model's linear layers, the projector trained beside them whole."""
+"""LoRA and QLoRA: adapters on the language model's linear layers, the projector is trained whole."""
 
 import re
 from pathlib import Path
@@ -90,7 +90,7 @@ def save_adapter(peft_model: nn.Module, folder: Path, state_dict: dict[str, torc
 
 
 def load_non_lora(peft_model: nn.Module, folder: Path) -> None:
-    """Give the model the trained weights beside an adapter."""
+    """Give the model the trained weights that are saved with an adapter."""
     path = folder / NON_LORA
     if not path.is_file():
         return

@@ -31,7 +31,7 @@ def prepare_model(arguments: Arguments) -> LoadedModel:
         LlavaError: a folder is incomplete, a flag contradicts the checkpoint, or nothing would be trained.
     """
     model_args, training = arguments.model, arguments.training
-    folder = locate_model(model_args.model_name_or_path)
+    folder = locate_model(model_args.model_name_or_path, cache_dir=training.cache_dir)
     if _is_language_model(folder):
         loaded = _build(folder, arguments)
     else:
@@ -149,6 +149,7 @@ def _build(folder: Path, arguments: Arguments) -> LoadedModel:
         device="cpu",
         dtype=load_dtype(folder, arguments),
         attn_implementation=flags.attn_implementation,
+        cache_dir=arguments.training.cache_dir,
         **{name: value for name, value in fields.items() if value is not None},
     )
 
@@ -161,6 +162,9 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
         dtype=load_dtype(folder, arguments),
         load_8bit=arguments.training.bits == 8,
         load_4bit=arguments.training.bits == 4,
+        quant_type=arguments.training.quant_type,
+        double_quant=arguments.training.double_quant,
+        cache_dir=arguments.training.cache_dir,
         vision_tower=flags.vision_tower,
         attn_implementation=flags.attn_implementation,
     )

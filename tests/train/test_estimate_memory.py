@@ -97,3 +97,12 @@ def test_unknown_flags_and_models_are_refused():
         main(["--model_name_or_path", "llama-7b", "--nosuch", "1"])
     with pytest.raises(LlavaError, match=r"config\.json"):
         main(["--model_name_or_path", "nowhere"])
+
+
+def test_sharded_over_gpus_each_holds_less(capsys, tmp_path):
+    argv = ["--model_name_or_path", "llama-7b", "--bf16", "True", "--fsdp", "full_shard", "--gradient_checkpointing"]
+    totals = []
+    for gpus in ("1", "8"):
+        main([*argv, "--gpus", gpus, "--json", str(tmp_path / gpus)])
+        totals.append(json.loads((tmp_path / gpus).read_text())["total_gb"])
+    assert totals[1] < totals[0] / 3

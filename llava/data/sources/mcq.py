@@ -77,7 +77,7 @@ def _records(files: Sequence[Path], args, conversion: Conversion) -> Iterator[Re
 
 
 def option_orders(options: int, wanted: int, seed: str) -> list[tuple[int, ...]]:
-    """Different orders of so many options, as places: as given, then moved round so that each takes every letter, then
+    """Different orders of `options` options, as places: as given, then rotated so that each takes every letter, then
     random ones."""
     orders = dict.fromkeys(tuple((place + turn) % options for place in range(options)) for turn in range(options))
     generator = random.Random(seed)

@@ -23,7 +23,7 @@ NAME = "qa-captions"
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--records", required=True, help="LLaVA-Med records with images (of the training split only)")
     parser.add_argument("--question", default="Describe the picture.")
-    parser.add_argument("--min-images", type=int, default=1, help="keep sentences that so many images share")
+    parser.add_argument("--min-images", type=int, default=1, help="least number of images that share a kept sentence")
     parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")
 
 

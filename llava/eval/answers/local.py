@@ -55,7 +55,7 @@ class LocalAnswers:
 
     Args:
         question_images: of the questions.
-        answer_prompter: ask a second time for the answer alone, and put it behind the first answer.
+        answer_prompter: ask a second time for the answer alone, and append it to the first answer.
         yes_no_probabilities: write each closed question's probability of yes against no too.
         option_likelihoods: write how likely each option of a multiple-choice question is too, as letter and as text.
     """

@@ -124,7 +124,7 @@ _DENIALS = frozenset("不没沒无無非未否")
 
 
 def _is_denied(words: list[str], text: list[str]) -> bool:
-    """Whether Chinese words stand behind a character that denies them, where each character is a word of its own."""
+    """Whether Chinese words stand after a character that denies them, where each character is a word of its own."""
     return len(words[0]) == 1 and any(start and text[start - 1] in _DENIALS for start in _places(words, text))
 
 

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ _DELTA_NORM = 0.1
 
 @dataclass
 class Parts:
-    """What a checkpoint consists of: `sources(model)` fills a model of `config`, later ones going first.
+    """What a checkpoint consists of: `sources(model)` fills a model of `config`; later ones take precedence.
 
     `folders` are where tokenizer and image processor are looked for, in this order. `weights` are the
     language model's, `quantized` what of them is stored in 8 or 4 bits.
@@ -55,22 +56,30 @@ class Parts:
         self.quantized = is_quantized(self.weights)
 
 
-def open_checkpoint(folder: Path, base_folder: Path | None = None, vision_tower: str | Path | None = None) -> Parts:
+def open_checkpoint(
+    folder: Path,
+    base_folder: Path | None = None,
+    vision_tower: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Parts:
     """The parts of the checkpoint in `folder`, over `base_folder` where it isn't a whole model.
+
+    A tower that is a hub id is downloaded into `cache_dir`, by default the hub's cache.
 
     Raises:
         LlavaError: an adapter or projector without its base, a delta, a folder without weights; the message
             has the command that helps.
     """
+    find_tower = partial(_find_tower, override=vision_tower, cache_dir=cache_dir)
     if (folder / ADAPTER_CONFIG).is_file():
-        return _open_adapter(folder, base_folder, vision_tower)
+        return _open_adapter(folder, base_folder, find_tower)
     if not find_weight_files(folder):
-        return _open_projector(folder, base_folder, vision_tower)
+        return _open_projector(folder, base_folder, find_tower)
     if base_folder is not None:
         log.warning("%s is a whole model; the base %s is not used", folder, base_folder)
     if is_hf_config(read_json(folder / "config.json")):
         return _open_hf(folder)
-    return _open_native(folder, vision_tower)
+    return _open_native(folder, find_tower)
 
 
 def is_delta(weights: WeightFiles) -> bool:
@@ -110,7 +119,7 @@ def native_source(weights: WeightFiles, model: PreTrainedModel, what: str = "che
     return Source(what, weights, names, unused_layers)
 
 
-def _open_native(folder: Path, vision_tower) -> Parts:
+def _open_native(folder: Path, find_tower: Callable[..., Path | None]) -> Parts:
     config = read_config(folder)
     weights = WeightFiles.of_folder(folder)
     if is_delta(weights):
@@ -123,7 +132,7 @@ def _open_native(folder: Path, vision_tower) -> Parts:
             f"{folder}: a language model without a vision tower (config.json has no mm_vision_tower); give the "
             f"LLaVA folder as model_path, and this one as model_base if that needs it"
         )
-    tower_folder = _find_tower(config, folder, vision_tower, weights)
+    tower_folder = find_tower(config, folder, weights)
 
     def sources(model: PreTrainedModel) -> list[Source]:
         tower = [] if _has_tower(weights) else [model.get_vision_tower().source(tower_folder)]
@@ -141,7 +150,7 @@ def _open_hf(folder: Path) -> Parts:
     return Parts(config, weights, lambda model: [hf_source(weights, model)], [folder])
 
 
-def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts:
+def _open_adapter(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
     adapter = LoraAdapter(folder)
     if base_folder is None:
         base = adapter.base_name or "BASE_MODEL"
@@ -159,7 +168,7 @@ def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts
         )
     extra_path = non_lora_file(folder)
     extra = WeightFiles([extra_path] if extra_path else [])
-    tower_folder = _find_tower(config, folder, vision_tower, weights, extra)
+    tower_folder = find_tower(config, folder, weights, extra)
 
     def sources(model: PreTrainedModel) -> list[Source]:
         changed = [native_source(weights, model, "base model")]
@@ -175,7 +184,7 @@ def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts
     return Parts(config, weights, sources, [folder, base_folder], tower_folder)
 
 
-def _open_projector(folder: Path, base_folder: Path | None, vision_tower) -> Parts:
+def _open_projector(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
     path = projector_file(folder)
     if path is None:
         raise LlavaError(
@@ -190,7 +199,7 @@ def _open_projector(folder: Path, base_folder: Path | None, vision_tower) -> Par
     config = read_config(folder)
     weights = WeightFiles.of_folder(base_folder)
     projector = WeightFiles([path])
-    tower_folder = _find_tower(config, folder, vision_tower, weights)
+    tower_folder = find_tower(config, folder, weights)
 
     def sources(model: PreTrainedModel) -> list[Source]:
         tower = [] if _has_tower(weights) else [model.get_vision_tower().source(tower_folder)]
@@ -279,7 +288,9 @@ def _has_tower(weights: WeightFiles) -> bool:
     return any(native_name(name).startswith(TOWER_PREFIX) for name in weights)
 
 
-def _find_tower(config: Any, folder: Path, override, *holders: WeightFiles) -> Path | None:
+def _find_tower(
+    config: Any, folder: Path, *holders: WeightFiles, override: str | Path | None, cache_dir: str | Path | None
+) -> Path | None:
     """The tower's own folder, None if it isn't needed; fills `config.mm_vision_config` from it."""
     inside = any(_has_tower(weights) for weights in holders)
     if inside:
@@ -289,6 +300,6 @@ def _find_tower(config: Any, folder: Path, override, *holders: WeightFiles) -> P
     name = override or config.mm_vision_tower
     if not name:
         raise LlavaError(f"{folder / 'config.json'}: has no mm_vision_tower; is this a LLaVA checkpoint?")
-    tower_folder = locate_model(name, "vision tower", beside=folder)
+    tower_folder = locate_model(name, "vision tower", beside=folder, cache_dir=cache_dir)
     config.mm_vision_config = read_vision_config(tower_folder)
     return tower_folder

@@ -1,6 +1,6 @@
 """Delta weights: `target = base + delta`, tensor by tensor from shards to shards.
 
-A delta is what training changed, so that it can be given away where a licence forbids giving away the base.
+A delta is what training changed, so that it can be published where a licence forbids publishing the base.
 Names that the base doesn't have (projector, tower) are whole in the delta; the embedding and the head of the
 delta have a row more for each added token. All arithmetic is in the delta's dtype, as the releases were made.
 """
@@ -29,7 +29,7 @@ from llava.records import read_json
 log = logging.getLogger(__name__)
 
 _UNPACKED = "delta"
-"""Folder beside the shards for what a zip holds."""
+"""Folder next to the shards for what a zip holds."""
 
 _ADDED_PARTS = ("model.mm_projector.", "model.vision_tower.")
 _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")

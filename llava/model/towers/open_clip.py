@@ -1,4 +1,4 @@
-"""The vision tower of an open_clip model with a timm ViT (BiomedCLIP): patches of its trunk, no block too many.
+"""The vision tower of an open_clip model with a timm ViT (BiomedCLIP): patches of its trunk, used blocks only.
 
 Building one needs the extra `openclip`.
 """

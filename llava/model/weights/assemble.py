@@ -24,7 +24,7 @@ from llava.model.weights.quantized import quantized_parameter
 log = logging.getLogger(__name__)
 
 _READERS = 4
-"""Threads that read: one doesn't saturate a disk, nor the memory behind the page cache."""
+"""Threads that read: one doesn't saturate a disk, nor the memory of the page cache."""
 
 
 @dataclass
@@ -81,11 +81,11 @@ def fill_model(
     fresh: Callable[[str], bool] = lambda name: False,
     quantization_state: Mapping[str, list[str]] | None = None,
 ) -> None:
-    """Give each parameter of `model` its tensor, in `dtype` on its device; a later source goes before an earlier.
+    """Give each parameter of `model` its tensor, in `dtype` on its device; later sources take precedence.
 
     `fresh(name)` says which may be missing from all files: they get torch's own initialisation, done here.
-    `quantization_state` is None for a model that isn't quantized; else it names what the files hold beside each weight
-    that is stored quantized.
+    `quantization_state` is None for a model that isn't quantized; else it names the quantization state that the
+    files hold for each weight that is stored quantized.
 
     Raises:
         LlavaError: a missing, extra or misshapen tensor: its name, the files, the likely cause.

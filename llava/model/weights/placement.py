@@ -16,7 +16,7 @@ from llava.model.weights.files import WeightFiles
 log = logging.getLogger(__name__)
 
 _HEADROOM = 1.2
-"""A GPU must hold this many times the weights: activations and cache need room beside them."""
+"""A GPU must hold this many times the weights: activations and cache need memory too."""
 
 
 def best_device() -> str:
@@ -40,7 +40,7 @@ def choose_dtype(dtype: str | torch.dtype | None, config, weights: WeightFiles) 
 
 
 class Placement:
-    """The device of each weight. `device_map` spreads the model; None decides by the room on the first GPU."""
+    """The device of each weight. `device_map` spreads the model; None decides by the free memory of the first GPU."""
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import hashlib
 import html
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,9 @@ class UploadedImage:
     sha256: str
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> "UploadedImage":
-        """Raises a LlavaError for what is no image, or is too large."""
-        image = open_uploaded_image(content)
+    def from_bytes(cls, content: bytes, open_upload: Callable = open_uploaded_image) -> "UploadedImage":
+        """`open_upload` opens it; raises an ImageError for what is no image, or is too large."""
+        image = open_upload(content)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

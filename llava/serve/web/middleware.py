@@ -245,7 +245,7 @@ def _safe_name(name: str) -> str:
 
 
 def _visitor(scope) -> str:
-    """Who asks, by the cookie; a new name for who has none."""
+    """The visitor's id from the cookie; a new one if there is no cookie."""
     return _cookie(scope) or secrets.token_urlsafe(32)
 
 

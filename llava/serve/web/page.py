@@ -1,18 +1,20 @@
 """The web page: its parts and what they do. `build_page(client, options)` gives gradio's Blocks."""
 
 import asyncio
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 
-from llava.errors import LlavaError
+from llava.errors import ImageError, LlavaError
+from llava.serve.decoding_pool import DecodingPool, in_thread
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
 from llava.serve.web.answers import answer
 from llava.serve.web.attention_view import AttentionPart
-from llava.serve.web.chat_state import SIDES, Chat, Exchange, UploadedImage, thumbnails
+from llava.serve.web.chat_state import SIDES, THUMBNAIL, Chat, Exchange, UploadedImage, thumbnails
 from llava.serve.web.examples import EXAMPLES, draw_example
 from llava.serve.web.feedback import FeedbackLog
 from llava.serve.web.settings import SettingsPanel
@@ -23,6 +25,8 @@ TITLE = "LLaVA-Med"
 FILE_TYPES = ["image", ".dcm", ".dicom", ".nii", ".gz"]
 POLL_SECONDS = 3
 NO_SECOND = "none"
+UPLOAD_SECONDS = 60.0
+"""For the images of one question, with waiting for those of others."""
 NOTICE = """## Before you begin
 
 This is a research demonstration. **It is not a medical device.** Answers can be wrong, incomplete or invented, also
@@ -52,7 +56,7 @@ CSS = """
   #actions button, #votes button {flex: 1 1 40%}
 }
 """
-# Escape stops a running answer, also for who doesn't use a mouse.
+# The Escape key stops a running answer, so no mouse is needed.
 HEAD = """<script>
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") { document.querySelector("#stop")?.click(); }
@@ -90,6 +94,7 @@ class Page:
 
     def __init__(self, client, options: PageOptions):
         self.client, self.options = client, options
+        self.pool = DecodingPool()
         self._lay_out()
         self._connect()
 
@@ -230,8 +235,9 @@ class Page:
             return
         text = (box["text"] or "").strip()
         try:
-            images = [*chat.draft, *_read_images(box["files"] or [])]
-        except LlavaError as error:
+            uploaded = await in_thread(_read_images, box["files"] or [], self.pool, seconds=UPLOAD_SECONDS)
+            images = [*chat.draft, *uploaded]
+        except (ImageError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
         already = sum(len(exchange.images) for exchange in chat.exchanges)
         if already + len(images) > MAX_IMAGES:
@@ -341,11 +347,12 @@ def _error(words: str, title: str) -> gr.Error:
     return gr.Error(words, title=title, print_exception=False)
 
 
-def _read_images(files: list[str]) -> list[UploadedImage]:
+def _read_images(files: list[str], pool: DecodingPool) -> list[UploadedImage]:
     """The uploaded files, which are deleted: a conversation lives in memory alone."""
     contents = []
     for file in files:
         path = Path(file)
         contents.append(path.read_bytes())
         path.unlink()
-    return [UploadedImage.from_bytes(content) for content in contents]
+    small = functools.partial(pool.open, longest=THUMBNAIL)
+    return [UploadedImage.from_bytes(content, small) for content in contents]

@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from llava.serve.decoding_pool import start_in_thread
 from llava.serve.job import Job
 from llava.serve.protocol import ErrorType, ServeError, encode_chunk, encode_error
 
@@ -109,13 +111,7 @@ async def answer_chunks(
     cancel = None
     deadline = asyncio.get_running_loop().time() + timeout
     try:
-        submitting = asyncio.ensure_future(asyncio.to_thread(backend.submit, job, mailbox.put))
-        try:
-            cancel = await asyncio.shield(submitting)
-        except asyncio.CancelledError:
-            # The client left while the engine was taking the request: it has to be taken back nevertheless.
-            submitting.add_done_callback(_cancel_late)
-            raise
+        cancel = await _submit(backend, job, mailbox.put, timeout)
         text, logprobs, token_ids, last = job.prompt or "", [], [], None
         while last is None:
             try:
@@ -148,6 +144,26 @@ async def answer_chunks(
             cancel()
 
 
-def _cancel_late(submitting: asyncio.Future) -> None:
-    if not submitting.cancelled() and submitting.exception() is None:
-        submitting.result()()
+async def _submit(backend: Backend, job: Job, put: Callable[[Piece], None], timeout: float) -> Callable[[], None]:
+    """What cancels the request, once the engine has taken it and its images are open.
+
+    Raises:
+        ServeError: TIMEOUT; and what the backend raises.
+    """
+    work, waiting = start_in_thread(backend.submit, job, put, seconds=timeout, has_images=bool(job.images))
+    try:
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(asyncio.wrap_future(work))
+    except (TimeoutError, asyncio.CancelledError) as error:
+        # Nobody waits any more: its images are given up, and what the engine takes yet is taken back.
+        waiting.gone.set()
+        if not work.cancel():
+            work.add_done_callback(_cancel_late)
+        if isinstance(error, TimeoutError):
+            raise ServeError(ErrorType.TIMEOUT, f"No whole answer within {timeout:g} seconds.") from None
+        raise
+
+
+def _cancel_late(work: Future) -> None:
+    if not work.cancelled() and work.exception() is None:
+        work.result()()

@@ -29,7 +29,7 @@ class Collator:
     def __init__(
         self, pad_id: int, *, packing: bool = False, pack_length: int | None = None, cache: FeatureCache | None = None
     ):
-        """`pack_length`: fill packed batches up to so many tokens, so that shapes never change."""
+        """`pack_length`: tokens that packed batches are filled up to, so that shapes never change."""
         self.pad_id = pad_id
         self.pack_length = pack_length
         self.packing = packing

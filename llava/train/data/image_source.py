@@ -14,7 +14,7 @@ class ImageSource:
 
     `folder` may be a folder of images, a folder of `.tar` shards (WebDataset), a single `.tar`, or None when
     records hold absolute paths or the images themselves. Members of tar files are read in place, by full name or
-    by the name's last part; what is where is kept beside the first of them, or in `output_dir`.
+    by the name's last part; their index is saved next to the first archive, or in `output_dir`.
     """
 
     def __init__(self, folder: str | Path | None, output_dir: str | Path = "."):
