@@ -51,8 +51,11 @@ def answers_by_hand(folder, data) -> list[str]:
     ("processes", "script", "more"),
     [
         pytest.param(1, TRAIN, (), id="one"),
-        pytest.param(1, TRAIN, ("--lora_enable", "True", "--packing"), id="lora"),
+        pytest.param(1, TRAIN, ("--lora_enable", "True", "--packing"), id="lora", marks=pytest.mark.long),
         pytest.param(2, FSDP_ON_CPU, FSDP, id="fsdp2"),
+        pytest.param(
+            1, FSDP_ON_CPU, (*FSDP, "--bf16", "True", "--packing"), id="one_as_on_a_gpu", marks=pytest.mark.long
+        ),
     ],
 )
 def test_answers_are_the_models_own_and_training_goes_on_as_without(
@@ -65,7 +68,7 @@ def test_answers_are_the_models_own_and_training_goes_on_as_without(
     launch(processes, script, *words)
     found = answers(tmp_path / "with", 20)
     assert [line["question_id"] for line in found] == ["r0", "r3", "r6", "r9", "r12"]
-    if "--lora_enable" not in more:
+    if not {"--lora_enable", "--bf16"} & set(more):
         assert [line["text"] for line in found] == answers_by_hand(tmp_path / "with", data)
     history = json.loads((tmp_path / "with" / "trainer_state.json").read_text())["log_history"]
     score = [entry["eval_strict_open"] for entry in history if "eval_strict_open" in entry]

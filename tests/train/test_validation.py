@@ -19,10 +19,12 @@ from llava.train.arguments import parse_arguments
 from llava.train.data.record_store import open_records
 from llava.train.prepare_model import prepare_model
 from llava.train.train import train
+from llava.train.trainer import LlavaTrainer
 from llava.train.validation import even_batches
 from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, ROOT, TRAIN, launch, needs_deepspeed, zero
+from tests.train.test_step import Waits
 
 RUN = ("--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "3")
 
@@ -92,6 +94,27 @@ def test_the_held_out_loss_is_the_mean_over_all_targets_and_changes_nothing(tmp_
     assert measured["last_loss"] == found[-1] and measured["lowest_loss"] == min(found)
     train(flags(tmp_path / "without", data, base, "--max_steps", "6", *more))
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+@pytest.mark.parametrize("more", [(), ("--packing",)], ids=["padded", "packed"])
+def test_no_held_out_batch_waits_for_the_gpu(tmp_path, base, data, monkeypatch, more):
+    found = []
+    choose = LlavaTrainer.model_for_validation
+
+    def watched(self):
+        model = choose(self)
+
+        def forward(**batch):
+            with Waits() as waits:
+                output = model(**batch)
+            found.append(waits.found)
+            return output
+
+        return forward
+
+    monkeypatch.setattr(LlavaTrainer, "model_for_validation", watched)
+    train(flags(tmp_path, data, base, "--max_steps", "1", *RUN[2:4], "--eval_steps", "1", *held_out(data), *more))
+    assert len(found) == 2 and not any(found)
 
 
 @pytest.mark.parametrize(
