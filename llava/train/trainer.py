@@ -16,6 +16,7 @@ import torch.distributed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
+from transformers.trainer_utils import IntervalStrategy
 
 from llava.train.checkpoints import publish, remove_old, staged
 from llava.train.compute import compile_layers, set_policy
@@ -83,6 +84,8 @@ class LlavaTrainer(Trainer):
         return self._sampler
 
     def _run_epoch(self, *, epoch: int, **kwargs):
+        if self.control.should_training_stop:  # resumed from the checkpoint at which the run ended early
+            return None
         # accelerate passes the epoch on through some wrappers of a sampler and not through others.
         if self._sampler is not None:
             self._sampler.set_epoch(epoch)
@@ -193,7 +196,25 @@ class LlavaTrainer(Trainer):
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.loss_watch.look()
+        holds = self._is_saved_after_evaluation()
+        if holds:
+            control.should_save = False
+            self._held_step = self.state.global_step
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if holds:
+            self.control.should_save = True
+
+    _held_step = -1
+    """At its end a checkpoint was due that waits for the epoch's evaluation."""
+
+    def _is_saved_after_evaluation(self) -> bool:
+        """Whether the checkpoint of an epoch's last step waits for the epoch's evaluation, which follows at once.
+
+        A run that was killed in that evaluation would else resume behind it.
+        """
+        at_end = self.args.eval_strategy == IntervalStrategy.EPOCH and float(self.state.epoch or 0.5).is_integer()
+        is_due = self.control.should_save and not self.control.should_evaluate
+        return at_end and is_due and self._held_step != self.state.global_step
 
     def _note(self, report: Report) -> None:
         """Count what was cut, has no target or was left out; an image that is left out is said at once."""

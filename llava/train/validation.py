@@ -147,9 +147,14 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int):
         self.patience = patience
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_evaluate(args, state, control)
+
     def on_evaluate(self, args, state, control, **kwargs):
         name = metric_name(args)
         values = [log[name] for log in state.log_history if name in log]
+        if not values:
+            return
         if not args.greater_is_better:
             values = [-value for value in values]
         since = len(values) - 1 - values.index(max(values))

@@ -170,15 +170,31 @@ def test_killed_in_the_middle_of_an_evaluation_it_resumes_on_the_same_curves(tmp
 EARLY = ("--learning_rate", "3e-2", "--max_steps", "9", "--eval_steps", "1", "--early_stopping_patience", "2")
 
 
-def test_a_run_ends_early_and_a_resumed_one_counts_on(tmp_path, base, data):
+@pytest.mark.parametrize("before_the_end", [1, 0])
+def test_a_run_ends_early_and_a_resumed_one_counts_on(tmp_path, base, data, before_the_end):
     more = (*RUN, *held_out(data, "other.json"), *EARLY, "--save_strategy", "steps", "--save_steps", "1")
     train(flags(tmp_path / "whole", data, base, *more))
     found = curve(tmp_path / "whole")
     assert len(found) == 1 + found.index(min(found)) + 2 < 9
-    last = len(found) - 1
+    last = len(found) - before_the_end
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{last}", tmp_path / "killed" / f"checkpoint-{last}")
     train(flags(tmp_path / "killed", data, base, *more))
     assert curve(tmp_path / "killed") == found
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_holds_its_evaluation(tmp_path, base, data):
+    more = (
+        "--num_train_epochs",
+        "2",
+        "--per_device_train_batch_size",
+        "6",
+        "--eval_strategy",
+        "epoch",
+        *held_out(data),
+    )
+    train(flags(tmp_path, data, base, *more, "--save_strategy", "steps", "--save_steps", "2"))
+    for step, evaluations in ((2, 0), (4, 1), (6, 1), (8, 2)):
+        assert len(curve(tmp_path / f"checkpoint-{step}")) == evaluations, step
 
 
 def test_the_best_adapter_is_loaded_with_its_projector(tmp_path, base, data):
