@@ -71,10 +71,26 @@ def test_what_a_worker_raises_is_one_line(tmp_path, base, data, where):
     assert str(caught.value).startswith(f'{broken} record 2 ("r2"): ') and "\n" not in str(caught.value)
 
 
-def test_a_draft_of_a_jpeg_is_near_the_whole_image(tmp_path):
+def draw_large(path) -> None:
     x, y = np.meshgrid(np.linspace(0, 12, 1800), np.linspace(0, 9, 1500))
     waves = 127 + 60 * np.sin(x)[..., None] * np.cos(y)[..., None] + np.array([20.0, 0.0, -20.0])
-    Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "large.jpg", quality=95)
+    Image.fromarray(waves.astype(np.uint8)).save(path, quality=95)
+
+
+def test_drafts_train_nearly_the_same(tmp_path, base):
+    data = make_records(tmp_path, 2)
+    data.write_text(data.read_text().replace("red.png", "large.jpg"))
+    draw_large(tmp_path / "images" / "large.jpg")
+    train(flags(tmp_path / "whole", data, base, "--max_steps", "1"))
+    train(flags(tmp_path / "draft", data, base, "--max_steps", "1", "--jpeg_draft"))
+    (whole,), (draft,) = losses(tmp_path / "whole"), losses(tmp_path / "draft")
+    assert draft == pytest.approx(whole, abs=1e-2) and draft != whole
+    with pytest.raises(LlavaError, match="--jpeg_draft: tiles"):
+        train(flags(tmp_path / "tiles", data, base, "--jpeg_draft", "--image_aspect_ratio", "anyres"))
+
+
+def test_a_draft_of_a_jpeg_is_near_the_whole_image(tmp_path):
+    draw_large(tmp_path / "large.jpg")
     processor = ImageProcessor(size=224)
     whole, draft = open_image(tmp_path / "large.jpg"), open_image(tmp_path / "large.jpg", draft=draft_size(processor))
     assert whole.size == (1800, 1500) and draft.size == (900, 750)
