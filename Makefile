@@ -47,10 +47,11 @@ fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/f
 	mkdir -p runs
 	$(BIN)/python -m tests.fuzz.images --count $(FUZZ_FILES) --json runs/fuzz.json
 
-lint: $(STAMP)  ## linter, formatter, the contract of the layers, repeated code
+lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/pylint llava
 
 format: $(STAMP)  ## let ruff format and fix

@@ -137,7 +137,7 @@ class Replaced:
     def __enter__(self) -> "Replaced":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.count:
             first = f" (first: {self.first})" if self.first else ""
             logger.warning(
@@ -243,7 +243,7 @@ class ResumableJsonl:
     def __enter__(self) -> "ResumableJsonl":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _read_part(self) -> None:
@@ -311,7 +311,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
 
 
 def _read_list(path: Path) -> list[Record]:
-    records = read_json(path)
+    records: list[Record] = read_json(path)
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")

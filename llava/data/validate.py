@@ -201,7 +201,7 @@ def _unpack(chunk: list[Record], future) -> Iterator[Checked]:
         yield record, findings, length
 
 
-_worker_check: Callable | None = None
+_worker_check: Callable[[list[Record]], list]
 
 
 def _start_worker(options: Options) -> None:

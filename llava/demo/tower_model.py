@@ -2,7 +2,7 @@
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ def sentence_embeddings(sentences: list[str], language_model: str) -> torch.Tens
     """Unit vectors `[sentences, hidden]`: sums of word embeddings; a word counts less, the more sentences hold it."""
     tokenizer = load_tokenizer(language_model)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(language_model)
-    words = model.get_input_embeddings().weight.detach()
+    words = cast(nn.Embedding, model.get_input_embeddings()).weight.detach()
     shares = torch.zeros(len(sentences), len(tokenizer))
     for row, sentence in enumerate(sentences):
         shares[row, tokenizer(sentence, add_special_tokens=False)["input_ids"]] = 1

@@ -114,21 +114,22 @@ def _decode(pydicom, file: DicomFile, index: int, frames: int, name: str, limits
         is_ybr = str(options.get("photometric_interpretation", "")).startswith("YBR")
         samples = options.get("samples_per_pixel", 1)
         cost = (_YBR_COST if is_ybr else _NATIVE_COST) * samples / 3
+        source: bytes | memoryview
         if decoder.is_encapsulated:
-            source = file.frame(pydicom, index, frames, name)
+            source = frame = file.frame(pydicom, index, frames, name)
             options |= {"number_of_frames": 1}
             options.pop("extended_offsets", None)
             index = 0
             if syntax == pydicom.uid.RLELossless:
                 limits.check_size(options["columns"], options["rows"], name, max(cost, _RLE_COST * samples / 3))
-                source = _unpacked_rle(pydicom, source, options, name)
+                source = _unpacked_rle(pydicom, frame, options, name)
                 decoder = pydicom.pixels.get_decoder(pydicom.uid.ExplicitVRLittleEndian)
             else:
-                source = _checked(pydicom, source, syntax, options, name, limits)
+                source = _checked(pydicom, frame, syntax, options, name, limits)
         else:
             limits.check_size(options["columns"], options["rows"], name, cost)
-            source = file.pixels()
-            _check_length(source, options, frames, name)
+            source = pixels = file.pixels()
+            _check_length(pixels, options, frames, name)
         return np.asarray(decoder.as_array(source, index=index, view_only=decoder.is_native, **options)[0])
 
 
@@ -228,7 +229,7 @@ def _grey(pydicom, values: np.ndarray, file: DicomFile, index: int, chosen: tupl
         real = _rescaled(pydicom, band, module)
         if table is not None:
             grey = scale_range(pydicom.pixels.apply_voi(real, module), 0, (1 << int(table.LUTDescriptor[2])) - 1)
-        elif is_ranged:
+        elif window is None:
             usable = np.isfinite(real) if is_padding is None else np.isfinite(real) & ~is_padding
             grey = scale_range(np.where(usable, real, low), low, high)
         else:

@@ -81,13 +81,12 @@ def in_bands(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -
     bands = _bands(values)
     if len(bands) == 1:
         return function(values)
-    done, result = 0, None
-    for band in bands:
-        part = function(band)
-        if result is None:
-            result = np.empty((len(values), *part.shape[1:]), part.dtype)
-        result[done : done + len(part)] = part
-        done += len(part)
+    first = function(bands[0])
+    done, result = len(first), np.empty((len(values), *first.shape[1:]), first.dtype)
+    result[:done] = first
+    for band in bands[1:]:
+        result[done : done + len(band)] = function(band)
+        done += len(band)
     return result
 
 

@@ -73,7 +73,7 @@ class _Source:
         self.size = file.seek(0, io.SEEK_END)
         file.seek(0)
         self.position = 0
-        self._pieces = gunzip(file, name) if self.is_packed else None
+        self._pieces = gunzip(file, name) if self.is_packed else iter(())
         self._rest = memoryview(b"")
 
     def read(self, size: int) -> bytes:
@@ -93,6 +93,7 @@ class _Source:
 
     def _next(self, size: int) -> memoryview | bytes:
         """At most `size` bytes, at least one."""
+        part: memoryview | bytes
         if not self.is_packed:
             part = self.file.read(size)
         else:

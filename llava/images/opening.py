@@ -202,9 +202,9 @@ def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Ima
             if draft is not None:
                 image.draft(None, (draft, draft))
             image.load()
-            image = to_rgb(image)
+            rgb = to_rgb(image)
             method = _TRANSPOSED.get(container.orientation)
-            return image.copy() if method is None else image.transpose(method)
+            return rgb.copy() if method is None else rgb.transpose(method)
 
 
 def _unknown(name: str, limits: Limits) -> ImageError:

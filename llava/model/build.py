@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
 from llava.model.configuration import SCHEME_PATCH
 from llava.model.families import family_of_llm, model_class_of
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.loader import LoadedModel, context_length, load_image_processor
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.towers import read_vision_config
@@ -57,7 +58,7 @@ def build_model_from_llm(
     return LoadedModel(tokenizer, model, processor, context_length(config))
 
 
-def add_image_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def add_image_tokens(model: LlavaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> int:
     """Add the image tokens that the model's config asks for; returns how many were new.
 
     <im_patch> for `mm_use_im_patch_token` and the patch scheme, <im_start> and <im_end> for
@@ -74,7 +75,7 @@ def add_image_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return added
 
 
-def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
+def resize_embeddings(model: LlavaForCausalLM, rows: int) -> None:
     """Give both embedding matrices at least `rows` rows; new ones are the mean of the old."""
     old_rows = model.get_input_embeddings().weight.shape[0]
     if rows <= old_rows:

@@ -20,7 +20,6 @@ from transformers import (
     MistralForCausalLM,
     MistralModel,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -51,10 +50,10 @@ class Family:
     text_config_class: type[PreTrainedConfig]
     """The plain language model's configuration."""
 
-    config_class: type[Any]
+    config_class: type[LlavaConfigFields]
     """The same with LLaVA's fields; its `model_type` stands in a checkpoint's config.json."""
 
-    model_class: type[Any]
+    model_class: type[LlavaForCausalLM]
     """The multimodal model."""
 
     layer_class: type[nn.Module]
@@ -85,6 +84,7 @@ class LlavaLlamaConfig(LlavaConfigFields, LlamaConfig):
 class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
     """LLaMA-1/2/3 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor, SmolLM2) with images."""
 
+    config: LlavaLlamaConfig
     config_class = LlavaLlamaConfig
     core_class = LlamaModel
 
@@ -96,6 +96,7 @@ class LlavaMistralConfig(LlavaConfigFields, MistralConfig):
 class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
     """Mistral (LLaVA-Med v1.5) with images."""
 
+    config: LlavaMistralConfig
     config_class = LlavaMistralConfig
     core_class = MistralModel
 
@@ -107,6 +108,7 @@ class LlavaQwen2Config(LlavaConfigFields, Qwen2Config):
 class LlavaQwen2ForCausalLM(LlavaForCausalLM, Qwen2ForCausalLM):
     """Qwen2 and Qwen2.5 with images."""
 
+    config: LlavaQwen2Config
     config_class = LlavaQwen2Config
     core_class = Qwen2Model
 
@@ -179,12 +181,12 @@ def family_of_llm(model_type: str | None, where: Any) -> Family:
     return found
 
 
-def family_of(config: PreTrainedConfig) -> Family:
+def family_of(config: LlavaConfigFields) -> Family:
     """The family of a LLaVA configuration."""
     return next(family for family in FAMILIES if isinstance(config, family.config_class))
 
 
-def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def model_class_of(config: LlavaConfigFields) -> type[LlavaForCausalLM]:
     """The multimodal model's class for a LLaVA configuration."""
     return family_of(config).model_class
 

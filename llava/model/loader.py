@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
-from llava.model.configuration import SCHEME_PATCH
+from llava.model.configuration import SCHEME_PATCH, LlavaConfigFields
 from llava.model.families import model_class_of
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.weights.assemble import build_empty, fill_model
 from llava.model.weights.locate import locate_model
@@ -32,7 +33,7 @@ class LoadedModel(NamedTuple):
     """What answering needs: `image_processor` turns images into the pixel values of this model's tower."""
 
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
+    model: LlavaForCausalLM
     image_processor: ImageProcessor
     context_len: int
 
@@ -102,7 +103,7 @@ def load_model(
     quantization: Quantization,
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
-) -> PreTrainedModel:
+) -> LlavaForCausalLM:
     """The model of an opened checkpoint, filled and placed, in evaluation mode."""
     config = parts.config
     model = build_empty(model_class_of(config), config, attn_implementation)
@@ -115,12 +116,12 @@ def load_model(
     return model
 
 
-def context_length(config) -> int:
+def context_length(config: LlavaConfigFields) -> int:
     """Positions that the model was made for: `max_sequence_length` where the config has it."""
     return getattr(config, "max_sequence_length", None) or config.max_position_embeddings or 2048
 
 
-def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder: Path) -> None:
+def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config: LlavaConfigFields, folder: Path) -> None:
     """Give the tokenizer the image tokens that the config asks for, if the vocabulary has rows for them.
 
     Raises:
@@ -145,7 +146,7 @@ def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config, folder:
     add_tokens(tokenizer, missing, strip_blanks=False)
 
 
-def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> ImageProcessor:
+def load_image_processor(folders: list[Path | None], model: LlavaForCausalLM) -> ImageProcessor:
     """The image processor of the first of `folders` that has one, or the tower's own settings."""
     for place in folders:
         if place is not None and (found := ImageProcessor.find(place)) is not None:
@@ -154,7 +155,7 @@ def load_image_processor(folders: list[Path | None], model: PreTrainedModel) -> 
 
 
 def _prepare_quantized(
-    parts: Parts, model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype
+    parts: Parts, model: LlavaForCausalLM, wanted: Quantization, dtype: torch.dtype
 ) -> dict[str, list[str]] | None:
     """Set the model up for 8 or 4 bits; the names of the stored quantization state, None if it isn't quantized."""
     if not parts.quantized:

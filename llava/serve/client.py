@@ -5,7 +5,7 @@ Needs no torch. A worker that can't be reached, or is lost before its first word
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
@@ -55,7 +55,7 @@ class ServingClient:
         body = {"model": model, "exclude": sorted(exclude)}
         return (await self._ask_controller("/get_worker_address", body))["address"] or None
 
-    async def generate(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def generate(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of an answer (llava.serve.job's request).
 
         Raises:
@@ -102,11 +102,11 @@ class ServingClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
         if reply.status != 200:
-            error = _http_error(reply.status, content)
-            raise error if isinstance(error, ServeError) else ServeError(ErrorType.INTERNAL)
+            refused = _http_error(reply.status, content)
+            raise refused if isinstance(refused, ServeError) else ServeError(ErrorType.INTERNAL)
         return json.loads(content)
 
-    async def _stream(self, address: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _stream(self, address: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         import aiohttp
 
         ended, rest = False, b""

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -168,7 +168,8 @@ class _Process:
     def __init__(self, command: list[str], memory: int):
         self.command, self.memory = command, memory
         self.process: subprocess.Popen | None = None
-        self.connection: socket.socket | None = None
+        self.connection: socket.socket
+        """There while `process` is."""
         self.is_closed = False
 
     def ask(
@@ -195,14 +196,15 @@ class _Process:
         if num_pixels != 3 * width * height:
             raise ValueError("a reply of another size")
         pixels = self._receive(num_pixels, waiting, until)
-        return reply, Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1).copy()
+        # Pillow's annotation leaves out that it takes any buffer.
+        return reply, Image.frombuffer("RGB", (width, height), cast(bytes, pixels), "raw", "RGB", 0, 1).copy()
 
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.connection.close()
-            self.process = self.connection = None
+            self.process = None
 
     def close(self) -> None:
         """For good. The process ends by itself where its socket closes; one that is busy is killed."""

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from llava.commandline import ArgumentParser, run
@@ -158,12 +158,12 @@ class ChatAnswer:
         self.metrics.finished(usage, time.monotonic() - self.began)
         return completion(self.request_id, self.body.model, choices, usage)
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream, those of all choices as they come."""
         from llava.serve.api.types import completion_chunk, sum_usage
 
         queue: asyncio.Queue = asyncio.Queue()
-        usages = []
+        usages: list[dict[str, int]] = []
         with self.metrics.in_flight.track_inprogress():
             tasks = [asyncio.create_task(self._feed(index, queue)) for index in range(self.body.n)]
             for task in tasks:
@@ -232,7 +232,9 @@ def _pass_on(done: asyncio.Task, queue: asyncio.Queue) -> None:
         queue.put_nowait(done.exception())
 
 
-async def _event_stream(first: dict, events: AsyncIterator[dict], answer: ChatAnswer) -> AsyncIterator[bytes]:
+async def _event_stream(
+    first: dict, events: AsyncGenerator[dict[str, Any], None], answer: ChatAnswer
+) -> AsyncIterator[bytes]:
     status = ErrorType.CANCELLED.value  # until we know better: the client may leave
     try:
         async with contextlib.aclosing(events):

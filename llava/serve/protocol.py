@@ -109,7 +109,7 @@ def encode_error(error: ServeError, request_id: str) -> bytes:
 def decode_error(chunk: dict) -> ServeError:
     """The error that a chunk with a non-zero code carries, also from a worker that sends no `error_type`."""
     try:
-        error_type = ErrorType(chunk.get("error_type"))
+        error_type = ErrorType(str(chunk.get("error_type")))
     except ValueError:
         error_type = ErrorType.INTERNAL
     return ServeError(error_type, str(chunk.get("text") or ""))

@@ -89,7 +89,8 @@ class _Encoder:
 
     def begin_text(self) -> None:
         """What comes is the beginning of a text (and gets LLaMA's blank)."""
-        self._open, self._open_ids = "", []
+        self._open = ""
+        self._open_ids: list[int] = []
 
     def go_on(self, piece: str) -> list[int]:
         """The ids of `piece`, which follows what came before."""

@@ -9,22 +9,24 @@ import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import DataClassType
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.train.compute import flags_of_the_path, half_precision_of, join_group_of_one
-from llava.train.derived_flags import default_workers, derive_flags, is_main_process
+from llava.train.derived_flags import choose_workers, derive_flags, is_main_process
 from llava.train.legacy_flags import translate_flags
 from llava.train.validation_flags import ValidationArguments, check_validation
 
 logger = logging.getLogger(__name__)
 
 
-def _flag(default, help: str):
+def _flag(default: Any, help: str) -> Any:
+    """A flag. Of one that `parse_arguments` refuses to be without the annotation leaves out None."""
     return field(default=default, metadata={"help": help})
 
 
@@ -32,7 +34,7 @@ def _flag(default, help: str):
 class ModelArguments:
     """Which model to start from and what of it to train."""
 
-    model_name_or_path: str | None = _flag(None, "language model or LLaVA checkpoint to start from")
+    model_name_or_path: str = _flag(None, "language model or LLaVA checkpoint to start from")
     version: str | None = _flag(
         None, "prompt template (default: the checkpoint's own, else v0); unknown names are refused"
     )
@@ -65,7 +67,7 @@ class ModelArguments:
 class DataArguments:
     """Records and images."""
 
-    data_path: str | None = _flag(None, "records: JSON, JSONL or Parquet")
+    data_path: str = _flag(None, "records: JSON, JSONL or Parquet")
     image_folder: str | None = _flag(None, "folder that the records' image names are relative to")
     lazy_preprocess: bool | None = _flag(
         None, "tokenise each record when it is needed (default: only if there are more than 50,000)"
@@ -93,14 +95,15 @@ class DataArguments:
 class LlavaTrainingArguments(TrainingArguments):
     """The Trainer's own flags and those of this family of scripts."""
 
+    if TYPE_CHECKING:
+        output_dir: str  # the Trainer fills it in
+
     cache_dir: str | None = _flag(None, "where hub ids are downloaded to (default: the hub's cache)")
     remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
     logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
     model_max_length: int = _flag(2048, "longest sample in tokens, image positions included; longer ones are cut")
     loss_normalisation: Literal["micro_batches", "tokens"] | None = _flag(
-        None,
-        "loss of an optimizer step: mean of its micro-batches' token means, or mean over all its target tokens, of all "
-        "processes (default: micro_batches; tokens with --max_tokens_per_batch)",
+        None, "a step's loss: mean of its micro-batches' means, or over all its tokens (default with full packs)"
     )
     dataloader_num_workers: int | None = _flag(
         None, "processes that read and decode ahead for each training process (default: by its cores)"
@@ -137,16 +140,8 @@ class LlavaTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.fsdp == "True":
-            self.fsdp = True
-        if self.dataloader_num_workers is None:
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
-            self.dataloader_num_workers, why = default_workers(on_gpu)
-            if is_main_process():
-                logger.info("--dataloader_num_workers %d (%s)", self.dataloader_num_workers, why)
-        if self.dataloader_persistent_workers is None:
-            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        if self.dataloader_prefetch_factor is None and self.dataloader_num_workers > 0:
-            self.dataloader_prefetch_factor = 4
+            self.fsdp = cast(str, True)  # the Trainer's own value for it, by its code
+        choose_workers(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         if self.accelerator_config is None:
             # Copies to the GPU don't wait; sharded gradients are reduced in each micro-batch, or every process would
             # hold all of them whole until the last.
@@ -185,7 +180,7 @@ class Arguments:
 class _Parser(HfArgumentParser):
     """HfArgumentParser whose errors are one line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise LlavaError(f"{message}; see --help")
 
 
@@ -193,7 +188,7 @@ def build_parser() -> HfArgumentParser:
     """The parser of every flag; `--help` lists ours first, then the Trainer's."""
     classes = (ModelArguments, DataArguments, LlavaTrainingArguments, ValidationArguments)
     return _Parser(
-        classes,
+        [DataClassType(one) for one in classes],
         prog="python -m llava.train.train",
         allow_abbrev=False,
         description="Train a LLaVA: stage 1 (projector), stage 2, VQA fine-tuning, LoRA and QLoRA.",
@@ -270,6 +265,7 @@ def check_values(arguments: Arguments) -> None:
 
 def _check_paths(arguments: Arguments) -> None:
     model, data, training = arguments.model, arguments.data, arguments.training
+    value: str | None
     for flag, value in (("model_name_or_path", model.model_name_or_path), ("data_path", data.data_path)):
         if not value:
             raise LlavaError(f"--{flag} is needed")
@@ -286,7 +282,8 @@ def _check_paths(arguments: Arguments) -> None:
         ("vision_tower", model.vision_tower),
     ):
         # A hub id has one slash at most; what looks like a path has to be one.
-        looks_like_path = value and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+        value = value or ""
+        looks_like_path = value.startswith((".", "/", "~")) or value.count("/") > 1
         if looks_like_path and not Path(value).expanduser().is_dir():
             raise LlavaError(f"--{flag} {value}: no such folder")
     if Path(training.output_dir).is_file():
@@ -295,7 +292,7 @@ def _check_paths(arguments: Arguments) -> None:
 
 def _check_numbers(arguments: Arguments) -> None:
     data, training = arguments.data, arguments.training
-    at_least_one = {
+    at_least_one: dict[str, float | None] = {
         "per_device_train_batch_size": training.per_device_train_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "model_max_length": training.model_max_length,

@@ -38,6 +38,18 @@ def default_workers(on_gpu: bool) -> tuple[int, str]:
     return min(2, cores // 4), f"{cores} cores per process, which train too"
 
 
+def choose_workers(training: Any, *, on_gpu: bool) -> None:
+    """Set what the flags leave open of the loader's workers."""
+    if training.dataloader_num_workers is None:
+        training.dataloader_num_workers, why = default_workers(on_gpu)
+        if is_main_process():
+            logger.info("--dataloader_num_workers %d (%s)", training.dataloader_num_workers, why)
+    if training.dataloader_persistent_workers is None:
+        training.dataloader_persistent_workers = training.dataloader_num_workers > 0
+    if training.dataloader_prefetch_factor is None and training.dataloader_num_workers > 0:
+        training.dataloader_prefetch_factor = 4
+
+
 def _set_accumulation(training: Any) -> None:
     if training.global_batch_size is None:
         return

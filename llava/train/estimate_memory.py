@@ -93,7 +93,7 @@ def estimate(recipe: Recipe) -> dict[str, float]:
     )
     weights = frozen + trained * 4
     # Mixed precision keeps float32 weights and casts them: all of them at once, or a layer at a time if sharded.
-    copy = trained * 2 if recipe.half_precision and not frozen_base else 0
+    copy: float = trained * 2 if recipe.half_precision and not frozen_base else 0
     if recipe.shard == 3:
         weights, copy = weights / recipe.gpus, copy / shape["num_hidden_layers"] * 2
     states = trained * next((size for name, size in OPTIMIZER_BYTES.items() if name in recipe.optim), 8)

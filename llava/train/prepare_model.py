@@ -4,13 +4,15 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.model import LoadedModel, add_image_tokens, build_model_from_llm, load_pretrained_model
 from llava.model.families import family_of, find_family
+from llava.model.language_model import LlavaForCausalLM
+from llava.model.tokenizer import token_id
 from llava.model.weights.locate import locate_model
 from llava.records import read_json
 from llava.train.arguments import Arguments, ModelArguments
@@ -64,7 +66,7 @@ def load_dtype(folder: Path, arguments: Arguments) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def choose_trainable(model: PreTrainedModel, arguments: ModelArguments, adapters: bool = False) -> None:
+def choose_trainable(model: LlavaForCausalLM, arguments: ModelArguments, adapters: bool = False) -> None:
     """Set `requires_grad` as the flags say; the tower stays frozen unless it is asked for.
 
     With `adapters`, which come later, the language model itself is frozen.
@@ -86,7 +88,7 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments, adapters
         )
 
 
-def train_rows(model: PreTrainedModel, rows: list[int]) -> None:
+def train_rows(model: LlavaForCausalLM, rows: list[int]) -> None:
     """Let stage 1 learn the input embeddings of the tokens around an image, and those alone (as the reference)."""
     weight = model.get_input_embeddings().weight
     weight.requires_grad_(True)
@@ -100,14 +102,14 @@ def train_rows(model: PreTrainedModel, rows: list[int]) -> None:
     weight.register_hook(keep_rows)
 
 
-def start_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_end_ids(model: LlavaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of <im_start> and <im_end>, [] where the model doesn't use them."""
     if not model.config.mm_use_im_start_end:
         return []
-    return tokenizer.convert_tokens_to_ids([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN])
+    return [token_id(tokenizer, token) for token in (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)]
 
 
-def template_name(model: PreTrainedModel, arguments: Arguments) -> str:
+def template_name(model: LlavaForCausalLM, arguments: Arguments) -> str:
     """The template of this run's samples: --version, else the checkpoint's own, else the family's."""
     if arguments.model.version:
         return arguments.model.version
@@ -177,7 +179,7 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
     return loaded
 
 
-def _settings(model: PreTrainedModel, arguments: Arguments) -> None:
+def _settings(model: LlavaForCausalLM, arguments: Arguments) -> None:
     """Settings of this run that the checkpoint has to remember."""
     config, flags = model.config, arguments.model
     config.use_cache = False

@@ -72,11 +72,11 @@ def build_dataset(
         raise LlavaError("--jpeg_draft: tiles (--image_aspect_ratio anyres) are cut from the whole image; leave it out")
     draft = draft_size(processor) if data.jpeg_draft else None
 
-    def load_image(source) -> np.ndarray:
+    def load_image(source: Any) -> np.ndarray:
         pixels = processor([open_image(source, draft=draft)], aspect_ratio=aspect_ratio, grid_pinpoints=grid)
         if aspect_ratio == "keep":
             return pixels[0][None]
-        return pixels[0] if aspect_ratio == "anyres" else pixels
+        return pixels[0] if aspect_ratio == "anyres" else np.asarray(pixels)
 
     def count_features(image) -> int:
         if aspect_ratio != "anyres":
@@ -114,18 +114,18 @@ def build_trainer(
     data, training = arguments.data, arguments.training
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
     config = model.config
-    if training.lora_enable:
-        model = add_adapters(model, arguments)
+    adapted = add_adapters(model, arguments) if training.lora_enable else None
+    trained = model if adapted is None else adapted
 
-    def write_model(folder: Path, state_dict: dict | None) -> None:
-        if training.lora_enable:
-            save_adapter(model, folder, state_dict)
+    def write_model(folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        if adapted is not None:
+            save_adapter(adapted, folder, state_dict)
             tokenizer.save_pretrained(folder)
             processor.save_pretrained(folder)
         else:
             save_model(folder, model, tokenizer, processor, state_dict=state_dict)
         if arguments.model.tune_mm_mlp_adapter:
-            state = model.state_dict() if state_dict is None else state_dict
+            state = trained.state_dict() if state_dict is None else state_dict
             save_projector(folder / PROJECTOR_FILE, state, start_end_ids(model, tokenizer))
 
     train_dataset: Any = dataset
@@ -136,7 +136,7 @@ def build_trainer(
         # Tower and projector take part in every batch, so nothing trainable is ever unused.
         training.ddp_find_unused_parameters = False
     trainer = LlavaTrainer(
-        model=model,
+        model=trained,
         args=training,
         train_dataset=train_dataset,
         data_collator=build_collator(arguments, loaded, cache),
@@ -150,7 +150,12 @@ def build_trainer(
 
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    bar = ProgressBar(trainer, flops_per_token(model), peak_tflops(training.peak_tflops), disable=training.disable_tqdm)
+    bar = ProgressBar(
+        trainer,
+        flops_per_token(trained),
+        peak_tflops(training.peak_tflops),
+        disable=bool(training.disable_tqdm),
+    )
     trainer.add_callback(bar)
     trainer.progress = bar
     if arguments.validation.early_stopping_patience is not None:

@@ -9,24 +9,26 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
 
+from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoints import publish, remove_old, staged
 from llava.train.compute import compile_layers, set_policy
 from llava.train.data.collator import META_KEYS
-from llava.train.data.dataset import Report
+from llava.train.data.dataset import LlavaDataset, Report
 from llava.train.data.sampler import EpochSampler
 from llava.train.data.worker_errors import plain_worker_errors
 from llava.train.group_of_one import add_gradients_at_once, is_group_of_one, keeps_copies
 from llava.train.lora import load_non_lora
 from llava.train.loss_watch import LossWatch
+from llava.train.progress import ProgressBar
 from llava.train.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,10 @@ class LlavaTrainer(Trainer):
         attention: `attention()` is a context in which the model attends as its training batches need it.
         validation: what is measured where the flags say that it is time to evaluate.
     """
+
+    args: LlavaTrainingArguments
+    model: nn.Module
+    progress: ProgressBar
 
     def __init__(
         self,
@@ -71,7 +77,8 @@ class LlavaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         args = self.args
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        # One in groups (PackedDataset) is never sorted: `check_values` refuses that.
+        dataset = cast(LlavaDataset, self.train_dataset if train_dataset is None else train_dataset)
         grouped = args.group_by_modality_length or args.train_sampling_strategy == "group_by_length"
         self._sampler = EpochSampler(
             len(dataset),
@@ -83,13 +90,13 @@ class LlavaTrainer(Trainer):
         )
         return self._sampler
 
-    def _run_epoch(self, *, epoch: int, **kwargs):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.control.should_training_stop:  # resumed from the checkpoint at which the run ended early
             return None
         # accelerate passes the epoch on through some wrappers of a sampler and not through others.
         if self._sampler is not None:
-            self._sampler.set_epoch(epoch)
-        return super()._run_epoch(epoch=epoch, **kwargs)
+            self._sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -226,7 +233,7 @@ class LlavaTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             wrapped = self.model if model is None else model
-            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, wrapped)
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, wrapped))
             self.optimizer = optimizer_cls(self.parameter_groups(wrapped), **kwargs)
         return self.optimizer
 

@@ -161,7 +161,7 @@ def test_text_has_threads_of_its_own(stand_in):
 def test_closing_ends_whoever_waits():
     pool = DecodingPool(1, seconds=60.0, command=STAND_IN)
     work, _ = start_in_thread(pool.open, png(*ORDERS["hang"]), seconds=60, has_images=True)
-    wait_until(lambda: pool._all[0].connection is not None, 30)
+    wait_until(lambda: pool._all[0].process is not None, 30)
     time.sleep(0.2)
     pool.close()
     with pytest.raises(ImageError):

@@ -37,7 +37,7 @@ def test_workers_by_the_cores_that_a_process_has(monkeypatch, cores, processes, 
 
 
 def test_workers_stay_and_work_ahead_unless_the_flags_say_otherwise(tmp_path, base, data, monkeypatch):
-    monkeypatch.setattr("llava.train.arguments.default_workers", lambda on_gpu: (3, "as the test says"))
+    monkeypatch.setattr("llava.train.derived_flags.default_workers", lambda on_gpu: (3, "as the test says"))
     found = parse_arguments(flags(tmp_path, data, base)).training
     assert (found.dataloader_num_workers, found.dataloader_persistent_workers) == (3, True)
     assert found.dataloader_prefetch_factor == 4

@@ -68,7 +68,7 @@ def _records(files: Sequence[Path], args, conversion: Conversion) -> Iterator[Re
     for path in files:
         rows = _read_pmc_vqa(path, conversion) if path.suffix.lower() == ".csv" else _read_omni(path, conversion)
         for choice in rows:
-            if conversion.image_folder.accept(choice.image):
+            if conversion.accepts(choice.image):
                 orders = option_orders(len(choice.options), args.orders, f"{args.seed} {choice.key}")
                 if len(orders) < args.orders:
                     conversion.corrected["questions with fewer orders of their options than asked for"] += 1

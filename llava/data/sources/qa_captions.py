@@ -63,12 +63,16 @@ def _read(path: Path, image_folder: ImageFolder, fields: list[str]) -> tuple[Pai
             raise LlavaError(f"{where}: expected the name of one image, a question and an answer")
         image = images[0]
         if image_folder.accept(image):
-            pairs = [tuple(text.replace(DEFAULT_IMAGE_TOKEN, "").strip() for text in pair) for pair in asked]
+            pairs = [(_without_image(asks), _without_image(answer)) for asks, answer in asked]
             by_image.setdefault(image, []).extend(pairs)
             given = [field for field in fields if record.get(field) is not None]
             named = [(field.replace("_", " "), clean_text(record[field])) for field in given]
             said.setdefault(image, []).extend([*named, *pairs])
     return by_image, said
+
+
+def _without_image(text: str) -> str:
+    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
 
 
 def _captions(said: Pairs, question: str, min_images: int) -> Iterator[Record]:

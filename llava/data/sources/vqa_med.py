@@ -97,7 +97,7 @@ def _records(split: str, paths: list[Path], below: str, wanted, conversion: Conv
                 conversion.left_out[fault] += 1
                 continue
             image = f"{below}{name}.jpg"
-            if conversion.image_folder.accept(image):
+            if conversion.accepts(image):
                 more = answers if len(answers) > 1 else None
                 kind = yes_no_type(answers[0])
                 text = " ".join(question.split())  # some questions hold a tab

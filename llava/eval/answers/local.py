@@ -125,8 +125,8 @@ class LocalAnswers:
 
             choices = [index for index, question in enumerate(group) if question.options]
             for kind in ("letter", "text"):
-                asked = [(_turns(group[i]), images[i], _options(group[i], kind)) for i in choices]
-                for index, found in zip(choices, answer_likelihoods(loaded, template, asked, self.batch_size)):
+                offered = [(_turns(group[i]), images[i], _options(group[i], kind)) for i in choices]
+                for index, found in zip(choices, answer_likelihoods(loaded, template, offered, self.batch_size)):
                     metadata[index][f"option_{kind}s"] = [one._asdict() for one in found]
         return zip(group, texts, metadata)
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 from llava.eval.metrics.registry import CLOSED, OPEN, Answer, metric
 from llava.eval.metrics.words import strict_words
@@ -26,7 +27,7 @@ class StrictItem:
     recall: float
     polarity: str
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

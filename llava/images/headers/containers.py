@@ -163,8 +163,8 @@ def _read_webp(content: bytes, name: str, limits: Limits) -> Container:
         kind, length = struct.unpack_from("<4sL", content, place)
         begin = place + 8
         if kind == b"VP8X" and begin + 10 <= len(content):
-            sides = [int.from_bytes(content[at : at + 3], "little") + 1 for at in (begin + 4, begin + 7)]
-            limits.check_size(*sides, name, 2.0)
+            width, height = (int.from_bytes(content[at : at + 3], "little") + 1 for at in (begin + 4, begin + 7))
+            limits.check_size(width, height, name, 2.0)
         elif kind == b"EXIF":
             orientation = exif_orientation(memoryview(content)[begin : begin + length])
         elif kind == b"XMP " and length <= _MAX_XMP and orientation == 1:

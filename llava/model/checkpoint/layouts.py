@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
@@ -21,6 +20,7 @@ from llava.model.checkpoint.config import infer_template, read_config
 from llava.model.checkpoint.hf_layout import hf_source, is_hf_config, native_config
 from llava.model.configuration import LlavaConfigFields
 from llava.model.families import EMBEDDINGS, FINAL_NORM
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.towers import read_vision_config
 from llava.model.towers.base import TOWER_PREFIX, in_unused_layer
 from llava.model.towers.clip import known_vision_config
@@ -47,7 +47,7 @@ class Parts:
 
     config: LlavaConfigFields
     weights: WeightFiles
-    sources: Callable[[PreTrainedModel], list[Source]]
+    sources: Callable[[LlavaForCausalLM], list[Source]]
     folders: list[Path]
     tower_folder: Path | None = None
     quantized: bool = field(init=False)
@@ -100,7 +100,7 @@ def projector_file(folder: Path) -> Path | None:
     return next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
 
 
-def native_source(weights: WeightFiles, model: PreTrainedModel, what: str = "checkpoint") -> Source:
+def native_source(weights: WeightFiles, model: LlavaForCausalLM, what: str = "checkpoint") -> Source:
     """The weights of a native folder; prefixes that peft or LLaVA's LoRA training left are dropped.
 
     The tower may have names that the library's vision models had in other versions.
@@ -134,8 +134,8 @@ def _open_native(folder: Path, find_tower: Callable[..., Path | None]) -> Parts:
         )
     tower_folder = find_tower(config, folder, weights)
 
-    def sources(model: PreTrainedModel) -> list[Source]:
-        tower = [] if _has_tower(weights) else [model.get_vision_tower().source(tower_folder)]
+    def sources(model: LlavaForCausalLM) -> list[Source]:
+        tower = _tower_sources(model, tower_folder, weights)
         return [*tower, native_source(weights, model)]
 
     return Parts(config, weights, sources, [folder], tower_folder)
@@ -170,11 +170,10 @@ def _open_adapter(folder: Path, base_folder: Path | None, find_tower: Callable[.
     extra = WeightFiles([extra_path] if extra_path else [])
     tower_folder = find_tower(config, folder, weights, extra)
 
-    def sources(model: PreTrainedModel) -> list[Source]:
+    def sources(model: LlavaForCausalLM) -> list[Source]:
         changed = [native_source(weights, model, "base model")]
         changed.append(native_source(extra, model, "adapter's other weights"))
-        if not (_has_tower(weights) or _has_tower(extra)):
-            changed.insert(0, model.get_vision_tower().source(tower_folder))
+        changed[:0] = _tower_sources(model, tower_folder, weights, extra)
         for source in changed:
             source.convert = adapter.merged
         _check_reach(adapter, changed, base_folder, model)
@@ -201,8 +200,8 @@ def _open_projector(folder: Path, base_folder: Path | None, find_tower: Callable
     projector = WeightFiles([path])
     tower_folder = find_tower(config, folder, weights)
 
-    def sources(model: PreTrainedModel) -> list[Source]:
-        tower = [] if _has_tower(weights) else [model.get_vision_tower().source(tower_folder)]
+    def sources(model: LlavaForCausalLM) -> list[Source]:
+        tower = _tower_sources(model, tower_folder, weights)
         base = native_source(weights, model, "base model")
         own = projector_source(projector, model)
         _grow_embeddings(base, own, model)
@@ -211,7 +210,7 @@ def _open_projector(folder: Path, base_folder: Path | None, find_tower: Callable
     return Parts(config, weights, sources, [folder, base_folder], tower_folder)
 
 
-def projector_source(weights: WeightFiles, model: PreTrainedModel) -> Source:
+def projector_source(weights: WeightFiles, model: LlavaForCausalLM) -> Source:
     """A projector file's tensors: `…mm_projector.*` under any prefix, and trained rows of the embedding."""
     names = {}
     for file_name in weights:
@@ -221,7 +220,7 @@ def projector_source(weights: WeightFiles, model: PreTrainedModel) -> Source:
     return Source("projector", weights, names)
 
 
-def _grow_embeddings(base: Source, own: Source, model: PreTrainedModel) -> None:
+def _grow_embeddings(base: Source, own: Source, model: LlavaForCausalLM) -> None:
     """New image tokens over a plain language model: trained rows from the projector file, else the mean.
 
     LLaVA's stage 1 saves the embedding's new rows and leaves those of the head as it made them: the mean.
@@ -236,8 +235,9 @@ def _grow_embeddings(base: Source, own: Source, model: PreTrainedModel) -> None:
             continue
         if shape[0] >= rows:
             continue
-        new = own.weights.read(trained) if trained else None
-        if new is not None:
+        new = None
+        if trained:
+            new = own.weights.read(trained)
             if new.shape[0] != rows - shape[0]:
                 continue  # reported as a shape that doesn't fit
             del own.names[name]
@@ -266,7 +266,7 @@ def _appending(before, name: str, new: torch.Tensor | None, rows: int):
     return convert
 
 
-def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path, model: PreTrainedModel) -> None:
+def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path, model: LlavaForCausalLM) -> None:
     for name in adapter.adds_to & tied_weights(model).keys():
         raise LlavaError(
             f"{adapter.weights.files[0]}: the adapter changes {name}, which is the embedding of {base_folder} "
@@ -282,6 +282,13 @@ def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path,
 
 def _pair_names(adapter: LoraAdapter) -> frozenset[str]:
     return frozenset(set(adapter.weights) - set(adapter.overrides.values()))
+
+
+def _tower_sources(model: LlavaForCausalLM, tower_folder: Path | None, *holders: WeightFiles) -> list[Source]:
+    """The tower's own files, where none of the others holds the tower."""
+    if tower_folder is None or any(_has_tower(weights) for weights in holders):
+        return []
+    return [model.get_vision_tower().source(tower_folder)]
 
 
 def _has_tower(weights: WeightFiles) -> bool:

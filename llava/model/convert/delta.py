@@ -267,7 +267,7 @@ class _Sum:
     def __call__(self) -> Fill:
         upper = _Checked(self.pair.upper, self.name, self.expected[1])
         if self.name not in self.pair.base:
-            return lambda start, stop, out: out.copy_(upper.read(start, stop))
+            return upper.copy_into
         base = _Checked(self.pair.base, self.name, self.expected[0])
 
         def fill(start: int, stop: int, out: torch.Tensor) -> None:
@@ -290,10 +290,13 @@ class _Checked:
         self.path, self.name, self.expected = weights.file_of(name), name, expected
         self.checksum = 0
 
+    def copy_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(self.read(start, stop))
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         chunk = self.flat[start:stop]
         if self.expected is not None:
-            self.checksum = zlib.crc32(chunk.view(torch.uint8).numpy(), self.checksum)
+            self.checksum = zlib.crc32(chunk.view(torch.uint8).numpy().data, self.checksum)
             if stop == self.numel and self.checksum != self.expected:
                 raise LlavaError(
                     f"{self.path}: {self.name} has checksum {self.checksum:08x}, the file records "

@@ -56,7 +56,7 @@ def quantize(
             staging,
             f"A LLaVA checkpoint, its language model in {bits} bits (bitsandbytes); vision tower, projector "
             f"and head are not. Answers differ somewhat from the original's.",
-            base=model_base and str(model_base),
+            base=str(model_base) if model_base else None,
             source=str(model_path),
         )
     return output

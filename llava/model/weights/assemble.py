@@ -10,16 +10,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.quantized import quantized_parameter
+
+if TYPE_CHECKING:
+    from llava.model.configuration import LlavaConfigFields
+    from llava.model.language_model import LlavaForCausalLM
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +67,9 @@ class Source:
         return self.read(name).to(device=device, dtype=target, copy=True)
 
 
-def build_empty(model_class: type[PreTrainedModel], config, attn_implementation: str | None = None):
+def build_empty(
+    model_class: "type[LlavaForCausalLM]", config: "LlavaConfigFields", attn_implementation: str | None = None
+) -> "LlavaForCausalLM":
     """A model whose parameters have shapes but no memory; buffers are real."""
     if attn_implementation:
         config._attn_implementation = attn_implementation
@@ -74,7 +80,7 @@ def build_empty(model_class: type[PreTrainedModel], config, attn_implementation:
 
 
 def fill_model(
-    model: PreTrainedModel,
+    model: "LlavaForCausalLM",
     sources: Iterable[Source],
     dtype: torch.dtype,
     device: torch.device | Callable[[str], torch.device],
@@ -131,7 +137,7 @@ def _set_quantized(model, name: str, source: Source, quantization_state, device:
 
 
 def match_sources(
-    model: PreTrainedModel,
+    model: "LlavaForCausalLM",
     sources: Iterable[Source],
     fresh: Callable[[str], bool] = lambda name: False,
     quantization_state: Mapping[str, list[str]] | None = None,
@@ -163,7 +169,7 @@ def match_sources(
     return chosen
 
 
-def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+def tied_weights(model: "LlavaForCausalLM") -> dict[str, str]:
     """Weights that are another weight of the model, with its name: `{head: embedding}`, or {} where none are tied."""
     return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
 

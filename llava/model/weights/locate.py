@@ -10,7 +10,7 @@ from llava.errors import LlavaError
 log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WANTED = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def locate_model(

@@ -10,10 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 from llava.errors import LlavaError, require
 
@@ -129,7 +130,7 @@ def prepare_quantized(model: PreTrainedModel, config: BitsAndBytesConfig, quanti
 
 def finish_quantized(model: PreTrainedModel) -> None:
     """Mark a filled model as quantized, as transformers, peft and the Trainer expect it."""
-    model.hf_quantizer.postprocess_model(model)
+    cast(HfQuantizer, model.hf_quantizer).postprocess_model(model)
 
 
 def quantized_parameter(

@@ -251,7 +251,7 @@ class _Run:
                 stop = min(start + step, tensor.numel)
                 out = buffer[: (stop - start) * tensor.dtype.itemsize]
                 fill(start, stop, out.view(tensor.dtype))
-                data = memoryview(out.numpy())
+                data = out.numpy().data
                 checksum = zlib.crc32(data, checksum)
                 _write_at(shard.handle, data, offset)
                 offset += len(data)

@@ -5,6 +5,7 @@ import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -175,7 +176,7 @@ class Page:
             self.exported = gr.Textbox(visible="hidden", elem_id="exported")
 
     def _connect(self) -> None:
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         view = [self.chat, *self.views, self.box, self.draft, self.stop]
         chosen = [self.model, self.other, *self.settings.controls]
         places = [self.known, self.waiting, self.main, self.model, self.other]
@@ -198,8 +199,9 @@ class Page:
         for button, name, question in self.examples:
             button.click(self._example(name, question), self.chat, [self.chat, self.box, self.draft], **quiet)
         self.attention.connect(self.chat, quiet)
-        for vote, button in self.votes.items():
-            button.click(self._vote(vote), self.chat, None, **quiet)
+        if self.options.feedback is not None:
+            for vote, button in self.votes.items():
+                button.click(self._vote(vote, self.options.feedback), self.chat, None, **quiet)
 
     async def on_accept(self, known: list[str]):
         return gr.Column(visible=False), gr.Column(visible=not known), gr.Column(visible=bool(known)), True
@@ -272,7 +274,7 @@ class Page:
         except LlavaError as error:
             raise _error(str(error), "Settings") from error
         # The box is emptied once: the next question may be typed while this one is answered.
-        box = {"text": "", "files": []}
+        box: dict[str, Any] | None = {"text": "", "files": []}
         chat.running = True
         try:
             async for _ in answer(self.client, chat, models, sampling):
@@ -312,12 +314,12 @@ class Page:
 
         return on_example
 
-    def _vote(self, vote: str):
+    def _vote(self, vote: str, feedback: FeedbackLog):
         async def on_vote(chat: Chat):
             if not chat.exchanges:
                 gr.Info("There is no answer yet.")
                 return
-            self.options.feedback.write(vote, chat)
+            feedback.write(vote, chat)
             gr.Info("Thank you, kept.")
 
         return on_vote

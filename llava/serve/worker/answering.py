@@ -7,7 +7,7 @@ of the processor than the model does. The first and the last go out at once.
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -100,7 +100,7 @@ class Mailbox:
 
 async def answer_chunks(
     backend: Backend, job: Job, request_id: str, interval: float, timeout: float
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The stream of /worker_generate_stream. Leaving it early (a client that went away) cancels the request.
 
     Args:
@@ -112,7 +112,9 @@ async def answer_chunks(
     deadline = asyncio.get_running_loop().time() + timeout
     try:
         cancel = await _submit(backend, job, mailbox.put, timeout)
-        text, logprobs, token_ids, last = job.prompt or "", [], [], None
+        text, last = job.prompt or "", None
+        logprobs: list[dict[str, Any]] = []
+        token_ids: list[int] = []
         while last is None:
             try:
                 async with asyncio.timeout_at(deadline):

@@ -72,7 +72,7 @@ class EngineBackend:
         self.pool.close()
 
     def _request(self, job: Job) -> Request:
-        conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt
+        conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt or ""
         return Request(conversation, [_as_content(text) for text in job.images], job.sampling)
 
 

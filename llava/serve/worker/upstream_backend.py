@@ -68,8 +68,12 @@ class UpstreamBackend:
                 raise ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
             self.counts["waiting"] += 1
         task = asyncio.run_coroutine_threadsafe(self._answer(request, put), self.loop)
+
         # A turn of the loop later: a task that is cancelled before its first step would never say that it has ended.
-        return lambda: self.loop.call_soon_threadsafe(self.loop.call_soon, task.cancel)
+        def cancel() -> None:
+            self.loop.call_soon_threadsafe(self.loop.call_soon, task.cancel)
+
+        return cancel
 
     def attention_map(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
         raise ServeError(ErrorType.BAD_REQUEST, "The server behind this worker doesn't tell where the model looked.")

@@ -36,7 +36,7 @@ class ImageSource:
         """
         if not isinstance(image, str):
             return image_bytes(image)
-        place = self.find(image)
+        place = self._find_named(image)
         if isinstance(place, (str, Path)):
             return place
         with place.shard.open("rb") as file:
@@ -49,8 +49,9 @@ class ImageSource:
         Raises:
             FileNotFoundError: there is no such image.
         """
-        if not isinstance(image, str):
-            return None
+        return self._find_named(image) if isinstance(image, str) else None
+
+    def _find_named(self, image: str) -> Path | str | Place:
         if image.startswith("data:"):
             return image
         if self._members is not None and (member := self._members.find(image)):
