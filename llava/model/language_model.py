@@ -156,8 +156,8 @@ class LlavaForCausalLM(_LanguageModel):
             input_ids: `[batch, positions]`, expanded: IMAGE_TOKEN_INDEX at each position of an image.
             attention_mask: `[batch, positions]` (with a cache: past and new ones); 1 for real positions. If
                 `position_ids` is missing they are counted from it, so left padding changes no answer.
-            labels: `[batch, positions]`, -100 ignored. In training mode the result then holds the loss alone:
-                logits are made for the targets only, in chunks (llava.model.loss).
+            labels: `[batch, positions]`, -100 ignored. In training mode, or with `target_positions`, the result then
+                holds the loss alone: logits are made for the targets only, in chunks (llava.model.loss).
             pixel_values: `[n_images, 3, H, W]` of all images of the batch, in reading order.
             image_features: in their place, `[n_image_positions, hidden]`, already projected.
             vision_features: in their place, `[n_images, patches, mm_hidden]`, from the tower.
@@ -165,8 +165,9 @@ class LlavaForCausalLM(_LanguageModel):
             target_positions: int64 `[targets]`, where targets lie in the flattened labels, none first in its row.
                 With both a training step depends on shapes alone and never waits for the GPU.
 
-        In training a batch without images still runs projector (and tower, unless `vision_features` are
-        in use) on a zero image with weight zero: sharded parameters are gathered by all ranks or none.
+        In training, or with `image_positions`, a batch without images still runs projector (and tower, unless
+        `vision_features` are in use) on a zero image with weight zero: sharded parameters are gathered by all ranks
+        or none.
 
         Raises:
             LlavaError: the number of image positions isn't the number of features.
@@ -177,7 +178,7 @@ class LlavaForCausalLM(_LanguageModel):
             inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_features, vision_features, image_positions)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1])
-        if labels is not None and self.training:
+        if labels is not None and (self.training or target_positions is not None):
             outputs = self.model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -220,7 +221,8 @@ class LlavaForCausalLM(_LanguageModel):
             positions = int(is_image.sum()) if image_positions is None else image_positions.shape[0]
             _check_counts(positions, 0 if features is None else features.shape[0])
         if features is None:
-            if self.training and torch.is_grad_enabled() and image_features is None:
+            learns = self.training and torch.is_grad_enabled()
+            if (learns or image_positions is not None) and image_features is None:
                 inputs_embeds = inputs_embeds + self._idle_contribution(vision_features).to(inputs_embeds)
             return inputs_embeds
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)

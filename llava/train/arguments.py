@@ -7,7 +7,7 @@ a model is loaded.
 import logging
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
 
@@ -18,7 +18,9 @@ from transformers.hf_argparser import DataClassType
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.train.compute import flags_of_the_path, half_precision_of, join_group_of_one
+from llava.train.derived_flags import choose_workers, derive_flags, is_main_process
 from llava.train.legacy_flags import translate_flags
+from llava.train.validation_flags import ValidationArguments, check_validation
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,9 @@ class DataArguments:
     skip_unreadable_images: bool = _flag(
         False, "leave out records whose image is missing or unreadable, count and name them"
     )
+    jpeg_draft: bool = _flag(
+        False, "decode large JPEGs at twice the size needed in place of their own: faster, pixels differ a little"
+    )
     cache_vision_features: bool = _flag(False, "compute the frozen tower's output once per distinct image and keep it")
     vision_cache_dir: str | None = _flag(
         None, "folder of those features; several runs may share it (default: <output_dir>/vision_cache)"
@@ -97,6 +102,13 @@ class LlavaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
     logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
     model_max_length: int = _flag(2048, "longest sample in tokens, image positions included; longer ones are cut")
+    loss_normalisation: Literal["micro_batches", "tokens"] | None = _flag(
+        None, "a step's loss: mean of its micro-batches' means, or over all its tokens (default with full packs)"
+    )
+    dataloader_num_workers: int | None = _flag(
+        None, "processes that read and decode ahead for each training process (default: by its cores)"
+    )
+    dataloader_persistent_workers: bool | None = _flag(None, "keep them over epochs (default: where there are any)")
     global_batch_size: int | None = _flag(
         None, "samples per optimizer step over all processes; finds --gradient_accumulation_steps"
     )
@@ -129,6 +141,7 @@ class LlavaTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.fsdp == "True":
             self.fsdp = cast(str, True)  # the Trainer's own value for it, by its code
+        choose_workers(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         if self.accelerator_config is None:
             # Copies to the GPU don't wait; sharded gradients are reduced in each micro-batch, or every process would
             # hold all of them whole until the last.
@@ -155,6 +168,13 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     training: LlavaTrainingArguments
+    validation: ValidationArguments = field(default_factory=ValidationArguments)
+
+    def held_out(self) -> "Arguments":
+        """The same with the held-out records in place of those to train on."""
+        data, held = self.data, self.validation
+        own = {"data_path": held.eval_data_path, "image_folder": held.eval_image_folder or data.image_folder}
+        return replace(self, data=replace(data, **own))
 
 
 class _Parser(HfArgumentParser):
@@ -166,7 +186,7 @@ class _Parser(HfArgumentParser):
 
 def build_parser() -> HfArgumentParser:
     """The parser of every flag; `--help` lists ours first, then the Trainer's."""
-    classes = (ModelArguments, DataArguments, LlavaTrainingArguments)
+    classes = (ModelArguments, DataArguments, LlavaTrainingArguments, ValidationArguments)
     return _Parser(
         [DataClassType(one) for one in classes],
         prog="python -m llava.train.train",
@@ -186,7 +206,7 @@ def parse_arguments(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     arguments = read_flags(argv, keep_fsdp=keep_fsdp)
     check(arguments)
     _check_distribution(arguments.training)
-    _set_accumulation(arguments.training)
+    derive_flags(arguments.data, arguments.training)
     return arguments
 
 
@@ -195,12 +215,12 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     argv, warnings = translate_flags(argv, boolean_flags(), has_gpu=has_gpu, keep_fsdp=keep_fsdp)
     for warning in warnings:
-        if _is_main_process():
+        if is_main_process():
             logger.warning(warning)
     if torch.cuda.is_available():
         argv = _for_gpus(argv)
     try:
-        model, data, training, rest = build_parser().parse_args_into_dataclasses(
+        model, data, training, validation, rest = build_parser().parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, OSError) as error:
@@ -208,7 +228,7 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
         raise LlavaError(f"a flag has an invalid value: {' '.join(str(error).split())}") from error
     if rest:
         raise LlavaError(f"unknown argument {rest[0]!r}; see --help")
-    return Arguments(model, data, training)
+    return Arguments(model, data, training, validation)
 
 
 def _for_gpus(argv: list[str]) -> list[str]:
@@ -223,7 +243,7 @@ def _for_gpus(argv: list[str]) -> list[str]:
 def boolean_flags() -> set[str]:
     """Names of the flags that hold True or False."""
     names = set()
-    for cls in (ModelArguments, DataArguments, LlavaTrainingArguments):
+    for cls in (ModelArguments, DataArguments, LlavaTrainingArguments, ValidationArguments):
         names |= {f.name for f in fields(cls) if f.type is bool or bool in get_args(f.type)}
     return names
 
@@ -232,6 +252,7 @@ def check(arguments: Arguments) -> None:
     """Refuse what can't be, before anything is loaded."""
     _check_paths(arguments)
     check_values(arguments)
+    check_validation(arguments.validation, arguments.training)
 
 
 def check_values(arguments: Arguments) -> None:
@@ -376,21 +397,3 @@ def _check_distribution(training: LlavaTrainingArguments) -> None:
             f"{started} processes were started but each would train alone (world size {training.world_size}); "
             "without GPUs add --use_cpu True, with GPUs check that torch sees them"
         )
-
-
-def _set_accumulation(training: LlavaTrainingArguments) -> None:
-    if training.global_batch_size is None:
-        return
-    at_once = training.train_batch_size * training.world_size
-    steps, rest = divmod(training.global_batch_size, at_once)
-    if rest or steps == 0:
-        raise LlavaError(
-            f"--global_batch_size {training.global_batch_size} is no multiple of {at_once} "
-            f"({training.world_size} processes × {training.train_batch_size} samples); "
-            "change --per_device_train_batch_size"
-        )
-    training.gradient_accumulation_steps = steps
-
-
-def _is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0

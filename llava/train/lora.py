@@ -26,6 +26,7 @@ def add_adapters(model: LlavaForCausalLM, arguments: Arguments) -> "PeftModel":
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
     training = arguments.training
+    torch.manual_seed(training.seed)  # the adapters' first weights
     kept = [
         name
         for name, parameter in model.named_parameters()

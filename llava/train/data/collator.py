@@ -10,6 +10,9 @@ from llava.tokenization import pad_batch
 from llava.train.data.dataset import Report
 from llava.train.data.feature_cache import FeatureCache
 
+META_KEYS = ("sample_numbers", "num_tokens", "report")
+"""Of a batch: what is for the trainer; the model never sees it."""
+
 
 class Collator:
     """Makes what the model takes, and what the trainer counts (`sample_numbers`, `num_tokens`, …).
