@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
-from llava.serve.hosts import add_host_flags
 from llava.serve.secret import VARIABLE, add_secret_flags, secret_from_args
+from llava.serve.transport.hosts import add_host_flags
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _wait_until_ready(args, running: list[Running]) -> None:
 async def _is_healthy(url: str) -> bool:
     import aiohttp
 
-    from llava.serve.session import open_session
+    from llava.serve.transport.session import open_session
 
     async with open_session(None, HEALTH_SECONDS) as session:
         try:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
-from llava.serve.session import open_session
+from llava.serve.transport.session import open_session
 from llava.serve.worker_answers import MOST_PENDING_BYTES, AttentionMap, Chunk, ReportedStatus
 
 SHORT_TIMEOUT = 10.0

@@ -13,15 +13,15 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
-from llava.serve.bodies import parse_json, read_body, validated
-from llava.serve.hosts import Hosts, add_host_flags
-from llava.serve.http_server import run_server
-from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
 from llava.serve.protocol import ErrorType, ServeError, check_address, encode_error
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
 from llava.serve.request_models import ForModel, Heartbeat, WorkerEntry, WorkerStatus, WorkerWanted
 from llava.serve.secret import add_secret_flags, secret_from_args
-from llava.serve.session import open_session
+from llava.serve.transport.bodies import parse_json, read_body, validated
+from llava.serve.transport.hosts import Hosts, add_host_flags
+from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
+from llava.serve.transport.server import run_server
+from llava.serve.transport.session import open_session
 
 logger = logging.getLogger(__name__)
 

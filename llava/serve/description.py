@@ -13,7 +13,6 @@ from pydantic import BaseModel, TypeAdapter, create_model
 from pydantic.json_schema import models_json_schema
 
 from llava.serve.api.types import ChatRequest
-from llava.serve.middleware import LIVENESS
 from llava.serve.protocol import ErrorType
 from llava.serve.request_models import (
     AttentionMapRequest,
@@ -24,6 +23,7 @@ from llava.serve.request_models import (
     WorkerWanted,
 )
 from llava.serve.secret import HEADER
+from llava.serve.transport.middleware import LIVENESS
 
 Server = Literal["api", "controller", "worker"]
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError, require
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
-from llava.serve.hosts import Hosts, add_host_flags
-from llava.serve.http_server import run_server
-from llava.serve.middleware import RequestMiddleware
 from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.transport.hosts import Hosts, add_host_flags
+from llava.serve.transport.middleware import RequestMiddleware
+from llava.serve.transport.server import run_server
 from llava.serve.web.browser import BrowserHeaders, visitor_check
 
 logger = logging.getLogger(__name__)

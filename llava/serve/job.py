@@ -13,9 +13,9 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 from llava.sampling_params import SamplingParams
-from llava.serve.bodies import validated
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import MAX_IMAGES, AttentionMapRequest, ChatMessage, GenerateRequest, Part
+from llava.serve.transport.bodies import validated
 
 _HARMLESS_PLACEHOLDER = "< image>"
 

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
-from llava.serve.hosts import Hosts, add_host_flags
-from llava.serve.middleware import MAX_BODY_BYTES
 from llava.serve.protocol import check_address
 from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.transport.hosts import Hosts, add_host_flags
+from llava.serve.transport.middleware import MAX_BODY_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from typing import Any
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
-from llava.serve.hosts import Hosts, add_host_flags
-from llava.serve.http_server import run_server
-from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, unless_gone
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.transport.hosts import Hosts, add_host_flags
+from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, unless_gone
+from llava.serve.transport.server import run_server
 
 logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -66,8 +66,8 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
 
     from llava.serve.api.metrics import Metrics
     from llava.serve.api.types import ChatRequest, model_entry
-    from llava.serve.bodies import read_body
     from llava.serve.description import document
+    from llava.serve.transport.bodies import read_body
 
     metrics = Metrics()
 

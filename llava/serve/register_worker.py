@@ -33,7 +33,7 @@ async def _register(args, secret: str | None) -> str:
     """The address as the controller noted it."""
     import aiohttp
 
-    from llava.serve.session import open_session
+    from llava.serve.transport.session import open_session
 
     body = {"worker_name": args.worker_name, "check_heart_beat": args.check_heart_beat}
     session = open_session(secret, READ_TIMEOUT)

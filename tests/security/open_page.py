@@ -23,7 +23,7 @@ def main() -> None:
 
         from llava.serve.api.keys import Keys
         from llava.serve.gradio_web_server import build_app, build_parser
-        from llava.serve.http_server import run_server
+        from llava.serve.transport.server import run_server
 
         words = [word for word in sys.argv[1:] if word != "--middleware"]
         args = build_parser().parse_args(words)

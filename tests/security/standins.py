@@ -87,8 +87,8 @@ def fetch_all(value) -> list[str]:
 def main() -> None:
     import uvicorn
 
-    from llava.serve.http_protocol import ConnectionLimits
-    from llava.serve.http_server import run_server
+    from llava.serve.transport.connections import ConnectionLimits
+    from llava.serve.transport.server import run_server
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)

@@ -9,7 +9,7 @@ import base64
 import httpx
 import pytest
 
-from llava.serve.hosts import Hosts
+from llava.serve.transport.hosts import Hosts
 from tests.security.conftest import KEY, PIECES
 from tests.security.wire import connect, head, listen
 from tests.serve.processes import Process

@@ -7,9 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llava.serve.bodies import MOST_VALUES, parse_json
 from llava.serve.protocol import ServeError, split_chunks
 from llava.serve.secret import HEADER
+from llava.serve.transport.bodies import MOST_VALUES, parse_json
 from llava.serve.worker.answering import Mailbox
 from tests.serve.processes import Process, wait_until
 

@@ -3,13 +3,13 @@
 import contextlib
 import logging
 
-from llava.serve.bodies import read_json
 from llava.serve.decoding.pool import in_thread
-from llava.serve.hosts import Hosts
-from llava.serve.http_server import server_settings
 from llava.serve.job import Job, read_attention_map_request, read_job
-from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, secret_check, unless_gone
 from llava.serve.protocol import ErrorType, ServeError, encode_error
+from llava.serve.transport.bodies import read_json
+from llava.serve.transport.hosts import Hosts
+from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, secret_check, unless_gone
+from llava.serve.transport.server import server_settings
 from llava.serve.worker.answering import Backend, answer_chunks
 from llava.serve.worker.heartbeat import Membership
 

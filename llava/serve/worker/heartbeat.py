@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava.serve.protocol import HEARTBEAT_SECONDS
-from llava.serve.session import open_session
+from llava.serve.transport.session import open_session
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ def server_settings(host: str, port: int, limits=None, **more: Any) -> dict[str,
     """What `uvicorn.run` and `uvicorn.Config` take beside the application. Nothing is logged of who asks.
 
     Args:
-        limits: `llava.serve.http_protocol.ConnectionLimits`; by default the usual ones, with no more connections than
-            half of the files that the process may open.
+        limits: of a connection; by default the usual ones, with no more connections than half of the files that the
+            process may open.
         more: other settings of uvicorn.
     """
     require("httptools", "serve")
-    from llava.serve.http_protocol import ConnectionLimits, limited
+    from llava.serve.transport.connections import ConnectionLimits, limited
 
     if limits is None:
         limits = ConnectionLimits(connections=min(ConnectionLimits.connections, _open_files() // 2))

@@ -13,8 +13,8 @@ from functools import partial
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from llava.serve.middleware import REQUEST_ID_HEADER, error_body
 from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.transport.middleware import REQUEST_ID_HEADER, error_body
 
 TICK_SECONDS = 1.0
 """How often a connection looks at the clock, so its times are exact to a second."""
@@ -37,7 +37,7 @@ class ConnectionLimits:
     read_seconds: float = 60.0
     """How long a client may leave an answer unread."""
     connections: int = 2000
-    """Of one server; see `llava.serve.http_server`, which keeps it below the number of files a process may open."""
+    """Of one server; `llava.serve.transport.server` keeps it below the number of files a process may open."""
 
 
 def limited(limits: ConnectionLimits):

@@ -10,8 +10,8 @@ import logging
 import secrets
 from collections.abc import Callable
 
-from llava.serve.hosts import Hosts
 from llava.serve.protocol import ERRORS, ErrorType, ServeError
+from llava.serve.transport.hosts import Hosts
 
 logger = logging.getLogger(__name__)
 
