@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch.distributed
@@ -23,6 +23,7 @@ from llava.eval.metrics import score_items
 from llava.eval.metrics.joined import JoinedItem
 from llava.generation import Engine, Request, SamplingParams
 from llava.model import LoadedModel
+from llava.model.language_model import LlavaForCausalLM
 from llava.record_content import plain_entries
 from llava.records import write_records
 from llava.tokenization import conversation_from_record
@@ -77,7 +78,7 @@ class HeldOutAnswers:
         own = range(rank, len(self.items), processes)
         requests = [self._request(index) for index in own]
         with whole_weights(trainer) as model:
-            engine = Engine(self.loaded._replace(model=model), prefix_bytes=0)
+            engine = Engine(self.loaded._replace(model=cast(LlavaForCausalLM, model)), prefix_bytes=0)
             answers = [answer.text for answer in engine.generate(requests)]
         texts = dict(_gather(list(zip(own, answers, strict=True)), processes))
         joined = [JoinedItem(item, texts[index]) for index, item in enumerate(self.items)]

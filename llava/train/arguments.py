@@ -105,10 +105,12 @@ class LlavaTrainingArguments(TrainingArguments):
     loss_normalisation: Literal["micro_batches", "tokens"] | None = _flag(
         None, "a step's loss: mean of its micro-batches' means, or over all its tokens (default with full packs)"
     )
-    dataloader_num_workers: int | None = _flag(
+    dataloader_num_workers: int | None = _flag(  # type: ignore[assignment]  # filled in by derived_flags
         None, "processes that read and decode ahead for each training process (default: by its cores)"
     )
-    dataloader_persistent_workers: bool | None = _flag(None, "keep them over epochs (default: where there are any)")
+    dataloader_persistent_workers: bool | None = _flag(  # type: ignore[assignment]
+        None, "keep them over epochs (default: where there are any)"
+    )
     global_batch_size: int | None = _flag(
         None, "samples per optimizer step over all processes; finds --gradient_accumulation_steps"
     )
@@ -173,8 +175,8 @@ class Arguments:
     def held_out(self) -> "Arguments":
         """The same with the held-out records in place of those to train on."""
         data, held = self.data, self.validation
-        own = {"data_path": held.eval_data_path, "image_folder": held.eval_image_folder or data.image_folder}
-        return replace(self, data=replace(data, **own))
+        folder = held.eval_image_folder or data.image_folder
+        return replace(self, data=replace(data, data_path=held.eval_data_path, image_folder=folder))
 
 
 class _Parser(HfArgumentParser):

@@ -60,7 +60,8 @@ class LlavaTrainer(Trainer):
         validation: Validation | None = None,
         **kwargs,
     ):
-        super().__init__(*args, eval_dataset=None if validation is None else validation.dataset, **kwargs)
+        kwargs["eval_dataset"] = None if validation is None else validation.dataset
+        super().__init__(*args, **kwargs)
         # Each micro-batch's own token mean, not a mean over the accumulated batch: the reference's arithmetic.
         self.model_accepts_loss_kwargs = False
         self.write_model = write_model
@@ -187,8 +188,8 @@ class LlavaTrainer(Trainer):
         """What to call for held-out losses, in evaluation mode; DDP's wrapper has nothing to do there."""
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         model.eval()
-        if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):
-            self.optimizer.eval()
+        if callable(switch := getattr(self.optimizer, "eval", None)):
+            switch()
         return model
 
     def sum_over_processes(self, values: list[float]) -> list[float]:

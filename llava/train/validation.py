@@ -102,7 +102,7 @@ class Validation:
             workers = args.dataloader_num_workers
             self._loader = DataLoader(
                 self.dataset,
-                batch_sampler=batches[args.process_index :: args.world_size],  # type: ignore[arg-type]
+                batch_sampler=batches[args.process_index :: args.world_size],
                 collate_fn=self.collate,
                 num_workers=workers,
                 prefetch_factor=args.dataloader_prefetch_factor if workers else None,
