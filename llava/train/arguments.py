@@ -175,6 +175,7 @@ class Arguments:
     def held_out(self) -> "Arguments":
         """The same with the held-out records in place of those to train on."""
         data, held = self.data, self.validation
+        assert held.eval_data_path is not None, "there are no held-out records"
         folder = held.eval_image_folder or data.image_folder
         return replace(self, data=replace(data, data_path=held.eval_data_path, image_folder=folder))
 
