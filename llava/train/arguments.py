@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
+from llava.train import gpu
 from llava.train.compute import flags_of_the_path, half_precision_of, join_group_of_one
 from llava.train.legacy_flags import translate_flags
 
@@ -174,19 +175,21 @@ def parse_arguments(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     arguments = read_flags(argv, keep_fsdp=keep_fsdp)
     check(arguments)
     _check_distribution(arguments.training)
-    _set_accumulation(arguments.training)
+    set_accumulation(arguments.training)
     return arguments
 
 
 def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     """The dataclasses of a command line, not yet checked against files or each other."""
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    has_gpu = gpu.has_gpu() or torch.backends.mps.is_available()
     argv, warnings = translate_flags(argv, boolean_flags(), has_gpu=has_gpu, keep_fsdp=keep_fsdp)
     for warning in warnings:
         if _is_main_process():
             logger.warning(warning)
-    if torch.cuda.is_available():
+    if gpu.has_gpu():
         argv = _for_gpus(argv)
+    if gpu.is_described():
+        argv = _without_hardware(argv)
     try:
         model, data, training, rest = build_parser().parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
@@ -206,6 +209,15 @@ def _for_gpus(argv: list[str]) -> list[str]:
     argv = argv + flags_of_the_path(parser.parse_known_args(argv)[0], int(os.environ.get("WORLD_SIZE", "1")))
     join_group_of_one(parser.parse_known_args(argv)[0])
     return argv
+
+
+def _without_hardware(argv: list[str]) -> list[str]:
+    """The command line of a dry run: set up for a GPU, run on tensors without content, which lie on the CPU."""
+    argv = list(argv)
+    for place, word in enumerate(argv):
+        if word == "--tf32":
+            argv[place + 1] = "False"
+    return [*argv, "--use_cpu", "True", "--dataloader_num_workers", "0", "--dataloader_pin_memory", "False"]
 
 
 def boolean_flags() -> set[str]:
@@ -360,7 +372,7 @@ def _check_distribution(training: LlavaTrainingArguments) -> None:
         )
 
 
-def _set_accumulation(training: LlavaTrainingArguments) -> None:
+def set_accumulation(training: LlavaTrainingArguments) -> None:
     if training.global_batch_size is None:
         return
     at_once = training.train_batch_size * training.world_size

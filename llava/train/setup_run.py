@@ -14,6 +14,7 @@ from llava.folders import WEIGHTS, part_in, publish_files, remove_parts
 from llava.images import open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
+from llava.train import gpu
 from llava.train.arguments import Arguments, LlavaTrainingArguments
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import LlavaDataset, PackedDataset, distinct_images
@@ -99,9 +100,13 @@ def build_dataset(
 
 
 def build_trainer(
-    arguments: Arguments, loaded: LoadedModel, dataset: LlavaDataset, cache: FeatureCache | None
+    arguments: Arguments,
+    loaded: LoadedModel,
+    dataset: LlavaDataset,
+    cache: FeatureCache | None,
+    trainer_class: type[LlavaTrainer] | None = None,
 ) -> LlavaTrainer:
-    """The trainer, its callbacks, and how it writes the model."""
+    """The trainer (of `trainer_class`, LlavaTrainer by default), its callbacks, and how it writes the model."""
     data, training = arguments.data, arguments.training
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
     config = model.config
@@ -126,7 +131,7 @@ def build_trainer(
     if training.ddp_find_unused_parameters is None:
         # Tower and projector take part in every batch, so nothing trainable is ever unused.
         training.ddp_find_unused_parameters = False
-    trainer = LlavaTrainer(
+    trainer = (trainer_class or LlavaTrainer)(
         model=model,
         args=training,
         train_dataset=train_dataset,
@@ -151,7 +156,7 @@ def build_trainer(
 def pack_length(arguments: Arguments) -> int | None:
     """Tokens that packed batches are filled up to: on a GPU, and where layers are compiled for one shape."""
     training = arguments.training
-    fixed = training.device.type == "cuda" or training.compile_layers
+    fixed = gpu.is_on_gpu(training.device) or training.compile_layers
     return arguments.data.max_tokens_per_batch if fixed else None
 
 

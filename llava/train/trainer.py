@@ -14,6 +14,7 @@ import torch.distributed
 from torch import nn
 from transformers import Trainer
 
+from llava.train import gpu
 from llava.train.checkpoints import publish, remove_old, staged
 from llava.train.compute import compile_layers, set_policy
 from llava.train.data.dataset import Report
@@ -91,7 +92,7 @@ class LlavaTrainer(Trainer):
         if self.args.compile_layers and not self._is_compiled:
             self._is_compiled = True
             # The CPU's attention goes from sample to sample, which is no graph.
-            compile_layers(self.model, fullgraph=self.args.device.type == "cuda", **self.args.compile_options)
+            compile_layers(self.model, fullgraph=gpu.is_on_gpu(self.args.device), **self.args.compile_options)
         return super()._prepare_for_training(*args, **kwargs)
 
     _is_compiled = False

@@ -1,0 +1,156 @@
+"""A training command on tensors without content, from its flags to its optimizer step, and what follows from it."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llava.errors import LlavaError
+from llava.train.arguments import Arguments, check_values, read_flags, set_accumulation
+from llava.train.estimate.batches import RandomRecords
+from llava.train.estimate.compiled import DryCompiler
+from llava.train.estimate.costs import Clock
+from llava.train.estimate.dry_trainer import DryTrainer, Taken
+from llava.train.estimate.hardware import GB, Gpu
+from llava.train.estimate.shapes import shaped_model
+from llava.train.estimate.tracker import Tracker
+from llava.train.estimate.world import shard_as_on_gpus, world
+from llava.train.progress import flops_per_token
+from llava.train.setup_run import build_trainer
+
+logger = logging.getLogger(__name__)
+
+SIMULATED = 3
+"""Micro-batches of a step that are carried out: the first, one for all in the middle, the last."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one GPU of a run; GB are 1e9 bytes, seconds and rates those of an optimizer step."""
+
+    gpu: Gpu
+    gpus: int
+    peak_gb: float
+    parts_gb: dict[str, float]
+    mfu: float
+    mfu_eager: float
+    step_seconds: float
+    tokens_per_second: float
+    """Of all GPUs together; padding isn't counted."""
+    host_syncs_per_micro_batch: int
+    host_syncs_per_step: int
+    """After the micro-batches: clipping, the optimizer, logging."""
+    attention: str
+    reduce_dtype: str | None
+    flops_per_step: float
+    bytes_per_step: float
+    samples_per_step: int
+    samples_per_hour: float
+    operators_per_micro_batch: int
+    micro_batches: int
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_gb <= self.gpu.usable_gb
+
+    def flat(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        fields = {name: value for name, value in vars(self).items() if name != "gpu"}
+        return {"gpu": self.gpu.name, "fits": self.fits} | fields
+
+
+def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int) -> Prediction:
+    """Carry out one optimizer step of a training command on tensors without content.
+
+    Args:
+        argv: the flags of the training command; `--data_path`, `--image_folder` and `--output_dir` may be missing.
+        gpus: processes, one GPU each.
+
+    Raises:
+        LlavaError: flags that can't be, a model that isn't there.
+    """
+    tracker = Tracker(Clock(gpu, gpus))
+    with world(gpu, gpus, DryCompiler(tracker.fused, tracker.paused)) as mode:
+        arguments = read_flags(list(argv))
+        check_values(arguments)
+        set_accumulation(arguments.training)
+        training = arguments.training
+        shard_as_on_gpus(training)
+        micro_batches = training.gradient_accumulation_steps
+        samples_at_once = training.per_device_train_batch_size * gpus
+        _shorten(arguments)
+        loaded = shaped_model(arguments, mode)
+        per_pack = -(-(arguments.data.max_tokens_per_batch or 0) // 300) if arguments.data.packing else 0
+        records = RandomRecords(arguments, loaded, (SIMULATED + 1) * samples_at_once * max(1, per_pack))
+        trainer = build_trainer(arguments, loaded, records, None, DryTrainer)
+        trainer.watch(mode, tracker)
+        per_token = flops_per_token(trainer.model)
+        with mode, tracker:
+            trainer.train()
+    return _prediction(tracker, trainer, gpu, gpus, micro_batches, samples_at_once, per_token)
+
+
+def _shorten(arguments: Arguments) -> None:
+    """One step that writes nothing, of few micro-batches."""
+    training = arguments.training
+    training.gradient_accumulation_steps = min(training.gradient_accumulation_steps, SIMULATED)
+    training.max_steps = 1
+    training.logging_steps = 10**9
+    training.logging_first_step = False
+    training.report_to = []
+    training.disable_tqdm = True
+    training.save_strategy = "no"
+    training.push_to_hub = False
+
+
+def _prediction(tracker, trainer, gpu: Gpu, gpus: int, micro_batches: int, samples_at_once: int, per_token: int):
+    parts = [*_repeated(trainer.micro_batches, micro_batches), (trainer.rest, 1)]
+
+    def total(name: str) -> float:
+        return sum(getattr(part, name) * times for part, times in parts)
+
+    def work(name: str) -> float:
+        return sum(getattr(part.work, name) * times for part, times in parts)
+
+    seconds, eager, tokens = total("seconds"), total("eager_seconds"), total("tokens")
+    peak = gpu.peak_tflops * 1e12
+    samples = samples_at_once * micro_batches
+    return Prediction(
+        gpu=gpu,
+        gpus=gpus,
+        peak_gb=tracker.memory.peak / GB,
+        parts_gb={name: size / GB for name, size in sorted(tracker.memory.parts().items(), key=lambda one: -one[1])},
+        mfu=per_token * tokens / seconds / peak,
+        mfu_eager=per_token * tokens / eager / peak,
+        step_seconds=seconds,
+        tokens_per_second=tokens * gpus / seconds,
+        host_syncs_per_micro_batch=max(part.waits for part in trainer.micro_batches),
+        host_syncs_per_step=trainer.rest.waits,
+        attention=_attention(tracker.attention),
+        reduce_dtype=_name_of(tracker.reduced),
+        flops_per_step=work("flops"),
+        bytes_per_step=work("bytes"),
+        samples_per_step=samples,
+        samples_per_hour=samples / seconds * 3600,
+        operators_per_micro_batch=trainer.micro_batches[-1].operators,
+        micro_batches=micro_batches,
+    )
+
+
+def _repeated(simulated: list[Taken], count: int) -> list[tuple[Taken, int]]:
+    """(part, how often it occurs in a step of `count` micro-batches)."""
+    if len(simulated) < SIMULATED:
+        return [(part, 1) for part in simulated]
+    first, middle, last = simulated
+    return [(first, 1), (middle, count - 2), (last, 1)]
+
+
+def _attention(found: Counter[str]) -> str:
+    names = {"_varlen_attn": "variable-length kernel (flash-attn, or torch's varlen_attn)",
+             "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention, fused"}  # fmt: skip
+    return ", ".join(sorted({names[name] for name in found if name in names})) or "matrix products (eager)"
+
+
+def _name_of(dtypes: set) -> str | None:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or None
