@@ -20,8 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from checkout import ROOT, add_json_flag
 
 LIMITS = {
     "attention": 90,
@@ -37,7 +36,7 @@ LIMITS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="write all results here, after each part")
+    add_json_flag(parser)
     parser.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS), help="run these alone")
     parser.add_argument("--seconds", type=float, default=480, help="for all parts together")
     parser.add_argument("--miniature", action="store_true", help="in small, on the CPU")
@@ -54,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         results[part] = (
             in_process(part, min(LIMITS[part], left), args.miniature) if left > 5 else {"skipped": "no time"}
         )
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-        show(part, results[part])
+        if args.json is not None:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+        show_part(part, results[part])
     return 1 if any(result.get("error") or result.get("wrong") for result in results.values()) else 0
 
 
@@ -86,21 +86,21 @@ def in_process(part: str, limit: float, miniature: bool) -> dict:
 
 def run_part(part: str, miniature: bool) -> dict:
     """Run one part here."""
-    from benchmarks import gpu_parts, gpu_training
+    from gpu_parts import speed, training
 
     work = {
-        "attention": gpu_parts.attention,
-        "ceilings": gpu_parts.ceilings,
-        "decode": gpu_parts.decode,
-        "training": gpu_training.small_trainings,
-        "layers": gpu_training.layers,
-        "layers_checkpointed": lambda small: gpu_training.layers(small, "--gradient_checkpointing", "True"),
-        "layers_compiled": lambda small: gpu_training.layers(small, "--torch_compile", "True"),
+        "attention": speed.attention,
+        "ceilings": speed.ceilings,
+        "decode": speed.decode,
+        "training": training.small_trainings,
+        "layers": training.layers,
+        "layers_checkpointed": lambda small: training.layers(small, "--gradient_checkpointing", "True"),
+        "layers_compiled": lambda small: training.layers(small, "--torch_compile", "True"),
     }
     return work[part](miniature)
 
 
-def show(part: str, result: dict) -> None:
+def show_part(part: str, result: dict) -> None:
     print(f"== {part} ({result.get('seconds', 0)} s)", flush=True)
     for name, value in result.items():
         if name == "seconds":

@@ -44,4 +44,21 @@ def test_a_benchmark_runs_in_miniature(name, tmp_path, shared_dir):
 
 def test_every_benchmark_is_run_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")} - {"checkout"}
-    assert names == (SMALL | LONG).keys()
+    assert names == {*SMALL, *LONG, "gpu"}
+
+
+GPU_PARTS = {"small": ["ceilings", "decode"], "long": ["attention", "training", "layers", "layers_compiled"]}
+
+
+@pytest.mark.parametrize("parts", ["small", pytest.param("long", marks=pytest.mark.long)])
+def test_the_parts_of_the_gpu_benchmark_run_in_miniature_on_the_cpu(parts, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--miniature", "--json", tmp_path / "gpu.json"]
+    command += ["--parts", *GPU_PARTS[parts]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(results) == GPU_PARTS[parts]
+    for part, result in results.items():
+        assert len(result) > 1 and not result.get("error") and not result.get("wrong"), result
+        assert f"== {part} (" in done.stdout

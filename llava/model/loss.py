@@ -5,16 +5,19 @@ one chunk of it exists at a time.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from llava.constants import IGNORE_INDEX
 
 CHUNK_ELEMENTS = 1 << 25
 """Largest block of logits that is held at once: 128 MB in float32."""
+ALIGNMENT = 64
+"""Columns of a block of logits in half precision are a multiple of this."""
 
 
 class LanguageHead(nn.Linear):
@@ -43,7 +46,17 @@ class LanguageHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden_states)
-        return sum_of_losses(super().forward, hidden_states, targets, self.out_features, chunk_elements)
+        return sum_of_losses(self._aligned(), hidden_states, targets, self.out_features, chunk_elements)
+
+    def _aligned(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The layer; in half precision with a vocabulary filled up to a multiple of 64 by logits of minus infinity,
+        which add nothing to a loss: a GPU's matrix products are up to twice as fast in rows of such lengths."""
+        missing = -self.out_features % ALIGNMENT
+        if not missing or self.weight.dtype == torch.float32:
+            return super().forward
+        weight = pad(self.weight, (0, 0, 0, missing))
+        bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+        return partial(linear, weight=weight, bias=pad(bias, (0, missing), value=float("-inf")))
 
 
 def causal_loss(

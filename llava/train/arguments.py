@@ -113,6 +113,11 @@ class LlavaTrainingArguments(TrainingArguments):
         None, "names of layers, by comma (default: every linear layer of the language model but lm_head)"
     )
     force_fsdp: bool = _flag(False, "accepted for old scripts; --fsdp says what is wanted")
+    keep_half_weights: bool | None = _flag(
+        None,
+        "one GPU in half precision: keep the weights' half-precision copies over an optimizer step, "
+        "2 bytes per parameter (default: where they fit)",
+    )
     peak_tflops: float | None = _flag(None, "what one device can do at best, for MFU (default: known GPUs)")
 
     def __post_init__(self):

@@ -55,7 +55,10 @@ def test_page_holds_every_section_and_fetches_nothing(files):
     for heading in ("Scores", "look at the image", "as sure as", "clean", "kind of question", "Examples", "produced"):
         assert re.search(f"<h2>[^<]*{heading}", html), heading
     assert not re.search(r'(?:src|href)="(?!data:|#)|url\((?!#)', html) and "<script" not in html and "://" not in html
-    assert html.count("<svg ") == html.count("<figcaption>") == html.count('role="img" aria-label="') == 6
+    labels = re.findall('<svg role="img" aria-label="([^"]*)"', html)
+    assert len(labels) == html.count("<svg ") == html.count("<figcaption>")
+    for start in ("Bars, strict open, in %: m 100.0, m, grey 0.0", "Right answers over confidence, m, in percent: "):
+        assert [label for label in labels if label.startswith(start)], start
     assert html.count("<img") == 8  # four right and four wrong answers, each with its image
     assert "data:image/jpeg;base64," in html
 

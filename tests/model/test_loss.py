@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava.model.loss import causal_loss
+from llava.model.loss import LanguageHead, causal_loss
 
 
 def whole(hidden_states, lm_head, labels):
@@ -35,3 +36,37 @@ def test_without_targets_the_loss_is_zero_and_reaches_every_weight():
     loss.backward()
     assert loss.item() == 0
     assert lm_head.weight.grad.abs().sum() == 0 and hidden_states.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [403 * 8, 10**9])
+def test_a_vocabulary_filled_up_to_aligned_rows_has_the_same_loss(bias, chunk):
+    """In half precision the head multiplies with 448 columns where there are 403 tokens."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 403, bias=bias)
+    labels = torch.randint(0, 403, (2, 30))
+    hidden_states = torch.randn(2, 30, 32)
+    results, columns = [], []
+    for dtype in (torch.float32, torch.float16):
+        head = LanguageHead.of(linear).to(dtype)
+        inputs = hidden_states.to(dtype).requires_grad_()
+        with Columns() as seen:
+            loss = causal_loss(inputs, head, labels, 403, chunk_elements=chunk)
+            results.append([loss, *torch.autograd.grad(loss, [inputs, *head.parameters()])])
+        columns.append(seen.of_logits)
+    assert columns == [{403}, {448}] and results[1][0].dtype == torch.float32
+    for whole, half in zip(*results, strict=True):
+        assert whole.shape == half.shape and (half.float() - whole).norm() < 2e-3 * whole.norm()
+
+
+class Columns(TorchDispatchMode):
+    """The columns of the logits that cross entropies are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_logits = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._log_softmax.default:
+            self.of_logits.add(args[0].shape[-1])
+        return function(*args, **kwargs or {})

@@ -5,10 +5,13 @@ and at the end the run proves that parameters were shards: the last line of stdo
 """
 
 import json
+import os
 import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+
+LARGE = 1000
 
 
 class FsdpState(AcceleratorState):
@@ -41,12 +44,38 @@ def note_gradients(seen: dict):
     return clip
 
 
+def counting(seen: dict):
+    """A context that counts how often FSDP 2 casts weights to bfloat16, and how often it joins gradients.
+
+    Weights of more than LARGE numbers are counted.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen |= {"casts": 0, "joined_gradients": 0}
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function is torch.ops.fsdp.chunk_cat.default:
+                seen["joined_gradients"] += 1
+            # Each weight is cast as one row.
+            flat = function is torch.ops.aten._to_copy.default and args[0].dim() == 1 and args[0].numel() > LARGE
+            if flat and args[0].dtype == torch.float32 and kwargs.get("dtype") == torch.bfloat16:
+                seen["casts"] += 1
+            return function(*args, **kwargs)
+
+    return Counting()
+
+
 def main() -> None:
     import accelerate.accelerator
     import torch
     from torch.distributed.tensor import DTensor
 
     accelerate.accelerator.AcceleratorState = FsdpState
+    if "WORLD_SIZE" not in os.environ:  # one process without torchrun
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     from llava.train import train as training
     from llava.train.setup_run import summarise
 
@@ -56,6 +85,7 @@ def main() -> None:
         parameters = list(trainer.model.parameters())
         seen["type"] = str(trainer.accelerator.distributed_type)
         seen["parameters"] = len(parameters)
+        seen["large"] = sum(parameter.numel() > LARGE for parameter in parameters)
         seen["sharded"] = sum(isinstance(parameter, DTensor) for parameter in parameters)
         seen["local"] = sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in parameters)
         seen["whole"] = sum(parameter.numel() for parameter in parameters)
@@ -65,7 +95,8 @@ def main() -> None:
 
     setup_run.summarise = note
     setup_run.LlavaTrainer = type("Noting", (setup_run.LlavaTrainer,), {"_clip_grad_norm": note_gradients(seen)})
-    training.train(sys.argv[1:], keep_fsdp=True)
+    with counting(seen):
+        training.train(sys.argv[1:], keep_fsdp=True)
     if torch.distributed.get_rank() == 0:
         print(json.dumps(seen))
     torch.distributed.destroy_process_group()

@@ -69,7 +69,9 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
         if metric.unit != "%":  # the bars end at 100
             continue
         numbers = [(entry.label, entry.result.scores.number(metric)) for entry in entries]
-        shown = bars(metric.title, [(label, n.value, n.low, n.high) for label, n in numbers if n is not None])
+        # A row for each, also without a number: places decide the colours.
+        rows_drawn = [(label, n.value, n.low, n.high) if n else (label, None, None, None) for label, n in numbers]
+        shown = bars(metric.title, rows_drawn)
         drawn.append(figure(shown, f"{metric.label}, with 95 % intervals."))
     unit = entries[0].result.settings["unit"]
     text = (

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from llava.train.estimate.costs import Work
 from llava.train.estimate.tracker import Tracker, note_all
-from llava.train.estimate.world import without_content
+from llava.train.estimate.world import tell_parameters_apart, without_content
 from llava.train.loss_watch import LossWatch
 from llava.train.trainer import LlavaTrainer
 
@@ -81,6 +81,7 @@ class DryTrainer(LlavaTrainer):
         return FakeBatches(loader, self)
 
     def _prepare_for_training(self, *args, **kwargs):
+        tell_parameters_apart(self.model)
         # Process meshes need content; the model's tensors have none, in whichever mode they are used.
         with unset_fake_temporarily():
             return super()._prepare_for_training(*args, **kwargs)

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 from torch.utils._pytree import tree_map_only
@@ -54,6 +56,13 @@ def shard_as_on_gpus(training) -> None:
     """Let accelerate shard although tensors lie on the CPU: it does so for processes that have GPUs."""
     if training.fsdp:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def tell_parameters_apart(model: nn.Module) -> None:
+    """Give each parameter an address of its own, by which accelerate finds it again in the optimizer once it is
+    sharded; without content all lie at the same."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data_ptr = partial(int, number)
 
 
 def without_content(mode: FakeTensorMode, batch):
