@@ -16,6 +16,8 @@ from typing import NoReturn
 from llava.errors import LlavaError
 
 EXIT_BAD_INPUT = 2
+MOST_LINE = 2000
+MOST_TRACEBACK_LINES = 200
 
 
 def parse_bool(text: str | bool) -> bool:
@@ -97,11 +99,32 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Log to stderr, so that stdout holds results alone."""
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("httpx", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It advises a package for AVX512-BF16 at every import; llava.model.weights.linear4bit has no use for it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+class SafeFormatter(logging.Formatter):
+    """Log lines that no one else can write: what a client named, as a model, may hold line ends, or megabytes."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei) -> str:
+        lines = super().formatException(ei).splitlines()
+        # The last lines say what happened; indented, none of them looks like the beginning of a record.
+        return "\n".join("  " + one_line(line) for line in lines[-MOST_TRACEBACK_LINES:])
+
+
+def one_line(text: str, most: int = MOST_LINE) -> str:
+    """`text` without characters that move a terminal's cursor or end a line, and not longer than `most`."""
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:most])
+    return shown if len(text) <= most else f"{shown} … ({len(text)} characters)"
 
 
 def write_line(text: str = "") -> None:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _WINDOW = 1 << 20
 """Characters of a JSON list that are looked at together; a longer record widens it."""
+_NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets in brackets
 _BLANKS = (" ", "\n", "\r", "\t")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half beside it
@@ -89,7 +90,7 @@ def read_json(path: str | Path) -> Any:
         value = json.loads(text)
     except FileNotFoundError as error:
         raise LlavaError(f"{path}: no such file") from error
-    except ValueError as error:
+    except _NOT_JSON as error:
         raise LlavaError(f"{path}: not JSON ({error})") from error
     if not may_hold:
         return value
@@ -158,7 +159,7 @@ def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Rec
         except UnicodeDecodeError:
             text, may_hold = line.decode("utf-8", "surrogatepass"), True
         record = json.loads(text)
-    except ValueError as error:
+    except _NOT_JSON as error:
         raise LlavaError(f"{replaced.path} {unit} {number}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise LlavaError(f"{replaced.path} {unit} {number}: expected an object, got {type(record).__name__}")
@@ -305,7 +306,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
         except UnicodeDecodeError:
             # Halves of pairs written out, perhaps; so rare that such a file may be read whole.
             yield from islice(_read_list(path), index, None)
-        except ValueError as error:
+        except _NOT_JSON as error:
             raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
 
 

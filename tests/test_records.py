@@ -199,3 +199,12 @@ def test_parquet_keeps_what_the_first_record_lacks(tmp_path):
     with pytest.raises(LlavaError, match="'answer' can't be a column"):
         write_records(tmp_path / "b.parquet", [{"answer": 1}, {"answer": "one"}])
     assert not (tmp_path / "b.parquet").exists()
+
+
+@pytest.mark.parametrize("read", [read_json, read_records])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_absurd_nesting_is_bad_input(tmp_path, read, suffix):
+    path = tmp_path / f"deep{suffix}"
+    path.write_text(("" if suffix == ".jsonl" else "[") + '{"a":' * 100_000)
+    with pytest.raises(LlavaError, match="not JSON"):
+        read(path)

@@ -280,7 +280,9 @@ class Scheduler:
         self._leave(finished)
 
     def _keep(self, key: np.ndarray, row: int) -> None:
-        """Keep the beginning of a row that `key` stands for, if there is memory for a copy."""
+        """Keep the beginning of a row that `key` stands for, if it isn't kept and there is memory for a copy."""
+        if self.prefixes.holds(key):
+            return
         try:
             self.prefixes.add(key, self.runner.cache.save(row, len(key)))
         except torch.OutOfMemoryError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
+from llava.serve.hosts import add_host_flags
 from llava.serve.secret import VARIABLE, add_secret_flags, secret_from_args
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--worker-port", type=int, default=21002, help="of the first worker; the next ones follow")
     parser.add_argument("--api-port", type=int, default=8000)
     parser.add_argument("--web-port", type=int, default=7860)
-    parser.add_argument("--api-key-file", help="keys of the API, one per line: name key [requests per minute]")
+    parser.add_argument("--api-key-file", help="keys of API and page, one per line: name key [requests per minute]")
     parser.add_bool("--web", default=True, help="False: no web page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons on the page, and keep what they say here")
+    add_host_flags(parser)
     add_secret_flags(parser)
     return parser
 
@@ -97,13 +99,14 @@ def _servers(args, names: list[str]) -> list[Server]:
         words += ["--load-8bit"] * bool(args.load_8bit) + ["--load-4bit"] * bool(args.load_4bit)
         servers.append(Server(f"worker of {path}", "llava.serve.model_worker", address, words))
     front = ["--host", args.host, "--controller", controller, *shared]
-    keys = ["--api-key-file", args.api_key_file] if args.api_key_file else []
+    front += [word for name in args.allowed_host for word in ("--allowed-host", name)]
+    front += ["--api-key-file", args.api_key_file] if args.api_key_file else []
     near = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     api = Server(
         "API",
         "llava.serve.openai_api_server",
         f"http://{near}:{args.api_port}",
-        ["--port", str(args.api_port), *front, *keys],
+        ["--port", str(args.api_port), *front],
     )
     servers.append(api)
     if args.web:

@@ -14,7 +14,9 @@ from typing import Any
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.serve.bodies import parse_json, read_body, validated
-from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, run_server, secret_check
+from llava.serve.hosts import Hosts, add_host_flags
+from llava.serve.http_server import run_server
+from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
 from llava.serve.protocol import ErrorType, ServeError, check_address, encode_error
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
 from llava.serve.request_models import ForModel, Heartbeat, WorkerEntry, WorkerStatus, WorkerWanted
@@ -34,6 +36,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--port", type=int, default=21001)
     parser.add_argument("--dispatch-method", choices=DISPATCH_METHODS, default="shortest_queue")
     parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    add_host_flags(parser)
     add_secret_flags(parser)
     return parser
 
@@ -43,11 +46,14 @@ def main(argv=None) -> None:
     secret = secret_from_args(args)
     if secret is None:
         logger.warning("running open: anybody who reaches port %d can register workers and ask", args.port)
-    app = build_app(Registry(args.dispatch_method, one_owner_per_model=secret is None), secret, args.max_body_bytes)
+    registry = Registry(args.dispatch_method, one_owner_per_model=secret is None)
+    app = build_app(registry, secret, args.max_body_bytes, Hosts.from_args(args))
     run_server(app, args.host, args.port)
 
 
-def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_BYTES) -> RequestMiddleware:
+def build_app(
+    registry: Registry, secret: str | None, max_body: int = MAX_BODY_BYTES, hosts: Hosts | None = None
+) -> RequestMiddleware:
     """The ASGI application around a registry."""
     from fastapi import FastAPI, Request
     from fastapi.responses import StreamingResponse
@@ -132,7 +138,7 @@ def build_app(registry: Registry, secret: str | None, max_body: int = MAX_BODY_B
         chunks = _forward(registry, session, model, await request.body(), request.state.request_id)
         return StreamingResponse(chunks, media_type="application/octet-stream")
 
-    return RequestMiddleware(app, secret_check(secret), max_body)
+    return RequestMiddleware(app, secret_check(secret), max_body, hosts)
 
 
 async def _forward(registry: Registry, session, model: str, body: bytes, request_id: str):

@@ -16,8 +16,12 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError, require
-from llava.serve.middleware import RequestMiddleware, run_server
+from llava.serve.api.keys import VARIABLE, Keys, read_keys
+from llava.serve.hosts import Hosts, add_host_flags
+from llava.serve.http_server import run_server
+from llava.serve.middleware import RequestMiddleware
 from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.web.browser import BrowserHeaders, visitor_check
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ MAX_FILE_BYTES = 32 << 20
 MAX_BODY_BYTES = 8 * MAX_FILE_BYTES
 SWEEP_SECONDS = 60
 MEMORY_FOLDER = Path("/dev/shm")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PREFIX, LOCK = "llava-web-", ".lock"
 
 
@@ -44,6 +49,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--feedback-days", type=float, default=30.0, help="delete votes after so many days")
     parser.add_argument("--visitor-upload-mb", type=int, default=128, help="MiB of files that one visitor may have")
     parser.add_argument("--upload-mb", type=int, default=1024, help="MiB of files that all visitors may have")
+    parser.add_argument(
+        "--api-key-file",
+        help=f"keys of visitors, one per line: name key (default: ${VARIABLE}, else no key is asked for)",
+    )
+    add_host_flags(parser)
     add_secret_flags(parser)
     return parser
 
@@ -55,18 +65,21 @@ def main(argv=None) -> None:
     if args.moderate:
         raise LlavaError("--moderate sends what is asked to another company; there is no such thing here")
     secret = secret_from_args(args)
+    keys = read_keys(args.api_key_file, None)
+    if not keys.required and args.host not in LOOPBACK:
+        logger.warning("no --api-key-file: everybody who reaches port %d may ask", args.port)
     # uvicorn raises the signal anew when it has stopped; without this the folder of uploads would stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with _private_folder() as folder:
         # Both are read when gradio is imported, which `build_app` does.
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        app = build_app(args, secret, folder)
+        app = build_app(args, secret, folder, keys)
         logger.info("web page at http://%s:%d", args.host, args.port)
         run_server(app, args.host, args.port, timeout_graceful_shutdown=5)
 
 
-def build_app(args, secret: str | None, folder: Path) -> RequestMiddleware:
+def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHeaders:
     """The ASGI application of the page; uploads lie in `folder`, which gradio takes for its own."""
     from fastapi import FastAPI
 
@@ -124,8 +137,9 @@ def build_app(args, secret: str | None, folder: Path) -> RequestMiddleware:
     handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
-    app = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
-    return RequestMiddleware(app, lambda headers: None, MAX_BODY_BYTES)
+    checked = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
+    known = RequestMiddleware(checked, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
+    return BrowserHeaders(known, args.embed)
 
 
 async def _sweep(uploads) -> None:

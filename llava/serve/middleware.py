@@ -1,4 +1,4 @@
-"""What stands before every server's routes: request ids, the secret or key, caps on size, errors in one form.
+"""What stands before every server's routes: request ids, names, the secret or key, caps on size, errors in one form.
 
 Plain ASGI, so that a body is counted while it arrives, before anything parses it.
 """
@@ -9,15 +9,14 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Any
 
-from llava.errors import require
-from llava.serve.protocol import ERRORS, KEEP_ALIVE_SECONDS, ErrorType, ServeError
+from llava.serve.hosts import Hosts
+from llava.serve.protocol import ERRORS, ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
-MAX_HEADERS = 100
+ONCE = (b"host", b"origin", b"authorization", b"x-llava-secret")  # the readers behind might take another one
 LIVENESS = "/health"  # the one path that needs no key
 REQUEST_ID_HEADER = "x-request-id"
 
@@ -29,6 +28,7 @@ class RequestMiddleware:
         app: the application behind it.
         authorize: from the request's headers (lower-case names) to None, or a ServeError to answer with.
         max_body: bytes of a body; more is refused while it arrives.
+        hosts: the names that the server answers to.
     """
 
     def __init__(
@@ -36,20 +36,24 @@ class RequestMiddleware:
         app,
         authorize: Callable[[dict[str, str]], ServeError | None],
         max_body: int = MAX_BODY_BYTES,
+        hosts: Hosts | None = None,
     ):
         self.app = app
         self.authorize = authorize
         self.max_body = max_body
+        self.hosts = hosts or Hosts()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id = "req-" + secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        started, refusal = False, None
 
         async def send_with_id(message):
             nonlocal started
+            if refusal is not None and not started:
+                raise refusal  # frameworks have words of their own for a body that breaks off
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id.encode())]
@@ -58,33 +62,42 @@ class RequestMiddleware:
         received, is_whole = 0, False
 
         async def counted_receive():
-            nonlocal received, is_whole
+            nonlocal received, is_whole, refusal
             message = await receive()
             if message["type"] == "http.disconnect" and not is_whole:
-                raise ServeError(ErrorType.CANCELLED)  # left while it was sending: no fault of anyone here
+                refusal = ServeError(ErrorType.CANCELLED)  # left while it was sending: no fault of anyone here
             received += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if received > self.max_body:
-                raise ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
+                refusal = ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
+            if refusal is not None:
+                raise refusal
             return message
 
         try:
             self._check(scope)
             await self.app(scope, counted_receive, send_with_id)
+            return
         except ServeError as error:
-            if not started:
-                await _send_error(send_with_id, error, request_id)
+            failure = error
         except Exception:
-            # The last place before the client: the log gets the details, the client a request id. A response that
-            # has begun is left incomplete, which closes the connection.
-            logger.exception("%s %s failed", request_id, scope["path"])
-            if not started:
-                await _send_error(send_with_id, ServeError(ErrorType.INTERNAL), request_id)
+            failure = refusal or ServeError(ErrorType.INTERNAL)
+            if refusal is None:
+                # The last place before the client: the log gets the details, the client a request id. A response that
+                # has begun is left incomplete, which closes the connection.
+                logger.exception("%s %s failed", request_id, scope["path"])
+        if not started:
+            refusal = None
+            await _send_error(send_with_id, failure, request_id)
 
     def _check(self, scope) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if len(scope["headers"]) > MAX_HEADERS:
-            raise ServeError(ErrorType.TOO_LARGE, "Too many headers.")
+        if len(headers) < len(scope["headers"]):
+            names = [name.lower() for name, _ in scope["headers"]]
+            if any(names.count(name) > 1 for name in ONCE):
+                raise ServeError(ErrorType.BAD_REQUEST, "A header stands twice that may stand once.")
+        if error := self.hosts.check(headers):
+            raise error
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.max_body:
             raise ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
@@ -117,19 +130,6 @@ async def unless_gone(receive, work):
 async def _wait_until_gone(receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def run_server(app, host: str, port: int, **more: Any) -> None:
-    """Serve an ASGI application until a signal ends it. Nothing is logged of who asks; `more` goes to uvicorn."""
-    require("uvicorn", "serve").run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        **more,
-    )
 
 
 def answer_errors(app) -> None:

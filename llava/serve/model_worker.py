@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
+from llava.serve.hosts import Hosts, add_host_flags
 from llava.serve.middleware import MAX_BODY_BYTES
 from llava.serve.protocol import check_address
 from llava.serve.secret import add_secret_flags, secret_from_args
@@ -50,6 +51,12 @@ def build_parser() -> ArgumentParser:
     load = parser.add_argument_group("load")
     load.add_argument("--limit-model-concurrency", type=int, default=32, help="answers made at the same time")
     load.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more are told to come again")
+    load.add_argument(
+        "--cache-mb",
+        type=int,
+        help="memory for keys and values of running answers, and a quarter as much for those of earlier questions; "
+        "by default half of what is free",
+    )
     load.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a whole answer")
     load.add_argument(
         "--stream-interval",
@@ -60,6 +67,7 @@ def build_parser() -> ArgumentParser:
     load.add_argument("--drain-seconds", type=int, default=60, help="time for running answers after SIGTERM")
     load.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
     load.add_argument("--speed", type=float, default=1.0, help="weight beside other workers of the same model")
+    add_host_flags(parser)
     add_secret_flags(parser)
     return parser
 
@@ -97,6 +105,7 @@ async def _serve(args, backend, secret: str | None, address: str) -> None:
         interval=interval,
         timeout=args.request_timeout,
         max_body=args.max_body_bytes,
+        hosts=Hosts.from_args(args, urlsplit(address).hostname),
     )
     member = None if args.no_register else Membership(args.controller_address, address, worker.status, secret)
     logger.info("serving %s on port %d", name, args.port)
@@ -132,7 +141,12 @@ def _load(args):
     )
     if args.keep_aspect_ratio:
         loaded.model.config.image_aspect_ratio = "keep"
-    engine = Engine(loaded, max_batch_size=args.limit_model_concurrency, max_waiting=args.max_queue)
+    engine = Engine(
+        loaded,
+        max_batch_size=args.limit_model_concurrency,
+        max_waiting=args.max_queue,
+        cache_bytes=None if args.cache_mb is None else args.cache_mb << 20,
+    )
     return EngineBackend(engine)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
-from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, run_server, unless_gone
+from llava.serve.hosts import Hosts, add_host_flags
+from llava.serve.http_server import run_server
+from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, unless_gone
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 
@@ -33,6 +35,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--requests-per-minute", type=float, help="of each key that has no limit of its own")
     parser.add_bool("--no-api-key", help="take requests without a key also from other machines")
     parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    add_host_flags(parser)
     add_secret_flags(parser)
     return parser
 
@@ -47,11 +50,11 @@ def main(argv=None) -> None:
             f"--host {args.host} lets other machines ask; give --api-key-file or ${VARIABLE}, or --no-api-key"
         )
     client = ServingClient(args.controller_address, secret_from_args(args))
-    app = build_app(client, keys, args.max_body_bytes)
+    app = build_app(client, keys, args.max_body_bytes, Hosts.from_args(args))
     run_server(app, args.host, args.port)
 
 
-def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> RequestMiddleware:
+def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts | None = None) -> RequestMiddleware:
     """The ASGI application over a `ServingClient`."""
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import StreamingResponse
@@ -121,7 +124,7 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES) -> RequestMidd
             raise
         return StreamingResponse(_event_stream(first, events, answer), media_type="text/event-stream")
 
-    return RequestMiddleware(app, keys.authorize, max_body)
+    return RequestMiddleware(app, keys.authorize, max_body, hosts)
 
 
 class ChatAnswer:

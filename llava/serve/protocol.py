@@ -5,10 +5,10 @@ carries a non-zero code and words; ours add `error_type` and `request_id`.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
-from urllib.parse import urlsplit
 
 from llava.errors import LlavaError
 
@@ -17,6 +17,10 @@ EXPIRY_SECONDS = 30.0
 KEEP_ALIVE_SECONDS = 75
 """How long servers keep a silent connection: longer than any client of ours, which would else use one that is gone."""
 END_OF_CHUNK = b"\0"
+_ADDRESS = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\]):(?P<port>[0-9]{1,5})/*",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 class ErrorType(StrEnum):
@@ -33,6 +37,11 @@ class ErrorType(StrEnum):
     CANCELLED = "cancelled"
     UNAUTHORIZED = "unauthorized"
     TOO_LARGE = "too_large"
+    HEADERS_TOO_LARGE = "headers_too_large"
+    SLOW = "request_timeout"
+    BUSY = "too_many_connections"
+    UNKNOWN_HOST = "unknown_host"
+    FOREIGN_ORIGIN = "foreign_origin"
     RATE_LIMITED = "rate_limited"
     INTERNAL = "internal_error"
 
@@ -42,12 +51,13 @@ class ErrorKind:
     code: int  # of the streaming protocol
     status: int  # of HTTP
     words: str  # shown where there is nothing more exact to say
+    retry_after: float | None = None  # seconds after which asking again makes sense
 
 
 ERRORS: dict[ErrorType, ErrorKind] = {
     ErrorType.NO_WORKER: ErrorKind(50003, 503, "No worker is ready for this model. Wait until one has loaded."),
     ErrorType.WORKER_LOST: ErrorKind(50004, 502, "The worker stopped while it was answering. Ask again."),
-    ErrorType.QUEUE_FULL: ErrorKind(50005, 429, "The queue is full. Ask again in a moment."),
+    ErrorType.QUEUE_FULL: ErrorKind(50005, 429, "The queue is full. Ask again in a moment.", 1.0),
     ErrorType.OUT_OF_MEMORY: ErrorKind(50002, 507, "The worker ran out of memory on this request."),
     ErrorType.CONTEXT_TOO_LONG: ErrorKind(40303, 400, "The conversation is longer than the model's context."),
     ErrorType.BAD_IMAGE: ErrorKind(40001, 400, "The image can't be read."),
@@ -56,6 +66,11 @@ ERRORS: dict[ErrorType, ErrorKind] = {
     ErrorType.CANCELLED: ErrorKind(49900, 499, "Cancelled."),
     ErrorType.UNAUTHORIZED: ErrorKind(40101, 401, "The key or secret is missing or wrong."),
     ErrorType.TOO_LARGE: ErrorKind(41300, 413, "The request is too large."),
+    ErrorType.HEADERS_TOO_LARGE: ErrorKind(43100, 431, "The request's headers are too large or too many."),
+    ErrorType.SLOW: ErrorKind(40800, 408, "The request came too slowly."),
+    ErrorType.BUSY: ErrorKind(50301, 503, "The server has all the connections it takes. Try again in a moment.", 1.0),
+    ErrorType.UNKNOWN_HOST: ErrorKind(42100, 421, "This server doesn't answer to that name (--allowed-host)."),
+    ErrorType.FOREIGN_ORIGIN: ErrorKind(40301, 403, "Pages of other sites may not ask this server."),
     ErrorType.RATE_LIMITED: ErrorKind(42901, 429, "Too many requests for this key. Ask again in a moment."),
     ErrorType.INTERNAL: ErrorKind(50001, 500, "Something failed in the server; its log has the request id."),
 }
@@ -67,7 +82,7 @@ class ServeError(Exception):
     def __init__(self, error_type: ErrorType, words: str | None = None, retry_after: float | None = None):
         super().__init__(words or ERRORS[error_type].words)
         self.error_type = error_type
-        self.retry_after = retry_after
+        self.retry_after = ERRORS[error_type].retry_after if retry_after is None else retry_after
 
     @property
     def status(self) -> int:
@@ -108,13 +123,7 @@ def split_chunks(buffer: bytes) -> tuple[list[dict], bytes]:
 
 def check_address(address: str) -> str:
     """A worker's address in its one normal form, http(s)://host:port; anything else is a LlavaError."""
-    parts = urlsplit(address)
-    try:
-        port = parts.port
-    except ValueError:
-        port = None
-    plain = not (parts.username or parts.password or parts.query or parts.fragment or parts.path.strip("/"))
-    if parts.scheme not in ("http", "https") or not parts.hostname or port is None or not plain:
-        raise LlavaError(f"not a worker's address: {address!r}; expected http://HOST:PORT")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}:{port}"
+    found = _ADDRESS.fullmatch(address)
+    if found is None or not 0 < int(found["port"]) < 65536:
+        raise LlavaError(f"not a worker's address: {address[:80]!a}; expected http://HOST:PORT")
+    return f"{found['scheme']}://{found['host']}:{int(found['port'])}".lower()

@@ -244,7 +244,7 @@ def _shape(name: str) -> dict[str, int]:
             "head_dim": config.get("head_dim") or 0,
             "tied": int(bool(config.get("tie_word_embeddings"))),
         }
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise LlavaError(f"{path}: not a language model's config ({error})") from error
 
 

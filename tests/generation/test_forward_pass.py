@@ -97,6 +97,38 @@ def test_oldest_prefixes_go_first():
     assert second.key is not None
 
 
+@pytest.mark.parametrize("shared", [16, 32, 38])
+def test_no_prefix_is_kept_twice(shared):
+    """The same prompts again, and what goes on from them: one entry per prompt at the end."""
+    store = PrefixStore(10**9)
+    prompts = [np.concatenate([np.arange(shared), np.arange(80 - shared) + 100 * number]) for number in range(1, 21)]
+    for length in (42, 42, 42, 60, 80, 80):
+        for prompt in prompts:
+            store.add(prompt[:length], states(length))
+            assert store.holds(prompt[:length])
+        assert len(store) == len(prompts)
+    assert store.num_bytes == sum(state.numel() * 4 for state in states(80)) * len(prompts)
+    assert all(store.find(prompt) == (store.find(prompt)[0], 80) for prompt in prompts)
+    store.clear()
+    assert not store.holds(prompts[0]) and not store._ends and not store._index
+
+
+def test_an_engine_keeps_a_prompt_once(llama, images):
+    """The worker's memory levels: what was answered again takes no more of it."""
+    from llava.generation import Engine
+    from tests.generation.conftest import mixed_requests
+
+    engine = Engine(llama)
+    requests = mixed_requests(images)[:6]
+    counts = []
+    for _ in range(3):
+        for request in requests:
+            with engine.submit(request) as handle:
+                list(handle)
+        counts.append((len(engine.scheduler.prefixes), engine.scheduler.prefixes.num_bytes))
+    assert counts[0] == counts[1] == counts[2] and counts[0][0] <= len(requests)
+
+
 @given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12))
 def test_common_length(one, other):
     expected = next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))

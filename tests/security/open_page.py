@@ -21,13 +21,14 @@ def main() -> None:
         from gradio import processing_utils
         from starlette.routing import Mount
 
+        from llava.serve.api.keys import Keys
         from llava.serve.gradio_web_server import build_app, build_parser
-        from llava.serve.middleware import run_server
+        from llava.serve.http_server import run_server
 
         words = [word for word in sys.argv[1:] if word != "--middleware"]
         args = build_parser().parse_args(words)
-        whole = build_app(args, None, Path(folder))
-        mounted = whole.app.app
+        whole = build_app(args, None, Path(folder), Keys([]))
+        mounted = whole.app.app.app
         (blocks,) = [route.app.get_blocks() for route in mounted.routes if isinstance(route, Mount)]
         blocks.has_launched = blocks.is_running = False
         processing_utils.PUBLIC_HOSTNAME_WHITELIST.append("127.0.0.1")

@@ -332,7 +332,7 @@ def test_what_breaks_off_leaves_nothing(servers):
         before = size(folder)
         with socket.create_connection(("127.0.0.1", servers[name].port), timeout=60) as raw:
             raw.sendall(
-                b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n"
+                b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n"
                 b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
                 b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n' + b"x" * 3_000_000
             )

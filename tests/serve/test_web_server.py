@@ -60,7 +60,7 @@ def test_starts_without_torch():
         "import sys\nfrom pathlib import Path\n"
         "import llava.serve.gradio_web_server as w\n"
         "args = w.build_parser().parse_args([])\n"
-        "w.build_app(args, None, Path('.'))\n"
+        "w.build_app(args, None, Path('.'), w.read_keys(None, None))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"})
@@ -102,7 +102,7 @@ def test_strange_uploads_are_refused_and_the_server_lives(web):
     with contextlib.suppress(httpx.TransportError):
         assert upload(web, content=b"x" * (33 << 20)).status_code >= 400
     with socket.create_connection(("127.0.0.1", web.port), timeout=60) as raw:
-        raw.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 1099511627776\r\n\r\n")
+        raw.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1099511627776\r\n\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
     assert httpx.get(web.url + "/health", timeout=60).json() == {"status": "ok"}
 

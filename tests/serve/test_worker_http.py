@@ -99,7 +99,9 @@ def test_broken_requests_are_refused(worker):
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_failure(worker):
-    request = f"POST /worker_generate_stream HTTP/1.1\r\nHost: x\r\n{HEADER}: s3cret\r\nContent-Length: 999\r\n\r\n"
+    request = (
+        f"POST /worker_generate_stream HTTP/1.1\r\nHost: localhost\r\n{HEADER}: s3cret\r\nContent-Length: 999\r\n\r\n"
+    )
     before = worker.log.read_text()
     with socket.create_connection(("127.0.0.1", worker.port)) as connection:
         connection.sendall(request.encode() + b'{"model": "scr')

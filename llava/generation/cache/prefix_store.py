@@ -28,13 +28,15 @@ class Prefix:
 
 
 class PrefixStore:
-    """Prefixes up to `max_bytes`, the least recently used ones dropped first."""
+    """Prefixes up to `max_bytes`, the least recently used ones dropped first. The same one is never there twice."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._prefixes: OrderedDict[int, Prefix] = OrderedDict()
         self._index: dict[int, Prefix] = {}
+        self._ends: dict[int, dict[int, Prefix]] = {}
+        """By the hash of the last whole block, then by identity."""
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -51,23 +53,45 @@ class PrefixStore:
                 return prefix, common
         return None, 0
 
+    def holds(self, key: np.ndarray) -> bool:
+        """Whether a prefix with this key, or one that goes on from it, is there; it then counts as used."""
+        prefix, common = self.find(key)
+        if common < len(key):
+            same = [other for other in self._ending_in(_block_hashes(key)[-1:]) if np.array_equal(other.key, key)]
+            prefix = same[0] if same else None
+        if prefix is not None:
+            self._prefixes.move_to_end(id(prefix))
+        return prefix is not None
+
     def add(self, key: np.ndarray, states: list[torch.Tensor]) -> Prefix:
-        """Keep `states` for `key`, if they fit; returns the prefix, which is usable either way."""
+        """Keep `states` for `key`, if they fit; returns the prefix, which is usable either way.
+
+        What is kept already and is a beginning of this one, or the same, makes way for it.
+        """
         prefix = Prefix(key, states, _block_hashes(key))
         size = prefix.num_bytes
         if not prefix.hashes or size > self.max_bytes:
             return prefix
+        for other in self._ending_in(prefix.hashes):
+            if common_length(other.key, key) == len(other.key):
+                self._drop(other)
         while self._prefixes and self.num_bytes + size > self.max_bytes:
             self._drop(next(iter(self._prefixes.values())))
         self._prefixes[id(prefix)] = prefix
         self.num_bytes += size
         self._index.update(dict.fromkeys(prefix.hashes, prefix))
+        self._ends.setdefault(prefix.hashes[-1], {})[id(prefix)] = prefix
         return prefix
 
     def clear(self) -> None:
         self._prefixes.clear()
         self._index.clear()
+        self._ends.clear()
         self.num_bytes = 0
+
+    def _ending_in(self, hashes: list[int]) -> list[Prefix]:
+        """Those whose last whole block is one of these."""
+        return [prefix for block_hash in hashes for prefix in self._ends.get(block_hash, {}).values()]
 
     def _drop(self, prefix: Prefix) -> None:
         del self._prefixes[id(prefix)]
@@ -75,6 +99,10 @@ class PrefixStore:
         for block_hash in prefix.hashes:
             if self._index.get(block_hash) is prefix:
                 del self._index[block_hash]
+        ends = self._ends[prefix.hashes[-1]]
+        del ends[id(prefix)]
+        if not ends:
+            del self._ends[prefix.hashes[-1]]
 
 
 def common_length(one: np.ndarray, other: np.ndarray) -> int:

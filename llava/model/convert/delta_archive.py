@@ -58,7 +58,7 @@ class DeltaArchive:
 
         try:
             return json.loads(self._zip.read(self.members["config.json"]))
-        except (ValueError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        except (ValueError, RecursionError, zipfile.BadZipFile, zlib.error, KeyError) as error:
             raise LlavaError(f"{self.path}: config.json in it can't be read ({error})") from error
 
     def unpacked_bytes(self) -> int:

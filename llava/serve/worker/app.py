@@ -5,9 +5,11 @@ import contextlib
 import logging
 
 from llava.serve.bodies import read_json
+from llava.serve.hosts import Hosts
+from llava.serve.http_server import server_settings
 from llava.serve.job import Job, read_attention_map_request, read_job
 from llava.serve.middleware import MAX_BODY_BYTES, RequestMiddleware, secret_check, unless_gone
-from llava.serve.protocol import KEEP_ALIVE_SECONDS, ErrorType, ServeError, encode_error
+from llava.serve.protocol import ErrorType, ServeError, encode_error
 from llava.serve.worker.answering import Backend, answer_chunks
 from llava.serve.worker.heartbeat import Membership
 
@@ -32,11 +34,12 @@ class WorkerApp:
         interval: float = 0.04,
         timeout: float = 300.0,
         max_body: int = MAX_BODY_BYTES,
+        hosts: Hosts | None = None,
     ):
         self.backend, self.model_names, self.speed = backend, model_names, speed
         self.interval, self.timeout = interval, timeout
         self.draining = False
-        self.asgi = RequestMiddleware(self._routes(), secret_check(secret), max_body)
+        self.asgi = RequestMiddleware(self._routes(), secret_check(secret), max_body, hosts)
 
     def status(self) -> dict:
         stats = self.backend.stats()
@@ -144,13 +147,5 @@ async def serve(worker: WorkerApp, host: str, port: int, membership: Membership 
                 await membership.close()
             await super().shutdown(sockets)
 
-    config = uvicorn.Config(
-        worker.asgi,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=drain_seconds,
-    )
-    await Server(config).serve()
+    settings = server_settings(host, port, timeout_graceful_shutdown=drain_seconds)
+    await Server(uvicorn.Config(worker.asgi, **settings)).serve()

@@ -1,0 +1,54 @@
+"""Starting a server: the same settings and limits for controller, workers, API and page."""
+
+from typing import Any
+
+from llava.errors import require
+from llava.serve.protocol import KEEP_ALIVE_SECONDS
+
+MOST_FILES = 65_536
+
+
+def run_server(app, host: str, port: int, **more: Any) -> None:
+    """Serve an ASGI application until a signal ends it; `more` as for `server_settings`."""
+    require("uvicorn", "serve").run(app, **server_settings(host, port, **more))
+
+
+def server_settings(host: str, port: int, limits=None, **more: Any) -> dict[str, Any]:
+    """What `uvicorn.run` and `uvicorn.Config` take beside the application. Nothing is logged of who asks.
+
+    Args:
+        limits: `llava.serve.http_protocol.ConnectionLimits`; by default the usual ones, with no more connections than
+            half of the files that the process may open.
+        more: other settings of uvicorn.
+    """
+    require("httptools", "serve")
+    from llava.serve.http_protocol import ConnectionLimits, limited
+
+    if limits is None:
+        limits = ConnectionLimits(connections=min(ConnectionLimits.connections, _open_files() // 2))
+    return {
+        "host": host,
+        "port": port,
+        "http": limited(limits),
+        "ws": "none",
+        "log_config": None,  # its lines go the way of all others
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        **more,
+    }
+
+
+def _open_files() -> int:
+    """How many files this process may have open, after asking for as many as it is allowed."""
+    try:
+        import resource
+    except ImportError:  # not on this system, which has no such limit either
+        return MOST_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return MOST_FILES if soft == resource.RLIM_INFINITY else soft
