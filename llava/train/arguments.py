@@ -191,6 +191,7 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     for warning in warnings:
         if _is_main_process():
             logger.warning(warning)
+    argv = _one_pack(argv)
     if gpu.has_gpu():
         argv = _for_gpus(argv)
     if gpu.is_described():
@@ -223,6 +224,13 @@ def _without_hardware(argv: list[str]) -> list[str]:
         if word == "--tf32":
             argv[place + 1] = "False"
     return [*argv, "--use_cpu", "True", "--dataloader_num_workers", "0", "--dataloader_pin_memory", "False"]
+
+
+def _one_pack(argv: list[str]) -> list[str]:
+    """Batches that are filled up to a number of tokens hold one pack, unless so many are asked for."""
+    given = {word for word in argv if word.startswith("--")}
+    one = "--max_tokens_per_batch" in given and "--per_device_train_batch_size" not in given
+    return [*argv, "--per_device_train_batch_size", "1"] if one else argv
 
 
 def boolean_flags() -> set[str]:

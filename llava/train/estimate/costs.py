@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from llava.train.estimate.hardware import (
@@ -23,6 +24,8 @@ FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten
         aten.lift_fresh, aten.detach, aten.view, aten.set_, aten.resize_, aten._reshape_alias,
         aten.is_pinned}  # fmt: skip
 """Operators without a kernel, besides views."""
+ONLY_WRITING = {aten.copy_, aten.zero_, aten.fill_, aten.zeros_like, aten.ones_like, aten.new_zeros}
+"""Operators that don't read what they change, or what they take a shape from."""
 COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
 
 
@@ -94,7 +97,7 @@ def work_of(function, args, kwargs, inputs, outputs, pairs: int) -> Work:
         return Work(sent=_sent(packet.__name__, inputs, outputs))
     if function.is_view or packet in FREE or not outputs and not inputs:
         return Work()
-    moved = _bytes_of(inputs, outputs, function)
+    moved = _bytes_of(function, args, kwargs, inputs, outputs)
     if packet in ATTENTION:
         return Work(ATTENTION[packet](args, outputs, pairs), moved, kernels=1, attention=packet.__name__)
     flops = 0
@@ -108,17 +111,17 @@ def size_of(tensor: torch.Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def _bytes_of(inputs, outputs, function) -> int:
-    written = 0 if function._schema.is_mutable else sum(map(size_of, outputs))
-    if function._schema.is_mutable:  # what is changed is among the inputs: read and written
-        written = sum(map(size_of, _changed(function, inputs)))
-    return sum(size_of(tensor) for tensor in {id(one): one for one in inputs}.values()) + written
-
-
-def _changed(function, inputs) -> list[torch.Tensor]:
-    named = [argument.alias_info is not None and argument.alias_info.is_write for argument in function._schema.arguments]
-    lists = sum(named) > 1 or any("Tensor[]" in str(a.type) or "List" in str(a.type) for a in function._schema.arguments)
-    return inputs if lists else inputs[:1]
+def _bytes_of(function, args, kwargs, inputs, outputs) -> int:
+    written = outputs
+    if function._schema.is_mutable:
+        named = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
+        changed = [argument.name for argument in function._schema.arguments
+                   if argument.alias_info is not None and argument.alias_info.is_write]  # fmt: skip
+        written = [leaf for leaf in tree_leaves([named.get(name) for name in changed])
+                   if isinstance(leaf, torch.Tensor)]  # fmt: skip
+    if function._overloadpacket in ONLY_WRITING:
+        inputs = [tensor for tensor in inputs if all(tensor is not one for one in written)]
+    return sum(size_of(tensor) for tensor in {id(one): one for one in inputs}.values()) + sum(map(size_of, written))
 
 
 def _sent(name: str, inputs, outputs) -> float:

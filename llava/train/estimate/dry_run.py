@@ -1,7 +1,6 @@
 """A training command on tensors without content, from its flags to its optimizer step, and what follows from it."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +20,18 @@ from llava.train.setup_run import build_trainer
 
 logger = logging.getLogger(__name__)
 
+RECORDS = 1000
+"""Random ones; packs are filled from so many."""
 SIMULATED = 3
 """Micro-batches of a step that are carried out: the first, one for all in the middle, the last."""
 
+
+ATTENTION = {
+    "packed": "packed: variable-length kernel (flash-attn, or torch's varlen_attn)",
+    "causal": "causal: fused kernel of scaled_dot_product_attention",
+    "sdpa": "sdpa: fused kernel of scaled_dot_product_attention, with a mask",
+    "eager": "eager: matrix products",
+}
 
 @dataclass(frozen=True)
 class Prediction:
@@ -42,7 +50,8 @@ class Prediction:
     host_syncs_per_step: int
     """After the micro-batches: clipping, the optimizer, logging."""
     attention: str
-    reduce_dtype: str | None
+    reduce_dtype: str
+    """Of the gradients where they are summed over processes; of one process, over micro-batches."""
     flops_per_step: float
     bytes_per_step: float
     samples_per_step: int
@@ -81,14 +90,13 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int) -> Prediction:
         samples_at_once = training.per_device_train_batch_size * gpus
         _shorten(arguments)
         loaded = shaped_model(arguments, mode)
-        per_pack = -(-(arguments.data.max_tokens_per_batch or 0) // 300) if arguments.data.packing else 0
-        records = RandomRecords(arguments, loaded, (SIMULATED + 1) * samples_at_once * max(1, per_pack))
+        records = RandomRecords(arguments, loaded, max(RECORDS, SIMULATED * samples_at_once))
         trainer = build_trainer(arguments, loaded, records, None, DryTrainer)
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)
         with mode, tracker:
             trainer.train()
-    return _prediction(tracker, trainer, gpu, gpus, micro_batches, samples_at_once, per_token)
+    return _prediction(tracker, trainer, gpu, gpus, micro_batches, per_token)
 
 
 def _shorten(arguments: Arguments) -> None:
@@ -104,7 +112,7 @@ def _shorten(arguments: Arguments) -> None:
     training.push_to_hub = False
 
 
-def _prediction(tracker, trainer, gpu: Gpu, gpus: int, micro_batches: int, samples_at_once: int, per_token: int):
+def _prediction(tracker, trainer, gpu: Gpu, gpus: int, micro_batches: int, per_token: int):
     parts = [*_repeated(trainer.micro_batches, micro_batches), (trainer.rest, 1)]
 
     def total(name: str) -> float:
@@ -115,7 +123,7 @@ def _prediction(tracker, trainer, gpu: Gpu, gpus: int, micro_batches: int, sampl
 
     seconds, eager, tokens = total("seconds"), total("eager_seconds"), total("tokens")
     peak = gpu.peak_tflops * 1e12
-    samples = samples_at_once * micro_batches
+    samples = int(total("samples")) * gpus
     return Prediction(
         gpu=gpu,
         gpus=gpus,
@@ -127,8 +135,8 @@ def _prediction(tracker, trainer, gpu: Gpu, gpus: int, micro_batches: int, sampl
         tokens_per_second=tokens * gpus / seconds,
         host_syncs_per_micro_batch=max(part.waits for part in trainer.micro_batches),
         host_syncs_per_step=trainer.rest.waits,
-        attention=_attention(tracker.attention),
-        reduce_dtype=_name_of(tracker.reduced),
+        attention=ATTENTION.get(trainer.attention_name, trainer.attention_name),
+        reduce_dtype=_names_of(tracker.reduced or trainer.gradient_dtypes),
         flops_per_step=work("flops"),
         bytes_per_step=work("bytes"),
         samples_per_step=samples,
@@ -146,11 +154,5 @@ def _repeated(simulated: list[Taken], count: int) -> list[tuple[Taken, int]]:
     return [(first, 1), (middle, count - 2), (last, 1)]
 
 
-def _attention(found: Counter[str]) -> str:
-    names = {"_varlen_attn": "variable-length kernel (flash-attn, or torch's varlen_attn)",
-             "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention, fused"}  # fmt: skip
-    return ", ".join(sorted({names[name] for name in found if name in names})) or "matrix products (eager)"
-
-
-def _name_of(dtypes: set) -> str | None:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or None
+def _names_of(dtypes: set) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

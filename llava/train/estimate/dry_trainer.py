@@ -26,6 +26,7 @@ class Taken:
     waits: int
     operators: int
     tokens: int = 0
+    samples: int = 0
 
 
 class FakeBatches:
@@ -65,6 +66,8 @@ class DryTrainer(LlavaTrainer):
     Attributes:
         micro_batches: what each took.
         rest: what came after them: clipping, the optimizer.
+        attention_name: what transformers knows the language model's attention by.
+        gradient_dtypes: of the sums that the optimizer gets.
     """
 
     def watch(self, mode: FakeTensorMode, tracker: Tracker) -> None:
@@ -80,19 +83,27 @@ class DryTrainer(LlavaTrainer):
             loader = super().get_train_dataloader()
         return FakeBatches(loader, self)
 
-    def _prepare_for_training(self, *args, **kwargs):
-        tell_parameters_apart(self.model)
-        # Process meshes need content; the model's tensors have none, in whichever mode they are used.
-        with unset_fake_temporarily():
-            return super()._prepare_for_training(*args, **kwargs)
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare
+
+        def prepare_with_content(*parts, **kwargs):
+            tell_parameters_apart(self.model)
+            # Meshes of processes need content; the model's own tensors have none in whichever mode they are used.
+            with unset_fake_temporarily():
+                return prepare(*parts, **kwargs)
+
+        self.accelerator.prepare = prepare_with_content
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tracker.pairs = inputs.pop("dry_pairs")
-        tokens, begun = inputs["num_tokens"], Mark(self.tracker)
+        tokens, samples, begun = inputs["num_tokens"], len(inputs["sample_numbers"]), Mark(self.tracker)
+        self.attention_name = self.accelerator.unwrap_model(model).config._attn_implementation
         loss = super().training_step(model, inputs, num_items_in_batch)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         note_all(self.tracker.memory, gradients, "gradients")
-        self.micro_batches.append(replace(begun.passed(), tokens=tokens))
+        self.gradient_dtypes = {gradient.dtype for gradient in gradients}
+        self.micro_batches.append(replace(begun.passed(), tokens=tokens, samples=samples))
         self.after_micro_batches = Mark(self.tracker)
         return loss
 
@@ -145,6 +156,8 @@ def allocate_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tracker
     with tracker.paused():
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
+        # Sharded tensors work out once for each operator, on whole tensors, what its result's shape is.
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     note_all(tracker.memory, model.parameters(), "weights")

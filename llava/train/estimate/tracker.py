@@ -16,6 +16,8 @@ aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.unique_dim, aten._unique2, aten.equal,
            aten.is_nonzero}  # fmt: skip
 """Operators whose result's size or value the host needs: it waits for the GPU."""
+COPYING = {aten.copy_, aten._to_copy}
+"""With one process FSDP gathers by these."""
 REDUCING = ("reduce_scatter", "allreduce", "all_reduce")
 SHARDING = {"all_gather": "gathered weights", "allgather": "gathered weights",
             "split_with_sizes_copy": "gathered weights", "chunk_cat": "gradients, whole",
@@ -55,6 +57,7 @@ class Memory:
         elif self._sizes[number] != size:
             self._resize(number, size)
             self._resized.add(number)
+            self.kinds.setdefault(number, "gathered weights")  # nothing but FSDP resizes a storage
         if kind is not None:
             self.kinds[number] = kind
         if self.total > self.peak:
@@ -151,7 +154,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented
-        if self._paused:
+        if self._paused or function.namespace == "prim":
             return function(*args, **kwargs)
         self.operators += 1
         packet = function._overloadpacket
@@ -161,7 +164,7 @@ class Tracker(TorchDispatchMode):
             self.eager.wait()
             if packet is aten._local_scalar_dense:  # there is no value; any will do
                 return args[0].dtype.is_floating_point * 1.0 if args[0].dtype != torch.bool else False
-        if function.namespace in MAY_RESIZE:
+        if function.namespace in MAY_RESIZE or packet in COPYING:
             self.memory.look_at_resized()
         out = function(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
