@@ -24,7 +24,7 @@ def flops_per_token(model: torch.nn.Module) -> int:
         if any(part in name for part in not_counted) or parameter.ndim < 2:
             continue
         size = getattr(parameter, "ds_numel", parameter.numel())
-        if parameter.__class__.__name__ == "Params4bit":
+        if getattr(parameter, "quant_state", None) is not None:
             size *= 2  # two weights per byte
         total += (6 if parameter.requires_grad else 4) * size
     return total

@@ -15,6 +15,20 @@ IMAGE_AT = 4
 """Tokens before an image."""
 
 
+def text_lengths(random: np.random.Generator, count: int) -> np.ndarray:
+    """Tokens of text of `count` samples, log-normal."""
+    variance = np.log(1 + (DEVIATION / MEAN_TEXT) ** 2)
+    return random.lognormal(np.log(MEAN_TEXT) - variance / 2, np.sqrt(variance), count).clip(20, None)
+
+
+def typical_share(patches: int, longest: int, at_once: int, packed: bool) -> float:
+    """Tokens (padding included) that a batch of samples of usual lengths takes, of one of samples as long as allowed."""
+    lengths = (text_lengths(np.random.default_rng(1), 1000 * at_once) + patches).clip(None, longest)
+    batches = lengths.reshape(-1, at_once)
+    taken = batches.sum(1) if packed else batches.max(1) * at_once
+    return float(taken.mean() / (longest * at_once))
+
+
 class RandomRecords(Dataset):
     """Samples of one image each and random text.
 
@@ -31,11 +45,11 @@ class RandomRecords(Dataset):
         self.random = np.random.default_rng(0)
         if arguments.data.max_tokens_per_batch:
             longest = min(longest, arguments.data.max_tokens_per_batch)
-            variance = np.log(1 + (DEVIATION / MEAN_TEXT) ** 2)
-            text = self.random.lognormal(np.log(MEAN_TEXT) - variance / 2, np.sqrt(variance), count)
-            self._lengths = (text.clip(20, None) + self.patches).clip(None, longest).astype(np.int64)
+            text = text_lengths(self.random, count)
+            self._lengths = (text + self.patches).clip(None, longest).astype(np.int64)
         else:
             self._lengths = np.full(count, max(longest, self.patches + 2))
+        self.longest = longest
 
     def __len__(self) -> int:
         return len(self._lengths)

@@ -1,13 +1,15 @@
 """A training command on tensors without content, from its flags to its optimizer step, and what follows from it."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llava.errors import LlavaError
 from llava.train.arguments import Arguments, check_values, read_flags, set_accumulation
-from llava.train.estimate.batches import RandomRecords
+from llava.records import read_json
+from llava.train.data.record_store import open_records
+from llava.train.estimate.batches import RandomRecords, typical_share
 from llava.train.estimate.compiled import DryCompiler
 from llava.train.estimate.costs import Clock
 from llava.train.estimate.dry_trainer import DryTrainer, Taken
@@ -18,10 +20,8 @@ from llava.train.estimate.world import shard_as_on_gpus, world
 from llava.train.progress import flops_per_token
 from llava.train.setup_run import build_trainer
 
-logger = logging.getLogger(__name__)
-
-RECORDS = 1000
-"""Random ones; packs are filled from so many."""
+RANDOM_RECORDS = 1000
+"""Packs are filled from so many."""
 SIMULATED = 3
 """Micro-batches of a step that are carried out: the first, one for all in the middle, the last."""
 
@@ -56,6 +56,11 @@ class Prediction:
     bytes_per_step: float
     samples_per_step: int
     samples_per_hour: float
+    """Of samples of usual lengths (llava.train.estimate.batches), on all GPUs."""
+    hours: float | None
+    """Of the whole recipe; None where the number of records isn't known."""
+    notes: tuple[str, ...]
+    """What was taken otherwise than the flags say."""
     operators_per_micro_batch: int
     micro_batches: int
 
@@ -69,34 +74,75 @@ class Prediction:
         return {"gpu": self.gpu.name, "fits": self.fits} | fields
 
 
-def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int) -> Prediction:
+def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None) -> Prediction:
     """Carry out one optimizer step of a training command on tensors without content.
 
     Args:
         argv: the flags of the training command; `--data_path`, `--image_folder` and `--output_dir` may be missing.
         gpus: processes, one GPU each.
+        records: how many there are, where `--data_path` is missing.
 
     Raises:
         LlavaError: flags that can't be, a model that isn't there.
     """
+    argv, notes = without_deepspeed(list(argv), gpus)
     tracker = Tracker(Clock(gpu, gpus))
-    with world(gpu, gpus, DryCompiler(tracker.fused, tracker.paused)) as mode:
-        arguments = read_flags(list(argv))
+    compiler = DryCompiler(tracker.fused, tracker.paused)
+    with world(gpu, gpus, compiler) as mode, TemporaryDirectory() as folder:
+        arguments = read_flags([*argv, "--output_dir", folder])
         check_values(arguments)
         set_accumulation(arguments.training)
-        training = arguments.training
+        data, training = arguments.data, arguments.training
+        if gpus > 1 and not training.fsdp:
+            raise LlavaError(
+                f"--gpus {gpus}: without sharding each GPU holds what one alone does, and the gradients once more "
+                '(DDP); predict --gpus 1, or add --fsdp "full_shard auto_wrap"'
+            )
         shard_as_on_gpus(training)
-        micro_batches = training.gradient_accumulation_steps
-        samples_at_once = training.per_device_train_batch_size * gpus
+        if data.data_path:
+            records = len(open_records(data.data_path, folder))
+        plan = Plan(training.gradient_accumulation_steps, training.num_train_epochs, training.max_steps, records)
         _shorten(arguments)
         loaded = shaped_model(arguments, mode)
-        records = RandomRecords(arguments, loaded, max(RECORDS, SIMULATED * samples_at_once))
-        trainer = build_trainer(arguments, loaded, records, None, DryTrainer)
+        at_once = training.per_device_train_batch_size
+        samples = RandomRecords(arguments, loaded, max(RANDOM_RECORDS, SIMULATED * at_once * gpus))
+        trainer = build_trainer(arguments, loaded, samples, None, DryTrainer)
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)
         with mode, tracker:
             trainer.train()
-    return _prediction(tracker, trainer, gpu, gpus, micro_batches, per_token)
+        share = 1.0
+        if not data.max_tokens_per_batch:
+            share = typical_share(samples.patches, samples.longest, at_once, data.packing)
+    return _prediction(tracker, trainer, plan, gpu, gpus, per_token, share, notes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a recipe isn't carried out."""
+
+    micro_batches: int
+    epochs: float
+    max_steps: int
+    records: int | None
+
+
+def without_deepspeed(argv: list[str], gpus: int) -> tuple[list[str], list[str]]:
+    """The command line with FSDP 2 in place of DeepSpeed, which shards the same but can't run without content, and
+    what is to be said of it."""
+    names = [word.replace("-", "_") for word in argv]
+    if "__deepspeed" not in names:
+        return argv, []
+    place = names.index("__deepspeed")
+    file, rest = argv[place + 1 : place + 2], argv[:place] + argv[place + 2 :]
+    if not file:
+        raise LlavaError("--deepspeed: expected a configuration file")
+    zero = read_json(file[0]).get("zero_optimization", {})
+    notes = ["--deepspeed: predicted for FSDP 2, which shards as ZeRO does"]
+    kind = {2: "shard_grad_op", 3: "full_shard"}.get(zero.get("stage", 0))
+    if kind is None or gpus == 1:
+        return rest, notes
+    return [*rest, "--fsdp", f"{kind} auto_wrap" + " offload" * ("offload_optimizer" in zero)], notes
 
 
 def _shorten(arguments: Arguments) -> None:
@@ -112,8 +158,8 @@ def _shorten(arguments: Arguments) -> None:
     training.push_to_hub = False
 
 
-def _prediction(tracker, trainer, gpu: Gpu, gpus: int, micro_batches: int, per_token: int):
-    parts = [*_repeated(trainer.micro_batches, micro_batches), (trainer.rest, 1)]
+def _prediction(tracker, trainer, plan: Plan, gpu: Gpu, gpus: int, per_token: int, share: float, notes: list[str]):
+    parts = [*_repeated(trainer.micro_batches, plan.micro_batches), (trainer.rest, 1)]
 
     def total(name: str) -> float:
         return sum(getattr(part, name) * times for part, times in parts)
@@ -124,6 +170,12 @@ def _prediction(tracker, trainer, gpu: Gpu, gpus: int, micro_batches: int, per_t
     seconds, eager, tokens = total("seconds"), total("eager_seconds"), total("tokens")
     peak = gpu.peak_tflops * 1e12
     samples = int(total("samples")) * gpus
+    per_hour = samples / seconds * 3600 / share
+    hours = None
+    if plan.max_steps > 0:
+        hours = plan.max_steps * seconds * share / 3600
+    elif plan.records is not None:
+        hours = plan.records * plan.epochs / per_hour
     return Prediction(
         gpu=gpu,
         gpus=gpus,
@@ -140,9 +192,11 @@ def _prediction(tracker, trainer, gpu: Gpu, gpus: int, micro_batches: int, per_t
         flops_per_step=work("flops"),
         bytes_per_step=work("bytes"),
         samples_per_step=samples,
-        samples_per_hour=samples / seconds * 3600,
+        samples_per_hour=per_hour,
+        hours=hours,
+        notes=tuple(notes),
         operators_per_micro_batch=trainer.micro_batches[-1].operators,
-        micro_batches=micro_batches,
+        micro_batches=plan.micro_batches,
     )
 
 

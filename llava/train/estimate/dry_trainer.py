@@ -83,8 +83,12 @@ class DryTrainer(LlavaTrainer):
             loader = super().get_train_dataloader()
         return FakeBatches(loader, self)
 
+    def _move_model_to_device(self, model, device) -> None:
+        """Tensors without content are where they belong."""
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        self.accelerator.device_placement = False
         prepare = self.accelerator.prepare
 
         def prepare_with_content(*parts, **kwargs):

@@ -24,6 +24,7 @@ from llava.model.towers import read_vision_config
 from llava.model.towers.clip import known_vision_config
 from llava.model.weights.assemble import build_empty
 from llava.model.weights.locate import locate_model
+from llava.model.weights.quantized import finish_quantized, prepare_quantized, quantization_config
 from llava.train.arguments import Arguments
 from llava.train.prepare_model import is_language_model, load_dtype, make_ready, new_model_fields
 
@@ -37,6 +38,8 @@ KNOWN = {
 """Language models known by name; their files are taken to be float16."""
 DEFAULT_TOWER = "openai/clip-vit-large-patch14"
 """Where neither flags nor checkpoint name one."""
+BLOCK, SCALES = 64, 256
+"""Numbers under one scale, and scales under one scale, of 4-bit weights."""
 
 
 def shaped_model(arguments: Arguments, mode: FakeTensorMode) -> LoadedModel:
@@ -53,10 +56,15 @@ def shaped_model(arguments: Arguments, mode: FakeTensorMode) -> LoadedModel:
         dtype = load_dtype(folder, arguments)
         tokenizer = _tokenizer(folder, config.vocab_size)
     model = build_empty(model_class_of(config), config, arguments.model.attn_implementation)
-    if arguments.training.bits < 16:
-        _quantize(model, arguments.training.bits, dtype)
+    bits = arguments.training.bits
+    if bits == 8:
+        raise LlavaError("--bits 8 can't be predicted; --bits 4 and 16 can")
+    if bits < 16:
+        prepare_quantized(model, quantization_config(bits, dtype), None)
     with mode:
         _fill(model, mode, dtype)
+        if bits < 16:
+            finish_quantized(model)
         processor = ImageProcessor.from_pretrained(model.get_vision_tower().default_image_settings())
         loaded = LoadedModel(tokenizer, model, processor, context_length(config))
         make_ready(loaded, arguments)
@@ -110,7 +118,10 @@ def _fill(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
     """Give each parameter a tensor of its shape, and each buffer one without its content."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
+            if type(parameter).__name__ == "Params4bit":
+                shape = torch.Size([module.out_features, module.in_features])
+                module._parameters[name] = _four_bit(shape, dtype)
+            elif parameter is not None:
                 kept = dtype if parameter.is_floating_point() else parameter.dtype
                 module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False)
         for name, buffer in list(module._buffers.items()):
@@ -119,5 +130,18 @@ def _fill(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
     model.tie_weights()
 
 
-def _quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> None:
-    raise LlavaError(f"--bits {bits}: not predicted yet")
+def _four_bit(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
+    """A bitsandbytes weight of this shape: half a byte per number, a scale per block, the scales quantized too."""
+    from bitsandbytes.functional import QuantState
+
+    blocks = -(-shape.numel() // BLOCK)
+    scales = QuantState(torch.empty(-(-blocks // SCALES)), code=torch.empty(256), blocksize=SCALES, dtype=torch.float32)
+    state = QuantState(
+        torch.empty(blocks, dtype=torch.uint8), shape=shape, code=torch.empty(16), blocksize=BLOCK,
+        quant_type="nf4", dtype=dtype, offset=torch.empty(()), state2=scales,
+    )  # fmt: skip
+    packed = torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8)
+    parameter = nn.Parameter(packed, requires_grad=False)
+    # As bitsandbytes' own class has them, which can't be without content.
+    parameter.quant_state, parameter.quant_type, parameter.compress_statistics = state, "nf4", True
+    return parameter

@@ -56,8 +56,6 @@ class Memory:
             self.total += size
         elif self._sizes[number] != size:
             self._resize(number, size)
-            self._resized.add(number)
-            self.kinds.setdefault(number, "gathered weights")  # nothing but FSDP resizes a storage
         if kind is not None:
             self.kinds[number] = kind
         if self.total > self.peak:
@@ -65,9 +63,9 @@ class Memory:
             self.at_peak = dict(self._sizes)
         return number
 
-    def look_at_resized(self) -> None:
-        """See which of the storages that grow and shrink have done so unseen."""
-        for number in self._resized:
+    def look_at_resized(self, numbers: Iterable[int] | None = None) -> None:
+        """See which of the storages that grow and shrink (or of these) have done so unseen."""
+        for number in list(self._resized) if numbers is None else numbers:
             storage = self._alive[number]()
             if storage is not None and storage.nbytes() != self._sizes[number]:
                 self._resize(number, storage.nbytes())
@@ -85,6 +83,7 @@ class Memory:
 
     def restart(self) -> None:
         """Forget the peak so far."""
+        self.look_at_resized(list(self._sizes))
         self.peak, self.at_peak = self.total, dict(self._sizes)
 
     def parts(self) -> dict[str, int]:
@@ -97,6 +96,8 @@ class Memory:
     def _resize(self, number: int, size: int) -> None:
         self.total += size - self._sizes[number]
         self._sizes[number] = size
+        self._resized.add(number)
+        self.kinds.setdefault(number, "gathered weights")  # nothing but FSDP resizes a storage
 
     def _free(self, key: int, number: int) -> None:
         self.total -= self._sizes.pop(number)
