@@ -1,4 +1,4 @@
-"""Does a recipe fit the GPU, and how long does it take? The real training code says so without a GPU and without weights.
+"""Does a recipe fit the GPU, and how long does it take? The real training code says so without GPU and weights.
 
 Takes the flags of a training command; `--data_path`, `--image_folder` and `--output_dir` may be missing: then a full
 batch of random records with an image each. Models by name: llama-7b, llama-13b, mistral-7b,
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     # Heavy, and not needed for --help.
     from llava.records import write_json
     from llava.train.estimate.dry_run import dry_run
-    from llava.train.estimate.hardware import find_gpu
     from llava.train.estimate.report import lines_of, remedies
+    from llava.train.hardware import find_gpu
 
     gpu = find_gpu(args.gpu)
     for flag, number in (("--gpus", args.gpus), ("--records", args.records)):

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from llava.errors import LlavaError
 from llava.train import gpu
-from llava.train.estimate.hardware import OPTIMIZER_BYTES
+from llava.train.hardware import OPTIMIZER_BYTES
 
 logger = logging.getLogger(__name__)
 

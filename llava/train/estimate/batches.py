@@ -22,7 +22,7 @@ def text_lengths(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def typical_share(patches: int, longest: int, at_once: int, packed: bool) -> float:
-    """Tokens (padding included) that a batch of samples of usual lengths takes, of one of samples as long as allowed."""
+    """Tokens (with padding) of a batch of usual lengths over those of one whose samples are as long as allowed."""
     lengths = (text_lengths(np.random.default_rng(1), 1000 * at_once) + patches).clip(None, longest)
     batches = lengths.reshape(-1, at_once)
     taken = batches.sum(1) if packed else batches.max(1) * at_once

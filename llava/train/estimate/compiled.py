@@ -68,6 +68,9 @@ class DryCompiler:
         )
 
     def _carry_out(self, graph: fx.GraphModule, example_inputs) -> Callable:
+        for node in graph.graph.nodes:
+            node.meta.clear()  # the tensors that it was traced with
+
         def call(inputs: list):
             with self.fused():
                 return fx.Interpreter(graph).boxed_run(inputs)

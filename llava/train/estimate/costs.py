@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from llava.train.estimate.hardware import (
+from llava.train.hardware import (
     ATTENTION_SHARE,
     GPUS_PER_MACHINE,
     KERNEL_SECONDS,
@@ -95,7 +95,7 @@ def work_of(function, args, kwargs, inputs, outputs, pairs: int) -> Work:
     packet = function._overloadpacket
     if function.namespace in COLLECTIVES:
         return Work(sent=_sent(packet.__name__, inputs, outputs))
-    if function.is_view or packet in FREE or not outputs and not inputs:
+    if function.is_view or packet in FREE or (not outputs and not inputs):
         return Work()
     moved = _bytes_of(function, args, kwargs, inputs, outputs)
     if packet in ATTENTION:
@@ -159,7 +159,7 @@ ATTENTION: dict[object, Callable] = {
 
 
 def _add_joined() -> None:
-    import torch.nn.attention.varlen  # noqa: F401  declares its operators
+    import torch.nn.attention.varlen
 
     ATTENTION[torch.ops.torch_attn._varlen_attn] = _joined(4)
     ATTENTION[torch.ops.torch_attn._varlen_attn_backward] = _joined(10)

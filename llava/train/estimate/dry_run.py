@@ -6,17 +6,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.train.arguments import Arguments, check_values, read_flags, set_accumulation
 from llava.records import read_json
+from llava.train.arguments import Arguments, check_values, read_flags, set_accumulation
 from llava.train.data.record_store import open_records
 from llava.train.estimate.batches import RandomRecords, typical_share
 from llava.train.estimate.compiled import DryCompiler
 from llava.train.estimate.costs import Clock
 from llava.train.estimate.dry_trainer import DryTrainer, Taken
-from llava.train.estimate.hardware import GB, Gpu
 from llava.train.estimate.shapes import shaped_model
 from llava.train.estimate.tracker import Tracker
 from llava.train.estimate.world import shard_as_on_gpus, world
+from llava.train.hardware import GB, Gpu
 from llava.train.progress import flops_per_token
 from llava.train.setup_run import build_trainer
 
@@ -32,6 +32,7 @@ ATTENTION = {
     "sdpa": "sdpa: fused kernel of scaled_dot_product_attention, with a mask",
     "eager": "eager: matrix products",
 }
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -106,7 +107,8 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
         loaded = shaped_model(arguments, mode)
         at_once = training.per_device_train_batch_size
         samples = RandomRecords(arguments, loaded, max(RANDOM_RECORDS, SIMULATED * at_once * gpus))
-        trainer = build_trainer(arguments, loaded, samples, None, DryTrainer)
+        with mode:  # adapters are made here
+            trainer = build_trainer(arguments, loaded, samples, None, DryTrainer)
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)
         with mode, tracker:

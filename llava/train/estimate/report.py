@@ -30,7 +30,8 @@ def lines_of(prediction: Prediction) -> Iterator[str]:
     for name, text in rows.items():
         yield f"  {name:28}{text}"
     usable = f"{gpu.usable_gb:.1f} GB that {gpu.memory_gb:g} GB leave to tensors"
-    yield f"fits: {p.peak_gb:.1f} of {usable}" if p.fits else f"does not fit: {p.peak_gb:.1f} GB, more than the {usable}"
+    verdict = "fits: {:.1f} GB of the {}" if p.fits else "does not fit: {:.1f} GB, more than the {}"
+    yield verdict.format(p.peak_gb, usable)
 
 
 def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) -> Iterator[tuple[str, Prediction]]:

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers
 from torch.utils._pytree import tree_map_only
 
 from llava.train import gpu
-from llava.train.estimate.hardware import GPUS_PER_MACHINE, Gpu
+from llava.train.hardware import GPUS_PER_MACHINE, Gpu
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
               "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ACCELERATE_TORCH_DEVICE")  # fmt: skip
@@ -34,9 +34,7 @@ def world(described: Gpu, processes: int, compiler: Callable) -> Iterator[FakeTe
                "LOCAL_WORLD_SIZE": min(processes, GPUS_PER_MACHINE), "MASTER_ADDR": "localhost",
                "MASTER_PORT": 29500}  # fmt: skip
         os.environ.update({name: str(value) for name, value in own.items()})
-        torch.distributed.init_process_group(
-            "fake", store=torch.distributed.HashStore(), rank=0, world_size=processes
-        )
+        torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=processes)
     try:
         with gpu.describe(described, compiler):
             # Counts of samples and the like have content, and mix with tensors that have none.
