@@ -13,7 +13,7 @@ from llava.train.estimate.batches import RandomRecords, typical_share
 from llava.train.estimate.compiled import DryCompiler
 from llava.train.estimate.costs import Clock
 from llava.train.estimate.dry_trainer import DryTrainer, Taken
-from llava.train.estimate.shapes import shaped_model
+from llava.train.estimate.shapes import forget_content, shaped_model
 from llava.train.estimate.tracker import Tracker
 from llava.train.estimate.world import shard_as_on_gpus, world
 from llava.train.hardware import GB, Gpu
@@ -107,8 +107,8 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
         loaded = shaped_model(arguments, mode)
         at_once = training.per_device_train_batch_size
         samples = RandomRecords(arguments, loaded, max(RANDOM_RECORDS, SIMULATED * at_once * gpus))
-        with mode:  # adapters are made here
-            trainer = build_trainer(arguments, loaded, samples, None, DryTrainer)
+        trainer = build_trainer(arguments, loaded, samples, None, DryTrainer)
+        forget_content(trainer.model, mode)
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)
         with mode, tracker:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.errors import LlavaError
@@ -69,6 +69,15 @@ def shaped_model(arguments: Arguments, mode: FakeTensorMode) -> LoadedModel:
         loaded = LoadedModel(tokenizer, model, processor, context_length(config))
         make_ready(loaded, arguments)
     return loaded
+
+
+def forget_content(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Take the content from parameters that were added to a model since (adapters)."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and not isinstance(parameter, FakeTensor):
+                kept = mode.from_tensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
 @contextmanager
