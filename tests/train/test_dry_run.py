@@ -56,8 +56,8 @@ class Compared(Tracker):
     every = 331
     found: ClassVar[list[tuple[int, int]]] = []
 
-    def _count(self, function, args, kwargs, inputs, outputs):
-        super()._count(function, args, kwargs, inputs, outputs)
+    def _count(self, function, args, kwargs, inputs, outputs, out):
+        super()._count(function, args, kwargs, inputs, outputs, out)
         fake = [tensor for tensor in (*inputs, *outputs) if type(tensor) is FakeTensor]
         in_step = "moments" in self.memory.kinds.values()
         if in_step and self.operators % self.every == 0 and fake:

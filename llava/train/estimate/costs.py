@@ -87,8 +87,8 @@ class Clock:
         return 1e9 * (self.gpu.link_gb_per_second if within else NETWORK_GB_PER_SECOND)
 
 
-def work_of(function, args, kwargs, inputs, outputs, pairs: int) -> Work:
-    """An operator's work by its arguments and results (`inputs` and `outputs`: the tensors among them).
+def work_of(function, args, kwargs, inputs, outputs, out, pairs: int) -> Work:
+    """An operator's work by its arguments and results (`inputs` and `outputs`: the tensors among them; `out`: as given).
 
     `pairs` is how many pairs of positions attend where samples are joined.
     """
@@ -102,7 +102,7 @@ def work_of(function, args, kwargs, inputs, outputs, pairs: int) -> Work:
         return Work(ATTENTION[packet](args, outputs, pairs), moved, kernels=1, attention=packet.__name__)
     flops = 0
     if packet in flop_registry:
-        flops = flop_registry[packet](*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs))
+        flops = flop_registry[packet](*args, **kwargs, out_val=out)
     return Work(flops, moved, kernels=1)
 
 

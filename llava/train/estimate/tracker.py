@@ -170,10 +170,10 @@ class Tracker(TorchDispatchMode):
         out = function(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self._count(function, args, kwargs, inputs, outputs)
+        self._count(function, args, kwargs, inputs, outputs, out)
         return out
 
-    def _count(self, function, args, kwargs, inputs, outputs) -> None:
+    def _count(self, function, args, kwargs, inputs, outputs, out) -> None:
         name = function._overloadpacket.__name__
         if function.namespace in MAY_RESIZE:
             kind = next((kind for word, kind in SHARDING.items() if word in name), None)
@@ -182,7 +182,7 @@ class Tracker(TorchDispatchMode):
         numbers = [self.memory.note(tensor) for tensor in outputs]
         if any(word in name for word in REDUCING):
             self.reduced.update(tensor.dtype for tensor in inputs if tensor.is_floating_point())
-        work = work_of(function, args, kwargs, inputs, outputs, self.pairs)
+        work = work_of(function, args, kwargs, inputs, outputs, out, self.pairs)
         if work.attention:
             self.attention[work.attention] += 1
         self.eager.run(work)
