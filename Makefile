@@ -1,4 +1,4 @@
-# Two commands to start with: `make demo` (the whole road on a laptop) and `make test`.
+# Two commands to start with: `make demo` (the full pipeline on a laptop) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,20 +6,32 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: help install demo serve test test-all lint format clean
+.PHONY: help install lock audit sbom demo serve test test-all fuzz fuzz-api kills lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(STAMP)  ## make the virtual environment and install everything into it
 
-# torch first and pinned: the range alone may bring another build and gigabytes of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+# Whatever is downloaded has to have one of the lock's hashes. torch's builds differ by platform: it is only pinned.
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,tracking]'
 	touch $@
 
-# Apart from the environment: beside a CPU build of torch, torchvision breaks transformers where it is importable.
+# deepspeed isn't a wheel: building it runs code of packages that no hash covers.
+lock:  ## write requirements.lock anew, after a change of constraints.txt
+	grep -vE '^(torch|deepspeed)==' constraints.txt | $(BIN)/uv pip compile --quiet --no-deps --generate-hashes \
+		--no-header --no-annotate --output-file requirements.lock -
+
+audit: $(STAMP)  ## ask whether a pinned package has known holes
+	$(BIN)/python scripts/audit.py constraints.txt
+
+sbom: $(STAMP)  ## write sbom.json, what is installed (CycloneDX)
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python
+
+# Not in the environment: with a CPU build of torch, torchvision breaks transformers where it is importable.
 $(OPENCLIP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part \
 		torchvision==0.28.0 timm==1.0.31 open-clip-torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
@@ -42,10 +54,23 @@ test: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## the tests that CI runs
 test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
-lint: $(STAMP)  ## linter, formatter, the contract of the layers, repeated code
+# Routes without a body have only one request, so some more are asked for than are made.
+fuzz-api: $(STAMP)  ## 10,000 requests made from the servers' descriptions (minutes)
+	$(BIN)/python -m tests.security.fuzz --cases 11000
+
+kills: $(STAMP)  ## 200 random SIGKILLs of commands and servers, figures as JSON (half an hour)
+	$(BIN)/python -m tests.faults.kills --kills 200
+
+FUZZ_FILES ?= 10000
+fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
+	mkdir -p runs
+	$(BIN)/python -m tests.fuzz.images --count $(FUZZ_FILES) --json runs/fuzz.json
+
+lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/pylint llava
 
 format: $(STAMP)  ## let ruff format and fix

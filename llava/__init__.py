@@ -4,7 +4,7 @@ The public names are loaded on first use, so that `import llava` needs neither t
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "2.0.0"
 
@@ -19,7 +19,17 @@ _PUBLIC = {
     "open_image": "llava.images",
 }
 
-__all__ = sorted([*_PUBLIC, "__version__"])
+__all__ = [
+    "Conversation",
+    "Engine",
+    "LlavaError",
+    "LlavaLlamaForCausalLM",
+    "LlavaMistralForCausalLM",
+    "__version__",
+    "conv_templates",
+    "load_pretrained_model",
+    "open_image",
+]
 
 if TYPE_CHECKING:
     from llava.conversation import Conversation, conv_templates
@@ -29,7 +39,7 @@ if TYPE_CHECKING:
     from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, load_pretrained_model
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'llava' has no attribute {name!r}")
     value = getattr(import_module(_PUBLIC[name]), name)

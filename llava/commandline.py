@@ -6,6 +6,7 @@ A command module holds `build_parser() -> ArgumentParser` and `main(argv=None) -
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import NoReturn
 from llava.errors import LlavaError
 
 EXIT_BAD_INPUT = 2
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC}
 MOST_LINE = 2000
 MOST_TRACEBACK_LINES = 200
 
@@ -94,6 +96,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # The reader of our output (head, less) has gone; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # Of a file that was named, or of one beside it; what has no name is a fault of ours.
+        if debug or error.errno not in _REFUSED or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; choose another place", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)
 
 

@@ -1,4 +1,4 @@
-"""The one kind of error that a user is meant to read, and the message for a missing extra."""
+"""The one kind of error that a user is meant to read (images have their own), and the message for a missing extra."""
 
 import importlib
 from types import ModuleType
@@ -7,6 +7,10 @@ from typing import Any
 
 class LlavaError(Exception):
     """Bad input. The text says what was wrong, where, and what to do; commands print it and exit with 2."""
+
+
+class ImageError(LlavaError):
+    """An image that can't be read, or may not be: damaged, too large, of no known kind. Never holds its content."""
 
 
 def field_error(error: Any, show_value: bool = False) -> str:

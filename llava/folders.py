@@ -26,10 +26,11 @@ WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
 
 _LOCK = "lock"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = _NO_SPACE | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 
 
 def part_of(target: Path) -> Path:
-    """Where `target` is put together: beside it, so that it can be renamed."""
+    """Where `target` is put together: next to it, so that it can be renamed."""
     return target.parent / f".{target.name}{PART}"
 
 
@@ -223,12 +224,27 @@ def _remove(part: Path, existed: Path) -> None:
             parent.rmdir()
 
 
-def _unwritable(error: OSError, target: Path) -> LlavaError:
+@contextmanager
+def writing(target: Path, kept: str = "nothing was left behind") -> Iterator[None]:
+    """What the system refuses to write in the block is said in words; `kept` says what became of the work.
+
+    Raises:
+        LlavaError: `target` has no room, or can't be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        raise _unwritable(error, target, kept) from error
+
+
+def _unwritable(error: OSError, target: Path, kept: str = "nothing was left behind") -> LlavaError:
     """The error of a write to `target` that the system refused, in words."""
     where = error.filename or target
     if error.errno in _NO_SPACE:
         return LlavaError(
-            f"{where}: no room to write {target} ({error.strerror}); nothing was left behind; "
+            f"{where}: no room to write {target} ({error.strerror}); {kept}; "
             f"free some space (or raise the limit on file size) and run again"
         )
     return LlavaError(f"{where}: {error.strerror or error}; {target} was not written")

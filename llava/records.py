@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.folders import PART, sync
+from llava.folders import PART, sync, writing
 
 Record = dict[str, Any]
 
@@ -32,7 +32,7 @@ _WINDOW = 1 << 20
 _NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets in brackets
 _BLANKS = (" ", "\n", "\r", "\t")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half beside it
+_ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half next to it
 _ESCAPE_IN_TEXT, _ESCAPE_IN_BYTES = re.compile(_ESCAPE), re.compile(_ESCAPE.encode())
 
 
@@ -137,7 +137,7 @@ class Replaced:
     def __enter__(self) -> "Replaced":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.count:
             first = f" (first: {self.first})" if self.first else ""
             logger.warning(
@@ -183,8 +183,17 @@ def _dumps(content: Any, path: str | Path, indent: int | None = None) -> str:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes if it fails."""
+    """A temporary path that becomes `path` when the block ends well, and vanishes if it fails.
+
+    Raises:
+        LlavaError: the system refuses to write it.
+    """
     path = Path(path)
+    with writing(path):
+        yield from _atomic_path(path)
+
+
+def _atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     os.close(handle)
@@ -213,18 +222,22 @@ class ResumableJsonl:
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + PART)
         self.key = key
-        self.part.parent.mkdir(parents=True, exist_ok=True)
         self.done: dict[Any, Record] = {}
-        if self.part.exists():
-            self._read_part()
-        self._file = self.part.open("ab")
+        with writing(self.part):
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            if self.part.exists():
+                self._read_part()
+            # Without a buffer: what a full disk refused must not be tried again while the file is closed.
+            self._file = self.part.open("ab", buffering=0)
 
     def add(self, record: Record) -> None:
         key = record[self.key]
         if key in self.done:
             raise LlavaError(f"{self.part}: {self.key} {key!r} was written twice")
-        self._file.write(_dumps(record, self.path).encode() + b"\n")
-        self._file.flush()
+        rest = memoryview(_dumps(record, self.path).encode() + b"\n")
+        with writing(self.part, f"{len(self.done)} records are kept"):
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self.done[key] = record
 
     def finish(self, order: Iterable[Any] | None = None) -> None:
@@ -243,7 +256,7 @@ class ResumableJsonl:
     def __enter__(self) -> "ResumableJsonl":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _read_part(self) -> None:
@@ -269,14 +282,14 @@ def _iter_json(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file, Replaced(path) as replaced:
         try:
             text = file.read(_WINDOW)
-            place = _skip_blanks(text, 0) + 1  # behind the "["
+            place = _skip_blanks(text, 0) + 1  # after the "["
             while True:
                 if len(text) - place < _WINDOW // 4 and (more := file.read(_WINDOW)):
                     text, place = text[place:] + more, 0
                 place = _skip_blanks(text, place)
                 if text[place : place + 1] == "]":
                     if text[place + 1 :].strip() or file.read().strip():
-                        raise ValueError("there is something behind the list")
+                        raise ValueError("there is something after the list")
                     return
                 if index:
                     if text[place : place + 1] != ",":
@@ -293,7 +306,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
                         if not unfinished or not (more := file.read(max(_WINDOW, len(text)))):
                             raise
                     else:
-                        # What ends with the window may go on behind it (a number), or the file be cut here.
+                        # What ends with the window may go on after it (a number), or the file be cut here.
                         if not (more := file.read(_WINDOW)):
                             raise ValueError("the list is cut off")
                     text, place = text[place:] + more, 0
@@ -311,7 +324,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
 
 
 def _read_list(path: Path) -> list[Record]:
-    records = read_json(path)
+    records: list[Record] = read_json(path)
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")

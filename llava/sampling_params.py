@@ -71,7 +71,7 @@ class SamplingFields(Fields):
         1.0, ge=0, le=1, description="draw from the likeliest tokens that reach this probability together"
     )
     top_k: Annotated[Whole, BeforeValidator(lambda value: 0 if value == -1 else value), FLAG, Slider(0, 200, 1)] = (
-        Field(0, ge=0, lt=1 << 31, description="draw from so many of the likeliest tokens; 0 (or -1) is all")
+        Field(0, ge=0, lt=1 << 31, description="number of likeliest tokens to draw from; 0 (or -1) is all")
     )
     min_p: Annotated[Number, FLAG, Slider(0, 1, 0.05)] = Field(
         0.0, ge=0, le=1, description="draw only from tokens with so much of the likeliest one's probability"
@@ -86,7 +86,7 @@ class SamplingFields(Fields):
         (), max_length=8, description="texts that end the answer and aren't part of it"
     )
     stop_token_ids: tuple[TokenId, ...] = Field(
-        (), max_length=64, description="ids that end the answer, beside the model's own end mark"
+        (), max_length=64, description="ids that end the answer, in addition to the model's own end mark"
     )
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[Number, Field(ge=-100, le=100)]] = Field(
         {}, max_length=1024, description="what is added to the logits of these ids"
@@ -118,7 +118,10 @@ class SamplingParams(SamplingFields):
         1024, ge=1, le=1_000_000, description="longest answer in tokens"
     )
     logprobs: Whole | None = Field(
-        None, ge=0, le=MOST_LOGPROBS, description="report each token's log-probability, with so many alternatives"
+        None,
+        ge=0,
+        le=MOST_LOGPROBS,
+        description="report each token's log-probability, with this number of alternatives",
     )
     num_beams: Annotated[Whole, FLAG] = Field(
         1, ge=1, le=64, description="above 1 is beam search, one request at a time"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # VQA-RAD, all of it, with small models that have seen nothing else: no pretrained weights, no GPU, about 15 minutes.
-# The result is modest and says so (docs/results.md); what it shows is that the road holds on real input.
+# The result is modest and says so (docs/results.md); what it shows is that the pipeline works on real input.
 set -eu
 : "${RAD:=data/vqa_rad_source}"     # trainset.json, testset.json and images/ of VQA-RAD
 : "${OUT:=runs/vqa_rad}"

@@ -1,6 +1,8 @@
-"""Documents keep their word: commands name modules and flags that exist, links lead somewhere."""
+"""Documents are true: they name modules, flags and files that exist, and their links lead somewhere."""
 
+import importlib
 import re
+from functools import cache
 
 import pytest
 
@@ -27,6 +29,62 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_what_is_named_in_backticks_exists(path):
+    """Paths (`llava/…`), dotted names (`llava.…`), and files named alone (`NAME.py`)."""
+    assert [word for word in named_in(path.read_text()) if not exists(word)] == []
+
+
+def test_what_does_not_exist_is_found():
+    text = "`llava/model/nothing.py`, `nothing_here.py`, `no_such.sh`\n"
+    text += "```sh\npython llava/gone.py\n```\n`llava.records.Nothing`"
+    assert [word for word in named_in(text) if not exists(word)] == [
+        "llava/model/nothing.py",
+        "nothing_here.py",
+        "no_such.sh",
+        "llava.records.Nothing",
+    ]
+    there = "`llava/eval/metrics/`, `benchmarks/NAME.py`, `python -m llava.demo`, `cpu.sh`, `llava.images.open_image`"
+    assert len(named_in(there)) == 5 and all(exists(word) for word in named_in(there))
+
+
+def named_in(text: str) -> list[str]:
+    """The words in backticks, outside of code blocks, that name code of this repository."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    words = [word.rstrip(".,:;") for span in re.findall(r"`([^`]+)`", text) for word in span.split()]
+    patterns = r"(?:llava|tests|scripts|benchmarks|docs)/[\w./*-]*", r"llava(?:\.\w+)+", r"[\w-]+\.(?:py|sh)"
+    return [word for word in words if any(re.fullmatch(pattern, word) for pattern in patterns)]
+
+
+def exists(word: str) -> bool:
+    """Whether a path (NAME and * stand for any name), a dotted name or a file of that name is there."""
+    if "/" in word:
+        return any(ROOT.glob(word.rstrip("/").replace("NAME", "*")))
+    if not word.startswith("llava."):
+        return word in file_names()
+    module, attributes = word, []
+    while True:
+        try:
+            found = importlib.import_module(module)
+            break
+        except ModuleNotFoundError:
+            module, _, attribute = module.rpartition(".")
+            attributes.insert(0, attribute)
+    for attribute in attributes:
+        if not hasattr(found, attribute):
+            return False
+        found = getattr(found, attribute)
+    return True
+
+
+@cache
+def file_names() -> frozenset[str]:
+    folders = ("llava", "tests", "scripts", "benchmarks")
+    return frozenset(path.name for folder in folders for path in (ROOT / folder).rglob("*.*")) | {
+        path.name for path in ROOT.glob("*.*")
+    }
 
 
 def test_commands_of_the_published_releases(shared_dir):

@@ -187,7 +187,7 @@ def test_a_fault_in_a_json_list_names_the_record(tmp_path):
     with pytest.raises(LlavaError, match=r"record 1: not JSON \(expected a comma"):
         list(iter_records(path))
     path.write_text('[{"a": 1}] {"a": 2}')
-    with pytest.raises(LlavaError, match="something behind the list"):
+    with pytest.raises(LlavaError, match="something after the list"):
         list(iter_records(path))
 
 

@@ -4,6 +4,7 @@ Everything is random but fixed by `seed`; a whole LLaVA takes well under a secon
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,16 @@ def make_llava(folder: str | Path, kind: str = "llama", *, seed: int = 2, **mm_f
         tokenizer, model, processor, _ = build_model_from_llm(llm, clip, device="cpu", **mm_fields)
     save_model(folder / "llava", model, tokenizer, processor)
     return folder / "llava"
+
+
+def hub_cache(folder: str | Path, models: dict[str, Path]) -> Path:
+    """A cache as the hub's client keeps it, written to `folder`: {hub id: folder of its files}."""
+    for repo_id, files in models.items():
+        repo = Path(folder) / f"models--{repo_id.replace('/', '--')}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(files, repo / "snapshots" / ("0" * 40))
+    return Path(folder)
 
 
 class _seeded:

@@ -27,7 +27,7 @@ class SeparatorStyle(StrEnum):
     MPT = "MPT"
     """`system<|im_end|><|im_start|>user\\nquestion<|im_end|><|im_start|>assistant\\nanswer<|im_end|>`
 
-    Where `sep` goes on behind the end mark (a line break, in Qwen2's ChatML), `sep2` is the end mark alone."""
+    Where `sep` goes on after the end mark (a line break, in Qwen2's ChatML), `sep2` is the end mark alone."""
     PLAIN = "PLAIN"
     """`<image>caption\\n`, for stage 1"""
 

@@ -13,15 +13,20 @@ V1_0, V1_5, LLAVA, QWEN = "llava_med_v1.0", "llava_med_v1.5", "llava", "qwen"
 RELEASES = (V1_0, V1_5, LLAVA, QWEN)
 
 
-def get_template(name: str, release: str | None = None) -> Conversation:
+def get_template(name: str | None, release: str | None = None) -> Conversation:
     """A fresh conversation of the template `name` (or `release/name`), without any turn of the user's.
 
     Args:
+        name: None is refused: it is a configuration's that names none.
         release: one of `RELEASES`; None takes the canonical template of that name.
 
     Raises:
         LlavaError: unknown name or release; the message lists the known ones.
     """
+    if name is None:
+        raise LlavaError(
+            f"the model's configuration names no prompt template; name one of {', '.join(template_names())}"
+        )
     if release is None and "/" in name:
         release, name = name.rsplit("/", 1)
     if release is None:
@@ -163,7 +168,7 @@ _MED_1_0_TEMPLATES = {
     }.items()
 }
 _QWEN_TEMPLATES = {
-    # ChatML as Qwen2's own chat template writes it: a line break behind each end mark, which alone ends an answer.
+    # ChatML as Qwen2's own chat template writes it: a line break after each end mark, which alone ends an answer.
     "qwen2": replace(_mpt("You are a helpful assistant."), sep="<|im_end|>\n", sep2="<|im_end|>", version="qwen2"),
 }
 _BY_RELEASE = {

@@ -22,7 +22,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if not 0 < args.jaccard <= 1:
         raise LlavaError(f"--jaccard is {args.jaccard}; give a share above 0 and at most 1")

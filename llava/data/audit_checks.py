@@ -118,7 +118,7 @@ def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, A
         "same_name": len(by_name),
         "compared_by": "name",
     }
-    keys = {(split, name): name for split, listed in names.items() for name in listed}
+    keys: dict[tuple[str, str], Any] = {(split, name): name for split, listed in names.items() for name in listed}
     if train_images is None or test_images is None:
         return found, keys
     folders = {"train": Path(train_images), "test": Path(test_images)}
@@ -149,14 +149,15 @@ def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, A
 def _fingerprints(images: dict[str, Any], folder: Path, split: str) -> dict[str, Fingerprint]:
     prints = {}
     for name, image in tqdm(images.items(), desc=f"{split} images", unit="image", leave=False, disable=None):
+        source: str | Path | bytes
         if not isinstance(image, str):
             source = image_bytes(image)
         elif image.startswith("data:"):
             source = image
         else:
-            source = folder / image
-            if not source.is_file():
-                raise LlavaError(f"{split} image not found: {source}; check --image-folder")
+            source = path = folder / image
+            if not path.is_file():
+                raise LlavaError(f"{split} image not found: {path}; check --image-folder")
         prints[name] = fingerprint(source)
     return prints
 
@@ -199,7 +200,7 @@ def _compare_answers(train: Sequence[VqaItem], test: Sequence[VqaItem]) -> dict[
             "majority": sum(_answer_key(item.answer) == majority for item in tested),
             "same_question_known": sum(bool(answers) for _, answers in asked),
             "same_question": sum(
-                bool(answers) and answers.most_common(1)[0][0] == _answer_key(item.answer) for item, answers in asked
+                answers.most_common(1)[0][0] == _answer_key(item.answer) for item, answers in asked if answers
             ),
             "train_priors": known.most_common(10),
             "test_priors": Counter(_answer_key(item.answer) for item in tested).most_common(10),

@@ -38,6 +38,10 @@ class Conversion:
     candidates: bool = True
     """Whether the open answers of the training split are worth a candidate file."""
 
+    def accepts(self, image: str) -> bool:
+        """Whether a record with this image is to be written (`ImageFolder.accept`)."""
+        return self.image_folder is None or self.image_folder.accept(image)
+
 
 class ImageFolder:
     """Which images a folder has. Missing ones are an error at the end, dropped and counted, or kept, as asked."""
@@ -71,7 +75,7 @@ class ImageFolder:
 def vqa_record(
     id: str, image: str | None, question: str, answer: Any, answer_type: str | None = None, **fields: Any
 ) -> Record:
-    """One question and answer as a conversation, `<image>` behind the question; fields that are None are left out."""
+    """One question and answer as a conversation, `<image>` after the question; fields that are None are left out."""
     text = clean_text(question)
     record: Record = {"id": str(id)}
     if image is not None:

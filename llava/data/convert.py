@@ -27,7 +27,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME", title="data sets")
     for name, source in SOURCES.items():
-        command = commands.add_parser(name, description=source.__doc__, help=source.__doc__.splitlines()[0])
+        command = commands.add_parser(name, description=source.__doc__, help=str(source.__doc__).splitlines()[0])
         source.add_arguments(command)
         command.add_argument("--image-folder", help="where the images are; each record's image is looked for there")
         command.add_argument("--output-dir", required=True, help="gets one file per split and a manifest")

@@ -30,7 +30,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--failures", help=f"list of failures (JSONL); default: {FAILURES_FILE} beside the images")
     parser.add_bool("--retry-failed", help="ask again also for what an earlier run found to be gone for good")
     parser.add_argument("--max-failures", type=int, help="exit with 1 if more images than this failed")
-    parser.add_argument("--limit", type=int, help="only the first so many lines of the list")
+    parser.add_argument("--limit", type=int, help="number of lines to read from the start of the list")
     polite = parser.add_argument_group("how fast")
     polite.add_argument("--connections", type=int, default=8, help="archives fetched at once")
     polite.add_argument("--requests-per-second", type=float, default=3.0, help="over all connections; 0: no limit")

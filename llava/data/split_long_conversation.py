@@ -3,7 +3,7 @@
     python -m llava.data.split_long_conversation --in-file train.json --out-file split.json \\
         --model-name-or-path LLM --max-length 2048
 
-Cuts are made between an answer and the next question; who speaks decides what is which. Every piece of a conversation
+Cuts are made between an answer and the next question; the roles decide which is which. Every piece of a conversation
 about an image shows the image again, in its first question; ids become `<id>_<first turn>`.
 """
 

@@ -15,7 +15,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("input", help="training records (JSON, JSONL or Parquet)")
     parser.add_argument("--output-dir", required=True, help="gets stats.png, stats.html and stats.json")
-    parser.add_argument("--max-records", type=int, help="read only the first so many")
+    parser.add_argument("--max-records", type=int, help="number of records to read from the start")
     return parser
 
 

@@ -99,9 +99,9 @@ def verb_object_finder():
 
 def _pair(tokens: list[tuple[str, str, str]], lemmatize) -> tuple[str, str] | None:
     """(verb, object) of one sentence of (word, part of speech, chunk) tokens."""
-    verbs = []
+    verbs: list[tuple[int, str]] = []
     for position, (word, tag, _) in enumerate(tokens):
-        # A participle counts only behind an auxiliary: "left lung" and "computed tomography" hold no verb.
+        # A participle counts only after an auxiliary: "left lung" and "computed tomography" hold no verb.
         if tag in ("VB", "VBP", "VBZ", "VBD") or (tag in ("VBN", "VBG") and verbs and verbs[-1][1] in AUXILIARIES):
             verbs.append((position, lemmatize(word, lang="en")))
     if not verbs:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Options:
-    """What to check beside the form."""
+    """What to check apart from the form."""
 
     image_folder: Path | None = None
     tokenizer: str | None = None
@@ -201,7 +201,7 @@ def _unpack(chunk: list[Record], future) -> Iterator[Checked]:
         yield record, findings, length
 
 
-_worker_check: Callable | None = None
+_worker_check: Callable[[list[Record]], list]
 
 
 def _start_worker(options: Options) -> None:

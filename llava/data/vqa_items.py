@@ -75,7 +75,7 @@ def vqa_item(record: Record, where: str) -> VqaItem:
     item = _from_raw(record, where) if "question" in record and "answer" in record else _from_turns(record, where)
     if record.get("answer_type") is None:  # PathVQA's rule: an answer of yes or no is closed
         return replace(item, answer_type=yes_no_type(item.answer), type_inferred=True)
-    answer_type = str(record["answer_type"]).strip().upper()  # VQA-RAD has some with a blank behind
+    answer_type = str(record["answer_type"]).strip().upper()  # VQA-RAD has some with a trailing space
     if answer_type not in ANSWER_TYPES:
         raise LlavaError(
             f'{where} ("{item.id}"): unknown answer type {record["answer_type"]!r}; '

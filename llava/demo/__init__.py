@@ -1,1 +1,1 @@
-"""The demo: small models through the whole road, from images drawn by the program to a page of scores."""
+"""The demo: small models through the full pipeline, from images drawn by the program to a page of scores."""

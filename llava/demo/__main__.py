@@ -1,4 +1,4 @@
-"""Train, evaluate and compare small models on images drawn by the program: the whole road in a few minutes.
+"""Train, evaluate and compare small models on images drawn by the program: the full pipeline in a few minutes.
 
 A language model and a vision tower are made from scratch, then come stage 1, stage 2 and VQA fine-tuning by the
 training command, answers and scores, the same without seeing the images, and a page of all of it.

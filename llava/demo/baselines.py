@@ -1,4 +1,4 @@
-"""The baseline of nearest images: a test question is answered as it was for the most similar training image."""
+"""The baseline of nearest images: a test question gets the answer of the most similar training image."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ _COUNT = re.compile(rb"(\d+)/(\d+) \[")
 
 @dataclass(frozen=True)
 class Job:
-    """A command of one step. `outputs` are removed before it starts: what a killed run left behind."""
+    """A command of one step. `outputs` are removed before it starts: what a killed run left."""
 
     name: str
     argv: list[str]

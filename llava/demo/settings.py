@@ -16,7 +16,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the demo's result beside the seed."""
+    """All that decides the demo's result, apart from the seed."""
 
     counts: Counts = field(default_factory=Counts)
     alignment: int = 2_400

@@ -1,4 +1,4 @@
-"""The demo's road: set, base models, three trainings and the answers, once with images and once without."""
+"""The demo's steps: set, base models, three trainings and the answers, once with images and once without."""
 
 import os
 from dataclasses import asdict
@@ -52,7 +52,7 @@ def run_steps(output: Path, settings: Settings, seed: int) -> Pipeline:
 
 
 def make_data(data: Path, settings: Settings, seed: int, processes: int) -> None:
-    """Draw the set; beside it, the same records with a grey image in place of each."""
+    """Draw the set, and the same records with a grey image in place of each."""
     from PIL import Image
 
     write_phantoms(data, seed, settings.counts, size=settings.image_size, processes=processes)

@@ -16,14 +16,14 @@ from llava.folders import stage_files
 MARKS = ("[INST]", "[/INST]")
 
 LEARNED = 500
-"""Tokens beside the special ones and the bytes: the words of the built-in set, about."""
+"""Tokens to learn, the three special ones among them: about the words of the built-in set."""
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llava.demo.tokenizer", description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", action="append", required=True, help="records to learn from; may be repeated")
     parser.add_argument("--output-dir", required=True)
-    parser.add_argument("--learned", type=int, default=LEARNED, help="tokens beside the special ones and the bytes")
+    parser.add_argument("--learned", type=int, default=LEARNED, help="tokens to learn, with the three special ones")
     return parser
 
 

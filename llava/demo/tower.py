@@ -1,7 +1,7 @@
 """Train a small CLIP vision tower on images and the sentences of their captions.
 
 A caption is a few sentences, a fact in each. Each token of the tower learns to tell one of them from those that
-never stand beside it in a caption.
+never stand with it in one caption.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ class SentenceMatching(nn.Module):
 
     The sentences go round: token t says sentence t modulo their number. A language model then finds facts in the
     tokens as it finds words in a text. Sentences are compared by the language model's own embeddings of their words.
-    Beside that the patches pooled by attention say all of them, which is learned first and leads the way.
+    The patches pooled by attention predict all sentences too; this is learned first and guides the rest.
     """
 
     def __init__(self, args: SimpleNamespace, texts: torch.Tensor, excludes: torch.Tensor):
@@ -91,7 +91,7 @@ def sentence_embeddings(sentences: list[str], language_model: str) -> torch.Tens
     """Unit vectors `[sentences, hidden]`: sums of word embeddings; a word counts less, the more sentences hold it."""
     tokenizer = load_tokenizer(language_model)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(language_model)
-    words = model.get_input_embeddings().weight.detach()
+    words = cast(nn.Embedding, model.get_input_embeddings()).weight.detach()
     shares = torch.zeros(len(sentences), len(tokenizer))
     for row, sentence in enumerate(sentences):
         shares[row, tokenizer(sentence, add_special_tokens=False)["input_ids"]] = 1
@@ -103,7 +103,7 @@ def sentence_embeddings(sentences: list[str], language_model: str) -> torch.Tens
 def start_embeddings(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
     """First weights of the image's embedding, from data: patches whitened, positions as sines of place.
 
-    Without them the first half of the training goes into finding what differs between patches beside brightness.
+    Without them the first half of the training goes into finding what differs between patches apart from brightness.
     """
     embeddings = tower.embeddings
     weight = embeddings.patch_embedding.weight

@@ -15,7 +15,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.eval.answers.questions import read_line_questions
 

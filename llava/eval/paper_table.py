@@ -1,6 +1,6 @@
-"""The paper's table beside ours: in each cell the expected value, our value and the tolerance.
+"""The paper's table next to ours: in each cell the expected value, our value and the tolerance.
 
-The tolerance is one standard error of a score on so many questions: the published decoding was random and
+The tolerance is one standard error of a score on that number of questions: the published decoding was random and
 its seed unknown.
 """
 

@@ -49,7 +49,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.bootstrap_samples < 0:
         raise LlavaError(f"--bootstrap-samples is {args.bootstrap_samples}; give 0 or more")

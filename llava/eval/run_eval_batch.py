@@ -34,11 +34,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     files = answer_files(args.pred, args.pred_file_parent_path, args.target_test_type)
-    if (args.gt is None) == (args.gt_parent_path is None):
-        raise LlavaError("give --gt or --gt_parent_path (one of them)")
     questions = {pred: find_questions(pred, args.gt, args.gt_parent_path) for pred in files}
     from llava.eval.metrics.score import headlines
     from llava.eval.reports.evaluation import evaluate
@@ -72,10 +70,10 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def answer_files(pred: str | None, parent: str | None, test_type: str | None) -> list[Path]:
     """The answer files meant by the flags, in the order of their paths; parts of unmerged runs are left out."""
-    if (pred is None) == (parent is None):
-        raise LlavaError("give --pred or --pred_file_parent_path (one of them)")
-    if pred is not None:
+    if pred is not None and parent is None:
         return [existing_file(pred, "--pred")]
+    if pred is not None or parent is None:
+        raise LlavaError("give --pred or --pred_file_parent_path (one of them)")
     found = [
         path
         for path in sorted(existing_dir(parent, "--pred_file_parent_path").rglob("*.jsonl"))
@@ -89,11 +87,13 @@ def answer_files(pred: str | None, parent: str | None, test_type: str | None) ->
 
 def find_questions(pred: Path, gt: str | None, gt_parent: str | None) -> tuple[str, Path]:
     """(data set, file of questions) of an answer file."""
+    if (gt is None) == (gt_parent is None):
+        raise LlavaError("give --gt or --gt_parent_path (one of them)")
     parts = [part.lower() for part in pred.resolve().parts]
     dataset = next((name for name in DATASET_PARTS if any(name.lower() in part for part in parts)), None)
     if gt is not None:
         return dataset or Path(gt).parent.name, existing_file(gt, "--gt")
-    if dataset is None:
+    if dataset is None or gt_parent is None:
         raise LlavaError(f"{pred}: no part of the path names a data set ({', '.join(DATASET_PARTS)}); use --gt")
     folder = existing_dir(Path(gt_parent) / dataset, "questions of the data set")
     stem = next((name for name in TEST_TYPES if name in pred.name), TEST_TYPES[0]).removesuffix("-answer-file")

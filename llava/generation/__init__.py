@@ -1,7 +1,7 @@
 """The engine that turns (conversation, images, sampling) into text: batched, streaming, continuous."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.sampling_params import SamplingParams
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     )
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Errors and requests are read by commands that don't load torch.
     if name not in _PUBLIC:
         raise AttributeError(f"module 'llava.generation' has no attribute {name!r}")

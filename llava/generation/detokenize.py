@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 _UNFINISHED = "\ufffd"
 _LONGEST_WAIT = 32
 """Tokens after which what has come is shown, broken characters too."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _FEW, _REMEMBERED = 3, 1 << 16
-"""Texts of so few tokens are remembered, so many of them."""
+"""Texts of up to `_FEW` tokens are cached; the cache holds `_REMEMBERED` of them."""
 
 
 class Detokenizer:
     """Text of ids, special tokens left out."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer = tokenizer
         self.special_ids = frozenset(tokenizer.all_special_ids)
         names = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -28,11 +31,11 @@ class Detokenizer:
         return self._few(*token_ids) if len(token_ids) <= _FEW else self._decode(*token_ids)
 
     def _decode(self, *token_ids: int) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True) if token_ids else ""
+        return cast(str, self._tokenizer.decode(list(token_ids), skip_special_tokens=True)) if token_ids else ""
 
     def token(self, token_id: int) -> str:
         """A single token's text, special ones included."""
-        return self._tokenizer.decode([token_id])
+        return cast(str, self._tokenizer.decode([token_id]))
 
 
 class TextStream:

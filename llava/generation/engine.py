@@ -1,16 +1,16 @@
 """`Engine`: requests in, answers out. Offline (`generate`), one at a time (`stream`), or as a service (`submit`).
 
-Whoever waits for an answer drives the engine's steps, unless `start` has given that to a thread of its own.
+A caller that waits for an answer runs the engine's steps, unless `start` has begun a thread for them.
 """
 
 import logging
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from llava.generation.runner import Runner
 from llava.generation.scheduler import Scheduler
 from llava.generation.state import Generation, Listener
 from llava.generation.types import Answer, ContextTooLong, EngineBusy, OutOfMemory, Piece, Request
+from llava.model import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Engine:
 
     def __init__(
         self,
-        loaded: Any,
+        loaded: LoadedModel,
         *,
         max_batch_size: int = 64,
         max_waiting: int | None = None,
@@ -201,9 +202,16 @@ class Engine:
             "prefixes": len(self.scheduler.prefixes),
         }
 
-    def _generation(self, prompt: Prompt, underway: set, answers: list, index: int, bar: tqdm) -> Generation:
+    def _generation(
+        self,
+        prompt: Prompt,
+        underway: set[Generation],
+        answers: list[Answer | None],
+        index: int,
+        bar: tqdm,
+    ) -> Generation:
         def done(answer: Piece | Answer) -> None:
-            answers[index] = answer
+            answers[index] = cast(Answer, answer)  # whole, because it isn't streamed
             underway.discard(generation)
             bar.update()
 
@@ -219,7 +227,7 @@ class Engine:
         ahead = 2 * self.scheduler.max_batch_size
         with ThreadPoolExecutor(workers, "llava-images") as pool:
             remaining = iter(order)
-            tasks: queue.SimpleQueue = queue.SimpleQueue()
+            tasks: queue.SimpleQueue[tuple[int, Future[None]]] = queue.SimpleQueue()
             for index in islice(remaining, ahead):
                 tasks.put((index, pool.submit(self.encoder.prepare, prompts[index].images)))
             try:
@@ -293,7 +301,7 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.answer is None:
             self.cancel()
             if self._engine._thread is None:
@@ -316,7 +324,7 @@ class _patient:
     def __enter__(self) -> None:
         self.engine.scheduler.is_patient = self.engine._thread is None
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.engine.scheduler.is_patient = False
 
 

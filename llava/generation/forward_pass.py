@@ -5,13 +5,16 @@ on rows, in groups of like length.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava.generation.cache.rows import RowCache
+
+if TYPE_CHECKING:
+    from llava.model.language_model import Attention
 
 _GROUP_COST = 64
 """Query positions of padding that cost as much as another call of the attention kernel."""
@@ -48,7 +51,9 @@ class PackedPass:
     earlier in `rows`.
     """
 
-    def __init__(self, cache: RowCache, rows: Sequence[Row], device: torch.device, dtype, window: int | None):
+    def __init__(
+        self, cache: RowCache, rows: Sequence[Row], device: torch.device, dtype: torch.dtype, window: int | None
+    ):
         self.cache = cache
         self.window = window
         self.dtype = dtype
@@ -65,7 +70,9 @@ class PackedPass:
         self.groups = [self._group(rows[start:end], int(firsts[start])) for start, end in split_into_groups(lengths)]
         self.copies = _copies(rows)
 
-    def attend(self, index: int, attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+    def attend(
+        self, index: int, attention: "Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         """Put keys and values into the cache and attend; all `[tokens, heads, head_dim]`.
 
         Returns `[tokens, heads * head_dim]`.
@@ -120,12 +127,16 @@ class WatchedPass(PackedPass):
     `weights` float32 `[count, row.end]` are attention's, averaged over heads, summed over the layers so far.
     """
 
-    def __init__(self, cache: RowCache, row: Row, count: int, device: torch.device, dtype, window: int | None):
+    def __init__(
+        self, cache: RowCache, row: Row, count: int, device: torch.device, dtype: torch.dtype, window: int | None
+    ):
         super().__init__(cache, [row], device, dtype, window)
         self.count = count
         self.weights = torch.zeros(count, row.end, device=device)
 
-    def attend(self, index: int, attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+    def attend(
+        self, index: int, attention: "Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         output = super().attend(index, attention, queries, keys, values)
         group = self.groups[0]
         mask = group.mask[0, 0, -self.count :]

@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.images import open_image
+from llava.images import ImageProcessor, open_image
+from llava.model.language_model import LlavaForCausalLM
 
 _ENCODE_AT_ONCE = 32
 
@@ -40,11 +41,13 @@ class RequestImage:
 class ImageEncoder:
     """Features of images: `[positions, hidden]` each, in the language model's dtype, on its device."""
 
-    def __init__(self, model: Any, image_processor: Any, max_bytes: int):
+    def __init__(self, model: LlavaForCausalLM, image_processor: ImageProcessor, max_bytes: int):
         self.model = model
         self.image_processor = image_processor
         self.aspect_ratio = model.config.image_aspect_ratio
         self.max_bytes = max_bytes
+        self.opener: Callable[[Any], Image.Image] | None = None
+        """In place of `open_image`, where images are opened elsewhere."""
         self.encoded = self.reused = 0
         """How many images were encoded, and how many were found."""
         self._features: OrderedDict[int, torch.Tensor] = OrderedDict()
@@ -107,9 +110,11 @@ class ImageEncoder:
         return [self.image_processor.restore(tile) for tile in self._pixels(image)]
 
     def _pixels(self, image: RequestImage) -> np.ndarray:
-        pixels = image.source
-        if not isinstance(pixels, np.ndarray):
-            rgb = open_image(pixels)
+        pixels: np.ndarray
+        if isinstance(image.source, np.ndarray):
+            pixels = image.source
+        else:
+            rgb = (self.opener or open_image)(image.source)
             pixels = np.asarray(self.image_processor([rgb], self.aspect_ratio), np.float32)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         size = self.model.get_vision_tower().image_size

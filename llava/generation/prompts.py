@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
@@ -14,6 +15,7 @@ from llava.generation.cache.prefix_store import BLOCK
 from llava.generation.image_features import ImageEncoder, RequestImage
 from llava.generation.tokenizer_cache import TokenizerCache
 from llava.generation.types import ContextTooLong, Request
+from llava.model.configuration import LlavaConfigFields
 from llava.tokenization import ImageTokens, encode_prompt, expand_images, stop_token_ids, tokenize_prompt
 
 
@@ -49,7 +51,9 @@ class Prompt:
 class PromptBuilder:
     """Makes prompts of requests for one model; may be used from any thread."""
 
-    def __init__(self, tokenizer: Any, config: Any, encoder: ImageEncoder, context_len: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: LlavaConfigFields, encoder: ImageEncoder, context_len: int
+    ):
         self.tokenizer = TokenizerCache(tokenizer)
         self.encoder = encoder
         self.context_len = context_len
@@ -141,9 +145,10 @@ class PromptBuilder:
         own = frozenset(request.sampling.stop_token_ids)
         if request.sampling.ignore_eos:
             return {"stop_ids": own, "stop_strings": tuple(strings)}
-        end = request.conversation.stop_str if isinstance(request.conversation, Conversation) else ""
+        template = request.conversation if isinstance(request.conversation, Conversation) else None
+        end = template.stop_str if template else ""
         if end not in self._stop_ids:
-            ids = stop_token_ids(request.conversation, self.tokenizer) if end else [self.tokenizer.eos_token_id]
+            ids = stop_token_ids(template, self.tokenizer) if template and end else [self.tokenizer.eos_token_id]
             self._stop_ids[end] = frozenset(ids) - {None}
         if end and end not in self._special:
             strings.append(end)

@@ -12,12 +12,13 @@ from llava.generation.cache.rows import RowCache
 from llava.generation.forward_pass import PackedPass, Row, WatchedPass
 from llava.generation.image_features import ImageEncoder
 from llava.generation.prompts import Prompt
+from llava.model.language_model import LlavaForCausalLM
 
 
 class Runner:
     """Runs a language model's blocks on packed tokens; their modules are transformers' (quantized or not)."""
 
-    def __init__(self, model: Any, encoder: ImageEncoder, cache_bytes: int, context_len: int):
+    def __init__(self, model: LlavaForCausalLM, encoder: ImageEncoder, cache_bytes: int, context_len: int):
         config = model.config
         self.model = model
         self.encoder = encoder
@@ -44,7 +45,8 @@ class Runner:
         else:
             embeds = self.model.get_input_embeddings()(ids)
         packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
-        return self.model.get_model().norm(self._forward(embeds, packed)[packed.last])
+        normed: torch.Tensor = self.model.get_model().norm(self._forward(embeds, packed)[packed.last])
+        return normed
 
     def watch(self, prompt: Prompt, count: int) -> torch.Tensor:
         """Where the last `count` positions of a prompt look: `[count, positions]`, rows sum to 1.
@@ -63,7 +65,8 @@ class Runner:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, vocabulary]` of hidden states `[rows, hidden]`."""
-        return self.model.lm_head(hidden)
+        logits: torch.Tensor = self.model.lm_head(hidden)
+        return logits
 
     def _forward(self, hidden: torch.Tensor, packed: PackedPass) -> torch.Tensor:
         """Embeddings `[tokens, hidden]` through all blocks."""

@@ -1,11 +1,11 @@
-"""Logits to tokens, each row by its own rule, the same whatever rows stand beside it.
+"""Logits to tokens, each row by its own rule, whatever other rows are in the batch.
 
 What each parameter of `SamplingParams` does is here: `_edited` changes logits (greedy rows too), `_draw` cuts the
 distribution that is drawn from.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -23,9 +23,9 @@ class TokenChooser:
         prompt: ids of the prompt; those below zero (places of images) are no tokens.
     """
 
-    def __init__(self, rule: SamplingParams, prompt: Sequence[int] = ()):
+    def __init__(self, rule: SamplingParams, prompt: Iterable[int] = ()):
         self.rule = rule
-        self.random = None if rule.is_greedy else random.Random(rule.seed)
+        self.random = random.Random(rule.seed)
         penalizes = rule.repetition_penalty != 1
         self.seen: set[int] | None = {int(token) for token in prompt if token >= 0} if penalizes else None
         """Tokens of prompt and answer, where the rule asks for them."""

@@ -102,7 +102,7 @@ class Scheduler:
             if not self.starting:
                 raise
             counts = len(self.starting), len(self.running)
-            log.warning("%d prompts beside %d running requests failed (%s)", *counts, type(error).__name__)
+            log.warning("%d prompts and %d running requests failed (%s)", *counts, type(error).__name__)
             self._start_apart()
         finally:
             self._put_back()
@@ -195,8 +195,11 @@ class Scheduler:
                     todo[:0] = [part[start : start + half] for start in range(0, len(part), half)]
 
     def _compute(self, decoding: int, admitted: list[Generation]) -> None:
-        """The next token of all who run (`decoding` is their number; 0 leaves them as they are), and of `admitted` the
-        prompts, each beginning once, and the first token: together, for a pass costs much whatever is in it."""
+        """Run one forward pass: one more token of the first `decoding` running requests, and the prompts of `admitted`.
+
+        A beginning that several of the prompts share is computed once. All of it goes into one pass because a pass has
+        a high fixed cost.
+        """
         running, plans = len(self.running), self._plan(admitted)
         row_of = {id(plan): running + place for place, plan in enumerate(plans)}
         widths = [len(one.prompt) + min(_ROOM, one.left) for one in admitted]

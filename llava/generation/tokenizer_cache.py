@@ -2,7 +2,10 @@
 
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SIZE = 4096
 
@@ -10,9 +13,9 @@ _SIZE = 4096
 class TokenizerCache:
     """As the tokenizer for those who only ask it for ids; everything else is passed on."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer = tokenizer
-        self._known: OrderedDict[tuple, list[int]] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], list[int]] = OrderedDict()
         self._lock = threading.Lock()
         self.added_tokens_decoder = dict(getattr(tokenizer, "added_tokens_decoder", {}))
         self.all_special_tokens = list(tokenizer.all_special_tokens)

@@ -1,65 +1,28 @@
 """A DICOM file's pixels as RGB (extra "medical": pydicom).
 
-Only the tags that describe pixels are read at all: no patient's name, number or date can reach a log or an
-error, because none is ever parsed. Text burnt into the pixels stays there (a warning says when the file
-admits it).
+Text burnt into the pixels stays there (a warning says when the file admits it).
 """
 
-import io
 import logging
-import struct
 import warnings
-import zlib
 
 import numpy as np
 from PIL import Image
 
-from llava.errors import LlavaError, require
-from llava.images.limits import Limits
-from llava.images.modes import grey_to_rgb, scale_range
-from llava.images.windows import apply_window, percentile_window, read_window
+from llava.errors import ImageError, LlavaError, require
+from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, unpack_rle
+from llava.images.headers.dicom_file import DicomFile, check_values, read_dicom_file, sequence, transfer_syntax_name
+from llava.images.limits import Limits, plain_errors
+from llava.images.modes import grey_to_rgb, in_bands, scale_range
+from llava.images.windows import apply_window, percentile_range, read_window
 
 log = logging.getLogger(__name__)
 
-_PIXEL_TAGS = (
-    "SOPClassUID",
-    "Modality",
-    "BurnedInAnnotation",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "PlanarConfiguration",
-    "NumberOfFrames",
-    "Rows",
-    "Columns",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "WindowCenter",
-    "WindowWidth",
-    "VOILUTFunction",
-    "VOILUTSequence",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "ModalityLUTSequence",
-    "PresentationLUTShape",
-    "PixelPaddingValue",
-    "ICCProfile",
-    "RedPaletteColorLookupTableDescriptor",
-    "GreenPaletteColorLookupTableDescriptor",
-    "BluePaletteColorLookupTableDescriptor",
-    "RedPaletteColorLookupTableData",
-    "GreenPaletteColorLookupTableData",
-    "BluePaletteColorLookupTableData",
-    "SegmentedRedPaletteColorLookupTableData",
-    "SegmentedGreenPaletteColorLookupTableData",
-    "SegmentedBluePaletteColorLookupTableData",
-    "PaletteColorLookupTableUID",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-)
-_DICOMDIR = "1.2.840.10008.1.3.10"
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_NATIVE_COST, _YBR_COST, _RLE_COST = 1.0, 5.0, 2.0
+"""Of a sample against a pixel of a plain JPEG."""
+_MAX_PROFILE_PIXELS = 16_000_000
+_GREY_ELEMENTS = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction")
+_GREY_TABLES = ("ModalityLUTSequence", "VOILUTSequence")
 _DECODERS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
     "HTJ2K": "pylibjpeg pylibjpeg-openjpeg",
@@ -69,23 +32,6 @@ _DECODERS = {
     "RLE": "pylibjpeg pylibjpeg-rle",
 }
 """Packages that decode a compressed transfer syntax, by what its name holds; the first match counts."""
-
-_BROKEN = (
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    OverflowError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
-"""What pydicom and its decoders raise on broken or hostile files; their texts can hold values of tags."""
 
 
 def read_dicom(
@@ -104,63 +50,40 @@ def read_dicom(
             without one.
 
     Raises:
-        LlavaError: not DICOM, no pixels (DICOMDIR, reports), beyond the limits, a compressed syntax without
+        ImageError: not DICOM, no pixels (DICOMDIR, reports), beyond the limits, a compressed syntax without
             decoder (with the package to install), damaged.
+        LlavaError: no such frame or window.
     """
     pydicom = require("pydicom", "medical")
-    # Its log quotes the tags' values.
+    # Its log and its warnings quote the tags' values.
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     chosen = None if window is None else read_window(window)
-    if _DEFLATED in content[132:4096]:
-        # Deflated whole: its size is only known once it is unpacked.
-        raise LlavaError(f"{name}: deflated DICOM isn't read; convert it to an uncompressed one (dcmconv +te)")
     with warnings.catch_warnings():
-        # Warnings quote the tags' values.
         warnings.simplefilter("ignore")
-        header = _read_header(pydicom, content, name)
+        file = read_dicom_file(pydicom, content, name, limits)
+        header = file.header
+        if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
+            log.warning("a DICOM image says that it has text burnt into its pixels; it may name the patient")
         frames = _check(header, name, limits)
         index = _choose_frame(frame, frames, name)
-        values = _decode(pydicom, content, header, index, name)
-        try:
+        values = _decode(pydicom, file, index, frames, name, limits)
+        with plain_errors(name, "the DICOM file's grey or colour tables can't be applied"):
             if values.ndim == 3 and values.shape[-1] == 3:
                 return _colour(pydicom, values, header)
             if header.get("PhotometricInterpretation") == "PALETTE COLOR":
-                return _palette(pydicom, values, header)
-            return grey_to_rgb(_grey(pydicom, values, header, index, chosen))
-        except _BROKEN as error:
-            raise LlavaError(
-                f"{name}: the DICOM file's grey or colour tables can't be applied ({type(error).__name__})"
-            ) from error
-
-
-def _read_header(pydicom, content: bytes, name: str):
-    """The tags about pixels, without the pixels."""
-    try:
-        header = pydicom.dcmread(
-            io.BytesIO(content), stop_before_pixels=True, force=True, specific_tags=list(_PIXEL_TAGS)
-        )
-        if header.get("SOPClassUID") == _DICOMDIR or header.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
-            raise LlavaError(f"{name}: a DICOMDIR is an index, not an image; give one of the files it lists")
-        if "Rows" not in header or "Columns" not in header:
-            raise LlavaError(f"{name}: a DICOM file without an image, or no DICOM file at all")
-    except _BROKEN as error:
-        raise LlavaError(f"{name}: the DICOM header is damaged ({type(error).__name__})") from error
-    if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
-        log.warning("a DICOM image says that it has text burnt into its pixels; it may name the patient")
-    return header
+                return Image.fromarray(in_bands(lambda band: _palette(pydicom, band, header), values))
+            return grey_to_rgb(_grey(pydicom, values, file, index, chosen))
 
 
 def _check(header, name: str, limits: Limits) -> int:
     """The number of frames, once all sizes that the header states are within the limits."""
-    try:
+    with plain_errors(name, "the DICOM header states no usable size"):
         rows, columns = int(header.Rows), int(header.Columns)
         frames = int(header.get("NumberOfFrames") or 1)
         samples, bits = int(header.get("SamplesPerPixel") or 1), int(header.get("BitsAllocated") or 0)
-    except _BROKEN as error:
-        raise LlavaError(f"{name}: the DICOM header states no usable size") from error
     limits.check_size(columns, rows, name)
     if frames < 1 or bits not in (1, 8, 16, 32, 64) or samples not in (1, 3):
-        raise LlavaError(f"{name}: the DICOM header is wrong ({frames} frames, {samples} samples of {bits} bits)")
+        raise ImageError(f"{name}: the DICOM header is wrong ({frames} frames, {samples} samples of {bits} bits)")
     limits.check_volume(rows * columns * frames * samples * bits // 8, name)
     return frames
 
@@ -173,28 +96,80 @@ def _choose_frame(frame: int | None, frames: int, name: str) -> int:
     return frame
 
 
-def _decode(pydicom, content: bytes, header, index: int, name: str) -> np.ndarray:
+def _decode(pydicom, file: DicomFile, index: int, frames: int, name: str, limits: Limits) -> np.ndarray:
     """Stored values `[rows, columns]` or `[rows, columns, 3]` of one frame."""
-    syntax = header.file_meta.get("TransferSyntaxUID")
-    if syntax is None:
-        syntax = pydicom.uid.ImplicitVRLittleEndian if header.is_implicit_VR else pydicom.uid.ExplicitVRLittleEndian
-    try:
-        decoder = pydicom.pixels.get_decoder(syntax) if syntax.is_compressed else None
-        if decoder is not None and not decoder.is_available:
-            raise LlavaError(_missing_decoder(syntax.name, name))
-        source = io.BytesIO(content)
-        if "TransferSyntaxUID" not in header.file_meta:
-            source = pydicom.dcmread(source, force=True, specific_tags=[*_PIXEL_TAGS, "PixelData"])
-            source.file_meta.TransferSyntaxUID = syntax
-        return np.asarray(pydicom.pixels.pixel_array(source, index=index))
-    except MemoryError as error:
-        raise LlavaError(f"{name}: the image needs more memory than there is") from error
-    except _BROKEN as error:
-        if getattr(syntax, "is_private", False) or isinstance(error, NotImplementedError):
-            raise LlavaError(f"{name}: no decoder for the DICOM transfer syntax {syntax}") from error
-        raise LlavaError(
-            f"{name}: the DICOM pixels are damaged, missing or cut off ({type(error).__name__})"
-        ) from error
+    syntax = file.syntax
+    with plain_errors(name, "the DICOM pixels are damaged, missing or cut off"):
+        try:
+            decoder = pydicom.pixels.get_decoder(syntax)
+        except NotImplementedError:
+            raise ImageError(
+                f"{name}: no decoder for the DICOM transfer syntax {transfer_syntax_name(syntax)}"
+            ) from None
+        if decoder.is_encapsulated and syntax != pydicom.uid.RLELossless and not decoder.is_available:
+            raise ImageError(_missing_decoder(syntax.name, name))
+        options = pydicom.pixels.utils.as_pixel_options(
+            file.header, transfer_syntax_uid=syntax, pixel_keyword=file.keyword, pixel_vr=file.vr or "OW"
+        )
+        is_ybr = str(options.get("photometric_interpretation", "")).startswith("YBR")
+        samples = options.get("samples_per_pixel", 1)
+        cost = (_YBR_COST if is_ybr else _NATIVE_COST) * samples / 3
+        source: bytes | memoryview
+        if decoder.is_encapsulated:
+            source = frame = file.frame(pydicom, index, frames, name)
+            options |= {"number_of_frames": 1}
+            options.pop("extended_offsets", None)
+            index = 0
+            if syntax == pydicom.uid.RLELossless:
+                limits.check_size(options["columns"], options["rows"], name, max(cost, _RLE_COST * samples / 3))
+                source = _unpacked_rle(pydicom, frame, options, name)
+                decoder = pydicom.pixels.get_decoder(pydicom.uid.ExplicitVRLittleEndian)
+            else:
+                source = _checked(pydicom, frame, syntax, options, name, limits)
+        else:
+            limits.check_size(options["columns"], options["rows"], name, cost)
+            source = pixels = file.pixels()
+            _check_length(pixels, options, frames, name)
+        return np.asarray(decoder.as_array(source, index=index, view_only=decoder.is_native, **options)[0])
+
+
+def _checked(pydicom, frame: bytes, syntax, options: dict, name: str, limits: Limits) -> bytes:
+    """A compressed frame whose own size is the header's, alone in its capsule."""
+    if syntax in (*pydicom.uid.JPEG2000TransferSyntaxes, *_high_throughput(pydicom)):
+        frame = check_jpeg2000(frame, options["rows"], options["columns"], name, limits)
+    elif syntax in (*pydicom.uid.JPEGTransferSyntaxes, *pydicom.uid.JPEGLSTransferSyntaxes):
+        check_jpeg(frame, options["rows"], options["columns"], name, limits)
+    else:
+        raise _no_decoder(syntax, name)
+    return pydicom.encaps.encapsulate([frame], has_bot=False)
+
+
+def _high_throughput(pydicom) -> tuple:
+    return pydicom.uid.HTJ2KLossless, pydicom.uid.HTJ2KLosslessRPCL, pydicom.uid.HTJ2K
+
+
+def _unpacked_rle(pydicom, frame: bytes, options: dict, name: str) -> bytes:
+    samples, bits = options.get("samples_per_pixel", 1), options["bits_allocated"]
+    # Its planes are whole, also where the header says that colours are shared by neighbours.
+    if options.get("photometric_interpretation") == "YBR_FULL_422":
+        options["photometric_interpretation"] = "YBR_FULL"
+    options |= {"transfer_syntax_uid": pydicom.uid.ExplicitVRLittleEndian, "planar_configuration": 1}
+    return unpack_rle(frame, options["rows"], options["columns"], samples, bits, name)
+
+
+def _check_length(pixels: memoryview, options: dict, frames: int, name: str) -> None:
+    """Of uncompressed pixels that share their colours: whole colours under that name would be read as noise."""
+    if options.get("photometric_interpretation") == "YBR_FULL_422":
+        size = options["rows"] * options["columns"] * options["bits_allocated"] // 8 * frames
+        if len(pixels) >= 3 * size:
+            raise ImageError(
+                f"{name}: the DICOM header says YBR_FULL_422, but the pixels hold whole colours "
+                f"({len(pixels):,} bytes, not {2 * size:,}); correct PhotometricInterpretation to RGB or YBR_FULL"
+            )
+
+
+def _no_decoder(syntax, name: str) -> ImageError:
+    return ImageError(f"{name}: no decoder for the DICOM transfer syntax {transfer_syntax_name(syntax)}")
 
 
 def _missing_decoder(syntax: str, name: str) -> str:
@@ -206,59 +181,114 @@ def _colour(pydicom, values: np.ndarray, header) -> Image.Image:
     """RGB (pydicom has converted YBR already); the colour profile applies to 8 bits only."""
     if values.dtype != np.uint8:
         top = (1 << int(header.get("BitsStored") or 8 * values.dtype.itemsize)) - 1
-        return Image.fromarray(scale_range(values, 0, top))
-    if "ICCProfile" in header:
+        return Image.fromarray(in_bands(lambda band: scale_range(band, 0, top), values))
+    if header.get("ICCProfile"):
         try:
-            values = pydicom.pixels.apply_icc_profile(values.copy(), header)
+            values = _with_profile(pydicom, values, header)
         except (OSError, ValueError, ImportError, TypeError):
             log.warning("a DICOM image's colour profile can't be applied; its colours are used as they are")
     return Image.fromarray(np.ascontiguousarray(values))
 
 
-def _palette(pydicom, values: np.ndarray, header) -> Image.Image:
+def _with_profile(pydicom, values: np.ndarray, header) -> np.ndarray:
+    # A chain of elements in a profile can be of any length, for each pixel.
+    if values.size > 3 * _MAX_PROFILE_PIXELS or b"mpet" in header.ICCProfile:
+        raise ValueError("too much work")
+    return pydicom.pixels.apply_icc_profile(values.copy(), header)
+
+
+def _palette(pydicom, values: np.ndarray, header) -> np.ndarray:
+    """uint8 `[rows, columns, 3]`."""
     colours = pydicom.pixels.apply_color_lut(values, header)
     if colours.dtype != np.uint8:
         colours = scale_range(colours, 0, np.iinfo(colours.dtype).max)
-    return Image.fromarray(np.ascontiguousarray(colours[..., :3]))
+    return np.ascontiguousarray(colours[..., :3])
 
 
-def _grey(pydicom, values: np.ndarray, header, index: int, chosen: tuple[float, float] | None) -> np.ndarray:
-    """uint8 `[rows, columns]`, dark to bright as a reader is meant to see it."""
-    module = _grey_module(pydicom, header, index)
-    is_padding = values == header.PixelPaddingValue if "PixelPaddingValue" in header else None
-    values = pydicom.pixels.apply_modality_lut(values, module)
-    own = _own_window(module)
-    if chosen is not None:
-        grey = apply_window(values, chosen)
-    elif "VOILUTSequence" in module:
-        bits = int(module.VOILUTSequence[0].LUTDescriptor[2])
-        grey = scale_range(pydicom.pixels.apply_voi(values, module), 0, (1 << bits) - 1)
-    elif own is not None:
-        grey = apply_window(values, own, str(module.get("VOILUTFunction") or "LINEAR").upper())
-    else:
-        grey = percentile_window(values, is_padding)
-    is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"
-    return 255 - grey if is_inverse or header.get("PresentationLUTShape") == "INVERSE" else grey
+def _grey(pydicom, values: np.ndarray, file: DicomFile, index: int, chosen: tuple[float, float] | None) -> np.ndarray:
+    """uint8 `[rows, columns]`, dark to bright as a reader is meant to see it; padding is black."""
+    header = file.header
+    module = _grey_module(pydicom, file, index)
+    window, function = chosen or _own_window(module), "LINEAR"
+    table = module.VOILUTSequence[0] if chosen is None and "VOILUTSequence" in module else None
+    if chosen is None:
+        function = str(module.get("VOILUTFunction") or "LINEAR").upper()
+    is_inverse = (
+        header.get("PhotometricInterpretation") == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE"
+    )
+    padding = _padding(header)
+    is_ranged = table is None and window is None
+    if is_ranged:
+        # All that counts in a few rows at a time, or the largest images would take a gigabyte of doubles.
+        step = max(1, values.size >> 24)
+        some = values[::step]
+        low, high = percentile_range(_rescaled(pydicom, some, module), _is_padding(some, padding))
+
+    def show(band: np.ndarray) -> np.ndarray:
+        is_padding = _is_padding(band, padding)
+        real = _rescaled(pydicom, band, module)
+        if table is not None:
+            grey = scale_range(pydicom.pixels.apply_voi(real, module), 0, (1 << int(table.LUTDescriptor[2])) - 1)
+        elif window is None:
+            usable = np.isfinite(real) if is_padding is None else np.isfinite(real) & ~is_padding
+            grey = scale_range(np.where(usable, real, low), low, high)
+        else:
+            grey = apply_window(real, window, function)
+        if is_inverse:
+            grey = 255 - grey
+            if is_padding is not None:
+                grey[is_padding] = 0
+        return grey
+
+    return in_bands(show, values)
 
 
-def _grey_module(pydicom, header, index: int):
-    """Rescale and window of frame `index`: in multi-frame files of the newer kind they stand in its group."""
-    groups = [
-        sequence[place]
-        for sequence, place in (
-            (header.get("SharedFunctionalGroupsSequence"), 0),
-            (header.get("PerFrameFunctionalGroupsSequence"), index),
-        )
-        if sequence and place < len(sequence)
-    ]
+def _rescaled(pydicom, values: np.ndarray, module) -> np.ndarray:
+    """Real values; a slope without a value is 1, an intercept 0."""
+    if "ModalityLUTSequence" in module:
+        return pydicom.pixels.apply_modality_lut(values, module)
+    slope, intercept = module.get("RescaleSlope"), module.get("RescaleIntercept")
+    slope, intercept = (1.0 if slope is None else float(slope)), float(intercept or 0)
+    return values if (slope, intercept) == (1, 0) else values * slope + intercept
+
+
+def _padding(header) -> tuple[int, int] | None:
+    """The least and the largest stored value that mean that there is no pixel."""
+    value, other = header.get("PixelPaddingValue"), header.get("PixelPaddingRangeLimit")
+    if not isinstance(value, int):
+        return None
+    other = other if isinstance(other, int) else value
+    return min(value, other), max(value, other)
+
+
+def _is_padding(values: np.ndarray, padding: tuple[int, int] | None) -> np.ndarray | None:
+    return None if padding is None else (values >= padding[0]) & (values <= padding[1])
+
+
+def _grey_module(pydicom, file: DicomFile, index: int):
+    """Rescale, window and tables of frame `index`: in multi-frame files of the newer kind they stand in its group."""
+    header, budget = file.header, file.budget
+    scopes = [header]
+    for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", index)):
+        groups = sequence(pydicom, header, keyword, budget)
+        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            scopes += sequence(pydicom, groups[place], name, budget)[:1] if place < len(groups) else []
     module = pydicom.Dataset()
     module.file_meta = header.file_meta
     module.set_original_encoding(*header.original_encoding)
-    module.update({element.tag: element for element in header if element.tag.group == 0x0028})
-    for group in groups:
-        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-            if group.get(name):
-                module.update({element.tag: element for element in group[name].value[0]})
+    if "PixelRepresentation" in header:
+        module.PixelRepresentation = header.PixelRepresentation
+    for scope in scopes:
+        check_values(scope, budget.name)
+        module.update({scope.get_item(keyword).tag: scope[keyword] for keyword in _GREY_ELEMENTS if keyword in scope})
+        for keyword in _GREY_TABLES:
+            tables = sequence(pydicom, scope, keyword, budget)[:1]
+            for table in tables:
+                check_values(table, budget.name)
+            # Some files name a table without giving one.
+            usable = [table for table in tables if table.get("LUTDescriptor") and table.get("LUTData")]
+            if usable:
+                setattr(module, keyword, usable)
     return module
 
 

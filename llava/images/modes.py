@@ -1,10 +1,13 @@
 """Pillow's many pixel modes to 8-bit RGB, without the silent losses of `convert("RGB")`."""
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
 WHITE = (255, 255, 255)
 _BIT_DEPTHS = (8, 10, 12, 14, 16)
+_BAND_VALUES = 1 << 20
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -34,20 +37,19 @@ def scale_grey(values: np.ndarray) -> np.ndarray:
     """Grey values of any depth `[height, width]` to uint8.
 
     Whole numbers are taken as 8, 10, 12, 14 or 16 bits, the least that holds the largest, so that images of
-    one device keep their brightness. Floats from 0 to 1 are taken as such. Anything else goes by its range.
+    one device keep their brightness. Floats from 0 to 1 are taken as such. Anything else goes by its range;
+    what isn't finite is the least value.
     """
     values = np.asarray(values)
-    if np.issubdtype(values.dtype, np.floating):
-        finite = np.isfinite(values)
-        values = np.where(finite, values, values[finite].min() if finite.any() else 0)
-    low, high = values.min(), values.max()
+    low, high = finite_range(values)
     if np.issubdtype(values.dtype, np.floating):
         if low >= 0 and high <= 1:
-            return scale_range(values, 0, 1)
-    elif low >= 0 and high < 1 << _BIT_DEPTHS[-1]:
+            low, high = 0, 1
+        return in_bands(lambda band: scale_range(np.where(np.isfinite(band), band, low), low, high), values)
+    if low >= 0 and high < 1 << _BIT_DEPTHS[-1]:
         depth = next(bits for bits in _BIT_DEPTHS if high < 1 << bits)
-        return scale_range(values, 0, (1 << depth) - 1)
-    return scale_range(values, low, high)
+        low, high = 0, (1 << depth) - 1
+    return in_bands(lambda band: scale_range(band, low, high), values)
 
 
 def scale_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -57,3 +59,37 @@ def scale_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
         return np.zeros(values.shape, np.uint8)
     scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / span)
     return (np.clip(scaled, 0, 255) + 0.5).astype(np.uint8)
+
+
+def finite_range(values: np.ndarray) -> tuple[float, float]:
+    """The least and the largest finite value; (0, 0) without one."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return values.min(), values.max()
+    ranges = []
+    for band in _bands(values):
+        finite = band[np.isfinite(band)]
+        if finite.size:
+            ranges.append((finite.min(), finite.max()))
+    return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else (0, 0)
+
+
+def in_bands(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """`function` of `values`, band of rows by band of rows: what it makes on the way stays small, and in the cache.
+
+    It has to treat each pixel by itself, and to give uint8.
+    """
+    bands = _bands(values)
+    if len(bands) == 1:
+        return function(values)
+    first = function(bands[0])
+    done, result = len(first), np.empty((len(values), *first.shape[1:]), first.dtype)
+    result[:done] = first
+    for band in bands[1:]:
+        result[done : done + len(band)] = function(band)
+        done += len(band)
+    return result
+
+
+def _bands(values: np.ndarray) -> list[np.ndarray]:
+    rows = max(1, _BAND_VALUES // max(1, values[:1].size))
+    return [values[start : start + rows] for start in range(0, len(values), rows)] or [values]

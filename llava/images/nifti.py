@@ -1,23 +1,33 @@
-"""One slice of a NIfTI volume as RGB (extra "medical": nibabel)."""
+"""One slice of a NIfTI volume as RGB (extra "medical": nibabel).
 
+The header is nibabel's; the voxels are read here, in one pass over the file and no further than the slice, so that
+neither a compressed volume nor its extensions are ever in memory.
+"""
+
+import io
 import logging
-import struct
-import zlib
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from llava.errors import LlavaError, require
-from llava.images.limits import Limits
-from llava.images.modes import grey_to_rgb
+from llava.errors import ImageError, LlavaError, require
+from llava.images.headers.inflating import GZIP, gunzip
+from llava.images.limits import Limits, plain_errors
+from llava.images.modes import grey_to_rgb, in_bands
 from llava.images.windows import apply_window, percentile_window, read_window
 
+log = logging.getLogger(__name__)
+
 _AXES = ("sagittal", "coronal", "axial")
-_GZIP = b"\x1f\x8b"
+_HEADERS = {348: 352, 540: 544}
+"""Bytes of the header (NIfTI 1 and 2) and the least offset of the voxels behind it."""
+_COST = 4.0
+"""Of a voxel of the slice against a pixel: it is scaled as a double."""
 
 
 def read_nifti(
-    content: bytes,
+    file: BinaryIO,
     name: str,
     limits: Limits,
     *,
@@ -28,83 +38,167 @@ def read_nifti(
     """A slice as RGB, in RAS+ order turned upright: for an axial one front is up and the patient's left is right.
 
     Args:
+        file: at its begin; compressed or not.
         index: of the slice; the middle one by default. Of a time series the first volume is taken.
         axis: 0 sagittal, 1 coronal, 2 axial.
         window: (centre, width) or a CT preset's name; percentiles of the slice by default.
 
     Raises:
-        LlavaError: not NIfTI, a header and image in two files, beyond the limits, damaged.
+        ImageError: not NIfTI, a header and image in two files, beyond the limits, damaged.
+        LlavaError: no such slice, axis or window.
     """
     nibabel = require("nibabel", "medical")
     logging.getLogger("nibabel").setLevel(logging.CRITICAL)
     if axis not in (0, 1, 2):
         raise LlavaError(f"a volume's axis is 0 (sagittal), 1 (coronal) or 2 (axial), not {axis!r}")
     chosen = None if window is None else read_window(window)
-    content = _unpack(content, name, limits) if content[:2] == _GZIP else content
-    if content[344:348] == b"ni1\0" or content[4:8] == b"ni2\0":
-        raise LlavaError(f"{name}: a NIfTI header without its volume; give a single .nii or .nii.gz file")
-    try:
-        version2 = content[4:8] == b"n+2\0"
-        volume = (nibabel.Nifti2Image if version2 else nibabel.Nifti1Image).from_bytes(content)
-        _check(volume, name, limits)
-        if len(content) < volume.dataobj.offset + np.prod(volume.shape) * volume.get_data_dtype().itemsize:
-            raise LlavaError(f"{name}: the volume is cut off")
-        slice_ = _slice(nibabel.as_closest_canonical(volume), index, axis, name)
-    except (
-        AttributeError,
-        EOFError,
-        IndexError,
-        KeyError,
-        OSError,
-        OverflowError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        struct.error,
-        nibabel.filebasedimages.ImageFileError,
-        nibabel.spatialimages.HeaderDataError,
-    ) as error:
-        raise LlavaError(f"{name}: damaged, or no NIfTI volume ({type(error).__name__})") from error
-    if slice_.ndim == 3:
-        return Image.fromarray(np.ascontiguousarray(slice_))
-    return grey_to_rgb(percentile_window(slice_) if chosen is None else apply_window(slice_, chosen))
+    with plain_errors(name, "damaged, or no NIfTI volume"):
+        source = _Source(file, name, limits)
+        header = _read_header(nibabel, source)
+        _check(header, source)
+        slice_ = _slice(nibabel, header, source, index, axis)
+        if slice_.ndim == 3:
+            return Image.fromarray(np.ascontiguousarray(slice_))
+        if chosen is None:
+            return grey_to_rgb(percentile_window(slice_))
+        return grey_to_rgb(in_bands(lambda band: apply_window(band, chosen), slice_))
 
 
-def _unpack(content: bytes, name: str, limits: Limits) -> bytes:
-    """Decompressed, at most as far as the limits go."""
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        unpacked = unpacker.decompress(content, limits.max_volume_bytes + 1)
-    except zlib.error as error:
-        raise LlavaError(f"{name}: damaged, or no NIfTI volume (not gzip)") from error
-    limits.check_volume(len(unpacked), name)
-    return unpacked
+class _Source:
+    """The bytes of a volume from first to last, unpacked on the way."""
+
+    def __init__(self, file: BinaryIO, name: str, limits: Limits):
+        self.file, self.name, self.limits = file, name, limits
+        self.is_packed = file.read(2) == GZIP
+        self.size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        self.position = 0
+        self._pieces = gunzip(file, name) if self.is_packed else iter(())
+        self._rest = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        parts = []
+        while size > 0:
+            part = self._next(size)
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def skip_to(self, position: int) -> None:
+        if not self.is_packed:
+            self.file.seek(position)
+            self.position = position
+        while self.position < position:
+            self._next(position - self.position)
+
+    def _next(self, size: int) -> memoryview | bytes:
+        """At most `size` bytes, at least one."""
+        part: memoryview | bytes
+        if not self.is_packed:
+            part = self.file.read(size)
+        else:
+            if not self._rest:
+                self._rest = memoryview(next(self._pieces, b""))
+            part, self._rest = self._rest[:size], self._rest[size:]
+        if not part:
+            raise ImageError(f"{self.name}: the volume is cut off")
+        self.position += len(part)
+        return part
 
 
-def _check(volume, name: str, limits: Limits) -> None:
-    shape = volume.shape
-    if not 2 <= len(shape) <= 5 or min(shape) < 1:
-        raise LlavaError(f"{name}: a volume of the shape {tuple(shape)} has no slice to show")
-    limits.check_volume(int(np.prod(shape, dtype=np.float64)) * volume.get_data_dtype().itemsize, name)
+def _read_header(nibabel, source: _Source):
+    """nibabel's header, without the extensions behind it: some are data sets of their own."""
+    start = source.read(348)
+    if start[344:348] == b"ni1\0" or start[4:8] == b"ni2\0":
+        raise ImageError(f"{source.name}: a NIfTI header without its volume; give a single .nii or .nii.gz file")
+    if start[4:8] == b"n+2\0":
+        return nibabel.Nifti2Header.from_fileobj(io.BytesIO(start + source.read(540 - 348) + bytes(4)))
+    return nibabel.Nifti1Header.from_fileobj(io.BytesIO(start + bytes(4)))
+
+
+def _check(header, source: _Source) -> None:
+    name, limits, shape = source.name, source.limits, header.get_data_shape()
+    if not 2 <= len(shape) <= 7 or min(shape) < 1:
+        raise ImageError(f"{name}: a volume of the shape {tuple(shape)} has no slice to show")
+    size = int(np.prod(shape, dtype=np.float64)) * header.get_data_dtype().itemsize
+    limits.check_volume(size, name)
     sides = (*shape, 1)[:3]
-    for axis in range(3):
+    for axis in range(3) if len(shape) > 2 else (2,):
         height, width = (side for place, side in enumerate(sides) if place != axis)
-        limits.check_size(width, height, name) if len(shape) > 2 else limits.check_size(sides[0], sides[1], name)
+        limits.check_size(width, height, name, _COST)
+    if not source.is_packed and source.size < _offset(header) + size:
+        raise ImageError(f"{name}: the volume is cut off")
 
 
-def _slice(volume, index: int | None, axis: int, name: str) -> np.ndarray:
-    """`[height, width]`, or `[height, width, 3]` for colour, read from the volume without the rest."""
-    shape = (*volume.shape, 1)[:3]
-    if index is None:
-        index = shape[axis] // 2
-    if not 0 <= index < shape[axis]:
+def _offset(header) -> int:
+    """Where the voxels begin; some writers leave a zero there."""
+    return max(int(header.get_data_offset()), _HEADERS[int(header["sizeof_hdr"])])
+
+
+def _slice(nibabel, header, source: _Source, index: int | None, axis: int) -> np.ndarray:
+    """`[height, width]` after rescaling, or `[height, width, 3]` for colour."""
+    shape = (*header.get_data_shape(), 1)[:3]
+    # [storage axis, (canonical axis, 1 or -1)]
+    orientation = nibabel.orientations.io_orientation(_affine(header)).astype(int)
+    along = int(np.flatnonzero(orientation[:, 0] == axis)[0])
+    index = shape[along] // 2 if index is None else index
+    if not 0 <= index < shape[along]:
         raise LlavaError(
-            f"{name}: {_AXES[axis]} slice {index} doesn't exist; there are {shape[axis]} (0 to {shape[axis] - 1})"
+            f"{source.name}: {_AXES[axis]} slice {index} doesn't exist; "
+            f"there are {shape[along]} (0 to {shape[along] - 1})"
         )
-    places = [slice(None)] * 3 + [0] * (len(volume.shape) - 3)
-    places[axis] = index
-    data = np.asarray(volume.dataobj[tuple(places[: len(volume.shape)])])
-    if data.dtype.fields:  # RGB24
-        data = np.stack([data[channel] for channel in "RGB"], -1).astype(np.uint8)
+    if orientation[along, 1] < 0:
+        index = shape[along] - 1 - index
+    data = _scaled(header, _stored(header, source, shape, along, index))
+    across = [place for place in range(3) if place != along]
+    for place, stored in enumerate(across):
+        if orientation[stored, 1] < 0:
+            data = np.flip(data, place)
+    if orientation[across[0], 0] > orientation[across[1], 0]:
+        data = data.swapaxes(0, 1)
     # From [right, up] of RAS+ to an image's rows from the top.
     return np.flip(data.swapaxes(0, 1), 0)
+
+
+def _affine(header) -> np.ndarray:
+    """The header's first usable one: sform or qform as it says, then the other, then the voxels' sizes alone."""
+    affines = [header.get_best_affine, header.get_qform, header.get_base_affine]
+    for place, read in enumerate(affines):
+        try:
+            affine = read()
+        except ValueError:  # nibabel's errors about a qform that is no rotation
+            continue
+        if np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
+            if place:
+                log.warning("a NIfTI volume's affine has no direction for an axis; its next best orientation is used")
+            return affine
+    log.warning("a NIfTI volume has no usable orientation; it is shown as it is stored")
+    return np.eye(4)
+
+
+def _stored(header, source: _Source, shape: tuple[int, ...], along: int, index: int) -> np.ndarray:
+    """The plane `index` of the storage axis `along`, `[first, second]` of the other two axes."""
+    dtype = header.get_data_dtype()
+    start, plane = _offset(header), shape[0] * shape[1] * dtype.itemsize
+    end = start + plane * (index + 1 if along == 2 else shape[2])
+    if source.is_packed or along != 2:
+        source.limits.check_unpacked(end, source.name)
+    if along == 2:
+        source.skip_to(start + plane * index)
+        return np.frombuffer(source.read(plane), dtype).reshape(shape[:2], order="F")
+    source.skip_to(start)
+    lines = np.empty((shape[1 - along], shape[2]), dtype)
+    for place in range(shape[2]):
+        values = np.frombuffer(source.read(plane), dtype).reshape(shape[:2], order="F")
+        lines[:, place] = values[index] if along == 0 else values[:, index]
+    return lines
+
+
+def _scaled(header, stored: np.ndarray) -> np.ndarray:
+    """Real values; colours as `[..., 3]` of uint8; the magnitude of complex numbers."""
+    if stored.dtype.fields:
+        return np.stack([stored[channel] for channel in "RGB"], -1).astype(np.uint8)
+    slope, intercept = header.get_slope_inter()
+    if slope is not None and (slope, intercept) != (1, 0):
+        stored = stored * float(slope) + float(intercept or 0)
+    return np.abs(stored) if np.iscomplexobj(stored) else stored

@@ -10,18 +10,33 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llava.errors import LlavaError
-from llava.images.limits import UPLOAD_LIMITS, Limits
+from llava.errors import ImageError
+from llava.images.headers.containers import read_container
+from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
 
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
 _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
+_HEAD = 512
+"""Bytes that tell the kind of a file."""
+_SLOW_DECODER = 25.0
+"""Cost of a pixel in those of Pillow's decoders that are written in Python (RLE in BMP, plain PPM)."""
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What EXIF's orientations ask for."""
 
 
 def open_image(
@@ -31,6 +46,7 @@ def open_image(
     frame: int | None = None,
     window: str | tuple[float, float] | None = None,
     axis: int = 2,
+    draft: int | None = None,
 ) -> Image.Image:
     """Open an image as RGB (mode "RGB", upright by its EXIF orientation, first frame of an animation).
 
@@ -40,68 +56,91 @@ def open_image(
         frame: of a multi-frame DICOM, or the slice of a volume; the middle one by default.
         window: for DICOM and NIfTI, (centre, width) or a CT preset's name (`llava.images.windows`).
         axis: of a volume, along which slices are counted: 0 sagittal, 1 coronal, 2 axial.
+        draft: decode a JPEG at a half, a quarter or an eighth of its size, as long as both sides have so many pixels:
+            faster, and the pixels differ a little from those of the whole image made smaller.
 
     Raises:
-        LlavaError: missing file, unknown or broken content, an image beyond the limits, an address of the
-            web (nothing is fetched), a missing extra for DICOM or NIfTI.
+        ImageError: missing file, unknown or broken content, an image beyond the limits, an address of the
+            web (nothing is fetched). Nothing else, whatever a decoder raises, and never a byte of the file.
+        LlavaError: a missing extra for DICOM or NIfTI; a frame, window or axis that there isn't.
     """
     limits = limits or Limits()
     if isinstance(source, Image.Image):
         limits.check_size(*source.size, "image")
-        return to_rgb(_upright(source))
-    content, name = _read(source, limits)
-    kind = _kind(content, name)
-    if kind == "dicom":
-        from llava.images.dicom import read_dicom
-
-        return read_dicom(content, name, limits, frame=frame, window=window)
-    if kind == "nifti":
-        from llava.images.nifti import read_nifti
-
-        return read_nifti(content, name, limits, index=frame, axis=axis, window=window)
-    return _decode(content, name, limits)
-
-
-def open_uploaded_image(source: bytes | str, *, limits: Limits = UPLOAD_LIMITS, **options: Any) -> Image.Image:
-    """As `open_image` for what a client sent: bytes, a `data:` URL or bare base64, never a path or an address."""
-    if isinstance(source, str):
-        source = _from_base64(source, limits)
-    elif not isinstance(source, (bytes, bytearray, memoryview)):
-        raise LlavaError("an image has to be sent as a data: URL or as base64")
-    return open_image(bytes(source), limits=limits, **options)
-
-
-def _read(source: Any, limits: Limits) -> tuple[bytes, str]:
-    """(content, name for messages) of a path, bytes or data URL."""
+        with plain_errors("image", "the image is damaged or cut off"):
+            return to_rgb(ImageOps.exif_transpose(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         content, name = bytes(source), "image"
         limits.check_bytes(len(content), name)
     elif isinstance(source, str) and source[:5].lower() == "data:":
-        content, name = _from_base64(source, limits), "image"
+        content, name = read_upload(source, limits), "image"
     elif isinstance(source, str) and _WEB_ADDRESS.match(source):
-        raise LlavaError("images aren't fetched from the web; download it and give the file, or a data: URL")
+        raise ImageError("images aren't fetched from the web; download it and give the file, or a data: URL")
     elif isinstance(source, (str, os.PathLike)):
-        content, name = _read_file(Path(source).expanduser(), limits), str(source)
+        return _open_file(Path(source).expanduser(), str(source), limits, frame, window, axis, draft)
     else:
-        raise LlavaError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
-    if not content:
-        raise LlavaError(f"{name}: the image is empty (0 bytes)")
-    return content, name
+        raise ImageError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
+    return _open(io.BytesIO(content), len(content), name, limits, frame, window, axis, draft)
 
 
-def _read_file(path: Path, limits: Limits) -> bytes:
+def _open_file(path: Path, name: str, limits: Limits, frame, window, axis, draft) -> Image.Image:
     try:
         if not path.is_file():
-            raise LlavaError(f"image not found: {path}" if not path.is_dir() else f"{path}: a folder, not an image")
-        limits.check_bytes(path.stat().st_size, str(path))
-        with path.open("rb") as file:
-            # The size may have changed since: never read more than one byte beyond the cap.
-            content = file.read(limits.max_bytes + 1)
+            raise ImageError(f"image not found: {path}" if not path.is_dir() else f"{path}: a folder, not an image")
+        file = path.open("rb")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a usable path"
-        raise LlavaError(f"{path}: the image can't be read ({reason})") from error
-    limits.check_bytes(len(content), str(path))
-    return content
+        raise _unreadable(path, error) from None
+    with file:
+        return _open(file, os.fstat(file.fileno()).st_size, name, limits, frame, window, axis, draft)
+
+
+def _open(file: BinaryIO, size: int, name: str, limits: Limits, frame, window, axis, draft) -> Image.Image:
+    """`file` holds `size` bytes. A volume is read where it lies, everything else whole."""
+    try:
+        head = file.read(_HEAD)
+        file.seek(0)
+        if not head:
+            raise ImageError(f"{name}: the image is empty (0 bytes)")
+        kind = _kind(head, name)
+        if kind == "nifti":
+            limits.check_volume(size, name)
+            from llava.images.nifti import read_nifti
+
+            return read_nifti(file, name, limits, index=frame, axis=axis, window=window)
+        limits.check_bytes(size, name)
+        # The size may have changed since: never read more than one byte beyond the cap.
+        content = file.read(limits.max_bytes + 1)
+        limits.check_bytes(len(content), name)
+    except OSError as error:
+        raise _unreadable(name, error) from None
+    if kind == "dicom":
+        from llava.images.dicom import read_dicom
+
+        return read_dicom(content, name, limits, frame=frame, window=window)
+    return _decode(content, name, limits, draft)
+
+
+def open_uploaded_image(source: bytes | str, *, limits: Limits = UPLOAD_LIMITS, **options: Any) -> Image.Image:
+    """As `open_image` for what a client sent: bytes, a `data:` URL or bare base64, never a path or an address."""
+    return open_image(read_upload(source, limits), limits=limits, **options)
+
+
+def read_upload(source: bytes | str, limits: Limits = UPLOAD_LIMITS) -> bytes:
+    """The content of what a client sent: bytes, a `data:` URL or bare base64.
+
+    Raises:
+        ImageError: neither of them, too long, empty.
+    """
+    if isinstance(source, str):
+        return _from_base64(source, limits)
+    if not isinstance(source, (bytes, bytearray, memoryview)):
+        raise ImageError("an image has to be sent as a data: URL or as base64")
+    limits.check_bytes(len(source), "image")
+    return bytes(source)
+
+
+def _unreadable(name: Any, error: Exception) -> ImageError:
+    return ImageError(f"{name}: the image can't be read ({getattr(error, 'strerror', None) or 'not a usable path'})")
 
 
 def _from_base64(text: str, limits: Limits) -> bytes:
@@ -109,56 +148,68 @@ def _from_base64(text: str, limits: Limits) -> bytes:
     if text[:5].lower() == "data:":
         match = _DATA_URL.match(text)
         if match is None:
-            raise LlavaError("a data: URL of an image has the form data:image/png;base64,…; this one hasn't")
+            raise ImageError("a data: URL of an image has the form data:image/png;base64,…; this one hasn't")
         start = match.end()
     elif _WEB_ADDRESS.match(text):
-        raise LlavaError("images aren't fetched from the web; send a data: URL or base64")
+        raise ImageError("images aren't fetched from the web; send a data: URL or base64")
     limits.check_bytes((len(text) - start) * 3 // 4 - 2, "image")
     try:
         content = base64.b64decode("".join(text[start:].split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise LlavaError("the image isn't valid base64") from error
+    except (binascii.Error, ValueError):
+        raise ImageError("the image isn't valid base64") from None
     if not content:
-        raise LlavaError("the image is empty (0 bytes)")
+        raise ImageError("the image is empty (0 bytes)")
     return content
 
 
-def _kind(content: bytes, name: str) -> str:
-    """By content; by name only for what has no signature of its own (DICOM without preamble, gzip)."""
+def _kind(head: bytes, name: str) -> str:
+    """By content; by name only for what has no signature of its own."""
     lower = name.lower()
-    if content[128:132] == b"DICM":
+    if head[128:132] == b"DICM":
         return "dicom"
-    if content[344:348] in (b"n+1\0", b"ni1\0") and struct.unpack("<i", content[:4])[0] in (348, 348 << 24):
+    if head[344:348] in (b"n+1\0", b"ni1\0") and head[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c"):
         return "nifti"
-    if content[4:8] in (b"n+2\0", b"ni2\0") or lower.endswith(_NIFTI_SUFFIXES) or content[:2] == b"\x1f\x8b":
+    if head[4:8] in (b"n+2\0", b"ni2\0") or lower.endswith(_NIFTI_SUFFIXES) or head[:2] == b"\x1f\x8b":
         return "nifti"
-    return "dicom" if lower.endswith(_DICOM_SUFFIXES) else "image"
+    return "dicom" if lower.endswith(_DICOM_SUFFIXES) or _is_bare_dicom(head) else "image"
 
 
-def _decode(content: bytes, name: str, limits: Limits) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(content), formats=limits.formats) as image:
-            limits.check_size(*image.size, name)
+def _is_bare_dicom(head: bytes) -> bool:
+    """DICOM without preamble: it begins with an element of the group 2 or 8, as every old data set does."""
+    if len(head) < 8 or head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+        return False
+    if head[4:6].isalpha() and head[4:6].isupper():
+        return True
+    # Without the type of the value: its length, which is that of a UID, a date or the group at most.
+    return head[0] != 0 and struct.unpack("<L", head[4:8])[0] <= 64
+
+
+def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Image.Image:
+    with plain_errors(name, "the image is damaged or cut off"):
+        container = read_container(content, name, limits)
+        if container is None:
+            raise _unknown(name, limits)
+        try:
+            image = Image.open(io.BytesIO(container.content), formats=(container.kind,))
+        except UnidentifiedImageError:
+            raise _unknown(name, limits) from None
+        except Image.DecompressionBombError:
+            raise ImageError(f"{name}: more pixels than an image may have ({limits.max_pixels:,})") from None
+        with image:
+            is_slow = any(tile.codec_name in Image.DECODERS for tile in image.tile)
+            heavy = 2.0 if container.kind == "WEBP" else 1.0
+            limits.check_size(*image.size, name, _SLOW_DECODER if is_slow else heavy)
+            if draft is not None:
+                image.draft(None, (draft, draft))
             image.load()
-            return to_rgb(_upright(image))
-    except UnidentifiedImageError as error:
-        known = ", ".join(limits.formats)
-        raise LlavaError(f"{name}: not an image that can be read (known: {known}, DICOM, NIfTI)") from error
-    except Image.DecompressionBombError as error:
-        raise LlavaError(f"{name}: more pixels than an image may have ({limits.max_pixels:,})") from error
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error) as error:
-        # What Pillow's decoders raise on broken files; LlavaError is none of them.
-        raise LlavaError(f"{name}: the image is damaged or cut off ({type(error).__name__})") from error
-    except (MemoryError, OverflowError, ArithmeticError) as error:
-        raise LlavaError(f"{name}: the image needs more memory than there is") from error
+            rgb = to_rgb(image)
+            method = _TRANSPOSED.get(container.orientation)
+            return rgb.copy() if method is None else rgb.transpose(method)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; broken EXIF data is no reason to refuse an image."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
-        return image
+def _unknown(name: str, limits: Limits) -> ImageError:
+    known = ", ".join(limits.formats)
+    return ImageError(f"{name}: not an image that can be read (known: {known}, DICOM, NIfTI)")
 
 
 def png_data_url(image: Image.Image) -> str:

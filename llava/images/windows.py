@@ -22,6 +22,7 @@ CT_WINDOWS = MappingProxyType(
 """(centre, width) in Hounsfield units."""
 
 _PERCENTILES = (0.5, 99.5)
+_MAX_COUNTED = 1 << 24
 
 
 def read_window(window: str | Sequence[float]) -> tuple[float, float]:
@@ -52,17 +53,28 @@ def apply_window(values: np.ndarray, window: tuple[float, float], function: str 
     return scale_range(values, centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2)
 
 
-def percentile_window(values: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
-    """uint8; all but the darkest and brightest half percent spread over the whole range.
+def percentile_range(values: np.ndarray, ignore: np.ndarray | None = None) -> tuple[float, float]:
+    """All but the darkest and brightest half percent of the finite values; the whole range where that is flat.
 
-    `ignore` marks values that take no part in it (padding) and become black.
+    `ignore` marks values that take no part in it (padding). (0, 0) without any value. Of more than 16 million
+    values every n-th row counts.
     """
+    step = -(-values.size // _MAX_COUNTED)
+    values = values[::step]
+    usable = np.isfinite(values)
+    if ignore is not None:
+        usable &= ~ignore[::step]
+    values = values[usable]
+    if not values.size:
+        return 0.0, 0.0
+    low, high = np.percentile(values, _PERCENTILES)
+    return (low, high) if high > low else (values.min(), values.max())
+
+
+def percentile_window(values: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
+    """uint8; `percentile_range` spread over the whole range. What isn't finite, or is ignored, becomes black."""
+    low, high = percentile_range(values, ignore)
     usable = np.isfinite(values)
     if ignore is not None:
         usable &= ~ignore
-    if not usable.any():
-        return np.zeros(values.shape, np.uint8)
-    low, high = np.percentile(values[usable], _PERCENTILES)
-    if high <= low:
-        low, high = values[usable].min(), values[usable].max()
     return scale_range(np.where(usable, values, low), low, high)

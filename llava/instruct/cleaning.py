@@ -32,7 +32,7 @@ _AS_SAID = r"(?:based on|according to|as (?:mentioned|described|stated|indicated
 _IMAGE = r"(?:image|picture|figure)"
 
 # In this order: turns in which the assistant can't see are beyond help, phrases that can be cut are cut, and what
-# still speaks of the text goes.
+# still mentions the text is left out.
 RULES: tuple[Rule, ...] = (
     _rule(
         "cannot_see",

@@ -1,7 +1,7 @@
 """The multimodal model: tower, projector, language model, and every layout its checkpoints come in."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
     "LlavaLlamaConfig": "families",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from llava.model.tokenizer import load_tokenizer
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Commands of this package answer --help without importing torch.
     if name not in _PUBLIC:
         raise AttributeError(f"module 'llava.model' has no attribute {name!r}")

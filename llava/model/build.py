@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import LlavaError
 from llava.model.configuration import SCHEME_PATCH
 from llava.model.families import family_of_llm, model_class_of
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.loader import LoadedModel, context_length, load_image_processor
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.towers import read_vision_config
@@ -26,11 +27,13 @@ def build_model_from_llm(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    cache_dir: str | Path | None = None,
     **mm_fields: Any,
 ) -> LoadedModel:
     """A LLaVA of a language model and a vision tower (folders or hub ids) with a new projector.
 
     Args:
+        cache_dir: where hub ids are downloaded to; by default the hub's cache.
         mm_fields: fields of the LLaVA config: `mm_projector_type`, `mm_vision_select_layer`,
             `mm_vision_select_feature`, `mm_image_token_scheme`, `mm_use_im_start_end`,
             `mm_use_im_patch_token`, `image_aspect_ratio`, `conversation_template`, …
@@ -39,8 +42,8 @@ def build_model_from_llm(
     Raises:
         LlavaError: the language model is of another kind, a folder is incomplete.
     """
-    llm_folder = locate_model(llm_path, "language model")
-    tower_folder = locate_model(vision_tower, "vision tower")
+    llm_folder = locate_model(llm_path, "language model", cache_dir=cache_dir)
+    tower_folder = locate_model(vision_tower, "vision tower", cache_dir=cache_dir)
     # A folder's absolute path, so that the note of its origin stays true from any working directory.
     tower_name = str(tower_folder.absolute()) if Path(vision_tower).expanduser().is_dir() else str(vision_tower)
     config = llava_config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)
@@ -55,7 +58,7 @@ def build_model_from_llm(
     return LoadedModel(tokenizer, model, processor, context_length(config))
 
 
-def add_image_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def add_image_tokens(model: LlavaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> int:
     """Add the image tokens that the model's config asks for; returns how many were new.
 
     <im_patch> for `mm_use_im_patch_token` and the patch scheme, <im_start> and <im_end> for
@@ -72,7 +75,7 @@ def add_image_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return added
 
 
-def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
+def resize_embeddings(model: LlavaForCausalLM, rows: int) -> None:
     """Give both embedding matrices at least `rows` rows; new ones are the mean of the old."""
     old_rows = model.get_input_embeddings().weight.shape[0]
     if rows <= old_rows:

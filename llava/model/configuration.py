@@ -1,23 +1,37 @@
-"""What a LLaVA configuration has beside its language model's fields (llava.model.families joins the two).
+"""What a LLaVA configuration adds to its language model's fields (llava.model.families joins the two).
 
 A checkpoint's config.json carries all that is needed to run the model; nothing is read off a folder's name.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    class _LanguageModelConfig(PreTrainedConfig):
+        """What every family's configuration has of its own: the other base of the classes in llava.model.families."""
+
+        vocab_size: int
+        hidden_size: int
+        num_hidden_layers: int
+        max_position_embeddings: int
+        tie_word_embeddings: bool
+else:
+    _LanguageModelConfig = object
 
 SCHEME_PLACEHOLDER = "placeholder"
 SCHEME_PATCH = "patch"
 
 
 @dataclass(kw_only=True)
-class LlavaConfigFields:
-    """Fields that a LLaVA config has beside those of its language model (`mm_*` as the releases name them)."""
+class LlavaConfigFields(_LanguageModelConfig):
+    """Fields that a LLaVA config adds to those of its language model (`mm_*` as the releases name them)."""
 
     mm_vision_tower: str | None = None
     """Hub id or folder of the vision tower; where the checkpoint holds the tower itself, only its origin."""
 
-    mm_vision_config: dict | None = None
+    mm_vision_config: dict[str, Any] | None = None
     """The tower's own configuration. With it the model is built without looking for `mm_vision_tower`."""
 
     mm_hidden_size: int | None = None
@@ -44,7 +58,7 @@ class LlavaConfigFields:
     image_aspect_ratio: str | None = None
     """How an image is brought to the tower's square: None or `square` (crop), `pad`, `keep`, `anyres`."""
 
-    image_grid_pinpoints: list | str | None = None
+    image_grid_pinpoints: list[Any] | str | None = None
     """The sizes that `anyres` chooses from."""
 
     unfreeze_mm_vision_tower: bool = False

@@ -1,7 +1,7 @@
 """The families of language models that a LLaVA can be made of: one row each, read by everything that has to know.
 
 A family whose model has the library's usual parts (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`;
-blocks of `self_attn` with rotary positions and `mlp`, each behind a norm) needs two classes, a row in `FAMILIES`
+blocks of `self_attn` with rotary positions and `mlp`, each after a norm) needs two classes, a row in `FAMILIES`
 and, if its models were trained with a format of their own, a prompt template (llava.conversation.templates).
 """
 
@@ -20,7 +20,6 @@ from transformers import (
     MistralForCausalLM,
     MistralModel,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -51,10 +50,10 @@ class Family:
     text_config_class: type[PreTrainedConfig]
     """The plain language model's configuration."""
 
-    config_class: type[Any]
+    config_class: type[LlavaConfigFields]
     """The same with LLaVA's fields; its `model_type` stands in a checkpoint's config.json."""
 
-    model_class: type[Any]
+    model_class: type[LlavaForCausalLM]
     """The multimodal model."""
 
     layer_class: type[nn.Module]
@@ -72,9 +71,6 @@ class Family:
     older_types: tuple[str, ...] = ()
     """Further values of `model_type` that LLaVA checkpoints of this family have."""
 
-    has_delta: bool = True
-    """Whether models of this family are given away as differences to their base."""
-
     @property
     def llava_types(self) -> tuple[str, ...]:
         """Values of `model_type` in a LLaVA checkpoint's config.json."""
@@ -88,6 +84,7 @@ class LlavaLlamaConfig(LlavaConfigFields, LlamaConfig):
 class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
     """LLaMA-1/2/3 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor, SmolLM2) with images."""
 
+    config: LlavaLlamaConfig
     config_class = LlavaLlamaConfig
     core_class = LlamaModel
 
@@ -99,6 +96,7 @@ class LlavaMistralConfig(LlavaConfigFields, MistralConfig):
 class LlavaMistralForCausalLM(LlavaForCausalLM, MistralForCausalLM):
     """Mistral (LLaVA-Med v1.5) with images."""
 
+    config: LlavaMistralConfig
     config_class = LlavaMistralConfig
     core_class = MistralModel
 
@@ -110,6 +108,7 @@ class LlavaQwen2Config(LlavaConfigFields, Qwen2Config):
 class LlavaQwen2ForCausalLM(LlavaForCausalLM, Qwen2ForCausalLM):
     """Qwen2 and Qwen2.5 with images."""
 
+    config: LlavaQwen2Config
     config_class = LlavaQwen2Config
     core_class = Qwen2Model
 
@@ -182,12 +181,12 @@ def family_of_llm(model_type: str | None, where: Any) -> Family:
     return found
 
 
-def family_of(config: PreTrainedConfig) -> Family:
+def family_of(config: LlavaConfigFields) -> Family:
     """The family of a LLaVA configuration."""
     return next(family for family in FAMILIES if isinstance(config, family.config_class))
 
 
-def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def model_class_of(config: LlavaConfigFields) -> type[LlavaForCausalLM]:
     """The multimodal model's class for a LLaVA configuration."""
     return family_of(config).model_class
 

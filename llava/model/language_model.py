@@ -6,7 +6,8 @@
 collator says where those are (`image_positions`), so that no step waits for the GPU; else they are looked for.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -20,8 +21,52 @@ from llava.model.loss import LanguageHead, causal_loss
 from llava.model.projector import build_projector
 from llava.model.towers import VisionTower, build_vision_tower
 
+if TYPE_CHECKING:
+    from typing import Self
 
-class LlavaForCausalLM:
+    from transformers import GenerationMixin
+
+    class Attention(nn.Module):
+        """What the engine calls of a block's attention."""
+
+        q_proj: nn.Linear
+        k_proj: nn.Linear
+        v_proj: nn.Linear
+        o_proj: nn.Linear
+        scaling: float
+
+    class Block(nn.Module):
+        """A layer of the language model (`Family.layer_class`)."""
+
+        self_attn: Attention
+        input_layernorm: nn.Module
+        post_attention_layernorm: nn.Module
+        mlp: nn.Module
+
+    class Core(PreTrainedModel):
+        """The language model without its head, and what the mixin puts into it."""
+
+        layers: Sequence[Block]
+        norm: nn.Module
+        rotary_emb: nn.Module
+        vision_tower: VisionTower
+        mm_projector: nn.Module
+
+    class _LanguageModel(PreTrainedModel, GenerationMixin):
+        """What the mixin finds in the language model's class, its other base (llava.model.families)."""
+
+        config: LlavaConfigFields
+
+        # The library's has a protocol of its own for `self`.
+        def generate(self, **kwargs: Any) -> torch.Tensor: ...  # type: ignore[override]
+        def eval(self) -> Self: ...
+        def get_input_embeddings(self) -> nn.Embedding: ...
+        def get_output_embeddings(self) -> nn.Linear: ...
+else:
+    _LanguageModel = object
+
+
+class LlavaForCausalLM(_LanguageModel):
     """What the models of all families share; stands before the language model's class among the bases.
 
     `core_class` is the library's language model without its head.
@@ -29,19 +74,23 @@ class LlavaForCausalLM:
 
     core_class: type[PreTrainedModel]
 
+    if TYPE_CHECKING:  # transformers evaluates a class's annotations, and `Core` isn't there to find
+        model: Core
+        lm_head: LanguageHead
+
     def __init__(self, config: LlavaConfigFields):
         # Past the language model's own __init__, which would build the core a second time.
         PreTrainedModel.__init__(self, config)
-        self.model = self.core_class(config)
+        self.model = cast("Core", self.core_class(config))
         self.vocab_size = config.vocab_size
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
-        self._no_split_modules = {*self._no_split_modules, LanguageHead.__name__}
+        self._no_split_modules = {*(self._no_split_modules or ()), LanguageHead.__name__}
         self.post_init()
         # Tower and projector come last and keep their own initialisation.
         if config.mm_vision_config:
             self.initialize_vision_modules()
 
-    def get_model(self) -> nn.Module:
+    def get_model(self) -> "Core":
         return self.model
 
     def get_vision_tower(self) -> VisionTower:
@@ -59,7 +108,7 @@ class LlavaForCausalLM:
     def initialize_vision_modules(self) -> None:
         """Add tower and projector as `config` describes them; their weights are random."""
         tower = build_vision_tower(self.config)
-        self._no_split_modules = {*self._no_split_modules, *tower.no_split_modules}
+        self._no_split_modules = {*(self._no_split_modules or ()), *tower.no_split_modules}
         self.config.mm_hidden_size = tower.hidden_size
         self.model.vision_tower = tower
         self.model.mm_projector = build_projector(
@@ -68,8 +117,9 @@ class LlavaForCausalLM:
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Set the head; one whose rows were added or taken away is a plain linear layer."""
-        plain = type(new_embeddings) is nn.Linear
-        super().set_output_embeddings(LanguageHead.of(new_embeddings) if plain else new_embeddings)
+        if isinstance(new_embeddings, nn.Linear) and type(new_embeddings) is nn.Linear:
+            new_embeddings = LanguageHead.of(new_embeddings)
+        super().set_output_embeddings(new_embeddings)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixel values `[n, 3, H, W]` to projected features `[n, patches, hidden]`."""
@@ -86,12 +136,12 @@ class LlavaForCausalLM:
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
@@ -106,8 +156,8 @@ class LlavaForCausalLM:
             input_ids: `[batch, positions]`, expanded: IMAGE_TOKEN_INDEX at each position of an image.
             attention_mask: `[batch, positions]` (with a cache: past and new ones); 1 for real positions. If
                 `position_ids` is missing they are counted from it, so left padding changes no answer.
-            labels: `[batch, positions]`, -100 ignored. In training mode the result then holds the loss alone:
-                logits are made for the targets only, in chunks (llava.model.loss).
+            labels: `[batch, positions]`, -100 ignored. In training mode, or with `target_positions`, the result then
+                holds the loss alone: logits are made for the targets only, in chunks (llava.model.loss).
             pixel_values: `[n_images, 3, H, W]` of all images of the batch, in reading order.
             image_features: in their place, `[n_image_positions, hidden]`, already projected.
             vision_features: in their place, `[n_images, patches, mm_hidden]`, from the tower.
@@ -115,17 +165,20 @@ class LlavaForCausalLM:
             target_positions: int64 `[targets]`, where targets lie in the flattened labels, none first in its row.
                 With both a training step depends on shapes alone and never waits for the GPU.
 
-        In training a batch without images still runs projector (and tower, unless `vision_features` are
-        in use) on a zero image with weight zero: sharded parameters are gathered by all ranks or none.
+        In training, or with `image_positions`, a batch without images still runs projector (and tower, unless
+        `vision_features` are in use) on a zero image with weight zero: sharded parameters are gathered by all ranks
+        or none.
 
         Raises:
             LlavaError: the number of image positions isn't the number of features.
         """
-        if inputs_embeds is None and input_ids is not None:
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise LlavaError("give input_ids or inputs_embeds")
             inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_features, vision_features, image_positions)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1])
-        if labels is not None and self.training:
+        if labels is not None and (self.training or target_positions is not None):
             outputs = self.model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -153,7 +206,7 @@ class LlavaForCausalLM:
 
     def embed_inputs(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
@@ -168,7 +221,8 @@ class LlavaForCausalLM:
             positions = int(is_image.sum()) if image_positions is None else image_positions.shape[0]
             _check_counts(positions, 0 if features is None else features.shape[0])
         if features is None:
-            if self.training and torch.is_grad_enabled() and image_features is None:
+            learns = self.training and torch.is_grad_enabled()
+            if (learns or image_positions is not None) and image_features is None:
                 inputs_embeds = inputs_embeds + self._idle_contribution(vision_features).to(inputs_embeds)
             return inputs_embeds
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -176,20 +230,34 @@ class LlavaForCausalLM:
             return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
         return inputs_embeds.flatten(0, 1).index_copy(0, image_positions, features).view_as(inputs_embeds)
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(  # type: ignore[override]  # its other parameters go through by name
+        self,
+        input_ids: torch.Tensor,
+        is_first_iteration: bool | None = False,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As the library's, with the images given in the first step alone: later they are in the cache.
 
         `inputs_embeds` is named because the library looks for it to allow a prompt given as embeddings.
         """
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]  # `self` there is a wider protocol
+            cast(torch.LongTensor, input_ids),
+            is_first_iteration=is_first_iteration,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("pixel_values", "image_features", "vision_features"):
                 inputs.pop(name, None)
         return inputs
 
-    def _features(self, pixel_values, image_features, vision_features) -> torch.Tensor | None:
+    def _features(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+    ) -> torch.Tensor | None:
         """`[n_image_positions, hidden]` from whichever was given, None if there are none."""
         given = [tensor for tensor in (pixel_values, image_features, vision_features) if tensor is not None]
         if len(given) > 1:
@@ -198,8 +266,9 @@ class LlavaForCausalLM:
             return None
         if image_features is not None:
             return image_features
-        features = self.project(vision_features) if pixel_values is None else self.encode_images(pixel_values)
-        return features.flatten(0, 1)
+        if vision_features is not None:
+            return self.project(vision_features).flatten(0, 1)
+        return self.encode_images(given[0]).flatten(0, 1)
 
     def _idle_contribution(self, vision_features: torch.Tensor | None) -> torch.Tensor:
         """Zero, computed through projector and tower so that they take part in a batch without images."""
@@ -214,7 +283,7 @@ class LlavaForCausalLM:
         return features.sum() * 0
 
 
-def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.LongTensor:
+def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
     """Positions `[batch, length]` of the last `length` columns of a 0/1 mask, counted from its first 1."""
     positions = attention_mask.long().cumsum(-1) - 1
     return positions.clamp(min=0)[:, -length:]

@@ -1,4 +1,4 @@
-"""Write the difference of a model to its base: what can be given away where the base can't.
+"""Write the difference of a model to its base: what may be published where the base may not.
 
 python -m llava.model.make_delta --base-model-path LLAMA --target-model-path MODEL --delta-path DELTA
 """

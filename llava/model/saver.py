@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.folders import WEIGHTS, stage_files
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import save_tokenizer
 from llava.model.weights.assemble import tied_weights
 
 
 def save_model(
     output_dir: str | Path,
-    model: PreTrainedModel,
+    model: LlavaForCausalLM,
     tokenizer: PreTrainedTokenizerBase | None = None,
     image_processor: Any = None,
     *,

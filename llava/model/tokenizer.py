@@ -2,12 +2,12 @@
 
 `tokenizer.json` is taken as it stands. A folder with a SentencePiece `tokenizer.model` alone (LLaVA-Med's are)
 is converted here: transformers 5 orders the merges by vocabulary index and forgets the `legacy` default of the
-time, which gives other ids for double blanks and for text unused_layers special tokens.
+time, which gives other ids for double blanks and for text beside special tokens.
 """
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -58,8 +58,8 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer so that older transformers, SGLang and llama.cpp read it too.
 
-    Beside `tokenizer.json` these are the class's name of old, the SentencePiece model that it was made from, and
-    `added_tokens.json`.
+    Apart from `tokenizer.json` these are the older name of the class, the SentencePiece model that it was made
+    from, and `added_tokens.json`.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -100,9 +100,9 @@ def _from_sentencepiece(folder: Path, strip_blanks: bool) -> PreTrainedTokenizer
     config = _optional_json(folder / "tokenizer_config.json")
     special = config | _optional_json(folder / "special_tokens_map.json")
     names = {
-        role: _content(special.get(role))
+        role: _content(token)
         for role in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if special.get(role) is not None
+        if (token := special.get(role)) is not None
     }
     backend = _convert(folder / SENTENCEPIECE, legacy=config.get("legacy", True))
     _set_template(backend, names, config)
@@ -158,7 +158,7 @@ def _read_pieces(path: Path):
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes the class when imported
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
@@ -214,6 +214,11 @@ def _add_in_order(tokenizer: PreTrainedTokenizerFast, added: dict[int, AddedToke
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token; that of the unknown token for one that the vocabulary doesn't have."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
 
 
 def _content(token: str | dict[str, Any]) -> str:

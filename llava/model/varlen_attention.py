@@ -1,4 +1,4 @@
-"""Causal attention over samples that lie one behind the other, on a GPU: one kernel, whichever is installed.
+"""Causal attention over samples that follow each other, on a GPU: one kernel, whichever is installed.
 
 flash-attn 3 (Hopper), flash-attn 2, or torch's own `varlen_attn`. What a kernel takes (a window, a scale, fewer
 heads for keys than for queries) is read from its signature: it changed from release to release.

@@ -35,7 +35,7 @@ def estimate_tokens(messages: list[dict]) -> int:
 
 
 class RateGate:
-    """Lets requests pass at no more than so many a minute, and so many tokens.
+    """Limits requests and tokens per minute.
 
     Passing is spread over the minute: at most what is allowed for `BURST_SECONDS` passes at once, because providers
     count in such short windows. `pause` holds everybody back: a Retry-After is the server's word about all of our
@@ -52,7 +52,7 @@ class RateGate:
         self._turn = asyncio.Lock()
 
     async def acquire(self, tokens: int) -> None:
-        """Wait until a request of so many tokens, those of its answer included, may be sent."""
+        """Wait until a request of `tokens` tokens (its answer's included) may be sent."""
         clock = asyncio.get_running_loop().time
         # One after the other: aiolimiter lets small amounts pass first, and a large one might wait for ever.
         async with self._turn:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 READY_SECONDS = 1800.0  # large checkpoints take their time
 STOP_SECONDS = 70.0  # workers drain for 60 by default
 LOOK_SECONDS = 0.2
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+SOUND_SECONDS = 300.0  # a worker that has lived so long starts anew with the first pause
 HEALTH_SECONDS = 5.0
 
 
@@ -59,11 +62,10 @@ def main(argv=None) -> int:
     # SIGINT too: a shell's background job inherits it as ignored, and then Python leaves it so.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    running: list[tuple[Server, subprocess.Popen]] = []
+    running: list[Running] = []
     try:
         for server in servers:
-            command = [sys.executable, "-m", server.module, *server.words]
-            running.append((server, subprocess.Popen(command, env=environment, start_new_session=True)))
+            running.append(Running(server, environment))
         _wait_until_ready(args, running)
         _watch(running)
     except KeyboardInterrupt:
@@ -81,6 +83,43 @@ class Server:
     module: str
     url: str
     words: list[str]
+    is_restarted: bool = False
+    """A worker can be lost to a model that crashes; the others go on meanwhile, and it comes back."""
+
+
+@dataclass
+class Running:
+    """A server's process, and how often it had to be started again of late."""
+
+    server: Server
+    environment: dict[str, str]
+    process: subprocess.Popen = field(init=False)
+    started: float = field(init=False)
+    failures: int = 0
+    restart_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", self.server.module, *self.server.words]
+        self.process = subprocess.Popen(command, env=self.environment, start_new_session=True)
+        self.started, self.restart_at = time.monotonic(), None
+
+    def revive(self) -> None:
+        """Start it again if it has ended, after a pause that doubles while it keeps ending."""
+        now = time.monotonic()
+        if self.restart_at is not None:
+            if now >= self.restart_at:
+                self.start()
+                logger.warning("%s was started again", self.server.name)
+        elif self.process.poll() is not None:
+            self.failures = 1 if now - self.started > SOUND_SECONDS else self.failures + 1
+            pause = min(FIRST_PAUSE_SECONDS * 2 ** (self.failures - 1), LONGEST_PAUSE_SECONDS)
+            logger.error(
+                "%s ended with code %s; it is started again in %g s", self.server.name, self.process.returncode, pause
+            )
+            self.restart_at = now + pause
 
 
 def _servers(args, names: list[str]) -> list[Server]:
@@ -97,7 +136,7 @@ def _servers(args, names: list[str]) -> list[Server]:
             words += [flag, value] if value else []
         words += ["--model-name", names[number]] if names else []
         words += ["--load-8bit"] * bool(args.load_8bit) + ["--load-4bit"] * bool(args.load_4bit)
-        servers.append(Server(f"worker of {path}", "llava.serve.model_worker", address, words))
+        servers.append(Server(f"worker of {path}", "llava.serve.model_worker", address, words, is_restarted=True))
     front = ["--host", args.host, "--controller", controller, *shared]
     front += [word for name in args.allowed_host for word in ("--allowed-host", name)]
     front += ["--api-key-file", args.api_key_file] if args.api_key_file else []
@@ -116,18 +155,18 @@ def _servers(args, names: list[str]) -> list[Server]:
     return servers
 
 
-def _wait_until_ready(args, running: list[tuple[Server, subprocess.Popen]]) -> None:
+def _wait_until_ready(args, running: list[Running]) -> None:
     deadline = time.monotonic() + READY_SECONDS
     missing = list(running)
     while missing:
         _check_alive(running)
         if time.monotonic() > deadline:
-            raise LlavaError(f"{missing[0][0].name} didn't come up within {READY_SECONDS:g} s")
-        if asyncio.run(_is_healthy(missing[0][0].url)):
+            raise LlavaError(f"{missing[0].server.name} didn't come up within {READY_SECONDS:g} s")
+        if asyncio.run(_is_healthy(missing[0].server.url)):
             missing.pop(0)
         else:
             time.sleep(LOOK_SECONDS)
-    for server, _ in running:
+    for server in (each.server for each in running):
         if server.name in ("API", "web page"):
             write_line(f"{server.name}: {server.url}{'/v1' if server.name == 'API' else ''}")
     write_line("ready; Ctrl-C stops it")
@@ -146,31 +185,34 @@ async def _is_healthy(url: str) -> bool:
             return False
 
 
-def _watch(running: list[tuple[Server, subprocess.Popen]]) -> None:
+def _watch(running: list[Running]) -> None:
     while True:
-        _check_alive(running)
+        _check_alive([each for each in running if not each.server.is_restarted])
+        for each in running:
+            if each.server.is_restarted:
+                each.revive()
         time.sleep(LOOK_SECONDS)
 
 
-def _check_alive(running: list[tuple[Server, subprocess.Popen]]) -> None:
-    for server, process in running:
-        if process.poll() is not None:
-            raise LlavaError(f"{server.name} ended with code {process.returncode}; its words are above")
+def _check_alive(running: list[Running]) -> None:
+    for each in running:
+        if each.process.poll() is not None:
+            raise LlavaError(f"{each.server.name} ended with code {each.process.returncode}; its words are above")
 
 
-def _stop(running: list[tuple[Server, subprocess.Popen]]) -> None:
+def _stop(running: list[Running]) -> None:
     """Fronts first, so that nothing new comes in while the workers finish."""
-    for _, process in reversed(running):
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+    for each in reversed(running):
+        if each.process.poll() is None:
+            each.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
-    for server, process in reversed(running):
+    for each in reversed(running):
         try:
-            process.wait(max(0.1, deadline - time.monotonic()))
+            each.process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            logger.warning("%s didn't stop in time; killed", server.name)
-            process.kill()
-            process.wait()
+            logger.warning("%s didn't stop in time; killed", each.server.name)
+            each.process.kill()
+            each.process.wait()
 
 
 def _interrupt(*_) -> None:

@@ -61,7 +61,7 @@ def main(argv=None) -> None:
 class Chat:
     """One conversation: the turns so far, the images of them, and those waiting for the next question."""
 
-    def __init__(self, engine, template: str, sampling):
+    def __init__(self, engine, template: str | None, sampling):
         self.engine, self.template, self.sampling = engine, template, sampling
         self.reset()
 

@@ -5,11 +5,12 @@ Needs no torch. A worker that can't be reached, or is lost before its first word
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
 from llava.serve.session import open_session
+from llava.serve.worker_answers import MOST_PENDING_BYTES, AttentionMap, Chunk, ReportedStatus
 
 SHORT_TIMEOUT = 10.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first
@@ -39,18 +40,16 @@ class ServingClient:
         """Names of the models that are ready."""
         return (await self._ask_controller("/list_models"))["models"]
 
-    async def refresh(self) -> list[str]:
-        return (await self._ask_controller("/refresh_all_workers"))["models"]
-
     async def worker_stats(self) -> list[dict[str, Any]]:
-        """Each worker's own status, with its address; who doesn't answer is left out."""
+        """Each worker's own status, with its address; workers that don't answer are left out."""
         import aiohttp
 
         found = []
         for worker in (await self._ask_controller("/list_workers"))["workers"]:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
                 status = await self._post(f"{worker['address']}/worker_get_status", {})
-                found.append({"address": worker["address"], **status})
+                checked = ReportedStatus.model_validate(status).model_dump()
+                found.append({"address": worker["address"], **checked})
         return found
 
     async def address(self, model: str, exclude: set[str] | frozenset[str] = frozenset()) -> str | None:
@@ -58,7 +57,7 @@ class ServingClient:
         body = {"model": model, "exclude": sorted(exclude)}
         return (await self._ask_controller("/get_worker_address", body))["address"] or None
 
-    async def generate(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def generate(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of an answer (llava.serve.job's request).
 
         Raises:
@@ -105,11 +104,14 @@ class ServingClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
         if reply.status != 200:
-            error = _http_error(reply.status, content)
-            raise error if isinstance(error, ServeError) else ServeError(ErrorType.INTERNAL)
-        return json.loads(content)
+            refused = _http_error(reply.status, content)
+            raise refused if isinstance(refused, ServeError) else ServeError(ErrorType.INTERNAL)
+        try:
+            return AttentionMap.model_validate_json(content).model_dump()
+        except ValueError as error:
+            raise ServeError(ErrorType.WORKER_LOST) from error
 
-    async def _stream(self, address: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _stream(self, address: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         import aiohttp
 
         ended, rest = False, b""
@@ -120,14 +122,17 @@ class ServingClient:
                     raise _http_error(reply.status, await reply.read())
                 async for data in reply.content.iter_any():
                     chunks, rest = split_chunks(rest + data)
+                    if len(rest) > MOST_PENDING_BYTES:
+                        raise _Unreachable("a chunk without an end")
                     for chunk in chunks:
+                        Chunk.model_validate(chunk)
                         if chunk.get("error_code"):
                             raise decode_error(chunk)
                         ended = ended or chunk.get("finish_reason") is not None
                         yield chunk
         except aiohttp.SocketTimeoutError as error:
             raise ServeError(ErrorType.TIMEOUT) from error
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             raise _Unreachable from error
         if not ended:
             raise _Unreachable
@@ -169,5 +174,5 @@ def _http_error(status: int, content: bytes) -> Exception:
     try:
         error = json.loads(content)["error"]
         return ServeError(ErrorType(error["type"]), error["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return _Unreachable(f"status {status}")

@@ -173,7 +173,7 @@ async def _forward(registry: Registry, session, model: str, body: bytes, request
 
 
 async def _refresh(registry: Registry, session) -> None:
-    """Ask every worker how it is, all at once, and swap the table; who doesn't answer is dropped."""
+    """Ask every worker how it is, all at once, and swap the table; workers that don't answer are dropped."""
 
     async def ask(worker: Worker) -> Worker | None:
         try:

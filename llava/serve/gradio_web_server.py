@@ -46,7 +46,7 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--moderate", help="refused: it would send what is asked to another company")
     parser.add_bool("--embed", help="without heading, to stand in another page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons, and keep what they say in this folder")
-    parser.add_argument("--feedback-days", type=float, default=30.0, help="delete votes after so many days")
+    parser.add_argument("--feedback-days", type=float, default=30.0, help="days after which votes are deleted")
     parser.add_argument("--visitor-upload-mb", type=int, default=128, help="MiB of files that one visitor may have")
     parser.add_argument("--upload-mb", type=int, default=1024, help="MiB of files that all visitors may have")
     parser.add_argument(

@@ -55,6 +55,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.head_bytes = 0
         self.body_bytes = 0
         self.around_body = 0  # chunk sizes, their extensions, trailers
+        self.left_over: int | None = None  # bytes of a body that came after its answer
         self.messages = 0
         self.window_bytes = 0  # came in the present stretch of `body_seconds`
         self.was_paused = False  # by us, in that stretch
@@ -137,6 +138,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.has_ended:
             return
         self.body_bytes += len(body)
+        if self.left_over is not None:
+            self.left_over += len(body)
+            if self.left_over > self.limits.head_bytes:
+                self._end()
+                return
         super().on_body(body)
         self.was_paused = self.was_paused or self.flow.read_paused
 
@@ -147,12 +153,18 @@ class LimitedProtocol(HttpToolsProtocol):
         self.messages += 1
         self.deadline = None
         super().on_message_complete()
+        if self.left_over is not None:
+            self.left_over = None
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.cycle.response_complete and not self.in_head:
-            # Answered before the body had come, and nobody will read the rest.
-            self._end()
+            # Answered before the body had come: a short rest is read and forgotten, so that the client may ask again.
+            self.left_over = 0
 
     # Limits
 
@@ -235,7 +247,6 @@ def _answer(error: ServeError) -> bytes:
         "content-length": str(len(body)),
         "connection": "close",
     }
-    if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    headers |= error.headers
     lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
     return STATUS_LINE[error.status] + "".join(lines).encode() + b"\r\n" + body

@@ -77,15 +77,16 @@ def to_conversation(messages: Sequence[Message], template: Conversation) -> Conv
 
 
 def _to_job(request: GenerateRequest) -> Job:
-    if (request.prompt is None) == (request.messages is None):
-        raise _bad("prompt: give either prompt or messages")
-    if request.messages is None:
-        messages, images = None, tuple(request.images)
+    messages: tuple[Message, ...] | None = None
+    if request.prompt is not None and request.messages is None:
+        images = tuple(request.images)
         places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
-    else:
+    elif request.prompt is None and request.messages is not None:
         messages = _read_messages(request.messages, request.images)
         images = tuple(image for message in messages for image in message.images)
         places = len(images)
+    else:
+        raise _bad("prompt: give either prompt or messages")
     if places != len(images):
         raise _bad(f"images: the prompt has {places} {DEFAULT_IMAGE_TOKEN} but {len(images)} image(s) came with it")
     if len(images) > MAX_IMAGES:

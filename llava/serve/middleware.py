@@ -48,6 +48,7 @@ class RequestMiddleware:
             return await self.app(scope, receive, send)
         request_id = "req-" + secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        scope["app"] = self.app  # a router alone answers in its own words where there is none
         started, refusal = False, None
 
         async def send_with_id(message):
@@ -80,9 +81,9 @@ class RequestMiddleware:
             return
         except ServeError as error:
             failure = error
-        except Exception:
-            failure = refusal or ServeError(ErrorType.INTERNAL)
-            if refusal is None:
+        except Exception as error:
+            failure = refusal or _routing_error(error) or ServeError(ErrorType.INTERNAL)
+            if failure.error_type is ErrorType.INTERNAL:
                 # The last place before the client: the log gets the details, the client a request id. A response that
                 # has begun is left incomplete, which closes the connection.
                 logger.exception("%s %s failed", request_id, scope["path"])
@@ -105,6 +106,13 @@ class RequestMiddleware:
             error = self.authorize(headers)
             if error is not None:
                 raise error
+
+
+def _routing_error(error: Exception) -> ServeError | None:
+    """What a framework raises for a path or method that it has no route for."""
+    status, headers = getattr(error, "status_code", None), getattr(error, "headers", None) or {}
+    kinds = {404: ErrorType.NO_ROUTE, 405: ErrorType.WRONG_METHOD}
+    return ServeError(kinds[status], allow=headers.get("Allow")) if status in kinds else None
 
 
 async def unless_gone(receive, work):
@@ -136,16 +144,25 @@ def answer_errors(app) -> None:
     """Make a FastAPI application answer a ServeError (and a body that doesn't fit) in the one form of errors."""
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 
     async def on_serve_error(request, error: ServeError):
-        retry = {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
-        return JSONResponse(error_body(error, request.state.request_id), error.status, retry)
+        return JSONResponse(error_body(error, request.state.request_id), error.status, error.headers)
 
     async def on_bad_body(request, error: RequestValidationError):
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         return await on_serve_error(request, ServeError(ErrorType.BAD_REQUEST, f"{where}: {first['msg']}"))
 
+    async def on_no_route(request, error: HTTPException):
+        return await on_serve_error(request, _routing_error(error) or ServeError(ErrorType.INTERNAL))
+
+    async def on_failure(request, _: Exception):
+        # The framework raises it again once it is answered; then RequestMiddleware logs it.
+        return await on_serve_error(request, ServeError(ErrorType.INTERNAL))
+
+    app.add_exception_handler(Exception, on_failure)
+    app.add_exception_handler(HTTPException, on_no_route)
     app.add_exception_handler(ServeError, on_serve_error)
     app.add_exception_handler(RequestValidationError, on_bad_body)
 
@@ -180,7 +197,6 @@ def error_body(error: ServeError, request_id: str) -> dict:
 async def _send_error(send, error: ServeError, request_id: str) -> None:
     body = json.dumps(error_body(error, request_id), ensure_ascii=False).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.retry_after is not None:
-        headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
+    headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -46,7 +46,7 @@ def build_parser() -> ArgumentParser:
     upstream.add_argument("--api-model", help=f"the name it knows the model by; its key comes from {KEY_VARIABLE}")
     parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
     parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
-    parser.add_bool("--multi-modal", help="accepted and not needed: the checkpoint says so itself")
+    parser.add_bool("--multi-modal", help="accepted for old scripts and ignored: the checkpoint says so itself")
     parser.add_bool("--keep-aspect-ratio", help="keep the image's shape, as v1.0's flag (image_aspect_ratio keep)")
     load = parser.add_argument_group("load")
     load.add_argument("--limit-model-concurrency", type=int, default=32, help="answers made at the same time")
@@ -79,6 +79,8 @@ def main(argv=None) -> None:
 
     args = build_parser().parse_args(argv)
     secret = secret_from_args(args)
+    if args.multi_modal:
+        logger.warning("--multi-modal is ignored: the checkpoint says so itself")
     address = check_address(args.worker_address or f"http://localhost:{args.port}")
     host = args.host
     if urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1") and host == "127.0.0.1":

@@ -1,4 +1,4 @@
-"""An API that every OpenAI client speaks, in front of a controller's workers. Loads no model.
+"""An OpenAI-compatible API in front of a controller's workers. Loads no model.
 
 python -m llava.serve.openai_api_server [--controller http://localhost:21001] [--port 8000]
 """
@@ -8,10 +8,10 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from llava.commandline import ArgumentParser, run
+from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
 from llava.serve.hosts import Hosts, add_host_flags
@@ -35,6 +35,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--requests-per-minute", type=float, help="of each key that has no limit of its own")
     parser.add_bool("--no-api-key", help="take requests without a key also from other machines")
     parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    parser.add_bool("--openapi", help="print the API's description (OpenAPI) and end")
     add_host_flags(parser)
     add_secret_flags(parser)
     return parser
@@ -44,6 +45,10 @@ def main(argv=None) -> None:
     from llava.serve.client import ServingClient
 
     args = build_parser().parse_args(argv)
+    if args.openapi:
+        from llava.serve.description import document
+
+        return write_line(json.dumps(document("api"), indent=1))
     keys = read_keys(args.api_key_file, args.requests_per_minute)
     if not keys.required and args.host not in LOOPBACK and not args.no_api_key:
         raise LlavaError(
@@ -62,6 +67,7 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
     from llava.serve.api.metrics import Metrics
     from llava.serve.api.types import ChatRequest, model_entry
     from llava.serve.bodies import read_body
+    from llava.serve.description import document
 
     metrics = Metrics()
 
@@ -91,6 +97,10 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
         except ServeError:
             workers = []
         return Response(metrics.text(workers), media_type="text/plain; version=0.0.4")
+
+    @app.get("/openapi.json")
+    async def openapi() -> dict:
+        return document("api")
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -158,12 +168,12 @@ class ChatAnswer:
         self.metrics.finished(usage, time.monotonic() - self.began)
         return completion(self.request_id, self.body.model, choices, usage)
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream, those of all choices as they come."""
         from llava.serve.api.types import completion_chunk, sum_usage
 
         queue: asyncio.Queue = asyncio.Queue()
-        usages = []
+        usages: list[dict[str, int]] = []
         with self.metrics.in_flight.track_inprogress():
             tasks = [asyncio.create_task(self._feed(index, queue)) for index in range(self.body.n)]
             for task in tasks:
@@ -196,7 +206,7 @@ class ChatAnswer:
         async for chunk in self._chunks(index):
             text, last = chunk["text"], chunk
             if logprobs is not None:
-                logprobs += chunk["logprobs"]
+                logprobs += chunk.get("logprobs") or []
         return text, logprobs, last
 
     async def _feed(self, index: int, queue: asyncio.Queue) -> None:
@@ -232,7 +242,9 @@ def _pass_on(done: asyncio.Task, queue: asyncio.Queue) -> None:
         queue.put_nowait(done.exception())
 
 
-async def _event_stream(first: dict, events: AsyncIterator[dict], answer: ChatAnswer) -> AsyncIterator[bytes]:
+async def _event_stream(
+    first: dict, events: AsyncGenerator[dict[str, Any], None], answer: ChatAnswer
+) -> AsyncIterator[bytes]:
     status = ErrorType.CANCELLED.value  # until we know better: the client may leave
     try:
         async with contextlib.aclosing(events):

@@ -43,6 +43,8 @@ class ErrorType(StrEnum):
     UNKNOWN_HOST = "unknown_host"
     FOREIGN_ORIGIN = "foreign_origin"
     RATE_LIMITED = "rate_limited"
+    NO_ROUTE = "no_such_route"
+    WRONG_METHOD = "method_not_allowed"
     INTERNAL = "internal_error"
 
 
@@ -72,21 +74,37 @@ ERRORS: dict[ErrorType, ErrorKind] = {
     ErrorType.UNKNOWN_HOST: ErrorKind(42100, 421, "This server doesn't answer to that name (--allowed-host)."),
     ErrorType.FOREIGN_ORIGIN: ErrorKind(40301, 403, "Pages of other sites may not ask this server."),
     ErrorType.RATE_LIMITED: ErrorKind(42901, 429, "Too many requests for this key. Ask again in a moment."),
+    ErrorType.NO_ROUTE: ErrorKind(40400, 404, "There is nothing at this path."),
+    ErrorType.WRONG_METHOD: ErrorKind(40500, 405, "This path doesn't take that method."),
     ErrorType.INTERNAL: ErrorKind(50001, 500, "Something failed in the server; its log has the request id."),
 }
 
 
 class ServeError(Exception):
-    """An error on its way to a client: a type, words that are safe to show, and seconds to wait if that helps."""
+    """An error on its way to a client: a type, words that are safe to show, seconds to wait if that helps, and the
+    methods that a path takes if it was asked with another."""
 
-    def __init__(self, error_type: ErrorType, words: str | None = None, retry_after: float | None = None):
+    def __init__(
+        self,
+        error_type: ErrorType,
+        words: str | None = None,
+        retry_after: float | None = None,
+        allow: str | None = None,
+    ):
         super().__init__(words or ERRORS[error_type].words)
         self.error_type = error_type
+        self.allow = allow
         self.retry_after = ERRORS[error_type].retry_after if retry_after is None else retry_after
 
     @property
     def status(self) -> int:
         return ERRORS[self.error_type].status
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that an answer with this error has beside its form."""
+        retry = {} if self.retry_after is None else {"retry-after": str(max(1, round(self.retry_after)))}
+        return retry if self.allow is None else retry | {"allow": self.allow}
 
 
 def encode_chunk(text: str, **more: Any) -> bytes:
@@ -109,7 +127,7 @@ def encode_error(error: ServeError, request_id: str) -> bytes:
 def decode_error(chunk: dict) -> ServeError:
     """The error that a chunk with a non-zero code carries, also from a worker that sends no `error_type`."""
     try:
-        error_type = ErrorType(chunk.get("error_type"))
+        error_type = ErrorType(str(chunk.get("error_type")))
     except ValueError:
         error_type = ErrorType.INTERNAL
     return ServeError(error_type, str(chunk.get("text") or ""))

@@ -90,11 +90,10 @@ class Registry:
         if not able:
             return None
         if self.dispatch_method == "lottery":
-            weights = [max(worker.speed, 0.0) for worker in able]
-            weights = weights if sum(weights) > 0 else None
-            return self.dice.choices(able, weights)[0].address
+            speeds = [max(worker.speed, 0.0) for worker in able]
+            return self.dice.choices(able, speeds if sum(speeds) > 0 else None)[0].address
         chosen = min(able, key=lambda worker: (worker.queue_length + 1) / max(worker.speed, 1e-9))
-        chosen.queue_length += 1  # until its next heartbeat tells the truth, it has one more to do
+        chosen.queue_length += 1  # corrected by its next heartbeat
         return chosen.address
 
     def status(self) -> dict:

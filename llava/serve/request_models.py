@@ -41,14 +41,18 @@ class ImageUrl(Fields):
     url: str
 
 
+def _image_url(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
 class Part(Fields):
     """A piece of a message. `image` takes the next of the request's own `images`."""
 
     type: Literal["text", "image_url", "image"]
     text: str | None = Field(None, max_length=MAX_TEXT)
-    image_url: Annotated[
-        ImageUrl | None, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)
-    ] = None
+    image_url: Annotated[ImageUrl | None, BeforeValidator(_image_url, json_schema_input_type=str | ImageUrl | None)] = (
+        None
+    )
 
 
 def _parts(content: Any) -> Any:
@@ -59,7 +63,12 @@ class ChatMessage(Fields):
     """One of OpenAI's messages; content that is one text is one part."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], Field(min_length=1), BeforeValidator(_parts), at_most(MAX_PARTS)]
+    content: Annotated[
+        list[Part],
+        Field(min_length=1),
+        BeforeValidator(_parts, json_schema_input_type=str | Annotated[list[Part], Field(min_length=1)]),
+        at_most(MAX_PARTS),
+    ]
 
 
 def _check_length(messages: list[ChatMessage]) -> list[ChatMessage]:
@@ -86,7 +95,9 @@ class GenerateRequest(SamplingFields):
     messages: Messages | None = None
     images: list[str] = Field([], max_length=MAX_IMAGES)
     max_new_tokens: Whole = Field(DEFAULT_NEW_TOKENS, ge=1, le=1_000_000)
-    logprobs: Annotated[int | None, BeforeValidator(_logprobs)] = Field(None, ge=0, le=MOST_LOGPROBS)
+    logprobs: Annotated[int | None, BeforeValidator(_logprobs, json_schema_input_type=bool | int | None)] = Field(
+        None, ge=0, le=MOST_LOGPROBS
+    )
     return_token_ids: bool = False
     stream: bool = True
     request_id: Any = None

@@ -1,16 +1,31 @@
 """Ids as arrays: one position per image feature, cut to a length, padded to a batch. numpy only."""
 
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 
+TokenIds = Sequence[int] | np.ndarray
+
+
+@overload
+def expand_images(
+    input_ids: TokenIds, labels: TokenIds, features_per_image: int | Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@overload
+def expand_images(
+    input_ids: TokenIds, labels: None, features_per_image: int | Sequence[int]
+) -> tuple[np.ndarray, None]: ...
+
 
 def expand_images(
-    input_ids: Sequence[int] | np.ndarray,
-    labels: Sequence[int] | np.ndarray | None,
+    input_ids: TokenIds,
+    labels: TokenIds | None,
     features_per_image: int | Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Repeat each IMAGE_TOKEN_INDEX as often as its image has features.
@@ -47,7 +62,7 @@ def truncate(input_ids: np.ndarray, labels: np.ndarray, max_length: int | None) 
 
 
 def pad_batch(
-    samples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    samples: Sequence[tuple[TokenIds, TokenIds]],
     pad_token_id: int,
     *,
     side: str = "right",

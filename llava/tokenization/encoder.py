@@ -25,7 +25,7 @@ def tokenize_prompt(prompt: str, tokenizer: Any, image_tokens: ImageTokens | Non
 def encode_segments(segments: Sequence[str], tokenizer: Any, image_tokens: ImageTokens) -> list[list[int]]:
     """The ids of each segment of one text, the tokenizer's BOS in front of the first.
 
-    The ids of the first n segments are the same whatever comes behind them. Half of a character pair, which no
+    The ids of the first n segments are the same whatever follows them. Half of a character pair, which no
     tokenizer takes, becomes U+FFFD (records are mended as they are read; a request may hold one too).
     """
     encoder = _Encoder(tokenizer)
@@ -89,7 +89,8 @@ class _Encoder:
 
     def begin_text(self) -> None:
         """What comes is the beginning of a text (and gets LLaMA's blank)."""
-        self._open, self._open_ids = "", []
+        self._open = ""
+        self._open_ids: list[int] = []
 
     def go_on(self, piece: str) -> list[int]:
         """The ids of `piece`, which follows what came before."""

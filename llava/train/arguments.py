@@ -7,23 +7,27 @@ a model is loaded.
 import logging
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import DataClassType
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.train import gpu
 from llava.train.compute import flags_of_the_path, half_precision_of, join_group_of_one
+from llava.train.derived_flags import choose_workers, derive_flags, is_main_process
 from llava.train.legacy_flags import translate_flags
+from llava.train.validation_flags import ValidationArguments, check_validation
 
 logger = logging.getLogger(__name__)
 
 
-def _flag(default, help: str):
+def _flag(default: Any, help: str) -> Any:
+    """A flag. Of one that `parse_arguments` refuses to be without the annotation leaves out None."""
     return field(default=default, metadata={"help": help})
 
 
@@ -31,7 +35,7 @@ def _flag(default, help: str):
 class ModelArguments:
     """Which model to start from and what of it to train."""
 
-    model_name_or_path: str | None = _flag(None, "language model or LLaVA checkpoint to start from")
+    model_name_or_path: str = _flag(None, "language model or LLaVA checkpoint to start from")
     version: str | None = _flag(
         None, "prompt template (default: the checkpoint's own, else v0); unknown names are refused"
     )
@@ -58,14 +62,13 @@ class ModelArguments:
     attn_implementation: str | None = _flag(
         None, "sdpa, eager, flash_attention_2, … (train_mem takes the fastest that is installed)"
     )
-    trust_remote_code: bool = _flag(False, "accepted, without effect: no code of a checkpoint is ever run")
 
 
 @dataclass
 class DataArguments:
     """Records and images."""
 
-    data_path: str | None = _flag(None, "records: JSON, JSONL or Parquet")
+    data_path: str = _flag(None, "records: JSON, JSONL or Parquet")
     image_folder: str | None = _flag(None, "folder that the records' image names are relative to")
     lazy_preprocess: bool | None = _flag(
         None, "tokenise each record when it is needed (default: only if there are more than 50,000)"
@@ -76,13 +79,16 @@ class DataArguments:
     skip_unreadable_images: bool = _flag(
         False, "leave out records whose image is missing or unreadable, count and name them"
     )
+    jpeg_draft: bool = _flag(
+        False, "decode large JPEGs at twice the size needed in place of their own: faster, pixels differ a little"
+    )
     cache_vision_features: bool = _flag(False, "compute the frozen tower's output once per distinct image and keep it")
     vision_cache_dir: str | None = _flag(
         None, "folder of those features; several runs may share it (default: <output_dir>/vision_cache)"
     )
     packing: bool = _flag(False, "join the samples of a batch without padding, attention and positions kept apart")
     max_tokens_per_batch: int | None = _flag(
-        None, "with --packing: fill each batch up to so many tokens instead of a number of samples"
+        None, "with --packing: tokens that each batch is filled up to, in place of a number of samples"
     )
 
 
@@ -90,10 +96,20 @@ class DataArguments:
 class LlavaTrainingArguments(TrainingArguments):
     """The Trainer's own flags and those of this family of scripts."""
 
-    cache_dir: str | None = _flag(None, "where downloaded models are kept")
+    if TYPE_CHECKING:
+        output_dir: str  # the Trainer fills it in
+
+    cache_dir: str | None = _flag(None, "where hub ids are downloaded to (default: the hub's cache)")
     remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
     logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
     model_max_length: int = _flag(2048, "longest sample in tokens, image positions included; longer ones are cut")
+    loss_normalisation: Literal["micro_batches", "tokens"] | None = _flag(
+        None, "a step's loss: mean of its micro-batches' means, or over all its tokens (default with full packs)"
+    )
+    dataloader_num_workers: int | None = _flag(
+        None, "processes that read and decode ahead for each training process (default: by its cores)"
+    )
+    dataloader_persistent_workers: bool | None = _flag(None, "keep them over epochs (default: where there are any)")
     global_batch_size: int | None = _flag(
         None, "samples per optimizer step over all processes; finds --gradient_accumulation_steps"
     )
@@ -101,8 +117,12 @@ class LlavaTrainingArguments(TrainingArguments):
     mm_vision_tower_lr: float | None = _flag(None, "learning rate of the vision tower")
     group_by_modality_length: bool = _flag(False, "batches of like length, with and without images apart")
     bits: int = _flag(16, "16, or 8 or 4: load the language model quantized (with --lora_enable)")
-    double_quant: bool = _flag(True, "quantize the quantization constants too")
-    quant_type: Literal["nf4", "fp4"] = _flag("nf4", "4-bit data type")
+    double_quant: bool | None = _flag(
+        None, "with --bits 4: quantize the scales too (default: True, or a quantized checkpoint's own)"
+    )
+    quant_type: Literal["nf4", "fp4"] | None = _flag(
+        None, "with --bits 4: the data type (default: nf4, or a quantized checkpoint's own)"
+    )
     lora_enable: bool = _flag(False, "train low-rank adapters instead of the language model")
     lora_r: int = _flag(64, "rank")
     lora_alpha: int = _flag(16, "scale; the update is multiplied by lora_alpha / lora_r")
@@ -112,7 +132,6 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_target_modules: str | None = _flag(
         None, "names of layers, by comma (default: every linear layer of the language model but lm_head)"
     )
-    force_fsdp: bool = _flag(False, "accepted for old scripts; --fsdp says what is wanted")
     keep_half_weights: bool | None = _flag(
         None,
         "one GPU in half precision: keep the weights' half-precision copies over an optimizer step, "
@@ -122,7 +141,8 @@ class LlavaTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.fsdp == "True":
-            self.fsdp = True
+            self.fsdp = cast(str, True)  # the Trainer's own value for it, by its code
+        choose_workers(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         if self.accelerator_config is None:
             # Copies to the GPU don't wait; sharded gradients are reduced in each micro-batch, or every process would
             # hold all of them whole until the last.
@@ -149,20 +169,27 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     training: LlavaTrainingArguments
+    validation: ValidationArguments = field(default_factory=ValidationArguments)
+
+    def held_out(self) -> "Arguments":
+        """The same with the held-out records in place of those to train on."""
+        data, held = self.data, self.validation
+        own = {"data_path": held.eval_data_path, "image_folder": held.eval_image_folder or data.image_folder}
+        return replace(self, data=replace(data, **own))
 
 
 class _Parser(HfArgumentParser):
     """HfArgumentParser whose errors are one line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise LlavaError(f"{message}; see --help")
 
 
 def build_parser() -> HfArgumentParser:
     """The parser of every flag; `--help` lists ours first, then the Trainer's."""
-    classes = (ModelArguments, DataArguments, LlavaTrainingArguments)
+    classes = (ModelArguments, DataArguments, LlavaTrainingArguments, ValidationArguments)
     return _Parser(
-        classes,
+        [DataClassType(one) for one in classes],
         prog="python -m llava.train.train",
         allow_abbrev=False,
         description="Train a LLaVA: stage 1 (projector), stage 2, VQA fine-tuning, LoRA and QLoRA.",
@@ -180,7 +207,7 @@ def parse_arguments(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     arguments = read_flags(argv, keep_fsdp=keep_fsdp)
     check(arguments)
     _check_distribution(arguments.training)
-    set_accumulation(arguments.training)
+    derive_flags(arguments.data, arguments.training)
     return arguments
 
 
@@ -189,7 +216,7 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     has_gpu = gpu.has_gpu() or torch.backends.mps.is_available()
     argv, warnings = translate_flags(argv, boolean_flags(), has_gpu=has_gpu, keep_fsdp=keep_fsdp)
     for warning in warnings:
-        if _is_main_process():
+        if is_main_process():
             logger.warning(warning)
     argv = _one_pack(argv)
     if gpu.has_gpu():
@@ -197,15 +224,15 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     if gpu.is_described():
         argv = _without_hardware(argv)
     try:
-        model, data, training, rest = build_parser().parse_args_into_dataclasses(
+        model, data, training, validation, rest = build_parser().parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, OSError) as error:
-        # The Trainer's dataclass checks its own flags and speaks in exceptions.
-        raise LlavaError(f"a flag can't be what it is: {' '.join(str(error).split())}") from error
+        # The Trainer's dataclass checks its own flags and raises these.
+        raise LlavaError(f"a flag has an invalid value: {' '.join(str(error).split())}") from error
     if rest:
         raise LlavaError(f"unknown argument {rest[0]!r}; see --help")
-    return Arguments(model, data, training)
+    return Arguments(model, data, training, validation)
 
 
 def _for_gpus(argv: list[str]) -> list[str]:
@@ -236,7 +263,7 @@ def _one_pack(argv: list[str]) -> list[str]:
 def boolean_flags() -> set[str]:
     """Names of the flags that hold True or False."""
     names = set()
-    for cls in (ModelArguments, DataArguments, LlavaTrainingArguments):
+    for cls in (ModelArguments, DataArguments, LlavaTrainingArguments, ValidationArguments):
         names |= {f.name for f in fields(cls) if f.type is bool or bool in get_args(f.type)}
     return names
 
@@ -245,6 +272,7 @@ def check(arguments: Arguments) -> None:
     """Refuse what can't be, before anything is loaded."""
     _check_paths(arguments)
     check_values(arguments)
+    check_validation(arguments.validation, arguments.training)
 
 
 def check_values(arguments: Arguments) -> None:
@@ -257,6 +285,7 @@ def check_values(arguments: Arguments) -> None:
 
 def _check_paths(arguments: Arguments) -> None:
     model, data, training = arguments.model, arguments.data, arguments.training
+    value: str | None
     for flag, value in (("model_name_or_path", model.model_name_or_path), ("data_path", data.data_path)):
         if not value:
             raise LlavaError(f"--{flag} is needed")
@@ -273,7 +302,8 @@ def _check_paths(arguments: Arguments) -> None:
         ("vision_tower", model.vision_tower),
     ):
         # A hub id has one slash at most; what looks like a path has to be one.
-        looks_like_path = value and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+        value = value or ""
+        looks_like_path = value.startswith((".", "/", "~")) or value.count("/") > 1
         if looks_like_path and not Path(value).expanduser().is_dir():
             raise LlavaError(f"--{flag} {value}: no such folder")
     if Path(training.output_dir).is_file():
@@ -282,7 +312,7 @@ def _check_paths(arguments: Arguments) -> None:
 
 def _check_numbers(arguments: Arguments) -> None:
     data, training = arguments.data, arguments.training
-    at_least_one = {
+    at_least_one: dict[str, float | None] = {
         "per_device_train_batch_size": training.per_device_train_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "model_max_length": training.model_max_length,
@@ -325,13 +355,8 @@ def _check_pairs(arguments: Arguments) -> None:
             "--tune_mm_mlp_adapter trains the projector alone and --lora_enable adapters; choose one",
         ),
         (
-            training.bits < 16 and not (training.lora_enable or model.tune_mm_mlp_adapter),
+            training.bits < 16 and not training.lora_enable,
             f"--bits {training.bits} weights can't be trained themselves; add --lora_enable True",
-        ),
-        (
-            training.bits == 4 and not (training.double_quant and training.quant_type == "nf4"),
-            "--bits 4 is nf4 with double quantization; drop --quant_type fp4 and --double_quant False, which "
-            "take more memory or lose precision",
         ),
         (
             data.cache_vision_features and model.unfreeze_mm_vision_tower,
@@ -354,8 +379,17 @@ def _check_pairs(arguments: Arguments) -> None:
             "--packing leaves no padding that --group_by_modality_length could save; choose one",
         ),
         (
+            data.packing and training.train_sampling_strategy == "group_by_length",
+            "--packing leaves no padding that --group_by_length (--train_sampling_strategy group_by_length) could "
+            "save; choose one",
+        ),
+        (
             data.max_tokens_per_batch is not None and not data.packing,
             "--max_tokens_per_batch fills packed batches; add --packing True",
+        ),
+        (
+            training.remove_unused_columns,
+            "--remove_unused_columns True would take from samples what their batches need; leave it out",
         ),
         (
             bool(training.fsdp) and bool(training.deepspeed),
@@ -383,21 +417,3 @@ def _check_distribution(training: LlavaTrainingArguments) -> None:
             f"{started} processes were started but each would train alone (world size {training.world_size}); "
             "without GPUs add --use_cpu True, with GPUs check that torch sees them"
         )
-
-
-def set_accumulation(training: LlavaTrainingArguments) -> None:
-    if training.global_batch_size is None:
-        return
-    at_once = training.train_batch_size * training.world_size
-    steps, rest = divmod(training.global_batch_size, at_once)
-    if rest or steps == 0:
-        raise LlavaError(
-            f"--global_batch_size {training.global_batch_size} is no multiple of {at_once} "
-            f"({training.world_size} processes × {training.train_batch_size} samples); "
-            "change --per_device_train_batch_size"
-        )
-    training.gradient_accumulation_steps = steps
-
-
-def _is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0

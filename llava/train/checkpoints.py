@@ -66,7 +66,7 @@ def find_damage(folder: Path) -> str | None:
 
 @contextmanager
 def staged(final: Path, *, main_process: bool = True) -> Iterator[Path]:
-    """A folder beside `final` to write into; the main process finishes it with `publish`."""
+    """A folder next to `final` to write into; the main process finishes it with `publish`."""
     staging = part_of(final)
     if main_process:
         shutil.rmtree(staging, ignore_errors=True)
@@ -80,8 +80,8 @@ def publish(staging: Path, final: Path) -> None:
     publish_folder(staging, final)
 
 
-def remove_old(output_dir: str | Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints; the newest undamaged one is never deleted."""
+def remove_old(output_dir: str | Path, limit: int | None, best: Path | None = None) -> None:
+    """Keep the newest `limit` checkpoints; the newest undamaged one is never deleted, nor is the `best`."""
     if not limit or limit < 1:
         return
     folders = list_checkpoints(output_dir)
@@ -93,7 +93,7 @@ def remove_old(output_dir: str | Path, limit: int | None) -> None:
         logger.warning("none of the newest %d checkpoints is whole; older ones are kept", limit)
         return
     for folder in folders:
-        if folder not in keep:
+        if folder not in keep and folder != best:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from typing import Any
 
 import torch
 import torch.distributed
@@ -97,7 +98,7 @@ def compile_layers(model: nn.Module, **options) -> None:
     What is around a layer (gathering its weights, computing it again) stays outside, so a layer is one graph, and all
     layers share it. The layers get a subclass of their class, of the same name, as FSDP 2 does.
     """
-    compiled: dict[type, type] = {}
+    compiled: dict[type[nn.Module], type] = {}
     for layer in decoder_layers(model):
         own = type(layer)
         if own not in compiled:
@@ -105,7 +106,7 @@ def compile_layers(model: nn.Module, **options) -> None:
         layer.__class__ = compiled[own]
 
 
-def _compiled_class(layer_class: type, options: dict) -> type:
+def _compiled_class(layer_class: type[nn.Module], options: dict[str, Any]) -> type:
     forward = gpu.compiler()(layer_class.forward, **options)
 
     def compiled_forward(self, *args, **kwargs):

@@ -8,6 +8,7 @@ and where memory allows the half-precision weights stay from the first micro-bat
 import logging
 from collections.abc import Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -78,7 +79,7 @@ def add_gradients_at_once(model: nn.Module) -> None:
     for name, kept, computed in _pairs(model):
         if name in unpaired:  # modules may share a group, which then comes once for each
             unpaired.remove(name)
-            computed.register_post_accumulate_grad_hook(partial(_move_gradient, kept))
+            computed.register_post_accumulate_grad_hook(partial(_move_gradient, cast(DTensor, kept)))
     if unpaired:
         raise LlavaError(f"--fsdp: {min(unpaired)} is never gathered, so its gradient can't be summed in float32")
 
@@ -100,9 +101,10 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]
 
 @torch.no_grad()
 def _move_gradient(kept: DTensor, computed: torch.Tensor) -> None:
-    gradient, computed.grad = computed.grad, None
-    if kept.grad is None:
+    gradient, computed.grad = cast(torch.Tensor, computed.grad), None
+    total = cast(DTensor | None, kept.grad)
+    if total is None:
         whole = gradient.to(kept.dtype)
         kept.grad = DTensor.from_local(whole, kept.device_mesh, kept.placements, run_check=False)
     else:
-        kept.grad.to_local().add_(gradient)
+        total.to_local().add_(gradient)

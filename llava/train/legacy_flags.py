@@ -20,6 +20,8 @@ IGNORED = {
     "sharded_ddp": "use --fsdp",
     "use_ipex": "it is gone from the Trainer",
     "jit_mode_eval": "it is gone from the Trainer",
+    "force_fsdp": "--fsdp says what is wanted",
+    "trust_remote_code": "no code of a checkpoint is ever run",
     "is_multimodal": "images are used where a record has them",
 }
 """Flags that can no longer mean anything: name → what holds instead."""

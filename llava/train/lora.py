@@ -1,20 +1,24 @@
-"""LoRA and QLoRA: adapters on the language model's linear layers, the projector trained beside them whole."""
+"""LoRA and QLoRA: adapters on the language model's linear layers, the projector is trained whole."""
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
+from llava.model.language_model import LlavaForCausalLM
 from llava.train.arguments import Arguments
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 NON_LORA = "non_lora_trainables.bin"
 """File of the trained weights that are no adapter (projector, tower), named as LLaVA's training names it."""
 
 
-def add_adapters(model: PreTrainedModel, arguments: Arguments) -> nn.Module:
+def add_adapters(model: LlavaForCausalLM, arguments: Arguments) -> "PeftModel":
     """Freeze the language model and put adapters on it; what else was trainable stays so.
 
     Returns the peft model; `--lora_weight_path` continues an adapter in place of a new one.
@@ -22,6 +26,7 @@ def add_adapters(model: PreTrainedModel, arguments: Arguments) -> nn.Module:
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
     training = arguments.training
+    torch.manual_seed(training.seed)  # the adapters' first weights
     kept = [
         name
         for name, parameter in model.named_parameters()
@@ -77,7 +82,7 @@ def target_modules(model: nn.Module, wanted: str | None = None) -> str:
     return rf"model\.layers\.\d+\..*\.({'|'.join(map(re.escape, names))})"
 
 
-def save_adapter(peft_model: nn.Module, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+def save_adapter(peft_model: "PeftModel", folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
     """Write adapter, other trained weights and config: the layout of LLaVA's LoRA directories, in safetensors."""
     peft_model.save_pretrained(str(folder), state_dict=state_dict)
     state = peft_model.state_dict() if state_dict is None else state_dict
@@ -85,11 +90,11 @@ def save_adapter(peft_model: nn.Module, folder: Path, state_dict: dict[str, torc
         name for name, parameter in peft_model.named_parameters() if parameter.requires_grad and "lora_" not in name
     ]
     torch.save({name: state[name].detach().to("cpu", copy=True) for name in names if name in state}, folder / NON_LORA)
-    peft_model.get_base_model().config.save_pretrained(str(folder))
+    cast(LlavaForCausalLM, peft_model.get_base_model()).config.save_pretrained(str(folder))
 
 
 def load_non_lora(peft_model: nn.Module, folder: Path) -> None:
-    """Give the model the trained weights beside an adapter."""
+    """Give the model the trained weights that are saved with an adapter."""
     path = folder / NON_LORA
     if not path.is_file():
         return

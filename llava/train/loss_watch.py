@@ -12,7 +12,7 @@ import torch.distributed
 from llava.errors import LlavaError
 
 KEPT = 1000
-"""So many micro-batches are looked at together at most."""
+"""At most this many micro-batches are checked together."""
 
 
 class LossWatch:

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.model import LoadedModel, add_image_tokens, build_model_from_llm, load_pretrained_model
 from llava.model.families import family_of, find_family
+from llava.model.language_model import LlavaForCausalLM
+from llava.model.tokenizer import token_id
 from llava.model.weights.locate import locate_model
 from llava.records import read_json
 from llava.train import gpu
@@ -32,7 +34,7 @@ def prepare_model(arguments: Arguments) -> LoadedModel:
     Raises:
         LlavaError: a folder is incomplete, a flag contradicts the checkpoint, or nothing would be trained.
     """
-    folder = locate_model(arguments.model.model_name_or_path)
+    folder = locate_model(arguments.model.model_name_or_path, cache_dir=arguments.training.cache_dir)
     loaded = _build(folder, arguments) if is_language_model(folder) else _load(folder, arguments)
     make_ready(loaded, arguments)
     if arguments.model.pretrain_mm_mlp_adapter:
@@ -69,7 +71,7 @@ def load_dtype(folder: Path, arguments: Arguments) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def choose_trainable(model: PreTrainedModel, arguments: ModelArguments, adapters: bool = False) -> None:
+def choose_trainable(model: LlavaForCausalLM, arguments: ModelArguments, adapters: bool = False) -> None:
     """Set `requires_grad` as the flags say; the tower stays frozen unless it is asked for.
 
     With `adapters`, which come later, the language model itself is frozen.
@@ -91,7 +93,7 @@ def choose_trainable(model: PreTrainedModel, arguments: ModelArguments, adapters
         )
 
 
-def train_rows(model: PreTrainedModel, rows: list[int]) -> None:
+def train_rows(model: LlavaForCausalLM, rows: list[int]) -> None:
     """Let stage 1 learn the input embeddings of the tokens around an image, and those alone (as the reference)."""
     weight = model.get_input_embeddings().weight
     weight.requires_grad_(True)
@@ -105,14 +107,14 @@ def train_rows(model: PreTrainedModel, rows: list[int]) -> None:
     weight.register_hook(keep_rows)
 
 
-def start_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_end_ids(model: LlavaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of <im_start> and <im_end>, [] where the model doesn't use them."""
     if not model.config.mm_use_im_start_end:
         return []
-    return tokenizer.convert_tokens_to_ids([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN])
+    return [token_id(tokenizer, token) for token in (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)]
 
 
-def template_name(model: PreTrainedModel, arguments: Arguments) -> str:
+def template_name(model: LlavaForCausalLM, arguments: Arguments) -> str:
     """The template of this run's samples: --version, else the checkpoint's own, else the family's."""
     if arguments.model.version:
         return arguments.model.version
@@ -150,6 +152,7 @@ def _build(folder: Path, arguments: Arguments) -> LoadedModel:
         device="cpu",
         dtype=load_dtype(folder, arguments),
         attn_implementation=flags.attn_implementation,
+        cache_dir=arguments.training.cache_dir,
         **new_model_fields(flags),
     )
 
@@ -168,6 +171,9 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
         dtype=load_dtype(folder, arguments),
         load_8bit=arguments.training.bits == 8,
         load_4bit=arguments.training.bits == 4,
+        quant_type=arguments.training.quant_type,
+        double_quant=arguments.training.double_quant,
+        cache_dir=arguments.training.cache_dir,
         vision_tower=flags.vision_tower,
         attn_implementation=flags.attn_implementation,
     )
@@ -180,7 +186,7 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
     return loaded
 
 
-def _settings(model: PreTrainedModel, arguments: Arguments) -> None:
+def _settings(model: LlavaForCausalLM, arguments: Arguments) -> None:
     """Settings of this run that the checkpoint has to remember."""
     config, flags = model.config, arguments.model
     config.use_cache = False

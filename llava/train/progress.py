@@ -49,7 +49,8 @@ class ProgressBar(TrainerCallback):
     """The bar, on the main process; it is redrawn a few times per second at most, so it costs nothing."""
 
     def __init__(self, counter, per_token: int, peak: float | None, disable: bool = False):
-        """`counter` has `tokens_seen`, this process's tokens so far; `per_token` is in operations."""
+        """`counter` has what this process did so far: `tokens_seen`, `data_seconds` (waited for batches) and
+        `idle_seconds` (evaluated); `per_token` is in operations."""
         self.counter = counter
         self.per_token = per_token
         self.peak = peak
@@ -59,6 +60,7 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.tokens_before = time.monotonic(), self.counter.tokens_seen
+        self.waited_before, self.idle_before = self.counter.data_seconds, self.counter.idle_seconds
         if state.is_world_process_zero and not self.disable:
             self.bar = tqdm(
                 total=state.max_steps,
@@ -77,15 +79,18 @@ class ProgressBar(TrainerCallback):
         rate = self.tokens_per_second(args.world_size)
         if logs is not None and "loss" in logs:
             logs["tokens_per_second"] = round(rate, 1)
+            logs["data_wait"] = round(self.data_wait(), 4)
             if self.peak:
                 logs["mfu"] = round(rate * self.per_token / (self.peak * 1e12 * args.world_size), 4)
-        if self.bar is None or not logs or "loss" not in logs:
+        if self.bar is None or not logs or not {"loss", "eval_loss"} & set(logs):
             return
-        self.shown = {
-            "loss": f"{logs['loss']:.4f}",
-            "lr": f"{logs.get('learning_rate', 0):.2e}",
-            "tok/s": f"{rate:,.0f}",
-        }
+        if "eval_loss" in logs:
+            self.shown["held-out"] = f"{logs['eval_loss']:.4f}"
+        else:
+            self.shown["loss"] = f"{logs['loss']:.4f}"
+            self.shown["lr"] = f"{logs.get('learning_rate', 0):.2e}"
+            self.shown["tok/s"] = f"{rate:,.0f}"
+            self.shown["data"] = f"{logs['data_wait']:.0%}"
         if "mfu" in logs:
             self.shown["MFU"] = f"{logs['mfu']:.1%}"
         self.shown["mem"] = f"{memory_mb() / 1024:.1f}G"
@@ -98,5 +103,12 @@ class ProgressBar(TrainerCallback):
 
     def tokens_per_second(self, world_size: int = 1) -> float:
         """Real tokens (no padding) of all processes per second, so far; other ranks are taken to do as this one."""
-        passed = max(time.monotonic() - self.started, 1e-9)
-        return (self.counter.tokens_seen - self.tokens_before) * world_size / passed
+        return (self.counter.tokens_seen - self.tokens_before) * world_size / self._trained_seconds()
+
+    def data_wait(self) -> float:
+        """Share of the time spent training that this process has waited for batches."""
+        return (self.counter.data_seconds - self.waited_before) / self._trained_seconds()
+
+    def _trained_seconds(self) -> float:
+        evaluated = self.counter.idle_seconds - self.idle_before
+        return max(time.monotonic() - self.started - evaluated, 1e-9)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
+from llava.model.language_model import LlavaForCausalLM
 from llava.records import atomic_path
 
 FILE_NAME = "mm_projector.bin"
@@ -29,7 +29,7 @@ def save_projector(path: Path, tensors: dict[str, torch.Tensor], token_ids: Sequ
         torch.save(content, temporary)
 
 
-def load_projector(model: PreTrainedModel, path: str | Path, token_ids: Sequence[int] = ()) -> None:
+def load_projector(model: LlavaForCausalLM, path: str | Path, token_ids: Sequence[int] = ()) -> None:
     """Give the model the projector of a `mm_projector.bin`, or of a folder that holds one.
 
     Where the file has embeddings too, those of `token_ids` are taken from it.
@@ -57,7 +57,7 @@ def load_projector(model: PreTrainedModel, path: str | Path, token_ids: Sequence
         _load_rows(model, rows, list(token_ids), path)
 
 
-def _load_rows(model: PreTrainedModel, rows: torch.Tensor, token_ids: list[int], path: Path) -> None:
+def _load_rows(model: LlavaForCausalLM, rows: torch.Tensor, token_ids: list[int], path: Path) -> None:
     """Embeddings of tokens: just theirs, or picked from the whole matrix, which LLaVA's own files hold."""
     weight = model.get_input_embeddings().weight
     if rows.shape[0] != len(token_ids):

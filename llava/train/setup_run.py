@@ -11,7 +11,7 @@ import torch
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.folders import WEIGHTS, part_in, publish_files, remove_parts
-from llava.images import open_image
+from llava.images import ImageProcessor, open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
 from llava.train import gpu
@@ -29,6 +29,8 @@ from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_t
 from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
 from llava.train.projector_file import save_projector
 from llava.train.trainer import LlavaTrainer
+from llava.train.validation import EarlyStopping, Validation
+from llava.train.validation_flags import metric_name
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +69,15 @@ def build_dataset(
         return encode_conversation(record, template, tokenizer, image_tokens, features_per_image=features)
 
     aspect_ratio, grid = model.config.image_aspect_ratio, model.config.image_grid_pinpoints
+    if data.jpeg_draft and aspect_ratio == "anyres":
+        raise LlavaError("--jpeg_draft: tiles (--image_aspect_ratio anyres) are cut from the whole image; leave it out")
+    draft = draft_size(processor) if data.jpeg_draft else None
 
-    def load_image(source) -> np.ndarray:
-        pixels = processor([open_image(source)], aspect_ratio=aspect_ratio, grid_pinpoints=grid)
+    def load_image(source: Any) -> np.ndarray:
+        pixels = processor([open_image(source, draft=draft)], aspect_ratio=aspect_ratio, grid_pinpoints=grid)
         if aspect_ratio == "keep":
             return pixels[0][None]
-        return pixels[0] if aspect_ratio == "anyres" else pixels
+        return pixels[0] if aspect_ratio == "anyres" else np.asarray(pixels)
 
     def count_features(image) -> int:
         if aspect_ratio != "anyres":
@@ -104,24 +109,25 @@ def build_trainer(
     loaded: LoadedModel,
     dataset: LlavaDataset,
     cache: FeatureCache | None,
+    validation: Validation | None = None,
     trainer_class: type[LlavaTrainer] | None = None,
 ) -> LlavaTrainer:
     """The trainer (of `trainer_class`, LlavaTrainer by default), its callbacks, and how it writes the model."""
     data, training = arguments.data, arguments.training
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
     config = model.config
-    if training.lora_enable:
-        model = add_adapters(model, arguments)
+    adapted = add_adapters(model, arguments) if training.lora_enable else None
+    trained = model if adapted is None else adapted
 
-    def write_model(folder: Path, state_dict: dict | None) -> None:
-        if training.lora_enable:
-            save_adapter(model, folder, state_dict)
+    def write_model(folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        if adapted is not None:
+            save_adapter(adapted, folder, state_dict)
             tokenizer.save_pretrained(folder)
             processor.save_pretrained(folder)
         else:
             save_model(folder, model, tokenizer, processor, state_dict=state_dict)
         if arguments.model.tune_mm_mlp_adapter:
-            state = model.state_dict() if state_dict is None else state_dict
+            state = trained.state_dict() if state_dict is None else state_dict
             save_projector(folder / PROJECTOR_FILE, state, start_end_ids(model, tokenizer))
 
     train_dataset: Any = dataset
@@ -132,25 +138,65 @@ def build_trainer(
         # Tower and projector take part in every batch, so nothing trainable is ever unused.
         training.ddp_find_unused_parameters = False
     trainer = (trainer_class or LlavaTrainer)(
-        model=model,
+        model=trained,
         args=training,
         train_dataset=train_dataset,
-        data_collator=Collator(
-            padding_id(tokenizer), packing=data.packing, pack_length=pack_length(arguments), cache=cache
-        ),
+        data_collator=build_collator(arguments, loaded, cache),
         write_model=write_model,
         describe=dataset.describe,
         attention=partial(training_attention, config, packed=data.packing, longest=training.model_max_length),
+        validation=validation,
     )
     from transformers import ProgressCallback
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    bar = ProgressBar(trainer, flops_per_token(model), peak_tflops(training.peak_tflops), disable=training.disable_tqdm)
+    bar = ProgressBar(
+        trainer,
+        flops_per_token(trained),
+        peak_tflops(training.peak_tflops),
+        disable=bool(training.disable_tqdm),
+    )
     trainer.add_callback(bar)
     trainer.progress = bar
+    if arguments.validation.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(arguments.validation.early_stopping_patience))
     return trainer
+
+
+def draft_size(processor: ImageProcessor) -> int:
+    """Pixels that the sides of a draft need: twice what the image is resized to, so that resizing still averages."""
+    return 2 * (processor.size if isinstance(processor.size, int) else max(processor.size))
+
+
+def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCache | None) -> Collator:
+    """What makes batches, as the flags say; `cache` holds the features of their images."""
+    return Collator(
+        padding_id(loaded.tokenizer),
+        packing=arguments.data.packing,
+        pack_length=pack_length(arguments),
+        cache=cache,
+    )
+
+
+def build_validation(arguments: Arguments, loaded: LoadedModel, store: RecordStore) -> Validation:
+    """What measures held-out records (`store`), made into samples and batches as those to train on."""
+    flags = arguments.validation
+    dataset, cache = build_dataset(arguments.held_out(), loaded, store)
+    answers = None
+    if flags.eval_generate:
+        from llava.train.answers import HeldOutAnswers
+
+        answers = HeldOutAnswers(loaded, dataset, flags.eval_generate, flags.eval_max_new_tokens)
+        answers.require(arguments.training.metric_for_best_model)
+    return Validation(
+        dataset,
+        build_collator(arguments, loaded, cache),
+        batch_size=arguments.training.eval_batch_size,
+        max_tokens=arguments.data.max_tokens_per_batch,
+        answer=answers,
+    )
 
 
 def pack_length(arguments: Arguments) -> int | None:
@@ -192,6 +238,7 @@ def summarise(
         "samples_seen": trainer.samples_seen * training.world_size,
         "tokens_seen": trainer.tokens_seen * training.world_size,
         "tokens_per_second": round(rate, 1),
+        "data_wait": round(trainer.progress.data_wait(), 4),
         "mfu": round(rate * flops_per_token(model) / (peak * 1e12 * training.world_size), 4) if peak else None,
         "seconds": round(seconds, 1),
         "peak_memory_mb": round(memory_mb(), 1),
@@ -203,7 +250,29 @@ def summarise(
         "without_target": _named(dataset, sorted(report.targetless)),
         "answers_without_question": _named(dataset, sorted(report.dropped_turns)),
         "left_out": _named(dataset, sorted(report.skipped)),
+        "loss_normalisation": training.loss_normalisation,
+        "validation": _validated(trainer),
         "conversation_template": model.config.conversation_template,
+    }
+
+
+def _validated(trainer: LlavaTrainer) -> dict[str, Any] | None:
+    """What is to be said of the held-out records, but for what was measured."""
+    validation = trainer.validation
+    if validation is None:
+        return None
+    report = validation.report
+    report.add(validation.dataset.report)
+    return {
+        "data_path": str(validation.dataset.store.path),
+        "samples": len(validation.dataset),
+        "seconds": round(validation.seconds, 1),
+        "metric": metric_name(trainer.args) if trainer.args.metric_for_best_model else None,
+        "best_step": trainer.state.best_global_step,
+        "best_was_loaded": bool(trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint),
+        "truncated": _named(validation.dataset, sorted(report.truncated)),
+        "without_target": _named(validation.dataset, sorted(report.targetless)),
+        "left_out": _named(validation.dataset, sorted(report.skipped)),
     }
 
 
@@ -230,6 +299,8 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
         "aspect_ratio": loaded.model.config.image_aspect_ratio,
         "dtype": "bfloat16" if training.bf16 else "float32",
     }
+    if data.jpeg_draft:
+        settings["draft"] = draft_size(loaded.image_processor)
     root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
 
     def load(number: int, image) -> np.ndarray:

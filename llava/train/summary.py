@@ -14,6 +14,18 @@ def add_losses(summary: dict[str, Any], log_history: list[dict]) -> dict[str, An
     """The summary with what the Trainer's logs (`step`, `loss`, `learning_rate`, …) tell, and what ran."""
     losses = [log["loss"] for log in log_history if "loss" in log]
     tail = losses[-max(1, len(losses) // 10) :]
+    held_out = [log for log in log_history if "eval_loss" in log]
+    best = min(held_out, key=lambda log: log["eval_loss"], default=None)
+    if best is not None:
+        measured = {
+            "evaluations": len(held_out),
+            "first_loss": held_out[0]["eval_loss"],
+            "last_loss": held_out[-1]["eval_loss"],
+            "lowest_loss": best["eval_loss"],
+            "lowest_loss_step": best["step"],
+            "curve": [_measured(log) for log in held_out],
+        }
+        summary = {**summary, "validation": {**(summary.get("validation") or {}), **measured}}
     return {
         **summary,
         "first_loss": losses[0] if losses else None,
@@ -28,7 +40,7 @@ def write_summary(output_dir: str | Path, summary: dict[str, Any], log_history: 
     write_json(Path(output_dir) / SUMMARY, summary)
     logs = [log for log in log_history if "loss" in log]
     if logs:
-        _draw(Path(output_dir) / CURVE, logs)
+        _draw(Path(output_dir) / CURVE, logs, [log for log in log_history if "eval_loss" in log])
 
 
 def versions() -> dict[str, str]:
@@ -45,7 +57,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def _draw(path: Path, logs: list[dict]) -> None:
+def _measured(log: dict) -> dict[str, float]:
+    """The step of an evaluation and its numbers, without "eval_"."""
+    found = {name.removeprefix("eval_"): value for name, value in log.items() if name.startswith("eval_")}
+    return {"step": log["step"], **{name: value for name, value in found.items() if name != "runtime"}}
+
+
+def _draw(path: Path, logs: list[dict], held_out: list[dict]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,6 +74,9 @@ def _draw(path: Path, logs: list[dict]) -> None:
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="loss")
     if len(losses) >= 20:
         axes.plot(steps, _smooth(losses), color="#08519c", linewidth=2, label="smoothed")
+    if held_out:
+        places, values = [log["step"] for log in held_out], [log["eval_loss"] for log in held_out]
+        axes.plot(places, values, color="#d94801", linewidth=2, marker="o", markersize=4, label="held-out")
     axes.set(xlabel="optimizer step", ylabel="loss (token mean)")
     axes.grid(alpha=0.3)
     rates = axes.twinx()

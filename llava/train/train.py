@@ -38,18 +38,21 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
     """Train as `arguments` say; see `train`."""
     from llava.train.checkpoints import last_good_checkpoint
     from llava.train.data.record_store import open_records
-    from llava.train.setup_run import build_dataset, build_trainer, prepare_output, start_processes
+    from llava.train.setup_run import build_dataset, build_trainer, build_validation, prepare_output, start_processes
 
     started = time.time()
     training = arguments.training
     start_processes(training)
     store = open_records(arguments.data.data_path, training.output_dir)
+    held_out_path = arguments.validation.eval_data_path
+    held_out = open_records(held_out_path, training.output_dir) if held_out_path else None
     prepare_output(training)
     from llava.train.prepare_model import prepare_model
 
     loaded = prepare_model(arguments)
     dataset, cache = build_dataset(arguments, loaded, store)
-    trainer = build_trainer(arguments, loaded, dataset, cache)
+    validation = build_validation(arguments, loaded, held_out) if held_out else None
+    trainer = build_trainer(arguments, loaded, dataset, cache, validation)
     checkpoint = last_good_checkpoint(training.output_dir)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)

@@ -1,34 +1,41 @@
 """The Trainer of this project: transformers' own, with our order of samples, parameter groups and checkpoints.
 
-The loss of an optimizer step is the mean of its micro-batches' token means, as in the reference's training.
+The loss of an optimizer step is the mean of its micro-batches' token means, as in the reference's training; with
+`--loss_normalisation tokens` it is the mean over all its target tokens.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
 from torch import nn
-from transformers import Trainer
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import IntervalStrategy
 
 from llava.train import gpu
+from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoints import publish, remove_old, staged
 from llava.train.compute import compile_layers, set_policy
-from llava.train.data.dataset import Report
+from llava.train.data.collator import META_KEYS
+from llava.train.data.dataset import LlavaDataset, Report
 from llava.train.data.sampler import EpochSampler
+from llava.train.data.worker_errors import plain_worker_errors
 from llava.train.group_of_one import add_gradients_at_once, is_group_of_one, keeps_copies
 from llava.train.lora import load_non_lora
 from llava.train.loss_watch import LossWatch
+from llava.train.progress import ProgressBar
+from llava.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 PROJECTOR = "mm_projector"
 TOWER = "vision_tower"
-META_KEYS = ("sample_numbers", "num_tokens", "report")
-"""What the collator adds for us and the model never sees."""
 
 
 class LlavaTrainer(Trainer):
@@ -38,7 +45,12 @@ class LlavaTrainer(Trainer):
         write_model: `write_model(folder, state_dict or None)` writes the whole model in the project's layout.
         describe: `describe(sample number)` names a record in messages.
         attention: `attention()` is a context in which the model attends as its training batches need it.
+        validation: what is measured where the flags say that it is time to evaluate.
     """
+
+    args: LlavaTrainingArguments
+    model: nn.Module
+    progress: ProgressBar
 
     def __init__(
         self,
@@ -46,22 +58,28 @@ class LlavaTrainer(Trainer):
         write_model: Callable[[Path, dict | None], None],
         describe: Callable[[int], str],
         attention: Callable[[], AbstractContextManager] = nullcontext,
+        validation: Validation | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, eval_dataset=None if validation is None else validation.dataset, **kwargs)
         # Each micro-batch's own token mean, not a mean over the accumulated batch: the reference's arithmetic.
         self.model_accepts_loss_kwargs = False
         self.write_model = write_model
         self.loss_watch = LossWatch(describe)
         self.attention = attention
+        self.validation = validation
         self.tokens_seen = 0
         self.samples_seen = 0
+        self.data_seconds = 0.0
+        """What this process has waited for batches."""
+        self._targets_of_step: torch.Tensor | None = None
         self.report = Report()
         self._sampler: EpochSampler | None = None
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         args = self.args
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        # One in groups (PackedDataset) is never sorted: `check_values` refuses that.
+        dataset = cast(LlavaDataset, self.train_dataset if train_dataset is None else train_dataset)
         grouped = args.group_by_modality_length or args.train_sampling_strategy == "group_by_length"
         self._sampler = EpochSampler(
             len(dataset),
@@ -73,11 +91,13 @@ class LlavaTrainer(Trainer):
         )
         return self._sampler
 
-    def _run_epoch(self, *, epoch: int, **kwargs):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.control.should_training_stop:  # resumed from the checkpoint at which the run ended early
+            return None
         # accelerate passes the epoch on through some wrappers of a sampler and not through others.
         if self._sampler is not None:
-            self._sampler.set_epoch(epoch)
-        return super()._run_epoch(epoch=epoch, **kwargs)
+            self._sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -122,11 +142,87 @@ class LlavaTrainer(Trainer):
         self._note(meta["report"])
         return loss
 
+    def get_batch_samples(self, *args, **kwargs):
+        started = time.monotonic()
+        with plain_worker_errors():
+            batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.data_seconds += time.monotonic() - started
+        if self.args.loss_normalisation == "tokens":
+            self._targets_of_step = self._count_targets(batches)
+        return batches, num_items
+
+    def _count_targets(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """Target tokens of an optimizer step over all processes: a float32 scalar on the device, nothing waited for."""
+        own = sum(batch["target_positions"].shape[0] for batch in batches)
+        count = torch.full((), float(own), device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(count)
+        return count.clamp_(min=1)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._targets_of_step is None:
+            return loss
+        # Gradients are averaged over processes, and the Trainer divides by the micro-batches.
+        times = self.args.world_size * self.current_gradient_accumulation_steps
+        return loss * (inputs["target_positions"].shape[0] * times / self._targets_of_step)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """What `validation` measures now, logged; the weights are as before, and so are the random numbers."""
+        if self.validation is None:
+            raise ValueError("this trainer was made without held-out records")
+        metrics = self.validation.measure(self)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def idle_seconds(self) -> float:
+        """What evaluations have taken of this process's time."""
+        return 0.0 if self.validation is None else self.validation.seconds
+
+    def model_for_validation(self) -> nn.Module:
+        """What to call for held-out losses, in evaluation mode; DDP's wrapper has nothing to do there."""
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        model.eval()
+        if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):
+            self.optimizer.eval()
+        return model
+
+    def sum_over_processes(self, values: list[float]) -> list[float]:
+        """Each number's sum over all processes, on all of them."""
+        if self.args.world_size == 1:
+            return values
+        parts = [None] * self.args.world_size
+        torch.distributed.all_gather_object(parts, values)
+        return [sum(column) for column in zip(*parts)]
+
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.loss_watch.look()
+        holds = self._is_saved_after_evaluation()
+        if holds:
+            control.should_save = False
+            self._held_step = self.state.global_step
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if holds:
+            self.control.should_save = True
+
+    _held_step = -1
+    """At its end a checkpoint was due that waits for the epoch's evaluation."""
+
+    def _is_saved_after_evaluation(self) -> bool:
+        """Whether the checkpoint of an epoch's last step waits for the epoch's evaluation, which follows at once.
+
+        A run that was killed in that evaluation would else resume behind it.
+        """
+        at_end = self.args.eval_strategy == IntervalStrategy.EPOCH and float(self.state.epoch or 0.5).is_integer()
+        is_due = self.control.should_save and not self.control.should_evaluate
+        return at_end and is_due and self._held_step != self.state.global_step
 
     def _note(self, report: Report) -> None:
         """Count what was cut, has no target or was left out; an image that is left out is said at once."""
@@ -138,7 +234,7 @@ class LlavaTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             wrapped = self.model if model is None else model
-            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, wrapped)
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, wrapped))
             self.optimizer = optimizer_cls(self.parameter_groups(wrapped), **kwargs)
         return self.optimizer
 
@@ -168,6 +264,25 @@ class LlavaTrainer(Trainer):
             # The Trainer knows the adapter; the projector beside it is ours.
             load_non_lora(self.model, Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        best = self._best_checkpoint()
+        if best is None:
+            logger.warning(
+                "the best checkpoint (step %s) is gone; the last weights are kept", self.state.best_global_step
+            )
+            return
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()
+        if self.args.lora_enable:
+            load_non_lora(self.model, best)
+
+    def _best_checkpoint(self) -> Path | None:
+        """Where the best checkpoint lies, found by its step: the folder may have been moved since."""
+        if not self.state.best_global_step:
+            return None
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return folder if folder.is_dir() else None
+
     def _get_output_dir(self, trial) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
 
@@ -184,11 +299,14 @@ class LlavaTrainer(Trainer):
             finally:
                 self._staging_dir = None
             self.wait_for_all()
+            if self.state.best_model_checkpoint is not None:  # not the place where it is being written
+                self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
             if self.args.should_save:
                 inner = staging / final.name
+                self.state.save_to_json(str(inner / "trainer_state.json"))
                 publish(inner, final)
                 staging.rmdir()
-                remove_old(final.parent, self.args.save_total_limit)
+                remove_old(final.parent, self.args.save_total_limit, self._best_checkpoint())
         self.wait_for_all()
 
     def wait_for_all(self) -> None:

@@ -176,3 +176,25 @@ def test_images_under_every_key_and_in_the_record_are_known(tmp_path):
     assert found["test"]["images"] == 3 and found["images"]["same_name"] == 1 and found["images"]["seen"] == 2
     by_name = audit_splits(train, test)
     assert [entry["image_seen"] for entry in by_name["items"]] == [True, True, False, False]
+
+
+def test_training_images_may_lie_elsewhere_and_near_is_as_near_as_asked(tmp_path):
+    def records(name, image, question):
+        turns = [{"from": "human", "value": f"{question}\n<image>"}, {"from": "gpt", "value": "left"}]
+        record = {"id": name, "image": image, "conversations": turns, "answer_type": "OPEN"}
+        (tmp_path / f"{name}.json").write_text(json.dumps([record]))
+        return str(tmp_path / f"{name}.json")
+
+    for name, seed in (("old", 0), ("new", 0)):
+        (tmp_path / name).mkdir()
+        smooth_image(seed).save(tmp_path / name / f"{name}.png")
+    words = ["--train", records("train", "old.png", "Where is the small lesion?")]
+    words += ["--test", records("test", "new.png", "Where is the lesion?")]
+    words += ["--image-folder", str(tmp_path / "new"), "--output", str(tmp_path / "audit.json")]
+    with pytest.raises(LlavaError, match=r"not found: .*old\.png"):
+        audit.main(words)
+    for jaccard, near in (("0.8", 1), ("0.9", 0)):
+        audit.main([*words, "--train-image-folder", str(tmp_path / "old"), "--jaccard", jaccard])
+        found = json.loads((tmp_path / "audit.json").read_text())
+        assert found["images"]["identical_pixels"] == 1
+        assert found["questions"]["near_duplicates"] == near, "4 of 5 words"

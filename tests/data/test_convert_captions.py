@@ -129,6 +129,14 @@ def test_pmc_question_by_caption_length(tmp_path):
     assert run_pmc(tmp_path, {"mri": pairs}) == rows, "the choice isn't repeatable"
 
 
+def test_pmc_brief_is_as_short_as_asked(tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"brief": ["Short?"], "detailed": ["Long?"]}))
+    pairs = [{"pair_id": str(n), "caption": " ".join(["word"] * n)} for n in (4, 5)]
+    rows = run_pmc(tmp_path, pairs, "--questions", str(own), "--brief-below", "5")
+    assert [row["conversations"][0]["value"] for row in rows] == ["Short?\n<image>", "Long?\n<image>"]
+
+
 def test_pmc_all_questions_are_used_and_own_ones_can_be_given(tmp_path):
     pairs = [{"pair_id": str(n), "caption": "short"} for n in range(300)]
     assert len({row["conversations"][0]["value"] for row in run_pmc(tmp_path, pairs)}) == 11

@@ -143,6 +143,11 @@ def test_slake_language_and_type(tmp_path, language, ids):
     assert {row["id"]: row["answer_type"] for row in rows} == {n: {"1": "CLOSED", "2": "OPEN"}[n] for n in ids}
 
 
+def test_slake_files_one_by_one(tmp_path):
+    main(["slake", "--validate", put(tmp_path / "mine.json", [slake_row(1)]), "--output-dir", str(tmp_path / "out")])
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == ["manifest.json", "validate.json"]
+
+
 def test_real_slake_counts(shared_dir, tmp_path):
     main(["slake", "--test", str(shared_dir / "slake" / "test.json"), "--output-dir", str(tmp_path)])
     manifest = read_json(tmp_path / "manifest.json")["splits"]["test"]
@@ -225,6 +230,14 @@ def test_csv_with_own_columns(work):
     assert (first["answer_type"], first["site"]) == ("OPEN", "A")
     assert "image" not in second and "<image>" not in second["conversations"][0]["value"]
     assert second["answer_type"] == "CLOSED"
+
+
+def test_csv_of_other_delimiter_with_ids_and_answer_types(work):
+    text = "name;kind;image;question;answer\nfirst;closed;a.jpg;Which, then?;left\nsecond;OPEN;b.jpg;Is it?;no\n"
+    csv_table(work, text, "--delimiter", ";", "--id-column", "name", "--answer-type-column", "kind")
+    records = read_records(work / "out" / "train.json")
+    assert [(record["id"], record["answer_type"]) for record in records] == [("first", "CLOSED"), ("second", "OPEN")]
+    assert records[0]["conversations"][0]["value"] == "Which, then?\n<image>"
 
 
 def test_csv_split_shares_no_image(work):

@@ -445,3 +445,17 @@ def test_little_disk_space_stops_the_run(wanted, server):
     with pytest.raises(LlavaError, match="GB free"):
         main([*wanted.flags(), "--min-free-gb", "1e9"])
     assert not server.requests
+
+
+def test_large_archives_are_given_up_and_the_failures_go_where_they_are_wanted(wanted, server, tmp_path):
+    server.pages["/large"] = Reply(archive(("PMC/x.jpg", content_of(1, 300_000))))
+    server.pages["/small"] = Reply(archive(("PMC/y.jpg", content_of(2))))
+    wanted.add("x", "/large", "PMC/x.jpg", reason="larger than")
+    wanted.add("y", "/small", "PMC/y.jpg", content_of(2))
+    list_of_them = tmp_path / "elsewhere.jsonl"
+    main([*wanted.flags(), "--max-article-mb", "0.1", "--failures", str(list_of_them)])
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["y.jpg"]
+    (failure,) = read_records(list_of_them)
+    assert failure["pair_id"] == "x" and "larger than the cap" in failure["reason"]
+    main([*wanted.flags(), "--failures", str(list_of_them), "--retry-failed"])
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["x.jpg", "y.jpg"]

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("textblob", reason='textblob is in the extra "stats"')
 pytest.importorskip("simplemma", reason='simplemma is in the extra "stats"')
 
+from llava.data import stats
 from llava.data.stats_count import collect, verb_object_finder
 from llava.errors import LlavaError
 from llava.records import write_json
@@ -73,3 +74,9 @@ def test_speakers_and_images_of_every_kind_are_counted(tmp_path):
     stats = collect(tmp_path / "x.json")
     assert (stats.text_only, stats.turns, stats.domains) == (1, [1, 1], {"mri": 1})
     assert stats.lengths == {"instructions": [3, 3], "responses": [2, 4, 4]}
+
+
+def test_the_first_so_many_records_are_read(tmp_path):
+    write_json(tmp_path / "instruct.json", records())
+    stats.main([str(tmp_path / "instruct.json"), "--output-dir", str(tmp_path / "out"), "--max-records", "3"])
+    assert json.loads((tmp_path / "out" / "stats.json").read_text())["turns"] == {"1": 2, "2": 1}

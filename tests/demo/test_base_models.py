@@ -4,15 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
-from llava.demo.fitting import own_part, shuffled, warm_cosine
+from llava.demo import language_model, tokenizer, tower
+from llava.demo.fitting import LOSSES, own_part, shuffled, warm_cosine
 from llava.demo.language_model import in_order
 from llava.demo.muon import Muon, orthogonal
 from llava.demo.tokenizer import make_tokenizer
 from llava.demo.tower import caption_sentences, exclusions, mirror_columns
 from llava.demo.tower_model import SentenceMatching, match_loss, start_embeddings
 from llava.model import load_tokenizer
+from llava.records import read_json, write_json
 
 CAPTIONS = ["This is a scan. It is on the left side.", "This is a scan. It is on the right side."]
 
@@ -128,3 +131,25 @@ def test_tower_learns_which_side_is_bright():
     found = model.match(images).masked_fill(~(model.excludes[said] | functional.one_hot(said, 3).bool()), -torch.inf)
     told = said != sentences.index("This is a scan.")
     assert (found.argmax(-1) == said)[told].float().mean() > 0.95, "every second token says the side"
+
+
+def test_the_commands_one_after_the_other(tmp_path):
+    Image.new("L", (40, 40), 90).save(tmp_path / "x.png")
+    turns = [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}] for text in CAPTIONS]
+    write_json(tmp_path / "records.json", [{"image": "x.png", "conversations": two} for two in turns * 20])
+    data, sizes = ["--data-path", str(tmp_path / "records.json")], ["--hidden-size", "32", "--layers", "1"]
+    lengths, folder = {}, {name: str(tmp_path / name) for name in ("few", "many", "language", "tower")}
+    for name, learned in (("few", 20), ("many", 100)):
+        tokenizer.main([*data, "--output-dir", folder[name], "--learned", str(learned)])
+        lengths[name] = len(load_tokenizer(folder[name]))
+    assert lengths["few"] < lengths["many"]
+    words = [*data, *sizes, "--tokenizer", folder["many"], "--output-dir", folder["language"], "--processes", "1"]
+    steps = {}
+    for tokens in (200, 4000):
+        language_model.main([*words, "--batch-tokens", str(tokens)])
+        steps[tokens] = len(read_json(tmp_path / "language" / LOSSES))
+    assert steps[200] > steps[4000] == 1
+    words = [*data, *sizes, "--image-folder", str(tmp_path), "--language-model", folder["language"], "--steps", "3"]
+    tower.main([*words, "--output-dir", folder["tower"], "--image-size", "32", "--batch-size", "4", "--processes", "1"])
+    assert len(read_json(tmp_path / "tower" / LOSSES)) == 3
+    assert read_json(tmp_path / "tower" / "config.json")["image_size"] == 32

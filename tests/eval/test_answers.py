@@ -18,6 +18,7 @@ from llava.errors import LlavaError
 from llava.eval import model_vqa, model_vqa_med, run_med_datasets_eval_batch
 from llava.eval.answers.ablation import QuestionImages
 from llava.eval.answers.questions import Question, chunk_of, read_med_questions
+from llava.model.convert.projector_extract import extract_projector
 from llava.records import read_records
 from tests.tiny import make_llava
 
@@ -357,3 +358,15 @@ def test_killed_at_ten_random_moments_the_file_is_the_same(finished, model, data
     subprocess.run(command, check=True, env=environment, capture_output=True)
     assert path.read_bytes() == finished.read_bytes()
     assert any(kept), "no kill left a half-written file"
+
+
+def test_a_projector_over_a_language_model_answers_as_the_whole(model, data, finished, tmp_path):
+    extract_projector(model, tmp_path / "projector")
+    (path,) = (tmp_path / "projector").glob("mm_projector.*")
+    llm = model.parent / "llm"
+    rows = answer(llm, data, tmp_path / "a.jsonl", "--mm-projector", str(path))
+    assert [row["text"] for row in rows] == [row["text"] for row in read_records(finished)]
+    other = path.with_name("other.bin")
+    path.rename(other)
+    with pytest.raises(LlavaError, match=r"--mm-projector .*other\.bin: .*mm_projector"):
+        answer(llm, data, tmp_path / "b.jsonl", "--mm-projector", str(other))

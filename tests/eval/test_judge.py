@@ -164,3 +164,15 @@ def test_answers_are_joined_by_id_as_text_and_have_to_be_texts(tmp_path):
     write_records(tmp_path / "a.jsonl", [{"question_id": "7", "text": None}])
     with pytest.raises(LlavaError, match=r"a\.jsonl record 0: no text"):
         join_by_id(str(tmp_path / "q.jsonl"), str(tmp_path / "a.jsonl"))
+
+
+def test_a_judge_that_hangs_is_given_up(files):
+    write_records(files / "q.jsonl", read_records(files / "q.jsonl")[:1])
+    write_records(files / "a.jsonl", [{"question_id": 0, "text": "Answer.", "model_id": "m"}])
+    words = ["--question-file", str(files / "q.jsonl"), "--answers-file", str(files / "a.jsonl")]
+    words += ["--scores-file", str(files / "s.jsonl"), "--api-model", "m", "--max-retries", "0"]
+    with OpenAIServer("--mode", "judge", "--faults", "1", "--kinds", "timeout", "--hang", "20") as server:
+        words += ["--api-base", server.url]
+        done = score("llava.eval.eval_multimodal_chat_gpt_score", *words, "--request-timeout", "0.3")
+        assert done.returncode == 1 and "timed out" in done.stdout.lower(), done.stdout
+        assert sum(server.stats()["requests"].values()) == 1

@@ -94,3 +94,12 @@ def test_without_manifest_the_questions_have_to_be_given(files):
         make(files)
     assert not (files / "page.html").exists()
     assert make(files, "--gt", str(files / "test.json"))
+
+
+def test_a_title_candidates_and_the_bootstrap_of_images(files):
+    (files / "open.json").write_text(json.dumps({"0": ["left lung"]}))
+    html, markdown = make(files, "--title", "My <set>", "--candidate", str(files / "open.json"))
+    assert "<title>My &lt;set&gt;</title>" in html and markdown.startswith("# My <set>")
+    assert str(files / "open.json") in html or "candidate" in html
+    by_image, _ = make(files, "--title", "My <set>", "--bootstrap-unit", "image")
+    assert by_image != html

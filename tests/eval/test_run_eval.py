@@ -76,6 +76,24 @@ def test_groups_by_record_fields(files, tmp_path):
     assert groups["CHEST"]["questions"] == 2
 
 
+def test_groups_and_what_the_bootstrap_draws_can_be_chosen(files, tmp_path):
+    questions = [{**question, "image": "one.jpg", "site": "A"} for question in QUESTIONS]
+    content = run_json(files(questions), tmp_path, "--group-by", "site")
+    assert content["groups"].keys() == {"site"}
+    assert content["strict"]["closed accuracy"]["low"] < 50
+    # All questions are about one image, so every draw of images is the same.
+    content = run_json(files(questions), tmp_path, "--bootstrap-unit", "image")
+    assert content["strict"]["closed accuracy"]["low"] == content["strict"]["closed accuracy"]["high"] == 50
+
+
+def test_candidates_and_the_rules_of_another_script(files, tmp_path):
+    (tmp_path / "open.json").write_text(json.dumps({"0": ["left lung", "axial"]}))
+    plain = run_json(files(), tmp_path)
+    other = run_json(files(), tmp_path, "--candidate", str(tmp_path / "open.json"), "--script", "run_eval")
+    assert plain["paper"]["open accuracy"]["value"] == 50, "the answer holds the reference"
+    assert other["paper"]["open accuracy"]["value"] == 100, "the reference is the nearest candidate"
+
+
 def test_per_item_output_has_every_question_with_both_sets(files, tmp_path):
     path = tmp_path / "items.jsonl"
     run_eval.main([*files(), "--per-item", str(path)])
@@ -228,6 +246,15 @@ def test_batch_scores_every_answer_file_by_its_data_set(tree):
     rows = batch(tree)
     assert [row["dataset"] for row in rows] == ["pvqa", "vqa_rad"]
     assert all(row["strict"]["closed accuracy"]["value"] == 50 for row in rows)
+
+
+def test_batch_takes_candidates_for_all_or_those_beside_the_questions(tree):
+    for path, answers in ((tree / "all.json", ["axial"]), (tree / "data" / "pvqa" / "candidates.json", ["left"])):
+        path.write_text(json.dumps({"0": answers}))
+    given = ["--gt_parent_path", str(tree / "data"), "--candidate", str(tree / "all.json")]
+    assert [row["settings"]["candidate"] for row in batch(tree, *given)] == [str(tree / "all.json")] * 2
+    beside = [row["settings"]["candidate"] for row in batch(tree)]
+    assert beside == [str(tree / "data" / "pvqa" / "candidates.json"), None]
 
 
 def test_batch_takes_the_asked_test_type_only(tree):

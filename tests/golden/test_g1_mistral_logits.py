@@ -10,6 +10,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.model import load_tokenizer
 from llava.model.checkpoint.layouts import open_checkpoint
 from llava.model.loader import load_model
+from llava.model.weights.quantized import Quantization
 from tests.conftest import golden_cases
 from tests.golden.recorded_logits import Case, batch_logits, expand, greedy, logits_of
 
@@ -29,7 +30,7 @@ def case(request) -> Case:
 @pytest.fixture(scope="module")
 def model(case):
     # One case has ids alone and no tokenizer, so the model is loaded without one.
-    return load_model(open_checkpoint(case.checkpoint()), torch.device("cpu"), torch.float32)
+    return load_model(open_checkpoint(case.checkpoint()), torch.device("cpu"), torch.float32, Quantization())
 
 
 def test_prompt_ids(case):

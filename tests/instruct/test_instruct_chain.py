@@ -95,8 +95,10 @@ def test_chain_through_the_commands(tmp_path):
         requests = server.stats()["requests"]
     assert len(requests) == 12
     assert all("A plain mention." in text for text in requests)
-    done = command("llava.instruct.instruct_postprocess", "--input_path", str(generated), "--output_path", str(final))
+    words = ["--input_path", str(generated), "--output_path", str(final), "--summary", str(tmp_path / "counts.json")]
+    done = command("llava.instruct.instruct_postprocess", *words)
     assert done.returncode == 0, done.stderr
+    assert "12" in (tmp_path / "counts.json").read_text()
     assert "12 dialogues with 24 turns" in done.stdout
     records = read_records(final)
     assert len(records) == 12
@@ -116,3 +118,15 @@ def test_a_caption_record_of_other_keys_is_a_figure(tmp_path):
     spoken = [{"role": "user", "content": "q\n<image>"}, {"role": "assistant", "content": "A caption."}]
     write_json(tmp_path / "r.json", [{"id": "x", "pair_id": None, "images": ["x.jpg"], "messages": spoken}])
     assert read_figures(tmp_path / "r.json") == [Figure(key="x", caption="A caption.", image="x.jpg")]
+
+
+def test_answers_are_as_long_as_asked(tmp_path):
+    write_json(tmp_path / "figures.json", FIGURES)
+    words = ["--input_path", str(tmp_path / "figures.json"), "--output_path", str(tmp_path / "out.jsonl"), "--dry-run"]
+    words += ["--api-model", "m", "--max_size", "2", "--price-in", "1", "--price-out", "1000"]
+    costs = []
+    for tokens in ("10", "1000"):
+        done = command("llava.instruct.instruct_generate", *words, "--max-answer-tokens", tokens)
+        assert done.returncode == 0, done.stderr
+        costs.append(done.stdout)
+    assert costs[0] != costs[1]

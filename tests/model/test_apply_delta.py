@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
 from llava.folders import part_of, stage
+from llava.model import apply_delta as apply_delta_command
 from llava.model import load_pretrained_model
 from llava.model import make_delta as make_delta_command
 from llava.model.convert import delta as delta_module
@@ -425,3 +426,16 @@ def test_plain_base_without_added_tokens(tmp_path):
         load_pretrained_model(tmp_path / "delta", device="cpu")
     apply_delta(tmp_path / "llm", tmp_path / "target", tmp_path / "delta")
     load_pretrained_model(tmp_path / "target", device="cpu")
+
+
+def test_damaged_values_are_taken_if_checking_is_switched_off(work):
+    path = work / "delta/model.safetensors"
+    content = bytearray(path.read_bytes())
+    name = "model.layers.1.mlp.up_proj.weight"
+    content[content.index(WeightFiles.of_folder(work / "delta").read(name).numpy().tobytes()) + 9] ^= 4
+    path.write_bytes(content)
+    words = ["--base", str(work / "llm"), "--delta", str(work / "delta"), "--target", str(work / "target")]
+    with pytest.raises(LlavaError, match="damaged"):
+        apply_delta_command.main(words)
+    apply_delta_command.main([*words, "--check-inputs", "False"])
+    assert_applied(work, work / "target")

@@ -4,9 +4,15 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
 from llava.errors import LlavaError
+from llava.model import load_pretrained_model
+from llava.model.weights.files import WeightFiles
 from llava.model.weights.locate import locate_model
+from llava.records import read_json, write_json
+from tests.model.checkpoints import save
+from tests.tiny import hub_cache, make_llava
 
 
 def test_folder_as_given(tmp_path):
@@ -68,3 +74,28 @@ def test_one_format_is_downloaded(monkeypatch, tmp_path, files, ignored):
     assert locate_model("some/model") == tmp_path
     assert asked["repo_id"] == "some/model" and asked["ignore_patterns"] == ignored
     assert "*.py" not in asked["allow_patterns"]
+
+
+def test_a_cache_folder_of_ones_own(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    found = locate_model("some/model", cache_dir=hub_cache(tmp_path / "cache", {"some/model": folder}))
+    assert (tmp_path / "cache") in found.parents and (found / "config.json").read_text() == "{}"
+    with pytest.raises(LlavaError, match="model not found: some/model"):
+        locate_model("some/model", cache_dir=tmp_path / "other")
+
+
+def test_a_tower_that_a_checkpoint_names_is_in_that_cache_too(tmp_path):
+    folder = make_llava(tmp_path)
+    whole = load_pretrained_model(folder, device="cpu").model.state_dict()
+    weights = WeightFiles.of_folder(folder)
+    rest = {name: weights.read(name).clone() for name in weights if "vision_tower" not in name}
+    save(rest, folder / "model.safetensors")
+    changed = {"mm_vision_tower": "some/tower", "mm_vision_config": None}
+    write_json(folder / "config.json", read_json(folder / "config.json") | changed)
+    with pytest.raises(LlavaError, match="vision tower not found: some/tower"):
+        load_pretrained_model(folder, device="cpu")
+    cache = hub_cache(tmp_path / "cache", {"some/tower": tmp_path / "clip"})
+    loaded = load_pretrained_model(folder, device="cpu", cache_dir=cache).model.state_dict()
+    assert loaded.keys() == whole.keys() and all(torch.equal(loaded[name], whole[name]) for name in whole)

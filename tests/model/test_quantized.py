@@ -6,6 +6,7 @@ import torch
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model, save_model
 from llava.model.weights.files import WeightFiles
+from llava.records import read_json
 from tests.model.checkpoints import Tiny, logits, save
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -77,6 +78,31 @@ def test_missing_statistics_are_named(quantized, tmp_path):
     save({name: weights.read(name).clone() for name in weights if name != gone}, tmp_path / "a" / "model.safetensors")
     with pytest.raises(LlavaError, match=r"model\.layers\.0\.mlp\.up_proj\.weight.*absmax"):
         load_pretrained_model(tmp_path / "a", device="cpu")
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), [("fp4", False), ("fp4", None), (None, False)])
+def test_other_kinds_of_four_bits(tiny, processor, tmp_path, quant_type, double_quant):
+    how = {"quant_type": quant_type, "double_quant": double_quant}
+    loaded = load_pretrained_model(tiny.folder, device="cpu", load_4bit=True, **how)
+    state = loaded.model.model.layers[0].mlp.up_proj.weight.quant_state
+    assert (state.quant_type, state.nested) == (quant_type or "nf4", double_quant is None)
+    exact = logits(load_pretrained_model(tiny.folder, device="cpu").model).flatten()
+    assert torch.cosine_similarity(logits(loaded.model).flatten(), exact, dim=0) > 0.8
+    save_model(tmp_path / "a", loaded.model, loaded.tokenizer)
+    again = load_pretrained_model(tmp_path / "a", device="cpu")
+    state = again.model.model.layers[0].mlp.up_proj.weight.quant_state
+    assert (state.quant_type, state.nested) == (quant_type or "nf4", double_quant is None)
+    assert torch.equal(logits(again.model), logits(loaded.model))
+    # What is written again says so too.
+    save_model(tmp_path / "b", again.model, again.tokenizer)
+    assert torch.equal(logits(load_pretrained_model(tmp_path / "b", device="cpu").model), logits(loaded.model))
+    written = read_json(tmp_path / "b" / "config.json")["quantization_config"]
+    assert written["bnb_4bit_quant_type"] == (quant_type or "nf4")
+    assert written["bnb_4bit_use_double_quant"] is (double_quant is None)
+    load_pretrained_model(tmp_path / "a", device="cpu", load_4bit=True, **how)
+    with pytest.raises(LlavaError, match=r"weights are stored as .* double quantization"):
+        other = {"quant_type": "nf4" if quant_type else "fp4"}
+        load_pretrained_model(tmp_path / "a", device="cpu", load_4bit=True, **other)
 
 
 def test_both_flags_exclude_each_other(tiny):

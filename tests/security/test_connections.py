@@ -217,3 +217,17 @@ def test_what_is_no_request_is_refused_or_answered(stack, piece, request_):
     assert said.status is not None and said.status != 101 and said.status < 500, said.content[:200]
     assert httpx.get(stack[piece].url + "/health").json() == {"status": "ok"}
     assert "Traceback" not in stack[piece].log.read_text()
+
+
+@pytest.mark.parametrize("piece", ["controller", "worker", "api"])
+def test_a_body_that_comes_after_its_refusal_leaves_the_connection_open(stack, piece):
+    """A client may send headers and body apart: the next request on the connection is answered too."""
+    first = head("Content-Length: 2", "Content-Type: application/json", method="POST", path=READS_A_BODY[piece])
+    with connect(stack[piece].port) as sock:
+        for body in (b"{}", b""):
+            sock.sendall(first)
+            said = b""
+            while b"\r\n\r\n" not in said or b"unauthorized" not in said:
+                said += sock.recv(65536)
+            assert said.startswith(b"HTTP/1.1 401")
+            sock.sendall(body)

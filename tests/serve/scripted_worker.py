@@ -35,7 +35,7 @@ class ScriptedBackend:
 
     def submit(self, job, put):
         text = job.prompt or job.messages[-1].text
-        word = text.split()[-1]
+        word = text.split()[-1] if text.strip() else ""
         if word in REFUSED:
             raise ServeError(REFUSED[word], retry_after=2.0 if word == "full" else None)
         if word == "crash":
@@ -79,8 +79,12 @@ class ScriptedBackend:
             image = png_data_url(Image.new("RGB", (32, 32), (90, 90, 90)))
             content = base64.b64encode(weights.tobytes()).decode()
             views.append({"number": number, "image": image, "side": 4, "weights": content})
-        words = ["echo:", *job.messages[-1].text.split()]
-        return {"tokens": [words[token] + " " for token in token_ids], "shares": [0.5] * len(token_ids), "views": views}
+        words = ["echo:", *(job.prompt or job.messages[-1].text).split()]
+        return {
+            "tokens": [words[token % len(words)] + " " for token in token_ids],
+            "shares": [0.5] * len(token_ids),
+            "views": views,
+        }
 
     def stats(self):
         return {"queue_length": self.running, "running": self.running, "cancelled": self.cancelled}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -211,3 +212,15 @@ def test_expiry_and_dispatch_without_network():
         lottery.register(f"http://h:{port}", WorkerStatus(model_names=["m"], speed=speed))
     picks = [lottery.choose("m") for _ in range(2000)]
     assert 0.70 < picks.count("http://h:2") / 2000 < 0.80
+
+
+def test_workers_are_drawn_by_lottery_if_asked():
+    with Process("llava.serve.controller", "--dispatch-method", "lottery", "--open-to-everyone") as process:
+        process.wait()
+        status = {"model_names": ["m"], "speed": 1, "queue_length": 0}
+        for port in (1, 2):
+            body = {"worker_name": f"http://127.0.0.1:{port}", "worker_status": status, "check_heart_beat": False}
+            assert post(process, "/register_worker", headers={}, **body).status_code == 200
+        picks = [post(process, "/get_worker_address", headers={}, model="m").json()["address"] for _ in range(40)]
+    assert len(set(picks)) == 2
+    assert any(one == following for one, following in pairwise(picks)), "the shortest queue would alternate"

@@ -12,6 +12,8 @@ import openai
 import pytest
 from PIL import Image
 
+from llava.errors import LlavaError
+from llava.serve import model_worker
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
 from llava.serve.web.attention_view import Shown
@@ -265,3 +267,19 @@ def _environment():
     import os
 
     return dict(os.environ)
+
+
+def test_flags_of_the_older_scripts(checkpoint, caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(LlavaError, match="give --model-path"):
+        model_worker.main(["--multi-modal", "--open-to-everyone"])
+    assert "--multi-modal is ignored" in caplog.text
+    words = ["--model-path", str(checkpoint), "--device", "cpu"]
+    for more, aspect_ratio, spread in ([], None, False), (["--keep-aspect-ratio", "--num-gpus", "2"], "keep", True):
+        caplog.clear()
+        backend = model_worker._load(model_worker.build_parser().parse_args([*words, *more]))
+        try:
+            assert backend.engine.model.config.image_aspect_ratio == aspect_ratio
+            assert ("spread over" in caplog.text) is spread
+        finally:
+            backend.close()

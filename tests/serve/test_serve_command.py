@@ -1,11 +1,13 @@
 """`python -m llava.serve`: everything up with one command, everything gone with Ctrl-C."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 
 import httpx
+import psutil
 import pytest
 
 from tests.serve.processes import free_port, wait_until
@@ -30,7 +32,7 @@ def start(path, ports, *words):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
-def test_one_command_starts_all_and_a_signal_stops_all(tmp_path, number):
+def test_one_command_starts_all_a_killed_worker_comes_back_and_a_signal_stops_all(tmp_path, number):
     ports = [free_port() for _ in range(4)]
     process = start(make_llava(tmp_path), ports, "--model-name", "tiny", "--web", str(number == signal.SIGINT))
     try:
@@ -40,9 +42,11 @@ def test_one_command_starts_all_and_a_signal_stops_all(tmp_path, number):
         else:
             raise AssertionError(process.stderr.read()[-2000:])
         wait_until(lambda: httpx.get(f"http://127.0.0.1:{ports[2]}/ready").status_code == 200, 30)
-        ask = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
-        reply = httpx.post(f"http://127.0.0.1:{ports[2]}/v1/chat/completions", json=ask, timeout=60)
-        assert reply.status_code == 200
+        assert ask(ports[2]).status_code == 200
+        first = worker_of(process.pid)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: worker_of(process.pid) not in (None, first) and answers(ports[1]), 240)
+        wait_until(lambda: ask(ports[2]).status_code == 200, 60)
         process.send_signal(number)
         assert process.wait(60) == 0
         assert not any(answers(port) for port in ports)
@@ -50,6 +54,21 @@ def test_one_command_starts_all_and_a_signal_stops_all(tmp_path, number):
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
+    assert "worker of" in (said := process.stderr.read()) and "was started again" in said
+
+
+def ask(port):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+
+
+def worker_of(parent):
+    """The model worker among a process's children."""
+    for child in psutil.Process(parent).children():
+        with contextlib.suppress(psutil.Error):
+            if "llava.serve.model_worker" in child.cmdline():
+                return child.pid
+    return None
 
 
 def test_a_server_that_cannot_start_stops_the_rest(tmp_path):

@@ -1,6 +1,7 @@
 """A worker in front of an OpenAI-compatible server, over real sockets: our own API is the server behind it."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -125,3 +126,20 @@ def test_either_a_checkpoint_or_a_server():
 
     with pytest.raises(LlavaError, match=r"--model-path \(a checkpoint\), or --api-base and --api-model"):
         main(["--api-base", "http://127.0.0.1:9/v1"])
+
+
+def test_limits_of_time(upstream):
+    """One for a whole answer, one between two chunks, one for what still runs when the worker is stopped."""
+    words = (*FLAGS, "--api-base", upstream[0].url + "/v1")
+    with Process("llava.serve.model_worker", *words, "--request-timeout", "0.5", env=ENV) as hasty:
+        assert ask(hasty.wait(), "be slow")[-1]["error_type"] == "timeout"
+    with Process(
+        "llava.serve.model_worker", *words, "--stream-interval", "100", "--drain-seconds", "0", env=ENV
+    ) as lazy:
+        lazy.wait()
+        assert len(ask(lazy, "1 2 3 4 5 6 7 8 9 10 11 12")) <= 3, "100 of the old flag's tokens are two seconds"
+        with pytest.raises(httpx.TransportError), ThreadPoolExecutor(1) as pool:
+            running = pool.submit(ask, lazy, "please hold")
+            wait_until(lambda: queue_length(lazy) == 1, 10)
+            lazy.stop(20)
+            running.result()

@@ -1,5 +1,6 @@
 """The web page's server over real sockets: what it refuses, what it leaves on disk; and its conversations' state."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -12,8 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from starlette.routing import Mount
 
 from llava.errors import LlavaError
+from llava.serve import gradio_web_server
+from llava.serve.api.keys import read_keys
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
 from llava.serve.web.examples import EXAMPLES, draw_example
 from llava.serve.web.feedback import FeedbackLog
@@ -163,3 +167,45 @@ def test_feedback_is_private_and_forgotten_in_time(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600 and (tmp_path / "votes").stat().st_mode & 0o777 == 0o700
     assert json.loads(path.read_text())["turns"][0]["answers"][0]["text"] == "a"
     assert "base64" not in path.read_text()
+
+
+def test_what_the_page_is_made_of_is_decided_by_flags(tmp_path):
+    pytest.importorskip("gradio", reason="gradio is in the extra serve")
+    from llava.serve.web.middleware import PageMiddleware
+
+    def pages(*words):
+        args = gradio_web_server.build_parser().parse_args(["--controller", "http://127.0.0.1:1", *words])
+        middleware = gradio_web_server.build_app(args, None, tmp_path, read_keys(None, None))
+        while not isinstance(middleware, PageMiddleware):
+            middleware = middleware.app
+        (found,) = [route.app.blocks for route in middleware.app.routes if isinstance(route, Mount)]
+        return middleware, found, json.dumps(found.config, default=str)
+
+    middleware, page, text = pages()
+    assert "# LLaVA-Med" in text and "are kept on this server" not in text
+    assert page._queue.default_concurrency_limit == 16 and not middleware.embed
+    words = ["--concurrency-count", "3", "--embed", "--feedback-dir", str(tmp_path / "votes"), "--feedback-days", "9"]
+    middleware, page, text = pages(*words)
+    assert "# LLaVA-Med" not in text and "are kept on this server for 9 days" in text
+    assert page._queue.default_concurrency_limit == 3 and middleware.embed
+
+
+@pytest.mark.parametrize(("mode", "asked"), [("reload", 2), ("once", 1)])
+def test_models_are_looked_for_once_or_all_the_time(monkeypatch, tmp_path, mode, asked):
+    pytest.importorskip("gradio", reason="gradio is in the extra serve")
+    from llava.serve.client import ServingClient
+    from llava.serve.web.page import Page
+
+    made, calls, start = [], [], Page.__init__
+    monkeypatch.setattr(Page, "__init__", lambda self, *args: (made.append(self), start(self, *args))[1])
+
+    async def models(client):
+        calls.append(client)
+        return ["m"]
+
+    monkeypatch.setattr(ServingClient, "models", models)
+    args = gradio_web_server.build_parser().parse_args(["--model-list-mode", mode])
+    gradio_web_server.build_app(args, None, tmp_path, read_keys(None, None))
+    asyncio.run(made[0].on_tick([], True, None, "none"))
+    asyncio.run(made[0].on_tick(["m"], True, "m", "none"))
+    assert len(calls) == asked

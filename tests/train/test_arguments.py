@@ -27,7 +27,8 @@ def test_published_flags_are_read(parse):
         "--tune_mm_mlp_adapter True --evaluation_strategy no --save_strategy steps --save_steps 2400 "
         "--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --lazy_preprocess True "
         "--gradient_checkpointing True --report_to none --is_multimodal True --mm-projector-type mlp2x_gelu "
-        "--cache_dir cache --force_fsdp False --lora_bias none --double_quant True --quant_type nf4"
+        "--cache_dir cache --force_fsdp False --trust_remote_code False --lora_bias none --double_quant True "
+        "--quant_type nf4 --bits 16 --lora_dropout 0.1 --lora_alpha 8"
     )
     assert arguments.model.mm_vision_select_layer == -2
     assert arguments.model.mm_use_im_start_end is True and arguments.model.tune_mm_mlp_adapter is True
@@ -46,8 +47,10 @@ def test_the_global_batch_finds_the_accumulation(parse):
     "flags, message",
     [
         ("--version nope", "unknown prompt template"),
+        ("--quant_type int4", "int4"),
         ("--bits 5", "--bits 5"),
         ("--bits 4", "--lora_enable"),
+        ("--bits 8 --tune_mm_mlp_adapter", "--lora_enable"),
         ("--learning_rate -1", "--learning_rate"),
         ("--learning_rate nan", "--learning_rate"),
         ("--per_device_train_batch_size 0", "at least 1"),
@@ -63,7 +66,10 @@ def test_the_global_batch_finds_the_accumulation(parse):
         ("--cache_vision_features --unfreeze_mm_vision_tower", "choose one"),
         ("--mm_vision_tower_lr 1e-5", "--unfreeze_mm_vision_tower"),
         ("--packing --group_by_modality_length", "choose one"),
+        ("--packing --max_tokens_per_batch 4096 --group_by_length True", "--group_by_length .* choose one"),
+        ("--packing --train_sampling_strategy group_by_length", "--group_by_length .* choose one"),
         ("--max_tokens_per_batch 4096", "--packing"),
+        ("--remove_unused_columns True", "leave it out"),
         ("--lora_weight_path .", "--lora_enable"),
         ("--vision_tower /no/such/folder", "/no/such/folder"),
         ("--pretrain_mm_mlp_adapter /no/such.bin", "/no/such.bin"),

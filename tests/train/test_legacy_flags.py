@@ -45,6 +45,8 @@ def test_a_boolean_that_stands_alone_is_true():
         ("--logging_dir logs", {}),
         ("--overwrite_output_dir", {}),
         ("--save_safetensors True", {}),
+        ("--force_fsdp False", {}),
+        ("--trust_remote_code True", {}),
     ],
 )
 def test_dropped_names_are_translated_with_one_warning(old, new):

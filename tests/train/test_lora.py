@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.errors import LlavaError
-from llava.model import load_pretrained_model
+from llava.model import load_pretrained_model, quantize
 from llava.train.train import train
 from tests.tiny import make_llava
 from tests.train.helpers import flags, make_records
@@ -107,3 +107,28 @@ def test_a_quantized_base_trains_adapters(processor, tmp_path, base, data, bits)
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
     load_pretrained_model(tmp_path / "out", base, device="cpu")
+
+
+@pytest.mark.parametrize("more", [["--quant_type", "fp4"], ["--double_quant", "False"]])
+def test_qlora_trains_over_every_kind_of_four_bits(processor, tmp_path, base, data, more):
+    usual = train(flags(tmp_path / "usual", data, base, *LORA, "--bits", "4", "--max_steps", "1"))
+    other = train(flags(tmp_path / "out", data, base, *LORA, "--bits", "4", "--max_steps", "1", *more))
+    assert other["first_loss"] != usual["first_loss"], "the base has other weights"
+    assert other["first_loss"] == pytest.approx(usual["first_loss"], rel=0.2)
+    load_pretrained_model(tmp_path / "out", base, device="cpu", load_4bit=True)
+
+
+def test_a_base_that_is_stored_in_four_bits_trains_adapters(tmp_path, base, data):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    stored = tmp_path / "stored"
+    words = ["--model-path", str(base), "--output", str(stored), "--bits", "4", "--device", "cpu"]
+    quantize.main([*words, "--quant-type", "fp4", "--double-quant", "False"])
+    state = load_pretrained_model(stored, device="cpu").model.model.layers[0].mlp.up_proj.weight.quant_state
+    assert (state.quant_type, state.nested) == ("fp4", False)
+    more = [*LORA, "--max_steps", "1", "--bits", "4"]
+    summary = train(flags(tmp_path / "out", data, stored, *more))
+    kind = ["--quant_type", "fp4", "--double_quant", "False"]
+    same = train(flags(tmp_path / "same", data, stored, *more, *kind))
+    assert summary["first_loss"] == same["first_loss"]
+    with pytest.raises(LlavaError, match="stored as fp4 without double quantization"):
+        train(flags(tmp_path / "wrong", data, stored, *more, "--quant_type", "nf4"))

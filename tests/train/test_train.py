@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
+from llava.train.progress import flops_per_token
 from llava.train.train import train
+from tests.tiny import hub_cache
 from tests.train.helpers import flags, make_bases, make_records
 
 
@@ -79,6 +81,16 @@ def test_stage_2_starts_from_either_and_trains_all_but_the_tower(tmp_path, stage
     assert "lm_head.weight" in names and not any("vision_tower" in name for name in names)
     model = load_pretrained_model(tmp_path / "out").model
     assert model.config.conversation_template == "v1"
+
+
+def test_hub_ids_are_looked_for_in_the_cache_that_is_named(tmp_path, bases, data):
+    llm, clip = bases
+    cache = hub_cache(tmp_path / "cache", {"some/llm": llm, "some/tower": clip})
+    more = ("--vision_tower", "some/tower", "--tune_mm_mlp_adapter", "--version", "plain", "--max_steps", "1")
+    with pytest.raises(LlavaError, match="model not found: some/llm"):
+        train(flags(tmp_path / "none", data, "some/llm", *more))
+    train(flags(tmp_path / "out", data, "some/llm", *more, "--cache_dir", str(cache)))
+    assert load_pretrained_model(tmp_path / "out", device="cpu").model.config.mm_vision_tower == "some/tower"
 
 
 def test_the_projector_that_is_given_really_is_loaded(tmp_path, stage1, bases, data):
@@ -221,6 +233,15 @@ def test_own_learning_rates_move_their_part_alone(tmp_path, stage1, data):
     train(flags(tmp_path / "out", data, stage1[0], *more, "--mm_projector_lr", "0", "--mm_vision_tower_lr", "1e-2"))
     names = changed(weights(stage1[0]), weights(tmp_path / "out"))
     assert names and all("vision_tower" in name for name in names)
+
+
+def test_a_frozen_backbone_stays_and_the_projector_is_trained(tmp_path, stage1, data):
+    more = ("--version", "v1", "--max_steps", "2", "--freeze_backbone", "True", "--peak_tflops", "0.001")
+    summary = train(flags(tmp_path / "out", data, stage1[0], *more))
+    moved = changed(weights(stage1[0]), weights(tmp_path / "out"))
+    assert moved and all("mm_projector" in name for name in moved)
+    model = load_pretrained_model(tmp_path / "out", device="cpu").model
+    assert summary["mfu"] == pytest.approx(summary["tokens_per_second"] * flops_per_token(model) / 1e9, rel=0.5)
 
 
 def test_cut_and_targetless_samples_are_counted_and_named(tmp_path, stage1, data):

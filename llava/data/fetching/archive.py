@@ -53,7 +53,7 @@ class TarReader:
 
     Args:
         source: the compressed bytes.
-        max_unpacked: stop with an ArchiveError after so many unpacked bytes, however few arrived.
+        max_unpacked: unpacked bytes after which an ArchiveError is raised, however few arrived.
     """
 
     def __init__(self, source: Source, max_unpacked: int):
@@ -127,7 +127,7 @@ class TarReader:
         return info
 
     async def _small_content(self) -> bytes:
-        """The content of a header that continues another; its size is anyone's claim."""
+        """The content of a header that continues another; its declared size is untrusted."""
         if self._content > LONGEST_HEADER:
             raise ArchiveError("the archive has an extended header of more than 1 MiB", permanent=True)
         return b"".join([chunk async for chunk in self.content()])
@@ -189,7 +189,7 @@ class TarReader:
         return piece
 
     async def _begin_next(self) -> bool:
-        """Go on with another gzip stream behind the one that has ended; False if only zeros follow, or nothing."""
+        """Go on with the gzip stream after the one that has ended; False if only zeros follow, or nothing."""
         self._packed = self._gzip.unused_data.lstrip(b"\0")
         while not self._packed:
             more = await self._receive()

@@ -40,7 +40,7 @@ class Settings:
     """Where whole archives are kept, and looked for before asking the network."""
     min_free_bytes: int = 2 << 30
     give_up_after: int = 200
-    """So many articles in a row that can't even be connected to: the network is down."""
+    """After this many failed connections in a row the network counts as down."""
 
 
 @dataclass
@@ -106,7 +106,7 @@ class _Run:
         if free < keep:
             raise LlavaError(
                 f"{self.journal.folder}: only {free / 1e9:.1f} GB free, {keep / 1e9:.1f} GB are to stay free "
-                f"(--min-free-gb); make room and start again: it goes on from here"
+                f"(--min-free-gb); free some space and start again: it goes on from here"
             )
 
     def _account(self, article: Article, result: "_Result", transfer: Transfer) -> None:
@@ -219,7 +219,7 @@ async def _take(article: Article, source, result: _Result, run: _Run) -> None:
                     await _save(wanted.pop(member.name), member, result, run)
                 else:
                     result.reasons.update((image.number, (fault, True)) for image in wanted[member.name])
-                    # A later member of the same name may still be a proper one; behind a bomb none is looked for.
+                    # A later member of the same name may still be a proper one; after a bomb none is looked for.
                     if member.size > cap:
                         del wanted[member.name]
             if not wanted:

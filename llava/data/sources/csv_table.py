@@ -70,7 +70,7 @@ def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
             conversion.left_out[fault] += 1
             continue
         image = row[args.image_column].strip() or None
-        if image is not None and not conversion.image_folder.accept(image):
+        if image is not None and not conversion.accepts(image):
             continue
         kind = row[args.answer_type_column] if args.answer_type_column else yes_no_type(answer)
         name = row[args.id_column].strip() if args.id_column else f"{line:06d}"

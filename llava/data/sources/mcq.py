@@ -68,7 +68,7 @@ def _records(files: Sequence[Path], args, conversion: Conversion) -> Iterator[Re
     for path in files:
         rows = _read_pmc_vqa(path, conversion) if path.suffix.lower() == ".csv" else _read_omni(path, conversion)
         for choice in rows:
-            if conversion.image_folder.accept(choice.image):
+            if conversion.accepts(choice.image):
                 orders = option_orders(len(choice.options), args.orders, f"{args.seed} {choice.key}")
                 if len(orders) < args.orders:
                     conversion.corrected["questions with fewer orders of their options than asked for"] += 1
@@ -77,7 +77,7 @@ def _records(files: Sequence[Path], args, conversion: Conversion) -> Iterator[Re
 
 
 def option_orders(options: int, wanted: int, seed: str) -> list[tuple[int, ...]]:
-    """Different orders of so many options, as places: as given, then moved round so that each takes every letter, then
+    """Different orders of `options` options, as places: as given, then rotated so that each takes every letter, then
     random ones."""
     orders = dict.fromkeys(tuple((place + turn) % options for place in range(options)) for turn in range(options))
     generator = random.Random(seed)

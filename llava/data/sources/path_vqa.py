@@ -66,5 +66,5 @@ def _records(path: Path, split: str, conversion: Conversion) -> Iterator[Record]
             conversion.left_out[fault] += 1
             continue
         image = f"{split}/{clean_text(field_of(row, 'image', where))}.jpg"
-        if conversion.image_folder.accept(image):
+        if conversion.accepts(image):
             yield vqa_record(f"{split}_{index:05d}", image, question, answer, yes_no_type(answer))

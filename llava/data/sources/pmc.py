@@ -83,7 +83,7 @@ def _records(
             conversion.left_out["empty caption"] += 1
         elif DEFAULT_IMAGE_TOKEN in caption:
             conversion.left_out[f"caption holds {DEFAULT_IMAGE_TOKEN}"] += 1
-        elif conversion.image_folder.accept(image):
+        elif conversion.accepts(image):
             question = choose_question(caption, key, questions, brief_below, seed)
             record = {
                 "id": key,

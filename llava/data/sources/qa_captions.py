@@ -23,7 +23,7 @@ NAME = "qa-captions"
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--records", required=True, help="LLaVA-Med records with images (of the training split only)")
     parser.add_argument("--question", default="Describe the picture.")
-    parser.add_argument("--min-images", type=int, default=1, help="keep sentences that so many images share")
+    parser.add_argument("--min-images", type=int, default=1, help="least number of images that share a kept sentence")
     parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")
 
 
@@ -63,12 +63,16 @@ def _read(path: Path, image_folder: ImageFolder, fields: list[str]) -> tuple[Pai
             raise LlavaError(f"{where}: expected the name of one image, a question and an answer")
         image = images[0]
         if image_folder.accept(image):
-            pairs = [tuple(text.replace(DEFAULT_IMAGE_TOKEN, "").strip() for text in pair) for pair in asked]
+            pairs = [(_without_image(asks), _without_image(answer)) for asks, answer in asked]
             by_image.setdefault(image, []).extend(pairs)
             given = [field for field in fields if record.get(field) is not None]
             named = [(field.replace("_", " "), clean_text(record[field])) for field in given]
             said.setdefault(image, []).extend([*named, *pairs])
     return by_image, said
+
+
+def _without_image(text: str) -> str:
+    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
 
 
 def _captions(said: Pairs, question: str, min_images: int) -> Iterator[Record]:

@@ -60,7 +60,7 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
         dlinks = existing_file(folder / "dlinks.txt", "download links")
         conversion.sources.append(dlinks)
         write_records(Path(args.output_dir) / URLS_FILE, _url_records(dlinks, licences))
-    conversion.splits = {args.split: _records(captions, licences, wanted, args.question, conversion)}
+    conversion.splits = {args.split: _records(captions, licences, wanted, args.question, image_folder, conversion)}
     return conversion
 
 
@@ -93,7 +93,12 @@ def read_links(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _records(
-    captions: Path, licences: dict[str, Licence], wanted: set[str] | None, question: str, conversion: Conversion
+    captions: Path,
+    licences: dict[str, Licence],
+    wanted: set[str] | None,
+    question: str,
+    image_folder: ImageFolder,
+    conversion: Conversion,
 ) -> Iterator[Record]:
     for name, caption in read_captions(captions):
         licence = licences.get(name, Licence("", "unknown"))
@@ -104,8 +109,8 @@ def _records(
         elif DEFAULT_IMAGE_TOKEN in caption:
             conversion.left_out[f"caption holds {DEFAULT_IMAGE_TOKEN}"] += 1
         else:
-            image = _file_name(name, licence, conversion.image_folder)
-            if conversion.image_folder.accept(image):
+            image = _file_name(name, licence, image_folder)
+            if image_folder.accept(image):
                 yield {
                     "id": name.removeprefix("ROCO_"),
                     "image": image,

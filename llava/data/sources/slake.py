@@ -69,7 +69,7 @@ def _records(path: Path, language: str, conversion: Conversion) -> Iterator[Reco
             conversion.left_out[fault] += 1
             continue
         image = clean_text(field_of(row, "img_name", where))
-        if not conversion.image_folder.accept(image):
+        if not conversion.accepts(image):
             continue
         answer_type = read_answer_type(field_of(row, "answer_type", where), where)
         yield vqa_record(

@@ -24,7 +24,7 @@ _TEST_FILE = re.compile(r"vqamed2019_test_questions_w_ref_answers\.txt", re.IGNO
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--folder", required=True, help="the unpacked archives, beside each other or below")
+    parser.add_argument("--folder", required=True, help="the unpacked archives, in this folder or below it")
     parser.add_argument(
         "--category", choices=CATEGORIES, action="append", help="keep these questions alone (default: all categories)"
     )
@@ -70,7 +70,7 @@ def _find_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _images_of(folder: Path, split: str) -> str:
-    """Where a split's images are below the folder, with a slash behind."""
+    """Where a split's images are below the folder, with a slash at the end."""
     folders = (path for path in sorted(folder.rglob("*")) if path.is_dir())
     place = next((path for path in folders if path.name.lower() == _IMAGE_FOLDERS[split]), None)
     if place is None:
@@ -97,7 +97,7 @@ def _records(split: str, paths: list[Path], below: str, wanted, conversion: Conv
                 conversion.left_out[fault] += 1
                 continue
             image = f"{below}{name}.jpg"
-            if conversion.image_folder.accept(image):
+            if conversion.accepts(image):
                 more = answers if len(answers) > 1 else None
                 kind = yes_no_type(answers[0])
                 text = " ".join(question.split())  # some questions hold a tab

@@ -69,7 +69,7 @@ def _records(rows: list[tuple[str, Record]], conversion: Conversion) -> Iterator
             conversion.left_out[fault] += 1
             continue
         image = clean_text(field_of(row, "image_name", where))
-        if not conversion.image_folder.accept(image):
+        if not conversion.accepts(image):
             continue
         answer_type = read_answer_type(field_of(row, "answer_type", where), where)
         question_type = _question_type(row.get("question_type"))

@@ -46,9 +46,9 @@ class QuestionImages:
                     if isinstance(source, Path) and not source.is_file():
                         missing.append((question.id, source))
         if missing:
-            key, path = missing[0]
+            which, path = missing[0]
             raise LlavaError(
-                f'{len(missing)} images are missing, first that of question "{key}": {path}; check --image-folder'
+                f'{len(missing)} images are missing, first that of question "{which}": {path}; check --image-folder'
             )
         self._replacements: dict[Any, Any] = {}
         if ablation == "shuffle":

@@ -111,8 +111,9 @@ def _fingerprint(settings: dict[str, Any]) -> str:
 
 def _finished(answers_file: Path, fingerprint: str) -> dict[str, Any] | None:
     manifest = read_manifest(answers_file) if answers_file.is_file() else None
-    same = manifest is not None and manifest.get("fingerprint") == fingerprint
-    return manifest if same and manifest.get("sha256") == sha256_of(answers_file) else None
+    if manifest is None or manifest.get("fingerprint") != fingerprint:
+        return None
+    return manifest if manifest.get("sha256") == sha256_of(answers_file) else None
 
 
 def _claim_path(answers_file: Path) -> Path:

@@ -138,12 +138,18 @@ def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[
 def local_model(args: Namespace):
     """The checkpoint that the flags mean; v1.0's --mm-projector names a projector over --model-name."""
     from llava.eval.answers.local import LocalModel
+    from llava.model.checkpoint.layouts import PROJECTOR_FILES
 
     path, base = args.model_path, args.model_base
     if args.mm_projector:
         if base:
             raise LlavaError("--mm-projector and --model-base exclude each other")
-        path, base = str(existing_file(args.mm_projector, "--mm-projector").parent), path
+        file = existing_file(args.mm_projector, "--mm-projector")
+        if file.name not in PROJECTOR_FILES:
+            raise LlavaError(
+                f"--mm-projector {file}: name it {' or '.join(PROJECTOR_FILES)}, with config.json beside it"
+            )
+        path, base = str(file.parent), path
     return LocalModel(
         path=str(path),
         base=base,

@@ -55,7 +55,7 @@ class LocalAnswers:
 
     Args:
         question_images: of the questions.
-        answer_prompter: ask a second time for the answer alone, and put it behind the first answer.
+        answer_prompter: ask a second time for the answer alone, and append it to the first answer.
         yes_no_probabilities: write each closed question's probability of yes against no too.
         option_likelihoods: write how likely each option of a multiple-choice question is too, as letter and as text.
     """
@@ -125,8 +125,8 @@ class LocalAnswers:
 
             choices = [index for index, question in enumerate(group) if question.options]
             for kind in ("letter", "text"):
-                asked = [(_turns(group[i]), images[i], _options(group[i], kind)) for i in choices]
-                for index, found in zip(choices, answer_likelihoods(loaded, template, asked, self.batch_size)):
+                offered = [(_turns(group[i]), images[i], _options(group[i], kind)) for i in choices]
+                for index, found in zip(choices, answer_likelihoods(loaded, template, offered, self.batch_size)):
                     metadata[index][f"option_{kind}s"] = [one._asdict() for one in found]
         return zip(group, texts, metadata)
 

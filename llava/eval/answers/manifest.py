@@ -1,6 +1,6 @@
-"""What made an answer file: the manifest beside it, written with it and repeated by every result.
+"""What made an answer file: the manifest next to it, written with it and repeated by every result.
 
-`FILE.manifest.json` stands beside FILE. It says which checkpoint, template and decoding gave the answers, to
+`FILE.manifest.json` lies next to FILE. It says which checkpoint, template and decoding gave the answers, to
 which questions, with which versions; `describe` puts the main points on a line.
 """
 

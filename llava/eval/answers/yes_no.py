@@ -49,12 +49,12 @@ def yes_probabilities(
         encoded = []
         for turns, images in batch:
             prompt = conversation_from_record(turns, template)
-            ids = encode_prompt(prompt, tokenizer, image_tokens) + opening
-            ids, _ = expand_images(ids, None, [model.num_patches] * len(images))
+            unexpanded = encode_prompt(prompt, tokenizer, image_tokens) + opening
+            ids, _ = expand_images(unexpanded, None, [model.num_patches] * len(images))
             encoded.append((ids, ids))
         padded = pad_batch(encoded, tokenizer.pad_token_id or 0, side="left")
-        pixels = [open_image(image) for _, images in batch for image in images]
-        pixels = torch.from_numpy(processor(pixels, model.config.image_aspect_ratio)) if pixels else None
+        opened = [open_image(image) for _, images in batch for image in images]
+        pixels = torch.from_numpy(processor(opened, model.config.image_aspect_ratio)) if opened else None
         device = model.device
         logits = model(
             input_ids=torch.from_numpy(padded["input_ids"]).to(device),

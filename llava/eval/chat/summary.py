@@ -18,7 +18,7 @@ class Judged:
     name: str
     judge: str
     summary: ChatSummary
-    intervals: dict[str, tuple[float, float]]
+    intervals: dict[str, tuple[float, float] | None]
     agreement: dict | None
 
     def as_dict(self) -> dict:
@@ -104,8 +104,8 @@ def summary_table(judged: list[Judged]) -> str:
             if group is None:
                 cells += ["–", "", "", "0"]
                 continue
-            low, high = one.intervals[name]
-            cells += [f"{group.pred_relative_score:.1f}", f"{low:.1f}–{high:.1f}"]
+            interval = one.intervals[name]
+            cells += [f"{group.pred_relative_score:.1f}", f"{interval[0]:.1f}–{interval[1]:.1f}" if interval else ""]
             cells += [f"{group.ratio_of_means:.1f}", str(group.data_size)]
         rows.append(cells)
     lines = [text_table(header, rows)]

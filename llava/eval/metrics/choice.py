@@ -17,9 +17,9 @@ from llava.record_content import OPTION_LETTERS, record_options
 def chosen_option(text: str, options: Sequence[str]) -> int | None:
     """Which option an answer names, None if none or several.
 
-    A letter counts alone, in brackets, before a mark or its option's text, or behind "answer", "option" or "choice";
+    A letter counts alone, in brackets, before a mark or its option's text, or after "answer", "option" or "choice";
     "A mass" names no letter. Else the options' texts count, as whole words; of two that the answer holds, one inside
-    the other, the longer. A letter with another option's text behind it names none.
+    the other, the longer. A letter with another option's text after it names none.
     """
     if not options:
         return None

@@ -9,7 +9,8 @@ from llava.eval.metrics.registry import OPEN, Answer, metric
 @metric("open chrF", counts=OPEN, label="open: chrF")
 def open_chrf(answer: Answer) -> float:
     """sacrebleu's chrF2 of one answer, whatever the case: n-grams of 1 to 6 letters, recall counting twice."""
-    return _chrf().sentence_score(answer.prediction, [answer.reference]).score / 100
+    score: float = _chrf().sentence_score(answer.prediction, [answer.reference]).score
+    return score / 100
 
 
 @cache

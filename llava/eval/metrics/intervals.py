@@ -90,10 +90,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """McNemar's exact two-sided p value from the two counts of questions that one model alone has right."""
     total, smaller = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(total, count) for count in range(smaller + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, 2 * tail / (1 << total))
 
 
-def _cluster_sums(values, clusters) -> tuple[np.ndarray, np.ndarray]:
+def _cluster_sums(values: Sequence[float | None], clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of the counted values of each cluster (of each question without clusters)."""
     clusters = range(len(values)) if clusters is None else clusters
     totals: dict[Hashable, list[float]] = {}

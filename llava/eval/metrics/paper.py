@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 from llava.eval.metrics.registry import CLOSED, OPEN, Answer, metric, metrics_of
 from llava.eval.metrics.words import normalize_word
@@ -30,7 +31,7 @@ class PaperItem:
     says_yes_or_no: bool
     appearance: float | None = None
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -69,7 +70,7 @@ class Candidates:
         if not self._words:
             raise ValueError("no candidate answers")
 
-    def nearest(self, said: Counter) -> Counter:
+    def nearest(self, said: Counter[str]) -> Counter[str]:
         """The candidate most of whose distinct words are said; the first of equals."""
         return max(self._words, key=lambda words: sum(w in said for w in words) / len(words) if words else 0.0)
 
@@ -163,12 +164,12 @@ def _recall_closed(answer: Answer) -> float:
     return answer.once(paper_scores).recall
 
 
-def _counts(text: str) -> Counter:
+def _counts(text: str) -> Counter[str]:
     # The published functions normalise what was normalised before, which strips 32 more periods.
     return Counter(normalize_word(text.lower()).split())
 
 
-def _precision_recall_f1(said: Counter, wanted: Counter) -> tuple[float, float, float]:
+def _precision_recall_f1(said: Counter[str], wanted: Counter[str]) -> tuple[float, float, float]:
     hits = sum(count for word, count in said.items() if word in wanted)
     if not hits:
         return 0.0, 0.0, 0.0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from llava.errors import LlavaError
 from llava.records import Record
@@ -23,6 +23,9 @@ OPEN, CLOSED, CHOICE = "OPEN", "CLOSED", "CHOICE"
 
 SETS = ("paper", "strict", "further")
 """*paper* and *strict* are fixed (docs/metrics.md); what is added is *further*."""
+
+Made = TypeVar("Made")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PAPER_SCRIPTS = ("run_eval_batch", "run_eval", "run_eval_pvqa")
 
@@ -48,15 +51,15 @@ class Answer:
     record: Record = field(default_factory=dict)
     script: str = PAPER_SCRIPTS[0]
     candidates: Any = None
-    _kept: dict[Callable, Any] = field(default_factory=dict, repr=False)
+    _kept: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
 
-    def once(self, make: Callable[["Answer"], Any]) -> Any:
+    def once(self, make: Callable[["Answer"], Made]) -> Made:
         """`make(answer)`, computed for the first metric that asks and kept for the others."""
         if make not in self._kept:
             self._kept[make] = make(self)
-        return self._kept[make]
+        return cast(Made, self._kept[make])
 
-    def keep(self, make: Callable[["Answer"], Any], value: Any) -> None:
+    def keep(self, make: Callable[["Answer"], Made], value: Made) -> None:
         """What `once` is to give for `make`, where it is known already."""
         self._kept[make] = value
 
@@ -137,7 +140,7 @@ def metric(
     metric_set: str = "further",
     headline: str | None = None,
     scripts: tuple[str, ...] = PAPER_SCRIPTS,
-) -> Callable[[Callable], Callable]:
+) -> Callable[[Function], Function]:
     """Make a function a metric (see the module's text).
 
     Args:
@@ -150,7 +153,7 @@ def metric(
             and the paper's scripts differ in which numbers they have.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         made = Metric(
             name=name,
             function=function,

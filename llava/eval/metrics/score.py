@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from llava.eval.metrics.intervals import RESAMPLES, bootstrap_interval
+from llava.eval.metrics.joined import JoinedItem
 from llava.eval.metrics.paper import Candidates, paper_scores
 from llava.eval.metrics.registry import (
     CHOICE,
@@ -42,8 +44,8 @@ class Scores:
     choice: int
     numbers: dict[str, dict[str, Number]]
     values: dict[str, dict[str, list[float | None]]] = field(repr=False)
-    rows: list[dict] = field(repr=False)
-    groups: dict[str, dict[str, dict]] = field(default_factory=dict, repr=False)
+    rows: list[dict[str, Any]] = field(repr=False)
+    groups: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def headline(self, metric_set: str, kind: str) -> Number:
         """The number that published tables show: `metric_set` "paper" or "strict", `kind` "open" or "closed"."""
@@ -59,7 +61,7 @@ class Scores:
         more = f", {self.choice} multiple-choice" if self.choice else ""
         return f"{self.open} open, {self.closed} closed{more}"
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Without the values and rows, for a JSON file."""
         numbers = {name: {key: asdict(n) for key, n in part.items()} for name, part in self.numbers.items()}
         counts = {"questions": self.questions, "open": self.open, "closed": self.closed, "choice": self.choice}
@@ -73,7 +75,7 @@ def headlines(several: Iterable[Scores]) -> list[Metric]:
 
 
 def score_items(
-    joined: Sequence,
+    joined: Sequence[JoinedItem],
     candidates: Iterable[object] | None = None,
     *,
     script: str = "run_eval_batch",
@@ -81,7 +83,7 @@ def score_items(
     clusters: Sequence[Hashable] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable[Answer]], Iterable[Answer]] = iter,
 ) -> Scores:
     """Score `JoinedItem`s.
 
@@ -102,8 +104,8 @@ def score_items(
         column = metric.values(answers)
         if metric.metric_set != "further" or any(value is not None for value in column):
             found[metric] = column
-    values: dict[str, dict] = {name: {} for name in SETS}
-    numbers: dict[str, dict] = {name: {} for name in SETS}
+    values: dict[str, dict[str, list[float | None]]] = {name: {} for name in SETS}
+    numbers: dict[str, dict[str, Number]] = {name: {} for name in SETS}
     for metric, column in found.items():
         values[metric.metric_set][metric.name] = column
         numbers[metric.metric_set][metric.name] = _number(metric, column, clusters, resamples, seed)
@@ -120,9 +122,9 @@ def score_items(
     )
 
 
-def group_keys(joined: Sequence, limit: int = 40) -> list[str]:
+def group_keys(joined: Sequence[JoinedItem], limit: int = 40) -> list[str]:
     """Record fields that tell questions apart into at least two and at most `limit` groups."""
-    fields: dict[str, set] = {}
+    fields: dict[str, set[str | bool | int]] = {}
     for entry in joined:
         for name, value in entry.item.fields.items():
             if isinstance(value, (str, bool, int)):
@@ -134,7 +136,7 @@ def group_keys(joined: Sequence, limit: int = 40) -> list[str]:
 _NOT_GROUPS = {"img_id", "triple", "phrase_type_id", "answer", "source_id"}
 
 
-def _answer(entry, script: str, pool: Candidates | None) -> Answer:
+def _answer(entry: JoinedItem, script: str, pool: Candidates | None) -> Answer:
     item = entry.item
     return Answer(
         prediction=entry.prediction,
@@ -150,13 +152,15 @@ def _answer(entry, script: str, pool: Candidates | None) -> Answer:
     )
 
 
-def _number(metric: Metric, column, clusters, resamples: int, seed: int) -> Number:
+def _number(
+    metric: Metric, column: list[float | None], clusters: Sequence[Hashable] | None, resamples: int, seed: int
+) -> Number:
     interval = bootstrap_interval(column, clusters, resamples=resamples, seed=seed) if resamples else None
     low, high = (None, None) if interval is None else (metric.scale * interval[0], metric.scale * interval[1])
     return Number(metric.mean(column), low, high, sum(value is not None for value in column))
 
 
-def _row(answer: Answer, further: dict[str, list[float | None]], index: int) -> dict:
+def _row(answer: Answer, further: dict[str, list[float | None]], index: int) -> dict[str, Any]:
     counted = {name: column[index] for name, column in further.items() if column[index] is not None}
     return {
         "question_id": answer.id,
@@ -171,14 +175,16 @@ def _row(answer: Answer, further: dict[str, list[float | None]], index: int) -> 
     }
 
 
-def _group(joined, name: str, found: dict[Metric, list[float | None]]) -> dict[str, dict]:
+def _group(
+    joined: Sequence[JoinedItem], name: str, found: dict[Metric, list[float | None]]
+) -> dict[str, dict[str, Any]]:
     """Headline means of each value of the field; a record without it is under "-"."""
     keys = [str(entry.item.fields.get(name, "-")).strip() for entry in joined]
     table = {}
     for key in sorted(set(keys)):
         inside = [index for index, found_key in enumerate(keys) if found_key == key]
         kinds = [joined[index].item.answer_type for index in inside]
-        row: dict = {"questions": len(inside), "open": kinds.count(OPEN), "closed": kinds.count(CLOSED)}
+        row: dict[str, Any] = {"questions": len(inside), "open": kinds.count(OPEN), "closed": kinds.count(CLOSED)}
         for metric, column in found.items():
             if metric.is_headline:
                 row[metric.title] = metric.mean(column[index] for index in inside)

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 from llava.eval.metrics.registry import CLOSED, OPEN, Answer, metric
 from llava.eval.metrics.words import strict_words
@@ -26,7 +27,7 @@ class StrictItem:
     recall: float
     polarity: str
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -124,7 +125,7 @@ _DENIALS = frozenset("不没沒无無非未否")
 
 
 def _is_denied(words: list[str], text: list[str]) -> bool:
-    """Whether Chinese words stand behind a character that denies them, where each character is a word of its own."""
+    """Whether Chinese words stand after a character that denies them, where each character is a word of its own."""
     return len(words[0]) == 1 and any(start and text[start - 1] in _DENIALS for start in _places(words, text))
 
 

@@ -14,7 +14,7 @@ def normalize_word(text: str) -> str:
     """Lower case, punctuation, articles, contractions, number words, as the published metric code has them.
 
     Two of its habits are kept because the published numbers depend on them: a mark is deleted where it stands
-    beside a blank anywhere in the text and becomes a blank otherwise ("x-ray" becomes "x ray"), one number
+    next to a blank anywhere in the text and becomes a blank otherwise ("x-ray" becomes "x ray"), one number
     with a thousands comma makes all marks be deleted; and only the first 32 periods are dropped.
     """
     has_thousands = re.search(r"\d,\d", text) is not None

@@ -1,4 +1,4 @@
-"""Scores on the part of the test set that an audit finds clean, beside those on all of it."""
+"""Scores on the part of the test set that an audit finds clean, next to those on all of it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The numbers of the LLaVA-Med paper and of its released weights, to stand beside ours.
+"""The numbers of the LLaVA-Med paper and of its released weights, to compare with ours.
 
 docs/llava_med_performance.md explains them.
 """

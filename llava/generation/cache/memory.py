@@ -1,14 +1,13 @@
 """How much memory the engine may take."""
 
-from typing import Any
-
 import torch
+from torch import nn
 
 _SHARE = 0.5
 _LEAST = 64 << 20
 
 
-def cache_budget(model: Any) -> int:
+def cache_budget(model: nn.Module) -> int:
     """Bytes for keys and values: half of what is free on the model's (smallest) device now."""
     devices = {parameter.device for parameter in model.parameters()}
     return max(int(_SHARE * min(_free(device) for device in devices)), _LEAST)
@@ -21,4 +20,5 @@ def _free(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil
 
-    return psutil.virtual_memory().available
+    available: int = psutil.virtual_memory().available
+    return available

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 BLOCK = 16
-"""Beginnings are looked up in whole blocks of so many positions; what matches beyond is found by comparing."""
+"""Prefixes are looked up in whole blocks of this many positions; a longer match is found by comparing."""
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """Keys and values of all running requests: one row each, kept dense, written in place.
 
 Row r holds positions 0 … length-1 of the request in that row. Rows in use are always the first ones, so a pass
-reads slices of the buffers and copies nothing. What lies behind a row's length is garbage that a mask hides.
+reads slices of the buffers and copies nothing. What lies past a row's length is garbage that a mask hides.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class RowCache:
         self.rows = self.width = 0
 
     def fits(self, rows: int, width: int) -> bool:
-        """Whether so many rows of so many positions stay within the memory that was granted."""
+        """Whether `rows` of `width` positions fit the memory limit."""
         return width <= self.max_width and self._bytes(rows, self._rounded(width)) <= self.max_bytes
 
     def reserve(self, rows: int, width: int, used_rows: int) -> None:

@@ -100,5 +100,5 @@ def native_name(name: str) -> str:
 
 
 def non_lora_file(folder: Path) -> Path | None:
-    """The file of fully trained weights beside an adapter (projector, sometimes embeddings or tower)."""
+    """The file of fully trained weights that belongs to an adapter (projector, sometimes embeddings or tower)."""
     return next((folder / name for name in NON_LORA_FILES if (folder / name).is_file()), None)

@@ -8,11 +8,11 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
@@ -20,6 +20,7 @@ from llava.model.checkpoint.config import infer_template, read_config
 from llava.model.checkpoint.hf_layout import hf_source, is_hf_config, native_config
 from llava.model.configuration import LlavaConfigFields
 from llava.model.families import EMBEDDINGS, FINAL_NORM
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.towers import read_vision_config
 from llava.model.towers.base import TOWER_PREFIX, in_unused_layer
 from llava.model.towers.clip import known_vision_config
@@ -38,7 +39,7 @@ _DELTA_NORM = 0.1
 
 @dataclass
 class Parts:
-    """What a checkpoint consists of: `sources(model)` fills a model of `config`, later ones going first.
+    """What a checkpoint consists of: `sources(model)` fills a model of `config`; later ones take precedence.
 
     `folders` are where tokenizer and image processor are looked for, in this order. `weights` are the
     language model's, `quantized` what of them is stored in 8 or 4 bits.
@@ -46,7 +47,7 @@ class Parts:
 
     config: LlavaConfigFields
     weights: WeightFiles
-    sources: Callable[[PreTrainedModel], list[Source]]
+    sources: Callable[[LlavaForCausalLM], list[Source]]
     folders: list[Path]
     tower_folder: Path | None = None
     quantized: bool = field(init=False)
@@ -55,22 +56,30 @@ class Parts:
         self.quantized = is_quantized(self.weights)
 
 
-def open_checkpoint(folder: Path, base_folder: Path | None = None, vision_tower: str | Path | None = None) -> Parts:
+def open_checkpoint(
+    folder: Path,
+    base_folder: Path | None = None,
+    vision_tower: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Parts:
     """The parts of the checkpoint in `folder`, over `base_folder` where it isn't a whole model.
+
+    A tower that is a hub id is downloaded into `cache_dir`, by default the hub's cache.
 
     Raises:
         LlavaError: an adapter or projector without its base, a delta, a folder without weights; the message
             has the command that helps.
     """
+    find_tower = partial(_find_tower, override=vision_tower, cache_dir=cache_dir)
     if (folder / ADAPTER_CONFIG).is_file():
-        return _open_adapter(folder, base_folder, vision_tower)
+        return _open_adapter(folder, base_folder, find_tower)
     if not find_weight_files(folder):
-        return _open_projector(folder, base_folder, vision_tower)
+        return _open_projector(folder, base_folder, find_tower)
     if base_folder is not None:
         log.warning("%s is a whole model; the base %s is not used", folder, base_folder)
     if is_hf_config(read_json(folder / "config.json")):
         return _open_hf(folder)
-    return _open_native(folder, vision_tower)
+    return _open_native(folder, find_tower)
 
 
 def is_delta(weights: WeightFiles) -> bool:
@@ -91,7 +100,7 @@ def projector_file(folder: Path) -> Path | None:
     return next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
 
 
-def native_source(weights: WeightFiles, model: PreTrainedModel, what: str = "checkpoint") -> Source:
+def native_source(weights: WeightFiles, model: LlavaForCausalLM, what: str = "checkpoint") -> Source:
     """The weights of a native folder; prefixes that peft or LLaVA's LoRA training left are dropped.
 
     The tower may have names that the library's vision models had in other versions.
@@ -110,7 +119,7 @@ def native_source(weights: WeightFiles, model: PreTrainedModel, what: str = "che
     return Source(what, weights, names, unused_layers)
 
 
-def _open_native(folder: Path, vision_tower) -> Parts:
+def _open_native(folder: Path, find_tower: Callable[..., Path | None]) -> Parts:
     config = read_config(folder)
     weights = WeightFiles.of_folder(folder)
     if is_delta(weights):
@@ -123,10 +132,10 @@ def _open_native(folder: Path, vision_tower) -> Parts:
             f"{folder}: a language model without a vision tower (config.json has no mm_vision_tower); give the "
             f"LLaVA folder as model_path, and this one as model_base if that needs it"
         )
-    tower_folder = _find_tower(config, folder, vision_tower, weights)
+    tower_folder = find_tower(config, folder, weights)
 
-    def sources(model: PreTrainedModel) -> list[Source]:
-        tower = [] if _has_tower(weights) else [model.get_vision_tower().source(tower_folder)]
+    def sources(model: LlavaForCausalLM) -> list[Source]:
+        tower = _tower_sources(model, tower_folder, weights)
         return [*tower, native_source(weights, model)]
 
     return Parts(config, weights, sources, [folder], tower_folder)
@@ -141,7 +150,7 @@ def _open_hf(folder: Path) -> Parts:
     return Parts(config, weights, lambda model: [hf_source(weights, model)], [folder])
 
 
-def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts:
+def _open_adapter(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
     adapter = LoraAdapter(folder)
     if base_folder is None:
         base = adapter.base_name or "BASE_MODEL"
@@ -159,13 +168,12 @@ def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts
         )
     extra_path = non_lora_file(folder)
     extra = WeightFiles([extra_path] if extra_path else [])
-    tower_folder = _find_tower(config, folder, vision_tower, weights, extra)
+    tower_folder = find_tower(config, folder, weights, extra)
 
-    def sources(model: PreTrainedModel) -> list[Source]:
+    def sources(model: LlavaForCausalLM) -> list[Source]:
         changed = [native_source(weights, model, "base model")]
         changed.append(native_source(extra, model, "adapter's other weights"))
-        if not (_has_tower(weights) or _has_tower(extra)):
-            changed.insert(0, model.get_vision_tower().source(tower_folder))
+        changed[:0] = _tower_sources(model, tower_folder, weights, extra)
         for source in changed:
             source.convert = adapter.merged
         _check_reach(adapter, changed, base_folder, model)
@@ -175,7 +183,7 @@ def _open_adapter(folder: Path, base_folder: Path | None, vision_tower) -> Parts
     return Parts(config, weights, sources, [folder, base_folder], tower_folder)
 
 
-def _open_projector(folder: Path, base_folder: Path | None, vision_tower) -> Parts:
+def _open_projector(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
     path = projector_file(folder)
     if path is None:
         raise LlavaError(
@@ -190,10 +198,10 @@ def _open_projector(folder: Path, base_folder: Path | None, vision_tower) -> Par
     config = read_config(folder)
     weights = WeightFiles.of_folder(base_folder)
     projector = WeightFiles([path])
-    tower_folder = _find_tower(config, folder, vision_tower, weights)
+    tower_folder = find_tower(config, folder, weights)
 
-    def sources(model: PreTrainedModel) -> list[Source]:
-        tower = [] if _has_tower(weights) else [model.get_vision_tower().source(tower_folder)]
+    def sources(model: LlavaForCausalLM) -> list[Source]:
+        tower = _tower_sources(model, tower_folder, weights)
         base = native_source(weights, model, "base model")
         own = projector_source(projector, model)
         _grow_embeddings(base, own, model)
@@ -202,7 +210,7 @@ def _open_projector(folder: Path, base_folder: Path | None, vision_tower) -> Par
     return Parts(config, weights, sources, [folder, base_folder], tower_folder)
 
 
-def projector_source(weights: WeightFiles, model: PreTrainedModel) -> Source:
+def projector_source(weights: WeightFiles, model: LlavaForCausalLM) -> Source:
     """A projector file's tensors: `…mm_projector.*` under any prefix, and trained rows of the embedding."""
     names = {}
     for file_name in weights:
@@ -212,7 +220,7 @@ def projector_source(weights: WeightFiles, model: PreTrainedModel) -> Source:
     return Source("projector", weights, names)
 
 
-def _grow_embeddings(base: Source, own: Source, model: PreTrainedModel) -> None:
+def _grow_embeddings(base: Source, own: Source, model: LlavaForCausalLM) -> None:
     """New image tokens over a plain language model: trained rows from the projector file, else the mean.
 
     LLaVA's stage 1 saves the embedding's new rows and leaves those of the head as it made them: the mean.
@@ -227,8 +235,9 @@ def _grow_embeddings(base: Source, own: Source, model: PreTrainedModel) -> None:
             continue
         if shape[0] >= rows:
             continue
-        new = own.weights.read(trained) if trained else None
-        if new is not None:
+        new = None
+        if trained:
+            new = own.weights.read(trained)
             if new.shape[0] != rows - shape[0]:
                 continue  # reported as a shape that doesn't fit
             del own.names[name]
@@ -257,7 +266,7 @@ def _appending(before, name: str, new: torch.Tensor | None, rows: int):
     return convert
 
 
-def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path, model: PreTrainedModel) -> None:
+def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path, model: LlavaForCausalLM) -> None:
     for name in adapter.adds_to & tied_weights(model).keys():
         raise LlavaError(
             f"{adapter.weights.files[0]}: the adapter changes {name}, which is the embedding of {base_folder} "
@@ -275,11 +284,20 @@ def _pair_names(adapter: LoraAdapter) -> frozenset[str]:
     return frozenset(set(adapter.weights) - set(adapter.overrides.values()))
 
 
+def _tower_sources(model: LlavaForCausalLM, tower_folder: Path | None, *holders: WeightFiles) -> list[Source]:
+    """The tower's own files, where none of the others holds the tower."""
+    if tower_folder is None or any(_has_tower(weights) for weights in holders):
+        return []
+    return [model.get_vision_tower().source(tower_folder)]
+
+
 def _has_tower(weights: WeightFiles) -> bool:
     return any(native_name(name).startswith(TOWER_PREFIX) for name in weights)
 
 
-def _find_tower(config: Any, folder: Path, override, *holders: WeightFiles) -> Path | None:
+def _find_tower(
+    config: Any, folder: Path, *holders: WeightFiles, override: str | Path | None, cache_dir: str | Path | None
+) -> Path | None:
     """The tower's own folder, None if it isn't needed; fills `config.mm_vision_config` from it."""
     inside = any(_has_tower(weights) for weights in holders)
     if inside:
@@ -289,6 +307,6 @@ def _find_tower(config: Any, folder: Path, override, *holders: WeightFiles) -> P
     name = override or config.mm_vision_tower
     if not name:
         raise LlavaError(f"{folder / 'config.json'}: has no mm_vision_tower; is this a LLaVA checkpoint?")
-    tower_folder = locate_model(name, "vision tower", beside=folder)
+    tower_folder = locate_model(name, "vision tower", beside=folder, cache_dir=cache_dir)
     config.mm_vision_config = read_vision_config(tower_folder)
     return tower_folder

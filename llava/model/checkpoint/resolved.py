@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
 from llava.model.families import model_class_of
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.weights.assemble import Source, build_empty, match_sources
 from llava.model.weights.locate import locate_model
 from llava.model.weights.shards import Planned, fill_from
@@ -24,7 +24,7 @@ class ResolvedCheckpoint:
 
     folder: Path
     parts: Parts
-    model: PreTrainedModel
+    model: LlavaForCausalLM
     names: dict[str, Source]
     files: tuple[Path, ...]
 

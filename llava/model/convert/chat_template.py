@@ -86,7 +86,7 @@ def chat_template(conversation: Conversation, image_text: str, bos: bool = False
         whole = conversation.get_prompt()
         start = len(conversation.system) + len(conversation.sep)
         examples = whole[start:]
-    constants = {
+    constants: dict[str, str | bool] = {
         "SYSTEM": conversation.system,
         "ASKER": conversation.roles[0],
         "ANSWERER": conversation.roles[1],

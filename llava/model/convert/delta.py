@@ -1,6 +1,6 @@
 """Delta weights: `target = base + delta`, tensor by tensor from shards to shards.
 
-A delta is what training changed, so that it can be given away where a licence forbids giving away the base.
+A delta is what training changed, so that it can be published where a licence forbids publishing the base.
 Names that the base doesn't have (projector, tower) are whole in the delta; the embedding and the head of the
 delta have a row more for each added token. All arithmetic is in the delta's dtype, as the releases were made.
 """
@@ -29,7 +29,7 @@ from llava.records import read_json
 log = logging.getLogger(__name__)
 
 _UNPACKED = "delta"
-"""Folder beside the shards for what a zip holds."""
+"""Folder next to the shards for what a zip holds."""
 
 _ADDED_PARTS = ("model.mm_projector.", "model.vision_tower.")
 _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -267,7 +267,7 @@ class _Sum:
     def __call__(self) -> Fill:
         upper = _Checked(self.pair.upper, self.name, self.expected[1])
         if self.name not in self.pair.base:
-            return lambda start, stop, out: out.copy_(upper.read(start, stop))
+            return upper.copy_into
         base = _Checked(self.pair.base, self.name, self.expected[0])
 
         def fill(start: int, stop: int, out: torch.Tensor) -> None:
@@ -290,10 +290,13 @@ class _Checked:
         self.path, self.name, self.expected = weights.file_of(name), name, expected
         self.checksum = 0
 
+    def copy_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(self.read(start, stop))
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         chunk = self.flat[start:stop]
         if self.expected is not None:
-            self.checksum = zlib.crc32(chunk.view(torch.uint8).numpy(), self.checksum)
+            self.checksum = zlib.crc32(chunk.view(torch.uint8).numpy().data, self.checksum)
             if stop == self.numel and self.checksum != self.expected:
                 raise LlavaError(
                     f"{self.path}: {self.name} has checksum {self.checksum:08x}, the file records "

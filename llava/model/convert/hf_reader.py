@@ -28,7 +28,10 @@ from llava.records import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_CLIP_LARGE = {(1024, 224): "openai/clip-vit-large-patch14", (1024, 336): "openai/clip-vit-large-patch14-336"}
+_CLIP_LARGE: dict[tuple[Any, Any], str] = {
+    (1024, 224): "openai/clip-vit-large-patch14",
+    (1024, 336): "openai/clip-vit-large-patch14-336",
+}
 
 
 def import_hf(
@@ -67,7 +70,7 @@ def import_hf(
     if config.conversation_template is None:
         config.conversation_template = infer_template(config, source)
     if config.mm_vision_tower is None:
-        vision = config.mm_vision_config
+        vision = config.mm_vision_config or {}
         if vision.get("model_type", CLIP) == CLIP:
             config.mm_vision_tower = _CLIP_LARGE.get((vision.get("hidden_size"), vision.get("image_size")))
         # The folder holds the tower: LLaVA's own code reads it only if it was trained.

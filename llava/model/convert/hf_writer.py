@@ -7,8 +7,9 @@ have the highest score.
 
 import logging
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AddedToken, LlavaConfig, PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import find_tokenizer
 from llava.model.families import EMBEDDINGS, family_of
 from llava.model.loader import load_image_processor
-from llava.model.tokenizer import load_tokenizer, save_tokenizer
+from llava.model.tokenizer import load_tokenizer, save_tokenizer, token_id
 from llava.model.towers import CLIP, VisionTower
 from llava.model.towers.base import TOWER_PREFIX
 from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, planned_tensor, write_shards
@@ -107,7 +108,7 @@ def export_hf(
         write_json(folder / "config.json", hf)
         _write_processor(folder, checkpoint, tokenizer)
         _write_generation_config(folder, checkpoint, tokenizer)
-        notes = ("Layout: transformers' `LlavaForConditionalGeneration`.",)
+        notes: tuple[str, ...] = ("Layout: transformers' `LlavaForConditionalGeneration`.",)
         for applies, words in (
             (config.mm_projector_type == "linear", LINEAR_NOTE),
             (config.mm_vision_config.get("model_type", CLIP) not in _WIDELY_KNOWN, TOWER_NOTE),
@@ -118,7 +119,7 @@ def export_hf(
         write_model_card(
             folder,
             "A LLaVA checkpoint for transformers and the engines that read its layout.",
-            base=model_base and str(model_base),
+            base=str(model_base) if model_base else None,
             source=str(model_path),
             notes=notes,
         )
@@ -172,7 +173,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, native_rows: int) -> dict[st
     return note
 
 
-def _select_strategy(tower: VisionTower) -> str:
+def _select_strategy(tower: VisionTower) -> Literal["default", "full"]:
     """`default` drops the first token, which has to be a class token; `full` drops none."""
     return "default" if tower.select_feature == "patch" and tower.prefix_tokens else "full"
 
@@ -212,7 +213,7 @@ def _plan(checkpoint: ResolvedCheckpoint, rows: int, tower_layers: int, dtype: t
         if TOWER_PREFIX + name not in checkpoint.names:
             make = torch.ones if name.endswith("norm.weight") else torch.zeros
             new_name = hf_name(TOWER_PREFIX + name, config.mm_projector_type)
-            planned.append(planned_tensor(new_name, shape, own, lambda make=make, shape=shape: make(shape)))
+            planned.append(planned_tensor(new_name, shape, own, partial(make, shape)))
     if config.mm_projector_type == "linear":
         size = config.hidden_size
         own = dtype or checkpoint.dtype("model.mm_projector.weight")
@@ -263,8 +264,8 @@ def _hf_config(
     tower = checkpoint.model.get_vision_tower()
     hf = LlavaConfig(
         text_config=text_class(**text),
-        vision_config=tower.library_config() | {"num_hidden_layers": tower_layers},
-        image_token_index=tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN),
+        vision_config=(tower.library_config() or {}) | {"num_hidden_layers": tower_layers},
+        image_token_index=token_id(tokenizer, DEFAULT_IMAGE_TOKEN),
         image_seq_length=checkpoint.model.num_patches,
         projector_hidden_act="linear" if config.mm_projector_type == "linear" else "gelu",
         vision_feature_select_strategy=_select_strategy(tower),
@@ -351,13 +352,16 @@ def make_chat_template(config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     asked = conversation.copy()
     asked.append_message(asked.roles[0], asked.place_images(f"{DEFAULT_IMAGE_TOKEN}\n{probe}"))
     asked.append_message(asked.roles[1], None)
-    image_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    image_id = token_id(tokenizer, DEFAULT_IMAGE_TOKEN)
     wanted = [
         image_id if token == IMAGE_TOKEN_INDEX else token
         for token in tokenize_prompt(asked.get_prompt(), tokenizer, image_tokens)
     ]
     glue_before = "" if conversation.image_first else "\n"
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": glue_before + probe}]}
+    message: dict[str, Any] = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": glue_before + probe}],
+    }
     adds_bos = wanted[:1] == [tokenizer.bos_token_id]
     templates = [
         chat_template(conversation, image, bos, glue)
@@ -365,8 +369,11 @@ def make_chat_template(config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         for bos in ((True, False) if adds_bos else (False,))
     ]
     for template in templates:
-        text = tokenizer.apply_chat_template(
-            [message], chat_template=template, tokenize=False, add_generation_prompt=True
+        text = cast(
+            str,
+            tokenizer.apply_chat_template(
+                [message], chat_template=template, tokenize=False, add_generation_prompt=True
+            ),
         )
         has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         if tokenizer(text, add_special_tokens=not has_bos).input_ids == wanted:

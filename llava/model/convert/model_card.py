@@ -55,7 +55,7 @@ def write_model_card(
     for note in notes:
         lines += [note, ""]
     lines += [
-        "Whoever uses it is bound by the licences of all it was made from: the language model's, the vision tower's, "
+        "Its users are bound by the licences of all it was made from: the language model's, the vision tower's, "
         "the training data's.",
     ]
     with atomic_path(folder / "README.md") as temporary:

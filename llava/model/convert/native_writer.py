@@ -54,5 +54,5 @@ def write_native(
             if (place / "generation_config.json").is_file():
                 shutil.copyfile(place / "generation_config.json", folder / "generation_config.json")
                 break
-        write_model_card(folder, description, base=model_base and str(model_base), source=str(model_path))
+        write_model_card(folder, description, base=str(model_base) if model_base else None, source=str(model_path))
     return output

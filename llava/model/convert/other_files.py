@@ -1,4 +1,4 @@
-"""The files of a model folder beside its weights, and copying them from one folder to another."""
+"""The files of a model folder other than its weights, and copying them from one folder to another."""
 
 import shutil
 from collections.abc import Iterable

@@ -63,9 +63,11 @@ def extract_projector(model_path: str | Path, output: str | Path) -> tuple[Path,
 def _projector(folder: Path) -> dict[str, torch.Tensor]:
     files = find_weight_files(folder)
     beside = non_lora_file(folder) or projector_file(folder)
-    if not files and beside is None:
+    if not files and beside is not None:
+        files = [beside]
+    if not files:
         raise LlavaError(f"{folder}: no weights found; give the folder of a LLaVA checkpoint")
-    weights = WeightFiles(files or [beside])
+    weights = WeightFiles(files)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     found = {}
     if is_hf_config(config):

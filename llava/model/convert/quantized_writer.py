@@ -1,6 +1,7 @@
 """Saving a checkpoint whose language model is in 8 or 4 bits, as BabyDoctor was released."""
 
 from pathlib import Path
+from typing import Literal
 
 from llava.errors import LlavaError
 from llava.folders import check_target, stage
@@ -19,12 +20,15 @@ def quantize(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    quant_type: Literal["nf4", "fp4"] | None = None,
+    double_quant: bool | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Load a checkpoint in `bits` and write it so; tower, projector and head keep 16 or 32 bits.
 
     Args:
         dtype: of what isn't quantized; float16 by default.
+        quant_type, double_quant: `load_pretrained_model`'s, for 4 bits.
 
     Raises:
         LlavaError: it is quantized already, bitsandbytes is missing, `load_pretrained_model`'s.
@@ -37,7 +41,14 @@ def quantize(
     if open_checkpoint(folder, base).quantized:
         raise LlavaError(f"{folder}: the weights are already stored in 8 or 4 bits; give the 16-bit checkpoint")
     tokenizer, model, processor, _ = load_pretrained_model(
-        folder, base, device=device, dtype=dtype or "float16", load_8bit=bits == 8, load_4bit=bits == 4
+        folder,
+        base,
+        device=device,
+        dtype=dtype or "float16",
+        load_8bit=bits == 8,
+        load_4bit=bits == 4,
+        quant_type=quant_type,
+        double_quant=double_quant,
     )
     with stage(output, overwrite=overwrite) as staging:
         save_model(staging, model, tokenizer, processor)
@@ -45,7 +56,7 @@ def quantize(
             staging,
             f"A LLaVA checkpoint, its language model in {bits} bits (bitsandbytes); vision tower, projector "
             f"and head are not. Answers differ somewhat from the original's.",
-            base=model_base and str(model_base),
+            base=str(model_base) if model_base else None,
             source=str(model_path),
         )
     return output

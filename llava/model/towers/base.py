@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import LlavaError
 from llava.model.weights.assemble import Source
@@ -139,7 +140,9 @@ class VisionTower(nn.Module):
     def source(self, folder: Path) -> Source:
         """The weights of the tower's own folder under the names that a checkpoint has for them."""
         weights = self.open_weights(folder)
-        names, unused_layers, unused = {}, {}, set()
+        names: dict[str, str] = {}
+        unused_layers: dict[str, str] = {}
+        unused = set()
         for file_name in weights:
             own_name = self.own_name(file_name)
             if own_name is not None:
@@ -181,9 +184,30 @@ class VisionTower(nn.Module):
         }
 
 
+class NestedModel(nn.Module):
+    """A vision model with `vision_model.` before its names, as older files of the library have it."""
+
+    def __init__(self, vision_model: PreTrainedModel):
+        super().__init__()
+        self.vision_model = vision_model
+
+
 def in_unused_layer(name: str, model: Any) -> bool:
     """Whether a checkpoint's tensor belongs to the part of the tower that `model` doesn't run."""
     return name.startswith(TOWER_PREFIX) and model.get_vision_tower().is_unused_layer(name.removeprefix(TOWER_PREFIX))
+
+
+def square_side(config: PreTrainedConfig, field: str) -> int:
+    """A field of a vision model's configuration that may be a number, or height and width.
+
+    Raises:
+        LlavaError: height and width differ.
+    """
+    value = getattr(config, field, None)
+    sides = {value} if isinstance(value, int) else set(value or [])
+    if len(sides) != 1:
+        raise LlavaError(f"the vision model {config.model_type!r} has {field} {value}; a tower needs squares")
+    return sides.pop()
 
 
 def used_layers(select_layer: int, num_layers: int) -> int:

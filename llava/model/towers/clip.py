@@ -1,13 +1,13 @@
 """CLIP's vision tower (LLaVA-Med, LLaVA, BabyDoctor): a ViT with a class token."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llava.model.towers.base import TOWER_PREFIX, VisionTower, used_layers
+from llava.model.towers.base import TOWER_PREFIX, NestedModel, VisionTower, square_side, used_layers
 from llava.records import read_json
 
 KIND = "clip_vision_model"
@@ -58,12 +58,12 @@ class CLIPVisionTower(VisionTower):
         self.num_blocks = full.num_hidden_layers
         self.used_blocks = used.num_hidden_layers = used_layers(select_layer, self.num_blocks)
         self.hidden_size = full.hidden_size
-        self.image_size = full.image_size
-        self.patches_per_side = full.image_size // full.patch_size
+        self.image_size = square_side(full, "image_size")
+        self.patches_per_side = self.image_size // square_side(full, "patch_size")
         self.tail_shapes = {f"{_PREFIX}post_layernorm.{leaf}": (self.hidden_size,) for leaf in ("weight", "bias")}
-        self.vision_tower = nn.Module()
-        self.vision_tower.vision_model = CLIPVisionModel(used)
-        self.vision_tower.vision_model.post_layernorm = nn.Identity()
+        model = CLIPVisionModel(used)
+        model.set_submodule("post_layernorm", nn.Identity())
+        self.vision_tower = NestedModel(model)
 
     @classmethod
     def read_config(cls, folder: Path) -> dict[str, Any] | None:
@@ -84,7 +84,7 @@ class CLIPVisionTower(VisionTower):
         return {"model_type": KIND} | self.vision_config
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        clip = self.vision_tower.vision_model
+        clip = cast(CLIPVisionModel, self.vision_tower.vision_model)
         hidden_states = clip.pre_layrnorm(clip.embeddings(pixel_values))
         return clip.encoder(inputs_embeds=hidden_states).last_hidden_state
 

@@ -6,7 +6,7 @@ pooling head: never computed here), and how many tokens stand before the patches
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.images.processor import FILE_NAME as PREPROCESSING
-from llava.model.towers.base import VisionTower, used_layers
+from llava.model.towers.base import NestedModel, VisionTower, square_side, used_layers
 from llava.records import read_json
 
 INPUT_SIZE = "input_size"
@@ -47,10 +47,10 @@ class HuggingFaceVisionTower(VisionTower):
         self.used_blocks = used_layers(select_layer, self.num_blocks)
         if self.used_blocks == 0:
             raise LlavaError(f"mm_vision_select_layer {select_layer}: {config.model_type} needs at least one block")
-        self.image_size = vision_config.get(INPUT_SIZE) or _square(config, "image_size")
-        self.patches_per_side = self.image_size // _square(config, "patch_size")
+        self.image_size = vision_config.get(INPUT_SIZE) or square_side(config, "image_size")
+        self.patches_per_side = self.image_size // square_side(config, "patch_size")
         with torch.device("meta"):
-            full = MODEL_MAPPING[type(config)](config)
+            full = _model_class(type(config))(config)
         blocks = _name_of_blocks(full, self.num_blocks)
         after, tokens, self.hidden_size = _try_out(full, blocks, self.image_size)
         self.prefix_tokens = tokens - self.patches_per_side**2
@@ -61,23 +61,19 @@ class HuggingFaceVisionTower(VisionTower):
             )
         self.weight_prefix = _STATE + (f"{_NESTED}." if full.base_model_prefix == _NESTED else "")
         self.block_prefix = f"{self.weight_prefix}{blocks}."
-        self.no_split_modules = (type(full.get_submodule(blocks)[0]).__name__,)
+        self.no_split_modules = (type(_blocks(full, blocks)[0]).__name__,)
         self.tail = tuple(f"{self.weight_prefix}{name}." for name in after)
         shapes = {self.weight_prefix + name: tuple(tensor.shape) for name, tensor in full.state_dict().items()}
         self.known_names = frozenset(shapes)
         self.tail_shapes = {name: shape for name, shape in shapes.items() if name.startswith(self.tail)}
-        model = MODEL_MAPPING[type(config)](_library_config(vision_config, num_hidden_layers=self.used_blocks))
+        model = _model_class(type(config))(_library_config(vision_config, num_hidden_layers=self.used_blocks))
         for name in after:
             model.set_submodule(name, nn.Identity())
-        if self.weight_prefix == _STATE:
-            self.vision_tower = model
-        else:
-            self.vision_tower = nn.Module()
-            self.vision_tower.vision_model = model
+        self.vision_tower = model if self.weight_prefix == _STATE else NestedModel(model)
 
     @property
     def library_model(self) -> PreTrainedModel:
-        return self.get_submodule(self.weight_prefix.removesuffix("."))
+        return cast(PreTrainedModel, self.get_submodule(self.weight_prefix.removesuffix(".")))
 
     @classmethod
     def read_config(cls, folder: Path) -> dict[str, Any] | None:
@@ -145,14 +141,18 @@ class HuggingFaceVisionTower(VisionTower):
 
 
 def _is_vision_model(kind: str | None) -> bool:
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
+    if kind is None or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
         return False
-    return MODEL_MAPPING[CONFIG_MAPPING[kind]].main_input_name == "pixel_values"
+    return _model_class(CONFIG_MAPPING[kind]).main_input_name == "pixel_values"
+
+
+def _model_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    return cast(type[PreTrainedModel], MODEL_MAPPING[config_class])
 
 
 def _library_config(vision_config: dict[str, Any], **changes: Any) -> PreTrainedConfig:
     kind = vision_config.get("model_type")
-    if not _is_vision_model(kind):
+    if kind is None or not _is_vision_model(kind):
         raise LlavaError(f"vision towers of type {kind!r} aren't supported: the library has no such vision model")
     fields = {name: value for name, value in vision_config.items() if name not in ("model_type", INPUT_SIZE)}
     if changes:
@@ -164,14 +164,6 @@ def _library_config(vision_config: dict[str, Any], **changes: Any) -> PreTrained
     return config
 
 
-def _square(config: PreTrainedConfig, field: str) -> int:
-    value = getattr(config, field, None)
-    sides = {value} if isinstance(value, int) else set(value or [])
-    if len(sides) != 1:
-        raise LlavaError(f"the vision model {config.model_type!r} has {field} {value}; a tower needs squares")
-    return sides.pop()
-
-
 def _name_of_blocks(model: nn.Module, count: int) -> str:
     """The name of the list that holds the model's blocks: of its lists of that length, the one with most weights."""
     lists = {
@@ -181,7 +173,11 @@ def _name_of_blocks(model: nn.Module, count: int) -> str:
     }
     if not lists:
         raise LlavaError(f"{type(model).__name__} has no list of {count} blocks; it can't be a tower")
-    return max(lists, key=lists.get)
+    return max(lists, key=lambda name: lists[name])
+
+
+def _blocks(model: nn.Module, name: str) -> nn.ModuleList:
+    return cast(nn.ModuleList, model.get_submodule(name))
 
 
 def _try_out(model: nn.Module, blocks: str, image_size: int) -> tuple[list[str], int, int]:
@@ -199,7 +195,7 @@ def _try_out(model: nn.Module, blocks: str, image_size: int) -> tuple[list[str],
         finished = True
 
     hooks = [module.register_forward_pre_hook(begin) for module in names]
-    hooks.append(model.get_submodule(blocks)[-1].register_forward_hook(finish))
+    hooks.append(_blocks(model, blocks)[-1].register_forward_hook(finish))
     try:
         with torch.no_grad():
             shape = model(torch.zeros(1, 3, image_size, image_size, device="meta")).last_hidden_state.shape

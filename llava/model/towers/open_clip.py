@@ -1,10 +1,10 @@
-"""The vision tower of an open_clip model with a timm ViT (BiomedCLIP): patches of its trunk, no block too many.
+"""The vision tower of an open_clip model with a timm ViT (BiomedCLIP): patches of its trunk, used blocks only.
 
 Building one needs the extra `openclip`.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,23 @@ from llava.records import read_json
 KIND = "open_clip"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+if TYPE_CHECKING:
+
+    class _PatchEmbedding(nn.Module):
+        img_size: tuple[int, int]
+        grid_size: tuple[int, int]
+
+    class _Trunk(nn.Module):
+        """What is used here of timm's VisionTransformer."""
+
+        blocks: nn.Sequential
+        patch_embed: _PatchEmbedding
+        embed_dim: int
+        num_prefix_tokens: int
+
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor: ...
+
 
 _TRUNK = "visual.trunk."
 _PREFIX = "vision_tower.trunk."
@@ -42,16 +59,14 @@ class OpenCLIPVisionTower(VisionTower):
         trunk = _build_trunk(vision_config)
         self.num_blocks = len(trunk.blocks)
         self.used_blocks = used_layers(select_layer, self.num_blocks)
-        trunk.blocks = trunk.blocks[: self.used_blocks]
-        trunk.norm = nn.Identity()
-        for name in ("fc_norm", "head_drop", "head"):
+        trunk.blocks = nn.Sequential(*list(trunk.blocks)[: self.used_blocks])
+        for name in ("norm", "fc_norm", "head_drop", "head"):
             setattr(trunk, name, nn.Identity())
         self.hidden_size = trunk.embed_dim
         self.image_size = trunk.patch_embed.img_size[0]
         self.patches_per_side = trunk.patch_embed.grid_size[0]
         self.prefix_tokens = trunk.num_prefix_tokens
-        self.vision_tower = nn.Module()
-        self.vision_tower.trunk = trunk
+        self.vision_tower = _Visual(trunk)
 
     @classmethod
     def read_config(cls, folder: Path) -> dict[str, Any] | None:
@@ -90,7 +105,15 @@ class OpenCLIPVisionTower(VisionTower):
         return self.vision_tower.trunk.forward_features(pixel_values)
 
 
-def _build_trunk(vision_config: dict) -> nn.Module:
+class _Visual(nn.Module):
+    """open_clip's own nesting, for the names of the weights."""
+
+    def __init__(self, trunk: "_Trunk"):
+        super().__init__()
+        self.trunk = trunk
+
+
+def _build_trunk(vision_config: dict[str, Any]) -> "_Trunk":
     timm_model = require("open_clip.timm_model", "openclip")
     name = vision_config["timm_model_name"]
     try:

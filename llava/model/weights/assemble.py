@@ -10,21 +10,25 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.quantized import quantized_parameter
 
+if TYPE_CHECKING:
+    from llava.model.configuration import LlavaConfigFields
+    from llava.model.language_model import LlavaForCausalLM
+
 log = logging.getLogger(__name__)
 
 _READERS = 4
-"""Threads that read: one doesn't saturate a disk, nor the memory behind the page cache."""
+"""Threads that read: one doesn't saturate a disk, nor the memory of the page cache."""
 
 
 @dataclass
@@ -63,7 +67,9 @@ class Source:
         return self.read(name).to(device=device, dtype=target, copy=True)
 
 
-def build_empty(model_class: type[PreTrainedModel], config, attn_implementation: str | None = None):
+def build_empty(
+    model_class: "type[LlavaForCausalLM]", config: "LlavaConfigFields", attn_implementation: str | None = None
+) -> "LlavaForCausalLM":
     """A model whose parameters have shapes but no memory; buffers are real."""
     if attn_implementation:
         config._attn_implementation = attn_implementation
@@ -74,18 +80,18 @@ def build_empty(model_class: type[PreTrainedModel], config, attn_implementation:
 
 
 def fill_model(
-    model: PreTrainedModel,
+    model: "LlavaForCausalLM",
     sources: Iterable[Source],
     dtype: torch.dtype,
     device: torch.device | Callable[[str], torch.device],
     fresh: Callable[[str], bool] = lambda name: False,
     quantization_state: Mapping[str, list[str]] | None = None,
 ) -> None:
-    """Give each parameter of `model` its tensor, in `dtype` on its device; a later source goes before an earlier.
+    """Give each parameter of `model` its tensor, in `dtype` on its device; later sources take precedence.
 
     `fresh(name)` says which may be missing from all files: they get torch's own initialisation, done here.
-    `quantization_state` is None for a model that isn't quantized; else it names what the files hold beside each weight
-    that is stored quantized.
+    `quantization_state` is None for a model that isn't quantized; else it names the quantization state that the
+    files hold for each weight that is stored quantized.
 
     Raises:
         LlavaError: a missing, extra or misshapen tensor: its name, the files, the likely cause.
@@ -131,7 +137,7 @@ def _set_quantized(model, name: str, source: Source, quantization_state, device:
 
 
 def match_sources(
-    model: PreTrainedModel,
+    model: "LlavaForCausalLM",
     sources: Iterable[Source],
     fresh: Callable[[str], bool] = lambda name: False,
     quantization_state: Mapping[str, list[str]] | None = None,
@@ -163,7 +169,7 @@ def match_sources(
     return chosen
 
 
-def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+def tied_weights(model: "LlavaForCausalLM") -> dict[str, str]:
     """Weights that are another weight of the model, with its name: `{head: embedding}`, or {} where none are tied."""
     return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
 

@@ -148,7 +148,7 @@ class _SafetensorsFile:
             return self.read(name).clone()
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
         # Reading straight into place takes half the time of faulting in a map page by page and copying that.
-        memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        memory = tensor.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             while memory:
                 count = os.preadv(file.fileno(), [memory[:_BLOCK]], start)

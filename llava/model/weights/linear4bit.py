@@ -19,6 +19,8 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 class Linear4bit(bitsandbytes.nn.Linear4bit):
     """`[..., in_features]` to `[..., out_features]` in the input's dtype; computes in `compute_dtype`."""
 
+    weight: bitsandbytes.nn.Params4bit
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return super().forward(x)

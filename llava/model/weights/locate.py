@@ -10,11 +10,13 @@ from llava.errors import LlavaError
 log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WANTED = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
-def locate_model(name: str | Path, what: str = "model", beside: Path | None = None) -> Path:
-    """The folder of a model given as a local folder or a hub id (downloaded into the hub's cache).
+def locate_model(
+    name: str | Path, what: str = "model", beside: Path | None = None, *, cache_dir: str | Path | None = None
+) -> Path:
+    """The folder of a model given as a local folder or a hub id (downloaded into `cache_dir`, else the hub's cache).
 
     A relative folder is looked for in the working directory, then in `beside` (a checkpoint that names it) and
     in the folder that holds `beside`.
@@ -33,17 +35,18 @@ def locate_model(name: str | Path, what: str = "model", beside: Path | None = No
         raise LlavaError(f"{what} {name}: expected a folder or a hub id, this is a file")
     if not _looks_like_hub_id(str(name)):
         raise LlavaError(f"{what} not found: no folder {name}")
-    return _download(str(name), what)
+    return _download(str(name), what, cache_dir)
 
 
 def _looks_like_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and os.sep != name[:1]
 
 
-def _download(repo_id: str, what: str) -> Path:
+def _download(repo_id: str, what: str, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
     unreachable = (HfHubHTTPError, OfflineModeIsEnabled, OSError)
     ignored = []
     try:
@@ -57,7 +60,7 @@ def _download(repo_id: str, what: str) -> Path:
         if any(re.fullmatch(r"model.*\.safetensors", file) for file in files):
             ignored = ["pytorch_model*.bin"]
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_WANTED, ignore_patterns=ignored))
+        return Path(snapshot_download(repo_id, cache_dir=cache_dir, allow_patterns=_WANTED, ignore_patterns=ignored))
     except (*unreachable, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise LlavaError(

@@ -3,20 +3,23 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
-from transformers import PreTrainedModel
 
 from llava.errors import LlavaError
 from llava.model.weights.files import WeightFiles
 
+if TYPE_CHECKING:
+    from llava.model.language_model import LlavaForCausalLM
+
 log = logging.getLogger(__name__)
 
 _HEADROOM = 1.2
-"""A GPU must hold this many times the weights: activations and cache need room beside them."""
+"""A GPU must hold this many times the weights: activations and cache need memory too."""
 
 
 def best_device() -> str:
@@ -40,11 +43,11 @@ def choose_dtype(dtype: str | torch.dtype | None, config, weights: WeightFiles) 
 
 
 class Placement:
-    """The device of each weight. `device_map` spreads the model; None decides by the room on the first GPU."""
+    """The device of each weight. `device_map` spreads the model; None decides by the free memory of the first GPU."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: "LlavaForCausalLM",
         device: torch.device,
         dtype: torch.dtype,
         device_map: str | dict[str, Any] | None = None,
@@ -66,32 +69,33 @@ class Placement:
     @property
     def device_of(self) -> Callable[[str], torch.device]:
         """The device of a weight, by its name."""
-        return self._of if self.map else lambda name: self.device
+        return partial(_device_in, self.map) if self.map else lambda name: self.device
 
-    def dispatch(self, model: PreTrainedModel) -> None:
+    def dispatch(self, model: "LlavaForCausalLM") -> None:
         """Let inputs follow the layers over several devices."""
         if self.map and len(set(self.map.values())) > 1:
             dispatch_model(model, device_map=self.map)
 
-    def _of(self, name: str) -> torch.device:
-        prefix = name
-        while prefix not in self.map:
-            if not prefix:
-                raise LlavaError(f"device_map names no device for {name}")
-            prefix = prefix.rpartition(".")[0]
-        return torch.device(self.map[prefix])
+
+def _device_in(device_map: dict[str, Any], name: str) -> torch.device:
+    prefix = name
+    while prefix not in device_map:
+        if not prefix:
+            raise LlavaError(f"device_map names no device for {name}")
+        prefix = prefix.rpartition(".")[0]
+    return torch.device(device_map[prefix])
 
 
-def _too_large(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+def _too_large(model: "LlavaForCausalLM", dtype: torch.dtype) -> bool:
     if torch.cuda.device_count() < 2:
         return False
     free, _ = torch.cuda.mem_get_info()
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize * _HEADROOM > free
 
 
-def _spread(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+def _spread(model: "LlavaForCausalLM", dtype: torch.dtype) -> dict[str, Any]:
     # The tower stays in one piece: its modules are called one by one.
-    unsplit = [*model._no_split_modules, type(model.get_vision_tower()).__name__]
+    unsplit = [*(model._no_split_modules or ()), type(model.get_vision_tower()).__name__]
     memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=unsplit)
     found = infer_auto_device_map(model, max_memory=memory, dtype=dtype, no_split_module_classes=unsplit)
     log.info("spread over %s", ", ".join(sorted({str(device) for device in found.values()})))

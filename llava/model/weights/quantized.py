@@ -7,11 +7,14 @@ AVX512-BF16: the answers are exact and the same on every processor, any width wo
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 from llava.errors import LlavaError, require
 
@@ -28,17 +31,54 @@ _STATISTICS = re.compile(
 )
 
 
-def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' settings: 8-bit LLM.int8, or 4-bit nf4 with double quantization computing in `dtype`."""
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_MODULES))
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=list(KEPT_MODULES),
-    )
+@dataclass(frozen=True)
+class Quantization:
+    """How a language model is quantized: in 8 or 4 `bits`, 0 for not at all.
+
+    With 4 bits `quant_type` is `nf4` or `fp4`, and `double_quant` quantizes the scales of the blocks too, which saves
+    0.4 bits per weight; None is bitsandbytes' usual choice (nf4, True) or a quantized checkpoint's own.
+    """
+
+    bits: int = 0
+    quant_type: str | None = None
+    double_quant: bool | None = None
+
+    def config(self, dtype: torch.dtype) -> BitsAndBytesConfig:
+        """bitsandbytes' settings: LLM.int8, or 4 bits computing in `dtype`."""
+        if self.bits == 8:
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_MODULES))
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type=self.quant_type or "nf4",
+            bnb_4bit_use_double_quant=self.double_quant is not False,
+            llm_int8_skip_modules=list(KEPT_MODULES),
+        )
+
+    def check_wanted(self, wanted: "Quantization", where: Path) -> None:
+        """Refuse settings other than these, which the weights in `where` are stored with.
+
+        Raises:
+            LlavaError: says how the weights are stored.
+        """
+        if wanted.bits and wanted.bits != self.bits:
+            raise LlavaError(f"{where}: the weights are stored in {self.bits} bits, not {wanted.bits}; drop the flag")
+        if wanted.bits != 4:
+            return
+        if wanted.quant_type not in (None, self.quant_type) or wanted.double_quant not in (None, self.double_quant):
+            raise LlavaError(
+                f"{where}: the weights are stored as {self.quant_type} {'with' if self.double_quant else 'without'} "
+                f"double quantization; leave out the flags that say otherwise"
+            )
+
+
+def stored_quantization(quantization_state: Mapping[str, list[str]]) -> Quantization:
+    """How a checkpoint was quantized, by the names of its quantization state."""
+    names = [name for beside in quantization_state.values() for name in beside]
+    if any(name.endswith(".SCB") for name in names):
+        return Quantization(8)
+    kind = next(name for name in names if _FOUR_BIT[-1] in name).rpartition("__")[2]
+    return Quantization(4, kind, any(name.endswith(_NESTED[0]) for name in names))
 
 
 def split_quantization_state(names: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -90,7 +130,7 @@ def prepare_quantized(model: PreTrainedModel, config: BitsAndBytesConfig, quanti
 
 def finish_quantized(model: PreTrainedModel) -> None:
     """Mark a filled model as quantized, as transformers, peft and the Trainer expect it."""
-    model.hf_quantizer.postprocess_model(model)
+    cast(HfQuantizer, model.hf_quantizer).postprocess_model(model)
 
 
 def quantized_parameter(

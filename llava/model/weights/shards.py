@@ -2,7 +2,7 @@
 
 A caller lists the tensors (`Planned`); `write_shards` lays them out, reserves the disk space, and lets two
 threads compute and write them chunk by chunk at their final offsets. Each tensor's CRC-32 is taken from memory
-before it is written. Behind the writers a third thread flushes to the disk and compares what the files then
+before it is written. After the writers a third thread flushes to the disk and compares what the files then
 hold with that checksum, so verification costs no pass of its own. (Python's zlib does 1.8 GB/s here; SHA-256
 does half of that and would only guard against an attacker who can't also replace the checksum.) A journal of
 finished tensors lets a killed run go on; the checksums also stay in the header of each shard, for whoever reads
@@ -201,7 +201,7 @@ class _Shard:
 
 
 class _Run:
-    """The two writers and the verifier behind them."""
+    """The two writers and the verifier that follows them."""
 
     def __init__(self, shards: list[_Shard], journal: "_Journal"):
         self.shards = shards
@@ -251,7 +251,7 @@ class _Run:
                 stop = min(start + step, tensor.numel)
                 out = buffer[: (stop - start) * tensor.dtype.itemsize]
                 fill(start, stop, out.view(tensor.dtype))
-                data = memoryview(out.numpy())
+                data = out.numpy().data
                 checksum = zlib.crc32(data, checksum)
                 _write_at(shard.handle, data, offset)
                 offset += len(data)

@@ -51,7 +51,7 @@ def _of_workers(workers: list[dict[str, Any]]) -> CollectorRegistry:
     gauges: dict[str, Gauge] = {}
     for worker in workers:
         labels = (worker["address"], ",".join(worker["model_names"]))
-        for name, value in (worker.get("stats") or {"queue_length": worker["queue_length"]}).items():
+        for name, value in (worker["stats"] or {"queue_length": worker["queue_length"]}).items():
             if name not in gauges:
                 words = name.replace("_", " ")
                 gauges[name] = Gauge(f"llava_worker_{name}", words, ["worker", "model"], registry=registry)

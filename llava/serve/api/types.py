@@ -57,7 +57,7 @@ class ChatRequest(SamplingFields):
 
 
 def _later_seed(seed: int, choice: int) -> int:
-    """Behind the greatest seed come the smallest ones."""
+    """The greatest seed is followed by the smallest ones."""
     return seed + choice if seed + choice < 1 << 64 else seed + choice - (1 << 64)
 
 

@@ -8,15 +8,18 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from llava.sampling_params import SamplingParams
+from llava.serve.client import ServingClient
 from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.web.chat_state import Chat, Exchange, Reply
+from llava.serve.web.chat_state import Chat, Reply
 
 logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 0.08  # between two states of the page
 
 
-async def answer(client, chat: Chat, models: list[str | None], sampling: SamplingParams) -> AsyncIterator[None]:
+async def answer(
+    client: ServingClient, chat: Chat, models: list[str | None], sampling: SamplingParams
+) -> AsyncIterator[None]:
     """Fill the replies to the chat's last question; yields whenever there is more to show.
 
     `chat.stopping` ends it; so does closing the iterator. Errors become words in the reply.
@@ -28,8 +31,8 @@ async def answer(client, chat: Chat, models: list[str | None], sampling: Samplin
     for side, model in enumerate(models):
         exchange.replies[side] = None
         if model:
-            exchange.replies[side] = Reply(model, request_id="req-" + secrets.token_hex(8))
-            tasks.append(asyncio.create_task(_fill(client, chat, exchange, side, sampling, changed)))
+            exchange.replies[side] = reply = Reply(model, request_id="req-" + secrets.token_hex(8))
+            tasks.append(asyncio.create_task(_fill(client, reply, chat.messages(side), sampling, changed)))
     try:
         while not all(task.done() for task in tasks) and not chat.stopping:
             changed.clear()
@@ -46,12 +49,15 @@ async def answer(client, chat: Chat, models: list[str | None], sampling: Samplin
 
 
 async def _fill(
-    client, chat: Chat, exchange: Exchange, side: int, sampling: SamplingParams, changed: asyncio.Event
+    client: ServingClient,
+    reply: Reply,
+    messages: list[dict[str, Any]],
+    sampling: SamplingParams,
+    changed: asyncio.Event,
 ) -> None:
-    reply = exchange.replies[side]
     body: dict[str, Any] = {
         "model": reply.model,
-        "messages": chat.messages(side),
+        "messages": messages,
         **sampling.common(),
         "max_new_tokens": sampling.max_new_tokens,
         "request_id": reply.request_id,

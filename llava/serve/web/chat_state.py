@@ -8,10 +8,14 @@ import hashlib
 import html
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.images import open_uploaded_image
+
+if TYPE_CHECKING:
+    from gradio.components.chatbot import Message, MessageDict
 
 SIDES = 2
 THUMBNAIL = 320  # pixels of the longer side
@@ -26,9 +30,9 @@ class UploadedImage:
     sha256: str
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> "UploadedImage":
-        """Raises a LlavaError for what is no image, or is too large."""
-        image = open_uploaded_image(content)
+    def from_bytes(cls, content: bytes, open_upload: Callable = open_uploaded_image) -> "UploadedImage":
+        """`open_upload` opens it; raises an ImageError for what is no image, or is too large."""
+        image = open_upload(content)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
@@ -70,19 +74,20 @@ class Chat:
         messages = []
         for exchange in self.exchanges:
             reply = exchange.replies[side]
+            said = reply.text if reply else ""
             is_last = exchange is self.exchanges[-1]
-            if not is_last and not (reply and reply.text):
+            if not is_last and not said:
                 continue
             images = [{"type": "image_url", "image_url": {"url": image.url}} for image in exchange.images]
             content = [*images, {"type": "text", "text": exchange.text}]
             messages.append({"role": "user", "content": content})
             if not is_last:
-                messages.append({"role": "assistant", "content": reply.text})
+                messages.append({"role": "assistant", "content": said})
         return messages
 
-    def shown(self, side: int) -> list[dict[str, str]]:
+    def shown(self, side: int) -> "list[MessageDict | Message]":
         """What the page shows on one side, as the chat component takes it."""
-        shown = []
+        shown: list[MessageDict | Message] = []
         for exchange in self.exchanges:
             reply = exchange.replies[side]
             if reply is None:

@@ -1,4 +1,4 @@
-"""Votes and flags on disk: only where the server was started with a folder for them, and for so many days."""
+"""Votes and flags on disk: only if the server was started with a folder for them, and only for --feedback-days."""
 
 import json
 import os

@@ -11,8 +11,9 @@ import logging
 import mimetypes
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import parse_qs, urlencode
 
 from llava.serve.job import MAX_IMAGES
@@ -140,7 +141,7 @@ class PageMiddleware:
                         max_fields=0,
                         upload_dir=upload.folder,
                         upload_id=upload_id,
-                        upload_progress=upload,
+                        upload_progress=cast(Any, upload),  # it has the two methods that the parser calls
                         max_file_size=self.max_file,
                     )
                     form = await parser.parse()
@@ -154,7 +155,7 @@ class PageMiddleware:
             raise Refusal(408, "The files took too long to arrive.") from None
         await JSONResponse(paths)(scope, receive, send)
 
-    async def _counted(self, request, upload: Upload) -> AsyncIterator[bytes]:
+    async def _counted(self, request, upload: Upload) -> AsyncGenerator[bytes, None]:
         async for chunk in request.stream():
             self.uploads.grow(upload, len(chunk))
             yield chunk
@@ -245,7 +246,7 @@ def _safe_name(name: str) -> str:
 
 
 def _visitor(scope) -> str:
-    """Who asks, by the cookie; a new name for who has none."""
+    """The visitor's id from the cookie; a new one if there is no cookie."""
     return _cookie(scope) or secrets.token_urlsafe(32)
 
 
@@ -285,8 +286,9 @@ async def _read_body(receive) -> bytes:
 
 async def _refuse(scope, receive, send, status: int, line: str) -> None:
     """One plain line; as JSON where the page's script looks for `detail` or `error`."""
-    from starlette.responses import JSONResponse, PlainTextResponse
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+    response: Response
     if scope["path"] in CALLS:
         response = JSONResponse({"detail": line, "error": line}, status)
     else:

@@ -1,18 +1,21 @@
 """The web page: its parts and what they do. `build_page(client, options)` gives gradio's Blocks."""
 
 import asyncio
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from llava.errors import LlavaError
+from llava.errors import ImageError, LlavaError
+from llava.serve.decoding.pool import DecodingPool, in_thread
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
 from llava.serve.web.answers import answer
 from llava.serve.web.attention_view import AttentionPart
-from llava.serve.web.chat_state import SIDES, Chat, Exchange, UploadedImage, thumbnails
+from llava.serve.web.chat_state import SIDES, THUMBNAIL, Chat, Exchange, UploadedImage, thumbnails
 from llava.serve.web.examples import EXAMPLES, draw_example
 from llava.serve.web.feedback import FeedbackLog
 from llava.serve.web.settings import SettingsPanel
@@ -23,6 +26,8 @@ TITLE = "LLaVA-Med"
 FILE_TYPES = ["image", ".dcm", ".dicom", ".nii", ".gz"]
 POLL_SECONDS = 3
 NO_SECOND = "none"
+UPLOAD_SECONDS = 60.0
+"""For the images of one question, with waiting for those of others."""
 NOTICE = """## Before you begin
 
 This is a research demonstration. **It is not a medical device.** Answers can be wrong, incomplete or invented, also
@@ -52,7 +57,7 @@ CSS = """
   #actions button, #votes button {flex: 1 1 40%}
 }
 """
-# Escape stops a running answer, also for who doesn't use a mouse.
+# The Escape key stops a running answer, so no mouse is needed.
 HEAD = """<script>
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") { document.querySelector("#stop")?.click(); }
@@ -90,6 +95,7 @@ class Page:
 
     def __init__(self, client, options: PageOptions):
         self.client, self.options = client, options
+        self.pool = DecodingPool()
         self._lay_out()
         self._connect()
 
@@ -170,7 +176,7 @@ class Page:
             self.exported = gr.Textbox(visible="hidden", elem_id="exported")
 
     def _connect(self) -> None:
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         view = [self.chat, *self.views, self.box, self.draft, self.stop]
         chosen = [self.model, self.other, *self.settings.controls]
         places = [self.known, self.waiting, self.main, self.model, self.other]
@@ -193,8 +199,9 @@ class Page:
         for button, name, question in self.examples:
             button.click(self._example(name, question), self.chat, [self.chat, self.box, self.draft], **quiet)
         self.attention.connect(self.chat, quiet)
-        for vote, button in self.votes.items():
-            button.click(self._vote(vote), self.chat, None, **quiet)
+        if self.options.feedback is not None:
+            for vote, button in self.votes.items():
+                button.click(self._vote(vote, self.options.feedback), self.chat, None, **quiet)
 
     async def on_accept(self, known: list[str]):
         return gr.Column(visible=False), gr.Column(visible=not known), gr.Column(visible=bool(known)), True
@@ -230,8 +237,9 @@ class Page:
             return
         text = (box["text"] or "").strip()
         try:
-            images = [*chat.draft, *_read_images(box["files"] or [])]
-        except LlavaError as error:
+            uploaded = await in_thread(_read_images, box["files"] or [], self.pool, seconds=UPLOAD_SECONDS)
+            images = [*chat.draft, *uploaded]
+        except (ImageError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
         already = sum(len(exchange.images) for exchange in chat.exchanges)
         if already + len(images) > MAX_IMAGES:
@@ -266,7 +274,7 @@ class Page:
         except LlavaError as error:
             raise _error(str(error), "Settings") from error
         # The box is emptied once: the next question may be typed while this one is answered.
-        box = {"text": "", "files": []}
+        box: dict[str, Any] | None = {"text": "", "files": []}
         chat.running = True
         try:
             async for _ in answer(self.client, chat, models, sampling):
@@ -306,12 +314,12 @@ class Page:
 
         return on_example
 
-    def _vote(self, vote: str):
+    def _vote(self, vote: str, feedback: FeedbackLog):
         async def on_vote(chat: Chat):
             if not chat.exchanges:
                 gr.Info("There is no answer yet.")
                 return
-            self.options.feedback.write(vote, chat)
+            feedback.write(vote, chat)
             gr.Info("Thank you, kept.")
 
         return on_vote
@@ -341,11 +349,12 @@ def _error(words: str, title: str) -> gr.Error:
     return gr.Error(words, title=title, print_exception=False)
 
 
-def _read_images(files: list[str]) -> list[UploadedImage]:
+def _read_images(files: list[str], pool: DecodingPool) -> list[UploadedImage]:
     """The uploaded files, which are deleted: a conversation lives in memory alone."""
     contents = []
     for file in files:
         path = Path(file)
         contents.append(path.read_bytes())
         path.unlink()
-    return [UploadedImage.from_bytes(content) for content in contents]
+    small = functools.partial(pool.open, longest=THUMBNAIL)
+    return [UploadedImage.from_bytes(content, small) for content in contents]

@@ -7,10 +7,12 @@ of the processor than the model does. The first and the last go out at once.
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from llava.serve.decoding.pool import start_in_thread
 from llava.serve.job import Job
 from llava.serve.protocol import ErrorType, ServeError, encode_chunk, encode_error
 
@@ -98,7 +100,7 @@ class Mailbox:
 
 async def answer_chunks(
     backend: Backend, job: Job, request_id: str, interval: float, timeout: float
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The stream of /worker_generate_stream. Leaving it early (a client that went away) cancels the request.
 
     Args:
@@ -109,14 +111,10 @@ async def answer_chunks(
     cancel = None
     deadline = asyncio.get_running_loop().time() + timeout
     try:
-        submitting = asyncio.ensure_future(asyncio.to_thread(backend.submit, job, mailbox.put))
-        try:
-            cancel = await asyncio.shield(submitting)
-        except asyncio.CancelledError:
-            # The client left while the engine was taking the request: it has to be taken back nevertheless.
-            submitting.add_done_callback(_cancel_late)
-            raise
-        text, logprobs, token_ids, last = job.prompt or "", [], [], None
+        cancel = await _submit(backend, job, mailbox.put, timeout)
+        text, last = job.prompt or "", None
+        logprobs: list[dict[str, Any]] = []
+        token_ids: list[int] = []
         while last is None:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -148,6 +146,26 @@ async def answer_chunks(
             cancel()
 
 
-def _cancel_late(submitting: asyncio.Future) -> None:
-    if not submitting.cancelled() and submitting.exception() is None:
-        submitting.result()()
+async def _submit(backend: Backend, job: Job, put: Callable[[Piece], None], timeout: float) -> Callable[[], None]:
+    """What cancels the request, once the engine has taken it and its images are open.
+
+    Raises:
+        ServeError: TIMEOUT; and what the backend raises.
+    """
+    work, waiting = start_in_thread(backend.submit, job, put, seconds=timeout, has_images=bool(job.images))
+    try:
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(asyncio.wrap_future(work))
+    except (TimeoutError, asyncio.CancelledError) as error:
+        # Nobody waits any more: its images are given up, and what the engine takes yet is taken back.
+        waiting.gone.set()
+        if not work.cancel():
+            work.add_done_callback(_cancel_late)
+        if isinstance(error, TimeoutError):
+            raise ServeError(ErrorType.TIMEOUT, f"No whole answer within {timeout:g} seconds.") from None
+        raise
+
+
+def _cancel_late(work: Future) -> None:
+    if not work.cancelled() and work.exception() is None:
+        work.result()()

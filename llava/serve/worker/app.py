@@ -1,10 +1,10 @@
 """A worker's HTTP side, around anything that answers: text, attention maps and status."""
 
-import asyncio
 import contextlib
 import logging
 
 from llava.serve.bodies import read_json
+from llava.serve.decoding.pool import in_thread
 from llava.serve.hosts import Hosts
 from llava.serve.http_server import server_settings
 from llava.serve.job import Job, read_attention_map_request, read_job
@@ -70,7 +70,8 @@ class WorkerApp:
         async def worker_attention_map(request):
             job, token_ids = read_attention_map_request(await read_json(request))
             self._check(job)
-            return JSONResponse(await asyncio.to_thread(self.backend.attention_map, job, token_ids))
+            found = in_thread(self.backend.attention_map, job, token_ids, seconds=self.timeout)
+            return JSONResponse(await unless_gone(request.receive, found))
 
         routes = [
             Route("/health", health),

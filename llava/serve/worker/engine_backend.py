@@ -2,15 +2,13 @@
 
 import base64
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from llava.conversation import get_template
-from llava.errors import LlavaError
+from llava.errors import ImageError, LlavaError
 from llava.generation import (
     Answer,
     ContextTooLong,
@@ -21,24 +19,26 @@ from llava.generation import (
     TokenLogprob,
 )
 from llava.generation import Piece as EnginePiece
-from llava.generation.image_features import ImageEncoder, RequestImage
-from llava.images import open_uploaded_image, png_data_url
+from llava.images import png_data_url
+from llava.serve.decoding.pool import DecodingPool
 from llava.serve.job import Job, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
 
 logger = logging.getLogger(__name__)
 
-CHECKED_IMAGES = 4096  # how many to remember
-
 
 class EngineBackend:
-    """The engine in a thread of its own; see `llava.serve.worker.answering.Backend`."""
+    """The engine in a thread of its own; see `llava.serve.worker.answering.Backend`.
+
+    Images come from strangers: the engine opens those that it doesn't know yet in processes of their own.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.template = get_template(engine.model.config.conversation_template)
-        self.checked = _CheckedImages(engine.encoder)
+        self.pool = DecodingPool()
+        engine.encoder.opener = self.pool.open
         engine.start()
 
     def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
@@ -69,10 +69,11 @@ class EngineBackend:
 
     def close(self) -> None:
         self.engine.stop(drain=False)
+        self.pool.close()
 
     def _request(self, job: Job) -> Request:
-        conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt
-        return Request(conversation, [self.checked.check(text) for text in job.images], job.sampling)
+        conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt or ""
+        return Request(conversation, [_as_content(text) for text in job.images], job.sampling)
 
 
 def to_serve_error(error: Exception) -> ServeError:
@@ -83,6 +84,8 @@ def to_serve_error(error: Exception) -> ServeError:
         return ServeError(ErrorType.CONTEXT_TOO_LONG, str(error))
     if isinstance(error, (OutOfMemory, torch.OutOfMemoryError, MemoryError)):
         return ServeError(ErrorType.OUT_OF_MEMORY)
+    if isinstance(error, ImageError):
+        return ServeError(ErrorType.BAD_IMAGE, str(error))
     if isinstance(error, LlavaError):
         return ServeError(ErrorType.BAD_REQUEST, str(error))
     logger.error("the engine failed", exc_info=error)
@@ -121,34 +124,7 @@ def _logprob(entry: TokenLogprob) -> dict:
     return {"token": entry.text, "logprob": entry.logprob, "top": top}
 
 
-class _CheckedImages:
-    """Uploads that were found to be images within the limits. The engine opens an image only if it doesn't know it
-    yet, and with wider limits: what strangers send is checked here, once for each content."""
-
-    def __init__(self, encoder: ImageEncoder):
-        self.encoder = encoder
-        self.known: OrderedDict[bytes, None] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def check(self, text: str) -> RequestImage:
-        """`text` (base64 or a data: URL) as the engine takes it.
-
-        Raises:
-            ServeError: BAD_IMAGE.
-        """
-        # In one form, so that the engine knows it again however it was sent.
-        content = text.partition(",")[2] if text[:5].lower() == "data:" else text
-        image = self.encoder.identify(f"data:application/octet-stream;base64,{content}")
-        with self.lock:
-            is_known = image.digest in self.known
-        if not is_known:
-            try:
-                open_uploaded_image(text)
-            except LlavaError as error:
-                raise ServeError(ErrorType.BAD_IMAGE, str(error)) from error
-        with self.lock:
-            self.known[image.digest] = None
-            self.known.move_to_end(image.digest)
-            while len(self.known) > CHECKED_IMAGES:
-                self.known.popitem(last=False)
-        return image
+def _as_content(image: str) -> str:
+    """Base64 or a data: URL in one form, so that the engine knows it again however it was sent; never a path."""
+    content = image.partition(",")[2] if image[:5].lower() == "data:" else image
+    return f"data:application/octet-stream;base64,{content}"

@@ -15,6 +15,7 @@ import httpx  # for its errors: the openai package's own client lets them throug
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, require
 from llava.images import open_uploaded_image, png_data_url
+from llava.serve.decoding.pool import DecodingPool
 from llava.serve.job import Job, Message
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class UpstreamBackend:
-    """Requests go on to `api_base`, so many at a time; see `llava.serve.worker.answering.Backend`.
+    """Requests go on to `api_base`, a limited number at a time; see `llava.serve.worker.answering.Backend`.
 
     Args:
         api_base: the server's address with its `/v1`.
@@ -47,6 +48,7 @@ class UpstreamBackend:
             base_url=api_base, api_key=api_key or "none", timeout=timeout, max_retries=0
         )
         self.model = model
+        self.pool = DecodingPool()
         self.limit = concurrency + max_waiting
         self.counts = {"running": 0, "waiting": 0, "finished": 0, "failed": 0}
         self.lock = threading.Lock()
@@ -60,14 +62,18 @@ class UpstreamBackend:
                 ErrorType.BAD_REQUEST,
                 "this model is served through an OpenAI-compatible server: send messages, not a ready prompt",
             )
-        request = to_request(job, self.model)
+        request = to_request(job, self.model, self.pool.open)
         with self.lock:
             if self.counts["running"] + self.counts["waiting"] >= self.limit:
                 raise ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
             self.counts["waiting"] += 1
         task = asyncio.run_coroutine_threadsafe(self._answer(request, put), self.loop)
+
         # A turn of the loop later: a task that is cancelled before its first step would never say that it has ended.
-        return lambda: self.loop.call_soon_threadsafe(self.loop.call_soon, task.cancel)
+        def cancel() -> None:
+            self.loop.call_soon_threadsafe(self.loop.call_soon, task.cancel)
+
+        return cancel
 
     def attention_map(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
         raise ServeError(ErrorType.BAD_REQUEST, "The server behind this worker doesn't tell where the model looked.")
@@ -78,6 +84,7 @@ class UpstreamBackend:
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self.pool.close()
 
     async def _answer(self, request: dict[str, Any], put: Callable[[Piece], None]) -> None:
         """One request, to its last piece; cancelling it closes the connection, so that the server stops too."""
@@ -116,15 +123,17 @@ class UpstreamBackend:
                 self.counts[name] += change
 
 
-def to_request(job: Job, model: str) -> dict[str, Any]:
-    """The keywords of the openai package's `chat.completions.create`.
+def to_request(job: Job, model: str, open_upload: Callable = open_uploaded_image) -> dict[str, Any]:
+    """The keywords of the openai package's `chat.completions.create`; `open_upload` opens its images.
 
     Raises:
         ServeError: BAD_IMAGE.
     """
     request: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": message.role, "content": _content(message)} for message in job.messages or ()],
+        "messages": [
+            {"role": message.role, "content": _content(message, open_upload)} for message in job.messages or ()
+        ],
         "temperature": job.sampling.temperature,
         "top_p": job.sampling.top_p,
         "max_tokens": job.sampling.max_new_tokens,
@@ -157,7 +166,7 @@ def to_serve_error(error: Exception) -> ServeError:
     return ServeError(ErrorType.INTERNAL)
 
 
-def _content(message: Message) -> str | list[dict[str, Any]]:
+def _content(message: Message, open_upload: Callable) -> str | list[dict[str, Any]]:
     """Text, or parts with each image in its place, as PNG: so such a server shows what it has no reader for."""
     if not message.images:
         return message.text
@@ -165,15 +174,15 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for place, piece in enumerate(pieces):
         if place:
-            parts.append({"type": "image_url", "image_url": {"url": _png_url(message.images[place - 1])}})
+            parts.append({"type": "image_url", "image_url": {"url": _png_url(message.images[place - 1], open_upload)}})
         if piece.strip():
             parts.append({"type": "text", "text": piece.strip()})
     return parts
 
 
-def _png_url(image: str) -> str:
+def _png_url(image: str, open_upload: Callable) -> str:
     try:
-        return png_data_url(open_uploaded_image(image))
+        return png_data_url(open_upload(image))
     except LlavaError as error:
         raise ServeError(ErrorType.BAD_IMAGE, str(error)) from error
 

@@ -10,6 +10,9 @@ from llava.tokenization import pad_batch
 from llava.train.data.dataset import Report
 from llava.train.data.feature_cache import FeatureCache
 
+META_KEYS = ("sample_numbers", "num_tokens", "report")
+"""Of a batch: what is for the trainer; the model never sees it."""
+
 
 class Collator:
     """Makes what the model takes, and what the trainer counts (`sample_numbers`, `num_tokens`, …).
@@ -26,7 +29,7 @@ class Collator:
     def __init__(
         self, pad_id: int, *, packing: bool = False, pack_length: int | None = None, cache: FeatureCache | None = None
     ):
-        """`pack_length`: fill packed batches up to so many tokens, so that shapes never change."""
+        """`pack_length`: tokens that packed batches are filled up to, so that shapes never change."""
         self.pad_id = pad_id
         self.pack_length = pack_length
         self.packing = packing

@@ -25,7 +25,7 @@ from llava.train.data.record_store import RecordStore, describe
 logger = logging.getLogger(__name__)
 
 EAGER_LIMIT = 50_000
-"""Up to so many records are tokenised before the start; more of them, when each is needed."""
+"""Files with at most this many records are tokenised before training starts; larger ones record by record."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ class ImageSource:
 
     `folder` may be a folder of images, a folder of `.tar` shards (WebDataset), a single `.tar`, or None when
     records hold absolute paths or the images themselves. Members of tar files are read in place, by full name or
-    by the name's last part; what is where is kept beside the first of them, or in `output_dir`.
+    by the name's last part; their index is saved next to the first archive, or in `output_dir`.
     """
 
     def __init__(self, folder: str | Path | None, output_dir: str | Path = "."):
@@ -36,7 +36,7 @@ class ImageSource:
         """
         if not isinstance(image, str):
             return image_bytes(image)
-        place = self.find(image)
+        place = self._find_named(image)
         if isinstance(place, (str, Path)):
             return place
         with place.shard.open("rb") as file:
@@ -49,8 +49,9 @@ class ImageSource:
         Raises:
             FileNotFoundError: there is no such image.
         """
-        if not isinstance(image, str):
-            return None
+        return self._find_named(image) if isinstance(image, str) else None
+
+    def _find_named(self, image: str) -> Path | str | Place:
         if image.startswith("data:"):
             return image
         if self._members is not None and (member := self._members.find(image)):

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def kept_path(data_path: Path, output_dir: Path, name: str, settings: dict[str, Any]) -> Path:
-    """A hidden file beside the data, or in `output_dir` if that can't be written.
+    """A hidden file next to the data, or in `output_dir` if that can't be written.
 
     Its name ends with `name` and changes with the data's size and time and with whatever `settings` hold.
     """

@@ -40,7 +40,7 @@ class RecordStore(Protocol):
 def open_records(path: str | Path, output_dir: str | Path = ".") -> RecordStore:
     """Open a JSON list, JSONL, Parquet or Arrow file for reading by number (told apart by its first bytes).
 
-    What Parquet is unpacked to is kept beside it, or in `output_dir` where that can't be written.
+    What Parquet is unpacked to is kept next to it, or in `output_dir` where that can't be written.
 
     Raises:
         LlavaError: the file is missing, empty or none of these.

@@ -54,21 +54,21 @@ class EpochSampler(Sampler[int]):
         if self.lengths is None:
             return order
         if self.is_image is None:
-            full, rest = self._batches(order, random)
+            full, rest = self._batches(order, self.lengths)
         else:
-            images, image_rest = self._batches(order[self.is_image[order]], random)
-            texts, text_rest = self._batches(order[~self.is_image[order]], random)
+            images, image_rest = self._batches(order[self.is_image[order]], self.lengths)
+            texts, text_rest = self._batches(order[~self.is_image[order]], self.lengths)
             full = images + texts
             rest = np.concatenate([image_rest, text_rest])
         positions = random.permutation(len(full))
         return np.concatenate([*(full[position] for position in positions), rest]).astype(np.int64)
 
-    def _batches(self, order: np.ndarray, random) -> tuple[list[np.ndarray], np.ndarray]:
+    def _batches(self, order: np.ndarray, lengths: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """Full batches of like length, and what is left over."""
         batches: list[np.ndarray] = []
         whole = len(order) // self.batch_size * self.batch_size
         for start in range(0, whole, self.block_size):
             block = order[start : min(start + self.block_size, whole)]
-            block = block[np.argsort(-self.lengths[block], kind="stable")]
+            block = block[np.argsort(-lengths[block], kind="stable")]
             batches.extend(np.split(block, len(block) // self.batch_size))
         return batches, order[whole:]

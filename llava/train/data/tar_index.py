@@ -29,7 +29,7 @@ class Place(NamedTuple):
 class TarIndex:
     """Members by full name, or by the name's last part where only one member has it.
 
-    The index is made by reading all headers once, and kept beside the first shard (or in `output_dir`).
+    The index is made by reading all headers once, and kept next to the first shard (or in `output_dir`).
 
     Raises:
         LlavaError: a shard isn't an uncompressed tar file, or two shards have a member of the same name.

@@ -88,7 +88,7 @@ class Clock:
 
 
 def work_of(function, args, kwargs, inputs, outputs, out, pairs: int) -> Work:
-    """An operator's work by its arguments and results (`inputs` and `outputs`: the tensors among them; `out`: as given).
+    """An operator's work by its arguments and results (`out`; `inputs` and `outputs`: the tensors among them).
 
     `pairs` is how many pairs of positions attend where samples are joined.
     """

@@ -7,8 +7,9 @@ from typing import Any
 
 from llava.errors import LlavaError
 from llava.records import read_json
-from llava.train.arguments import Arguments, check_values, read_flags, set_accumulation
+from llava.train.arguments import Arguments, check_values, read_flags
 from llava.train.data.record_store import open_records
+from llava.train.derived_flags import derive_flags
 from llava.train.estimate.batches import RandomRecords, typical_share
 from llava.train.estimate.compiled import DryCompiler
 from llava.train.estimate.costs import Clock
@@ -92,7 +93,7 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
     with world(gpu, gpus, compiler) as mode, TemporaryDirectory() as folder:
         arguments = read_flags([*argv, "--output_dir", folder])
         check_values(arguments)
-        set_accumulation(arguments.training)
+        derive_flags(arguments.data, arguments.training)
         data, training = arguments.data, arguments.training
         if gpus > 1 and not training.fsdp:
             raise LlavaError(
@@ -107,7 +108,7 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
         loaded = shaped_model(arguments, mode)
         at_once = training.per_device_train_batch_size
         samples = RandomRecords(arguments, loaded, max(RANDOM_RECORDS, SIMULATED * at_once * gpus))
-        trainer = build_trainer(arguments, loaded, samples, None, DryTrainer)
+        trainer = build_trainer(arguments, loaded, samples, None, trainer_class=DryTrainer)
         forget_content(trainer.model, mode)
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)

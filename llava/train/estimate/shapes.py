@@ -24,7 +24,7 @@ from llava.model.towers import read_vision_config
 from llava.model.towers.clip import known_vision_config
 from llava.model.weights.assemble import build_empty
 from llava.model.weights.locate import locate_model
-from llava.model.weights.quantized import finish_quantized, prepare_quantized, quantization_config
+from llava.model.weights.quantized import Quantization, finish_quantized, prepare_quantized
 from llava.train.arguments import Arguments
 from llava.train.prepare_model import is_language_model, load_dtype, make_ready, new_model_fields
 
@@ -60,7 +60,7 @@ def shaped_model(arguments: Arguments, mode: FakeTensorMode) -> LoadedModel:
     if bits == 8:
         raise LlavaError("--bits 8 can't be predicted; --bits 4 and 16 can")
     if bits < 16:
-        prepare_quantized(model, quantization_config(bits, dtype), None)
+        prepare_quantized(model, Quantization(bits).config(dtype), None)
     with mode:
         _fill(model, mode, dtype)
         if bits < 16:

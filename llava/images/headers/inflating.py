@@ -1,0 +1,60 @@
+"""Compressed data unpacked in pieces, so that what it grows to is known before it is there."""
+
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from llava.errors import ImageError
+
+GZIP = b"\x1f\x8b"
+_PIECE = 16 << 10
+"""Bytes unpacked at once; deflate makes at most 1032 times as many of them."""
+_MAX_MEMBERS = 100_000
+"""A gigabyte in the blocks of bgzip, the smallest members in use, makes 16,000."""
+
+
+def gunzip(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """Pieces of all members of a gzip file, one after the other; what follows the last member is left out.
+
+    Raises:
+        ImageError: damaged, cut off, or in very many members.
+    """
+    piece = file.read(_PIECE)
+    for _ in range(_MAX_MEMBERS):
+        unpacker = zlib.decompressobj(wbits=31)
+        while not unpacker.eof:
+            if not piece:
+                raise ImageError(f"{name}: the compressed data is cut off")
+            try:
+                unpacked = unpacker.decompress(piece)
+            except zlib.error:
+                raise ImageError(f"{name}: the compressed data is damaged, or no gzip") from None
+            if unpacked:
+                yield unpacked
+            piece = unpacker.unused_data if unpacker.eof else file.read(_PIECE)
+        piece = piece or file.read(_PIECE)
+        if piece[:1] != GZIP[:1]:
+            return
+    raise ImageError(f"{name}: compressed in more than {_MAX_MEMBERS:,} parts")
+
+
+def inflate(content: bytes | memoryview, max_bytes: int, name: str) -> bytes | None:
+    """Raw deflate data unpacked (a deflated DICOM data set); None for more than `max_bytes`.
+
+    Raises:
+        ImageError: damaged or cut off.
+    """
+    unpacker, pieces, size = zlib.decompressobj(wbits=-zlib.MAX_WBITS), [], 0
+    try:
+        for start in range(0, len(content), _PIECE):
+            pieces.append(unpacker.decompress(content[start : start + _PIECE]))
+            size += len(pieces[-1])
+            if size > max_bytes:
+                return None
+            if unpacker.eof:
+                break
+    except zlib.error:
+        raise ImageError(f"{name}: the compressed data is damaged") from None
+    if not unpacker.eof:
+        raise ImageError(f"{name}: the compressed data is cut off")
+    return b"".join(pieces)

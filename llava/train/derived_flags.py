@@ -1,0 +1,72 @@
+"""Flags that follow from others where they weren't given: accumulation, the loss's normalisation, loader workers."""
+
+import logging
+import multiprocessing
+import os
+from typing import Any
+
+from llava.errors import LlavaError
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 8
+"""Of one process; decoding for one GPU has never needed more."""
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks, before there is a process group."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def derive_flags(data: Any, training: Any) -> None:
+    """Set what follows; `data`, `training`: the parsed flags.
+
+    Raises:
+        LlavaError: `--global_batch_size` can't be made.
+    """
+    _set_accumulation(training)
+    _set_normalisation(data, training)
+
+
+def default_workers(on_gpu: bool) -> tuple[int, str]:
+    """(loader workers of this process, why so many), by the cores that each process has."""
+    if multiprocessing.get_start_method() != "fork":
+        return 0, "this system can't fork processes"
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_gpu:
+        return max(0, min(MOST_WORKERS, cores - 1)), f"{cores} cores per process"
+    return min(2, cores // 4), f"{cores} cores per process, which train too"
+
+
+def choose_workers(training: Any, *, on_gpu: bool) -> None:
+    """Set what the flags leave open of the loader's workers."""
+    if training.dataloader_num_workers is None:
+        training.dataloader_num_workers, why = default_workers(on_gpu)
+        if is_main_process():
+            logger.info("--dataloader_num_workers %d (%s)", training.dataloader_num_workers, why)
+    if training.dataloader_persistent_workers is None:
+        training.dataloader_persistent_workers = training.dataloader_num_workers > 0
+    if training.dataloader_prefetch_factor is None and training.dataloader_num_workers > 0:
+        training.dataloader_prefetch_factor = 4
+
+
+def _set_accumulation(training: Any) -> None:
+    if training.global_batch_size is None:
+        return
+    at_once = training.train_batch_size * training.world_size
+    steps, rest = divmod(training.global_batch_size, at_once)
+    if rest or steps == 0:
+        raise LlavaError(
+            f"--global_batch_size {training.global_batch_size} is no multiple of {at_once} "
+            f"({training.world_size} processes × {training.train_batch_size} samples); "
+            "change --per_device_train_batch_size"
+        )
+    training.gradient_accumulation_steps = steps
+
+
+def _set_normalisation(data: Any, training: Any) -> None:
+    if training.loss_normalisation is None:
+        # Packs hold unlike numbers of targets: in a mean of means a token's weight would depend on its pack.
+        training.loss_normalisation = "tokens" if data.max_tokens_per_batch else "micro_batches"
+    if training.loss_normalisation == "tokens" and is_main_process():
+        logger.info("--loss_normalisation tokens: every target token of an optimizer step weighs alike")

@@ -1,0 +1,54 @@
+"""`python -m tests.security.measured ours|plainly NAME…`: open bombs under limits, and say how each went.
+
+One JSON line for each: {"name", "outcome", "text"}; a limit that is passed ends the process, or shows as a MemoryError.
+What is allowed is what the project promises of `open_image`: 5 seconds of one core and 1.5 GB, whatever the file.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+
+SECONDS = 5
+MEMORY = 1_500_000_000
+
+
+def main(how: str, names: list[str]) -> None:
+    import nibabel  # noqa: F401
+    import pydicom.pixels  # noqa: F401
+    from PIL import Image
+
+    from llava.images import open_image
+    from tests.security.image_bombs import BOMBS, encoded, open_plainly
+
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    Image.init()
+    open_image(encoded("JPEG"))
+    for name in names:
+        content = BOMBS[name]()
+        _limit()
+        try:
+            (open_image if how == "ours" else open_plainly)(content)
+            outcome, text = "opened", ""
+        except MemoryError:
+            outcome, text = "MemoryError", ""
+        except Exception as error:  # noqa: BLE001 - it is what is asked here
+            outcome, text = type(error).__name__, str(error)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(json.dumps({"name": name, "outcome": outcome, "text": text[:300]}), flush=True)
+
+
+def _limit() -> None:
+    """From here on; the processor's seconds end the process by a signal."""
+    space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (space, resource.RLIM_INFINITY))
+    seconds = int(time.process_time()) + 1 + SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

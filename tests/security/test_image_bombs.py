@@ -1,0 +1,45 @@
+"""Small files that would cost gigabytes or minutes: `open_image` stays within its promise, a plain reader doesn't."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.security.image_bombs import BOMBS, encoded, open_plainly
+
+pytest.importorskip("pydicom")
+pytest.importorskip("nibabel")
+
+SOUND = {"rle_in_dicom", "jpeg_fill_bytes", "jpeg_exif", "png_text", "gif_comments", "nifti_extensions", "nifti_zeros"}
+"""An image is in them, and is shown: only what stands around it is too much."""
+QUICK = ("jpeg_in_dicom", "j2k_in_dicom", "tiff_tags", "png_text")
+
+
+def measure(how: str, *names: str) -> tuple[dict[str, dict], int]:
+    """(what each came to, exit status)"""
+    command = [sys.executable, "-m", "tests.security.measured", how, *names]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return {entry["name"]: entry for entry in map(json.loads, done.stdout.splitlines())}, done.returncode
+
+
+def test_every_bomb_is_an_image_error_or_the_image_within_time_and_memory():
+    results, status = measure("ours", *BOMBS)
+    assert status == 0 and set(results) == set(BOMBS), "a limit ended it"
+    for name, result in results.items():
+        assert result["outcome"] == ("opened" if name in SOUND else "ImageError"), result
+        assert "needs more memory" not in result["text"] and "\n" not in result["text"], result
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in BOMBS]
+)
+def test_each_bites_a_reader_that_trusts_it(name):
+    """Killed by the processor's limit, out of memory, or a sound image refused."""
+    results, status = measure("plainly", name)
+    assert status != 0 or results[name]["outcome"] != "opened"
+
+
+def test_the_plain_reader_reads_what_is_harmless():
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"):
+        open_plainly(encoded(kind))
