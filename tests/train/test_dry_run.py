@@ -119,12 +119,12 @@ def test_compiled_layers_keep_less_and_move_less(base):
     assert compiled.attention.startswith("packed")
 
 
-def test_a_wait_is_counted_and_costs(monkeypatch):
+def test_a_wait_is_counted_and_costs():
     tracker = Tracker(Clock(H100))
     with FakeTensorMode(), tracker:
         ones = torch.ones(1 << 24)
         before = tracker.clock.host
-        assert bool(ones.sum() > 0) is False or True
+        (ones.sum() > 0).item()
     assert tracker.waits == Counter({"_local_scalar_dense": 1})
     assert tracker.clock.host >= tracker.clock.device > before
 
