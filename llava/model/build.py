@@ -46,7 +46,7 @@ def build_model_from_llm(
     tower_folder = locate_model(vision_tower, "vision tower", cache_dir=cache_dir)
     # A folder's absolute path, so that the note of its origin stays true from any working directory.
     tower_name = str(tower_folder.absolute()) if Path(vision_tower).expanduser().is_dir() else str(vision_tower)
-    config = _config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)
+    config = llava_config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)
     model = build_empty(model_class_of(config), config, attn_implementation)
     weights = WeightFiles.of_folder(llm_folder)
     names = {name: name for name in weights if not is_harmless(name)}
@@ -87,7 +87,8 @@ def resize_embeddings(model: LlavaForCausalLM, rows: int) -> None:
             weight[old_rows:] = weight[:old_rows].float().mean(dim=0, keepdim=True).to(weight.dtype)
 
 
-def _config(llm_folder: Path, tower_name: str, vision_config: dict, mm_fields: dict[str, Any]):
+def llava_config(llm_folder: Path, tower_name: str, vision_config: dict, mm_fields: dict[str, Any]):
+    """The configuration of a new LLaVA: the language model's own, the tower's, and fields of `build_model_from_llm`."""
     try:
         llm_config = AutoConfig.from_pretrained(llm_folder, trust_remote_code=False)
     except (ValueError, OSError) as error:

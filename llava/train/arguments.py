@@ -17,6 +17,7 @@ from transformers.hf_argparser import DataClassType
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
+from llava.train import gpu
 from llava.train.compute import flags_of_the_path, half_precision_of, join_group_of_one
 from llava.train.derived_flags import choose_workers, derive_flags, is_main_process
 from llava.train.legacy_flags import translate_flags
@@ -215,13 +216,16 @@ def parse_arguments(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
 
 def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     """The dataclasses of a command line, not yet checked against files or each other."""
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    has_gpu = gpu.has_gpu() or torch.backends.mps.is_available()
     argv, warnings = translate_flags(argv, boolean_flags(), has_gpu=has_gpu, keep_fsdp=keep_fsdp)
     for warning in warnings:
         if is_main_process():
             logger.warning(warning)
-    if torch.cuda.is_available():
+    argv = _one_pack(argv)
+    if gpu.has_gpu():
         argv = _for_gpus(argv)
+    if gpu.is_described():
+        argv = _without_hardware(argv)
     try:
         model, data, training, validation, rest = build_parser().parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
@@ -241,6 +245,22 @@ def _for_gpus(argv: list[str]) -> list[str]:
     argv = argv + flags_of_the_path(parser.parse_known_args(argv)[0], int(os.environ.get("WORLD_SIZE", "1")))
     join_group_of_one(parser.parse_known_args(argv)[0])
     return argv
+
+
+def _without_hardware(argv: list[str]) -> list[str]:
+    """The command line of a dry run: set up for a GPU, run on tensors without content, which lie on the CPU."""
+    argv = list(argv)
+    for place, word in enumerate(argv):
+        if word == "--tf32":
+            argv[place + 1] = "False"
+    return [*argv, "--use_cpu", "True", "--dataloader_num_workers", "0", "--dataloader_pin_memory", "False"]
+
+
+def _one_pack(argv: list[str]) -> list[str]:
+    """Batches that are filled up to a number of tokens hold one pack, unless so many are asked for."""
+    given = {word for word in argv if word.startswith("--")}
+    one = "--max_tokens_per_batch" in given and "--per_device_train_batch_size" not in given
+    return [*argv, "--per_device_train_batch_size", "1"] if one else argv
 
 
 def boolean_flags() -> set[str]:

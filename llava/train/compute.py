@@ -18,6 +18,7 @@ import torch.distributed
 from torch import nn
 
 from llava.model.families import decoder_layers
+from llava.train import gpu
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,9 @@ def flags_of_the_path(flags: Namespace, processes: int) -> list[str]:
 
 def half_precision_of(flags: Namespace) -> list[str]:
     """`--bf16` on a GPU without bfloat16 means float16: the flags to add."""
-    if not flags.bf16 or flags.use_cpu or not torch.cuda.is_available():
+    if not flags.bf16 or flags.use_cpu or not gpu.has_gpu() or gpu.has_bf16():
         return []
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return []
-    logger.warning("--bf16: %s has no bfloat16; training in float16 (--fp16)", torch.cuda.get_device_name())
+    logger.warning("--bf16: %s has no bfloat16; training in float16 (--fp16)", gpu.name())
     return ["--bf16", "False", "--fp16", "True"]
 
 
@@ -62,7 +61,11 @@ def join_group_of_one(flags: Namespace) -> None:
     if sys.platform == "linux":  # no network is needed, and a machine may have none
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    if not torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
+        return
+    if gpu.is_described():
+        torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    else:
         torch.cuda.set_device(0)
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -104,7 +107,7 @@ def compile_layers(model: nn.Module, **options) -> None:
 
 
 def _compiled_class(layer_class: type[nn.Module], options: dict[str, Any]) -> type:
-    forward = torch.compile(layer_class.forward, **options)
+    forward = gpu.compiler()(layer_class.forward, **options)
 
     def compiled_forward(self, *args, **kwargs):
         return forward(self, *args, **kwargs)

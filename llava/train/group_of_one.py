@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers.training_args import OptimizerNames
 
 from llava.errors import LlavaError
-from llava.train.estimate_memory import OPTIMIZER_BYTES
+from llava.train import gpu
+from llava.train.hardware import OPTIMIZER_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,7 @@ def keeps_copies(training, model: nn.Module) -> bool:
     the parsed flags), else where they fit."""
     kept = training.keep_half_weights
     if kept is None:
-        on_gpu = training.device.type == "cuda"
-        memory = torch.cuda.get_device_properties(training.device).total_memory if on_gpu else None
+        memory = gpu.memory_bytes(training.device) if gpu.is_on_gpu(training.device) else None
         kept = memory is None or copies_fit(model, OptimizerNames(training.optim).value, memory)
     size = 2 * sum(parameter.numel() for parameter in model.parameters()) / 1e9
     logger.info(

@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava.errors import LlavaError
-from llava.model.varlen_attention import Kernel, installed_kernel, takes, varlen_attention
+from llava.model.varlen_attention import Kernel, varlen_attention
+from llava.train import gpu
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,7 @@ def training_attention(config, *, packed: bool, longest: int) -> Iterator[None]:
 def use_packed_attention(config, kernel: Kernel | None = None) -> None:
     """Let a model of this config attend within the samples of a packed batch (`kernel`: in place of the installed)."""
     # Chosen here, not in a layer: what is compiled can't look for it.
-    if kernel is None and torch.cuda.is_available():
-        kernel = installed_kernel()
+    kernel = kernel or gpu.attention_kernel()
     if kernel is not None and not kernel.takes_groups and config.num_key_value_heads != config.num_attention_heads:
         times = config.num_attention_heads // config.num_key_value_heads
         logger.warning("this attention kernel doesn't take grouped queries: keys and values are repeated x%d", times)
@@ -98,7 +98,7 @@ def packed_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise LlavaError("packed attention needs the samples' borders (cu_seq_lens_q, max_length_q)")
-    if takes(query, key, value):
+    if gpu.takes_kernel(query, key, value):
         if dropout:
             raise LlavaError("attention dropout isn't possible in packed batches on a GPU; set attention_dropout to 0")
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))

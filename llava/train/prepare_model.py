@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import token_id
 from llava.model.weights.locate import locate_model
 from llava.records import read_json
+from llava.train import gpu
 from llava.train.arguments import Arguments, ModelArguments
 from llava.train.projector_file import load_projector
 
@@ -32,23 +34,26 @@ def prepare_model(arguments: Arguments) -> LoadedModel:
     Raises:
         LlavaError: a folder is incomplete, a flag contradicts the checkpoint, or nothing would be trained.
     """
+    folder = locate_model(arguments.model.model_name_or_path, cache_dir=arguments.training.cache_dir)
+    loaded = _build(folder, arguments) if is_language_model(folder) else _load(folder, arguments)
+    make_ready(loaded, arguments)
+    if arguments.model.pretrain_mm_mlp_adapter:
+        rows = start_end_ids(loaded.model, loaded.tokenizer)
+        load_projector(loaded.model, arguments.model.pretrain_mm_mlp_adapter, rows)
+    return loaded
+
+
+def make_ready(loaded: LoadedModel, arguments: Arguments) -> None:
+    """Give a model of any origin the flags' settings, its image tokens, and `requires_grad` of what is trained."""
     model_args, training = arguments.model, arguments.training
-    folder = locate_model(model_args.model_name_or_path, cache_dir=training.cache_dir)
-    if _is_language_model(folder):
-        loaded = _build(folder, arguments)
-    else:
-        loaded = _load(folder, arguments)
     model, tokenizer = loaded.model, loaded.tokenizer
     _settings(model, arguments)
     add_image_tokens(model, tokenizer)
-    if model_args.pretrain_mm_mlp_adapter:
-        load_projector(model, model_args.pretrain_mm_mlp_adapter, start_end_ids(model, tokenizer))
     tokenizer.model_max_length = training.model_max_length
     tokenizer.padding_side = "right"
     choose_trainable(model, model_args, adapters=training.lora_enable)
     if model_args.tune_mm_mlp_adapter and model.config.mm_use_im_start_end:
         train_rows(model, start_end_ids(model, tokenizer))
-    return loaded
 
 
 def load_dtype(folder: Path, arguments: Arguments) -> torch.dtype:
@@ -58,7 +63,7 @@ def load_dtype(folder: Path, arguments: Arguments) -> torch.dtype:
     """
     flags, training = arguments.model, arguments.training
     frozen = flags.tune_mm_mlp_adapter or flags.freeze_backbone or training.lora_enable
-    if not (frozen and training.device.type == "cuda" and (training.bf16 or training.fp16)):
+    if not (frozen and gpu.is_on_gpu(training.device) and (training.bf16 or training.fp16)):
         return torch.float32
     config = read_json(folder / "config.json")
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -122,7 +127,8 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def _is_language_model(folder: Path) -> bool:
+def is_language_model(folder: Path) -> bool:
+    """Whether a folder holds a plain language model, of which a LLaVA is to be made."""
     if (folder / "adapter_config.json").is_file():
         return False
     config = read_json(folder / "config.json")
@@ -139,11 +145,6 @@ def _build(folder: Path, arguments: Arguments) -> LoadedModel:
         )
     if not flags.vision_tower:
         raise LlavaError(f"{folder} is a language model without a vision tower; give one with --vision_tower")
-    fields = {
-        "mm_projector_type": flags.mm_projector_type,
-        "mm_vision_select_layer": flags.mm_vision_select_layer,
-        "mm_vision_select_feature": flags.mm_vision_select_feature,
-    }
     torch.manual_seed(arguments.training.seed)  # the projector's first weights
     return build_model_from_llm(
         folder,
@@ -152,8 +153,14 @@ def _build(folder: Path, arguments: Arguments) -> LoadedModel:
         dtype=load_dtype(folder, arguments),
         attn_implementation=flags.attn_implementation,
         cache_dir=arguments.training.cache_dir,
-        **{name: value for name, value in fields.items() if value is not None},
+        **new_model_fields(flags),
     )
+
+
+def new_model_fields(flags: ModelArguments) -> dict[str, Any]:
+    """Fields of a new LLaVA's config that the flags give."""
+    names = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
+    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
 
 
 def _load(folder: Path, arguments: Arguments) -> LoadedModel:

@@ -7,8 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121, "V100": 125}
-"""bf16 (V100: fp16) dense peak of known GPUs, TFLOP/s, from their data sheets; longer names first."""
+from llava.train import gpu
 
 
 def flops_per_token(model: torch.nn.Module) -> int:
@@ -25,7 +24,7 @@ def flops_per_token(model: torch.nn.Module) -> int:
         if any(part in name for part in not_counted) or parameter.ndim < 2:
             continue
         size = getattr(parameter, "ds_numel", parameter.numel())
-        if parameter.__class__.__name__ == "Params4bit":
+        if getattr(parameter, "quant_state", None) is not None:
             size *= 2  # two weights per byte
         total += (6 if parameter.requires_grad else 4) * size
     return total
@@ -33,10 +32,7 @@ def flops_per_token(model: torch.nn.Module) -> int:
 
 def peak_tflops(given: float | None) -> float | None:
     """The device's peak: as given, or from the table; None where neither tells."""
-    if given or not torch.cuda.is_available():
-        return given
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    return given or gpu.peak_tflops()
 
 
 def memory_mb() -> float:

@@ -14,6 +14,7 @@ from llava.folders import WEIGHTS, part_in, publish_files, remove_parts
 from llava.images import ImageProcessor, open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
+from llava.train import gpu
 from llava.train.arguments import Arguments, LlavaTrainingArguments
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import LlavaDataset, PackedDataset, distinct_images
@@ -109,8 +110,9 @@ def build_trainer(
     dataset: LlavaDataset,
     cache: FeatureCache | None,
     validation: Validation | None = None,
+    trainer_class: type[LlavaTrainer] | None = None,
 ) -> LlavaTrainer:
-    """The trainer, its callbacks, and how it writes the model."""
+    """The trainer (of `trainer_class`, LlavaTrainer by default), its callbacks, and how it writes the model."""
     data, training = arguments.data, arguments.training
     model, tokenizer, processor = loaded.model, loaded.tokenizer, loaded.image_processor
     config = model.config
@@ -135,7 +137,7 @@ def build_trainer(
     if training.ddp_find_unused_parameters is None:
         # Tower and projector take part in every batch, so nothing trainable is ever unused.
         training.ddp_find_unused_parameters = False
-    trainer = LlavaTrainer(
+    trainer = (trainer_class or LlavaTrainer)(
         model=trained,
         args=training,
         train_dataset=train_dataset,
@@ -200,7 +202,7 @@ def build_validation(arguments: Arguments, loaded: LoadedModel, store: RecordSto
 def pack_length(arguments: Arguments) -> int | None:
     """Tokens that packed batches are filled up to: on a GPU, and where layers are compiled for one shape."""
     training = arguments.training
-    fixed = training.device.type == "cuda" or training.compile_layers
+    fixed = gpu.is_on_gpu(training.device) or training.compile_layers
     return arguments.data.max_tokens_per_batch if fixed else None
 
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
 
+from llava.train import gpu
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoints import publish, remove_old, staged
 from llava.train.compute import compile_layers, set_policy
@@ -113,7 +114,7 @@ class LlavaTrainer(Trainer):
         if self.args.compile_layers and not self._is_compiled:
             self._is_compiled = True
             # The CPU's attention goes from sample to sample, which is no graph.
-            compile_layers(self.model, fullgraph=self.args.device.type == "cuda", **self.args.compile_options)
+            compile_layers(self.model, fullgraph=gpu.is_on_gpu(self.args.device), **self.args.compile_options)
         is_alone = is_group_of_one(self.accelerator)
         if is_alone:
             self.keeps_copies = keeps_copies(self.args, self.model)

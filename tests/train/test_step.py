@@ -123,7 +123,7 @@ def test_compiled_layers_train_the_same(tmp_path, base, data):
 
 def test_a_compiled_layer_is_one_graph_for_all_layers_and_packs(base, monkeypatch):
     """As on a GPU: the kernel takes all tokens. One graph, and one more once the number of samples has changed."""
-    monkeypatch.setattr(packing, "takes", lambda *tensors: True)
+    monkeypatch.setattr(packing.gpu, "takes_kernel", lambda *tensors: True)
     model = load_pretrained_model(base["llama"], device="cpu").model.get_model()
     graphs = CompileCounter()
     compile_layers(model, backend=graphs, fullgraph=True)

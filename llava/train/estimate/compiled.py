@@ -1,0 +1,79 @@
+"""Decoder layers as torch.compile makes them, on tensors without content: one graph forward and one backward.
+
+The graphs are those of torch's own tracing and partitioning, so what is kept for the backward pass is what a compiled
+layer keeps. They are carried out operator by operator, and costed as fused (llava.train.estimate.tracker).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class DryCompiler:
+    """Stands for torch.compile in a dry run.
+
+    Args:
+        fused: a context within which operators are costed as one graph's.
+        paused: a context within which they aren't counted at all: a trace isn't a step.
+    """
+
+    def __init__(self, fused: Callable[[], AbstractContextManager], paused: Callable[[], AbstractContextManager]):
+        self.fused, self.paused = fused, paused
+
+    def __call__(self, forward: Callable, **options) -> Callable:
+        """`forward` of a module's class, compiled for each new set of shapes."""
+        graphs: dict[tuple, Callable] = {}
+
+        def compiled(module, *args, **kwargs):
+            named = dict(module.named_parameters())
+            leaves, structure = tree_flatten((args, kwargs))
+            places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+            tensors = [*named.values(), *(leaves[place] for place in places)]
+            others = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor))
+            shapes = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
+            key = (shapes, others, structure, torch.is_grad_enabled(), module.training)
+            if key not in graphs:
+                rest = [None if place in set(places) else leaf for place, leaf in enumerate(leaves)]
+
+                def run(*flat):
+                    own = dict(zip(named, flat))
+                    filled = list(rest)
+                    for place, tensor in zip(places, flat[len(named) :], strict=True):
+                        filled[place] = tensor
+                    own_args, own_kwargs = tree_unflatten(filled, structure)
+                    with _reparametrize_module(module, own):
+                        return forward(module, *own_args, **own_kwargs)
+
+                graphs[key] = self._compile(run)
+            with self.paused():
+                return graphs[key](*tensors)
+
+        return compiled
+
+    def _compile(self, function: Callable) -> Callable:
+        from torch._inductor.decomposition import select_decomp_table
+
+        return aot_function(
+            function,
+            fw_compiler=self._carry_out,
+            bw_compiler=self._carry_out,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+
+    def _carry_out(self, graph: fx.GraphModule, example_inputs) -> Callable:
+        for node in graph.graph.nodes:
+            node.meta.clear()  # the tensors that it was traced with
+
+        def call(inputs: list):
+            with self.fused():
+                return fx.Interpreter(graph).boxed_run(inputs)
+
+        call._boxed_call = True
+        return call

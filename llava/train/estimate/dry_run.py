@@ -1,0 +1,215 @@
+"""A training command on tensors without content, from its flags to its optimizer step, and what follows from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llava.errors import LlavaError
+from llava.records import read_json
+from llava.train.arguments import Arguments, check_values, read_flags
+from llava.train.data.record_store import open_records
+from llava.train.derived_flags import derive_flags
+from llava.train.estimate.batches import RandomRecords, typical_share
+from llava.train.estimate.compiled import DryCompiler
+from llava.train.estimate.costs import Clock
+from llava.train.estimate.dry_trainer import DryTrainer, Taken
+from llava.train.estimate.shapes import forget_content, shaped_model
+from llava.train.estimate.tracker import Tracker
+from llava.train.estimate.world import shard_as_on_gpus, world
+from llava.train.hardware import GB, Gpu
+from llava.train.progress import flops_per_token
+from llava.train.setup_run import build_trainer
+
+RANDOM_RECORDS = 1000
+"""Packs are filled from so many."""
+SIMULATED = 3
+"""Micro-batches of a step that are carried out: the first, one for all in the middle, the last."""
+
+
+ATTENTION = {
+    "packed": "packed: variable-length kernel (flash-attn, or torch's varlen_attn)",
+    "causal": "causal: fused kernel of scaled_dot_product_attention",
+    "sdpa": "sdpa: fused kernel of scaled_dot_product_attention, with a mask",
+    "eager": "eager: matrix products",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one GPU of a run; GB are 1e9 bytes, seconds and rates those of an optimizer step."""
+
+    gpu: Gpu
+    gpus: int
+    peak_gb: float
+    parts_gb: dict[str, float]
+    mfu: float
+    mfu_eager: float
+    step_seconds: float
+    tokens_per_second: float
+    """Of all GPUs together; padding isn't counted."""
+    host_syncs_per_micro_batch: int
+    host_syncs_per_step: int
+    """After the micro-batches: clipping, the optimizer, logging."""
+    attention: str
+    reduce_dtype: str
+    """Of the gradients where they are summed over processes; of one process, over micro-batches."""
+    flops_per_step: float
+    bytes_per_step: float
+    samples_per_step: int
+    samples_per_hour: float
+    """Of samples of usual lengths (llava.train.estimate.batches), on all GPUs."""
+    hours: float | None
+    """Of the whole recipe; None where the number of records isn't known."""
+    notes: tuple[str, ...]
+    """What was taken otherwise than the flags say."""
+    operators_per_micro_batch: int
+    micro_batches: int
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_gb <= self.gpu.usable_gb
+
+    def flat(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        fields = {name: value for name, value in vars(self).items() if name != "gpu"}
+        return {"gpu": self.gpu.name, "fits": self.fits} | fields
+
+
+def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None) -> Prediction:
+    """Carry out one optimizer step of a training command on tensors without content.
+
+    Args:
+        argv: the flags of the training command; `--data_path`, `--image_folder` and `--output_dir` may be missing.
+        gpus: processes, one GPU each.
+        records: how many there are, where `--data_path` is missing.
+
+    Raises:
+        LlavaError: flags that can't be, a model that isn't there.
+    """
+    argv, notes = without_deepspeed(list(argv), gpus)
+    tracker = Tracker(Clock(gpu, gpus))
+    compiler = DryCompiler(tracker.fused, tracker.paused)
+    with world(gpu, gpus, compiler) as mode, TemporaryDirectory() as folder:
+        arguments = read_flags([*argv, "--output_dir", folder])
+        check_values(arguments)
+        derive_flags(arguments.data, arguments.training)
+        data, training = arguments.data, arguments.training
+        if gpus > 1 and not training.fsdp:
+            raise LlavaError(
+                f"--gpus {gpus}: without sharding each GPU holds what one alone does, and the gradients once more "
+                '(DDP); predict --gpus 1, or add --fsdp "full_shard auto_wrap"'
+            )
+        shard_as_on_gpus(training)
+        if data.data_path:
+            records = len(open_records(data.data_path, folder))
+        plan = Plan(training.gradient_accumulation_steps, training.num_train_epochs, training.max_steps, records)
+        _shorten(arguments)
+        loaded = shaped_model(arguments, mode)
+        at_once = training.per_device_train_batch_size
+        samples = RandomRecords(arguments, loaded, max(RANDOM_RECORDS, SIMULATED * at_once * gpus))
+        trainer = build_trainer(arguments, loaded, samples, None, trainer_class=DryTrainer)
+        forget_content(trainer.model, mode)
+        trainer.watch(mode, tracker)
+        per_token = flops_per_token(trainer.model)
+        with mode, tracker:
+            trainer.train()
+        share = 1.0
+        if not data.max_tokens_per_batch:
+            share = typical_share(samples.patches, samples.longest, at_once, data.packing)
+    return _prediction(tracker, trainer, plan, gpu, gpus, per_token, share, notes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a recipe isn't carried out."""
+
+    micro_batches: int
+    epochs: float
+    max_steps: int
+    records: int | None
+
+
+def without_deepspeed(argv: list[str], gpus: int) -> tuple[list[str], list[str]]:
+    """The command line with FSDP 2 in place of DeepSpeed, which shards the same but can't run without content, and
+    what is to be said of it."""
+    names = [word.replace("-", "_") for word in argv]
+    if "__deepspeed" not in names:
+        return argv, []
+    place = names.index("__deepspeed")
+    file, rest = argv[place + 1 : place + 2], argv[:place] + argv[place + 2 :]
+    if not file:
+        raise LlavaError("--deepspeed: expected a configuration file")
+    zero = read_json(file[0]).get("zero_optimization", {})
+    notes = ["--deepspeed: predicted for FSDP 2, which shards as ZeRO does"]
+    kind = {2: "shard_grad_op", 3: "full_shard"}.get(zero.get("stage", 0))
+    if kind is None or gpus == 1:
+        return rest, notes
+    return [*rest, "--fsdp", f"{kind} auto_wrap" + " offload" * ("offload_optimizer" in zero)], notes
+
+
+def _shorten(arguments: Arguments) -> None:
+    """One step that writes nothing, of few micro-batches."""
+    training = arguments.training
+    training.gradient_accumulation_steps = min(training.gradient_accumulation_steps, SIMULATED)
+    training.max_steps = 1
+    training.logging_steps = 10**9
+    training.logging_first_step = False
+    training.report_to = []
+    training.disable_tqdm = True
+    training.save_strategy = "no"
+    training.push_to_hub = False
+
+
+def _prediction(tracker, trainer, plan: Plan, gpu: Gpu, gpus: int, per_token: int, share: float, notes: list[str]):
+    parts = [*_repeated(trainer.micro_batches, plan.micro_batches), (trainer.rest, 1)]
+
+    def total(name: str) -> float:
+        return sum(getattr(part, name) * times for part, times in parts)
+
+    def work(name: str) -> float:
+        return sum(getattr(part.work, name) * times for part, times in parts)
+
+    seconds, eager, tokens = total("seconds"), total("eager_seconds"), total("tokens")
+    peak = gpu.peak_tflops * 1e12
+    samples = int(total("samples")) * gpus
+    per_hour = samples / seconds * 3600 / share
+    hours = None
+    if plan.max_steps > 0:
+        hours = plan.max_steps * seconds * share / 3600
+    elif plan.records is not None:
+        hours = plan.records * plan.epochs / per_hour
+    return Prediction(
+        gpu=gpu,
+        gpus=gpus,
+        peak_gb=tracker.memory.peak / GB,
+        parts_gb={name: size / GB for name, size in sorted(tracker.memory.parts().items(), key=lambda one: -one[1])},
+        mfu=per_token * tokens / seconds / peak,
+        mfu_eager=per_token * tokens / eager / peak,
+        step_seconds=seconds,
+        tokens_per_second=tokens * gpus / seconds,
+        host_syncs_per_micro_batch=max(part.waits for part in trainer.micro_batches),
+        host_syncs_per_step=trainer.rest.waits,
+        attention=ATTENTION.get(trainer.attention_name, trainer.attention_name),
+        reduce_dtype=_names_of(tracker.reduced or trainer.gradient_dtypes),
+        flops_per_step=work("flops"),
+        bytes_per_step=work("bytes"),
+        samples_per_step=samples,
+        samples_per_hour=per_hour,
+        hours=hours,
+        notes=tuple(notes),
+        operators_per_micro_batch=trainer.micro_batches[-1].operators,
+        micro_batches=plan.micro_batches,
+    )
+
+
+def _repeated(simulated: list[Taken], count: int) -> list[tuple[Taken, int]]:
+    """(part, how often it occurs in a step of `count` micro-batches)."""
+    if len(simulated) < SIMULATED:
+        return [(part, 1) for part in simulated]
+    first, middle, last = simulated
+    return [(first, 1), (middle, count - 2), (last, 1)]
+
+
+def _names_of(dtypes: set) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -1,0 +1,170 @@
+"""The real Trainer on tensors without content, watched."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import TrainerCallback
+
+from llava.train.estimate.costs import Work
+from llava.train.estimate.tracker import Tracker, note_all
+from llava.train.estimate.world import tell_parameters_apart, without_content
+from llava.train.loss_watch import LossWatch
+from llava.train.trainer import LlavaTrainer
+
+
+@dataclass
+class Taken:
+    """What a part of a step took."""
+
+    seconds: float
+    eager_seconds: float
+    work: Work
+    waits: int
+    operators: int
+    tokens: int = 0
+    samples: int = 0
+
+
+class FakeBatches:
+    """A data loader's batches without their content; the borders' squares are noted before they are gone."""
+
+    def __init__(self, loader, trainer: "DryTrainer"):
+        self.loader, self.trainer = loader, trainer
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        with unset_fake_temporarily():
+            batches = iter(self.loader)
+        while True:
+            with unset_fake_temporarily():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                batch["dry_pairs"] = _pairs(batch)
+            yield without_content(self.trainer.mode, batch)
+
+
+def _pairs(batch: dict[str, Any]) -> int:
+    if "cu_seq_lens_q" not in batch:
+        return 0
+    lengths = batch["cu_seq_lens_q"].diff().tolist()
+    return sum(length * (length + 1) // 2 for length in lengths)
+
+
+class DryTrainer(LlavaTrainer):
+    """One optimizer step of the real Trainer; nothing is written.
+
+    Attributes:
+        micro_batches: what each took.
+        rest: what came after them: clipping, the optimizer.
+        attention_name: what transformers knows the language model's attention by.
+        gradient_dtypes: of the sums that the optimizer gets.
+    """
+
+    def watch(self, mode: FakeTensorMode, tracker: Tracker) -> None:
+        """Set up before `train()`, which is to be called inside both modes."""
+        self.mode, self.tracker = mode, tracker
+        self.micro_batches: list[Taken] = []
+        self.rest: Taken | None = None
+        self.loss_watch = UncheckedLosses(self.loss_watch.describe)
+        self.add_callback(_Phases(self))
+
+    def get_train_dataloader(self):
+        with unset_fake_temporarily():
+            loader = super().get_train_dataloader()
+        return FakeBatches(loader, self)
+
+    def _move_model_to_device(self, model, device) -> None:
+        """Tensors without content are where they belong."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.device_placement = False
+        prepare = self.accelerator.prepare
+
+        def prepare_with_content(*parts, **kwargs):
+            tell_parameters_apart(self.model)
+            # Meshes of processes need content; the model's own tensors have none in whichever mode they are used.
+            with unset_fake_temporarily():
+                return prepare(*parts, **kwargs)
+
+        self.accelerator.prepare = prepare_with_content
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.tracker.pairs = inputs.pop("dry_pairs")
+        tokens, samples, begun = inputs["num_tokens"], len(inputs["sample_numbers"]), Mark(self.tracker)
+        self.attention_name = self.accelerator.unwrap_model(model).config._attn_implementation
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        note_all(self.tracker.memory, gradients, "gradients")
+        self.gradient_dtypes = {gradient.dtype for gradient in gradients}
+        self.micro_batches.append(replace(begun.passed(), tokens=tokens, samples=samples))
+        self.after_micro_batches = Mark(self.tracker)
+        return loss
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Checkpoints would have no content."""
+
+
+class UncheckedLosses(LossWatch):
+    """Losses without values; looking at them waits for the GPU as ever."""
+
+    def look(self) -> None:
+        if self._losses:
+            torch.stack(self._losses).sum().item()
+        self._losses.clear()
+        self._batches.clear()
+
+
+class Mark:
+    """A moment, to count from."""
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+        self.work = tracker.work = Work()
+        self.before = tracker.clock.now, tracker.eager.now, tracker.waits.total(), tracker.operators
+
+    def passed(self) -> Taken:
+        """What has been taken since, if no later mark was made."""
+        tracker = self.tracker
+        seconds, eager, waits, operators = self.before
+        return Taken(tracker.clock.now - seconds, tracker.eager.now - eager, self.work,
+                     tracker.waits.total() - waits, tracker.operators - operators)  # fmt: skip
+
+
+class _Phases(TrainerCallback):
+    def __init__(self, trainer: DryTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        allocate_moments(trainer.model, getattr(trainer.optimizer, "optimizer", trainer.optimizer), trainer.tracker)
+        trainer.tracker.memory.restart()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.rest = self.trainer.after_micro_batches.passed()
+
+
+def allocate_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tracker: Tracker) -> None:
+    """Let the optimizer make its state, as it has it from the second step on, and say what each storage is."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with tracker.paused():
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        # Sharded tensors work out once for each operator, on whole tensors, what its result's shape is.
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    note_all(tracker.memory, model.parameters(), "weights")
+    note_all(tracker.memory, model.buffers(), "buffers")
+    for state in optimizer.state.values():
+        note_all(tracker.memory, (one for one in state.values() if isinstance(one, torch.Tensor)), "moments")

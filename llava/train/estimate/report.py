@@ -1,0 +1,57 @@
+"""A prediction in words, and the flags that would make a recipe fit."""
+
+from collections.abc import Iterator, Sequence
+
+from llava.train.estimate.dry_run import Prediction, dry_run
+
+
+def lines_of(prediction: Prediction) -> Iterator[str]:
+    """The prediction as a table, predicted and not measured."""
+    p, gpu = prediction, prediction.gpu
+    yield f"predicted, not measured: {p.gpus} × {gpu.name}" + (", rates from its data sheet" if gpu.is_scaled else "")
+    for note in p.notes:
+        yield f"note: {note}"
+    for name, size in p.parts_gb.items():
+        if size >= 0.0005:
+            yield f"  {name:28}{size:9.2f} GB"
+    yield f"  {'peak of each GPU':28}{p.peak_gb:9.2f} GB"
+    rows = {
+        "attention": p.attention,
+        "gradients reduced in": p.reduce_dtype,
+        "waits for the GPU": f"{p.host_syncs_per_micro_batch} a micro-batch, {p.host_syncs_per_step} a step beside",
+        "optimizer step": f"{p.step_seconds:.2f} s, {p.micro_batches} micro-batches, {p.samples_per_step} samples",
+        "arithmetic, memory traffic": f"{p.flops_per_step / 1e12:.1f} TFLOP, {p.bytes_per_step / 1e9:.0f} GB a step",
+        "tokens": f"{p.tokens_per_second:,.0f} a second on all GPUs",
+        "MFU": f"{p.mfu:.1%} of {gpu.peak_tflops:g} TFLOP/s (each operator by itself: {p.mfu_eager:.1%})",
+        "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
+    }
+    if p.hours is not None:
+        rows["the whole recipe"] = f"{p.hours:.1f} hours"
+    for name, text in rows.items():
+        yield f"  {name:28}{text}"
+    usable = f"{gpu.usable_gb:.1f} GB that {gpu.memory_gb:g} GB leave to tensors"
+    verdict = "fits: {:.1f} GB of the {}" if p.fits else "does not fit: {:.1f} GB, more than the {}"
+    yield verdict.format(p.peak_gb, usable)
+
+
+def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) -> Iterator[tuple[str, Prediction]]:
+    """Flags that lower the peak, gentlest first, each with those before it, until it fits; predicted like the rest."""
+    steps = [
+        ["--gradient_checkpointing", "True"],
+        ["--keep_half_weights", "False"] if prediction.gpus == 1 else [],
+        ["--per_device_train_batch_size", "1"],
+        ["--fsdp", "full_shard auto_wrap"] if prediction.gpus > 1 else [],
+        ["--lora_enable", "True"],
+        ["--model_max_length", "1024"],
+    ]
+    flags, best = list(flags), prediction.peak_gb
+    for step in steps:
+        if not step or (step[0] == "--lora_enable" and "--tune_mm_mlp_adapter" in flags):
+            continue
+        changed = dry_run([*flags, *step], prediction.gpu, prediction.gpus, records)
+        if changed.peak_gb >= 0.99 * best:
+            continue
+        flags, best = [*flags, *step], changed.peak_gb
+        yield " ".join(f'"{word}"' if " " in word else word for word in step), changed
+        if changed.fits:
+            return

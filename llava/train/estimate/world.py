@@ -1,0 +1,68 @@
+"""A run's surroundings without hardware: process groups of any size, and tensors with shapes but no content."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
+from torch.utils._pytree import tree_map_only
+
+from llava.train import gpu
+from llava.train.hardware import GPUS_PER_MACHINE, Gpu
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+              "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ACCELERATE_TORCH_DEVICE")  # fmt: skip
+
+
+@contextmanager
+def world(described: Gpu, processes: int, compiler: Callable) -> Iterator[FakeTensorMode]:
+    """Within, this process is the first of `processes`, each with one GPU as described.
+
+    Collectives take part in nothing and return at once. Gives the mode under which tensors have no content.
+    """
+    before = {name: os.environ.pop(name, None) for name in _VARIABLES}
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not "cpu:0", another device to tensors without content
+    if processes > 1:  # as torchrun sets them
+        own = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": processes,
+               "LOCAL_WORLD_SIZE": min(processes, GPUS_PER_MACHINE), "MASTER_ADDR": "localhost",
+               "MASTER_PORT": 29500}  # fmt: skip
+        os.environ.update({name: str(value) for name, value in own.items()})
+        torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=processes)
+    try:
+        with gpu.describe(described, compiler):
+            # Counts of samples and the like have content, and mix with tensors that have none.
+            yield FakeTensorMode(allow_non_fake_inputs=True)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def shard_as_on_gpus(training) -> None:
+    """Let accelerate shard although tensors lie on the CPU: it does so for processes that have GPUs."""
+    if training.fsdp:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def tell_parameters_apart(model: nn.Module) -> None:
+    """Give each parameter an address of its own, by which accelerate finds it again in the optimizer once it is
+    sharded; without content all lie at the same."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data_ptr = partial(int, number)
+
+
+def without_content(mode: FakeTensorMode, batch):
+    """The same nested structure with tensors that have shapes alone."""
+    return tree_map_only(torch.Tensor, mode.from_tensor, batch)

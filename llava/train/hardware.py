@@ -1,0 +1,80 @@
+"""GPUs that a run can be predicted for: the one table of their constants."""
+
+import re
+from dataclasses import dataclass
+
+from llava.errors import LlavaError
+
+GB = 1e9
+CONTEXT_GB = 1.2
+"""Of a GPU's memory, for the CUDA context and the libraries' workspaces."""
+FRAGMENTATION = 1.05
+"""What the allocator reserves over what is in use."""
+KERNEL_SECONDS = 10e-6
+"""That the host needs to start a kernel, where nothing is captured in a CUDA graph."""
+ATTENTION_SHARE = 0.25
+"""Of the rate of matrix products that attention within short samples reaches."""
+NETWORK_GB_PER_SECOND = 25.0
+"""Of one GPU, to those of other machines."""
+GPUS_PER_MACHINE = 8
+OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0.1, "sgd": 0, "lion": 4}
+"""Per trained parameter, by a part of the optimizer's name; AdamW's two float32 moments (8) if none is in it."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as a prediction takes it."""
+
+    name: str
+    memory_gb: float
+    """As the driver reports it, 1e9 bytes."""
+    peak_tflops: float
+    """Dense bf16 by the data sheet: what MFU is a share of."""
+    gemm_tflops: float
+    """What matrix products at a 7B's shapes reach."""
+    terabytes_per_second: float
+    """What copies reach."""
+    link_gb_per_second: float
+    """Of one GPU to the others of its machine."""
+    is_scaled: bool = False
+    """Rates are the data sheet's, scaled as the H200's measured ones are."""
+
+    @property
+    def usable_gb(self) -> float:
+        """The largest peak that fits."""
+        return (self.memory_gb - CONTEXT_GB) / FRAGMENTATION
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40g", 42.4, 312, 240, 1.3, 200),
+        Gpu("a100-80g", 85.0, 312, 240, 1.7, 200),
+        Gpu("h100", 85.0, 989, 660, 2.85, 350),
+        Gpu("h200", 150.0, 989, 680, 4.0, 350),
+        Gpu("a10", 23.6, 125, 86, 0.50, 12, is_scaled=True),
+        Gpu("4090", 25.3, 165, 113, 0.84, 12, is_scaled=True),
+        Gpu("l40s", 47.7, 362, 249, 0.72, 12, is_scaled=True),
+    )
+}
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
+               "4090": 165, "V100": 125}  # fmt: skip
+"""bf16 (V100: fp16) dense peak of known GPUs, TFLOP/s, from their data sheets, by a word of the driver's name."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name.
+
+    Raises:
+        LlavaError: the table has none; it lists those it has.
+    """
+    if name not in GPUS:
+        raise LlavaError(f"--gpu {name}: unknown; use one of {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def peak_of(device_name: str) -> float | None:
+    """The peak of a GPU by the driver's name for it (`NVIDIA A100-SXM4-40GB`), TFLOP/s; None if it isn't known."""
+    words = re.findall(r"[A-Za-z0-9]+", device_name)
+    return next((float(PEAK_TFLOPS[word]) for word in words if word in PEAK_TFLOPS), None)

@@ -1,0 +1,208 @@
+"""The dry run of a small model, its memory counted by two other methods."""
+
+import gc
+import json
+from collections import Counter
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from llava.errors import LlavaError
+from llava.train import gpu
+from llava.train.estimate import dry_run as module
+from llava.train.estimate.costs import Clock, Work
+from llava.train.estimate.dry_run import dry_run
+from llava.train.estimate.tracker import Tracker
+from llava.train.estimate_memory import main
+from llava.train.hardware import GPUS, peak_of
+
+H100 = GPUS["h100"]
+SMALL = ("--bf16", "True", "--per_device_train_batch_size", "2", "--model_max_length", "256")
+SHARDED = ("--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
+SAVING = ("--gradient_checkpointing", "True")
+ACCUMULATED = ("--gradient_accumulation_steps", "3")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A language model with something to measure: 8 layers, 256 wide."""
+    folder = tmp_path_factory.mktemp("llm")
+    config = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 688,
+              "num_attention_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    tower = tmp_path_factory.mktemp("tower")
+    config = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "image_size": 56,
+              "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}  # fmt: skip
+    (tower / "config.json").write_text(json.dumps(config))
+    return ("--model_name_or_path", str(folder), "--vision_tower", str(tower))
+
+
+def alive_bytes(mode) -> int:
+    """Bytes of all tensors without content that Python knows to be alive, each storage once."""
+    storages = {}
+    for one in gc.get_objects():
+        if type(one) is FakeTensor and one.fake_mode is mode and one.device.type == "cpu":
+            storage = one.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+class Compared(Tracker):
+    """A tracker that looks at everything alive at every so many operators of the step."""
+
+    every = 331
+    found: ClassVar[list[tuple[int, int]]] = []
+
+    def _count(self, function, args, kwargs, inputs, outputs, out):
+        super()._count(function, args, kwargs, inputs, outputs, out)
+        fake = [tensor for tensor in (*inputs, *outputs) if type(tensor) is FakeTensor]
+        in_step = "moments" in self.memory.kinds.values()
+        if in_step and self.operators % self.every == 0 and fake:
+            self.memory.look_at_resized()
+            self.found.append((self.memory.total, alive_bytes(fake[0].fake_mode)))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags"),
+    [
+        (4, (*SHARDED,)),
+        (4, (*SHARDED, *ACCUMULATED, *SAVING)),
+        (1, ()),
+        (1, (*ACCUMULATED, *SAVING)),
+        (1, (*SAVING, "--gradient_checkpointing_kwargs", '{"every_n_layers": 2}')),
+        (1, ("--lora_enable", "True", *SAVING)),
+        (1, ("--tune_mm_mlp_adapter", "True", "--packing", "True")),
+        (1, ("--packing", "True", "--keep_half_weights", "False")),
+    ],
+)
+def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, flags):
+    monkeypatch.setattr(module, "Tracker", Compared)
+    monkeypatch.setattr(Compared, "found", [])
+    prediction = dry_run([*base, *SMALL, *flags], H100, gpus)
+    assert len(Compared.found) >= 4
+    for counted, alive in Compared.found:
+        assert counted == pytest.approx(alive, rel=0.05)
+    assert prediction.peak_gb * 1e9 >= max(alive for _, alive in Compared.found) * 0.95
+    assert sum(prediction.parts_gb.values()) == pytest.approx(prediction.peak_gb)
+    assert prediction.host_syncs_per_micro_batch == 0
+    assert prediction.reduce_dtype == "float32"
+
+
+def test_parts_are_what_arithmetic_says(base):
+    """16 bytes per trained parameter; over four processes a quarter of them."""
+    one = dry_run([*base, *SMALL, *ACCUMULATED], H100, 1)
+    four = dry_run([*base, *SMALL, *ACCUMULATED, *SHARDED], H100, 4)
+    moments = one.parts_gb["moments"]
+    assert one.parts_gb["gradients"] == pytest.approx(moments / 2, rel=0.02)
+    assert one.parts_gb["gathered weights"] == pytest.approx(moments / 4, rel=0.1)  # two bytes each, and the tower's
+    assert four.parts_gb["moments"] == pytest.approx(moments / 4, rel=0.02)
+
+
+def test_accumulation_repeats_the_middle(base):
+    three, nine = (dry_run([*base, *SMALL, "--gradient_accumulation_steps", count], H100, 1) for count in ("3", "9"))
+    assert nine.micro_batches == 9 and nine.samples_per_step == 3 * three.samples_per_step
+    each = (nine.flops_per_step - three.flops_per_step) / 6
+    assert each == pytest.approx(three.flops_per_step / 3, rel=1e-6)
+    assert nine.peak_gb == pytest.approx(three.peak_gb)
+
+
+def test_compiled_layers_keep_less_and_move_less(base):
+    packed = [*base, *SMALL, "--packing", "True"]
+    eager, compiled = (dry_run([*packed, "--torch_compile", text], H100, 1) for text in ("False", "True"))
+    assert eager.mfu == eager.mfu_eager and compiled.mfu > compiled.mfu_eager
+    assert compiled.parts_gb["activations"] < eager.parts_gb["activations"]
+    assert compiled.bytes_per_step < 0.8 * eager.bytes_per_step
+    assert compiled.flops_per_step == pytest.approx(eager.flops_per_step, rel=1e-6)
+    assert compiled.attention.startswith("packed")
+
+
+def test_a_wait_is_counted_and_costs():
+    tracker = Tracker(Clock(H100))
+    with FakeTensorMode(), tracker:
+        ones = torch.ones(1 << 24)
+        before = tracker.clock.host
+        (ones.sum() > 0).item()
+    assert tracker.waits == Counter({"_local_scalar_dense": 1})
+    assert tracker.clock.host >= tracker.clock.device > before
+
+
+def test_the_host_is_what_many_small_kernels_wait_for():
+    clock = Clock(H100)
+    for _ in range(100):
+        clock.run(Work(bytes=8, kernels=1))
+    assert clock.now == pytest.approx(100 * 10e-6, rel=0.01)
+    clock = Clock(H100)
+    clock.run(Work(flops=660e12, kernels=1))
+    assert clock.now == pytest.approx(1, rel=0.01)
+
+
+def test_the_command_writes_flat_figures(base, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert main([*base, *SMALL, "--gpu", "a100-40g", "--json", str(path), "--records", "100"]) == 0
+    figures = json.loads(path.read_text())
+    names = {"peak_gb", "parts_gb", "fits", "mfu", "mfu_eager", "step_seconds", "tokens_per_second", "attention",
+             "host_syncs_per_micro_batch", "reduce_dtype", "flops_per_step", "bytes_per_step", "hours"}  # fmt: skip
+    assert names <= set(figures)
+    assert isinstance(figures["host_syncs_per_micro_batch"], int) and figures["fits"] is True
+    assert "peak of each GPU" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_comes_with_flags_that_do(base, capsys, monkeypatch):
+    whole = dry_run([*base, *SMALL], H100, 1)
+    small = replace(H100, memory_gb=(whole.peak_gb - 0.005) * 1.05 + 1.2)
+    monkeypatch.setitem(GPUS, "h100", small)
+    assert main([*base, *SMALL]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "--gradient_checkpointing True" in out and ", fits" in out
+
+
+def test_refusals(base):
+    with pytest.raises(LlavaError, match="--gpu b200: unknown; use one of a100-40g"):
+        main([*base, "--gpu", "b200"])
+    with pytest.raises(LlavaError, match="no such folder, and none of llama-7b, llama-13b, mistral-7b"):
+        dry_run(["--model_name_or_path", "/nowhere/at/all"], H100, 1)
+    with pytest.raises(LlavaError, match="unknown argument"):
+        dry_run([*base, "--no_such_flag", "1"], H100, 1)
+    with pytest.raises(LlavaError, match="add --fsdp"):
+        dry_run([*base], H100, 2)
+    assert not gpu.is_described() and not torch.distributed.is_initialized()
+
+
+def test_gpus_are_known_by_whole_words():
+    assert peak_of("NVIDIA A100-SXM4-40GB") == 312
+    assert peak_of("NVIDIA L40S") == 362 and peak_of("NVIDIA L40") == 181 and peak_of("NVIDIA L4") == 121
+    assert peak_of("NVIDIA GH200 480GB") is None and peak_of("NVIDIA A10G") == 70
+    assert peak_of("NVIDIA H100 80GB HBM3") == GPUS["h100"].peak_tflops
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("flags", "memory", "mfu"),
+    [((), 72.1, 0.392), (("--torch_compile", "True"), 68.7, 0.486)],
+)
+def test_what_an_h100_measured(tmp_path, flags, memory, mfu):
+    """docs/benchmarks.md: 15 layers of a 7B, packed to 4096; there the tower had next to no weights, as here."""
+    sizes = {"vocab_size": 32003, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 15} | sizes))
+    (tmp_path / "tower").mkdir()
+    tower = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "image_size": 224,
+             "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}  # fmt: skip
+    (tmp_path / "tower/config.json").write_text(json.dumps(tower))
+    argv = ["--model_name_or_path", str(tmp_path / "llm"), "--vision_tower", str(tmp_path / "tower")]
+    argv += ["--bf16", "True", "--packing", "True", "--max_tokens_per_batch", "4096"]
+    prediction = dry_run([*argv, "--gradient_accumulation_steps", "4", *flags], H100, 1)
+    assert prediction.peak_gb == pytest.approx(memory, rel=0.02)
+    assert prediction.mfu == pytest.approx(mfu, rel=0.1)
+
+
+@pytest.mark.long
+def test_the_seeds_second_stage_fits_eight_a100_of_40_gb():
+    argv = ["--model_name_or_path", "llama-7b", *SHARDED, *SAVING, "--bf16", "True", "--model_max_length", "2048"]
+    argv += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8"]
+    prediction = dry_run(argv, GPUS["a100-40g"], 8)
+    assert prediction.peak_gb <= 24 and prediction.fits
+    assert prediction.parts_gb["moments"] == pytest.approx(8 * 6.74 / 8, rel=0.02)
