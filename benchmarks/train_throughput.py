@@ -134,7 +134,7 @@ def batch_of(samples, numbers, packed: bool, device) -> tuple[dict, int]:
 
 
 def set_attention(model, packed: bool) -> None:
-    from llava.train.packing import use_packed_attention
+    from llava.train.step.packing import use_packed_attention
 
     if packed:
         use_packed_attention(model.config)

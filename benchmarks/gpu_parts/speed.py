@@ -50,7 +50,7 @@ def attention_error(lengths, heads: int, keys: int, size: int, dtype, window, de
 
 def packed(query, key, value, lengths, window):
     """The training's own function, as the model calls it."""
-    from llava.train.packing import packed_attention
+    from llava.train.step.packing import packed_attention
 
     borders = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(query.device)
     return packed_attention(

@@ -132,8 +132,8 @@ def layers(miniature: bool, *flags: str) -> dict:
     """The real training of 7B-shaped layers, as many as fit, packed to 4096, four micro-batches a step."""
     from llava.train.arguments import read_flags
     from llava.train.data.collator import Collator
-    from llava.train.packing import training_attention
     from llava.train.progress import flops_per_token, memory_mb, peak_tflops
+    from llava.train.step.packing import training_attention
     from llava.train.trainer import LlavaTrainer
 
     device = device_of(miniature)
@@ -234,7 +234,7 @@ class Packs(Dataset):
 def make_packs(count: int, size: int, vocabulary: int) -> Packs:
     from train_throughput import draw_lengths, make_samples
 
-    from llava.train.packing import fill_batches
+    from llava.train.step.packing import fill_batches
 
     texts, with_image = draw_lengths(count * (size // 450 + 1), seed=0)
     samples = make_samples(texts.clip(20, size - IMAGE_POSITIONS), with_image, vocabulary, seed=0)

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from llava.train import gpu
+from llava.train.step import gpu
 
 
 def flops_per_token(model: torch.nn.Module) -> int:

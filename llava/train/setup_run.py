@@ -14,7 +14,6 @@ from llava.folders import WEIGHTS, part_in, publish_files, remove_parts
 from llava.images import ImageProcessor, open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
-from llava.train import gpu
 from llava.train.arguments import Arguments, LlavaTrainingArguments
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import LlavaDataset, PackedDataset, distinct_images
@@ -23,14 +22,15 @@ from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
 from llava.train.data.record_store import RecordStore
 from llava.train.lora import add_adapters, save_adapter
-from llava.train.packing import fill_batches, training_attention
 from llava.train.prepare_model import padding_id, start_end_ids
 from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_tflops
 from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
 from llava.train.projector_file import save_projector
+from llava.train.step import gpu
+from llava.train.step.packing import fill_batches, training_attention
 from llava.train.trainer import LlavaTrainer
-from llava.train.validation import EarlyStopping, Validation
-from llava.train.validation_flags import metric_name
+from llava.train.validation.flags import metric_name
+from llava.train.validation.held_out import EarlyStopping, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def build_validation(arguments: Arguments, loaded: LoadedModel, store: RecordSto
     dataset, cache = build_dataset(arguments.held_out(), loaded, store)
     answers = None
     if flags.eval_generate:
-        from llava.train.answers import HeldOutAnswers
+        from llava.train.validation.answers import HeldOutAnswers
 
         answers = HeldOutAnswers(loaded, dataset, flags.eval_generate, flags.eval_max_new_tokens)
         answers.require(arguments.training.metric_for_best_model)

@@ -18,19 +18,19 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
 
-from llava.train import gpu
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoints import publish, remove_old, staged
-from llava.train.compute import compile_layers, set_policy
 from llava.train.data.collator import META_KEYS
 from llava.train.data.dataset import LlavaDataset, Report
 from llava.train.data.sampler import EpochSampler
 from llava.train.data.worker_errors import plain_worker_errors
-from llava.train.group_of_one import add_gradients_at_once, is_group_of_one, keeps_copies
 from llava.train.lora import load_non_lora
-from llava.train.loss_watch import LossWatch
 from llava.train.progress import ProgressBar
-from llava.train.validation import Validation
+from llava.train.step import gpu
+from llava.train.step.compute import compile_layers, set_policy
+from llava.train.step.group_of_one import add_gradients_at_once, is_group_of_one, keeps_copies
+from llava.train.step.loss_watch import LossWatch
+from llava.train.validation.held_out import Validation
 
 logger = logging.getLogger(__name__)
 

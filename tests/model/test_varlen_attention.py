@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llava.errors import LlavaError
 from llava.model.varlen_attention import flash_kernel, torch_kernel, varlen_attention
-from llava.train.packing import packed_attention
+from llava.train.step.packing import packed_attention
 
 LENGTHS = (3, 1, 7)
 BORDERS = torch.tensor([0, 3, 4, 11], dtype=torch.int32)

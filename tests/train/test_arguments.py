@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 
 from llava.errors import LlavaError
-from llava.train.arguments import _check_distribution, parse_arguments
+from llava.train.arguments import parse_arguments
+from llava.train.checks import check_distribution
 
 
 @pytest.fixture
@@ -89,6 +90,6 @@ def test_model_and_data_are_needed(tmp_path):
 
 def test_processes_that_would_train_alone_are_stopped(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    _check_distribution(SimpleNamespace(world_size=2))
+    check_distribution(SimpleNamespace(world_size=2))
     with pytest.raises(LlavaError, match="2 processes were started but each would train alone"):
-        _check_distribution(SimpleNamespace(world_size=1))
+        check_distribution(SimpleNamespace(world_size=1))

@@ -11,13 +11,13 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from llava.errors import LlavaError
-from llava.train import gpu
 from llava.train.estimate import dry_run as module
 from llava.train.estimate.costs import Clock, Work
 from llava.train.estimate.dry_run import dry_run
 from llava.train.estimate.tracker import Tracker
 from llava.train.estimate_memory import main
 from llava.train.hardware import GPUS, peak_of
+from llava.train.step import gpu
 
 H100 = GPUS["h100"]
 SMALL = ("--bf16", "True", "--per_device_train_batch_size", "2", "--model_max_length", "256")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava.train.group_of_one import copies_fit, is_group_of_one
+from llava.train.step.group_of_one import copies_fit, is_group_of_one
 from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, launch

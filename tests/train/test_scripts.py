@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.train.arguments import boolean_flags, build_parser, check_values, read_flags
+from llava.train.arguments import boolean_flags, build_parser, read_flags
+from llava.train.checks import check_values
 from llava.train.legacy_flags import translate_flags
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

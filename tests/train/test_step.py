@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
 from llava.model.varlen_attention import Kernel
-from llava.train import packing, setup_run
+from llava.train import setup_run
 from llava.train.arguments import parse_arguments
-from llava.train.compute import compile_layers, flags_of_the_path, set_policy
 from llava.train.data.record_store import open_records
-from llava.train.loss_watch import LossWatch
 from llava.train.prepare_model import prepare_model
+from llava.train.step import packing
+from llava.train.step.compute import compile_layers, flags_of_the_path, set_policy
+from llava.train.step.loss_watch import LossWatch
 from llava.train.train import train
 from llava.train.trainer import LlavaTrainer
 from tests.tiny import make_llava
@@ -153,8 +154,8 @@ def test_packs_of_one_length_have_the_same_loss(tmp_path, base, data, monkeypatc
 
 
 def namespace(**changed) -> Namespace:
-    return Namespace(**{"bf16": True, "fp16": False, "use_cpu": False, "deepspeed": None, "bits": 16, "fsdp": None}
-                     | changed)  # fmt: skip
+    return Namespace(**{"bf16": True, "fp16": False, "use_cpu": False, "deepspeed": None, "bits": 16, "fsdp": None,
+                        "optim": "adamw_torch_fused"} | changed)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,7 @@ def namespace(**changed) -> Namespace:
         ({"use_cpu": True}, 1, None),
         ({"deepspeed": "zero2.json"}, 8, None),
         ({"bits": 4}, 1, None),
+        ({"optim": "adamw_bnb_8bit"}, 1, None),
         ({"fsdp": "True"}, 8, None),
     ],
 )

@@ -20,7 +20,7 @@ from llava.train.data.record_store import open_records
 from llava.train.prepare_model import prepare_model
 from llava.train.train import train
 from llava.train.trainer import LlavaTrainer
-from llava.train.validation import even_batches
+from llava.train.validation.held_out import even_batches
 from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, ROOT, TRAIN, launch, needs_deepspeed, zero

@@ -6,6 +6,7 @@ layer keeps. They are carried out operator by operator, and costed as fused (lla
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import fx
@@ -67,13 +68,13 @@ class DryCompiler:
             decompositions=select_decomp_table(),
         )
 
-    def _carry_out(self, graph: fx.GraphModule, example_inputs) -> Callable:
-        for node in graph.graph.nodes:
+    def _carry_out(self, gm: fx.GraphModule, example_inputs: Any) -> Any:
+        for node in gm.graph.nodes:
             node.meta.clear()  # the tensors that it was traced with
 
         def call(inputs: list):
             with self.fused():
-                return fx.Interpreter(graph).boxed_run(inputs)
+                return fx.Interpreter(gm).boxed_run(inputs)
 
-        call._boxed_call = True
+        call._boxed_call = True  # type: ignore[attr-defined]  # takes its inputs as one list
         return call

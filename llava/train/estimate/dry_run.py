@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from llava.errors import LlavaError
 from llava.records import read_json
-from llava.train.arguments import Arguments, check_values, read_flags
+from llava.train.arguments import Arguments, read_flags
+from llava.train.checks import check_values
 from llava.train.data.record_store import open_records
 from llava.train.derived_flags import derive_flags
 from llava.train.estimate.batches import RandomRecords, typical_share
@@ -107,8 +108,8 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
         _shorten(arguments)
         loaded = shaped_model(arguments, mode)
         at_once = training.per_device_train_batch_size
-        samples = RandomRecords(arguments, loaded, max(RANDOM_RECORDS, SIMULATED * at_once * gpus))
-        trainer = build_trainer(arguments, loaded, samples, None, trainer_class=DryTrainer)
+        samples: Any = RandomRecords(arguments, loaded, max(RANDOM_RECORDS, SIMULATED * at_once * gpus))
+        trainer = cast(DryTrainer, build_trainer(arguments, loaded, samples, None, trainer_class=DryTrainer))
         forget_content(trainer.model, mode)
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)

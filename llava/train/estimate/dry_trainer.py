@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from llava.train.estimate.costs import Work
 from llava.train.estimate.tracker import Tracker, note_all
 from llava.train.estimate.world import tell_parameters_apart, without_content
-from llava.train.loss_watch import LossWatch
+from llava.train.step.loss_watch import LossWatch
 from llava.train.trainer import LlavaTrainer
 
 
@@ -147,7 +147,8 @@ class _Phases(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        allocate_moments(trainer.model, getattr(trainer.optimizer, "optimizer", trainer.optimizer), trainer.tracker)
+        optimizer: Any = trainer.optimizer
+        allocate_moments(trainer.model, getattr(optimizer, "optimizer", optimizer), trainer.tracker)
         trainer.tracker.memory.restart()
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -125,6 +125,7 @@ def _tokenizer(folder: Path, size: int) -> PreTrainedTokenizerBase:
 
 def _fill(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
     """Give each parameter a tensor of its shape, and each buffer one without its content."""
+    module: Any
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if type(parameter).__name__ == "Params4bit":
@@ -136,7 +137,7 @@ def _fill(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = mode.from_tensor(buffer)
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]
 
 
 def _four_bit(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
@@ -150,7 +151,7 @@ def _four_bit(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
         quant_type="nf4", dtype=dtype, offset=torch.empty(()), state2=scales,
     )  # fmt: skip
     packed = torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8)
-    parameter = nn.Parameter(packed, requires_grad=False)
+    parameter: Any = nn.Parameter(packed, requires_grad=False)
     # As bitsandbytes' own class has them, which can't be without content.
     parameter.quant_state, parameter.quant_type, parameter.compress_statistics = state, "nf4", True
     return parameter

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,7 +53,7 @@ class Memory:
             self._next += 1
             self._numbers[key] = number
             self._sizes[number] = size
-            self._alive[number] = weakref.ref(storage, lambda _, key=key, number=number: self._free(key, number))
+            self._alive[number] = weakref.ref(storage, partial(self._free, key, number))
             self.total += size
         elif self._sizes[number] != size:
             self._resize(number, size)
@@ -99,7 +100,7 @@ class Memory:
         self._resized.add(number)
         self.kinds.setdefault(number, "gathered weights")  # nothing but FSDP resizes a storage
 
-    def _free(self, key: int, number: int) -> None:
+    def _free(self, key: int, number: int, reference: object = None) -> None:
         self.total -= self._sizes.pop(number)
         del self._numbers[key], self._alive[number]
         self._resized.discard(number)
@@ -199,8 +200,9 @@ class Tracker(TorchDispatchMode):
         self.clock.run(work)
 
     def _close_chain(self) -> None:
-        if self._chain.made or self._chain.read:
-            moved = sum(self._chain.read.values()) + sum(map(self.memory.size, self._chain.made))
+        chain = self._chain
+        if chain is not None and (chain.made or chain.read):
+            moved = sum(chain.read.values()) + sum(self.memory.size(number) for number in chain.made)
             self._run(Work(bytes=moved, kernels=1))
         self._chain = Chain()
 

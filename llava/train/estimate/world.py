@@ -14,8 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 from torch.utils._pytree import tree_map_only
 
-from llava.train import gpu
 from llava.train.hardware import GPUS_PER_MACHINE, Gpu
+from llava.train.step import gpu
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
               "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ACCELERATE_TORCH_DEVICE")  # fmt: skip
@@ -60,7 +60,7 @@ def tell_parameters_apart(model: nn.Module) -> None:
     """Give each parameter an address of its own, by which accelerate finds it again in the optimizer once it is
     sharded; without content all lie at the same."""
     for number, parameter in enumerate(model.parameters()):
-        parameter.data_ptr = partial(int, number)
+        parameter.data_ptr = partial(int, number)  # type: ignore[method-assign]
 
 
 def without_content(mode: FakeTensorMode, batch):

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava.errors import LlavaError
 from llava.model.varlen_attention import Kernel, varlen_attention
-from llava.train import gpu
+from llava.train.step import gpu
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from llava.record_content import plain_entries
 from llava.records import write_records
 from llava.tokenization import conversation_from_record
 from llava.train.data.dataset import LlavaDataset
-from llava.train.validation_flags import ANSWER_METRICS
+from llava.train.validation.flags import ANSWER_METRICS
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch.distributed
 from torch import nn
 
 from llava.model.families import decoder_layers
-from llava.train import gpu
+from llava.train.step import gpu
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,12 @@ HEAD = "LanguageHead"
 def flags_of_the_path(flags: Namespace, processes: int) -> list[str]:
     """The flags to add to a command line on GPUs (`flags`: as parsed, not yet checked) so that it takes the path.
 
-    Left alone: float32 runs, DeepSpeed, `--fsdp` as given, and 4- and 8-bit weights, whose kernels choose their
-    own precision.
+    Left alone: float32 runs, DeepSpeed, `--fsdp` as given, 4- and 8-bit weights, whose kernels choose their own
+    precision, and optimizers with 8-bit moments, which take no sharded tensors.
     """
     half = flags.bf16 or flags.fp16
-    if flags.use_cpu or not half or flags.deepspeed or flags.bits < 16 or _is_set(flags.fsdp):
+    plain = any(word in str(flags.optim) for word in ("8bit", "4bit", "bnb", "paged"))
+    if flags.use_cpu or not half or flags.deepspeed or flags.bits < 16 or plain or _is_set(flags.fsdp):
         return []
     if processes > 1:
         logger.warning(

@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 from llava.train.data.collator import META_KEYS
 from llava.train.data.dataset import LlavaDataset, Report
 from llava.train.data.worker_errors import plain_worker_errors
-from llava.train.loss_watch import LossWatch
-from llava.train.packing import fill_batches
-from llava.train.validation_flags import metric_name
+from llava.train.step.loss_watch import LossWatch
+from llava.train.step.packing import fill_batches
+from llava.train.validation.flags import metric_name
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers.training_args import OptimizerNames
 
 from llava.errors import LlavaError
-from llava.train import gpu
 from llava.train.hardware import OPTIMIZER_BYTES
+from llava.train.step import gpu
 
 logger = logging.getLogger(__name__)
 

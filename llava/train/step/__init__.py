@@ -1,0 +1,1 @@
+"""What happens in a training step: precision, attention over packs, gradients, the loss's finiteness."""
