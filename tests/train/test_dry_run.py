@@ -206,3 +206,18 @@ def test_the_seeds_second_stage_fits_eight_a100_of_40_gb():
     prediction = dry_run(argv, GPUS["a100-40g"], 8)
     assert prediction.peak_gb <= 24 and prediction.fits
     assert prediction.parts_gb["moments"] == pytest.approx(8 * 6.74 / 8, rel=0.02)
+
+
+def test_sharding_divides_weights_among_the_gpus(base, tmp_path):
+    weights = {}
+    for count in ("2", "4"):
+        path = tmp_path / f"{count}.json"
+        assert main([*base, *SMALL, *SHARDED, "--gpu", "h100", "--gpus", count, "--json", str(path)]) == 0
+        weights[count] = json.loads(path.read_text())["parts_gb"]["weights"]
+    # The frozen tower is sharded too; what is gathered to compute with counts apart.
+    assert weights["2"] == pytest.approx(2 * weights["4"], rel=0.02)
+
+
+def test_a_run_needs_a_gpu_at_least(base):
+    with pytest.raises(LlavaError, match="--gpus 0"):
+        main([*base, "--gpus", "0"])
