@@ -36,6 +36,8 @@ def measure(size: str, seed: int, peak: float | None) -> dict[str, float]:
     texts, with_image = draw_lengths(steps * BATCH, seed)
     samples = make_samples(texts, with_image, vocabulary, seed)
     model = make_model(hidden, layers, middle, heads, vocabulary, device, seed)
+    if device.type == "cuda":
+        model.gradient_checkpointing_enable()
     orders = {"padded": random_order(samples, seed), "grouped": grouped_order(samples, seed)}
     orders["packed"] = orders["padded"]
     check = compare_losses(model, samples, orders["padded"][:BATCH], device)
@@ -92,10 +94,9 @@ def make_model(hidden, layers, middle, heads, vocabulary, device, seed: int):
                           "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 224, "patch_size": 14},
         mm_vision_select_layer=-2, mm_projector_type="linear",
     )  # fmt: skip
-    model = LlavaLlamaForCausalLM(config).to(device)
+    with device:  # a 7B's weights would take minutes on the CPU
+        model = LlavaLlamaForCausalLM(config)
     model.get_vision_tower().requires_grad_(False)
-    if device.type == "cuda":
-        model.gradient_checkpointing_enable()
     return model.train()
 
 

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from gpu_parts.speed import device_of, synchronize
 
-PACK, IMAGE_POSITIONS = 4096, 256
+PACK = 4096
 SECONDS = 75
 """At most, of all small trainings that run at once."""
 
@@ -130,6 +130,8 @@ def losses_of(folder: Path) -> list[float]:
 
 def layers(miniature: bool, *flags: str) -> dict:
     """The real training of 7B-shaped layers, as many as fit, packed to 4096, four micro-batches a step."""
+    from train_throughput import Features, make_model
+
     from llava.train.arguments import read_flags
     from llava.train.data.collator import Collator
     from llava.train.progress import flops_per_token, memory_mb, peak_tflops
@@ -145,7 +147,10 @@ def layers(miniature: bool, *flags: str) -> dict:
         words += ["--logging_steps", "100", "--save_strategy", "no", "--packing", "True", *precision, *flags]
         arguments = read_flags(words)
         checkpointed = arguments.training.recomputes_activations
-        model = make_model(layers_that_fit(device, checkpointed), device, miniature)
+        hidden, middle, heads, vocabulary = (64, 128, 4, 500) if miniature else (4096, 11008, 32, 32003)
+        count = layers_that_fit(device, checkpointed)
+        model = make_model(hidden, count, middle, heads, vocabulary, device, seed=0)
+        model.config.use_cache = False
         per_token = flops_per_token(model)
         packs = make_packs(24, pack, model.config.vocab_size)
         trainer = LlavaTrainer(
@@ -188,33 +193,6 @@ def layers_that_fit(device: torch.device, checkpointed: bool) -> int:
     return int(max(1, min(32, (free * 0.93 - 4.7 - 4) / (3.64 + kept))))
 
 
-def make_model(count: int, device: torch.device, miniature: bool):
-    """Random weights, a minimal tower: features come as from the cache, the tower never runs."""
-    from llava.model import LlavaLlamaConfig, LlavaLlamaForCausalLM
-
-    hidden, middle, heads, vocabulary = (64, 128, 4, 500) if miniature else (4096, 11008, 32, 32003)
-    torch.manual_seed(0)
-    config = LlavaLlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=count,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096,
-        mm_vision_config={"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128,
-                          "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 224, "patch_size": 14},
-        mm_vision_select_layer=-2, mm_projector_type="linear",
-    )  # fmt: skip
-    with device:
-        model = LlavaLlamaForCausalLM(config)
-    model.get_vision_tower().requires_grad_(False)
-    model.config.use_cache = False
-    return model
-
-
-class Features:
-    """Stands for the feature cache."""
-
-    def take(self, rows):
-        return torch.zeros(len(rows), IMAGE_POSITIONS, 64)
-
-
 class Packs(Dataset):
     """Groups of samples of the lengths of `train_throughput`, filled up to `size` tokens."""
 
@@ -232,7 +210,7 @@ class Packs(Dataset):
 
 
 def make_packs(count: int, size: int, vocabulary: int) -> Packs:
-    from train_throughput import draw_lengths, make_samples
+    from train_throughput import IMAGE_POSITIONS, draw_lengths, make_samples
 
     from llava.train.step.packing import fill_batches
 
