@@ -30,11 +30,6 @@ class Kernel:
     """Whether keys and values may have fewer heads than queries; else they are repeated."""
 
 
-def takes(*tensors: torch.Tensor) -> bool:
-    """Whether a kernel can take these: on a GPU, at least one of them in half precision."""
-    return tensors[0].is_cuda and any(tensor.dtype in HALVES for tensor in tensors)
-
-
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,

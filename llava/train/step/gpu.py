@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 import torch
 
-from llava.model.varlen_attention import HALVES, Kernel, installed_kernel, takes, torch_kernel
+from llava.model.varlen_attention import HALVES, Kernel, installed_kernel, torch_kernel
 from llava.train.hardware import GB, Gpu, peak_of
 
 _described: ContextVar[Gpu | None] = ContextVar("described GPU", default=None)
@@ -81,5 +81,5 @@ def attention_kernel() -> Kernel | None:
 
 
 def takes_kernel(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel can take these tensors."""
-    return takes(*tensors) or (is_described() and any(tensor.dtype in HALVES for tensor in tensors))
+    """Whether a kernel can take these tensors: on a GPU, at least one of them in half precision."""
+    return is_on_gpu(tensors[0].device) and any(tensor.dtype in HALVES for tensor in tensors)
