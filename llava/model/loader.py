@@ -14,7 +14,7 @@ from llava.model.checkpoint.layouts import Parts, open_checkpoint
 from llava.model.configuration import SCHEME_PATCH, LlavaConfigFields
 from llava.model.families import model_class_of
 from llava.model.language_model import LlavaForCausalLM
-from llava.model.tokenizer import add_tokens, load_tokenizer
+from llava.model.tokenizer import add_tokens, load_tokenizer_of
 from llava.model.weights.assemble import build_empty, fill_model
 from llava.model.weights.locate import locate_model
 from llava.model.weights.placement import Placement, best_device, choose_dtype
@@ -88,7 +88,7 @@ def load_pretrained_model(
     device = torch.device(device or best_device())
     dtype = choose_dtype(dtype, parts.config, parts.weights)
     # Before the weights: a tokenizer that can't be read is found out in a second.
-    tokenizer = load_tokenizer(next((place for place in parts.folders if _has_tokenizer(place)), folder))
+    tokenizer = load_tokenizer_of(parts.folders, folder)
     add_missing_image_tokens(tokenizer, parts.config, folder)
     quantization = Quantization(8 * load_8bit + 4 * load_4bit, quant_type, double_quant)
     model = load_model(parts, device, dtype, quantization, device_map, attn_implementation)
@@ -168,7 +168,3 @@ def _prepare_quantized(
     stored.check_wanted(wanted, parts.folders[0])
     prepare_quantized(model, stored.config(dtype), set(quantization_state))
     return quantization_state
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

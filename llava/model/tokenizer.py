@@ -6,6 +6,7 @@ time, which gives other ids for double blanks and for text beside special tokens
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,20 @@ _NOTES_OF_LOADING = ("backend", "is_local", "local_files_only")
 """What transformers 5 writes into tokenizer_config.json about how it came by the tokenizer."""
 
 _UNLIMITED = int(1e30)
+
+
+def load_tokenizer_of(folders: Iterable[Path], otherwise: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first of `folders` that has one; `otherwise` is named where none has.
+
+    Raises:
+        LlavaError: as `load_tokenizer`.
+    """
+    return load_tokenizer(next((folder for folder in folders if find_tokenizer(folder)), otherwise))
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer's main file of a model folder."""
+    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
 
 
 def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrainedTokenizerBase:

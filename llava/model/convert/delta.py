@@ -18,8 +18,9 @@ from llava.errors import LlavaError
 from llava.folders import check_space, check_target, stage
 from llava.model.convert.delta_archive import DeltaArchive
 from llava.model.convert.model_card import write_model_card
-from llava.model.convert.other_files import copy_side_files, find_tokenizer
+from llava.model.convert.other_files import copy_side_files
 from llava.model.families import EMBEDDING, EMBEDDINGS, HEAD, family_names, find_family
+from llava.model.tokenizer import find_tokenizer
 from llava.model.weights.checksums import recorded_checksums
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model

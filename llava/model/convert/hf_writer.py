@@ -22,10 +22,9 @@ from llava.model.checkpoint.resolved import ResolvedCheckpoint, resolve_checkpoi
 from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.chat_template import chat_template
 from llava.model.convert.model_card import write_model_card
-from llava.model.convert.other_files import find_tokenizer
 from llava.model.families import EMBEDDINGS, family_of
 from llava.model.loader import load_image_processor
-from llava.model.tokenizer import load_tokenizer, save_tokenizer, token_id
+from llava.model.tokenizer import load_tokenizer_of, save_tokenizer, token_id
 from llava.model.towers import CLIP, VisionTower
 from llava.model.towers.base import TOWER_PREFIX
 from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, planned_tensor, write_shards
@@ -96,7 +95,7 @@ def export_hf(
     config = checkpoint.config
     _check_expressible(checkpoint)
     folders = checkpoint.parts.folders
-    tokenizer = load_tokenizer(next((place for place in folders if find_tokenizer(place)), folders[0]))
+    tokenizer = load_tokenizer_of(folders, folders[0])
     note = _add_tokens(tokenizer, config.vocab_size)
     rows = -(-max(config.vocab_size, len(tokenizer)) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     tower_layers, feature_layer = _tower_layers(checkpoint)

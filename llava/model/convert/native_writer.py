@@ -8,10 +8,9 @@ import torch
 from llava.folders import check_space, check_target, stage
 from llava.model.checkpoint.resolved import resolve_checkpoint
 from llava.model.convert.model_card import write_model_card
-from llava.model.convert.other_files import find_tokenizer
 from llava.model.families import EMBEDDING, model_class_of
 from llava.model.loader import add_missing_image_tokens, load_image_processor
-from llava.model.tokenizer import load_tokenizer, save_tokenizer
+from llava.model.tokenizer import load_tokenizer_of, save_tokenizer
 from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, write_shards
 
 
@@ -38,7 +37,7 @@ def write_native(
     output = check_target(output, overwrite)
     checkpoint = resolve_checkpoint(model_path, model_base, vision_tower)
     config, folders = checkpoint.config, checkpoint.parts.folders
-    tokenizer = load_tokenizer(next((place for place in folders if find_tokenizer(place)), folders[0]))
+    tokenizer = load_tokenizer_of(folders, folders[0])
     add_missing_image_tokens(tokenizer, config, checkpoint.folder)
     processor = load_image_processor([*folders, checkpoint.parts.tower_folder], checkpoint.model)
     tensors = [checkpoint.planned(name, dtype=dtype) for name in checkpoint.names]

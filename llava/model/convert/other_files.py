@@ -23,8 +23,3 @@ def copy_side_files(source: Path, target: Path, only: Iterable[str] = SIDE_FILES
             shutil.copyfile(path, target / path.name)
             copied.append(path.name)
     return copied
-
-
-def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer's main file of a model folder."""
-    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)

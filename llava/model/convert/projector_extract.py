@@ -11,9 +11,9 @@ from llava.model.checkpoint.adapter import non_lora_file
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
 from llava.model.checkpoint.layouts import projector_file
 from llava.model.convert.model_card import write_model_card
-from llava.model.convert.other_files import copy_side_files, find_tokenizer
+from llava.model.convert.other_files import copy_side_files
 from llava.model.families import EMBEDDING
-from llava.model.tokenizer import load_tokenizer
+from llava.model.tokenizer import find_tokenizer, load_tokenizer
 from llava.model.weights.files import WeightFiles, find_weight_files
 from llava.model.weights.locate import locate_model
 from llava.records import atomic_path, read_json
