@@ -97,18 +97,20 @@ def make_llm(folder: str | Path, kind: str = "llama", *, seed: int = 0, **fields
     return folder
 
 
+_TOWER_SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+
+
 def make_clip(folder: str | Path, *, seed: int = 1, **fields: Any) -> Path:
     """A CLIP vision tower of three blocks for 28 px images (4 patches), written to `folder`."""
     folder = Path(folder)
-    sizes = {
-        "hidden_size": 24,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-    }
-    config = CLIPVisionConfig(**sizes | fields)
+    config = CLIPVisionConfig(**_TOWER_SIZES | fields)
     with _seeded(seed):
         CLIPVisionModel(config).eval().save_pretrained(folder)
     processor = {
@@ -134,16 +136,8 @@ def make_tower(folder: str | Path, kind: str, processor: dict[str, Any], *, seed
     `processor` is its preprocessor_config.json.
     """
     folder = Path(folder)
-    sizes = {
-        "hidden_size": 24,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-    }
     with _seeded(seed):
-        AutoModel.from_config(AutoConfig.for_model(kind, **sizes | fields)).eval().save_pretrained(folder)
+        AutoModel.from_config(AutoConfig.for_model(kind, **_TOWER_SIZES | fields)).eval().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
