@@ -72,6 +72,21 @@ def read_turns(record: RecordOrTurns) -> list[Turn]:
     return read_dialogue(record).turns
 
 
+def read_named(record: Mapping[str, Any], where: str) -> tuple[Any, Dialogue]:
+    """(id, conversation) of a record; `where` and the id open the message of an error.
+
+    Raises:
+        LlavaError: no id, or what `read_dialogue` refuses.
+    """
+    key = record.get("id")
+    if key is None:
+        raise LlavaError(f'{where}: no "id"')
+    try:
+        return key, read_dialogue(record)
+    except LlavaError as error:
+        raise LlavaError(f'{where} ("{key}"): {error}') from error
+
+
 def question_answer_pairs(turns: Sequence[Turn]) -> list[tuple[str, str]]:
     """Each question with the answer that follows it; what the assistant says before any question is no answer.
 

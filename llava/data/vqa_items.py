@@ -17,7 +17,7 @@ from llava.record_content import (
     first_given,
     image_key,
     question_answer_pairs,
-    read_turns,
+    read_named,
     record_images,
 )
 from llava.records import Record, iter_records
@@ -90,16 +90,10 @@ def plain_question(text: str) -> str:
 
 
 def _from_turns(record: Record, where: str) -> VqaItem:
-    key = record.get("id")
-    if key is None:
-        raise LlavaError(f'{where}: no "id"')
-    try:
-        turns = read_turns(record)
-    except LlavaError as error:
-        raise LlavaError(f'{where} ("{key}"): {error}') from error
-    pairs = question_answer_pairs(turns)
+    key, dialogue = read_named(record, where)
+    pairs = question_answer_pairs(dialogue.turns)
     if not pairs:
-        raise LlavaError(f'{where} ("{key}"): expected a question and an answer, got {len(turns)} turn')
+        raise LlavaError(f'{where} ("{key}"): expected a question and an answer, got {len(dialogue.turns)} turn')
     question, answer = pairs[0]
     known = {"id", "image", "images", "answer_type", *TURN_KEYS}
     return VqaItem(

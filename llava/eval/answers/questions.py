@@ -10,7 +10,7 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.vqa_items import plain_question
 from llava.errors import LlavaError
-from llava.record_content import USER, as_text, read_dialogue, record_images, record_options
+from llava.record_content import USER, as_text, read_named, record_images, record_options
 from llava.records import Record, iter_records
 
 
@@ -69,13 +69,7 @@ def _refuse_doubled(questions: Iterable[Question], path) -> None:
 
 
 def _from_med(record: Record, where: str) -> Question:
-    key = record.get("id")
-    if key is None:
-        raise LlavaError(f'{where}: no "id"')
-    try:
-        dialogue = read_dialogue(record)
-    except LlavaError as error:
-        raise LlavaError(f'{where} ("{key}"): {error}') from error
+    key, dialogue = read_named(record, where)
     asked = next((turn.text for turn in dialogue.turns if turn.role == USER), None)
     if asked is None:
         raise LlavaError(f'{where} ("{key}"): the conversation holds no question')
