@@ -86,11 +86,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except LlavaError as error:
         if debug:
             raise
-        message = " ".join(str(error).split("\n"))
-        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        _complain(f"error: {error}")
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)  # noqa: T201
+        _complain("stopped")
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; nobody is left to tell.
@@ -100,9 +99,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # Of a file that was named, or of one beside it; what has no name is a fault of ours.
         if debug or error.errno not in _REFUSED or error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; choose another place", file=sys.stderr)  # noqa: T201
+        _complain(f"error: {error.filename}: {error.strerror}; choose another place")
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)
+
+
+def _complain(text: str) -> None:
+    """One line for whoever started the command; it isn't a result, so it goes to stderr."""
+    print(" ".join(text.split("\n")), file=sys.stderr)  # noqa: T201
 
 
 def setup_logging(level: int = logging.INFO) -> None:
