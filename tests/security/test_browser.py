@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.security.page_visitor import listener
-from tests.serve.processes import Process, wait_until
+from tests.serve.processes import Process, files_below, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
 CHROMIUM = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -115,8 +115,8 @@ def test_the_page_cannot_stand_in_another(page_url, stack, browser):
 
 def traces(folders, marks):
     """(file, mark) of each file below the folders that holds one of the marks."""
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    return [(file, mark) for file in files for mark in marks if mark in file.read_bytes()]
+    files = files_below(*folders)
+    return [(file, mark) for file, content in files.items() for mark in marks if mark in content]
 
 
 def test_a_conversation_leaves_nothing(page, home, tmp_path):

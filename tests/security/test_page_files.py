@@ -5,7 +5,6 @@ Every attack runs three times: against the page as it is served, against our mid
 and against the same page without either, where it has to succeed.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -18,7 +17,7 @@ import httpx
 import pytest
 
 from tests.security.page_visitor import FILE_DATA, WORDS, Visitor, assert_refused, file_data, listener, question
-from tests.serve.processes import Process, wait_until
+from tests.serve.processes import Process, files_below, wait_until
 
 CONTROLLER = ("--controller", "http://127.0.0.1:1")
 NAME = "secret.txt"
@@ -363,8 +362,4 @@ def test_names_of_uploads_stay_names(closed, name):
 
 
 def size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+    return sum(len(content) for content in files_below(folder).values())

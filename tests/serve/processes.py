@@ -1,5 +1,6 @@
 """Start servers as real processes on free ports, wait until they answer, and stop them."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -59,6 +60,16 @@ class Process:
             self.kill()
         if self.log.name.startswith("llava-test-"):
             self.log.unlink(missing_ok=True)
+
+
+def files_below(*folders: Path) -> dict[Path, bytes]:
+    """The content of all files below the folders, of which a running server may remove some meanwhile."""
+    found = {}
+    for path in (Path(where) / name for folder in folders for where, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                found[path] = path.read_bytes()
+    return found
 
 
 def wait_until(condition, seconds: float) -> None:
