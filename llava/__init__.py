@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "2.0.0"
 
 _PUBLIC = {
+    "Assistant": "llava.assistant",
     "Conversation": "llava.conversation",
     "Engine": "llava.generation",
     "LlavaError": "llava.errors",
     "LlavaLlamaForCausalLM": "llava.model",
     "LlavaMistralForCausalLM": "llava.model",
     "conv_templates": "llava.conversation",
+    "load": "llava.assistant",
     "load_pretrained_model": "llava.model",
     "open_image": "llava.images",
 }
 
 __all__ = [
+    "Assistant",
     "Conversation",
     "Engine",
     "LlavaError",
@@ -27,11 +30,13 @@ __all__ = [
     "LlavaMistralForCausalLM",
     "__version__",
     "conv_templates",
+    "load",
     "load_pretrained_model",
     "open_image",
 ]
 
 if TYPE_CHECKING:
+    from llava.assistant import Assistant, load
     from llava.conversation import Conversation, conv_templates
     from llava.errors import LlavaError
     from llava.generation import Engine

@@ -10,6 +10,15 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
+IMAGE_PLACEHOLDER = "<image-placeholder>"
+"""What LLaVA's scripts write in a question where an image belongs; it becomes DEFAULT_IMAGE_TOKEN."""
+
+CONTROLLER_HEART_BEAT_EXPIRATION = 30
+"""Seconds without a heartbeat after which the controller takes a worker for dead."""
+WORKER_HEART_BEAT_INTERVAL = 15
+"""Seconds between two heartbeats of a worker."""
+LOGDIR = "."
+"""Folder of `llava.utils.build_logger`'s files."""
 
 RESEARCH_NOTICE = (
     "For research only. Not a medical device: never use its answers for diagnosis, treatment "

@@ -1,7 +1,13 @@
 """Prompt templates as data: `get_template(name)` gives a fresh `Conversation` that renders as the reference does."""
 
 from llava.conversation.rendering import Conversation, Segment, SeparatorStyle
-from llava.conversation.templates import RELEASES, conv_templates, get_template, template_names
+from llava.conversation.templates import (
+    RELEASES,
+    conv_templates,
+    default_conversation,
+    get_template,
+    template_names,
+)
 
 __all__ = [
     "RELEASES",
@@ -9,6 +15,7 @@ __all__ = [
     "Segment",
     "SeparatorStyle",
     "conv_templates",
+    "default_conversation",
     "get_template",
     "template_names",
 ]

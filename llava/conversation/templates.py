@@ -195,3 +195,6 @@ conv_templates: dict[str, Conversation] = _CANONICAL | {
     f"{release}/{name}": template for release in RELEASES for name, template in _BY_RELEASE[release].items()
 }
 """Every template by its canonical and by its qualified name. Take copies (`get_template`): turns are appended."""
+
+default_conversation = conv_templates["vicuna_v1"]
+"""What LLaVA's `preprocess` renders with if a fork sets nothing else (`llava.conversation.default_conversation`)."""

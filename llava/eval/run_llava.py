@@ -3,8 +3,11 @@
 python -m llava.eval.run_llava --model-path CHECKPOINT --image-file scan.png --query "What is shown?"
 """
 
+from argparse import Namespace
+from typing import Any
+
 from llava.commandline import ArgumentParser, run, write_line
-from llava.errors import LlavaError
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.sampling_params import add_sampling_flags, sampling_from_args
 
 
@@ -23,22 +26,27 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv=None) -> None:
-    args = build_parser().parse_args(argv)
+def eval_model(args: Namespace) -> None:
+    """Answer `args.query` about the images of `args.image_file` and print the answer; LLaVA's quick start.
+
+    Args:
+        args: any object with the attributes `model_path` and `query`; of the command's other flags those that it has.
+    """
     from llava.images import open_image
 
+    given = {name: value for name, value in _attributes(args).items() if value is not None}
+    args = Namespace(**(vars(build_parser().parse_args(["--model-path", "", "--query", ""])) | given))
     sampling = sampling_from_args(args)
     # Before the model, which takes longer: an image that can't be read is found out at once.
     paths = [path for path in (args.image_file or "").split(args.sep) if path]
     images = [open_image(path) for path in paths]
 
+    from llava.assistant import load
     from llava.conversation import get_template
-    from llava.generation import Engine, Request
-    from llava.model import load_pretrained_model
 
     if args.conv_mode:
         get_template(args.conv_mode)
-    loaded = load_pretrained_model(
+    assistant = load(
         args.model_path,
         args.model_base,
         device=args.device,
@@ -46,23 +54,17 @@ def main(argv=None) -> None:
         load_4bit=args.load_4bit,
         conversation_template=args.conv_mode,
     )
-    conversation = get_template(loaded.model.config.conversation_template)
-    conversation.append_message(conversation.roles[0], with_images(args.query, len(images)))
-    write_line(Engine(loaded).generate([Request(conversation, images, sampling)])[0].text.strip())
+    question = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+    write_line(assistant.answer(question, images, **sampling.model_dump(exclude_defaults=True)))
 
 
-def with_images(question: str, count: int) -> str:
-    """The question with an <image> for each image before it, where it names none itself.
+def main(argv: list[str] | None = None) -> None:
+    eval_model(build_parser().parse_args(argv))
 
-    Raises:
-        LlavaError: it names a number of images that isn't `count`.
-    """
-    from llava.constants import DEFAULT_IMAGE_TOKEN
 
-    named = question.count(DEFAULT_IMAGE_TOKEN)
-    if named not in (0, count):
-        raise LlavaError(f"the question has {named} {DEFAULT_IMAGE_TOKEN} but there are {count} images")
-    return question if named else (DEFAULT_IMAGE_TOKEN + "\n") * count + question
+def _attributes(args: Any) -> dict[str, Any]:
+    """Those of an object, whether they are its own or its class's (`type("Args", (), {...})()`)."""
+    return {name: getattr(args, name) for name in dir(args) if not name.startswith("_")}
 
 
 if __name__ == "__main__":

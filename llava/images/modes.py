@@ -28,6 +28,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def pad_to_square(image: Image.Image, colour: tuple[int, ...] | int) -> Image.Image:
+    """The image in the middle of a square of `colour`; an odd pixel goes to the right or below."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def grey_to_rgb(grey: np.ndarray) -> Image.Image:
     """uint8 `[height, width]` to an RGB image with three equal channels."""
     return Image.fromarray(np.ascontiguousarray(grey, np.uint8)).convert("RGB")

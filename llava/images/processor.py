@@ -15,7 +15,7 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.images.anyres import default_pinpoints, read_pinpoints, split_into_tiles
-from llava.images.modes import to_rgb
+from llava.images.modes import pad_to_square, to_rgb
 from llava.records import read_json, write_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -134,7 +134,7 @@ class ImageProcessor:
         if aspect_ratio in (None, "none", "square"):
             return self._stack(self._shrink(image) for image in images)
         if aspect_ratio == "pad":
-            return self._stack(self._shrink(self._pad_to_square(image)) for image in images)
+            return self._stack(self._shrink(pad_to_square(image, self._mean_colour)) for image in images)
         if aspect_ratio == "keep":
             return [self._normalise(self._shrink_whole(image))[0] for image in images]
         if aspect_ratio == "anyres":
@@ -154,6 +154,21 @@ class ImageProcessor:
         if self.do_rescale:
             values = values / self.rescale_factor
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+    @property
+    def _mean_colour(self) -> tuple[int, ...]:
+        return tuple(int(mean * 255) for mean in self.image_mean)
+
+    def preprocess(
+        self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = None
+    ) -> dict[str, Any]:
+        """`{"pixel_values": [n, 3, height, width]}`, as transformers' processors say it; tensors with "pt"."""
+        pixels = self(images)
+        if return_tensors == "pt":
+            from torch import from_numpy
+
+            return {"pixel_values": from_numpy(pixels)}
+        return {"pixel_values": pixels}
 
     def _stack(self, images: Iterable[Image.Image]) -> np.ndarray:
         pixels = [np.asarray(image) for image in images]
@@ -214,15 +229,6 @@ class ImageProcessor:
         box = (left, top, left + crop_width * across, top + crop_height * down)
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
         return self._crop(image.resize((crop_width, crop_height), self.resample, box=box))
-
-    def _pad_to_square(self, image: Image.Image) -> Image.Image:
-        """Centred on a square of the mean colour; an odd pixel goes to the right or below."""
-        side = max(image.size)
-        if image.size == (side, side):
-            return image
-        square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return square
 
     def _shrink_whole(self, image: Image.Image) -> Image.Image:
         longest, shortest = max(image.size), min(image.size)

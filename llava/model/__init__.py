@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
+    "LlavaConfig": "families",
     "LlavaLlamaConfig": "families",
     "LlavaLlamaForCausalLM": "families",
     "LlavaMistralConfig": "families",
@@ -17,6 +18,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "LlavaConfig",
     "LlavaLlamaConfig",
     "LlavaLlamaForCausalLM",
     "LlavaMistralConfig",
@@ -32,6 +34,7 @@ __all__ = [
 if TYPE_CHECKING:
     from llava.model.build import add_image_tokens, build_model_from_llm
     from llava.model.families import (
+        LlavaConfig,
         LlavaLlamaConfig,
         LlavaLlamaForCausalLM,
         LlavaMistralConfig,

@@ -81,6 +81,10 @@ class LlavaLlamaConfig(LlavaConfigFields, LlamaConfig):
     model_type = "llava_llama"
 
 
+LlavaConfig = LlavaLlamaConfig
+"""LLaVA's own name of it."""
+
+
 class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
     """LLaMA-1/2/3 (Vicuna, LLaVA-Med v1.0, LLaVA-1.5, BabyDoctor, SmolLM2) with images."""
 

@@ -7,6 +7,7 @@ collator says where those are (`image_positions`), so that no step waits for the
 """
 
 from collections.abc import Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from llava.model.configuration import LlavaConfigFields
 from llava.model.loss import LanguageHead, causal_loss
 from llava.model.projector import build_projector
 from llava.model.towers import VisionTower, build_vision_tower
+from llava.model.unexpanded import Images, expand_batch
 
 if TYPE_CHECKING:
     from typing import Self
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
         config: LlavaConfigFields
 
         # The library's has a protocol of its own for `self`.
-        def generate(self, **kwargs: Any) -> torch.Tensor: ...  # type: ignore[override]
+        def generate(self, inputs: Any = None, **kwargs: Any) -> torch.Tensor: ...  # type: ignore[override]
         def eval(self) -> Self: ...
         def get_input_embeddings(self) -> nn.Embedding: ...
         def get_output_embeddings(self) -> nn.Linear: ...
@@ -148,6 +150,8 @@ class LlavaForCausalLM(_LanguageModel):
         vision_features: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Any = None,
         **kwargs: Any,
     ):
         """The language model's forward, with images.
@@ -164,6 +168,9 @@ class LlavaForCausalLM(_LanguageModel):
             image_positions: int64 `[n_image_positions]`, where image positions lie in the flattened `input_ids`.
             target_positions: int64 `[targets]`, where targets lie in the flattened labels, none first in its row.
                 With both a training step depends on shapes alone and never waits for the GPU.
+            images: LLaVA's call: `input_ids` hold one IMAGE_TOKEN_INDEX per image (llava.model.unexpanded). Logits and
+                labels are those of the expanded ids, padded on the right.
+            image_sizes: LLaVA's, not needed: tiles are made by `process_images`.
 
         In training, or with `image_positions`, a batch without images still runs projector (and tower, unless
         `vision_features` are in use) on a zero image with weight zero: sharded parameters are gathered by all ranks
@@ -172,6 +179,11 @@ class LlavaForCausalLM(_LanguageModel):
         Raises:
             LlavaError: the number of image positions isn't the number of features.
         """
+        if images is not None and input_ids is not None:
+            input_ids, attention_mask, labels, pixel_values = expand_batch(
+                input_ids, attention_mask, labels, images, self.num_patches, "right"
+            )
+            position_ids = None
         if inputs_embeds is None:
             if input_ids is None:
                 raise LlavaError("give input_ids or inputs_embeds")
@@ -229,6 +241,59 @@ class LlavaForCausalLM(_LanguageModel):
         if image_positions is None:
             return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
         return inputs_embeds.flatten(0, 1).index_copy(0, image_positions, features).view_as(inputs_embeds)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]  # the library's takes its configuration second
+        self,
+        inputs: torch.Tensor | None = None,
+        images: Images | EllipsisType | None = ...,
+        image_sizes: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The library's `generate`; with `images` (None too) LLaVA's.
+
+        LLaVA's takes `inputs` (or `input_ids`) with one IMAGE_TOKEN_INDEX per image, padded on either side, and gives
+        the new tokens alone, int64 `[batch, new]`. Temperature 0 is greedy.
+        """
+        if images is ...:
+            return super().generate(inputs, **kwargs)
+        input_ids = kwargs.pop("input_ids", inputs)
+        if input_ids is None:
+            raise LlavaError("give inputs, the ids of the prompt")
+        batch = expand_batch(input_ids, kwargs.pop("attention_mask", None), None, images, self.num_patches, "left")
+        if not kwargs.get("temperature", 1):
+            kwargs["do_sample"] = False
+        if not kwargs.get("do_sample"):
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("temperature", "top_p", "top_k")}
+        kwargs.pop("position_ids", None)
+        # Given embeddings, the library's gives back the new tokens alone.
+        embeds = self.embed_inputs(batch.input_ids, batch.pixel_values)
+        return super().generate(inputs_embeds=embeds, attention_mask=batch.attention_mask, **kwargs)
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any,
+        labels: torch.Tensor | None,
+        images: Images | None,
+        image_sizes: Any = None,
+    ) -> tuple[Any, ...]:
+        """LLaVA's step between ids and the language model: what `model(inputs_embeds=...)` takes, in its order.
+
+        Returns:
+            (None, position_ids, attention_mask, past_key_values, inputs_embeds `[batch, positions, hidden]`, labels),
+            padded on the right; what was None stays None. Without images, or in a step of decoding, the ids come back
+            as they are.
+        """
+        if images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        batch = expand_batch(input_ids, attention_mask, labels, images, self.num_patches, "right")
+        embeds = self.embed_inputs(batch.input_ids, batch.pixel_values)
+        positions = None if position_ids is None else positions_from_mask(batch.attention_mask, embeds.shape[1])
+        mask = None if attention_mask is None else batch.attention_mask.to(attention_mask.dtype)
+        return None, positions, mask, past_key_values, embeds, batch.labels
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # its other parameters go through by name
         self,

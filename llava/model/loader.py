@@ -1,6 +1,7 @@
 """`load_pretrained_model`: any released layout, from a folder or a hub id, to a model that runs."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,6 +52,7 @@ def load_pretrained_model(
     device_map: str | dict[str, Any] | None = None,
     vision_tower: str | Path | None = None,
     conversation_template: str | None = None,
+    config_fields: Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> LoadedModel:
@@ -70,6 +72,7 @@ def load_pretrained_model(
         vision_tower: folder or hub id in place of the config's `mm_vision_tower`; a tower inside the
             checkpoint takes precedence over both.
         conversation_template: name of the prompt template, in place of the checkpoint's.
+        config_fields: further fields of the LLaVA config in place of the checkpoint's.
         cache_dir: where hub ids are downloaded to; by default the hub's cache.
 
     Raises:
@@ -83,6 +86,7 @@ def load_pretrained_model(
     if model_base is not None:
         base_folder = locate_model(model_base, "base model", beside=folder, cache_dir=cache_dir)
     parts = open_checkpoint(folder, base_folder, vision_tower, cache_dir)
+    _replace_fields(parts.config, dict(config_fields or {}))
     if conversation_template:
         parts.config.conversation_template = conversation_template
     device = torch.device(device or best_device())
@@ -93,7 +97,16 @@ def load_pretrained_model(
     quantization = Quantization(8 * load_8bit + 4 * load_4bit, quant_type, double_quant)
     model = load_model(parts, device, dtype, quantization, device_map, attn_implementation)
     processor = load_image_processor([*parts.folders, parts.tower_folder], model)
+    model.get_vision_tower().image_processor = processor
     return LoadedModel(tokenizer, model, processor, context_length(parts.config))
+
+
+def _replace_fields(config: LlavaConfigFields, fields: dict[str, Any]) -> None:
+    unknown = sorted(name for name in fields if not hasattr(config, name))
+    if unknown:
+        raise LlavaError(f"the LLaVA config has no field {', '.join(unknown)}")
+    for name, value in fields.items():
+        setattr(config, name, value)
 
 
 def load_model(

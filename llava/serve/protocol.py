@@ -12,8 +12,6 @@ from typing import Any
 
 from llava.errors import LlavaError
 
-HEARTBEAT_SECONDS = 15.0
-EXPIRY_SECONDS = 30.0
 KEEP_ALIVE_SECONDS = 75
 """How long servers keep a silent connection: longer than any client of ours, which would else use one that is gone."""
 END_OF_CHUNK = b"\0"

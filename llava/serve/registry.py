@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from llava.errors import LlavaError
-from llava.serve.protocol import EXPIRY_SECONDS, check_address
+from llava.serve.protocol import check_address
 from llava.serve.request_models import WorkerStatus
 
 DISPATCH_METHODS = ("lottery", "shortest_queue")
@@ -29,9 +30,9 @@ class Worker:
 class Registry:
     """The table of workers.
 
-    A dead worker leaves after `EXPIRY_SECONDS` without a heartbeat; `replace_all` swaps the whole table at once, so
-    that a refresh never shows an empty one. With `one_owner_per_model` (for controllers without a secret) a model's
-    name belongs to the machine that registered it first, as long as that lives.
+    A dead worker leaves after CONTROLLER_HEART_BEAT_EXPIRATION without a heartbeat; `replace_all` swaps the whole
+    table at once, so that a refresh never shows an empty one. With `one_owner_per_model` (for controllers without a
+    secret) a model's name belongs to the machine that registered it first, as long as that lives.
     """
 
     dispatch_method: str = "shortest_queue"
@@ -68,7 +69,7 @@ class Registry:
 
     def expire(self) -> list[str]:
         """Drop and return the workers whose heartbeat is overdue."""
-        limit = self.clock() - EXPIRY_SECONDS
+        limit = self.clock() - CONTROLLER_HEART_BEAT_EXPIRATION
         overdue = [
             worker.address for worker in self.workers.values() if worker.check_heart_beat and worker.seen < limit
         ]

@@ -72,6 +72,15 @@ def finish(arguments, trainer, dataset, checkpoint: Path | None, seconds: float)
     return summary
 
 
+def __getattr__(name: str) -> Any:
+    # What forks of LLaVA import from here; it needs torch, which the messages of a wrong flag don't.
+    from llava.train import reference_names
+
+    if name not in reference_names.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(reference_names, name)
+
+
 def main(argv: list[str] | None = None) -> None:
     train(argv)
 

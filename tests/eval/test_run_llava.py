@@ -6,8 +6,8 @@ import sys
 import pytest
 from PIL import Image
 
+from llava.assistant import with_images
 from llava.errors import LlavaError
-from llava.eval.run_llava import with_images
 from tests import tiny
 
 

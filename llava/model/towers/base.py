@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava.errors import LlavaError
+from llava.images import ImageProcessor
 from llava.model.weights.assemble import Source
 from llava.model.weights.files import WeightFiles, is_harmless
 
@@ -101,6 +103,17 @@ class VisionTower(nn.Module):
         normalisation = {name: self.vision_config[name] for name in ("image_mean", "image_std")
                          if name in self.vision_config}  # fmt: skip
         return {"size": self.image_size, "crop_size": self.image_size} | normalisation
+
+    @cached_property
+    def image_processor(self) -> ImageProcessor:
+        """What makes pixel values for this tower; a loaded checkpoint's own takes this place."""
+        return ImageProcessor.from_pretrained(self.default_image_settings())
+
+    is_loaded = True
+    """A tower has its weights from the start. LLaVA's tools ask before they call `load_model`."""
+
+    def load_model(self, device_map: Any = None) -> None:
+        """Nothing: LLaVA's tools call it for towers whose loading was put off."""
 
     @property
     def num_patches(self) -> int:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from llava.serve.protocol import HEARTBEAT_SECONDS
+from llava.constants import WORKER_HEART_BEAT_INTERVAL
 from llava.serve.transport.session import open_session
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Membership:
     async def _stay_known(self) -> None:
         while True:
             self.known = await (self._beat() if self.known else self._register())
-            await asyncio.sleep(HEARTBEAT_SECONDS if self.known else RETRY_SECONDS)
+            await asyncio.sleep(WORKER_HEART_BEAT_INTERVAL if self.known else RETRY_SECONDS)
 
     async def _register(self) -> bool:
         body = {"worker_name": self.address, "check_heart_beat": True, "worker_status": self.status()}

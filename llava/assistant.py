@@ -1,0 +1,116 @@
+"""A model to ask, in a few lines: `llava.load(path).answer("Is there a nodule?", images=["scan.dcm"])`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import Conversation, get_template
+from llava.errors import LlavaError
+from llava.generation import Answer, Engine, Request, SamplingParams
+from llava.images import open_image
+from llava.images.modes import grey_to_rgb, scale_grey
+from llava.model import load_pretrained_model
+
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+"""A path (PNG, JPEG, DICOM, NIfTI, …), a file's content, a data: URL, a Pillow image, or an array: grey
+`[height, width]` of any number type, or uint8 `[height, width, 3]`."""
+
+
+def load(
+    model_path: str | Path, model_base: str | Path | None = None, *, system: str | None = None, **options: Any
+) -> "Assistant":
+    """Load a checkpoint to ask.
+
+    Args:
+        model_path, model_base, options: as for `llava.load_pretrained_model` (`device`, `dtype`, `load_4bit`,
+            `conversation_template`, …).
+        system: a system text in place of the template's.
+
+    Raises:
+        LlavaError: what is missing or unreadable, and where.
+    """
+    return Assistant(Engine(load_pretrained_model(model_path, model_base, **options)), system)
+
+
+class Assistant:
+    """A loaded model. For research only: never use its answers for a clinical decision.
+
+    Questions with like images share what was computed for them, whichever method asks. `sampling` are fields of
+    `llava.generation.SamplingParams`: greedy by default.
+    """
+
+    def __init__(self, engine: Engine, system: str | None = None):
+        self.engine = engine
+        self.system = system
+
+    def answer(
+        self, question: str | Conversation, images: Sequence[ImageSource] | ImageSource = (), **sampling: Any
+    ) -> str:
+        """The answer's text.
+
+        Args:
+            question: text, in which an `<image>` says where each image belongs (in front of it all, if it has none);
+                or a whole conversation whose last turn is the question.
+
+        Raises:
+            LlavaError: an image that can't be read, a conversation longer than the context, a sampling parameter
+                outside its range.
+        """
+        return self.answer_all([(question, images)], **sampling)[0].text
+
+    def answer_all(
+        self, questions: Sequence[tuple[str | Conversation, Sequence[ImageSource] | ImageSource]], **sampling: Any
+    ) -> list[Answer]:
+        """Answers to (question, images) pairs, computed together; `text`, `finish_reason`, token ids and, with
+        `logprobs=N`, the log-probability of each token with N alternatives."""
+        return self.engine.generate([self._request(question, images, sampling) for question, images in questions])
+
+    def stream(
+        self, question: str | Conversation, images: Sequence[ImageSource] | ImageSource = (), **sampling: Any
+    ) -> Iterator[str]:
+        """The answer's text in pieces, as they are made."""
+        return self.engine.stream(self._request(question, images, sampling))
+
+    def conversation(self) -> Conversation:
+        """An empty conversation in the model's template, to append turns to."""
+        conversation = get_template(self.engine.model.config.conversation_template)
+        if self.system is not None:
+            conversation.set_system(self.system)
+        return conversation
+
+    def _request(self, question: str | Conversation, images: Any, sampling: dict[str, Any]) -> Request:
+        several = isinstance(images, Sequence) and not isinstance(images, (str, bytes))
+        opened = [_open(image) for image in (images if several else [images])]
+        if not isinstance(question, Conversation):
+            text, question = question, self.conversation()
+            question.append_message(question.roles[0], with_images(text, len(opened)))
+        return Request(question, opened, SamplingParams(**sampling))
+
+
+def with_images(question: str, count: int) -> str:
+    """The question with an <image> for each image before it, where it names none itself.
+
+    Raises:
+        LlavaError: it names a number of images that isn't `count`.
+    """
+    named = question.count(DEFAULT_IMAGE_TOKEN)
+    if named not in (0, count):
+        raise LlavaError(f"the question has {named} {DEFAULT_IMAGE_TOKEN} but there are {count} images")
+    return question if named else (DEFAULT_IMAGE_TOKEN + "\n") * count + question
+
+
+def _open(image: ImageSource) -> Any:
+    if not isinstance(image, np.ndarray):
+        return open_image(image)
+    if image.ndim == 2:
+        return grey_to_rgb(scale_grey(image))
+    if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
+        return Image.fromarray(image)
+    raise LlavaError(
+        f"an array has to be grey [height, width] or uint8 [height, width, 3], not {image.dtype} {list(image.shape)}; "
+        f"of a volume give a slice"
+    )

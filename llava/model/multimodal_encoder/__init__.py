@@ -1,0 +1,1 @@
+"""LLaVA's name of the package of vision towers (llava.model.towers)."""

@@ -1,0 +1,1 @@
+"""LLaVA's name of llava.model.projector."""
