@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
+LMMS_EVAL := $(VENV)/lmms-eval
 
 .PHONY: help install lock audit sbom demo serve test test-all fuzz fuzz-api kills lint format clean
 help:  ## list the targets
@@ -37,6 +38,11 @@ $(OPENCLIP): $(STAMP)
 		torchvision==0.28.0 timm==1.0.31 open-clip-torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
 	rm -rf $@ && mv $@.part $@
 
+# One file of it is executed by a test; its dependencies, which clash with ours, aren't needed for that.
+$(LMMS_EVAL): $(STAMP)
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part lmms-eval==0.7.3 \
+		&& rm -rf $@ && mv $@.part $@
+
 demo: $(STAMP)  ## train, evaluate and compare small models on the built-in images (about 10 minutes, no GPU)
 	$(BIN)/python -m llava.demo --output-dir runs/demo
 
@@ -48,10 +54,10 @@ $(DEEPSPEED): $(STAMP)
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt deepspeed
 	touch $@
 
-test: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## the tests that CI runs
+test: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL)  ## the tests that CI runs
 	$(BIN)/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile
 
-test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED)  ## all tests, the long ones too
+test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
 # Routes without a body have only one request, so some more are asked for than are made.
