@@ -42,6 +42,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, **kwargs):
+        kwargs.setdefault("prog", command_name())
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(*args, **kwargs)
@@ -75,6 +76,15 @@ class ArgumentParser(argparse.ArgumentParser):
             if known.replace("_", "-") == wanted:
                 return known + equals + value
         return arg
+
+
+def command_name() -> str:
+    """How this process was called: `llava-med VERB`, `python -m MODULE`, or a file's name."""
+    name = os.path.basename(sys.argv[0])  # a verb's is no path
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None or name.startswith("llava-med"):
+        return name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -12,7 +12,7 @@ from llava.errors import LlavaError
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.data.audit", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--train", required=True, help="training questions")
     parser.add_argument("--test", required=True, help="test questions")
     parser.add_argument("--image-folder", help="images of both; without it images are compared by name alone")

@@ -1,4 +1,4 @@
-"""Bring a medical data set into LLaVA-Med's record form: `python -m llava.data.convert NAME …`.
+"""Bring a medical data set into LLaVA-Med's record form, by its name.
 
 Each data set is a module of llava/data/sources/ with `NAME`, `add_arguments(parser)` and `convert(args, image_folder)`,
 found by being there; what is written, and how, is in llava/data/conversion.py.

@@ -12,7 +12,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.demo", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", default="runs/demo", help="a rerun goes on at the first unfinished step")
     parser.add_argument("--seed", type=int, default=0, help="of images, models and training")
     parser.add_bool("--small", help="the smallest size: every step once, learning next to nothing")

@@ -18,7 +18,7 @@ WINDOW = 128
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.demo.language_model", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data-path", action="append", required=True, help="records, read one file after the other; may be repeated"
     )

@@ -12,7 +12,7 @@ from llava.folders import WEIGHTS, stage_files
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.demo.tower", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data-path", required=True, help="records with image and caption")
     parser.add_argument("--image-folder", required=True)
     parser.add_argument("--language-model", required=True, help="folder of the one whose words captions are made of")

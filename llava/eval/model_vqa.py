@@ -8,7 +8,7 @@ from llava.eval.answers.command import add_answer_flags, add_api_answer_flags, r
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.eval.model_vqa", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     add_answer_flags(parser)
     parser.add_argument("--chunk-idx", type=int, default=0, help="which part of --num-chunks to answer, from 0")
     add_api_answer_flags(parser)

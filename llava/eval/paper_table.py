@@ -14,7 +14,7 @@ ROWS = {"fine-tuned": "released weights, 9 epochs", "zero-shot": "LLaVA-Med zero
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.eval.paper_table", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--results",
         nargs="+",

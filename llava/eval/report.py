@@ -11,7 +11,7 @@ from llava.errors import LlavaError
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.eval.report", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files")
     parser.add_argument("--gt", nargs="+", help="questions: one file, or one per --pred (default: the manifests')")
     parser.add_argument("--output", default="report.html", help="the page; the table goes beside it as .md")

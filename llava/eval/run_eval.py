@@ -10,7 +10,7 @@ from llava.errors import LlavaError
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.eval.run_eval", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--gt", required=True, help="questions with answers: LLaVA-Med records or raw VQA-RAD")
     parser.add_argument("--pred", required=True, help="answer file (JSONL)")
     parser.add_argument("--candidate", help='open answers of the training split: {"0": [answer, …]}')

@@ -16,7 +16,7 @@ CANDIDATE_FILES = ("candidates.json", "candidate.json")
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.eval.run_eval_batch", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pred_file_parent_path", help="folder below which the answer files (*.jsonl) are")
     parser.add_argument(
         "--target_test_type",

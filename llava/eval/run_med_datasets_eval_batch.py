@@ -16,7 +16,7 @@ from llava.eval.answers.command import add_answer_flags, add_api_answer_flags, c
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.eval.run_med_datasets_eval_batch", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     add_answer_flags(parser)
     add_api_answer_flags(parser)
     return parser

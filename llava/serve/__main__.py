@@ -29,7 +29,7 @@ HEALTH_SECONDS = 5.0
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.serve", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", action="append", required=True, help="a checkpoint; several times for several")
     parser.add_argument("--model-base", help="for all of them: what a LoRA or projector folder was trained over")
     parser.add_argument("--model-name", action="append", help="names in the order of --model-path")

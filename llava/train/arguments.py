@@ -13,6 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import DataClassType
 
+from llava.commandline import command_name
 from llava.errors import LlavaError
 from llava.train.checks import check, check_distribution
 from llava.train.derived_flags import choose_workers, derive_flags, is_main_process
@@ -191,7 +192,7 @@ def build_parser() -> HfArgumentParser:
     classes = (ModelArguments, DataArguments, LlavaTrainingArguments, ValidationArguments)
     return _Parser(
         [DataClassType(one) for one in classes],
-        prog="python -m llava.train.train",
+        prog=command_name(),
         allow_abbrev=False,
         description="Train a LLaVA: stage 1 (projector), stage 2, VQA fine-tuning, LoRA and QLoRA.",
     )

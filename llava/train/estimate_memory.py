@@ -11,7 +11,7 @@ from llava.errors import LlavaError
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.train.estimate_memory", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", default="h100", help="a100-40g, a100-80g, h100, h200, a10, 4090 or l40s")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, one process each, eight to a machine")
     parser.add_argument("--records", type=int, help="how many there are, where --data_path is missing: for the hours")

@@ -1,4 +1,4 @@
-"""Train a LLaVA: records → samples → Trainer → checkpoint. `python -m llava.train.train --help` lists the flags."""
+"""Train a LLaVA: records → samples → Trainer → checkpoint."""
 
 import logging
 import sys
@@ -82,15 +82,16 @@ def __getattr__(name: str) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    quicken_help(argv)
     train(argv)
 
 
-def only_prints_help() -> None:
+def quicken_help(argv: list[str]) -> None:
     """Leave peft out where flags are only listed: transformers imports it along, which takes longer than all else."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    if {"-h", "--help"} & set(argv):
         sys.modules["peft"] = None  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
-    only_prints_help()
     run(main)

@@ -3,11 +3,12 @@
 import sys
 
 from llava.commandline import run
-from llava.train.train import only_prints_help, train
+from llava.train.train import quicken_help, train
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
+    quicken_help(argv)
     if not any(arg.replace("-", "_").startswith("__attn_implementation") for arg in argv):
         argv += ["--attn_implementation", fastest_attention()]
     train(argv)
@@ -27,5 +28,4 @@ def fastest_attention() -> str:
 
 
 if __name__ == "__main__":
-    only_prints_help()
     run(main)

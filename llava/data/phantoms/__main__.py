@@ -4,7 +4,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m llava.data.phantoms", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another set: no image is shared")
     parser.add_argument("--train", type=int, default=16_000, help="training images")
