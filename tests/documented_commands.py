@@ -5,8 +5,10 @@ import re
 import shlex
 from pathlib import Path
 
+from llava.__main__ import find_module
+
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCHERS = {"python", "python3", "torchrun", "deepspeed", "sh", "PYTHONPATH=."}
+LAUNCHERS = {"llava-med", "python", "python3", "torchrun", "deepspeed", "sh", "PYTHONPATH=."}
 TRAIN = {"llava.train.train", "llava.train.train_mem"}
 
 
@@ -30,6 +32,9 @@ def commands_in(text: str) -> list[list[str]]:
 
 def module_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
     """(module, words behind it) of a command of this project, None for another."""
+    if words[0] == "llava-med":
+        module = find_module(words[1]).removesuffix(".__main__") if not words[1].startswith("-") else "llava"
+        return module, words[2:]
     for position, word in enumerate(words):
         if word == "-m" and words[position + 1].startswith("llava"):
             return words[position + 1], words[position + 2 :]
