@@ -124,6 +124,8 @@ def _append(path: Path, line: bytes) -> None:
             write_whole(file, line)
         except OSError:
             file.truncate(end)
+            if end == 0:
+                path.unlink()
             raise
 
 

@@ -145,8 +145,11 @@ def test_a_full_disk_loses_records_whole_and_counts_them(disk, caplog):
     assert kept > 3 and not log.write({"text": "y" * 9000})
     assert log.lost == 2 and "a record is lost, 2 since the start" in caplog.text
     assert len(records_in(log.folder)) == kept
+    (log.folder / name_of(0)).unlink()
+    (log.folder / "filler").write_bytes(bytes(60_000))
+    assert not log.write({"text": "z" * 9000}) and not list(log.folder.glob("*.jsonl"))
     subprocess.run(["mount", "-o", "remount,size=640k", str(log.folder)], check=True)
-    assert log.write({"text": "z"}) and len(records_in(log.folder)) == kept + 1
+    assert log.write({"text": "z"}) and len(records_in(log.folder)) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(disk):
