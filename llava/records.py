@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import RawIOBase
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,13 @@ def _atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_whole(file: RawIOBase, content: bytes) -> None:
+    """Write all of `content` to a file without a buffer, which may take it in pieces."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
 class ResumableJsonl:
     """A JSONL file that is collected line by line in `<path>.part` and renamed when complete.
 
@@ -234,10 +242,9 @@ class ResumableJsonl:
         key = record[self.key]
         if key in self.done:
             raise LlavaError(f"{self.part}: {self.key} {key!r} was written twice")
-        rest = memoryview(_dumps(record, self.path).encode() + b"\n")
+        line = _dumps(record, self.path).encode() + b"\n"
         with writing(self.part, f"{len(self.done)} records are kept"):
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            write_whole(self._file, line)
         self.done[key] = record
 
     def finish(self, order: Iterable[Any] | None = None) -> None:

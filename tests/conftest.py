@@ -1,6 +1,7 @@
-"""Where the tests find the golden vectors and the real data, which stay outside the repository."""
+"""Where the tests find the golden vectors and the real data, which stay outside the repository; and a disk to fill."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,19 @@ def processor(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
         yield
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """mount(options) of a memory file system of 64 KiB in a folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options: str) -> Path:
+        done = subprocess.run(["mount", *options, "tmpfs", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a file system can't be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)

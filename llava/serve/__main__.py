@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
+from llava.serve.conversation_log import add_log_flags
 from llava.serve.secret import VARIABLE, add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import add_host_flags
 
@@ -44,6 +45,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--api-key-file", help="keys of API and page, one per line: name key [requests per minute]")
     parser.add_bool("--web", default=True, help="False: no web page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons on the page, and keep what they say here")
+    add_log_flags(parser)
     add_host_flags(parser)
     add_secret_flags(parser)
     return parser
@@ -140,6 +142,9 @@ def _servers(args, names: list[str]) -> list[Server]:
     front = ["--host", args.host, "--controller", controller, *shared]
     front += [word for name in args.allowed_host for word in ("--allowed-host", name)]
     front += ["--api-key-file", args.api_key_file] if args.api_key_file else []
+    if args.conversation_log:
+        front += ["--conversation-log", args.conversation_log]
+        front += ["--conversation-log-days", str(args.conversation_log_days)]
     near = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     api = Server(
         "API",

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from llava.serve.daily_log import DailyLog
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
 from llava.serve.transport.session import open_session
 from llava.serve.worker_answers import MOST_PENDING_BYTES, AttentionMap, Chunk, ReportedStatus
@@ -19,6 +20,9 @@ _TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL)  # a worker that is s
 
 class ServingClient:
     """Answers of the workers behind a controller. Close it with `await client.close()`."""
+
+    log: DailyLog | None = None
+    """Where what is asked and answered is kept (llava.serve.conversation_log)."""
 
     def __init__(self, controller: str, secret: str | None):
         self.controller = controller.rstrip("/")

@@ -13,6 +13,8 @@ from pydantic import BaseModel, TypeAdapter, create_model
 from pydantic.json_schema import models_json_schema
 
 from llava.serve.api.types import ChatRequest
+from llava.serve.conversation_log import HEADER as LOG_HEADER
+from llava.serve.conversation_log import notice
 from llava.serve.protocol import ErrorType
 from llava.serve.request_models import (
     AttentionMapRequest,
@@ -147,8 +149,8 @@ OPERATIONS: dict[Server, tuple[Operation, ...]] = {
 
 
 @functools.cache
-def document(server: Server) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of a server."""
+def document(server: Server, kept_days: float | None = None) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of a server, which says for how many days conversations are kept if they are."""
     bodies = {operation.body for operation in OPERATIONS[server] if operation.body}
     template = "#/components/schemas/{model}"
     ordered = sorted(bodies, key=lambda model: model.__name__)
@@ -159,9 +161,12 @@ def document(server: Server) -> dict[str, Any]:
     scheme = {"type": "apiKey", "in": "header", "name": HEADER}
     if server == "api":
         scheme = {"type": "http", "scheme": "bearer"}
+    info = {"title": f"LLaVA-Med: {server}", "version": importlib.metadata.version("llava-med")}
+    if kept_days is not None:
+        info["description"] = f"{notice(kept_days)} Every answer says so in the header {LOG_HEADER}."
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"LLaVA-Med: {server}", "version": importlib.metadata.version("llava-med")},
+        "info": info,
         "security": [{"key": []}],
         "paths": paths,
         "components": {

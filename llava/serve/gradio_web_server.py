@@ -17,6 +17,8 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError, require
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
+from llava.serve.conversation_log import add_log_flags, log_from_args, new_client
+from llava.serve.daily_log import DailyLog, tidied
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
@@ -53,6 +55,7 @@ def build_parser() -> ArgumentParser:
         "--api-key-file",
         help=f"keys of visitors, one per line: name key (default: ${VARIABLE}, else no key is asked for)",
     )
+    add_log_flags(parser)
     add_host_flags(parser)
     add_secret_flags(parser)
     return parser
@@ -85,18 +88,16 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
 
     with _no_stub_files():
         gradio = require("gradio", "serve")
-    from llava.serve.client import ServingClient
-    from llava.serve.web.feedback import FeedbackLog
     from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
     from llava.serve.web.page import CSS, HEAD, PageOptions, build_page
     from llava.serve.web.uploads import Uploads
 
-    client = ServingClient(args.controller_url, secret)
+    client = new_client(args.controller_url, secret, log_from_args(args))
     options = PageOptions(
         reload_models=args.model_list_mode == "reload",
         embed=args.embed,
         concurrency=args.concurrency_count,
-        feedback=FeedbackLog(args.feedback_dir, args.feedback_days) if args.feedback_dir else None,
+        feedback=DailyLog(args.feedback_dir, args.feedback_days) if args.feedback_dir else None,
     )
 
     # All visitors together leave half of a small file system free.
@@ -106,7 +107,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     @contextlib.asynccontextmanager
     async def lifespan(_):
         sweeping = asyncio.create_task(_sweep(uploads))
-        yield
+        async with tidied(client.log, options.feedback):
+            yield
         sweeping.cancel()
         await client.close()
 

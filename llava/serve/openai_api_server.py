@@ -14,6 +14,8 @@ from typing import Any
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
+from llava.serve.conversation_log import HEADER, add_log_flags, log_from_args, new_client
+from llava.serve.daily_log import tidied
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import Hosts, add_host_flags
@@ -36,25 +38,25 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--no-api-key", help="take requests without a key also from other machines")
     parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
     parser.add_bool("--openapi", help="print the API's description (OpenAPI) and end")
+    add_log_flags(parser)
     add_host_flags(parser)
     add_secret_flags(parser)
     return parser
 
 
 def main(argv=None) -> None:
-    from llava.serve.client import ServingClient
-
     args = build_parser().parse_args(argv)
     if args.openapi:
         from llava.serve.description import document
 
-        return write_line(json.dumps(document("api"), indent=1))
+        kept_days = args.conversation_log_days if args.conversation_log else None
+        return write_line(json.dumps(document("api", kept_days), indent=1))
     keys = read_keys(args.api_key_file, args.requests_per_minute)
     if not keys.required and args.host not in LOOPBACK and not args.no_api_key:
         raise LlavaError(
             f"--host {args.host} lets other machines ask; give --api-key-file or ${VARIABLE}, or --no-api-key"
         )
-    client = ServingClient(args.controller_address, secret_from_args(args))
+    client = new_client(args.controller_address, secret_from_args(args), log_from_args(args))
     app = build_app(client, keys, args.max_body_bytes, Hosts.from_args(args))
     run_server(app, args.host, args.port)
 
@@ -70,10 +72,12 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
     from llava.serve.transport.bodies import read_body
 
     metrics = Metrics()
+    kept_days = client.log.keep_days if client.log else None
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
-        yield
+        async with tidied(client.log):
+            yield
         await client.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -100,7 +104,7 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
 
     @app.get("/openapi.json")
     async def openapi() -> dict:
-        return document("api")
+        return document("api", kept_days)
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -134,7 +138,8 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
             raise
         return StreamingResponse(_event_stream(first, events, answer), media_type="text/event-stream")
 
-    return RequestMiddleware(app, keys.authorize, max_body, hosts)
+    headers = {} if kept_days is None else {HEADER: f"kept for {kept_days:g} days"}
+    return RequestMiddleware(app, keys.authorize, max_body, hosts, headers)
 
 
 class ChatAnswer:

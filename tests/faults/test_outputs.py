@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -11,22 +10,6 @@ from tests.faults.kills import ENVIRONMENT, ROOT
 
 NAMES = ["download", "generation", "judging"]
 LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("training", "answering", "delta")]
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """mount(options) of a memory file system of 64 KiB in a folder."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(*options: str) -> Path:
-        done = subprocess.run(["mount", *options, "tmpfs", str(folder)], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"a file system can't be mounted here: {done.stderr.strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", str(folder)], capture_output=True)
 
 
 def run(words) -> subprocess.CompletedProcess:

@@ -37,7 +37,7 @@ def browser():
 def home(tmp_path_factory) -> Path:
     """Where the servers of this file may write: home, temporary files, logs."""
     folder = tmp_path_factory.mktemp("home")
-    for name in ("tmp", "logs", "votes"):
+    for name in ("tmp", "logs"):
         (folder / name).mkdir()
     (folder / "keys").touch(0o600)
     (folder / "keys").write_text(f"ward {KEY}\n")

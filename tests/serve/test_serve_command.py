@@ -10,6 +10,7 @@ import httpx
 import psutil
 import pytest
 
+from llava.serve.conversation_log import HEADER
 from tests.serve.processes import free_port, wait_until
 from tests.tiny import make_llava
 
@@ -34,7 +35,10 @@ def start(path, ports, *words):
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_one_command_starts_all_a_killed_worker_comes_back_and_a_signal_stops_all(tmp_path, number):
     ports = [free_port() for _ in range(4)]
-    process = start(make_llava(tmp_path), ports, "--model-name", "tiny", "--web", str(number == signal.SIGINT))
+    kept, has_page = tmp_path / "kept", number == signal.SIGINT
+    words = ["--model-name", "tiny", "--web", str(has_page)]
+    words += ["--conversation-log", str(kept), "--conversation-log-days", "4"]
+    process = start(make_llava(tmp_path), ports, *words)
     try:
         for line in process.stdout:
             if line.startswith("ready"):
@@ -42,7 +46,9 @@ def test_one_command_starts_all_a_killed_worker_comes_back_and_a_signal_stops_al
         else:
             raise AssertionError(process.stderr.read()[-2000:])
         wait_until(lambda: httpx.get(f"http://127.0.0.1:{ports[2]}/ready").status_code == 200, 30)
-        assert ask(ports[2]).status_code == 200
+        assert ask(ports[2]).headers[HEADER] == "kept for 4 days"
+        wait_until(lambda: list(kept.glob("*.jsonl")), 30)
+        assert not has_page or "kept on this server for 4 days" in httpx.get(f"http://127.0.0.1:{ports[3]}").text
         first = worker_of(process.pid)
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: worker_of(process.pid) not in (None, first) and answers(ports[1]), 240)

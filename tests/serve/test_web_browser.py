@@ -3,6 +3,7 @@
 LLAVA_SCREENSHOT_DIR keeps images of the page (docs/images holds those of the last release).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava.serve.web.examples import draw_example
 from tests.images.test_medical import PATIENT, dicom
 from tests.serve.processes import Process, wait_until
 
@@ -179,8 +181,8 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         screenshot(page, "web_error")
 
         page.locator("#vote-left").click()
-        wait_until(lambda: any(web.votes.iterdir()), 60)
-        (file,) = web.votes.iterdir()
+        wait_until(lambda: any(web.votes.glob("*.jsonl")), 60)
+        (file,) = web.votes.glob("*.jsonl")
         assert file.stat().st_mode & 0o777 == 0o600
         vote = json.loads(file.read_text())
         assert vote["vote"] == "left" and vote["turns"][0]["images"][0].startswith("sha256:")
@@ -221,3 +223,36 @@ def test_a_phone(open_page, controller):
 def choose(page, dropdown, name):
     page.locator(f"{dropdown} input").click()
     page.get_by_role("option", name=name).click()
+
+
+def test_a_visitor_is_told_of_the_conversation_log(browser, controller, tmp_path):
+    """Before the first question, within the notice that is accepted, and as long as the page is open."""
+    kept = tmp_path / "kept"
+    words = ["--controller", controller.url, "--conversation-log", str(kept), "--conversation-log-days", "5"]
+    with Process("llava.serve.gradio_web_server", *words, env=ENV) as web, worker(controller, "some-model") as process:
+        process.wait()
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(web.wait(seconds=500).url)
+        said = "What is asked and answered here is kept on this server for 5 days"
+        expect(page.locator("#notice")).to_contain_text(said, timeout=PATIENCE)
+        expect(page.locator("#notice")).to_contain_text("not a medical device")
+        screenshot(page, "web_notice_log")
+        assert not list(kept.glob("*.jsonl"))
+        page.locator("#accept").click()
+        expect(page.locator("#kept")).to_contain_text(said, timeout=PATIENCE)
+        expect(page.locator("#kept")).to_be_visible()
+        wait_until(lambda: page.locator("#model input").input_value() == "some-model", 120)
+        page.locator("#example-chest").click()
+        expect(page.locator("#draft img.thumb")).to_have_count(1, timeout=PATIENCE)
+        ask(page, "Is it kept?")
+        expect(last_answer(page)).to_contain_text("kept?", timeout=PATIENCE)
+        wait_until(lambda: list(kept.glob("*.jsonl")), 60)
+        (path,) = kept.glob("*.jsonl")
+        (record,) = (json.loads(line) for line in path.read_text().splitlines())
+        image, question = record["messages"][0]["content"]
+        assert image["image_url"]["url"] == "sha256:" + hashlib.sha256(draw_example("chest")).hexdigest()
+        assert question["text"] == "Is it kept?" and "kept?" in record["answer"] and record["end"] == "stop"
+        assert path.stat().st_mode & 0o777 == 0o600 and kept.stat().st_mode & 0o777 == 0o700
+        assert "base64" not in path.read_text() and "127.0.0.1" not in path.read_text()
+        page.close()

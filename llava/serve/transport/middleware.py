@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from llava.serve.protocol import ERRORS, ErrorType, ServeError
 from llava.serve.transport.hosts import Hosts
@@ -29,6 +29,7 @@ class RequestMiddleware:
         authorize: from the request's headers (lower-case names) to None, or a ServeError to answer with.
         max_body: bytes of a body; more is refused while it arrives.
         hosts: the names that the server answers to.
+        headers: what every answer has beside its own.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class RequestMiddleware:
         authorize: Callable[[dict[str, str]], ServeError | None],
         max_body: int = MAX_BODY_BYTES,
         hosts: Hosts | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         self.app = app
         self.authorize = authorize
         self.max_body = max_body
         self.hosts = hosts or Hosts()
+        self.headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -57,7 +60,8 @@ class RequestMiddleware:
                 raise refusal  # frameworks have words of their own for a body that breaks off
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id.encode())]
+                known = (REQUEST_ID_HEADER.encode(), request_id.encode())
+                message["headers"] = [*message["headers"], known, *self.headers]
             await send(message)
 
         received, is_whole = 0, False

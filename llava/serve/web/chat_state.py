@@ -7,7 +7,6 @@ import base64
 import hashlib
 import html
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -99,8 +98,8 @@ class Chat:
             shown.append({"role": "assistant", "content": "\n\n".join(part for part in parts if part)})
         return shown
 
-    def export(self) -> str:
-        """The conversation as JSON; images by their SHA-256, not their content."""
+    def record(self) -> dict[str, Any]:
+        """The conversation as it is exported and kept; images by their SHA-256, not their content."""
         turns = [
             {
                 "question": exchange.text,
@@ -113,7 +112,7 @@ class Chat:
             }
             for exchange in self.exchanges
         ]
-        return json.dumps({"notice": "Research only, not for clinical use.", "turns": turns}, indent=1)
+        return {"notice": "Research only, not for clinical use.", "turns": turns}
 
 
 def thumbnails(images: list[UploadedImage] | tuple[UploadedImage, ...]) -> str:

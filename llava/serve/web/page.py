@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import gradio as gr
 
 from llava.errors import ImageError, LlavaError
+from llava.serve.conversation_log import notice
+from llava.serve.daily_log import DailyLog
 from llava.serve.decoding.pool import DecodingPool, in_thread
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
@@ -17,7 +20,6 @@ from llava.serve.web.answers import answer
 from llava.serve.web.attention_view import AttentionPart
 from llava.serve.web.chat_state import SIDES, THUMBNAIL, Chat, Exchange, UploadedImage, thumbnails
 from llava.serve.web.examples import EXAMPLES, draw_example
-from llava.serve.web.feedback import FeedbackLog
 from llava.serve.web.settings import SettingsPanel
 
 logger = logging.getLogger(__name__)
@@ -79,7 +81,8 @@ class PageOptions:
     reload_models: bool = True
     embed: bool = False
     concurrency: int = 16
-    feedback: FeedbackLog | None = None
+    feedback: DailyLog | None = None
+    """Where votes are kept; None shows no buttons for them."""
 
 
 def build_page(client, options: PageOptions) -> gr.Blocks:
@@ -109,12 +112,15 @@ class Page:
             gr.Markdown(f"# {TITLE}\nAsk about medical images. *For research only, never for clinical use.*")
         if feedback is not None:
             gr.Markdown(f"**{LOGGED.format(days=feedback.keep_days)}**", elem_id="logged")
+        kept = f"**{notice(self.client.log.keep_days)}**" if self.client.log else None
         with gr.Column(elem_id="notice") as self.notice:
-            gr.Markdown(NOTICE)
+            gr.Markdown(f"{NOTICE}\n\n{kept}" if kept else NOTICE)
             self.accept = gr.Button("I understand and accept", variant="primary", elem_id="accept")
         with gr.Column(visible=False, elem_id="waiting") as self.waiting:
             gr.Markdown(WAITING)
         with gr.Column(visible=False, elem_id="main") as self.main:
+            if kept:
+                gr.Markdown(kept, elem_id="kept")
             with gr.Row():
                 self.model = gr.Dropdown([], label="Model", elem_id="model")
                 self.other = gr.Dropdown([NO_SECOND], value=NO_SECOND, label="Compare with", elem_id="other")
@@ -305,7 +311,7 @@ class Page:
     async def on_export(self, chat: Chat):
         if not chat.exchanges:
             raise _error("There is nothing to export yet.", "Export")
-        return chat.export()
+        return json.dumps(chat.record(), indent=1)
 
     def _example(self, name: str, question: str):
         async def on_example(chat: Chat):
@@ -314,13 +320,15 @@ class Page:
 
         return on_example
 
-    def _vote(self, vote: str, feedback: FeedbackLog):
+    def _vote(self, vote: str, feedback: DailyLog):
         async def on_vote(chat: Chat):
             if not chat.exchanges:
                 gr.Info("There is no answer yet.")
                 return
-            feedback.write(vote, chat)
-            gr.Info("Thank you, kept.")
+            if await asyncio.to_thread(feedback.write, {"vote": vote, **chat.record()}):
+                gr.Info("Thank you, kept.")
+            else:
+                gr.Warning("The server can't keep this just now.")
 
         return on_vote
 
