@@ -6,12 +6,13 @@ default is named in an answer file's manifest. What a parameter does is said in 
 torch.
 """
 
+import json
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -20,6 +21,8 @@ from llava.errors import LlavaError, field_error
 
 FLAG = "flag"
 MOST_LOGPROBS = 20
+MOST_SCHEMA = 65_536
+"""Characters of a JSON schema."""
 _LEAST_TEMPERATURE = 1e-5  # below, float32 divides by zero
 
 
@@ -42,6 +45,14 @@ def _number(value: Any) -> Any:
 def _tuple(value: Any) -> Any:
     """One text is a list of it; an empty one is none."""
     return ((value,) if value else ()) if isinstance(value, str) else value
+
+
+def _small(schema: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A schema has to be compiled before anything is answered."""
+    if schema is not None and (length := len(json.dumps(schema))) > MOST_SCHEMA:
+        words = "The schema has {length} characters; at most {most} are taken"
+        raise PydanticCustomError("too_long", words, {"length": length, "most": MOST_SCHEMA})
+    return schema
 
 
 Number = Annotated[float, BeforeValidator(_number)]
@@ -91,6 +102,9 @@ class SamplingFields(Fields):
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[Number, Field(ge=-100, le=100)]] = Field(
         {}, max_length=1024, description="what is added to the logits of these ids"
     )
+    json_schema: Annotated[dict[str, Any] | None, AfterValidator(_small)] = Field(
+        None, description="the answer is JSON of this schema, without blanks between its signs"
+    )
     ignore_eos: bool = Field(False, description="go on to the last token whatever the model says, for measurements")
 
     def common(self) -> dict[str, Any]:
@@ -100,7 +114,10 @@ class SamplingFields(Fields):
     def openai_fields(self) -> dict[str, Any]:
         """These parameters as fields of a request to an OpenAI-compatible server; those at their default are left
         out, as not every server knows them all."""
-        return self.model_dump(mode="json", include=set(SamplingFields.model_fields), exclude_defaults=True)
+        fields = self.model_dump(mode="json", include=set(SamplingFields.model_fields), exclude_defaults=True)
+        if (schema := fields.pop("json_schema", None)) is not None:
+            fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        return fields
 
 
 class SamplingParams(SamplingFields):
@@ -138,7 +155,7 @@ class SamplingParams(SamplingFields):
         if self.num_beams > 1:
             if self.temperature:
                 raise LlavaError("num_beams: beam search doesn't sample; set temperature to 0")
-            for name in ("logprobs", "logit_bias", "repetition_penalty"):
+            for name in ("logprobs", "logit_bias", "repetition_penalty", "json_schema"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise LlavaError(f"num_beams: beam search takes no {name}")
         return self

@@ -12,6 +12,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.errors import LlavaError
 from llava.generation.cache.prefix_store import BLOCK
+from llava.generation.constraint import Constraint, Constraints
 from llava.generation.image_features import ImageEncoder, RequestImage
 from llava.generation.tokenizer_cache import TokenizerCache
 from llava.generation.types import ContextTooLong, Request
@@ -43,6 +44,7 @@ class Prompt:
     max_new_tokens: int
     stop_ids: frozenset[int]
     stop_strings: tuple[str, ...]
+    constraint: Constraint | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,6 +60,7 @@ class PromptBuilder:
         self.encoder = encoder
         self.context_len = context_len
         self.image_tokens = ImageTokens.from_config(config, tokenizer)
+        self.constraints = Constraints(tokenizer, config.vocab_size)
         self._special = set(tokenizer.all_special_tokens)
         self._stop_ids: dict[str, frozenset[int]] = {}
         self._vocabulary = config.vocab_size
@@ -71,7 +74,7 @@ class PromptBuilder:
 
         Raises:
             LlavaError: images and `<image>` differ in number, an image's file is missing, an id of the sampling
-                parameters isn't in the vocabulary.
+                parameters isn't in the vocabulary, a schema isn't understood.
             ContextTooLong: no room for an answer; the message names both lengths.
         """
         self._check(request)
@@ -97,6 +100,8 @@ class PromptBuilder:
         starts = where[np.cumsum([0, *lengths])[:-1]].tolist() if lengths else []
         spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         ends = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+        stops = self._stops(request)
+        schema = request.sampling.json_schema
         return Prompt(
             request,
             ids,
@@ -105,7 +110,8 @@ class PromptBuilder:
             spans,
             beginnings=[_beginning(key, end) for end in (*ends, len(ids) - 1)],
             max_new_tokens=min(request.sampling.max_new_tokens, room),
-            **self._stops(request),
+            constraint=None if schema is None else self.constraints.of_schema(schema, stops["stop_ids"]),
+            **stops,
         )
 
     def _check(self, request: Request) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from llava.generation.constraint import Constraint
 from llava.generation.detokenize import Detokenizer
 from llava.generation.types import TokenLogprob
 from llava.sampling_params import SamplingParams
@@ -21,21 +22,25 @@ class TokenChooser:
 
     Args:
         prompt: ids of the prompt; those below zero (places of images) are no tokens.
+        constraint: what the answer has to be a sentence of.
     """
 
-    def __init__(self, rule: SamplingParams, prompt: Iterable[int] = ()):
+    def __init__(self, rule: SamplingParams, prompt: Iterable[int] = (), constraint: Constraint | None = None):
         self.rule = rule
+        self.constraint = constraint
         self.random = random.Random(rule.seed)
         penalizes = rule.repetition_penalty != 1
         self.seen: set[int] | None = {int(token) for token in prompt if token >= 0} if penalizes else None
         """Tokens of prompt and answer, where the rule asks for them."""
-        self.edits = penalizes or bool(rule.logit_bias)
+        self.edits = penalizes or bool(rule.logit_bias) or constraint is not None
         """Whether the logits are changed before a token is chosen."""
 
     def note(self, token: int) -> None:
         """`token` now belongs to the answer."""
         if self.seen is not None:
             self.seen.add(token)
+        if self.constraint is not None:
+            self.constraint.take(token)
 
 
 def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
@@ -75,7 +80,7 @@ def token_logprobs(
 
 
 def _edited(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> torch.Tensor:
-    """The logits that rows with a repetition penalty or a bias choose from; without such rows the same tensor.
+    """The logits that rows with a penalty, a bias or a constraint choose from; without such rows the same tensor.
 
     The penalty is CTRL's (Keskar et al. 2019, section 4.1), over prompt and answer as in transformers and vLLM.
     """
@@ -93,6 +98,8 @@ def _edited(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> torch.Ten
             own[torch.tensor(list(bias), device=logits.device)] += torch.tensor(
                 list(bias.values()), device=logits.device
             )
+        if chooser.constraint is not None:
+            own[~torch.from_numpy(chooser.constraint.allowed()).to(logits.device)] = -torch.inf
     return logits
 
 

@@ -33,7 +33,7 @@ class Generation:
         self.length = 0
         """Positions in the cache."""
         self.cached = 0
-        self.chooser = TokenChooser(self.sampling, prompt.ids)
+        self.chooser = TokenChooser(self.sampling, prompt.ids, prompt.constraint)
         follows_text = is_streamed or prompt.stop_strings
         self.text = TextStream(detokenizer, prompt.stop_strings) if follows_text else None
         self._told = 0
@@ -72,6 +72,8 @@ class Generation:
         return "length" if self.left <= 0 else None
 
     def finish(self, reason: str, error: LlavaError | None = None) -> None:
+        if error is None and self.prompt.constraint is not None:
+            error = self.prompt.constraint.error
         if self.text is None:
             text = self._detokenizer.decode(self.tokens).strip()
         else:
