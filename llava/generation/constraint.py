@@ -40,7 +40,7 @@ class Constraint:
         """Why the grammar can't go on (it grew beyond the library's limits), if it can't."""
         if not self._matcher.is_error():
             return None
-        return LlavaError(f"json_schema: {_first_line(self._matcher.get_error())}")
+        return LlavaError(f"json_schema: {_one_line(self._matcher.get_error())}")
 
 
 class Constraints:
@@ -83,12 +83,12 @@ class Constraints:
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)  # type: ignore[arg-type]
         except ValueError as error:
-            raise LlavaError(f"json_schema: {_first_line(str(error))}") from None
+            raise LlavaError(f"json_schema: {_one_line(str(error))}") from None
         matcher = llguidance.LLMatcher(self._tokenizers[ends], grammar, log_level=0)
         if matcher.is_error():
-            raise LlavaError(f"json_schema: {_first_line(matcher.get_error())}")
+            raise LlavaError(f"json_schema: {_one_line(matcher.get_error())}")
         return matcher
 
 
-def _first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip()), "it can't be read")[:300]
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

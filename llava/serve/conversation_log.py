@@ -94,11 +94,14 @@ def new_client(controller: str, secret: str | None, log: DailyLog | None) -> Ser
 
 def _asked(body: dict[str, Any]) -> dict[str, Any]:
     """A worker's request as it is kept."""
+    kept = {"request_id": body["request_id"], "model": body["model"]}
+    if body.get("messages") is None:
+        return kept | {"prompt": body["prompt"], "images": [_hash(image) for image in body["images"]]}
     messages = [
         {"role": message["role"], "content": [_part(part) for part in _parts(message["content"])]}
         for message in body["messages"]
     ]
-    return {"request_id": body["request_id"], "model": body["model"], "messages": messages}
+    return kept | {"messages": messages}
 
 
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

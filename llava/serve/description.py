@@ -12,7 +12,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, TypeAdapter, create_model
 from pydantic.json_schema import models_json_schema
 
-from llava.serve.api.types import ChatRequest
+from llava.serve.api.chat import ChatRequest
+from llava.serve.api.completions import CompletionRequest
+from llava.serve.api.responses import ResponsesRequest
 from llava.serve.conversation_log import HEADER as LOG_HEADER
 from llava.serve.conversation_log import notice
 from llava.serve.protocol import ErrorType
@@ -33,6 +35,7 @@ Server = Literal["api", "controller", "worker"]
 class ErrorContent(BaseModel):
     message: str
     type: ErrorType
+    param: None
     code: ErrorType
     error_code: int
     request_id: str
@@ -58,8 +61,9 @@ class ModelList(BaseModel):
 
 class Message(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[dict[str, Any]] = []
 
 
 class Choice(BaseModel):
@@ -83,6 +87,32 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: str
+    logprobs: dict[str, Any] | None
+
+
+class TextCompletion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class Response(BaseModel):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any]
 
 
 class Health(BaseModel):
@@ -117,6 +147,7 @@ class Operation:
 
 _HEALTH = Operation("get", LIVENESS, "Whether the process answers; needs no key.", answer=Health)
 _CHUNKS = "application/octet-stream"
+_EVENTS = "text/event-stream"
 OPERATIONS: dict[Server, tuple[Operation, ...]] = {
     "api": (
         _HEALTH,
@@ -125,7 +156,9 @@ OPERATIONS: dict[Server, tuple[Operation, ...]] = {
         Operation("get", "/openapi.json", "This document.", answer=dict[str, Any]),
         Operation("get", "/v1/models", "The models that can be asked.", answer=ModelList),
         Operation("get", "/v1/models/{name}", "One of them.", answer=ModelEntry),
-        Operation("post", "/v1/chat/completions", "An answer.", ChatRequest, Completion, stream="text/event-stream"),
+        Operation("post", "/v1/chat/completions", "An answer.", ChatRequest, Completion, stream=_EVENTS),
+        Operation("post", "/v1/completions", "A text gone on with.", CompletionRequest, TextCompletion, stream=_EVENTS),
+        Operation("post", "/v1/responses", "An answer, in the newer form.", ResponsesRequest, Response, stream=_EVENTS),
     ),
     "controller": (
         _HEALTH,

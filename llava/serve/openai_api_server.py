@@ -3,13 +3,11 @@
 python -m llava.serve.openai_api_server [--controller http://localhost:21001] [--port 8000]
 """
 
-import asyncio
 import contextlib
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
@@ -22,7 +20,12 @@ from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, unless_gone
 from llava.serve.transport.server import run_server
 
+if TYPE_CHECKING:
+    from llava.serve.api.fields import ApiRequest
+    from llava.serve.api.metrics import Metrics
+
 logger = logging.getLogger(__name__)
+DONE = b"data: [DONE]\n\n"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -66,8 +69,12 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import StreamingResponse
 
+    from llava.serve.api.chat import ChatRequest
+    from llava.serve.api.choices import Choices
+    from llava.serve.api.completions import CompletionRequest
     from llava.serve.api.metrics import Metrics
-    from llava.serve.api.types import ChatRequest, model_entry
+    from llava.serve.api.models import find_model, model_entry, unknown_model
+    from llava.serve.api.responses import ResponsesRequest
     from llava.serve.description import document
     from llava.serve.transport.bodies import read_body
 
@@ -112,143 +119,65 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict:
-        if name not in await client.models():
-            raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {name!r}.")
-        return model_entry(name)
+        return model_entry(await find_model(client, name))
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request):
+    async def answer(request: Request, kind: "type[ApiRequest]", end: bytes = b""):
+        """The reply to a request of that kind, or its stream of events, which `end` closes."""
         request_id = request.state.request_id
-        body = await read_body(request, ChatRequest)
-        answer = ChatAnswer(client, body, request_id, metrics)
+        body = await read_body(request, kind)
+        account = Account(metrics, request_id, body.model)
         try:
-            key = keys.admit({name.lower(): value for name, value in request.headers.items()})
+            account.key = keys.admit({name.lower(): value for name, value in request.headers.items()})
             body.check()
+            form = body.form(request_id)
+            choices = Choices(client, body.worker_bodies(request_id), metrics)
             if not body.stream:
-                reply = await unless_gone(request.receive, answer.whole())
-                answer.count("ok")
-                logger.info("%s key %s model %r: answered", request_id, key, body.model)
-                return reply
-            events = answer.events()
+                whole = await unless_gone(request.receive, choices.whole())
+                account.close("ok")
+                return form.whole(whole)
+            events = form.events(choices.steps())
             # The first event decides the status: an error before it is no stream at all.
             first = await unless_gone(request.receive, anext(events))
         except ServeError as error:
-            answer.count(error.error_type.value)
-            logger.warning("%s model %r: %s", request_id, body.model, error.error_type.value)
-            raise
-        return StreamingResponse(_event_stream(first, events, answer), media_type="text/event-stream")
+            error = await unknown_model(client, body.model, error)
+            account.close(error.error_type.value)
+            raise error from None
+        return StreamingResponse(_event_stream(first, events, account, end), media_type="text/event-stream")
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request):
+        return await answer(request, ChatRequest, DONE)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request):
+        return await answer(request, CompletionRequest, DONE)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request):
+        return await answer(request, ResponsesRequest)
 
     headers = {} if kept_days is None else {HEADER: f"kept for {kept_days:g} days"}
     return RequestMiddleware(app, keys.authorize, max_body, hosts, headers)
 
 
-class ChatAnswer:
-    """One chat completion: `n` requests to workers and their replies in OpenAI's form."""
+class Account:
+    """Counts and logs how one request ended."""
 
-    def __init__(self, client, body, request_id: str, metrics):
-        self.client, self.body, self.request_id, self.metrics = client, body, request_id, metrics
-        self.began = time.monotonic()
-        self.said_something = False
+    def __init__(self, metrics: "Metrics", request_id: str, model: str):
+        self.metrics, self.request_id, self.model = metrics, request_id, model
+        self.key = ""
 
-    async def whole(self) -> dict[str, Any]:
-        from llava.serve.api.types import choice_logprobs, completion, sum_usage
-
-        with self.metrics.in_flight.track_inprogress():
-            tasks = [asyncio.create_task(self._collect(index)) for index in range(self.body.n)]
-            try:
-                answers = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": text.lstrip(), "refusal": None},
-                "finish_reason": last["finish_reason"],
-                "logprobs": choice_logprobs(logprobs),
-            }
-            for index, (text, logprobs, last) in enumerate(answers)
-        ]
-        usage = sum_usage([last["usage"] for *_, last in answers])
-        self.metrics.finished(usage, time.monotonic() - self.began)
-        return completion(self.request_id, self.body.model, choices, usage)
-
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a stream, those of all choices as they come."""
-        from llava.serve.api.types import completion_chunk, sum_usage
-
-        queue: asyncio.Queue = asyncio.Queue()
-        usages: list[dict[str, int]] = []
-        with self.metrics.in_flight.track_inprogress():
-            tasks = [asyncio.create_task(self._feed(index, queue)) for index in range(self.body.n)]
-            for task in tasks:
-                task.add_done_callback(lambda done: _pass_on(done, queue))
-            try:
-                while len(usages) < self.body.n:
-                    item = await queue.get()
-                    if isinstance(item, Exception):
-                        raise item
-                    choice, usage = item
-                    if usage is not None:
-                        usages.append(usage)
-                    yield completion_chunk(self.request_id, self.body.model, [choice])
-            finally:
-                for task in tasks:
-                    task.cancel()
-        usage = sum_usage(usages)
-        self.metrics.finished(usage, time.monotonic() - self.began)
-        if self.body.stream_options and self.body.stream_options.include_usage:
-            yield completion_chunk(self.request_id, self.body.model, [], usage)
-
-    def count(self, status: str) -> None:
-        self.metrics.requests.labels(self.body.model if status == "ok" else "", status).inc()
-        if status != "ok":
+    def close(self, status: str) -> None:
+        self.metrics.requests.labels(self.model if status == "ok" else "", status).inc()
+        if status == "ok":
+            logger.info("%s key %s model %r: answered", self.request_id, self.key, self.model)
+        else:
             self.metrics.errors.labels(status).inc()
-
-    async def _collect(self, index: int) -> tuple[str, list | None, dict]:
-        logprobs: list | None = [] if self.body.logprobs else None
-        text, last = "", {}
-        async for chunk in self._chunks(index):
-            text, last = chunk["text"], chunk
-            if logprobs is not None:
-                logprobs += chunk.get("logprobs") or []
-        return text, logprobs, last
-
-    async def _feed(self, index: int, queue: asyncio.Queue) -> None:
-        """(choice, usage or None) for each chunk of one answer."""
-        from llava.serve.api.types import choice_logprobs
-
-        said, is_first = "", True
-        async for chunk in self._chunks(index):
-            # Templates leave a blank before the answer; whole answers come without it too.
-            text = chunk["text"].lstrip()
-            delta: dict[str, Any] = {"content": text[len(said) :]}
-            if is_first:
-                delta, is_first = {"role": "assistant"} | delta, False
-            said = text
-            reason = chunk.get("finish_reason")
-            choice = {"index": index, "delta": delta, "finish_reason": reason}
-            choice["logprobs"] = choice_logprobs(chunk.get("logprobs"))
-            queue.put_nowait((choice, chunk["usage"] if reason else None))
-
-    async def _chunks(self, index: int) -> AsyncIterator[dict[str, Any]]:
-        body = self.body.worker_body(index, self.request_id)
-        async with contextlib.aclosing(self.client.generate(body)) as chunks:
-            async for chunk in chunks:
-                if chunk["text"] and not self.said_something:
-                    self.said_something = True
-                    self.metrics.first_token.observe(time.monotonic() - self.began)
-                yield chunk
-
-
-def _pass_on(done: asyncio.Task, queue: asyncio.Queue) -> None:
-    """Hand a failed task's exception to whoever reads the queue."""
-    if not done.cancelled() and done.exception() is not None:
-        queue.put_nowait(done.exception())
+            logger.warning("%s model %r: %s", self.request_id, self.model, status)
 
 
 async def _event_stream(
-    first: dict, events: AsyncGenerator[dict[str, Any], None], answer: ChatAnswer
+    first: dict[str, Any], events: AsyncGenerator[dict[str, Any], None], account: Account, end: bytes
 ) -> AsyncIterator[bytes]:
     status = ErrorType.CANCELLED.value  # until we know better: the client may leave
     try:
@@ -257,21 +186,22 @@ async def _event_stream(
             async for event in events:
                 yield _event(event)
         status = "ok"
-        yield b"data: [DONE]\n\n"
+        yield end
     except ServeError as error:
         status = error.error_type.value
-        yield _event(error_body(error, answer.request_id))
+        yield _event(error_body(error, account.request_id))
     except Exception:
         status = ErrorType.INTERNAL.value
-        logger.exception("%s failed", answer.request_id)
-        yield _event(error_body(ServeError(ErrorType.INTERNAL), answer.request_id))
+        logger.exception("%s failed", account.request_id)
+        yield _event(error_body(ServeError(ErrorType.INTERNAL), account.request_id))
     finally:
-        answer.count(status)
-        logger.info("%s model %r: %s", answer.request_id, answer.body.model, status)
+        account.close(status)
 
 
-def _event(content: dict) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+def _event(content: dict[str, Any]) -> bytes:
+    """A server-sent event; those that have a type of their own are named by it."""
+    name = f"event: {content['type']}\n".encode() if "type" in content else b""
+    return name + b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class ErrorType(StrEnum):
     """What can go wrong for a client. Each has one code of the old protocol and one HTTP status."""
 
     NO_WORKER = "no_worker"
+    NO_MODEL = "model_not_found"
     WORKER_LOST = "worker_lost"
     QUEUE_FULL = "queue_full"
     OUT_OF_MEMORY = "out_of_memory"
@@ -56,6 +57,7 @@ class ErrorKind:
 
 ERRORS: dict[ErrorType, ErrorKind] = {
     ErrorType.NO_WORKER: ErrorKind(50003, 503, "No worker is ready for this model. Wait until one has loaded."),
+    ErrorType.NO_MODEL: ErrorKind(40402, 404, "There is no such model. /v1/models lists those that can be asked."),
     ErrorType.WORKER_LOST: ErrorKind(50004, 502, "The worker stopped while it was answering. Ask again."),
     ErrorType.QUEUE_FULL: ErrorKind(50005, 429, "The queue is full. Ask again in a moment.", 1.0),
     ErrorType.OUT_OF_MEMORY: ErrorKind(50002, 507, "The worker ran out of memory on this request."),

@@ -1,13 +1,15 @@
 """What clients send, as pydantic models: OpenAI's messages, a worker's request, what the controller is told.
 
 Shapes, ranges and lengths are checked here, before anything is joined or tokenised; what several fields have to do
-with each other is checked in `llava.serve.job` and `llava.serve.api.types`.
+with each other is checked in `llava.serve.job` and `llava.serve.api`.
 """
 
+import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llava.sampling_params import MOST_LOGPROBS, Fields, SamplingFields, SamplingParams, TokenId, Whole
@@ -60,7 +62,10 @@ def _parts(content: Any) -> Any:
 
 
 class ChatMessage(Fields):
-    """One of OpenAI's messages; content that is one text is one part."""
+    """One of OpenAI's messages; content that is one text is one part.
+
+    The call of a function is read as the text that the model made of it, a function's result as the user's.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -69,6 +74,27 @@ class ChatMessage(Fields):
         BeforeValidator(_parts, json_schema_input_type=str | Annotated[list[Part], Field(min_length=1)]),
         at_most(MAX_PARTS),
     ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _call_as_text(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        if given.get("role") == "tool":
+            return {"role": "user", "content": given.get("content")}
+        calls = given.get("tool_calls")
+        if given.get("role") != "assistant" or not isinstance(calls, list) or not calls:
+            return given
+        texts = [given["content"]] if isinstance(given.get("content"), str) and given["content"] else []
+        return {"role": "assistant", "content": "\n".join([*texts, *(_call_text(call) for call in calls)])}
+
+
+def _call_text(call: Any) -> str:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    name, arguments = (function.get(key) for key in ("name", "arguments")) if isinstance(function, Mapping) else (0, 0)
+    if not isinstance(name, str) or not isinstance(arguments, str):
+        raise PydanticCustomError("tool_call", "A call needs a function with name and arguments, both texts")
+    return f'{{"name":{json.dumps(name)},"arguments":{arguments}}}'
 
 
 def _check_length(messages: list[ChatMessage]) -> list[ChatMessage]:

@@ -19,6 +19,10 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+TINY_ENV = {"LLAVA_SERVE_SECRET": "s3cret", "OMP_NUM_THREADS": "1"}
+"""Of the processes that serve a tiny model."""
+
+
 class Process:
     """`python -m module …` with its own port; `url` is where it answers, `log` what it wrote."""
 

@@ -17,38 +17,9 @@ from llava.serve import model_worker
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
 from llava.serve.web.attention_view import Shown
-from tests.serve.processes import Process, wait_until
-from tests.tiny import make_llava
+from tests.serve.processes import TINY_ENV, Process, wait_until
 
-ENV = {"LLAVA_SERVE_SECRET": "s3cret", "OMP_NUM_THREADS": "1"}
 SECRET = {HEADER: "s3cret"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_llava(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def serving(checkpoint):
-    """(controller, worker, API)"""
-    with Process("llava.serve.controller", env=ENV) as controller:
-        controller.wait()
-        words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--device", "cpu", "--max-queue", "8"]
-        with (
-            Process("llava.serve.model_worker", "--controller", controller.url, *words, env=ENV) as worker,
-            Process("llava.serve.openai_api_server", "--controller", controller.url, env=ENV) as api,
-        ):
-            worker.wait(seconds=500)
-            api.wait()
-            wait_until(lambda: httpx.get(api.url + "/ready").status_code == 200, 30)
-            yield controller, worker, api
-
-
-@pytest.fixture
-def client(serving):
-    with openai.OpenAI(base_url=serving[2].url + "/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def image(color=(200, 30, 30), size=(40, 30)):
@@ -62,16 +33,16 @@ def question(text, *images):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def ask(client, text, *images, **more):
+def ask(tiny_client, text, *images, **more):
     more = {"model": "tiny", "messages": question(text, *images), "max_tokens": 12} | more
-    return client.chat.completions.create(**more)
+    return tiny_client.chat.completions.create(**more)
 
 
 def stats(worker):
     return httpx.post(worker.url + "/worker_get_status", headers=SECRET, timeout=10).json()["stats"]
 
 
-def test_answers_equal_the_engines_own(client, checkpoint):
+def test_answers_equal_the_engines_own(tiny_client, checkpoint):
     from llava.conversation import get_template
     from llava.generation import Engine, Request, SamplingParams
     from llava.images import open_uploaded_image
@@ -82,21 +53,21 @@ def test_answers_equal_the_engines_own(client, checkpoint):
     conversation.append_message(conversation.roles[0], "<image>\nWhat is shown?")
     request = Request(conversation, [open_uploaded_image(image())], SamplingParams(max_new_tokens=12))
     (expected,) = Engine(loaded).generate([request])
-    reply = ask(client, "What is shown?", image())
+    reply = ask(tiny_client, "What is shown?", image())
     assert reply.choices[0].message.content == expected.text.lstrip()
     assert reply.usage.completion_tokens == len(expected.token_ids)
     assert reply.usage.prompt_tokens == expected.prompt_tokens
-    with ask(client, "What is shown?", image(), stream=True) as stream:
+    with ask(tiny_client, "What is shown?", image(), stream=True) as stream:
         assert "".join(chunk.choices[0].delta.content for chunk in stream).strip() == expected.text.strip()
 
 
-def test_many_at_once_equal_one_at_a_time(client):
+def test_many_at_once_equal_one_at_a_time(tiny_client):
     asked = [(f"Is there {number}?", image((number * 20, 0, 0))) for number in range(8)]
-    alone = [ask(client, *each).choices[0].message.content for each in asked]
+    alone = [ask(tiny_client, *each).choices[0].message.content for each in asked]
     together = [None] * len(asked)
 
     def work(place):
-        together[place] = ask(client, *asked[place]).choices[0].message.content
+        together[place] = ask(tiny_client, *asked[place]).choices[0].message.content
 
     threads = [threading.Thread(target=work, args=(place,)) for place in range(len(asked))]
     for thread in threads:
@@ -106,26 +77,26 @@ def test_many_at_once_equal_one_at_a_time(client):
     assert together == alone
 
 
-def test_seeds_stops_logprobs_choices(client):
+def test_seeds_stops_logprobs_choices(tiny_client):
     hot = {"temperature": 2.0, "seed": 7}
-    first, second = (ask(client, "Hi", **hot).choices[0].message.content for _ in range(2))
+    first, second = (ask(tiny_client, "Hi", **hot).choices[0].message.content for _ in range(2))
     assert first == second
-    several = ask(client, "Hi", n=3, **hot)
+    several = ask(tiny_client, "Hi", n=3, **hot)
     assert several.choices[0].message.content == first
     assert len({choice.message.content for choice in several.choices}) > 1
-    reply = ask(client, "Hi", logprobs=True, top_logprobs=2)
+    reply = ask(tiny_client, "Hi", logprobs=True, top_logprobs=2)
     entries = reply.choices[0].logprobs.content
     assert len(entries) == reply.usage.completion_tokens
     assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in entries)
     assert all(entry.top_logprobs[0].token == entry.token for entry in entries), "greedy takes the likeliest"
     whole = reply.choices[0].message.content
     letter = whole[len(whole) // 2]
-    stopped = ask(client, "Hi", stop=[letter])
+    stopped = ask(tiny_client, "Hi", stop=[letter])
     assert stopped.choices[0].message.content == whole.split(letter)[0]
     assert stopped.choices[0].finish_reason == "stop"
 
 
-def test_parameters_beyond_openais_reach_the_engine(client, checkpoint):
+def test_parameters_beyond_openais_reach_the_engine(tiny_client, checkpoint):
     """As vLLM's clients send them; what they do is the engine's own, so the engine is asked too."""
     from llava.conversation import get_template
     from llava.generation import Engine, Request, SamplingParams
@@ -139,20 +110,20 @@ def test_parameters_beyond_openais_reach_the_engine(client, checkpoint):
         conversation = get_template(engine.model.config.conversation_template)
         conversation.append_message(conversation.roles[0], "Hi")
         (expected,) = engine.generate([Request(conversation, (), SamplingParams(**hot, **case, max_new_tokens=12))])
-        texts.append(ask(client, "Hi", extra_body=case, **hot).choices[0].message.content)
+        texts.append(ask(tiny_client, "Hi", extra_body=case, **hot).choices[0].message.content)
         assert texts[-1] == expected.text.lstrip(), case
     assert len(set(texts[:4])) == 4
-    greedy = ask(client, "Hi").choices[0].message.content
-    assert ask(client, "Hi", extra_body={"top_k": 1}, **hot).choices[0].message.content == greedy
+    greedy = ask(tiny_client, "Hi").choices[0].message.content
+    assert ask(tiny_client, "Hi", extra_body={"top_k": 1}, **hot).choices[0].message.content == greedy
     with pytest.raises(openai.BadRequestError, match="logit_bias: 99999 is no id"):
-        ask(client, "Hi", logit_bias={"99999": 1})
+        ask(tiny_client, "Hi", logit_bias={"99999": 1})
     with pytest.raises(openai.BadRequestError, match="characters, more than the model's context"):
-        ask(client, "left right " * 200_000)
+        ask(tiny_client, "left right " * 200_000)
 
 
-def test_where_the_model_looked(serving):
+def test_where_the_model_looked(tiny_serving):
     """The worker's own ids of an answer lead to weights that sum to what they say, in the page's form."""
-    worker = serving[1]
+    worker = tiny_serving[1]
     asked = {"model": "tiny", "messages": question("What is shown?", image(), image((0, 0, 9)))}
     told = {"max_new_tokens": 6, "ignore_eos": True, "return_token_ids": True}
 
@@ -174,10 +145,10 @@ def test_where_the_model_looked(serving):
     assert httpx.post(worker.url + "/worker_attention_map", json=asked, timeout=10).status_code == 401
 
 
-def test_old_clients_get_prompt_and_answer(serving):
+def test_old_clients_get_prompt_and_answer(tiny_serving):
     prompt = "USER: <image>\nWhat? ASSISTANT:"
     body = {"model": "tiny", "prompt": prompt, "images": [image()], "temperature": 0.2, "stop": "</s>"}
-    for server in serving[:2]:
+    for server in tiny_serving[:2]:
         reply = httpx.post(
             server.url + "/worker_generate_stream", json=body | {"max_new_tokens": 5}, headers=SECRET, timeout=60
         )
@@ -195,16 +166,16 @@ def test_old_clients_get_prompt_and_answer(serving):
         ("bad_image", 400, "beyond what is allowed", lambda: question("x", image(size=(30_000, 2)))),
     ],
 )
-def test_failures_of_the_model_have_their_words(client, kind, status, words, ask_for):
+def test_failures_of_the_model_have_their_words(tiny_client, kind, status, words, ask_for):
     with pytest.raises(openai.APIStatusError, match=words) as caught:
-        client.chat.completions.create(model="tiny", messages=ask_for())
+        tiny_client.chat.completions.create(model="tiny", messages=ask_for())
     assert (caught.value.status_code, caught.value.type) == (status, kind)
     assert "/" not in caught.value.body["message"].replace("data:image/png", ""), "no path of the server"
 
 
-def test_health_answers_and_leaving_frees_the_slot(serving, client):
-    worker = serving[1]
-    stream = ask(client, "Long", stream=True, max_tokens=400, extra_body={"ignore_eos": True})
+def test_health_answers_and_leaving_frees_the_slot(tiny_serving, tiny_client):
+    worker = tiny_serving[1]
+    stream = ask(tiny_client, "Long", stream=True, max_tokens=400, extra_body={"ignore_eos": True})
     next(iter(stream))
     assert httpx.get(worker.url + "/health", timeout=5).status_code == 200
     stream.close()
@@ -214,7 +185,7 @@ def test_health_answers_and_leaving_frees_the_slot(serving, client):
 def test_a_full_queue_says_so(checkpoint):
     words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--no-register", "--device", "cpu"]
     limits = ["--max-queue", "1", "--limit-model-concurrency", "1"]
-    with Process("llava.serve.model_worker", *words, *limits, env=ENV) as worker:
+    with Process("llava.serve.model_worker", *words, *limits, env=TINY_ENV) as worker:
         worker.wait(seconds=500)
         body = {"model": "tiny", "prompt": "Hi", "max_new_tokens": 450, "ignore_eos": True, "stream": False}
         outcomes = []
@@ -236,19 +207,19 @@ def test_a_full_queue_says_so(checkpoint):
 def test_a_quantized_worker_answers(checkpoint, flag):
     pytest.importorskip("bitsandbytes")
     words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--no-register", "--device", "cpu", flag]
-    with Process("llava.serve.model_worker", *words, env=ENV) as worker:
+    with Process("llava.serve.model_worker", *words, env=TINY_ENV) as worker:
         worker.wait(seconds=500)
         body = {"model": "tiny", "messages": question("What?", image()), "max_new_tokens": 5, "ignore_eos": True}
         reply = httpx.post(worker.url + "/worker_generate_stream", json=body, headers=SECRET, timeout=60)
         assert split_chunks(reply.content)[0][-1]["usage"]["completion_tokens"] == 5
 
 
-def test_the_tools(serving, tmp_path):
-    controller, worker, _ = serving
+def test_the_tools(tiny_serving, tmp_path):
+    controller, worker, _ = tiny_serving
 
     def tool(name, *words):
         command = [sys.executable, "-m", f"llava.serve.{name}", "--controller-address", controller.url, *words]
-        return subprocess.run(command, capture_output=True, text=True, env={**_environment(), **ENV})
+        return subprocess.run(command, capture_output=True, text=True, env={**_environment(), **TINY_ENV})
 
     said = tool("test_message", "--model-name", "tiny", "--message", "Hi", "--max-new-tokens", "4")
     assert (said.returncode, said.stderr) == (0, "")

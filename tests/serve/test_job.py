@@ -6,7 +6,7 @@ import pytest
 
 from llava.conversation import get_template
 from llava.sampling_params import SamplingFields, SamplingParams, sliders
-from llava.serve.api.types import ChatRequest
+from llava.serve.api.chat import ChatRequest
 from llava.serve.job import Message, read_job, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import MAX_TEXT, GenerateRequest
@@ -20,6 +20,7 @@ OTHER_VALUES = {
     "stop": ["###"],
     "stop_token_ids": [3],
     "logit_bias": {"7": 1.5},
+    "json_schema": {"type": "object"},
     "ignore_eos": True,
 }
 """Of parameters that have no slider, or whose default is its end."""
@@ -43,7 +44,7 @@ def test_every_parameter_of_a_request_reaches_the_engine():
     for model, more in ((GenerateRequest, {}), (ChatRequest, {"model": "m"})):
         body = {"messages": [USER], **given, **more}
         request = model.model_validate(body)
-        body = body if model is GenerateRequest else request.worker_body(0, "req-0123456789abcdef")
+        body = body if model is GenerateRequest else request.worker_bodies("req-0123456789abcdef")[0]
         sampling = read_job(json.loads(json.dumps(body))).sampling
         assert sampling == SamplingParams(**given, max_new_tokens=256)
         assert sampling.common().keys() == given.keys()
@@ -106,7 +107,8 @@ def test_neighbouring_turns_are_joined_and_system_goes_into_the_template():
         ({"messages": [{"role": "user", "content": "x" * (MAX_TEXT // 2)}] * 3}, "messages: The texts have 6291456"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text: Field required"),
         ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}]}, "A call needs"),
         ({"messages": [{"role": "user", "content": None}]}, "content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},

@@ -35,7 +35,7 @@ class Metrics:
         self.duration.observe(seconds)
         self.prompt_tokens.inc(usage["prompt_tokens"])
         self.completion_tokens.inc(usage["completion_tokens"])
-        self.cached_tokens.inc(usage["prompt_tokens_details"]["cached_tokens"])
+        self.cached_tokens.inc(usage["cached_tokens"])
         if seconds > 0:
             self.speed.observe(usage["completion_tokens"] / seconds)
 

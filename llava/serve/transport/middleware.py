@@ -191,6 +191,7 @@ def error_body(error: ServeError, request_id: str) -> dict:
         "error": {
             "message": str(error),
             "type": error.error_type.value,
+            "param": None,
             "code": error.error_type.value,
             "error_code": kind.code,
             "request_id": request_id,
