@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 LMMS_EVAL := $(VENV)/lmms-eval
+CLIENTS := $(VENV)/clients
 
-.PHONY: help install lock audit sbom demo serve test test-all fuzz fuzz-api kills lint format clean
+.PHONY: help install lock audit sbom demo serve clients test test-all fuzz fuzz-api kills lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -57,7 +58,16 @@ $(DEEPSPEED): $(STAMP)
 test: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL)  ## the tests that CI runs
 	$(BIN)/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile
 
-test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL)  ## all tests, the long ones too
+# Clients of the API that others wrote, in an environment of their own; what can't be had is left out.
+clients: $(CLIENTS)/.installed  ## install what tests/clients talks with (minutes)
+$(CLIENTS)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(CLIENTS)
+	-$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	-$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --target $(CLIENTS)/openai-1 'openai<2'
+	-command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix $(CLIENTS) openai@6
+	touch $@
+
+test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL) $(CLIENTS)/.installed  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
 # Routes without a body have only one request, so some more are asked for than are made.

@@ -28,6 +28,7 @@ VERBS = {
         "test-worker": "llava.serve.test_message",
     },
     "data": {
+        "image-info": "llava.images.info",
         "convert": "llava.data.convert",
         "validate": "llava.data.validate",
         "audit": "llava.data.audit",

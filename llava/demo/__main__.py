@@ -15,14 +15,14 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", default="runs/demo", help="a rerun goes on at the first unfinished step")
     parser.add_argument("--seed", type=int, default=0, help="of images, models and training")
-    parser.add_bool("--small", help="the smallest size: every step once, learning next to nothing")
+    parser.add_bool("--small", help="every step once, on 500 images in about a minute, learning next to nothing")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.constants import RESEARCH_NOTICE
-    from llava.demo.report import write_report
+    from llava.demo.report import NO_SCORES, write_report
     from llava.demo.scores import results, score_runs, table
     from llava.demo.settings import FULL, SMALL
     from llava.demo.steps import run_steps
@@ -34,13 +34,16 @@ def main(argv: list[str] | None = None) -> None:
     scores = score_runs(output)
     pipeline.seconds["scores"] = time.monotonic() - started
     seconds = pipeline.total + pipeline.seconds["scores"]
-    summary = results(scores, seconds, args.seed)
+    summary = results(scores if settings.claims_scores else {}, scores[""].finding.questions, seconds, args.seed)
     write_json(output / "results.json", summary)
-    report = write_report(output, scores, summary, pipeline.seconds)
-    rows = table(scores)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    report = write_report(output, scores, summary, pipeline.seconds, settings.claims_scores)
+    if settings.claims_scores:
+        rows = table(scores)
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    else:
+        write_line(NO_SCORES)
     write_line(f"{summary['questions']} questions about findings on held-out images, seed {args.seed}, {seconds:.0f} s")
     write_line(f"report: {report}")
     write_line(f"model: {output / 'vqa'}")

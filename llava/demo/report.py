@@ -24,10 +24,13 @@ _LEARNED = {
 }
 
 
+NO_SCORES = "A small run shows that every step works. Its model has learned next to nothing, so no score is given."
+
+
 def write_report(
-    output: Path, scores: dict[str, RunScores], summary: dict[str, Any], seconds: dict[str, float]
+    output: Path, scores: dict[str, RunScores], summary: dict[str, Any], seconds: dict[str, float], claims_scores: bool
 ) -> Path:
-    """Write `output/report.html` and return its path."""
+    """Write `output/report.html` and return its path; without scores where they would say nothing."""
     times = [[name.replace("_", " "), f"{value:.0f}"] for name, value in seconds.items()]
     rows = scores[""].rows
     return write_page(
@@ -36,7 +39,7 @@ def write_report(
         f"{summary['questions']} questions about findings on images that training never showed, in combinations "
         f"that it never showed. Seed {summary['seed']}, {summary['seconds']:.0f} seconds.",
         [
-            ("Scores", _scores(scores)),
+            ("Scores", _scores(scores) if claims_scores else note(NO_SCORES)),
             ("Loss curves", _curves(output)),
             ("Right answers", _examples(output, rows, right=True)),
             ("Wrong answers", _examples(output, rows, right=False)),

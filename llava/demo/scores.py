@@ -27,13 +27,13 @@ def score_runs(output: Path, resamples: int = 1000) -> dict[str, RunScores]:
     return {prefix: _score(output, prefix, resamples) for prefix in RUNS}
 
 
-def results(scores: dict[str, RunScores], seconds: float, seed: int) -> dict[str, float | int]:
-    """What `results.json` holds: fractions of the *strict* set over the finding questions."""
+def results(scores: dict[str, RunScores], questions: int, seconds: float, seed: int) -> dict[str, float | int]:
+    """What `results.json` holds: fractions of the *strict* set over so many finding questions."""
     content: dict[str, float | int] = {}
     for prefix, run in scores.items():
         for key, kind in (("closed_accuracy", "closed"), ("open_recall", "open")):
             content[prefix + key] = round((run.finding.headline("strict", kind).value or 0.0) / 100, 4)
-    return content | {"questions": scores[""].finding.questions, "seconds": round(seconds, 1), "seed": seed}
+    return content | {"questions": questions, "seconds": round(seconds, 1), "seed": seed}
 
 
 def table(scores: dict[str, RunScores]) -> list[list[str]]:

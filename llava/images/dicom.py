@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import ImageError, LlavaError, require
+from llava.images.facts import ImageFacts, plane_of
 from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, unpack_rle
 from llava.images.headers.dicom_file import DicomFile, check_values, read_dicom_file, sequence, transfer_syntax_name
 from llava.images.limits import Limits, plain_errors
@@ -73,6 +74,87 @@ def read_dicom(
             if header.get("PhotometricInterpretation") == "PALETTE COLOR":
                 return Image.fromarray(in_bands(lambda band: _palette(pydicom, band, header), values))
             return grey_to_rgb(_grey(pydicom, values, file, index, chosen))
+
+
+def describe_dicom(
+    content: bytes,
+    name: str,
+    limits: Limits,
+    *,
+    frame: int | None = None,
+    window: str | tuple[float, float] | None = None,
+) -> ImageFacts:
+    """What `read_dicom` would show with these options, and why; no tag that could name a patient is read.
+
+    Raises:
+        ImageError, LlavaError: as `read_dicom`, but for damage in the pixels themselves.
+    """
+    pydicom = require("pydicom", "medical")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    chosen = None if window is None else read_window(window)
+    with warnings.catch_warnings(), plain_errors(name, "the DICOM header can't be read"):
+        warnings.simplefilter("ignore")
+        file = read_dicom_file(pydicom, content, name, limits)
+        header = file.header
+        frames = _check(header, name, limits)
+        index = _choose_frame(frame, frames, name)
+        meaning = str(header.get("PhotometricInterpretation") or "unknown")
+        facts = ImageFacts(
+            "DICOM",
+            int(header.Columns),
+            int(header.Rows),
+            frames,
+            index,
+            f"{header.get('BitsStored') or header.get('BitsAllocated')} bits, {meaning}, "
+            f"{transfer_syntax_name(file.syntax)}",
+            modality=_word(header.get("Modality")),
+            orientation=_plane(header),
+            spacing_mm=_spacing(header),
+        )
+        if frames > 1:
+            facts.shown.append(f"frame {index} of {frames}, {'as asked' if frame is not None else 'the middle one'}")
+        if int(header.get("SamplesPerPixel") or 1) == 3 or meaning == "PALETTE COLOR":
+            facts.shown.append("its colours")
+            return facts
+        module = _grey_module(pydicom, file, index)
+        facts.window = chosen or (None if "VOILUTSequence" in module else _own_window(module))
+        facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
+        if meaning == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
+            facts.shown.append(f"inverted, since low values are white ({meaning})")
+        if _padding(header) is not None:
+            facts.shown.append("padding is black")
+    if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
+        facts.shown.append("the file says that text is burnt into its pixels; it stays there and may name the patient")
+    return facts
+
+
+def _why(chosen: tuple[float, float] | None, window: tuple[float, float] | None, has_table: bool) -> str:
+    if window is None:
+        return "grey by the file's table" if has_table else "grey from the 0.5th to the 99.5th percentile of the values"
+    whose = "as asked" if chosen else "the file's own"
+    return f"window {window[0]:g}/{window[1]:g} (centre/width), {whose}"
+
+
+def _word(value) -> str | None:
+    """A code of DICOM's (CT, MR, …); None for anything longer or else."""
+    text = str(value or "")
+    return text if text.isalnum() and text.isupper() and len(text) <= 16 else None
+
+
+def _plane(header) -> str | None:
+    directions = header.get("ImageOrientationPatient")
+    if directions is None or len(directions) != 6:
+        return None
+    values = np.array([float(value) for value in directions])
+    return plane_of(values[:3], values[3:])
+
+
+def _spacing(header) -> tuple[float, ...] | None:
+    spacing = header.get("PixelSpacing") or header.get("ImagerPixelSpacing")
+    if spacing is None or len(spacing) != 2:
+        return None
+    between = header.get("SpacingBetweenSlices") or header.get("SliceThickness")
+    return tuple(float(value) for value in (*spacing, *([between] if between else [])))
 
 
 def _check(header, name: str, limits: Limits) -> int:

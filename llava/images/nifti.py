@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import ImageError, LlavaError, require
+from llava.images.facts import ImageFacts
 from llava.images.headers.inflating import GZIP, gunzip
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands
@@ -62,6 +63,47 @@ def read_nifti(
         if chosen is None:
             return grey_to_rgb(percentile_window(slice_))
         return grey_to_rgb(in_bands(lambda band: apply_window(band, chosen), slice_))
+
+
+def describe_nifti(
+    file: BinaryIO,
+    name: str,
+    limits: Limits,
+    *,
+    index: int | None = None,
+    axis: int = 2,
+    window: str | tuple[float, float] | None = None,
+) -> ImageFacts:
+    """What `read_nifti` would show with these options, and why.
+
+    Raises:
+        ImageError, LlavaError: as `read_nifti`.
+    """
+    nibabel = require("nibabel", "medical")
+    image = read_nifti(file, name, limits, index=index, axis=axis, window=window)
+    file.seek(0)
+    header = _read_header(nibabel, _Source(file, name, limits))
+    shape = (*header.get_data_shape(), 1)[:3]
+    orientation = nibabel.orientations.io_orientation(_affine(header)).astype(int)
+    along = int(np.flatnonzero(orientation[:, 0] == axis)[0])
+    chosen = None if window is None else read_window(window)
+    slice_ = shape[along] // 2 if index is None else index
+    codes = "".join(nibabel.orientations.ornt2axcodes(orientation))
+    stored = f"{header.get_data_dtype()}, {' × '.join(map(str, header.get_data_shape()))}, axes {codes}"
+    zooms = tuple(float(size) for size in header.get_zooms()[:3])
+    facts = ImageFacts("NIfTI", *image.size, shape[along], slice_, stored, chosen, _AXES[axis], zooms)
+    which = "the middle one" if index is None else "as asked"
+    facts.shown.append(f"{_AXES[axis]} slice {slice_} of {shape[along]}, {which}")
+    if len(header.get_data_shape()) > 3:
+        facts.shown.append("of the first volume of several")
+    if header.get_data_dtype().fields:
+        facts.shown.append("its colours")
+    elif chosen:
+        facts.shown.append(f"window {chosen[0]:g}/{chosen[1]:g} (centre/width), as asked")
+    else:
+        facts.shown.append("grey from the 0.5th to the 99.5th percentile of the slice")
+    facts.shown.append("turned upright: front (or head) is up, the patient's left is right")
+    return facts
 
 
 class _Source:

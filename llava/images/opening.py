@@ -5,6 +5,7 @@ Error texts are our own words: a decoder's can hold memory addresses or a patien
 
 import base64
 import binascii
+import contextlib
 import io
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava.errors import ImageError
+from llava.images.facts import ImageFacts
 from llava.images.headers.containers import read_container
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
@@ -81,6 +83,55 @@ def open_image(
     else:
         raise ImageError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
     return _open(io.BytesIO(content), len(content), name, limits, frame, window, axis, draft)
+
+
+def describe_image(
+    path: str | os.PathLike,
+    *,
+    limits: Limits | None = None,
+    frame: int | None = None,
+    window: str | tuple[float, float] | None = None,
+    axis: int = 2,
+) -> ImageFacts:
+    """What is in the file at `path`, and what `open_image` shows of it with these options.
+
+    Raises:
+        ImageError, LlavaError: as `open_image`.
+    """
+    limits, name, frames = limits or Limits(), str(path), 1
+    image = open_image(path, limits=limits, frame=frame, window=window, axis=axis)
+    content = Path(path).expanduser().read_bytes()
+    kind = _kind(content[:_HEAD], name)
+    if kind == "nifti":
+        from llava.images.nifti import describe_nifti
+
+        return describe_nifti(io.BytesIO(content), name, limits, index=frame, axis=axis, window=window)
+    if kind == "dicom":
+        from llava.images.dicom import describe_dicom
+
+        return describe_dicom(content, name, limits, frame=frame, window=window)
+    container = read_container(content, name, limits)
+    assert container is not None, "it has just been opened"
+    with plain_errors(name, "the image is damaged or cut off"):
+        # The container holds the first frame alone.
+        with (
+            contextlib.suppress(OSError, ValueError),
+            Image.open(io.BytesIO(content), formats=[container.kind]) as whole,
+        ):
+            frames = getattr(whole, "n_frames", 1)
+        with Image.open(io.BytesIO(container.content)) as opened:
+            facts = ImageFacts(container.kind, *image.size, frames, 0, f"mode {opened.mode}")
+    if facts.frames > 1:
+        facts.shown.append(f"the first of {facts.frames} frames")
+    if container.orientation != 1:
+        facts.orientation = f"EXIF {container.orientation}"
+        facts.shown.append("turned upright as its EXIF orientation says")
+    if opened.mode == "F" or opened.mode.startswith("I"):
+        facts.shown.append("grey of more than 8 bits, scaled by the bits in use")
+    elif opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
+        facts.shown.append("transparency over white")
+    facts.shown.append("as RGB")
+    return facts
 
 
 def _open_file(path: Path, name: str, limits: Limits, frame, window, axis, draft) -> Image.Image:

@@ -9,13 +9,6 @@ import pytest
 from llava.records import read_records
 from tests.openai_server import OpenAIServer
 
-KEYS = {
-    *(f"{run}{metric}" for run in ("", "blind_", "nearest_") for metric in ("closed_accuracy", "open_recall")),
-    "questions",
-    "seconds",
-    "seed",
-}
-
 
 def _python(*words) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=540)
@@ -31,17 +24,35 @@ def demo(tmp_path_factory):
     return output, _demo(output)
 
 
-def test_demo_ends_with_a_table_results_and_a_page(demo):
+def test_a_small_demo_ends_with_results_and_a_page_and_claims_no_score(demo):
     output, done = demo
     assert done.returncode == 0, done.stderr
-    assert "with images" in done.stdout and "nearest image" in done.stdout
+    assert "no score is given" in done.stdout and "%" not in done.stdout
     assert f"report: {output / 'report.html'}" in done.stdout and "research only" in done.stdout
     results = json.loads((output / "results.json").read_text())
-    assert set(results) == KEYS and results["seed"] == 4 and results["questions"] > 80
+    assert set(results) == {"questions", "seconds", "seed"} and results["seed"] == 4 and results["questions"] > 80
+    assert len(list((output / "data" / "images").glob("*.png"))) == 500
     page = (output / "report.html").read_text()
-    assert "<img" in page and "data:image/jpeg;base64" in page and "research only" in page
-    assert page.count("<svg ") == page.count("<figcaption>") >= 7
+    assert "no score is given" in page and "<img" in page and "data:image/jpeg;base64" in page
+    assert "research only" in page and page.count("<svg ") == page.count("<figcaption>") >= 5
     assert 'src="http' not in page and "<script" not in page
+
+
+def test_scores_of_a_whole_demo_are_shown(demo, tmp_path):
+    """Those of the small run, shown as the whole one shows its own."""
+    from llava.demo.report import write_report
+    from llava.demo.scores import results, score_runs, table
+
+    output, _ = demo
+    scores = score_runs(output)
+    summary = results(scores, scores[""].finding.questions, 1.0, 4)
+    metrics = {f"{run}{metric}" for run in ("", "blind_", "nearest_") for metric in ("closed_accuracy", "open_recall")}
+    assert metrics < set(summary)
+    assert [row[0] for row in table(scores)][1:] and "with images" in str(table(scores))
+    page = (output / "report.html").read_bytes()
+    shown = write_report(output, scores, summary, {"scores": 1.0}, claims_scores=True).read_text()
+    (output / "report.html").write_bytes(page)
+    assert "95 % bootstrap intervals" in shown and shown.count("<svg ") == shown.count("<figcaption>") >= 7
 
 
 def test_demo_leaves_a_whole_model_whose_tower_stayed_as_it_was(demo):

@@ -128,15 +128,15 @@ def test_each_failure_has_its_status_and_words(client, word, status, kind, strea
 
 def test_an_unknown_model_and_fields_that_cannot_be_honoured(client):
     for words, more in (
-        ("No worker is ready for the model 'none'", {"model": "none"}),
-        ("tools: not supported", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
-        ("response_format: not supported", {"response_format": {"type": "json_object"}}),
+        ("The model 'none' doesn't exist", {"model": "none"}),
+        ("tool_choice: auto is not supported", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ("response_format.type: Input should be", {"response_format": {"type": "xml"}}),
         ("frequency_penalty: not supported", {"frequency_penalty": 1.0}),
         ("no_such: unknown field", {"extra_body": {"no_such": 1}}),
         ("temperature: ", {"temperature": -1}),
         ("top_logprobs: needs", {"top_logprobs": 2}),
         ("n: ", {"n": 17}),
-        (r"messages.0.role: Input should be", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}),
+        (r"messages.0.role: Input should be", {"messages": [{"role": "robot", "content": "x"}]}),
     ):
         with pytest.raises(openai.APIStatusError, match=words) as caught:
             client.chat.completions.create(**{"model": "scripted", "messages": ASK} | more)

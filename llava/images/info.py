@@ -1,0 +1,116 @@
+"""Look into image files: what they hold, what a model would see of them, and why. Never who they are of.
+
+python -m llava.images.info scan.dcm volume.nii.gz --save seen/
+"""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, run, write_line
+from llava.errors import LlavaError
+from llava.images.facts import ImageFacts
+from llava.images.windows import CT_WINDOWS
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, TIFF, DICOM, NIfTI, …")
+    parser.add_argument("--json", metavar="PATH", help="write what was found here; - is the terminal")
+    parser.add_argument("--save", metavar="PATH", help="write what a model would see: a PNG, or a folder of them")
+    parser.add_argument(
+        "--frame", type=int, help="of a multi-frame file, or slice of a volume; default: the middle one"
+    )
+    parser.add_argument("--axis", type=int, default=2, help="of a volume: 0 sagittal, 1 coronal, 2 axial")
+    parser.add_argument("--window", help=f"CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}")
+    parser.add_argument("--model-path", help="with --save: crop and size as this checkpoint's tower gets it")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    options = {"frame": args.frame, "axis": args.axis, "window": parse_window(args.window)}
+    save = _Saver(args) if args.save else None
+    found: list[dict[str, Any]] = []
+    failed = 0
+    for file in args.files:
+        from llava.images import describe_image
+
+        try:
+            facts = describe_image(file, **options)
+            saved = save(file, options) if save else None
+        except LlavaError as error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201  # one line for each file that doesn't open
+            found.append({"file": file, "error": str(error)})
+            continue
+        found.append({"file": file} | facts.as_dict() | ({"saved": str(saved)} if saved else {}))
+        if args.json != "-":
+            write_line(_text(file, facts, saved))
+    if args.json == "-":
+        write_line(json.dumps(found, ensure_ascii=False, indent=1))
+    elif args.json:
+        from llava.records import write_json
+
+        write_json(Path(args.json), found)
+    return EXIT_BAD_INPUT if failed else 0
+
+
+def parse_window(text: str | None) -> str | tuple[float, float] | None:
+    """`40,80` or a preset's name, as `open_image` takes it.
+
+    Raises:
+        LlavaError: it is neither.
+    """
+    from llava.images.windows import read_window
+
+    if text is None or text.lower() in CT_WINDOWS:
+        return text
+    return read_window(text.replace("/", ",").split(",") if "," in text or "/" in text else text)
+
+
+class _Saver:
+    """Writes PNGs of what is seen."""
+
+    def __init__(self, args: Namespace):
+        self.place = Path(args.save)
+        self.is_file = self.place.suffix.lower() == ".png"
+        if self.is_file and len(args.files) > 1:
+            raise LlavaError(f"--save {args.save}: several files need a folder")
+        self.processor, self.ratio = None, None
+        if args.model_path:
+            from llava.images import ImageProcessor
+            from llava.records import read_json
+
+            self.processor = ImageProcessor.from_pretrained(args.model_path)
+            self.ratio = read_json(Path(args.model_path) / "config.json").get("image_aspect_ratio")
+
+    def __call__(self, file: str, options: dict[str, Any]) -> Path:
+        from llava.images import open_image
+
+        image = open_image(file, **options)
+        if self.processor is not None:
+            pixels = self.processor([image], self.ratio)[0]
+            image = self.processor.restore(pixels if pixels.ndim == 3 else pixels[0])
+        path = self.place if self.is_file else self.place / f"{Path(file).name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, "PNG")
+        return path
+
+
+def _text(file: str, facts: ImageFacts, saved: Path | None) -> str:
+    lines = [f"{file}: {facts.kind}, {facts.width} × {facts.height}, {facts.stored}"]
+    if facts.modality:
+        lines.append(f"  modality: {facts.modality}")
+    if facts.orientation:
+        lines.append(f"  orientation: {facts.orientation}")
+    if facts.spacing_mm:
+        lines.append(f"  spacing: {' × '.join(f'{size:g}' for size in facts.spacing_mm)} mm")
+    lines.append(f"  shown: {'; '.join(facts.shown)}")
+    return "\n".join(lines + ([f"  saved: {saved}"] if saved else []))
+
+
+if __name__ == "__main__":
+    run(main)

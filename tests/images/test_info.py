@@ -1,0 +1,143 @@
+"""`python -m llava.images.info`: what is in a file and what is shown of it, and nothing of whom it is of."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.images import describe_image, open_image
+from llava.images.facts import plane_of
+from llava.images.info import main, parse_window
+from tests.tiny import make_llava
+
+pydicom = pytest.importorskip("pydicom", reason="pydicom isn't installed (extra medical)")
+nibabel = pytest.importorskip("nibabel", reason="nibabel isn't installed (extra medical)")
+
+
+FILES = Path(pydicom.__file__).parent / "data" / "test_files"
+
+
+def ct() -> str:
+    return str(FILES / "CT_small.dcm")
+
+
+@pytest.fixture
+def volume(tmp_path):
+    values = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
+    path = tmp_path / "volume.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([-1.0, 2.0, 3.0, 1.0])), path)
+    return path
+
+
+def test_a_ct_slice():
+    facts = describe_image(ct())
+    assert (facts.kind, facts.width, facts.height, facts.modality) == ("DICOM", 128, 128, "CT")
+    assert facts.orientation == "axial" and facts.spacing_mm == pytest.approx((0.661468, 0.661468, 5.0))
+    assert "Explicit VR Little Endian" in facts.stored and "16 bits" in facts.stored
+    assert facts.window is None and "percentile" in facts.shown[0]
+    lung = describe_image(ct(), window="lung")
+    assert lung.window == (-600, 1500) and lung.shown[0] == "window -600/1500 (centre/width), as asked"
+
+
+def test_frames_windows_and_inversion(tmp_path):
+    colour = describe_image(FILES / "SC_rgb_rle_2frame.dcm")
+    assert (colour.frames, colour.frame) == (2, 1)
+    assert colour.shown == ["frame 1 of 2, the middle one", "its colours"]
+    assert describe_image(FILES / "SC_rgb_rle_2frame.dcm", frame=0).shown[0] == "frame 0 of 2, as asked"
+    header = pydicom.dcmread(ct())
+    header.PhotometricInterpretation, header.WindowCenter, header.WindowWidth = "MONOCHROME1", 50, 350
+    header.BurnedInAnnotation, header.PixelPaddingValue = "YES", -2000
+    header.save_as(tmp_path / "inverse.dcm")
+    shown = describe_image(tmp_path / "inverse.dcm").shown
+    assert shown[0] == "window 50/350 (centre/width), the file's own" and "MONOCHROME1" in shown[1]
+    assert shown[2] == "padding is black" and "burnt into its pixels" in shown[3]
+
+
+@pytest.mark.parametrize(("axis", "plane", "slices", "size"), [(0, "sagittal", 4, (5, 6)), (2, "axial", 6, (4, 5))])
+def test_a_volume(volume, axis, plane, slices, size):
+    facts = describe_image(volume, axis=axis)
+    assert (facts.kind, facts.orientation, facts.frames, facts.frame) == ("NIfTI", plane, slices, slices // 2)
+    assert (facts.width, facts.height) == size == open_image(volume, axis=axis).size
+    assert facts.spacing_mm == (1, 2, 3) and "axes LAS" in facts.stored and "int16" in facts.stored
+    assert any("percentile" in line for line in facts.shown)
+
+
+def test_photographs(tmp_path):
+    pixels = Image.fromarray(np.zeros((6, 9, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels.save(tmp_path / "turned.jpg", exif=exif)
+    facts = describe_image(tmp_path / "turned.jpg")
+    assert (facts.kind, facts.width, facts.height, facts.orientation) == ("JPEG", 6, 9, "EXIF 6")
+    Image.fromarray(np.zeros((6, 9), np.uint16)).save(tmp_path / "deep.png")
+    assert "more than 8 bits" in describe_image(tmp_path / "deep.png").shown[0]
+    pixels.convert("RGBA").save(tmp_path / "clear.png")
+    assert "transparency over white" in describe_image(tmp_path / "clear.png").shown
+    pixels.save(tmp_path / "moving.gif", save_all=True, append_images=[pixels.rotate(90)])
+    assert describe_image(tmp_path / "moving.gif").frames == 2
+
+
+def test_planes():
+    axes = np.eye(3)
+    assert [plane_of(axes[1], axes[2]), plane_of(axes[0], axes[2]), plane_of(axes[0], axes[1])] == [
+        "sagittal",
+        "coronal",
+        "axial",
+    ]
+    assert plane_of(np.array([1, 1, 0.0]), axes[2]) == "oblique" and plane_of(axes[0], axes[0]) == "unknown"
+
+
+def test_windows_as_text():
+    assert parse_window("40,80") == parse_window("40/80") == (40, 80) and parse_window("Lung") == "Lung"
+    with pytest.raises(LlavaError, match="unknown window 'x'"):
+        parse_window("x")
+
+
+def test_the_command(tmp_path, volume, capsys):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    words = [ct(), str(volume), str(tmp_path / "broken.png"), "--save", str(tmp_path / "seen")]
+    assert (
+        main([*words, "--json", str(tmp_path / "found.json"), "--frame", "0", "--axis", "2", "--window", "lung"]) == 2
+    )
+    said = capsys.readouterr()
+    assert "DICOM, 128 × 128" in said.out and "axial slice 0 of 6, as asked" in said.out
+    assert said.err.count("\n") == 1 and "broken.png" in said.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [entry.get("kind") for entry in found] == ["DICOM", "NIfTI", None] and "error" in found[2]
+    seen = Image.open(tmp_path / "seen" / "CT_small.dcm.png")
+    assert np.array_equal(np.asarray(seen), np.asarray(open_image(ct(), window="lung")))
+    assert main([ct(), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["modality"] == "CT"
+    with pytest.raises(LlavaError, match="several files need a folder"):
+        main([ct(), str(volume), "--save", str(tmp_path / "one.png")])
+
+
+def test_what_the_tower_gets(tmp_path, capsys):
+    folder = make_llava(tmp_path / "model")
+    assert main([ct(), "--save", str(tmp_path / "seen.png"), "--model-path", str(folder)]) == 0
+    assert Image.open(tmp_path / "seen.png").size == (28, 28)
+
+
+def test_no_identifier_is_said(tmp_path):
+    """Of every readable DICOM file of pydicom's tests: no value of a field that could name a patient."""
+    named = ("PatientName", "PatientID", "PatientBirthDate", "InstitutionName", "StudyInstanceUID", "SOPInstanceUID",
+             "ReferringPhysicianName", "AccessionNumber", "StudyDate", "SeriesInstanceUID")  # fmt: skip
+    files = sorted(map(str, FILES.glob("*.dcm")))
+    assert len(files) > 40
+    done = subprocess.run(
+        [sys.executable, "-m", "llava.images.info", *files, "--json", "-"], capture_output=True, text=True
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode in (0, 2) and "Traceback" not in said and len(json.loads(done.stdout)) == len(files)
+    for path in files:
+        said = said.replace(str(path), "")
+    for path in files:
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        for name in named:
+            value = str(header.get(name) or "")
+            assert len(value) < 5 or value not in said, (path, name)
