@@ -1,4 +1,4 @@
-"""One forward pass over rows of the cache: which tokens go where, and who sees whom.
+"""One forward pass over rows of the cache: which tokens go where, and which positions each attends to.
 
 All new tokens of all rows stand in one line, so that no padding goes through the products; attention alone works
 on rows, in groups of like length.

@@ -81,7 +81,7 @@ def load_pretrained_model(
     folder = locate_model(model_path, cache_dir=cache_dir)
     base_folder = None
     if model_base is not None:
-        base_folder = locate_model(model_base, "base model", beside=folder, cache_dir=cache_dir)
+        base_folder = locate_model(model_base, "base model", relative_to=folder, cache_dir=cache_dir)
     parts = open_checkpoint(folder, base_folder, vision_tower, cache_dir)
     if conversation_template:
         parts.config.conversation_template = conversation_template

@@ -18,7 +18,7 @@ _TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL)  # a worker that is s
 
 
 class ServingClient:
-    """Answers of the workers behind a controller. Close it with `await client.close()`."""
+    """Answers of a controller's workers. Close it with `await client.close()`."""
 
     def __init__(self, controller: str, secret: str | None):
         self.controller = controller.rstrip("/")

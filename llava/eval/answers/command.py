@@ -147,7 +147,7 @@ def local_model(args: Namespace):
         file = existing_file(args.mm_projector, "--mm-projector")
         if file.name not in PROJECTOR_FILES:
             raise LlavaError(
-                f"--mm-projector {file}: name it {' or '.join(PROJECTOR_FILES)}, with config.json beside it"
+                f"--mm-projector {file}: name it {' or '.join(PROJECTOR_FILES)}, with config.json next to it"
             )
         path, base = str(file.parent), path
     return LocalModel(

@@ -76,7 +76,7 @@ _NEUTRAL: dict[str, tuple] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
 }
-"""What says nothing, by OpenAI's clients and by vLLM's; null never does."""
+"""Values of fields of OpenAI's and vLLM's clients that change nothing and are accepted; null always is."""
 _REFUSED = {"functions", "function_call", "audio", "prediction", "reasoning_effort", "web_search_options", "verbosity"}
 
 

@@ -1,4 +1,4 @@
-"""How our servers and tools ask each other: one aiohttp session each, made alike."""
+"""How our servers and tools ask each other: one aiohttp session each, with the same settings."""
 
 from typing import Any
 
