@@ -6,7 +6,7 @@ from typing import Any
 
 from llava.conversation import Conversation
 from llava.errors import LlavaError
-from llava.sampling_params import SamplingParams
+from llava.sampling_params import SamplingParams as SamplingParams
 
 
 class EngineBusy(LlavaError):
