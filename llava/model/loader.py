@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
@@ -78,6 +79,8 @@ def load_pretrained_model(
     """
     if load_8bit and load_4bit:
         raise LlavaError("load_8bit and load_4bit exclude each other; choose one")
+    if conversation_template:
+        get_template(conversation_template)  # an unknown name is an error before anything is read
     folder = locate_model(model_path, cache_dir=cache_dir)
     base_folder = None
     if model_base is not None:

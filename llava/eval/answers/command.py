@@ -26,8 +26,8 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="answers generated side by side")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best there is)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
-    parser.add_bool("--load-8bit")
-    parser.add_bool("--load-4bit")
+    parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
+    parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
     parser.add_argument(
         "--ablate-image",
         choices=("none", "blank", "noise", "shuffle"),

@@ -19,6 +19,7 @@ def open_session(secret: str | None, read_timeout: float) -> Any:
     """
     import aiohttp
 
+    # An idle connection is dropped here well before the server closes it, so that none is used that has just gone.
     return aiohttp.ClientSession(
         headers={"accept-encoding": "identity", **headers(secret)},
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS / 3),
