@@ -29,7 +29,7 @@ CHUNK = 16 << 20
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where to make the checkpoints (default: the temporary folder)")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers, 0.4 GB each beside 0.5 GB")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers, 0.4 GB each in addition to 0.5 GB")
     parser.add_argument("--rounds", type=int, default=3)
     add_json_flag(parser)
     parser.add_argument("--one", choices=["copy", "apply"], help=argparse.SUPPRESS)

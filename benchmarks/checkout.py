@@ -1,6 +1,6 @@
 """What every benchmark shares: this checkout's code, where models and data are, and how results are shown.
 
-Imported first, it puts the checkout on the path: `python benchmarks/NAME.py` measures the code beside it.
+Imported first, it puts the checkout on the path: `python benchmarks/NAME.py` measures the code next to it.
 """
 
 import json

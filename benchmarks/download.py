@@ -1,4 +1,4 @@
-"""How close many connections come to what a slow server allows: 2,000 small articles behind 50 ms of latency.
+"""How close many connections come to what a slow server allows: 2,000 small articles with 50 ms of latency.
 
     python benchmarks/download.py [--json figures.json]
 

@@ -1,4 +1,4 @@
-"""How long a checkpoint takes to load, beside reading its bytes, and how much memory at the peak.
+"""How long a checkpoint takes to load, compared with reading its bytes, and how much memory at the peak.
 
 python benchmarks/load_checkpoint.py --json out.json
 

@@ -163,7 +163,7 @@ async def poisson(http, bodies, count: int, rate: float):
 
 
 async def ask(http, body: bytes, stream: bool) -> Outcome:
-    """`body` is JSON without its last brace: what is asked for is put behind it, nothing is written anew."""
+    """`body` is JSON without its last brace: what is asked for is put after it, nothing is written anew."""
     outcome, began = Outcome(), time.perf_counter()
     more = b', "stream": true, "stream_options": {"include_usage": true}}' if stream else b"}"
     try:

@@ -106,7 +106,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        # Of a file that was named, or of one beside it; what has no name is a fault of ours.
+        # Of a file that was named, or of one next to it; what has no name is a fault of ours.
         if debug or error.errno not in _REFUSED or error.filename is None:
             raise
         _complain(f"error: {error.filename}: {error.strerror}; choose another place")

@@ -225,7 +225,7 @@ def _remove(part: Path, existed: Path) -> None:
 
 
 @contextmanager
-def writing(target: Path, kept: str = "nothing was left behind") -> Iterator[None]:
+def writing(target: Path, kept: str = "no part of it was left") -> Iterator[None]:
     """What the system refuses to write in the block is said in words; `kept` says what became of the work.
 
     Raises:
@@ -239,7 +239,7 @@ def writing(target: Path, kept: str = "nothing was left behind") -> Iterator[Non
         raise _unwritable(error, target, kept) from error
 
 
-def _unwritable(error: OSError, target: Path, kept: str = "nothing was left behind") -> LlavaError:
+def _unwritable(error: OSError, target: Path, kept: str = "no part of it was left") -> LlavaError:
     """The error of a write to `target` that the system refused, in words."""
     where = error.filename or target
     if error.errno in _NO_SPACE:

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
-_MPT_SYSTEM = "<|im_start|>system\n"
-
 
 class SeparatorStyle(StrEnum):
     """How turns are kept apart (names are the reference's)."""
@@ -70,7 +68,8 @@ class Conversation:
     def set_system(self, text: str) -> None:
         """Put a conversation's own system text in the place of the template's; `plain` has no place for one."""
         if self.sep_style is SeparatorStyle.MPT:
-            text = f"{_MPT_SYSTEM}{text}"
+            mark, _, _ = self.system.partition("\n")  # `<|im_start|>system`, or what another family has for it
+            text = f"{mark}\n{text}"
         self.system = "" if self.sep_style is SeparatorStyle.PLAIN else text
 
     def append_message(self, role: str, text: Any = None) -> None:
@@ -170,11 +169,11 @@ def _llama_2(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterat
 
 def _mpt(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterator[Segment]:
     end = conversation.stop_str
-    behind = conversation.sep.removeprefix(end)
+    after = conversation.sep.removeprefix(end)
     yield Segment(conversation.system + end, False)
     spoken = True
     for role, text in texts:
-        yield Segment((behind if spoken else "") + role, False)
+        yield Segment((after if spoken else "") + role, False)
         spoken = bool(text)
         if text:
             yield Segment(text + end, role == conversation.roles[1])

@@ -10,7 +10,6 @@ from llava.conversation.rendering import Conversation, SeparatorStyle
 from llava.errors import LlavaError
 
 V1_0, V1_5, LLAVA, QWEN = "llava_med_v1.0", "llava_med_v1.5", "llava", "qwen"
-RELEASES = (V1_0, V1_5, LLAVA, QWEN)
 
 
 def get_template(name: str | None, release: str | None = None) -> Conversation:
@@ -167,28 +166,26 @@ _MED_1_0_TEMPLATES = {
         "vicuna_v1_1": _VICUNA,
     }.items()
 }
-_QWEN_TEMPLATES = {
+_FAMILIES_OWN = {
     # ChatML as Qwen2's own chat template writes it: a line break after each end mark, which alone ends an answer.
-    "qwen2": replace(_mpt("You are a helpful assistant."), sep="<|im_end|>\n", sep2="<|im_end|>", version="qwen2"),
+    QWEN: {
+        "qwen2": replace(_mpt("You are a helpful assistant."), sep="<|im_end|>\n", sep2="<|im_end|>", version="qwen2")
+    },
 }
+"""Formats that families of language models were trained with, by whoever released them."""
+
+_RELEASES = {V1_0: _MED_1_0_TEMPLATES, V1_5: _MED_1_5_TEMPLATES, LLAVA: _LLAVA_TEMPLATES} | _FAMILIES_OWN
 _BY_RELEASE = {
     release: {name: replace(template, name=name, release=release) for name, template in templates.items()}
-    for release, templates in (
-        (V1_0, _MED_1_0_TEMPLATES),
-        (V1_5, _MED_1_5_TEMPLATES),
-        (LLAVA, _LLAVA_TEMPLATES),
-        (QWEN, _QWEN_TEMPLATES),
-    )
+    for release, templates in _RELEASES.items()
 }
+RELEASES = tuple(_BY_RELEASE)
 
 # Where releases disagree, LLaVA's meaning is the one that most checkpoints and users have (v1, llava_v1, ...).
 # The two `###` names with the long example are LLaVA-Med v1.0's, which was trained with them: images stay in place.
-_CANONICAL = (
-    _BY_RELEASE[QWEN]
-    | _BY_RELEASE[V1_0]
-    | _BY_RELEASE[LLAVA]
-    | {"mistral_instruct": _BY_RELEASE[V1_5]["mistral_instruct"]}
-)
+_CANONICAL = {name: template for release in _FAMILIES_OWN for name, template in _BY_RELEASE[release].items()}
+_CANONICAL |= _BY_RELEASE[V1_0] | _BY_RELEASE[LLAVA]
+_CANONICAL["mistral_instruct"] = _BY_RELEASE[V1_5]["mistral_instruct"]
 _CANONICAL |= {name: replace(_BY_RELEASE[V1_0]["default"], name=name) for name in ("default", "v0")}
 
 conv_templates: dict[str, Conversation] = _CANONICAL | {

@@ -32,9 +32,10 @@ class Conversion:
     name: str
     splits: dict[str, Iterable[Record]]
     sources: list[Path]
+    image_folder: "ImageFolder | None"
+    """What `convert` was given, so that missing images are counted and said; None if the images come from `sources`."""
     left_out: Counter = field(default_factory=Counter)
     corrected: Counter = field(default_factory=Counter)
-    image_folder: "ImageFolder | None" = None
     candidates: bool = True
     """Whether the open answers of the training split are worth a candidate file."""
 

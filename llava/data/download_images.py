@@ -1,4 +1,4 @@
-"""Fetch the images of LLaVA-Med out of PubMed Central's article archives: many at once, politely, resumable.
+"""Fetch the images of LLaVA-Med out of PubMed Central's article archives: many at once, at a limited rate, resumable.
 
     python -m llava.data.download_images --input_path data/llava_med_image_urls.jsonl \\
         --pmc_output_path data/pmc_articles --images_output_path data/images
@@ -27,16 +27,16 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--images_output_path", required=True, help="gets <pair_id>.jpg and the list of failures")
     parser.add_argument("--pmc_output_path", help="where whole archives go with --keep-archives; else not used")
     parser.add_bool("--keep-archives", help="keep every archive (3.6 TB in all); kept ones are read instead of fetched")
-    parser.add_argument("--failures", help=f"list of failures (JSONL); default: {FAILURES_FILE} beside the images")
+    parser.add_argument("--failures", help=f"list of failures (JSONL); default: {FAILURES_FILE} next to the images")
     parser.add_bool("--retry-failed", help="ask again also for what an earlier run found to be gone for good")
     parser.add_argument("--max-failures", type=int, help="exit with 1 if more images than this failed")
     parser.add_argument("--limit", type=int, help="number of lines to read from the start of the list")
-    polite = parser.add_argument_group("how fast")
-    polite.add_argument("--connections", type=int, default=8, help="archives fetched at once")
-    polite.add_argument("--requests-per-second", type=float, default=3.0, help="over all connections; 0: no limit")
-    polite.add_argument("--retries", type=int, default=4, help="after a failed line, a 429 or a 5xx")
-    polite.add_argument("--backoff", type=float, default=1.0, help="seconds before the first retry, then doubled")
-    polite.add_argument("--oa-service", default=OA_SERVICE, help='second source of dead articles; "" asks none')
+    speed = parser.add_argument_group("how fast")
+    speed.add_argument("--connections", type=int, default=8, help="archives fetched at once")
+    speed.add_argument("--requests-per-second", type=float, default=3.0, help="over all connections; 0: no limit")
+    speed.add_argument("--retries", type=int, default=4, help="after a failed connection, a 429 or a 5xx")
+    speed.add_argument("--backoff", type=float, default=1.0, help="seconds before the first retry, then doubled")
+    speed.add_argument("--oa-service", default=OA_SERVICE, help='second source of dead articles; "" asks none')
     caps = parser.add_argument_group("how much")
     caps.add_argument("--timeout", type=float, default=30.0, help="seconds without a byte")
     caps.add_argument("--article-timeout", type=float, default=900.0, help="seconds for one archive")

@@ -21,6 +21,10 @@ CORRELATION = 0.98
 
 _SIDE = 64  # of thumbnails, pixels
 _WAVES = 8  # lowest waves of the cosine transform along each side that make the hash
+_COSINES = np.cos(np.pi * (2 * np.arange(_SIDE)[None, :] + 1) * np.arange(_WAVES)[:, None] / (2 * _SIDE)).astype(
+    np.float32
+)
+_BIT_COUNTS = np.array([bin(value).count("1") for value in range(256)], dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,3 @@ def groups(pairs: Iterable[tuple[str, str]], names: Sequence[str]) -> dict[str, 
         parent[root(first)] = root(second)
     numbers: dict[str, int] = {}
     return {name: numbers.setdefault(root(name), len(numbers)) for name in names}
-
-
-_COSINES = np.cos(np.pi * (2 * np.arange(_SIDE)[None, :] + 1) * np.arange(_WAVES)[:, None] / (2 * _SIDE)).astype(
-    np.float32
-)
-_BIT_COUNTS = np.array([bin(value).count("1") for value in range(256)], dtype=np.int32)

@@ -47,8 +47,6 @@ NOTES = {
     "truncated": "longer than the model's maximum; its end is cut off",
     "duplicate_id": "an id that another record has too",
 }
-
-
 _USUAL_SPEAKERS = ("human", "gpt", "system")
 
 
@@ -92,7 +90,7 @@ def check_form(record: Record) -> list[Finding]:
 
 
 def _is_plainly_good(record: Record) -> bool:
-    """Whether a record is in the usual form without anything to find: a quick look that spares most the close one."""
+    """Whether a record is in the usual form with no fault and no note: most records need no closer look."""
     entries = record.get("conversations")
     if type(entries) is not list or not entries or len(entries) % 2:
         return False
@@ -135,8 +133,7 @@ def repair(record: Record, findings: Sequence[Finding]) -> Record | None:
     Put right: the misspelt key, numbers, a question nobody answered at the end, and one missing `<image>`.
     """
     kinds = {finding.kind for finding in findings}
-    beyond = kinds & FAULTS.keys() - {"no_answer", "image_count"}
-    if beyond:
+    if kinds & (FAULTS.keys() - {"no_answer", "image_count"}):
         return None
     given = {key: value for key, value in record.items() if value is not None}
     turns = plain_entries(record)

@@ -1,6 +1,6 @@
 """Answer the first question of each LLaVA-Med record: batched, greedy by default, resumable after a kill.
 
-Answers go to --answers-file in the order of the questions, with a manifest of what made them beside it.
+Answers go to --answers-file in the order of the questions, with a manifest of what made them next to it.
 """
 
 from llava.commandline import ArgumentParser, run, write_line

@@ -1,7 +1,7 @@
-"""One page from any number of answer files: scores beside the paper's, intervals, what the images add, examples.
+"""One page from any number of answer files: scores next to the paper's, intervals, what the images add, examples.
 
 Writes a self-contained HTML page and the score table as Markdown. Answers of the same checkpoint with
---ablate-image are put beside those with images by their manifests.
+--ablate-image are put next to those with images by their manifests.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files")
     parser.add_argument("--gt", nargs="+", help="questions: one file, or one per --pred (default: the manifests')")
-    parser.add_argument("--output", default="report.html", help="the page; the table goes beside it as .md")
+    parser.add_argument("--output", default="report.html", help="the page; the table goes next to it as .md")
     parser.add_argument("--title", default="Medical visual question answering")
     parser.add_argument("--image-folder", help="images, for the examples")
     parser.add_argument("--candidate", help="open answers of the training split")

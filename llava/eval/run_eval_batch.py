@@ -26,7 +26,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--gt_parent_path", help="folder that holds data_RAD/, vqa_rad/, pvqa/, Slake1.0/")
     parser.add_argument("--gt", help="questions of all answer files, in place of --gt_parent_path")
     parser.add_argument("--pred", help="one answer file, in place of --pred_file_parent_path")
-    parser.add_argument("--candidate", help="open answers of the training split (default: beside the questions)")
+    parser.add_argument("--candidate", help="open answers of the training split (default: next to the questions)")
     parser.add_argument("--output", default=RESULTS_FILE, help="results, one line per answer file")
     parser.add_argument("--on-missing", choices=("error", "skip", "wrong"), default="error")
     parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         result = evaluate(
             gt,
             pred,
-            args.candidate or beside(gt, CANDIDATE_FILES),
+            args.candidate or find_next_to(gt, CANDIDATE_FILES),
             on_missing=args.on_missing,
             group_by=(),
             resamples=args.bootstrap_samples,
@@ -97,14 +97,14 @@ def find_questions(pred: Path, gt: str | None, gt_parent: str | None) -> tuple[s
         raise LlavaError(f"{pred}: no part of the path names a data set ({', '.join(DATASET_PARTS)}); use --gt")
     folder = existing_dir(Path(gt_parent) / dataset, "questions of the data set")
     stem = next((name for name in TEST_TYPES if name in pred.name), TEST_TYPES[0]).removesuffix("-answer-file")
-    file = beside(folder / "x", [f"{stem}.json", f"{stem}.jsonl", f"{stem}.parquet"])
+    file = find_next_to(folder / "x", [f"{stem}.json", f"{stem}.jsonl", f"{stem}.parquet"])
     if file is None:
         raise LlavaError(f"{folder}: no {stem}.json with the questions that {pred} answers")
     return dataset, file
 
 
-def beside(path: Path, names) -> Path | None:
-    """The first of `names` that exists beside `path`."""
+def find_next_to(path: Path, names) -> Path | None:
+    """The first of `names` that exists in the folder of `path`."""
     return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
 
 

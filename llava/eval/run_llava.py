@@ -16,13 +16,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--model-path", "--model-name", dest="model_path", required=True, help="folder or hub id")
     parser.add_argument("--model-base", help="what an adapter or projector folder was trained over")
     parser.add_argument("--image-file", help="an image, or several separated by --sep")
-    parser.add_argument("--sep", default=",")
-    parser.add_argument("--query", required=True)
+    parser.add_argument("--sep", default=",", help="what stands between several images")
+    parser.add_argument("--query", required=True, help="the question")
     parser.add_argument("--conv-mode", "--conv-template", dest="conv_mode", help="template; default: the checkpoint's")
     add_sampling_flags(parser, max_new_tokens=512)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    parser.add_bool("--load-8bit")
-    parser.add_bool("--load-4bit")
+    parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
+    parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
     return parser
 
 
@@ -42,10 +42,7 @@ def eval_model(args: Namespace) -> None:
     images = [open_image(path) for path in paths]
 
     from llava.assistant import load
-    from llava.conversation import get_template
 
-    if args.conv_mode:
-        get_template(args.conv_mode)
     assistant = load(
         args.model_path,
         args.model_base,

@@ -1,4 +1,4 @@
-"""Ids to text while they come: no half characters, stop strings found, nothing shown that might still go."""
+"""Ids to text while they come: no half characters, stop strings found, nothing shown that might still be taken back."""
 
 from collections.abc import Sequence
 from functools import lru_cache

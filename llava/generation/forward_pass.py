@@ -1,14 +1,17 @@
-"""One forward pass over rows of the cache: which tokens go where, and who sees whom.
+"""One forward pass over rows of the cache: which tokens go where, and which positions each attends to.
 
 All new tokens of all rows stand in one line, so that no padding goes through the products; attention alone works
 on rows, in groups of like length.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava.generation.cache.rows import RowCache
@@ -16,8 +19,12 @@ from llava.generation.cache.rows import RowCache
 if TYPE_CHECKING:
     from llava.model.language_model import Attention
 
+ATTENTION = "passes over the cache"
+"""Its name in the library's `AttentionInterface`."""
+
 _GROUP_COST = 64
 """Query positions of padding that cost as much as another call of the attention kernel."""
+_SETTING = threading.Lock()
 
 
 class Row(NamedTuple):
@@ -71,13 +78,13 @@ class PackedPass:
         self.copies = _copies(rows)
 
     def attend(
-        self, index: int, attention: "Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, attention: "Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Put keys and values into the cache and attend; all `[tokens, heads, head_dim]`.
 
-        Returns `[tokens, heads * head_dim]`.
+        `attention` is the library's module of one block. Returns `[tokens, heads * head_dim]`.
         """
-        layer = self.cache.write(index, self.rows, self.positions, keys, values)
+        layer = self.cache.write(attention.layer_idx, self.rows, self.positions, keys, values)
         for sources, targets, length in self.copies:
             layer[:, targets, :, :length] = layer[:, sources, :, :length]
         outputs = []
@@ -86,7 +93,7 @@ class PackedPass:
             own = own if group.spread is None else own[group.spread]
             own = own.view(*group.shape, *own.shape[1:]).transpose(1, 2)
             known, seen = layer[:, group.rows, :, : group.width]
-            output, _ = sdpa_attention_forward(attention, own, known, seen, group.mask, scaling=attention.scaling)
+            output, _ = sdpa_attention_forward(attention, own, known, seen, group.mask, scaling=scaling)
             output = output.reshape(group.shape[0] * group.shape[1], -1)
             outputs.append(output if group.collect is None else output[group.collect])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -135,21 +142,55 @@ class WatchedPass(PackedPass):
         self.weights = torch.zeros(count, row.end, device=device)
 
     def attend(
-        self, index: int, attention: "Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, attention: "Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        output = super().attend(index, attention, queries, keys, values)
+        output = super().attend(attention, queries, keys, values, scaling)
         group = self.groups[0]
         mask = group.mask[0, 0, -self.count :]
-        layer = self.cache.layers[index]
+        layer = self.cache.layers[attention.layer_idx]
         assert layer is not None, "the pass has just written it"
         seen = layer[0, group.rows.start, :, : group.width]
         # Key head by key head: all at once would be heads x positions x positions.
         own = queries[-self.count :].unflatten(1, (len(seen), -1)).movedim(0, 2)
         for watching, known in zip(own, seen, strict=True):
-            scores = watching @ known.T * attention.scaling
+            scores = watching @ known.T * scaling
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
             self.weights += scores.float().softmax(-1).sum(0) / queries.shape[1]
         return output
+
+
+def _attend(
+    module: "Attention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    packed: PackedPass,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What the library's attention calls: `[1, heads, tokens, head_dim]` to `[1, tokens, heads * head_dim]`."""
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    return packed.attend(module, queries, keys, values, scaling)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+@contextmanager
+def attention_by_passes(config: PreTrainedConfig) -> Iterator[None]:
+    """Within, attention of a model of this config takes `packed`, the pass that it is called in; one thread at a time.
+
+    Outside it attends as before, so that a model in training can answer between two steps.
+    """
+    with _SETTING:
+        before = config._attn_implementation
+        config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
 
 def split_into_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -88,8 +88,8 @@ class PromptBuilder:
         images = [self._identify(source, {} if known is None else known) for source in request.images]
         lengths = [self.encoder.num_positions(image) for image in images]
         ids, _ = expand_images(ids, None, lengths)
-        room = self.context_len - len(ids)
-        if room < 1:
+        left = self.context_len - len(ids)
+        if left < 1:
             raise ContextTooLong(
                 f"{_name(request)}the prompt takes {len(ids)} positions and the model's context is "
                 f"{self.context_len}; shorten the conversation or give fewer images"
@@ -109,7 +109,7 @@ class PromptBuilder:
             images,
             spans,
             beginnings=[_beginning(key, end) for end in (*ends, len(ids) - 1)],
-            max_new_tokens=min(request.sampling.max_new_tokens, room),
+            max_new_tokens=min(request.sampling.max_new_tokens, left),
             constraint=None if schema is None else self.constraints.of_schema(schema, stops["stop_ids"]),
             **stops,
         )

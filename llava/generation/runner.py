@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.errors import LlavaError
 from llava.generation.cache.rows import RowCache
-from llava.generation.forward_pass import PackedPass, Row, WatchedPass
+from llava.generation.forward_pass import PackedPass, Row, WatchedPass, attention_by_passes
 from llava.generation.image_features import ImageEncoder
 from llava.generation.prompts import Prompt
 from llava.model.language_model import LlavaForCausalLM
@@ -69,20 +68,20 @@ class Runner:
         return logits
 
     def _forward(self, hidden: torch.Tensor, packed: PackedPass) -> torch.Tensor:
-        """Embeddings `[tokens, hidden]` through all blocks."""
+        """Embeddings `[tokens, hidden]` through all blocks.
+
+        Their parts are called, not they: those that training has compiled would be compiled again for each pass.
+        """
         core = self.model.get_model()
-        cos, sin = (part[0] for part in core.rotary_emb(hidden[None], packed.positions[None]))
-        for index, layer in enumerate(core.layers):
-            attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
-            queries, keys, values = (
-                projection(normed).view(len(hidden), -1, self.head_dim)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
-            hidden = hidden + attention.o_proj(packed.attend(index, attention, queries, keys, values))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden
+        hidden = hidden[None]
+        rotary = core.rotary_emb(hidden, packed.positions[None])
+        with attention_by_passes(self.model.config):
+            for layer in core.layers:
+                normed = layer.input_layernorm(hidden)
+                found, _ = layer.self_attn(normed, position_embeddings=rotary, attention_mask=None, packed=packed)
+                hidden = hidden + found
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden[0]
 
     def _features(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> torch.Tensor | None:
         """Features of the images (or parts of images) within the computed positions, in reading order."""

@@ -1,4 +1,4 @@
-"""A tokenizer that remembers: prompts of one template have most of their pieces in common."""
+"""A tokenizer with a cache: prompts of one template have most of their pieces in common."""
 
 import threading
 from collections import OrderedDict

@@ -6,7 +6,7 @@ from typing import Any
 
 from llava.conversation import Conversation
 from llava.errors import LlavaError
-from llava.sampling_params import SamplingParams
+from llava.sampling_params import SamplingParams as SamplingParams
 
 
 class EngineBusy(LlavaError):
@@ -23,7 +23,7 @@ class OutOfMemory(LlavaError):
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to answer.
+    """One conversation to be answered.
 
     `conversation` is one whose last turn is the question; or a prompt as text, with an `<image>` for each
     image; or its ids, with an IMAGE_TOKEN_INDEX for each. `images` are, in reading order, whatever

@@ -68,7 +68,13 @@ def parse_window(text: str | None) -> str | tuple[float, float] | None:
 
     if text is None or text.lower() in CT_WINDOWS:
         return text
-    return read_window(text.replace("/", ",").split(",") if "," in text or "/" in text else text)
+    parts = text.replace("/", ",").split(",")
+    if len(parts) < 2:
+        return read_window(text)
+    try:
+        return read_window([float(part) for part in parts])
+    except ValueError as error:
+        raise LlavaError(f"--window {text}: give centre and width, such as 40,80") from error
 
 
 class _Saver:

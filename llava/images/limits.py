@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llava.errors import ImageError, LlavaError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
-"""Pillow's decoders that may run; every further one is code that strangers' bytes could reach."""
+"""Pillow's decoders that may run; every further one is code that untrusted bytes could reach."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ UPLOAD_LIMITS = Limits(
     max_volume_bytes=1 << 30,
     max_unpacked_bytes=512 << 20,
 )
-"""For images that strangers send."""
+"""For untrusted images."""
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _AXES = ("sagittal", "coronal", "axial")
 _HEADERS = {348: 352, 540: 544}
-"""Bytes of the header (NIfTI 1 and 2) and the least offset of the voxels behind it."""
+"""Bytes of the header (NIfTI 1 and 2) and the least offset of the voxels after it."""
 _COST = 4.0
 """Of a voxel of the slice against a pixel: it is scaled as a double."""
 
@@ -149,7 +149,7 @@ class _Source:
 
 
 def _read_header(nibabel, source: _Source):
-    """nibabel's header, without the extensions behind it: some are data sets of their own."""
+    """nibabel's header, without the extensions after it: some are data sets of their own."""
     start = source.read(348)
     if start[344:348] == b"ni1\0" or start[4:8] == b"ni2\0":
         raise ImageError(f"{source.name}: a NIfTI header without its volume; give a single .nii or .nii.gz file")

@@ -1,8 +1,11 @@
 """The families of language models that a LLaVA can be made of: one row each, read by everything that has to know.
 
-A family whose model has the library's usual parts (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`;
-blocks of `self_attn` with rotary positions and `mlp`, each after a norm) needs two classes, a row in `FAMILIES`
-and, if its models were trained with a format of their own, a prompt template (llava.conversation.templates).
+A family whose model has the library's usual parts needs two classes, a row in `FAMILIES` and, if its models were
+trained with a format of their own, a prompt template (llava.conversation.templates). The usual parts are
+`model.embed_tokens`, `model.rotary_emb`, `model.layers.N`, `model.norm` and `lm_head`, without a bias, with nothing
+scaled or capped between them; a block adds first its `self_attn` of `input_layernorm`, then its `mlp` of
+`post_attention_layernorm`. What is inside attention and `mlp` is the family's own: joined projections (Phi-3), norms of
+queries and keys (Qwen3). The engine runs it if all layers attend in one way, everywhere or within one window.
 """
 
 from collections.abc import Callable

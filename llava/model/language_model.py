@@ -29,13 +29,9 @@ if TYPE_CHECKING:
     from transformers import GenerationMixin
 
     class Attention(nn.Module):
-        """What the engine calls of a block's attention."""
+        """A block's attention, as far as it is asked."""
 
-        q_proj: nn.Linear
-        k_proj: nn.Linear
-        v_proj: nn.Linear
-        o_proj: nn.Linear
-        scaling: float
+        layer_idx: int
 
     class Block(nn.Module):
         """A layer of the language model (`Family.layer_class`)."""

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
@@ -81,10 +82,12 @@ def load_pretrained_model(
     """
     if load_8bit and load_4bit:
         raise LlavaError("load_8bit and load_4bit exclude each other; choose one")
+    if conversation_template:
+        get_template(conversation_template)  # an unknown name is an error before anything is read
     folder = locate_model(model_path, cache_dir=cache_dir)
     base_folder = None
     if model_base is not None:
-        base_folder = locate_model(model_base, "base model", beside=folder, cache_dir=cache_dir)
+        base_folder = locate_model(model_base, "base model", relative_to=folder, cache_dir=cache_dir)
     parts = open_checkpoint(folder, base_folder, vision_tower, cache_dir)
     _replace_fields(parts.config, dict(config_fields or {}))
     if conversation_template:

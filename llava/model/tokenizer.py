@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer with the ids it was trained with, and the image tokens added to one.
 
 `tokenizer.json` is taken as it stands. A folder with a SentencePiece `tokenizer.model` alone (LLaVA-Med's are)
-is converted here: transformers 5 orders the merges by vocabulary index and forgets the `legacy` default of the
-time, which gives other ids for double blanks and for text beside special tokens.
+is converted here: transformers 5 orders the merges by vocabulary index and drops the `legacy` default of the
+time, which gives other ids for double blanks and for text next to special tokens.
 """
 
 import shutil
@@ -48,7 +48,7 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
     """The tokenizer of a model folder, with a padding token (unk, else eos, if it names none).
 
     Args:
-        strip_blanks: for a folder with `tokenizer.model` alone: added tokens swallow the blanks around them, as
+        strip_blanks: for a folder with `tokenizer.model` alone: added tokens take in the blanks around them, as
             when LLaVA-Med v1.0 was trained; by default they don't, as when it was evaluated.
 
     Raises:
@@ -95,7 +95,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], strip_blanks: bool) -> int:
     """Add special tokens; returns how many were new.
 
-    `strip_blanks` lets them swallow blanks and line ends on both sides, as the tokenizer did with which
+    `strip_blanks` lets them take in blanks and line ends on both sides, as the tokenizer did with which
     LLaVA-Med v1.0 was trained.
     """
     added = [

@@ -4,6 +4,7 @@ python -m llava.serve.cli --model-path CHECKPOINT --image-file scan.png
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
@@ -27,12 +28,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--conv-mode", "--conv-template", dest="conv_mode", help="template; default: the checkpoint's")
     add_sampling_flags(parser, temperature=0.2, max_new_tokens=512)
-    parser.add_bool("--load-8bit")
-    parser.add_bool("--load-4bit")
+    parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
+    parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
     return parser
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.images import open_image
 
@@ -79,7 +80,7 @@ class Chat:
         self.waiting += 1
         write_line(f"[{Path(path).name}, {image.width} × {image.height}; ask about it]")
 
-    def ask(self, question: str):
+    def ask(self, question: str) -> Iterator[str]:
         """Yield the pieces of the answer; an answer that fails leaves the conversation as it was."""
         from llava.generation import Request
 

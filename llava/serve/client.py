@@ -19,7 +19,7 @@ _TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL)  # a worker that is s
 
 
 class ServingClient:
-    """Answers of the workers behind a controller. Close it with `await client.close()`."""
+    """Answers of a controller's workers. Close it with `await client.close()`."""
 
     log: DailyLog | None = None
     """Where what is asked and answered is kept (llava.serve.conversation_log)."""

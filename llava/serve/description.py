@@ -234,7 +234,7 @@ def _described(operation: Operation) -> dict[str, Any]:
 
 
 def _content(kind: Any) -> dict[str, Any]:
-    """An answer's schema, in its place: it has no references to elsewhere."""
+    """An answer's schema with every reference replaced by what it refers to."""
     schema = TypeAdapter(kind).json_schema(mode="serialization")
     definitions = schema.pop("$defs", {})
 

@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default the best there is")
     model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="by default float32 on the CPU")
     model.add_argument("--num-gpus", type=int, default=1, help="spread the model over the GPUs if more than 1")
-    upstream = parser.add_argument_group("model behind an OpenAI-compatible server (vLLM, SGLang, transformers serve)")
+    upstream = parser.add_argument_group("model on an OpenAI-compatible server (vLLM, SGLang, transformers serve)")
     upstream.add_argument("--api-base", help="its address with /v1, in place of --model-path")
     upstream.add_argument("--api-model", help=f"the name it knows the model by; its key comes from {KEY_VARIABLE}")
     parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
@@ -66,7 +66,9 @@ def build_parser() -> ArgumentParser:
     )
     load.add_argument("--drain-seconds", type=int, default=60, help="time for running answers after SIGTERM")
     load.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
-    load.add_argument("--speed", type=float, default=1.0, help="weight beside other workers of the same model")
+    load.add_argument(
+        "--speed", type=float, default=1.0, help="share of requests relative to other workers of the same model"
+    )
     add_host_flags(parser)
     add_secret_flags(parser)
     return parser

@@ -102,7 +102,7 @@ class ServeError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those that an answer with this error has beside its form."""
+        """The further headers of an answer with this error."""
         retry = {} if self.retry_after is None else {"retry-after": str(max(1, round(self.retry_after)))}
         return retry if self.allow is None else retry | {"allow": self.allow}
 

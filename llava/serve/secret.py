@@ -1,4 +1,4 @@
-"""The shared secret that keeps strangers away from controller and workers.
+"""The shared secret that keeps everybody else from controller and workers.
 
 The first process that needs it makes it in a file that only its user can read; the other processes of the same user
 read it by themselves, so the usual commands work on one machine. Other machines get it by flag or environment.

@@ -14,7 +14,7 @@ MOST_WORKERS = 8
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks, before there is a process group."""
+    """Whether this process is the one that logs and writes; needs no process group."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

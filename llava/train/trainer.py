@@ -219,7 +219,7 @@ class LlavaTrainer(Trainer):
     def _is_saved_after_evaluation(self) -> bool:
         """Whether the checkpoint of an epoch's last step waits for the epoch's evaluation, which follows at once.
 
-        A run that was killed in that evaluation would else resume behind it.
+        A run that was killed in that evaluation would else resume after it.
         """
         at_end = self.args.eval_strategy == IntervalStrategy.EPOCH and float(self.state.epoch or 0.5).is_integer()
         is_due = self.control.should_save and not self.control.should_evaluate
@@ -262,7 +262,7 @@ class LlavaTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.lora_enable:
-            # The Trainer knows the adapter; the projector beside it is ours.
+            # The Trainer loads the adapter; the projector next to it is loaded here.
             load_non_lora(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

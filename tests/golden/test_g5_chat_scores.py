@@ -9,14 +9,7 @@ import math
 
 import pytest
 
-from llava.eval.chat.scores import (
-    is_usable,
-    judge_reply,
-    parse_scores,
-    review_lines,
-    summarize_chat,
-    summarize_reviews,
-)
+from llava.eval.chat.scores import OVERALL, is_usable, judge_reply, parse_scores, summarize_chat
 from tests.conftest import golden_cases
 
 TOLERANCE = 1e-9
@@ -77,6 +70,26 @@ SUMMARIES = {
 }
 
 
+def as_chat(rows):
+    """LLaVA's reviews under this project's keys."""
+    names = {"category": "type", "tuple": "scores"}
+    return [{names.get(key, key): value for key, value in {"tuple": None, **row}.items()} for row in rows]
+
+
+def published_lines(summary, usable, style):
+    """As the scripts print them: "llava" (sorted, means x 10) or "v1.0" (in order of appearance, means in brackets)."""
+    groups = {"all" if name == OVERALL else name: group for name, group in summary.groups.items()}
+    order = dict.fromkeys(name for row in usable for name in (row.get("category"), "all") if name in groups)
+    for name in order if style == "v1.0" else sorted(order):
+        first, second = (round(mean, 3) for mean in (groups[name].gpt4_score, groups[name].pred_score))
+        ratio = round(second / first * 100, 1)
+        yield (
+            f"{name} {[first, second]} {ratio}"
+            if style == "v1.0"
+            else f"{name} {ratio} {round(first * 10, 1)} {round(second * 10, 1)}"
+        )
+
+
 @pytest.mark.parametrize("case", golden_cases("G5_metrics/summarize_gpt_review"))
 def test_review_summaries_print_what_is_published(case):
     results = read(case / "results.json")
@@ -90,12 +103,13 @@ def test_review_summaries_print_what_is_published(case):
                 continue
             rows = [row for row in rows if row["question_id"] not in ignore]
             usable = [row for row in rows if is_usable(row.get("tuple") or ())]
-            categories, left_out = summarize_reviews(rows)
-            assert left_out == len(rows) - len(usable)
-            assert categories == summarize_reviews(usable)[0]
+            summary = summarize_chat(as_chat(rows))
+            assert len(summary.left_out_ids) == len(rows) - len(usable)
+            assert summary.groups == summarize_chat(as_chat(usable)).groups
             header = f"GPT-4 vs. {model}" if style == "v1.0" else model
-            blocks.append("\n".join([header, *review_lines(categories, style), "=" * 33]) + "\n")
-            if left_out:  # failed parses are averaged in there, and a row without "tuple" or "category" ends it
+            blocks.append("\n".join([header, *published_lines(summary, usable, style), "=" * 33]) + "\n")
+            if summary.left_out_ids:
+                # Failed parses are averaged in there, and a row without "tuple" or "category" ends it
                 all_usable = False
                 assert blocks[-1] not in golden["stdout"]
             elif golden["error"] is None:

@@ -12,24 +12,31 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.models.phi3 import modeling_phi3 as phi3
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.generation import Engine, Request, SamplingParams
 from llava.model import load_pretrained_model, save_model
+from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.delta import apply_delta, make_delta
 from llava.model.convert.hf_reader import import_hf
 from llava.model.convert.hf_writer import export_hf
 from llava.model.convert.native_writer import write_native
 from llava.model.convert.quantized_writer import quantize
 from llava.model.families import EMBEDDING, FAMILIES, HEAD, decoder_layers, family_of
+from llava.model.language_model import LlavaForCausalLM
 from llava.records import read_json, write_json
 from llava.train.train import train
-from tests.tiny import make_clip, make_llm
+from tests.tiny import make_clip, make_llava, make_llm
 from tests.train.helpers import flags, make_records
 
 CASES = {"llama": True, "qwen2": True, "qwen2 apart": False}
 """Whether embeddings are tied; LLaMA and Mistral with a head of its own are what most other tests have."""
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "pad_token_id")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,11 @@ def test_training_moves_weights_and_keeps_the_tie(trained, loaded):
 
 
 def test_engine_answers_as_the_model_alone(loaded):
-    conversation = get_template(family_of(loaded.model.config).default_template)
+    assert_engine_answers_as_the_model_alone(loaded, family_of(loaded.model.config).default_template)
+
+
+def assert_engine_answers_as_the_model_alone(loaded, template):
+    conversation = get_template(template)
     conversation.append_message(conversation.roles[0], "<image>\nWhat does the picture show?")
     request = Request(conversation, [image()], SamplingParams(max_new_tokens=8, ignore_eos=True))
     engine = Engine(loaded)
@@ -104,6 +115,20 @@ def test_engine_answers_as_the_model_alone(loaded):
             expected.append(int(loaded.model(input_ids=ids, pixel_values=pixels).logits[0, -1].argmax()))
             ids = torch.cat([ids, torch.tensor([[expected[-1]]])], dim=1)
     assert list(answer.token_ids) == expected
+
+
+@pytest.mark.parametrize("family", [phi3, qwen3], ids=["phi3", "qwen3"])
+def test_what_is_inside_attention_is_the_familys_own(family, tmp_path):
+    """Joined projections, norms of queries and keys: no family of the table has them, and the engine doesn't ask."""
+    name = family.__name__.rpartition("modeling_")[2].title()
+    config, model, core = (getattr(family, name + part) for part in ("Config", "ForCausalLM", "Model"))
+    own_config = type("OwnConfig", (LlavaConfigFields, config), {"model_type": "own"})
+    own_model = type("OwnModel", (LlavaForCausalLM, model), {"config_class": own_config, "core_class": core})
+    loaded = load_pretrained_model(make_llava(tmp_path), device="cpu")
+    whole = loaded.model.config
+    fields = {name: getattr(whole, name) for name in (*SIZES, *LlavaConfigFields.__annotations__)}
+    torch.manual_seed(0)
+    assert_engine_answers_as_the_model_alone(loaded._replace(model=own_model(own_config(**fields)).eval()), "vicuna_v1")
 
 
 def test_transformers_gives_the_same_logits_and_the_way_back_is_exact(trained, loaded, tmp_path):

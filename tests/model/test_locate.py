@@ -25,9 +25,9 @@ def test_relative_folder_beside_a_checkpoint(tmp_path, monkeypatch):
     checkpoint = tmp_path / "models" / "llava"
     for folder in (checkpoint / "inside", tmp_path / "models" / "beside", tmp_path / "here"):
         folder.mkdir(parents=True)
-    assert locate_model("here", beside=checkpoint) == Path("here")
-    assert locate_model("inside", beside=checkpoint) == checkpoint / "inside"
-    assert locate_model("beside", beside=checkpoint) == tmp_path / "models" / "beside"
+    assert locate_model("here", relative_to=checkpoint) == Path("here")
+    assert locate_model("inside", relative_to=checkpoint) == checkpoint / "inside"
+    assert locate_model("beside", relative_to=checkpoint) == tmp_path / "models" / "beside"
 
 
 @pytest.mark.parametrize("name", ["./none", "/no/such/folder", "a/b/c", "~/none here", "../up"])

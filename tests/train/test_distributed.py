@@ -12,7 +12,6 @@ import pytest
 from safetensors.torch import load_file
 
 from llava.model import load_pretrained_model
-from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 
 pytestmark = pytest.mark.timeout(1800)
@@ -20,11 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 RUN = ("--max_steps", str(STEPS), "--lr_scheduler_type", "cosine", "--lora_dropout", "0")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_llava(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,11 @@ from llava.model import load_pretrained_model
 from llava.tokenization import conversation_from_record
 from llava.train.arguments import parse_arguments
 from llava.train.train import train
-from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, TRAIN, launch
 
 RUN = ("--max_steps", "20", "--learning_rate", "1e-2", "--per_device_train_batch_size", "4")
 ASKED = ("--eval_strategy", "steps", "--eval_steps", "10", "--eval_generate", "5", "--eval_max_new_tokens", "8")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_llava(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,7 @@ from llava.train import derived_flags
 from llava.train.arguments import parse_arguments
 from llava.train.setup_run import draft_size
 from llava.train.train import train
-from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_llava(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

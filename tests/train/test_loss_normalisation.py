@@ -5,17 +5,11 @@ from safetensors.torch import load_file
 
 from llava.train.arguments import parse_arguments
 from llava.train.train import train
-from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, TRAIN, launch, needs_deepspeed, zero
 
 STEPS = ("--max_steps", "5")
 TOKENS = ("--loss_normalisation", "tokens")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_llava(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

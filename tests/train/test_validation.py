@@ -21,17 +21,11 @@ from llava.train.prepare_model import prepare_model
 from llava.train.train import train
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation.held_out import even_batches
-from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, ROOT, TRAIN, launch, needs_deepspeed, zero
 from tests.train.test_step import Waits
 
 RUN = ("--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "3")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_llava(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

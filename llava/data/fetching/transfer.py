@@ -1,4 +1,4 @@
-"""One archive over HTTP: asked for politely, read as it arrives, tried again when the line fails."""
+"""One archive over HTTP: requested at a limited rate, read as it arrives, tried again when the connection fails."""
 
 import asyncio
 import re

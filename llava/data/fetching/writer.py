@@ -21,7 +21,7 @@ _MOST_HELD = 32 << 20
 class ImageWriter:
     """Streams images to hidden files and gives them their names when whole; an asynchronous context.
 
-    Nobody waits for the disk, unless it falls far behind: what gathers while the thread is at work is its next task.
+    Nobody waits for the disk, unless it is far too slow: what gathers while the thread is at work is its next task.
     The context ends when all is written.
 
     Raises:

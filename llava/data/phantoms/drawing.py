@@ -24,7 +24,7 @@ CENTERS = {
     "histology": (0.42, 0.42),
     "gross": (0.4, 0.36),
 }
-"""Where the middle of a quadrant lies beside the organ's middle (x, y), in half widths."""
+"""Where the middle of a quadrant is relative to the organ's middle (x, y), in half widths."""
 
 
 def draw(phantoms: Sequence[Phantom], size: int, random: np.random.Generator) -> np.ndarray:
@@ -116,8 +116,8 @@ class Scene:
         y = center[1] * (1 if phantom.place else -1) + random.uniform(-0.06, 0.06)
         if NUMBERS[phantom.number] == "one":
             # A single finding has the whole quadrant to itself.
-            room = 0.1 if SIZES[phantom.size] == "small" else 0.05
-            return [(x + random.uniform(-room, room), y + random.uniform(-room, room), radius)]
+            spread = 0.1 if SIZES[phantom.size] == "small" else 0.05
+            return [(x + random.uniform(-spread, spread), y + random.uniform(-spread, spread), radius)]
         copies = 3
         spread = max(0.26, 1.2 * radius)
         start = random.uniform(0, 2 * np.pi)

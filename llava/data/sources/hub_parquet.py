@@ -33,7 +33,7 @@ def find_splits(folder: str | Path) -> dict[str, list[Path]]:
 def parquet_conversion(name: str, folder: str | Path, output_dir: str | Path) -> Conversion:
     """Records of the hub's copy of a set; the images go to `output_dir/images`, yes/no answers are CLOSED."""
     splits = find_splits(folder)
-    conversion = Conversion(name, {}, [path for paths in splits.values() for path in paths])
+    conversion = Conversion(name, {}, [path for paths in splits.values() for path in paths], image_folder=None)
     image_dir = Path(output_dir) / "images"
     conversion.splits = {split: _records(split, paths, image_dir, conversion) for split, paths in splits.items()}
     return conversion

@@ -1,4 +1,4 @@
-"""Pickle files of strangers: lists, dicts, text and numbers come in; anything that names code is refused."""
+"""Untrusted pickle files: lists, dicts, text and numbers come in; anything that names code is refused."""
 
 import pickle
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Captions out of question-answer records: one per image, a sentence for each of its questions.
 
 For training small base models on a set that has no captions. `captions` holds image and caption; `text` holds the
-same questions asked about the caption in place of the image, for a language model that has no eyes yet; `blind`
+same questions asked about the caption in place of the image, for a language model that sees no images yet; `blind`
 holds them without image and caption, for the baseline that only knows what is usually answered.
 """
 

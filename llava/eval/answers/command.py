@@ -26,8 +26,8 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="answers generated side by side")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best there is)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16")
-    parser.add_bool("--load-8bit")
-    parser.add_bool("--load-4bit")
+    parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
+    parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
     parser.add_argument(
         "--ablate-image",
         choices=("none", "blank", "noise", "shuffle"),
@@ -147,7 +147,7 @@ def local_model(args: Namespace):
         file = existing_file(args.mm_projector, "--mm-projector")
         if file.name not in PROJECTOR_FILES:
             raise LlavaError(
-                f"--mm-projector {file}: name it {' or '.join(PROJECTOR_FILES)}, with config.json beside it"
+                f"--mm-projector {file}: name it {' or '.join(PROJECTOR_FILES)}, with config.json next to it"
             )
         path, base = str(file.parent), path
     return LocalModel(

@@ -55,7 +55,7 @@ def decoding_entry(sampling: SamplingParams) -> dict[str, Any]:
 def describe(manifest: dict[str, Any] | None) -> str:
     """One line: checkpoint, epochs, split, template, decoding, seed."""
     if manifest is None:
-        return "unknown (no manifest beside the answers)"
+        return "unknown (no manifest next to the answers)"
     decoding = manifest.get("decoding") or {}
     how = "greedy" if not decoding.get("temperature") else f"temperature {decoding['temperature']:g}"
     if decoding.get("num_beams", 1) > 1:

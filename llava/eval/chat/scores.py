@@ -5,7 +5,7 @@ Rows that can't be read are counted and left out; the published summaries averag
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from llava.records import Record
@@ -105,51 +105,6 @@ def domain_of(row: Record) -> str | None:
     """The first true of the five domains, or None."""
     flags = row.get("domain") or {}
     return next((name for name in DOMAINS if flags.get(name)), None)
-
-
-@dataclass(frozen=True)
-class ReviewCategory:
-    """Means of one category of reviews, rounded to 3 digits as LLaVA's summary has them; `ratio` in percent."""
-
-    name: str
-    first: float
-    second: float
-    ratio: float
-    count: int
-
-
-def summarize_reviews(rows: Iterable[Record], ignore: Collection = ()) -> tuple[list[ReviewCategory], int]:
-    """Sum up LLaVA's reviews (`category`, `tuple`); returns the categories in order of appearance, and how many
-    rows had no usable pair of scores.
-
-    Args:
-        ignore: question ids to leave out.
-    """
-    scores: dict[str, list[Sequence[float]]] = defaultdict(list)
-    left_out = 0
-    for row in rows:
-        if row.get("question_id") in ignore:
-            continue
-        pair = row.get("tuple") or ()
-        if not is_usable(pair):
-            left_out += 1
-            continue
-        for name in (row.get("category"), "all"):
-            if name is not None:
-                scores[name].append(pair)
-    categories = []
-    for name, pairs in scores.items():
-        first, second = (round(sum(pair[i] for pair in pairs) / len(pairs), 3) for i in (0, 1))
-        categories.append(ReviewCategory(name, first, second, round(second / first * 100, 1), len(pairs)))
-    return categories, left_out
-
-
-def review_lines(categories: Sequence[ReviewCategory], style: str = "llava") -> list[str]:
-    """Lines as the published summaries print them: "llava" (sorted, means × 10) or "v1.0" (means in brackets)."""
-    if style == "v1.0":
-        return [f"{c.name} {[c.first, c.second]} {c.ratio}" for c in categories]
-    ordered = sorted(categories, key=lambda c: c.name)
-    return [f"{c.name} {c.ratio} {round(c.first * 10, 1)} {round(c.second * 10, 1)}" for c in ordered]
 
 
 def _group_scores(pairs: list[tuple[float, float]]) -> GroupScores:

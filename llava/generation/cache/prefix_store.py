@@ -90,7 +90,7 @@ class PrefixStore:
         self.num_bytes = 0
 
     def _ending_in(self, hashes: list[int]) -> list[Prefix]:
-        """Those whose last whole block is one of these."""
+        """The prefixes whose last whole block has one of these hashes."""
         return [prefix for block_hash in hashes for prefix in self._ends.get(block_hash, {}).values()]
 
     def _drop(self, prefix: Prefix) -> None:

@@ -34,12 +34,12 @@ class Directory:
         self._first = start + (8 if self.is_big else 2)
 
     def __iter__(self) -> Iterator[Tag]:
-        layout, step, room = ("HHQ", 20, 8) if self.is_big else ("HHL", 12, 4)
+        layout, step, inline = ("HHQ", 20, 8) if self.is_big else ("HHL", 12, 4)
         for place in range(self._first, self._first + step * self.count, step):
             number, kind, count = self._unpack(layout, place)
             size = count * _SIZES.get(kind, 0)
-            value = place + step - room
-            offset = value if size <= room else self._unpack("Q" if self.is_big else "L", value)[0]
+            value = place + step - inline
+            offset = value if size <= inline else self._unpack("Q" if self.is_big else "L", value)[0]
             yield Tag(number, kind, count, size, offset)
 
     def integer(self, tag: Tag) -> int:

@@ -91,7 +91,7 @@ def is_delta(weights: WeightFiles) -> bool:
 
 
 def is_quantized(weights: WeightFiles) -> bool:
-    """Whether weights are stored in 8 or 4 bits: bitsandbytes' quantization state lies beside them."""
+    """Whether weights are stored in 8 or 4 bits: bitsandbytes' quantization state is stored with them."""
     return any(name.endswith((".SCB", ".absmax")) for name in weights)
 
 
@@ -307,6 +307,6 @@ def _find_tower(
     name = override or config.mm_vision_tower
     if not name:
         raise LlavaError(f"{folder / 'config.json'}: has no mm_vision_tower; is this a LLaVA checkpoint?")
-    tower_folder = locate_model(name, "vision tower", beside=folder, cache_dir=cache_dir)
+    tower_folder = locate_model(name, "vision tower", relative_to=folder, cache_dir=cache_dir)
     config.mm_vision_config = read_vision_config(tower_folder)
     return tower_folder

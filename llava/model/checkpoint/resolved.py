@@ -63,7 +63,7 @@ def resolve_checkpoint(
         LlavaError: `open_checkpoint`'s; a missing, extra or misshapen tensor; 8- or 4-bit weights.
     """
     folder = locate_model(model_path)
-    base_folder = None if model_base is None else locate_model(model_base, "base model", beside=folder)
+    base_folder = None if model_base is None else locate_model(model_base, "base model", relative_to=folder)
     parts = open_checkpoint(folder, base_folder, vision_tower)
     if parts.quantized:
         raise LlavaError(

@@ -176,7 +176,7 @@ def open_pair(base_folder: Path, upper_folder: Path, what: str) -> Pair:
     rows = upper.shape(EMBEDDING)[0] if EMBEDDING in upper else None
     if rows is not None and rows != upper_config.get("vocab_size", rows):
         raise LlavaError(
-            f"{upper.file_of(EMBEDDING)}: the embedding has {rows} rows but config.json beside it says vocab_size "
+            f"{upper.file_of(EMBEDDING)}: the embedding has {rows} rows but config.json next to it says vocab_size "
             f"{upper_config['vocab_size']}; take weights and config.json of one release"
         )
     return Pair(base, upper, names)

@@ -63,7 +63,7 @@ def write_model_card(
 
 
 def _name(path: str) -> str:
-    """A hub id as it is, of a folder its last part: where it lay on a machine is nobody's business."""
+    """A hub id as it is, of a folder its last part: a path would tell of the machine that it was on."""
     as_path = Path(path).expanduser()
     return as_path.name or str(as_path.absolute().name) if as_path.exists() or as_path.is_absolute() else path
 

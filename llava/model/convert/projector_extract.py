@@ -62,9 +62,9 @@ def extract_projector(model_path: str | Path, output: str | Path) -> tuple[Path,
 
 def _projector(folder: Path) -> dict[str, torch.Tensor]:
     files = find_weight_files(folder)
-    beside = non_lora_file(folder) or projector_file(folder)
-    if not files and beside is not None:
-        files = [beside]
+    own_file = non_lora_file(folder) or projector_file(folder)
+    if not files and own_file is not None:
+        files = [own_file]
     if not files:
         raise LlavaError(f"{folder}: no weights found; give the folder of a LLaVA checkpoint")
     weights = WeightFiles(files)

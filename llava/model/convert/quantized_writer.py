@@ -37,7 +37,7 @@ def quantize(
         raise LlavaError(f"bits must be 8 or 4, not {bits}")
     output = check_target(output, overwrite)
     folder = locate_model(model_path)
-    base = None if model_base is None else locate_model(model_base, "base model", beside=folder)
+    base = None if model_base is None else locate_model(model_base, "base model", relative_to=folder)
     if open_checkpoint(folder, base).quantized:
         raise LlavaError(f"{folder}: the weights are already stored in 8 or 4 bits; give the 16-bit checkpoint")
     tokenizer, model, processor, _ = load_pretrained_model(

@@ -146,11 +146,11 @@ def match_sources(
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources = list(sources)
     quantization_state = quantization_state or {}
-    beside = {key for keys in quantization_state.values() for key in keys}
+    state_keys = {key for keys in quantization_state.values() for key in keys}
     chosen: dict[str, Source] = {}
     for source in sources:
         used = {file_name for name, file_name in source.names.items() if name in wanted}
-        expected = used | source.unused | set(source.unused_layers.values()) | beside
+        expected = used | source.unused | set(source.unused_layers.values()) | state_keys
         extra = [file_name for file_name in source.weights if file_name not in expected and not is_harmless(file_name)]
         if extra:
             raise LlavaError(_describe_extra(source, extra, model))
@@ -175,9 +175,9 @@ def tied_weights(model: "LlavaForCausalLM") -> dict[str, str]:
 
 
 def _check_tie(name: str, origin: str, chosen: dict[str, Source], sources: list[Source]) -> None:
-    """Some files hold a tied weight all the same; it is left out if it says nothing of its own.
+    """Check that a tied weight that a file holds all the same is equal to its origin, and leave it out.
 
-    An embedding from a later source (trained rows, an adapter's) leaves an older head behind.
+    An embedding from a later source (trained rows, an adapter's) replaces an older head too.
     """
     source, of_origin = chosen[name], chosen.get(origin)
     order = [sources.index(one) for one in (source, of_origin) if one is not None]
@@ -204,7 +204,7 @@ def _initialise(model, dtype, where) -> None:
 
 def _describe_extra(source: Source, extra: list[str], model) -> str:
     name = extra[0]
-    cause = "the config.json beside it describes another model"
+    cause = "the config.json next to it describes another model"
     if "lora_" in name:
         cause = "this is a LoRA adapter; give its folder as model_path and the base model as model_base"
     elif "mm_projector" in name:
@@ -220,7 +220,7 @@ def _describe_extra(source: Source, extra: list[str], model) -> str:
 
 def _describe_shape(source: Source, name: str, wanted: tuple[int, ...]) -> str:
     found = source.shape(name)
-    cause = "the config.json beside it describes another model"
+    cause = "the config.json next to it describes another model"
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
         cause = (
             "tokens were added to the vocabulary after one of the two was made (32000 rows: a plain language "

@@ -14,20 +14,20 @@ _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def locate_model(
-    name: str | Path, what: str = "model", beside: Path | None = None, *, cache_dir: str | Path | None = None
+    name: str | Path, what: str = "model", relative_to: Path | None = None, *, cache_dir: str | Path | None = None
 ) -> Path:
     """The folder of a model given as a local folder or a hub id (downloaded into `cache_dir`, else the hub's cache).
 
-    A relative folder is looked for in the working directory, then in `beside` (a checkpoint that names it) and
-    in the folder that holds `beside`.
+    A relative folder is looked for in the working directory, then in `relative_to` (a checkpoint that names it) and
+    in the folder that holds `relative_to`.
 
     Raises:
         LlavaError: there is no such folder, and the hub has no such model or can't be reached.
     """
     path = Path(name).expanduser()
     candidates = [path]
-    if beside is not None and not path.is_absolute():
-        candidates += [beside / path, beside.parent / path]
+    if relative_to is not None and not path.is_absolute():
+        candidates += [relative_to / path, relative_to.parent / path]
     for candidate in candidates:
         if candidate.is_dir():
             return candidate

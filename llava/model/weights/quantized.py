@@ -74,7 +74,7 @@ class Quantization:
 
 def stored_quantization(quantization_state: Mapping[str, list[str]]) -> Quantization:
     """How a checkpoint was quantized, by the names of its quantization state."""
-    names = [name for beside in quantization_state.values() for name in beside]
+    names = [name for more in quantization_state.values() for name in more]
     if any(name.endswith(".SCB") for name in names):
         return Quantization(8)
     kind = next(name for name in names if _FOUR_BIT[-1] in name).rpartition("__")[2]
@@ -103,7 +103,7 @@ def _check_complete(weight: str, found: set[str]) -> None:
         needed = set()
     if not needed <= found:
         raise LlavaError(
-            f"{weight} is stored quantized, but {', '.join(sorted(needed - found))} is missing beside it; "
+            f"{weight} is stored quantized, but {', '.join(sorted(needed - found))} is missing next to it; "
             f"the checkpoint is incomplete"
         )
 

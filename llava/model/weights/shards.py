@@ -4,7 +4,7 @@ A caller lists the tensors (`Planned`); `write_shards` lays them out, reserves t
 threads compute and write them chunk by chunk at their final offsets. Each tensor's CRC-32 is taken from memory
 before it is written. After the writers a third thread flushes to the disk and compares what the files then
 hold with that checksum, so verification costs no pass of its own. (Python's zlib does 1.8 GB/s here; SHA-256
-does half of that and would only guard against an attacker who can't also replace the checksum.) A journal of
+does half of that and would only protect against an attacker who can't also replace the checksum.) A journal of
 finished tensors lets a killed run go on; the checksums also stay in the header of each shard, for whoever reads
 it (llava.model.weights.checksums).
 """

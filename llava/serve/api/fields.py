@@ -123,7 +123,7 @@ class ApiRequest(SamplingFields):
         "functions": ([],),
         "function_call": ("none",),
     }
-    """What says nothing, by OpenAI's clients and by vLLM's; null never does."""
+    """Values of fields of OpenAI's and vLLM's clients that change nothing and are accepted; null always is."""
     refused: ClassVar[frozenset[str]] = frozenset(
         {
             "audio",

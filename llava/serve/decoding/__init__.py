@@ -1,1 +1,1 @@
-"""Images of strangers, decoded in processes with limits of memory and time."""
+"""Untrusted images, decoded in processes with limits of memory and time."""

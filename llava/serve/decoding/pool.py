@@ -1,4 +1,4 @@
-"""Images that strangers send are opened in processes of their own, with limits on memory and time.
+"""Untrusted images are opened in processes of their own, with limits on memory and time.
 
 A decoder that nobody audited can so stop, hang or take over nothing but such a process, which has no secret, no
 network of ours and no file open for writing; it is killed and replaced. Needs no torch.

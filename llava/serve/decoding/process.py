@@ -1,4 +1,4 @@
-"""A process that opens images for others, one after the other, and may die of them: see `llava.serve.decoding.pool`.
+"""A process that opens images for others, one after the other, and may be killed for one: see `decoding.pool`.
 
 It is started with a socket and its memory's limit. A request is a length, JSON of options and the file's content; the
 reply is JSON with an error or a size, and the pixels. Nothing is unpickled on either side.

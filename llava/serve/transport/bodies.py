@@ -1,6 +1,6 @@
 """Bodies of requests: bytes to checked values, in this order: counted, parsed, validated. Every error is a typed 400.
 
-A JSON text is small beside what it becomes: a million messages of one character are 10 MB of text, gigabytes as
+A JSON text is small compared with what it becomes: a million messages of one character are 10 MB of text, gigabytes as
 objects, and nothing else runs in the process meanwhile. So its values are counted before it is parsed.
 """
 

@@ -103,7 +103,7 @@ class LimitedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
-            pass  # nothing here speaks anything but HTTP: it is answered as a plain request
+            pass  # no other protocol is served here: it is answered as a plain request
         except httptools.HttpParserError:
             return self._refuse(ServeError(ErrorType.BAD_REQUEST, "This is not HTTP."))
         self.window_bytes += len(piece)
@@ -229,7 +229,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._end()
 
     def _end(self) -> None:
-        """Read and forget what still comes, for a moment; then close."""
+        """Read and drop what still comes, for a moment; then close."""
         if not self.has_ended:
             self.has_ended = True
             self.flow.resume_reading()

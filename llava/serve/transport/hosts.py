@@ -25,7 +25,7 @@ def add_host_flags(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a name by which this server is reached, as behind a proxy; several times for several. "
+        help="a name by which this server is reached, as by way of a proxy; several times for several. "
         "Addresses, localhost and this machine's own name need none",
     )
 

@@ -16,7 +16,7 @@ from llava.serve.transport.hosts import Hosts
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
-ONCE = (b"host", b"origin", b"authorization", b"x-llava-secret")  # the readers behind might take another one
+ONCE = (b"host", b"origin", b"authorization", b"x-llava-secret")  # the application might take another one
 LIVENESS = "/health"  # the one path that needs no key
 REQUEST_ID_HEADER = "x-request-id"
 
@@ -25,7 +25,7 @@ class RequestMiddleware:
     """ASGI middleware.
 
     Args:
-        app: the application behind it.
+        app: the application that requests go on to.
         authorize: from the request's headers (lower-case names) to None, or a ServeError to answer with.
         max_body: bytes of a body; more is refused while it arrives.
         hosts: the names that the server answers to.

@@ -14,7 +14,7 @@ def run_server(app, host: str, port: int, **more: Any) -> None:
 
 
 def server_settings(host: str, port: int, limits=None, **more: Any) -> dict[str, Any]:
-    """What `uvicorn.run` and `uvicorn.Config` take beside the application. Nothing is logged of who asks.
+    """What `uvicorn.run` and `uvicorn.Config` take in addition to the application. Nothing is logged of who asks.
 
     Args:
         limits: of a connection; by default the usual ones, with no more connections than half of the files that the

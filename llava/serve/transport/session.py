@@ -1,4 +1,4 @@
-"""How our servers and tools ask each other: one aiohttp session each, made alike."""
+"""How our servers and tools ask each other: one aiohttp session each, with the same settings."""
 
 from typing import Any
 
@@ -19,6 +19,7 @@ def open_session(secret: str | None, read_timeout: float) -> Any:
     """
     import aiohttp
 
+    # An idle connection is dropped here well before the server closes it, so that none is used that has just gone.
     return aiohttp.ClientSession(
         headers={"accept-encoding": "identity", **headers(secret)},
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS / 3),

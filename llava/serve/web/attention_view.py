@@ -112,7 +112,7 @@ class AttentionPart:
         if not any(each.images for each in chat.exchanges):
             raise _error("There is no image in this conversation.")
         if not reply.token_ids:
-            raise _error("The server behind this model doesn't tell where it looked.")
+            raise _error("The server that runs this model doesn't tell where it looked.")
         body = {"model": reply.model, "messages": chat.messages(side), "token_ids": reply.token_ids}
         try:
             found = Shown.from_reply(await self.client.attention_map(body))

@@ -1,4 +1,4 @@
-"""What the page tells browsers, and asks of them: a key, no contents of other sites, no standing in their pages."""
+"""What the page tells browsers and asks of them: a key, no contents of other sites, no frame of it in theirs."""
 
 import base64
 import binascii

@@ -126,7 +126,7 @@ def _event(value: Any) -> dict[str, Any] | None:
 
 
 def _chosen(value: Any) -> Any:
-    """A token of an answer may be any text, as `{` or `/`; only nothing that holds more."""
+    """A token of an answer, which may be any text, also one like a path or JSON (`/`, `{`); else a plain value."""
     return _text(value, "event_data") if isinstance(value, str) else _plain(value, "event_data")
 
 

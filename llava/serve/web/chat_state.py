@@ -1,6 +1,6 @@
 """A conversation of the web page: questions with images, answers of one or two models side by side.
 
-Lives in the server's memory alone. Needs neither torch nor gradio.
+It is in the server's memory alone. Needs neither torch nor gradio.
 """
 
 import base64

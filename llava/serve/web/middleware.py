@@ -252,7 +252,7 @@ def _visitor(scope) -> str:
 
 
 def _cookie(scope) -> str | None:
-    from starlette.requests import cookie_parser  # unlike the standard one it lives with other programs' odd cookies
+    from starlette.requests import cookie_parser  # unlike the standard one it accepts other programs' odd cookies
 
     for name, value in scope["headers"]:
         visitor = cookie_parser(value.decode("latin-1")).get(COOKIE, "") if name == b"cookie" else ""

@@ -358,7 +358,7 @@ def _error(words: str, title: str) -> gr.Error:
 
 
 def _read_images(files: list[str], pool: DecodingPool) -> list[UploadedImage]:
-    """The uploaded files, which are deleted: a conversation lives in memory alone."""
+    """The uploaded files, which are deleted: a conversation is in memory alone."""
     contents = []
     for file in files:
         path = Path(file)

@@ -61,7 +61,7 @@ class Backend(Protocol):
 
 @dataclass
 class Mailbox:
-    """Pieces from the engine's thread for a coroutine; wakes the loop once per reading, not once per piece."""
+    """Pieces from the engine's thread for a coroutine; notifies the loop once per reading, not once per piece."""
 
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     pieces: list[Piece] = field(default_factory=list)
@@ -86,8 +86,8 @@ class Mailbox:
         return taken
 
     async def pause(self, seconds: float) -> None:
-        """Let pieces gather, but not once the answer has ended."""
-        # Not wait_for: on Python 3.11 it swallows a cancel that comes as what it waits for is done.
+        """Wait for more pieces, but not once the answer has ended."""
+        # Not wait_for: on Python 3.11 it loses a cancel that comes as what it waits for is done.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.ended.wait()

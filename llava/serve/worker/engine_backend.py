@@ -1,4 +1,4 @@
-"""The engine behind a worker: requests as jobs in, pieces of text out, exceptions as typed errors."""
+"""The engine in a worker: requests as jobs in, pieces of text out, exceptions as typed errors."""
 
 import base64
 import logging
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class EngineBackend:
     """The engine in a thread of its own; see `llava.serve.worker.answering.Backend`.
 
-    Images come from strangers: the engine opens those that it doesn't know yet in processes of their own.
+    Images are untrusted: the engine opens those that it doesn't know yet in processes of their own.
     """
 
     def __init__(self, engine: Engine):

@@ -1,4 +1,4 @@
-"""A worker's side of being known: register with the controller, heartbeats, and leaving."""
+"""How a worker keeps in touch with its controller: it registers, sends heartbeats, and leaves."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server behind a worker: vLLM, SGLang or `transformers serve` makes the answers.
+"""A worker's model on an OpenAI-compatible server: vLLM, SGLang or `transformers serve` makes the answers.
 
 The checkpoint goes there in transformers' layout (`python -m llava.model.export_hf`). What such a server brings, such
 as tensor parallelism over GPUs and machines, then serves this project's controller, API and page. Needs no torch.
@@ -76,7 +76,7 @@ class UpstreamBackend:
         return cancel
 
     def attention_map(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
-        raise ServeError(ErrorType.BAD_REQUEST, "The server behind this worker doesn't tell where the model looked.")
+        raise ServeError(ErrorType.BAD_REQUEST, "The server that runs this model doesn't tell where the model looked.")
 
     def stats(self) -> dict[str, float]:
         with self.lock:
@@ -142,7 +142,7 @@ def to_request(job: Job, model: str, open_upload: Callable = open_uploaded_image
     }
     if job.sampling.logprobs is not None:
         request |= {"logprobs": True, "top_logprobs": job.sampling.logprobs}
-    # Beside the package's own arguments, so that fields that OpenAI hasn't (vLLM's top_k) go through too.
+    # In addition to the package's own arguments, so that fields that OpenAI hasn't (vLLM's top_k) go through too.
     request["extra_body"] = job.sampling.openai_fields()
     return request
 
@@ -154,7 +154,7 @@ def to_serve_error(error: Exception) -> ServeError:
     if isinstance(error, openai.APITimeoutError):
         return ServeError(ErrorType.TIMEOUT)
     if isinstance(error, openai.APIConnectionError):
-        logger.error("the server behind this worker can't be reached: %s", error)
+        logger.error("the server that runs the model can't be reached: %s", error)
         return ServeError(ErrorType.WORKER_LOST)
     if isinstance(error, openai.RateLimitError):
         return ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
@@ -162,7 +162,7 @@ def to_serve_error(error: Exception) -> ServeError:
         words = (error.body or {}).get("message", "") if isinstance(error.body, dict) else ""
         kind = ErrorType.CONTEXT_TOO_LONG if "context" in words.lower() else ErrorType.BAD_REQUEST
         return ServeError(kind, words)
-    logger.error("the server behind this worker failed", exc_info=error)
+    logger.error("the server that runs the model failed", exc_info=error)
     return ServeError(ErrorType.INTERNAL)
 
 

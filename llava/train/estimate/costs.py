@@ -1,7 +1,7 @@
 """What an operator costs on a GPU: a roofline of floating-point operations and bytes moved.
 
 A kernel takes as long as its operations at the rate of matrix products, or its bytes at the rate of copies, whichever
-is longer; the host starts one every 10 µs at best. Collectives run beside the computation, as FSDP overlaps them.
+is longer; the host starts one every 10 µs at best. Collectives overlap with the computation, as in FSDP.
 """
 
 from collections.abc import Callable

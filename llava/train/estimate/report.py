@@ -18,7 +18,7 @@ def lines_of(prediction: Prediction) -> Iterator[str]:
     rows = {
         "attention": p.attention,
         "gradients reduced in": p.reduce_dtype,
-        "waits for the GPU": f"{p.host_syncs_per_micro_batch} a micro-batch, {p.host_syncs_per_step} a step beside",
+        "waits for the GPU": f"{p.host_syncs_per_micro_batch} a micro-batch, {p.host_syncs_per_step} a step more",
         "optimizer step": f"{p.step_seconds:.2f} s, {p.micro_batches} micro-batches, {p.samples_per_step} samples",
         "arithmetic, memory traffic": f"{p.flops_per_step / 1e12:.1f} TFLOP, {p.bytes_per_step / 1e9:.0f} GB a step",
         "tokens": f"{p.tokens_per_second:,.0f} a second on all GPUs",

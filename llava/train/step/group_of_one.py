@@ -51,7 +51,7 @@ def keeps_copies(training, model: nn.Module) -> bool:
 
 
 def copies_fit(model: nn.Module, optimizer: str, memory: int) -> bool:
-    """Whether half-precision copies of all weights fit beside weights, gradients and moments.
+    """Whether half-precision copies of all weights fit in addition to weights, gradients and moments.
 
     Args:
         optimizer: the Trainer's name of it.

@@ -136,7 +136,7 @@ def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None
 def fill_batches(
     lengths: Sequence[int] | np.ndarray, max_tokens: int, seed: int, window: int = 1000
 ) -> list[list[int]]:
-    """Numbers of samples grouped so that each group has at most `max_tokens` tokens and little room is left.
+    """Numbers of samples grouped so that each group has at most `max_tokens` tokens and few of them are left free.
 
     Samples are shuffled by `seed` and packed best-fit, longest first, within windows of `window` samples, so that
     groups stay mixed. A sample longer than `max_tokens` is a group of its own.
@@ -153,15 +153,15 @@ def fill_batches(
 
 def _best_fit(numbers: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
     groups: list[list[int]] = []
-    room = np.zeros(0, np.int64)
+    free = np.zeros(0, np.int64)
     for number in numbers:
         need = lengths[number]
-        fits = np.flatnonzero(room >= need)
+        fits = np.flatnonzero(free >= need)
         if len(fits):
-            chosen = fits[np.argmin(room[fits])]
+            chosen = fits[np.argmin(free[fits])]
             groups[chosen].append(int(number))
-            room[chosen] -= need
+            free[chosen] -= need
         else:
             groups.append([int(number)])
-            room = np.append(room, max(0, max_tokens - need))
+            free = np.append(free, max(0, max_tokens - need))
     return groups

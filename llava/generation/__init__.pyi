@@ -1,0 +1,11 @@
+from .attention_map import AttentionMap as AttentionMap
+from .engine import Engine as Engine
+from .engine import Handle as Handle
+from .types import Answer as Answer
+from .types import ContextTooLong as ContextTooLong
+from .types import EngineBusy as EngineBusy
+from .types import OutOfMemory as OutOfMemory
+from .types import Piece as Piece
+from .types import Request as Request
+from .types import SamplingParams as SamplingParams
+from .types import TokenLogprob as TokenLogprob

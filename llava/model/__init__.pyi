@@ -1,0 +1,11 @@
+from .build import add_image_tokens as add_image_tokens
+from .build import build_model_from_llm as build_model_from_llm
+from .families import LlavaConfig as LlavaConfig
+from .families import LlavaLlamaConfig as LlavaLlamaConfig
+from .families import LlavaLlamaForCausalLM as LlavaLlamaForCausalLM
+from .families import LlavaMistralConfig as LlavaMistralConfig
+from .families import LlavaMistralForCausalLM as LlavaMistralForCausalLM
+from .loader import LoadedModel as LoadedModel
+from .loader import load_pretrained_model as load_pretrained_model
+from .saver import save_model as save_model
+from .tokenizer import load_tokenizer as load_tokenizer
