@@ -147,4 +147,4 @@ def _cut_half_line(file: BinaryIO, path: Path) -> int:
 
 
 def _clock_offset() -> float:
-    return time.time() - time.monotonic()
+    return time.time() - time.monotonic()  # noqa: TID251

@@ -130,7 +130,7 @@ def _envelope(request_id: str, model: str, kind: str, choices: list[dict]) -> di
     return {
         "id": "chatcmpl-" + request_id.removeprefix("req-"),
         "object": kind,
-        "created": int(time.time()),
+        "created": int(time.time()),  # noqa: TID251
         "model": model,
         "choices": choices,
     }
