@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncGenerator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from llava.errors import ImageError
@@ -20,6 +20,7 @@ from llava.serve.protocol import ErrorType, ServeError
 HEADER = "x-conversation-log"
 MOST_WAITING = 100
 """Records that a slow disk may keep waiting, in memory."""
+CLOSE_SECONDS = 10.0
 
 
 def add_log_flags(parser: ArgumentParser) -> None:
@@ -60,7 +61,7 @@ class LoggingClient(ServingClient):
 
     async def close(self) -> None:
         await super().close()
-        await asyncio.to_thread(self._writer.shutdown)
+        await asyncio.to_thread(wait, self._waiting, CLOSE_SECONDS)
 
     async def generate(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         record = await asyncio.to_thread(_asked, body)

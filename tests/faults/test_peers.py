@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -43,7 +44,7 @@ class RawWorker:
     """Says of itself what a worker has to say, and answers questions with given bytes; then the line is closed."""
 
     def __init__(self):
-        self.answer = b""
+        self.answer, self.pause = b"", 0.0  # seconds between two bytes
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -64,7 +65,10 @@ class RawWorker:
                 status = json.dumps({"model_names": ["m"], "speed": 1, "queue_length": 0}).encode()
                 answer = b"HTTP/1.1 200 OK\r\nconnection: close\r\n"
                 answer += f"content-length: {len(status)}\r\n\r\n".encode() + status
-            connection.sendall(answer)
+            for start in range(len(answer)) if self.pause else ():
+                connection.sendall(answer[start : start + 1])
+                time.sleep(self.pause)
+            connection.sendall(b"" if self.pause else answer)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 20)  # or closing would throw away what was sent
 
@@ -112,6 +116,32 @@ def test_a_worker_that_answers_garbage(serving, name, stream):
     assert httpx.get(api.url + "/health").status_code == 200
     for log, length in before.items():
         assert "Traceback" not in log.read_text()[length:]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_slow_worker_is_waited_for(serving, stream):
+    """Its words come byte by byte, each chunk in many pieces; others are answered meanwhile."""
+    api, controller, worker, _ = serving
+    register(controller, worker)
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    last = {"text": "sörry, slow", "error_code": 0, "finish_reason": "stop", "usage": usage}
+    said = [json.dumps(each, ensure_ascii=False).encode() + b"\0" for each in ({"text": "sö", "error_code": 0}, last)]
+    worker.answer, worker.pause = CHUNKED + b"".join(map(chunk, [*said, b""])), 0.005
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(ask, api, stream)
+            assert httpx.get(api.url + "/v1/models", headers=KEY).status_code == 200
+            assert not reply.done()
+        text = reply.result().text
+    finally:
+        worker.pause = 0.0
+    if stream:
+        events = [
+            json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event.startswith("data: {")
+        ]
+        assert "".join(event["choices"][0]["delta"]["content"] for event in events) == "sörry, slow"
+    else:
+        assert json.loads(text)["choices"][0]["message"]["content"] == "sörry, slow"
 
 
 def test_a_silent_worker_stops_nobody_else(serving):
