@@ -1,5 +1,6 @@
 """Workers that answer garbage, slowly or not at all: every question gets a typed answer, and the servers go on."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -58,17 +59,17 @@ class RawWorker:
             threading.Thread(target=self._reply, args=(connection,), daemon=True).start()
 
     def _reply(self, connection):
-        with connection:
+        with connection, contextlib.suppress(BrokenPipeError):  # who has heard the last chunk may leave
             request = connection.recv(1 << 20)
-            answer = self.answer
+            answer, pause = self.answer, self.pause
             if b"/worker_get_status" in request.split(b"\r\n")[0]:
+                pause = 0.0
                 status = json.dumps({"model_names": ["m"], "speed": 1, "queue_length": 0}).encode()
                 answer = b"HTTP/1.1 200 OK\r\nconnection: close\r\n"
                 answer += f"content-length: {len(status)}\r\n\r\n".encode() + status
-            for start in range(len(answer)) if self.pause else ():
-                connection.sendall(answer[start : start + 1])
-                time.sleep(self.pause)
-            connection.sendall(b"" if self.pause else answer)
+            for piece in map(bytes, zip(answer)) if pause else (answer,):
+                connection.sendall(piece)
+                time.sleep(pause)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 20)  # or closing would throw away what was sent
 
