@@ -108,7 +108,9 @@ def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
     kept = {name: part[name] for name in part if name in ("type", "text")}
-    return kept | {"image_url": {"url": _hash(part["image_url"]["url"])}} if "image_url" in part else kept
+    if "image_url" in part:
+        kept["image_url"] = {"url": _hash(part["image_url"]["url"])}
+    return kept
 
 
 def _hash(url: str) -> str:

@@ -160,7 +160,7 @@ def _steady_sessions() -> None:
     from gradio import state_holder
 
     steady = SimpleNamespace(now=lambda: datetime.fromtimestamp(time.monotonic(), UTC))
-    state_holder.datetime = SimpleNamespace(datetime=steady)
+    state_holder.datetime = SimpleNamespace(datetime=steady)  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
