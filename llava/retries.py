@@ -29,7 +29,8 @@ class AskedWait(wait_base):
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait by `Retry-After` (seconds or an HTTP date, RFC 9110 10.2.3) or OpenAI's `retry-after-ms`.
 
-    None where there is neither or it can't be read. Names of `headers` are found whatever their case.
+    A date is taken by the server's own clock where it tells that (`Date`): ours may be hours off. None where there is
+    neither or it can't be read. Names of `headers` are found whatever their case.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         value = headers.get(name)
@@ -42,7 +43,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         else:
             return max(0.0, seconds) if math.isfinite(seconds) else None
         try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+            now = time.time()  # noqa: TID251
+            if "date" in headers:
+                now = parsedate_to_datetime(headers["date"]).timestamp()
+            return max(0.0, parsedate_to_datetime(value).timestamp() - now)
         except (ValueError, TypeError):
             continue
     return None

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from email.utils import formatdate
 from pathlib import Path
 
 FAULTS = ("429", "500", "timeout", "cut", "malformed", "empty")
@@ -113,6 +114,10 @@ class Server:
     async def fail(self, fault, writer):
         if fault == "429":
             return self.send(writer, 429, {"error": {"message": "slow down"}}, "Retry-After: 0.05\r\n")
+        if fault == "date":
+            now = time.time()
+            dates = f"Date: {formatdate(now, usegmt=True)}\r\nRetry-After: {formatdate(now + 1, usegmt=True)}\r\n"
+            return self.send(writer, 429, {"error": {"message": "slow down"}}, dates)
         if fault == "500":
             return self.send(writer, 500, {"error": {"message": "oops"}})
         if fault == "timeout":

@@ -31,6 +31,13 @@ def test_a_date_is_that_many_seconds_ahead():
     assert 3500 < retry_after({"retry-after": formatdate(time.time() + 3600, usegmt=True)}) <= 3600
 
 
+def test_a_date_is_taken_by_the_servers_own_clock():
+    hours_off = time.time() - 5 * 3600
+    headers = {"retry-after": formatdate(hours_off + 90, usegmt=True), "date": formatdate(hours_off, usegmt=True)}
+    assert retry_after(headers) == 90
+    assert retry_after(headers | {"date": "no date"}) is None
+
+
 def waits(wait, error, tries):
     state = RetryCallState(None, None, (), {})
     state.outcome = SimpleNamespace(exception=lambda: error)

@@ -48,8 +48,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv=None) -> int:
-    from tqdm import tqdm
-
+    from llava.bars import tqdm
     from llava.data.fetching.articles import read_plan
     from llava.data.fetching.journal import Journal
     from llava.data.fetching.workers import download

@@ -45,8 +45,7 @@ class InstructStats:
 
 def collect(path: str | Path, max_records: int | None = None) -> InstructStats:
     """Read the records and count; raises a LlavaError that names a record without a conversation."""
-    from tqdm import tqdm
-
+    from llava.bars import tqdm
     from llava.records import iter_records
 
     find_pair = verb_object_finder()

@@ -148,8 +148,7 @@ def validate(
 
     Memory doesn't grow with the file but for 40 bytes per id.
     """
-    from tqdm import tqdm
-
+    from llava.bars import tqdm
     from llava.data.record_checks import repair
 
     options = options or Options()

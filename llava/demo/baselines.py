@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from llava.bars import tqdm
 from llava.data.vqa_items import plain_question
 from llava.images import open_image
 from llava.records import Record, read_records, write_records

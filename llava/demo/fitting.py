@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
-from tqdm import tqdm
 
+from llava.bars import tqdm
 from llava.demo.muon import Muon
 from llava.records import write_json
 

@@ -133,8 +133,8 @@ def _read_images(paths: list[Path], processor):
     """All images as uint8 [n, 3, size, size]: a quarter of what their float32 pixel values take."""
     import numpy as np
     import torch
-    from tqdm import tqdm
 
+    from llava.bars import tqdm
     from llava.demo.fitting import is_first
     from llava.images import open_image
 

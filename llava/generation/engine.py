@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.generation.attention_map import AttentionMap, read_weights
 from llava.generation.cache.memory import cache_budget

@@ -47,7 +47,7 @@ def run_jobs(
 
 
 async def _run_concurrently(todo, settings, output, to_record, follow_up, progress, summary) -> None:
-    from tqdm import tqdm
+    from llava.bars import tqdm
 
     gate = RateGate(settings.requests_per_minute, settings.tokens_per_minute)
     queue: Iterator[ChatJob] = iter(todo)

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncGenerator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from llava.errors import ImageError
@@ -20,6 +20,7 @@ from llava.serve.protocol import ErrorType, ServeError
 HEADER = "x-conversation-log"
 MOST_WAITING = 100
 """Records that a slow disk may keep waiting, in memory."""
+CLOSE_SECONDS = 10.0
 
 
 def add_log_flags(parser: ArgumentParser) -> None:
@@ -60,7 +61,7 @@ class LoggingClient(ServingClient):
 
     async def close(self) -> None:
         await super().close()
-        await asyncio.to_thread(self._writer.shutdown)
+        await asyncio.to_thread(wait, self._waiting, CLOSE_SECONDS)
 
     async def generate(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         record = await asyncio.to_thread(_asked, body)
@@ -110,7 +111,9 @@ def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
     kept = {name: part[name] for name in part if name in ("type", "text")}
-    return kept | {"image_url": {"url": _hash(part["image_url"]["url"])}} if "image_url" in part else kept
+    if "image_url" in part:
+        kept["image_url"] = {"url": _hash(part["image_url"]["url"])}
+    return kept
 
 
 def _hash(url: str) -> str:

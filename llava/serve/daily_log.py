@@ -76,7 +76,8 @@ class DailyLog:
             for path, days in self._files():
                 if days <= self.keep_days:
                     with path.open("rb+") as file:
-                        _cut_half_line(file, path)
+                        if _cut_half_line(file, path) == 0:
+                            path.unlink()
                 elif was_set:
                     logger.warning("the clock was set; whether %s is too old is seen at the next look", path)
                 else:
@@ -147,4 +148,4 @@ def _cut_half_line(file: BinaryIO, path: Path) -> int:
 
 
 def _clock_offset() -> float:
-    return time.time() - time.monotonic()
+    return time.time() - time.monotonic()  # noqa: TID251

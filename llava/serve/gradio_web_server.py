@@ -12,7 +12,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError, require
@@ -92,6 +95,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     from llava.serve.web.page import CSS, HEAD, PageOptions, build_page
     from llava.serve.web.uploads import Uploads
 
+    _steady_sessions()
     client = new_client(args.controller_url, secret, log_from_args(args))
     options = PageOptions(
         reload_models=args.model_list_mode == "reload",
@@ -148,6 +152,15 @@ async def _sweep(uploads) -> None:
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         uploads.sweep()
+
+
+def _steady_sessions() -> None:
+    """gradio takes the age of a conversation from the clock of the day: if that were set, the conversations of all who
+    are there would go. It only compares, so any clock does."""
+    from gradio import state_holder
+
+    steady = SimpleNamespace(now=lambda: datetime.fromtimestamp(time.monotonic(), UTC))
+    state_holder.datetime = SimpleNamespace(datetime=steady)  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ import sys
 import time
 
 import torch
-from tqdm import tqdm
 from transformers import TrainerCallback
 
+from llava.bars import tqdm
 from llava.train.step import gpu
 
 

@@ -40,7 +40,7 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
     from llava.train.data.record_store import open_records
     from llava.train.setup_run import build_dataset, build_trainer, build_validation, prepare_output, start_processes
 
-    started = time.time()
+    started = time.monotonic()
     training = arguments.training
     start_processes(training)
     store = open_records(arguments.data.data_path, training.output_dir)
@@ -57,7 +57,7 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return finish(arguments, trainer, dataset, checkpoint, time.time() - started)
+    return finish(arguments, trainer, dataset, checkpoint, time.monotonic() - started)
 
 
 def finish(arguments, trainer, dataset, checkpoint: Path | None, seconds: float) -> dict[str, Any]:

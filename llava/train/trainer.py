@@ -105,10 +105,20 @@ class LlavaTrainer(Trainer):
         set_policy(self.accelerator)
 
     def train(self, *args, **kwargs):
+        self._began = time.monotonic()
         with self.attention():
             output = super().train(*args, **kwargs)
         self.loss_watch.look()
         return output
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "train_runtime" in logs:
+            # The Trainer takes its times from the clock of the day, which may have been set meanwhile.
+            seconds = max(time.monotonic() - self._began, 1e-9)
+            logs["train_runtime"] = round(seconds, 4)
+            logs["train_samples_per_second"] = round(self.samples_seen * self.args.world_size / seconds, 3)
+            logs.pop("train_steps_per_second", None)
+        super().log(logs, *args, **kwargs)
 
     def _prepare_for_training(self, *args, **kwargs):
         if self.args.compile_layers and not self._is_compiled:

@@ -1,9 +1,11 @@
 """Workers that answer garbage, slowly or not at all: every question gets a typed answer, and the servers go on."""
 
+import contextlib
 import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -43,7 +45,7 @@ class RawWorker:
     """Says of itself what a worker has to say, and answers questions with given bytes; then the line is closed."""
 
     def __init__(self):
-        self.answer = b""
+        self.answer, self.pause = b"", 0.0  # seconds between two bytes
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -57,14 +59,17 @@ class RawWorker:
             threading.Thread(target=self._reply, args=(connection,), daemon=True).start()
 
     def _reply(self, connection):
-        with connection:
+        with connection, contextlib.suppress(BrokenPipeError):  # who has heard the last chunk may leave
             request = connection.recv(1 << 20)
-            answer = self.answer
+            answer, pause = self.answer, self.pause
             if b"/worker_get_status" in request.split(b"\r\n")[0]:
+                pause = 0.0
                 status = json.dumps({"model_names": ["m"], "speed": 1, "queue_length": 0}).encode()
                 answer = b"HTTP/1.1 200 OK\r\nconnection: close\r\n"
                 answer += f"content-length: {len(status)}\r\n\r\n".encode() + status
-            connection.sendall(answer)
+            for piece in map(bytes, zip(answer)) if pause else (answer,):
+                connection.sendall(piece)
+                time.sleep(pause)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 20)  # or closing would throw away what was sent
 
@@ -112,6 +117,32 @@ def test_a_worker_that_answers_garbage(serving, name, stream):
     assert httpx.get(api.url + "/health").status_code == 200
     for log, length in before.items():
         assert "Traceback" not in log.read_text()[length:]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_slow_worker_is_waited_for(serving, stream):
+    """Its words come byte by byte, each chunk in many pieces; others are answered meanwhile."""
+    api, controller, worker, _ = serving
+    register(controller, worker)
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    last = {"text": "sörry, slow", "error_code": 0, "finish_reason": "stop", "usage": usage}
+    said = [json.dumps(each, ensure_ascii=False).encode() + b"\0" for each in ({"text": "sö", "error_code": 0}, last)]
+    worker.answer, worker.pause = CHUNKED + b"".join(map(chunk, [*said, b""])), 0.005
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(ask, api, stream)
+            assert httpx.get(api.url + "/v1/models", headers=KEY).status_code == 200
+            assert not reply.done()
+        text = reply.result().text
+    finally:
+        worker.pause = 0.0
+    if stream:
+        events = [
+            json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event.startswith("data: {")
+        ]
+        assert "".join(event["choices"][0]["delta"]["content"] for event in events) == "sörry, slow"
+    else:
+        assert json.loads(text)["choices"][0]["message"]["content"] == "sörry, slow"
 
 
 def test_a_silent_worker_stops_nobody_else(serving):

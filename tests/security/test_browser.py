@@ -3,16 +3,20 @@
 
 import base64
 import os
+import secrets
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
+from llava.records import iter_records
 from tests.security.page_visitor import listener
 from tests.serve.processes import Process, files_below, wait_until
+from tests.tiny import make_llava
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
 CHROMIUM = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -21,7 +25,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; inst
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 PATIENCE = 240_000  # ms
 KEY = "key-of-the-ward"
-WORDS = "Frau Musterfrau, geboren am 1.2.1934"
+WORDS = f"Frau Musterfrau, geboren am 1.2.1934 ({secrets.token_hex(8)})"  # in no other test's files
 IN_MEMORY = Path("/dev/shm")
 
 
@@ -35,30 +39,41 @@ def browser():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """Where the servers of this file may write: home, temporary files, logs."""
+    """Where the servers of this file may write: each has a folder with its home, temporary files and log."""
     folder = tmp_path_factory.mktemp("home")
-    for name in ("tmp", "logs"):
-        (folder / name).mkdir()
     (folder / "keys").touch(0o600)
     (folder / "keys").write_text(f"ward {KEY}\n")
     return folder
 
 
 @pytest.fixture(scope="module")
-def page_url(home):
-    """The page with keys and votes, and a worker that repeats what it is asked."""
-    names = {"HOME": home, "TMPDIR": home / "tmp", "XDG_CACHE_HOME": home / "cache"}
-    env = {"LLAVA_SERVE_SECRET": "s3cret", **{name: str(path) for name, path in names.items()}}
+def servers(home, tmp_path_factory):
+    """Page and API with keys, the page with votes too; a worker that repeats what it is asked, and one with a model."""
+    started: dict[str, Process] = {}
     with ExitStack() as stack:
 
         def start(name, module, *words):
-            process = Process(module, *words, env=env, log=home / "logs" / name)
-            return stack.enter_context(process).wait(seconds=500)
+            (home / name / "tmp").mkdir(parents=True)
+            env = {"LLAVA_SERVE_SECRET": "s3cret", "HOME": str(home / name), "TMPDIR": str(home / name / "tmp")}
+            env |= {"XDG_CACHE_HOME": str(home / name / "cache"), "OMP_NUM_THREADS": "1"}
+            started[name] = stack.enter_context(Process(module, *words, env=env, log=home / name / "log"))
 
-        controller = ["--controller", start("controller", "llava.serve.controller").url]
-        start("worker", "tests.serve.scripted_worker", *controller)
-        words = ["--api-key-file", str(home / "keys"), "--feedback-dir", str(home / "votes")]
-        yield start("page", "llava.serve.gradio_web_server", *controller, *words).url
+        start("controller", "llava.serve.controller")
+        controller = ["--controller", started["controller"].url]
+        start("scripted", "tests.serve.scripted_worker", *controller)
+        model = ["--model-path", str(make_llava(tmp_path_factory.mktemp("model"))), "--model-name", "tiny"]
+        start("model", "llava.serve.model_worker", *controller, *model, "--device", "cpu")
+        keys = ["--api-key-file", str(home / "keys")]
+        start("api", "llava.serve.openai_api_server", *controller, *keys)
+        start("page", "llava.serve.gradio_web_server", *controller, *keys, "--feedback-dir", str(home / "votes"))
+        for process in started.values():
+            process.wait(seconds=500)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def page_url(servers):
+    return servers["page"].url
 
 
 @pytest.fixture
@@ -113,25 +128,51 @@ def test_the_page_cannot_stand_in_another(page_url, stack, browser):
     context.close()
 
 
+def choose_second(page, model):
+    page.locator("#other input").click()
+    page.get_by_role("option", name=model).click()
+
+
+def ask_api(url, model, text, image, stream):
+    parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()}}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    body = {"model": model, "messages": messages, "stream": stream, "max_tokens": 8}
+    reply = httpx.post(url + "/v1/chat/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=240)
+    assert reply.status_code == 200 and "error" not in reply.text, reply.text
+
+
 def traces(folders, marks):
     """(file, mark) of each file below the folders that holds one of the marks."""
     files = files_below(*folders)
     return [(file, mark) for file, content in files.items() for mark in marks if mark in content]
 
 
-def test_a_conversation_leaves_nothing(page, home, tmp_path):
-    pixels = np.random.default_rng(7).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+def assert_found(folders, marks):
+    """The search finds each mark in each folder."""
+    for folder in folders:
+        left = folder / "left-behind"
+        left.write_bytes(b" and ".join(marks))
+        assert [mark for file, mark in traces([folder], marks) if file == left] == marks
+        left.unlink()
+
+
+def test_a_conversation_leaves_nothing(page, servers, home, tmp_path):
+    """Neither with the page nor with the API, neither where an image is only passed on nor where a model sees it."""
+    pixels = np.random.default_rng().integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "scan-of-a-patient.png")
     content = (tmp_path / "scan-of-a-patient.png").read_bytes()
     middle = content[200:260]
-    marks = [WORDS.encode(), WORDS.encode("utf-16-le"), middle, b"scan-of-a-patient"]
+    marks = [WORDS.encode(), WORDS.encode("utf-16-le"), middle, pixels[30].tobytes(), b"scan-of-a-patient"]
     marks += [base64.b64encode(content[start : start + 60]) for start in (198, 199, 200)]
     folders = [home, *IN_MEMORY.glob("llava-web-*")]
+    assert_found([IN_MEMORY, *(home / name / folder for name in servers for folder in ("", "tmp"))], marks)
+    before = set(files_below(home))
 
     page.locator("#box input[type=file]").set_input_files([tmp_path / "scan-of-a-patient.png"])
     thumbnail = page.locator("#box").get_by_role("listitem", name="File thumbnail")
     playwright.expect(thumbnail).to_have_count(1, timeout=PATIENCE)
     assert traces(folders, [middle]), "the search would have found it"
+    choose_second(page, "tiny")
     ask(page, f"What is shown? {WORDS} end-of-it")
     ask(page, f"And {WORDS}? end-of-it")
     page.locator("#again").click()
@@ -139,11 +180,19 @@ def test_a_conversation_leaves_nothing(page, home, tmp_path):
     playwright.expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
     with page.expect_download(timeout=PATIENCE):
         page.locator("#export").click()
+    for model in ("scripted", "tiny"):
+        for stream in (False, True):
+            ask_api(servers["api"].url, model, f"And {WORDS}?", content, stream)
     wait_until(lambda: not traces(folders, marks[2:]), 30)
-    assert traces(folders, marks) == []
+    assert traces([home, IN_MEMORY], marks) == []
+    assert set(files_below(home)) == before
 
     # Only a vote, which the page announces, keeps the text; never the image.
     page.locator("#vote-good").click()
     wait_until(lambda: traces([home / "votes"], marks[:1]), 60)
     assert {file.parent for file, _ in traces(folders, marks)} == {home / "votes"}
     assert not traces(folders, marks[2:])
+    (vote,) = (record for path in (home / "votes").glob("*.jsonl") for record in iter_records(path))
+    # The small model's context ends within the second question.
+    answers = [(answer["model"], answer["whole"]) for answer in vote["turns"][0]["answers"]]
+    assert answers == [("scripted", True), ("tiny", True)]

@@ -123,6 +123,14 @@ def test_killed_writers_leave_whole_lines(tmp_path):
         assert {(name, number) for number in range(count)} <= set(found)
 
 
+@pytest.mark.parametrize("content", [b"", b"{half"])
+def test_a_file_without_a_whole_line_goes(tmp_path, content):
+    log = DailyLog(tmp_path / "log", 7)
+    (log.folder / name_of(0)).write_bytes(content)
+    log.drop_old()
+    assert not list(log.folder.glob("*.jsonl"))
+
+
 @pytest.mark.parametrize("half", [b'{"said": "sec', b"x" * 200_000], ids=["short", "long"])
 def test_half_a_line_is_removed_and_said(tmp_path, half, caplog):
     log = DailyLog(tmp_path / "log", 7)

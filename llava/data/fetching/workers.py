@@ -13,8 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
+from llava.bars import tqdm
 from llava.data.fetching.archive import ArchiveError, Member, TarReader
 from llava.data.fetching.articles import Article, Image
 from llava.data.fetching.journal import Journal

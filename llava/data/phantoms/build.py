@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from llava.bars import tqdm
 from llava.data.phantoms.conversations import (
     caption_record,
     comparison_record,

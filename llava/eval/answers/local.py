@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tqdm import tqdm
-
+from llava.bars import tqdm
 from llava.conversation import get_template
 from llava.eval.answers.ablation import QuestionImages
 from llava.eval.answers.answering import answer_record

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from llava.bars import tqdm
 from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
 from llava.eval.answers.manifest import describe, read_dataset_manifest, read_manifest

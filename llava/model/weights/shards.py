@@ -24,8 +24,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from tqdm import tqdm
 
+from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.folders import WEIGHTS, remove_stale
 from llava.model.weights.checksums import CHECKSUMS

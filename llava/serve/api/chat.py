@@ -1,14 +1,13 @@
 """/v1/chat/completions: OpenAI's chat requests read and checked, replies and streams of chunks written."""
 
 import secrets
-import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from pydantic import Field
 
 from llava.sampling_params import MOST_LOGPROBS, Whole
-from llava.serve.api.choices import Choice, sum_usage
+from llava.serve.api.choices import Choice, sum_usage, time_of_day
 from llava.serve.api.fields import Call, ChoicesRequest
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import DEFAULT_NEW_TOKENS, Messages
@@ -48,7 +47,7 @@ class ChatForm:
         self.functions = request.callable_functions()
         self.envelope = {
             "id": "chatcmpl-" + request_id.removeprefix("req-"),
-            "created": int(time.time()),
+            "created": time_of_day(),
             "model": request.model,
         }
 

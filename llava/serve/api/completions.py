@@ -3,7 +3,6 @@
 `images` (base64 or data: URLs) are this project's: one for each `<image>` of the text.
 """
 
-import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from llava.sampling_params import MOST_LOGPROBS, Whole
 from llava.serve.api.chat import usage_of
-from llava.serve.api.choices import Choice
+from llava.serve.api.choices import Choice, time_of_day
 from llava.serve.api.fields import ChoicesRequest
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import MAX_IMAGES, MAX_TEXT
@@ -62,7 +61,7 @@ class CompletionForm:
         self.envelope = {
             "id": "cmpl-" + request_id.removeprefix("req-"),
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": time_of_day(),
             "model": request.model,
         }
 

@@ -1,7 +1,6 @@
 """/v1/responses: OpenAI's newer form, without its memory: a request brings the whole conversation."""
 
 import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from llava.sampling_params import MOST_LOGPROBS, Fields, Whole
 from llava.serve.api.chat import token_with_others
-from llava.serve.api.choices import Choice, sum_usage
+from llava.serve.api.choices import Choice, sum_usage, time_of_day
 from llava.serve.api.fields import ApiRequest, Call, ResponseFormat
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import DEFAULT_NEW_TOKENS, MAX_MESSAGES, MAX_PARTS, MAX_TEXT, Messages, at_most
@@ -121,7 +120,7 @@ class ResponsesForm:
         self.id = request_id.removeprefix("req-")
         self.functions = request.callable_functions()
         self.call = Call(self.functions) if self.functions else None
-        self.created = int(time.time())
+        self.created = time_of_day()
         self.call_id = "call_" + secrets.token_hex(12)
         self.number = -1
 

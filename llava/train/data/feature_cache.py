@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from llava.bars import tqdm
 from llava.record_content import image_key
 from llava.records import atomic_path, read_json, write_json
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
+from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.records import Record, Replaced, atomic_path, parse_record, read_json
 from llava.train.data.kept_files import kept_path

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
+from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.records import atomic_path
 from llava.train.data.kept_files import kept_path
