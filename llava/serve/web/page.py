@@ -26,6 +26,8 @@ TITLE = "LLaVA-Med"
 FILE_TYPES = ["image", ".dcm", ".dicom", ".nii", ".gz"]
 POLL_SECONDS = 3
 NO_SECOND = "none"
+MOST_SESSIONS = 500
+"""Conversations that are kept; beyond, the one that was used least recently is forgotten."""
 UPLOAD_SECONDS = 60.0
 """For the images of one question, with waiting for those of others."""
 NOTICE = """## Before you begin
@@ -87,6 +89,8 @@ def build_page(client, options: PageOptions) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 600), fill_width=True) as page:
         Page(client, options)
     page.queue(default_concurrency_limit=options.concurrency)
+    # `launch` would take it; this page is mounted.
+    page.state_session_capacity = MOST_SESSIONS
     return page
 
 
