@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-LOOK_SECONDS = 0.02
+LOOK_SECONDS = 0.1
 PATIENCE = 60.0
 
 

@@ -18,6 +18,7 @@ from llava.serve.web.attention_view import AttentionPart
 from llava.serve.web.chat_state import SIDES, THUMBNAIL, Chat, Exchange, UploadedImage, thumbnails
 from llava.serve.web.examples import EXAMPLES, draw_example
 from llava.serve.web.feedback import FeedbackLog
+from llava.serve.web.room import Room
 from llava.serve.web.settings import SettingsPanel
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class PageOptions:
     embed: bool = False
     concurrency: int = 16
     feedback: FeedbackLog | None = None
+    image_bytes: int = 1 << 30
+    """Of the images in all conversations together."""
 
 
 def build_page(client, options: PageOptions) -> gr.Blocks:
@@ -100,6 +103,7 @@ class Page:
     def __init__(self, client, options: PageOptions):
         self.client, self.options = client, options
         self.pool = DecodingPool()
+        self.room = Room(options.image_bytes)
         self._lay_out()
         self._connect()
 
@@ -241,7 +245,7 @@ class Page:
             return
         text = (box["text"] or "").strip()
         try:
-            uploaded = await in_thread(_read_images, box["files"] or [], self.pool, seconds=UPLOAD_SECONDS)
+            uploaded = await in_thread(self._read_images, box["files"] or [], seconds=UPLOAD_SECONDS)
             images = [*chat.draft, *uploaded]
         except (ImageError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
@@ -311,6 +315,19 @@ class Page:
             raise _error("There is nothing to export yet.", "Export")
         return chat.export()
 
+    def _read_images(self, files: list[str]) -> list[UploadedImage]:
+        """The uploaded files, which are deleted: a conversation lives in memory alone."""
+        contents = []
+        for file in files:
+            path = Path(file)
+            contents.append(path.read_bytes())
+            path.unlink()
+        small = functools.partial(self.pool.open, longest=THUMBNAIL)
+        images = [UploadedImage.from_bytes(content, small) for content in contents]
+        for image in images:
+            self.room.take(image, len(image.url) + len(image.thumbnail))
+        return images
+
     def _example(self, name: str, question: str):
         async def on_example(chat: Chat):
             chat.draft = [UploadedImage.from_bytes(draw_example(name))]
@@ -353,12 +370,3 @@ def _error(words: str, title: str) -> gr.Error:
     return gr.Error(words, title=title, print_exception=False)
 
 
-def _read_images(files: list[str], pool: DecodingPool) -> list[UploadedImage]:
-    """The uploaded files, which are deleted: a conversation lives in memory alone."""
-    contents = []
-    for file in files:
-        path = Path(file)
-        contents.append(path.read_bytes())
-        path.unlink()
-    small = functools.partial(pool.open, longest=THUMBNAIL)
-    return [UploadedImage.from_bytes(content, small) for content in contents]
