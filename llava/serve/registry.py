@@ -83,7 +83,7 @@ class Registry:
         self.workers = {worker.address: worker for worker in workers}
 
     def is_new(self) -> bool:
-        """Whether a worker that lives may not have come back yet: workers look for their controller at each heartbeat."""
+        """Whether a living worker may not be back yet: workers look for their controller at each heartbeat."""
         return self.clock() < self.began + EXPIRY_SECONDS
 
     def models(self) -> list[str]:

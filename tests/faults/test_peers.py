@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 
 import httpx
 import pytest
@@ -148,7 +147,8 @@ def test_a_controller_that_starts_again_knows_its_workers(tmp_path):
 
         def assert_served():
             assert ask(api, False, "scripted").status_code == ask(api, True, "scripted").status_code == 200
-            assert [entry["id"] for entry in httpx.get(api.url + "/v1/models", headers=KEY).json()["data"]] == ["scripted"]
+            known = httpx.get(api.url + "/v1/models", headers=KEY).json()["data"]
+            assert [entry["id"] for entry in known] == ["scripted"]
             assert ask(api, False, "another").json()["error"]["type"] == "no_worker"
 
         assert_served()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llava.serve.protocol import ErrorType
-from tests.faults.soak.__main__ import answers, memory, missed
+from tests.faults.soak.figures import answers, memory, missed, wrong_in
 from tests.faults.soak.load import Request
 from tests.faults.soak.stack import Sample
 
@@ -73,3 +73,8 @@ GOOD = {
 )
 def test_each_aim_can_be_missed(change):
     assert missed(GOOD) == [] and len(missed(GOOD | change)) == 1
+
+
+def test_what_a_log_says_is_found():
+    log = "INFO x\n  Traceback (most recent call last):\n    File y\n  KeyError: 'a'\nINFO z\n"
+    assert wrong_in(log * 2) == {"KeyError: 'a'": 2} and wrong_in("INFO x\n") == {}

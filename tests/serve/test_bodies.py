@@ -26,7 +26,7 @@ BROKEN = {
     "not a number": (b'{"model": "m", "queue_length": NaN}', "not JSON"),
     "endless": (b'{"model": "m", "queue_length": -Infinity}', "not JSON"),
     "half a character": (rb'{"model": "\ud800", "worker_name": "\udfff"}', "hex escape at line 1 column"),
-    "half a character deep inside": (rb'{"model": "m", "messages": [{"content": "\udc00"}]}', "surrogate in hex escape"),
+    "half a character deep inside": (rb'{"model": "m", "messages": [{"content": "\udc00"}]}', "in hex escape"),
     "half a character as a name": (rb'{"model": "m", "x": {"\ud800": 1}}', "hex escape at line 1 column"),
     "the wrong type": (b'{"model": ["m"], "worker_name": ["m"]}', "Input should be a valid string"),
 }

@@ -368,5 +368,3 @@ async def _is_busy(chat: Chat) -> bool:
 
 def _error(words: str, title: str) -> gr.Error:
     return gr.Error(words, title=title, print_exception=False)
-
-

@@ -12,32 +12,25 @@ import argparse
 import asyncio
 import contextlib
 import json
-import re
-import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
 from llava.records import write_json
-from tests.faults.soak.faults import Faults, Outage
-from tests.faults.soak.load import Load, Request, figures_of
+from tests.faults.soak.faults import Faults
+from tests.faults.soak.figures import answers, by_kind, files, in_order, memory, missed, silent, wrong_in
+from tests.faults.soak.load import Load
 from tests.faults.soak.requests import Client
 from tests.faults.soak.stack import SERVERS, Sample, Stack
-from tests.serve.health import HealthWatch, Look, latencies
+from tests.serve.health import HealthWatch, latencies
 
 CLIENTS = 32
 LOAD = 0.8
-ANSWERED = 0.999
-GROWTH = 0.02
-MORE_FILES = 3
 SAMPLE_SECONDS = 5.0
 QUIET_SECONDS = 60.0  # idle connections between the servers are closed after 25 to 50
-JUDGED_SECONDS = 600.0  # of a life: a shorter one is mostly warm-up
-EXCEPTED = {"worker_lost"}
 
 
 class Soak:
@@ -86,15 +79,11 @@ class Soak:
             "load_per_second": round(len(requests) / took, 2),
             "held_back_seconds": round(self.load.held_back, 1),
             **answers(requests, self.faults.kills),
-            "requests": figures_of(requests),
+            "requests": by_kind(requests),
             "faults": dict(sorted(self.faults.done.items())),
             "faults_wrong": dict(self.faults.wrong),
             "memory": memory(self.samples),
-            "files": {
-                name: {"before": files_before[name], "after": files_after.get(name), "most": most}
-                for name, most in _most_files(self.samples).items()
-                if name in files_before
-            },
+            "files": files(self.samples, files_before, files_after),
             "health_ms": latencies(in_order(health.looks, self.faults.outages)),
             "health_not_answered": silent(health.looks, self.faults.outages),
         }
@@ -125,102 +114,6 @@ class Soak:
                 await asyncio.sleep(pause)
 
 
-def answers(requests: list[Request], kills: list[float]) -> dict:
-    """How many well-formed requests were answered, without those that a killed worker took with it; and refusals."""
-    well_formed = [request for request in requests if not request.is_refused]
-    lost = [request for request in well_formed if request.lost]
-    excepted = [
-        request
-        for request in lost
-        if request.lost in EXCEPTED and any(request.asked <= kill <= request.ended for kill in kills)
-    ]
-    counted = len(well_formed) - len(excepted)
-    refused = [request for request in requests if request.is_refused]
-    return {
-        "well_formed": len(well_formed),
-        "answered": len(well_formed) - len(lost),
-        "in_flight_on_a_killed_worker": len(excepted),
-        "answered_share": round((len(well_formed) - len(lost)) / max(1, counted), 6),
-        "sent_again": dict(Counter(request.again for request in well_formed if request.again)),
-        "refused_as_it_has_to_be": sum(request.lost is None for request in refused),
-        "refused_otherwise": dict(Counter(request.lost for request in refused if request.lost)),
-    }
-
-
-def memory(samples: list[Sample]) -> dict[str, dict]:
-    """Of each server's longest life: MB when it had warmed up (after a third of it) and at its end, and the growth."""
-    lives: dict[tuple[str, int], list[Sample]] = {}
-    for sample in samples:
-        lives.setdefault((sample.name, sample.pid), []).append(sample)
-    longest: dict[str, list[Sample]] = {}
-    for (name, _), life in lives.items():
-        if len(life) > len(longest.get(name, ())):
-            longest[name] = life
-    found = {}
-    for name, life in sorted(longest.items()):
-        part = max(1, len(life) // 12)
-        settled, late = life[4 * part : 5 * part] or life, life[-part:]
-        sizes = {
-            what: [statistics.median(getattr(sample, what) for sample in some) for some in (settled, late)]
-            for what in ("rss", "pss")
-        }
-        seconds = life[-1].when - life[0].when
-        found[name] = {
-            "seconds": round(seconds),
-            "is_judged": seconds >= JUDGED_SECONDS,
-            **{f"{what}_mb": [round(size / 1e6, 1) for size in pair] for what, pair in sizes.items()},
-            **{f"{what}_growth": round(pair[1] / pair[0] - 1, 4) for what, pair in sizes.items()},
-            "rss_mb_over_time": [round(sample.rss / 1e6, 1) for sample in life[:: max(1, len(life) // 24)]],
-        }
-    return found
-
-
-def _most_files(samples: list[Sample]) -> dict[str, int]:
-    most: dict[str, int] = {}
-    for sample in samples:
-        most[sample.name] = max(sample.files, most.get(sample.name, 0))
-    return most
-
-
-def in_order(looks: list[Look], outages: list[Outage]) -> list[Look]:
-    """The looks at servers that no fault kept from answering."""
-    return [look for look in looks if look.status and not _is_out(look, outages)]
-
-
-def silent(looks: list[Look], outages: list[Outage]) -> dict[str, int]:
-    """How often a server gave no answer without a fault that explains it."""
-    return dict(Counter(look.server for look in looks if look.status != 200 and not _is_out(look, outages)))
-
-
-def _is_out(look: Look, outages: list[Outage]) -> bool:
-    return any(each.server == look.server and each.began <= look.answered and look.asked <= each.ended for each in outages)
-
-
-def missed(figures: dict) -> list[str]:
-    """The aims that a run has missed."""
-    found = []
-    if figures["answered_share"] < ANSWERED:
-        found.append(f"answered: {figures['answered_share']:.4%} of the well-formed requests, not {ANSWERED:.1%}")
-    for what in ("refused_otherwise", "faults_wrong", "health_not_answered", "wrong_in_the_logs"):
-        if figures[what]:
-            found.append(f"{what}: {figures[what]}")
-    for name, each in figures["memory"].items():
-        if each["is_judged"] and each["rss_growth"] >= GROWTH:
-            found.append(f"memory of {name}: {each['rss_growth']:+.2%}")
-    for name, each in figures["files"].items():
-        if each["after"] is not None and each["after"] > each["before"] + MORE_FILES:
-            found.append(f"open files of {name}: {each['before']} before, {each['after']} after")
-    if figures["exit_code"] != 0:
-        found.append(f"llava.serve ended with {figures['exit_code']}")
-    return found
-
-
-def wrong_in(log: str) -> list[str]:
-    """Tracebacks, by their last line."""
-    parts = re.split(r"Traceback \(most recent call last\):", log)[1:]
-    return [next((line.strip() for line in part.splitlines() if re.match(r" *[\w.]+(Error|Exception)", line)), part[:200]) for part in parts]
-
-
 def soak(args: argparse.Namespace) -> dict:
     async def run(stack: Stack) -> dict:
         client = Client(stack)
@@ -236,7 +129,7 @@ def soak(args: argparse.Namespace) -> dict:
         log = stack.log.read_text(errors="replace")
         if args.log:
             args.log.write_text(log)
-    figures["wrong_in_the_logs"] = dict(Counter(wrong_in(log)))
+    figures["wrong_in_the_logs"] = wrong_in(log)
     figures["missed"] = missed(figures)
     return figures
 

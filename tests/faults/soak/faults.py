@@ -1,4 +1,4 @@
-"""What goes wrong during the soak: one fault every so many seconds, drawn by a seed, each kind as often as the others."""
+"""What goes wrong during the soak: a fault every so many seconds, drawn by a seed, each kind as often as the others."""
 
 import asyncio
 import contextlib

@@ -4,7 +4,6 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tests.faults.soak import page
@@ -115,22 +114,3 @@ class Load:
         if lost:
             self.failing[lost] += 1
         self.over.append(Request(kind.name, kind.is_refused, asked, time.monotonic(), lost, again))
-
-
-def figures_of(requests: Iterable[Request]) -> dict[str, dict]:
-    """By kind: asked, answered as it has to be, sent again, lost to what; the median and the 99th of 100 seconds."""
-    found: dict[str, dict] = {}
-    by_kind: dict[str, list[Request]] = {}
-    for request in requests:
-        by_kind.setdefault(request.kind, []).append(request)
-    for kind, same in sorted(by_kind.items()):
-        times = sorted(request.ended - request.asked for request in same)
-        found[kind] = {
-            "asked": len(same),
-            "as it has to be": sum(request.lost is None for request in same),
-            "sent again": sum(request.again for request in same),
-            "lost": dict(Counter(request.lost for request in same if request.lost)),
-            "seconds_p50": round(times[len(times) // 2], 3),
-            "seconds_p99": round(times[len(times) * 99 // 100], 3),
-        }
-    return found

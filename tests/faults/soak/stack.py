@@ -56,9 +56,7 @@ class Stack:
         environment = {**os.environ, "LLAVA_SERVE_SECRET": "s3cret-of-the-soak", "OMP_NUM_THREADS": "1"}
         command = [*PRIVATE, *words] if self.has_own_memory else words
         with self.log.open("wb") as log:
-            self.supervisor = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            self.supervisor = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             self._wait_until_ready()
         except BaseException:
