@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 USUAL_STREAMS = 32
-"""A chunk costs this server and the one in front of it half a millisecond each: hundreds of streams share what these
-have, so that other requests don't wait."""
+"""Every chunk costs this server and the one in front of it: more streams share what so many take, so that other
+requests don't wait."""
 
 
 class WorkerApp:
