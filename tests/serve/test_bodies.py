@@ -131,6 +131,7 @@ def test_a_body_is_written_in_parts_as_it_would_be_in_one(text):
     """A short one is one part, so that its length is known."""
     small = {"model": "m", "messages": [{"content": text, 'a "name"': []}], "more": {}, "seed": None, "rate": 0.5}
     assert json.loads(written(small)) == small
+    assert json.loads(written({"logit_bias": {300: 1.5}})) == {"logit_bias": {"300": 1.5}}
 
     async def gather(parts):
         return [part async for part in parts]

@@ -116,7 +116,8 @@ def _parts(value: Any) -> Iterator[str]:
         named = value.items() if isinstance(value, dict) else ((None, each) for each in value)
         mark, end = "{}" if isinstance(value, dict) else "[]"
         for name, each in named:
-            yield mark if name is None else f"{mark}{json.dumps(name)}:"
+            # Names are texts in JSON; a bias's are ids.
+            yield mark if name is None else f"{mark}{json.dumps(str(name))}:"
             yield from _parts(each)
             mark = ","
         yield end
