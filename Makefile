@@ -8,7 +8,7 @@ DEEPSPEED := $(VENV)/.deepspeed
 LMMS_EVAL := $(VENV)/lmms-eval
 CLIENTS := $(VENV)/clients
 
-.PHONY: help install lock audit sbom demo serve clients test test-all fuzz fuzz-api kills lint format clean
+.PHONY: help install lock audit sbom demo serve clients test test-all fuzz fuzz-api kills soak lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -72,10 +72,13 @@ test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL) $(CLIENTS)/.installed  
 
 # Routes without a body have only one request, so some more are asked for than are made.
 fuzz-api: $(STAMP)  ## 10,000 requests made from the servers' descriptions (minutes)
-	$(BIN)/python -m tests.security.fuzz --cases 11000
+	$(BIN)/python -m tests.security.fuzz --cases 12000
 
 kills: $(STAMP)  ## 200 random SIGKILLs of commands and servers, figures as JSON (half an hour)
 	$(BIN)/python -m tests.faults.kills --kills 200
+
+soak: $(STAMP)  ## an hour of mixed load with a fault every 30 s; figures in runs/soak.json
+	$(BIN)/python -m tests.faults.soak --minutes 60 --json runs/soak.json
 
 FUZZ_FILES ?= 10000
 fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json

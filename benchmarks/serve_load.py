@@ -29,6 +29,7 @@ import httpx
 from checkout import DEMO_MODEL, IMAGES, QUESTIONS, ROOT, add_json_flag, show
 
 from tests.serve.processes import Process
+from tests.serve.streams import StreamError, events
 
 NEW_TOKENS = 64
 JSON = {"Content-Type": "application/json"}
@@ -175,26 +176,18 @@ async def ask(http, body: bytes, stream: bool) -> Outcome:
         outcome.whole = time.perf_counter() - began
         if outcome.tokens != NEW_TOKENS:
             raise ValueError(f"{outcome.tokens} tokens, not {NEW_TOKENS}")
-    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+    except (aiohttp.ClientError, TimeoutError, StreamError, ValueError, KeyError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     return outcome
 
 
 async def _read_stream(reply, began: float) -> tuple[float | None, int]:
-    """(seconds to the first text, tokens) of a stream that has to end as one does."""
-    first, tokens, done = None, 0, False
-    async for line in reply.content:
-        if not line.startswith(b"data: {"):
-            done = done or line == b"data: [DONE]\n"
-            continue
-        event = json.loads(line[6:])
-        if "error" in event:
-            raise ValueError(event["error"]["type"])
+    """(seconds to the first text, tokens) of a stream."""
+    first, tokens = None, 0
+    async for event in events(reply):
         if first is None and any(choice["delta"].get("content") for choice in event["choices"]):
             first = time.perf_counter() - began
         tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    if not done:
-        raise ValueError("the stream ended early")
     return first, tokens
 
 

@@ -14,7 +14,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 class Limits:
     """Caps on one image; an image beyond one of them is an error, not a warning.
 
-    The defaults keep any image under 5 seconds of one core and 1.5 GB of memory (tests/security/test_image_cost.py).
+    The defaults keep any image under 5 seconds of one core and 1.5 GB of memory (tests/security/test_image_bombs.py).
     """
 
     max_bytes: int = 768 << 20

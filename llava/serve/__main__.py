@@ -25,7 +25,7 @@ STOP_SECONDS = 70.0  # workers drain for 60 by default
 LOOK_SECONDS = 0.2
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
-SOUND_SECONDS = 300.0  # a worker that has lived so long starts anew with the first pause
+SOUND_SECONDS = 300.0  # a server that has lived so long starts anew with the first pause
 HEALTH_SECONDS = 5.0
 
 
@@ -42,6 +42,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--worker-port", type=int, default=21002, help="of the first worker; the next ones follow")
     parser.add_argument("--api-port", type=int, default=8000)
     parser.add_argument("--web-port", type=int, default=7860)
+    parser.add_argument("--cache-mb", type=int, help="of each worker, for keys and values: model_worker's --cache-mb")
     parser.add_argument("--api-key-file", help="keys of API and page, one per line: name key [requests per minute]")
     parser.add_bool("--web", default=True, help="False: no web page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons on the page, and keep what they say here")
@@ -85,8 +86,6 @@ class Server:
     module: str
     url: str
     words: list[str]
-    is_restarted: bool = False
-    """A worker can be lost to a model that crashes; the others go on meanwhile, and it comes back."""
 
 
 @dataclass
@@ -134,11 +133,11 @@ def _servers(args, names: list[str]) -> list[Server]:
         port = args.worker_port + number
         address = f"http://127.0.0.1:{port}"
         words = ["--model-path", path, "--port", str(port), "--controller", controller, "--worker", address, *shared]
-        for flag, value in (("--model-base", args.model_base), ("--device", args.device)):
-            words += [flag, value] if value else []
+        given = {"--model-base": args.model_base, "--device": args.device, "--cache-mb": args.cache_mb}
+        words += [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
         words += ["--model-name", names[number]] if names else []
         words += ["--load-8bit"] * bool(args.load_8bit) + ["--load-4bit"] * bool(args.load_4bit)
-        servers.append(Server(f"worker of {path}", "llava.serve.model_worker", address, words, is_restarted=True))
+        servers.append(Server(f"worker of {path}", "llava.serve.model_worker", address, words))
     front = ["--host", args.host, "--controller", controller, *shared]
     front += [word for name in args.allowed_host for word in ("--allowed-host", name)]
     front += ["--api-key-file", args.api_key_file] if args.api_key_file else []
@@ -191,11 +190,10 @@ async def _is_healthy(url: str) -> bool:
 
 
 def _watch(running: list[Running]) -> None:
+    """One that is lost, as a worker to a model that crashes, comes back; the others go on meanwhile."""
     while True:
-        _check_alive([each for each in running if not each.server.is_restarted])
         for each in running:
-            if each.server.is_restarted:
-                each.revive()
+            each.revive()
         time.sleep(LOOK_SECONDS)
 
 

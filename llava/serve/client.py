@@ -5,16 +5,21 @@ Needs no torch. A worker that can't be reached, or is lost before its first word
 
 import contextlib
 import json
+import random
+import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.serve.daily_log import DailyLog
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
+from llava.serve.transport.bodies import JSON_HEADERS, written
 from llava.serve.transport.session import open_session
 from llava.serve.worker_answers import MOST_PENDING_BYTES, AttentionMap, Chunk, ReportedStatus
 
 SHORT_TIMEOUT = 10.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first
+REMEMBERED_SECONDS = 60.0
 _TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL)  # a worker that is stopping, or has enough to do
 
 
@@ -28,6 +33,8 @@ class ServingClient:
         self.controller = controller.rstrip("/")
         self.secret = secret
         self._session: Any = None
+        self._models = _Memory()
+        self._addresses: defaultdict[str, _Memory] = defaultdict(_Memory)  # by models that workers have
 
     @property
     def session(self):
@@ -42,7 +49,15 @@ class ServingClient:
 
     async def models(self) -> list[str]:
         """Names of the models that are ready."""
-        return (await self._ask_controller("/list_models"))["models"]
+        try:
+            reply = await self._ask_controller("/list_models")
+        except ServeError:
+            if remembered := self._models.recent():
+                return sorted(remembered)
+            raise
+        self._models.note(*reply["models"])
+        remembered = self._models.recent() if reply.get("is_new") else []
+        return sorted({*reply["models"], *remembered})
 
     async def worker_stats(self) -> list[dict[str, Any]]:
         """Each worker's own status, with its address; workers that don't answer are left out."""
@@ -58,8 +73,21 @@ class ServingClient:
 
     async def address(self, model: str, exclude: set[str] | frozenset[str] = frozenset()) -> str | None:
         """Where the next request for `model` goes."""
-        body = {"model": model, "exclude": sorted(exclude)}
-        return (await self._ask_controller("/get_worker_address", body))["address"] or None
+        try:
+            reply = await self._ask_controller("/get_worker_address", {"model": model, "exclude": sorted(exclude)})
+        except ServeError:
+            if remembered := self._remembered(model, exclude):
+                return remembered
+            raise
+        if reply["address"]:
+            self._addresses[model].note(reply["address"])
+            return reply["address"]
+        return self._remembered(model, exclude) if reply.get("is_new") else None
+
+    def _remembered(self, model: str, exclude: set[str] | frozenset[str]) -> str | None:
+        known = self._addresses[model].recent() if model in self._addresses else []
+        able = [address for address in known if address not in exclude]
+        return random.choice(able) if able else None
 
     async def generate(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of an answer (llava.serve.job's request).
@@ -77,6 +105,7 @@ class ServingClient:
                     async for chunk in chunks:
                         begun = True
                         yield chunk
+                self._addresses[body["model"]].note(address)
                 return
             except _Unreachable as error:
                 if begun:
@@ -103,7 +132,7 @@ class ServingClient:
         if address is None:
             raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
         try:
-            async with self.session.post(f"{address}/worker_attention_map", json=body, allow_redirects=False) as reply:
+            async with self._send(f"{address}/worker_attention_map", body) as reply:
                 content = await reply.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
@@ -121,7 +150,7 @@ class ServingClient:
         ended, rest = False, b""
         try:
             url = f"{address}/worker_generate_stream"
-            async with self.session.post(url, json=body, allow_redirects=False) as reply:
+            async with self._send(url, body) as reply:
                 if reply.status != 200:
                     raise _http_error(reply.status, await reply.read())
                 async for data in reply.content.iter_any():
@@ -140,6 +169,10 @@ class ServingClient:
             raise _Unreachable from error
         if not ended:
             raise _Unreachable
+
+    def _send(self, url: str, body: dict[str, Any]) -> Any:
+        """A request with images in it; what aiohttp's `post` gives."""
+        return self.session.post(url, data=written(body), headers=JSON_HEADERS, allow_redirects=False)
 
     async def _ask_controller(self, path: str, body: dict | None = None) -> dict[str, Any]:
         import aiohttp
@@ -160,6 +193,24 @@ class ServingClient:
             url, json=body, timeout=timeout, raise_for_status=True, allow_redirects=False
         ) as reply:
             return await reply.json()
+
+
+class _Memory:
+    """What a controller has said of late, for the time in which it is started anew: it can't be asked, and then it
+    doesn't know all its workers yet."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}
+
+    def note(self, *names: str) -> None:
+        for name in names:
+            self._seen[name] = time.monotonic()
+
+    def recent(self) -> list[str]:
+        """What was noted within the last `REMEMBERED_SECONDS`."""
+        oldest = time.monotonic() - REMEMBERED_SECONDS
+        self._seen = {name: when for name, when in self._seen.items() if when >= oldest}
+        return list(self._seen)
 
 
 class WorkerClient(ServingClient):

@@ -17,7 +17,7 @@ from llava.serve.protocol import ErrorType, ServeError, check_address, encode_er
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
 from llava.serve.request_models import ForModel, Heartbeat, WorkerEntry, WorkerStatus, WorkerWanted
 from llava.serve.secret import add_secret_flags, secret_from_args
-from llava.serve.transport.bodies import parse_json, read_body, validated
+from llava.serve.transport.bodies import JSON_HEADERS, parse_json, read_body, validated
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
 from llava.serve.transport.server import run_server
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT = 5.0
 READ_TIMEOUT = 120.0  # between two pieces of an answer
-_JSON = {"content-type": "application/json"}
 
 
 def build_parser() -> ArgumentParser:
@@ -108,7 +107,7 @@ def build_app(
 
     @app.post("/list_models")
     async def list_models() -> dict:
-        return {"models": registry.models()}
+        return {"models": registry.models(), "is_new": registry.is_new()}
 
     @app.post("/get_worker_address")
     async def get_worker_address(request: Request) -> dict:
@@ -117,7 +116,7 @@ def build_app(
         failed = frozenset(body.exclude)
         for address in failed & registry.workers.keys():
             background(_drop_if_dead(registry, session, address))
-        return {"address": registry.choose(body.model, failed) or ""}
+        return {"address": registry.choose(body.model, failed) or "", "is_new": registry.is_new()}
 
     @app.post("/list_workers")
     async def list_workers() -> dict:
@@ -151,7 +150,7 @@ async def _forward(registry: Registry, session, model: str, body: bytes, request
         begun = False
         try:
             url = f"{address}/worker_generate_stream"
-            async with session.post(url, data=body, headers=_JSON, allow_redirects=False) as reply:
+            async with session.post(url, data=body, headers=JSON_HEADERS, allow_redirects=False) as reply:
                 _expect_ok(reply)
                 async for chunk in reply.content.iter_any():
                     begun = True

@@ -125,9 +125,10 @@ class Ready(BaseModel):
 
 
 Models = create_model("Models", models=list[str])
+ModelsNow = create_model("ModelsNow", models=list[str], is_new=bool)
 Registered = create_model("Registered", registered=str)
 Unregistered = create_model("Unregistered", unregistered=str)
-Address = create_model("Address", address=str)
+Address = create_model("Address", address=str, is_new=bool)
 Exists = create_model("Exists", exist=bool)
 Workers = create_model("Workers", workers=list[dict[str, Any]])
 
@@ -165,7 +166,7 @@ OPERATIONS: dict[Server, tuple[Operation, ...]] = {
         Operation("post", "/register_worker", "A worker joins.", WorkerEntry, Registered),
         Operation("post", "/unregister_worker", "A worker leaves.", WorkerEntry, Unregistered),
         Operation("post", "/refresh_all_workers", "Ask every worker how it is.", answer=Models),
-        Operation("post", "/list_models", "The models that can be asked.", answer=Models),
+        Operation("post", "/list_models", "The models that can be asked.", answer=ModelsNow),
         Operation("post", "/get_worker_address", "Where a model is.", WorkerWanted, Address),
         Operation("post", "/list_workers", "All that is known of the workers.", answer=Workers),
         Operation("post", "/receive_heart_beat", "A worker is alive.", Heartbeat, Exists),

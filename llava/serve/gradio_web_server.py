@@ -53,7 +53,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--feedback-dir", help="show vote and flag buttons, and keep what they say in this folder")
     parser.add_argument("--feedback-days", type=float, default=30.0, help="days after which votes are deleted")
     parser.add_argument("--visitor-upload-mb", type=int, default=128, help="MiB of files that one visitor may have")
-    parser.add_argument("--upload-mb", type=int, default=1024, help="MiB of files that all visitors may have")
+    parser.add_argument(
+        "--upload-mb",
+        type=int,
+        default=1024,
+        help="MiB of files that all visitors may have waiting, and of images in their conversations",
+    )
     parser.add_argument(
         "--api-key-file",
         help=f"keys of visitors, one per line: name key (default: ${VARIABLE}, else no key is asked for)",
@@ -102,6 +107,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
         embed=args.embed,
         concurrency=args.concurrency_count,
         feedback=DailyLog(args.feedback_dir, args.feedback_days) if args.feedback_dir else None,
+        image_bytes=args.upload_mb << 20,
     )
 
     # All visitors together leave half of a small file system free.

@@ -41,6 +41,9 @@ class Registry:
     workers: dict[str, Worker] = field(default_factory=dict)
     one_owner_per_model: bool = False
 
+    def __post_init__(self) -> None:
+        self.began = self.clock()
+
     def register(self, address: str, status: WorkerStatus, check_heart_beat: bool = True) -> Worker:
         """Add or update a worker from its status; an address that isn't one is a LlavaError."""
         worker = to_worker(address, status, check_heart_beat, self.clock())
@@ -79,6 +82,10 @@ class Registry:
 
     def replace_all(self, workers: list[Worker]) -> None:
         self.workers = {worker.address: worker for worker in workers}
+
+    def is_new(self) -> bool:
+        """Whether a living worker may not be back yet: workers look for their controller at each heartbeat."""
+        return self.clock() < self.began + CONTROLLER_HEART_BEAT_EXPIRATION
 
     def models(self) -> list[str]:
         self.expire()

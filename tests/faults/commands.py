@@ -28,6 +28,7 @@ class Command:
         output: what it writes there.
         is_whole: whether the output has appeared under its name.
         content: what has to be the same however often it was killed.
+        is_final: whether it refuses to run again once its output is there.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Command:
     output: str
     content: Callable[[Path], Any]
     is_whole: Callable[[Path], bool] = Path.exists
+    is_final: bool = False
 
 
 @contextlib.contextmanager
@@ -145,7 +147,7 @@ COMMANDS = {
     for command in (
         Command("training", _training, "model", _trained, lambda path: (path / "config.json").exists()),
         Command("answering", _answering, "answers.jsonl", _files),
-        Command("delta", _delta, "target", _files),
+        Command("delta", _delta, "target", _files, is_final=True),
         Command("download", _download, "images", _files, lambda path: False),  # images appear one by one
         Command("generation", _generation, "generated.jsonl", _rows),
         Command("judging", _judging, "scores.jsonl", _rows),

@@ -43,9 +43,13 @@ def kill_command(command: Command, kills: int, moments: random.Random, folder: P
             for _ in range(min(moments.randint(1, MOST_IN_A_ROW), kills - done)):
                 was_killed = _kill(words(out), moments.uniform(0.2, 1.0) * lasts)
                 done += was_killed
-                if was_killed and command.is_whole(output) and command.content(output)[:-1] != expected[:-1]:
+                is_whole = command.is_whole(output)
+                if was_killed and is_whole and command.content(output)[:-1] != expected[:-1]:
                     wrong.append(f"round {rounds}: a kill left an unfinished output under its name")
-            _finish(words(out))
+                if command.is_final and is_whole:
+                    break
+            else:
+                _finish(words(out))
             if command.content(output) != expected:
                 wrong.append(f"round {rounds}: the output differs")
     return {"kills": done, "rounds": rounds, "seconds_undisturbed": round(lasts, 1), "wrong": wrong}

@@ -93,8 +93,8 @@ def register(controller, worker):
     assert httpx.post(controller.url + "/register_worker", json=body, headers=SECRET).status_code == 200
 
 
-def ask(api, stream):
-    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream}
+def ask(api, stream, model="m"):
+    body = {"model": model, "messages": [{"role": "user", "content": "x"}], "stream": stream}
     return httpx.post(api.url + "/v1/chat/completions", json=body, headers=KEY, timeout=30)
 
 
@@ -165,17 +165,34 @@ def test_a_silent_worker_stops_nobody_else(serving):
 
 
 def test_a_controller_that_starts_again_knows_its_workers(tmp_path):
-    """Workers register anew by themselves, once their next heartbeat isn't known."""
+    """Workers register anew by themselves, once their next heartbeat isn't known; clients notice nothing of it."""
     controller = Process("llava.serve.controller", env=ENV, log=tmp_path / "controller").wait()
-    with Process(
-        "tests.serve.scripted_worker", "--controller", controller.url, env=ENV, log=tmp_path / "worker"
-    ) as worker:
+    words = ("--controller", controller.url)
+    with (
+        Process("tests.serve.scripted_worker", *words, env=ENV, log=tmp_path / "worker") as worker,
+        Process("llava.serve.openai_api_server", *words, env=ENV, log=tmp_path / "api") as api,
+    ):
         worker.wait()
+        api.wait()
         models = lambda: httpx.post(controller.url + "/list_models", headers=SECRET).json()["models"]  # noqa: E731
         wait_until(lambda: models() == ["scripted"], 60)
+
+        def assert_served():
+            assert ask(api, False, "scripted").status_code == ask(api, True, "scripted").status_code == 200
+            known = httpx.get(api.url + "/v1/models", headers=KEY).json()["data"]
+            assert [entry["id"] for entry in known] == ["scripted"]
+            assert ask(api, False, "another").json()["error"]["type"] == "no_worker"
+
+        assert_served()
         controller.kill()
-        time.sleep(0.2)
+        assert_served()
         with Process("llava.serve.controller", port=controller.port, env=ENV, log=tmp_path / "controller") as again:
             again.wait()
+            assert models() == []
+            assert_served()
             wait_until(lambda: models() == ["scripted"], 60)
+            assert_served()
+            # One that leaves in order isn't asked any more.
+            worker.stop()
+            assert ask(api, False, "scripted").status_code in (502, 503)
     assert "Traceback" not in (tmp_path / "worker").read_text()

@@ -54,11 +54,14 @@ def dicom(syntax: str, body: bytes, meta: bytes = b"") -> bytes:
     return bytes(128) + b"DICM" + meta + element(2, 0x10, b"UI", uid) + body
 
 
-def image_module(rows: int, columns: int, bits: int = 8, before: bytes = b"") -> bytes:
+def image_module(rows: int, columns: int, bits: int = 8, before: bytes = b"", components: int = 1) -> bytes:
+    colours = [element(0x28, 4, b"CS", b"MONOCHROME2 ")]
+    if components == 3:
+        colours = [element(0x28, 4, b"CS", b"RGB "), short(0x28, 6, 0)]
     return b"".join(
         [
-            short(0x28, 2, 1),
-            element(0x28, 4, b"CS", b"MONOCHROME2 "),
+            short(0x28, 2, components),
+            *colours,
             short(0x28, 0x10, rows),
             short(0x28, 0x11, columns),
             short(0x28, 0x100, bits),
@@ -298,5 +301,80 @@ BOMBS = {
         values_in_dicom, character_sets_in_dicom, rle_in_dicom, jpeg_scans, jpeg_segments, jpeg_fill_bytes, jpeg_exif,
         png_chunks, png_text, gif_comments, tiff_tags, tiff_tile, tiff_strips, bmp_rle, ppm_plain, ppm_scaled,
         ppm_comment, nifti_extensions, nifti_zeros, nifti_far_slice,
+    )
+}  # fmt: skip
+
+
+# Sound images, as large as they may be, of what takes a decoder longest: noise.
+
+
+def webp_lossy_at_cap() -> bytes:
+    return _noise_webp(quality=75, method=1)
+
+
+def webp_lossless_at_cap() -> bytes:
+    return _noise_webp(lossless=True, quality=0, method=0)
+
+
+def webp_with_alpha_at_cap() -> bytes:
+    return _noise_webp("RGBA", quality=75, alpha_quality=100, method=1)
+
+
+def _noise_webp(mode: str = "RGB", **options) -> bytes:
+    """50 million pixels; one stripe of noise again and again, which the encoder doesn't notice."""
+    side = 7071
+    stripe = np.random.default_rng(0).integers(0, 256, (256, side, len(mode)), np.uint8)
+    values = np.tile(stripe, (-(-side // 256), 1, 1))[:side]
+    buffer = io.BytesIO()
+    Image.fromarray(values, mode).save(buffer, "WEBP", **options)
+    return buffer.getvalue()
+
+
+def lossless_jpeg_at_cap(bits: int = 16, components: int = 1) -> bytes:
+    """Every difference of 15 bits, behind a code of one bit: 16 bits for each sample, none of them a marker."""
+    side = int((40_000_000 / components) ** 0.5)
+    table = b"\x00" + bytes([1, *[0] * 15]) + bytes([15 if bits == 16 else 7])
+    frame = _jpeg_frame(0xC3, bits, side, components)
+    scan = bytes([components, *(byte for place in range(components) for byte in (place + 1, 0)), 1, 0, 0])
+    values = np.random.default_rng(0).integers(0, 0xFE, side * side * components * bits // 8, np.uint8)
+    values[:: bits // 8] &= 0x7F
+    return _jpeg_in_dicom(
+        "1.2.840.10008.1.2.4.70", bits, side, components, [(0xC4, table), frame, (0xDA, scan)], values.tobytes()
+    )
+
+
+def lossless_jpeg_in_colour_at_cap() -> bytes:
+    return lossless_jpeg_at_cap(8, 3)
+
+
+def jpeg_ls_at_cap(bits: int = 16, components: int = 1) -> bytes:
+    """Any bits at all are a JPEG-LS."""
+    side = int((40_000_000 / components) ** 0.5)
+    frame = _jpeg_frame(0xF7, bits, side, components)
+    scan = bytes([components, *(byte for place in range(components) for byte in (place + 1, 0)), 0, components > 1, 0])
+    values = np.random.default_rng(0).integers(0, 0xFE, 4 * side * side * components, np.uint8)
+    return _jpeg_in_dicom("1.2.840.10008.1.2.4.80", bits, side, components, [frame, (0xDA, scan)], values.tobytes())
+
+
+def jpeg_ls_in_colour_at_cap() -> bytes:
+    return jpeg_ls_at_cap(8, 3)
+
+
+def _jpeg_frame(marker: int, bits: int, side: int, components: int) -> tuple[int, bytes]:
+    parts = b"".join(bytes([place + 1, 0x11, 0]) for place in range(components))
+    return marker, struct.pack(">BHHB", bits, side, side, components) + parts
+
+
+def _jpeg_in_dicom(syntax: str, bits: int, side: int, components: int, segments, data: bytes) -> bytes:
+    head = b"".join(struct.pack(">BBH", 0xFF, marker, 2 + len(content)) + content for marker, content in segments)
+    frame = b"\xff\xd8" + head + data + b"\xff\xd9"
+    return dicom(syntax, image_module(side, side, bits, components=components) + encapsulated(frame))
+
+
+AT_CAP = {
+    function.__name__: function
+    for function in (
+        webp_lossy_at_cap, webp_lossless_at_cap, webp_with_alpha_at_cap, lossless_jpeg_at_cap,
+        lossless_jpeg_in_colour_at_cap, jpeg_ls_at_cap, jpeg_ls_in_colour_at_cap,
     )
 }  # fmt: skip

@@ -39,6 +39,28 @@ class Visitor:
         (number,) = [each["id"] for each in self.config["dependencies"] if [part, event] in each["targets"]]
         return number
 
+    def place(self, element: str, event: str) -> tuple[int, dict]:
+        """(number, description) of the handler of a component's event."""
+        number = self.handler(element, event)
+        (found,) = [each for each in self.config["dependencies"] if each["id"] == number]
+        return number, found
+
+    def timer(self) -> tuple[int, dict]:
+        """The same of the page's clock."""
+        (clock,) = [each["id"] for each in self.config["components"] if each["type"] == "timer"]
+        (found,) = [each for each in self.config["dependencies"] if [clock, "tick"] in each["targets"]]
+        return found["id"], found
+
+    def call(self, number: int, handler: dict, **values) -> list[dict]:
+        """The events of a handler's call; `values` by the components' names, else those they begin with."""
+        parts = {each["id"]: each for each in self.config["components"]}
+        inputs = [parts[each]["props"] for each in handler["inputs"]]
+        data = [values.get(props.get("elem_id"), props.get("value")) for props in inputs]
+        body = {"data": data, "fn_index": number, "trigger_id": None, "session_hash": self.session}
+        reply, events = self.send(body)
+        reply.raise_for_status()
+        return [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line]
+
     def upload(self, name="x.png", content=b"x") -> httpx.Response:
         return self.client.post("/gradio_api/upload", files={"files": (name, content, "image/png")})
 
@@ -53,7 +75,7 @@ class Visitor:
         if reply.status_code != 200 or route != "queue/join":
             return reply, ""
         with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as stream:
-            return reply, "".join(line for line in stream.iter_lines())
+            return reply, "\n".join(stream.iter_lines())
 
     def read(self, path: str) -> httpx.Response:
         return self.client.get(f"/gradio_api/file={path}")

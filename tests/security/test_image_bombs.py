@@ -1,4 +1,5 @@
-"""Small files that would cost gigabytes or minutes: `open_image` stays within its promise, a plain reader doesn't."""
+"""Small files that would cost gigabytes or minutes: `open_image` stays within its promise, a plain reader doesn't; and
+sound ones as large as they may be."""
 
 import json
 import subprocess
@@ -6,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.security.image_bombs import BOMBS, encoded, open_plainly
+from tests.security.image_bombs import AT_CAP, BOMBS, encoded, open_plainly
 
 pytest.importorskip("pydicom")
 pytest.importorskip("nibabel")
@@ -29,6 +30,13 @@ def test_every_bomb_is_an_image_error_or_the_image_within_time_and_memory():
     for name, result in results.items():
         assert result["outcome"] == ("opened" if name in SOUND else "ImageError"), result
         assert "needs more memory" not in result["text"] and "\n" not in result["text"], result
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", AT_CAP)
+def test_the_largest_sound_images_are_opened_within_time_and_memory(name):
+    results, status = measure("ours", name)
+    assert status == 0 and results[name]["outcome"] == "opened", results
 
 
 @pytest.mark.parametrize(

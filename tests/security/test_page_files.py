@@ -5,6 +5,7 @@ Every attack runs three times: against the page as it is served, against our mid
 and against the same page without either, where it has to succeed.
 """
 
+import io
 import json
 import os
 import random
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.security.page_visitor import FILE_DATA, WORDS, Visitor, assert_refused, file_data, listener, question
 from tests.serve.processes import Process, files_below, wait_until
@@ -320,6 +323,31 @@ def test_uploads_have_a_total(servers):
         process.stop()
     attacked = Visitor(servers["open"].url)
     assert [attacked.upload(f"{n}.png", b"x" * 3 * megabyte).status_code for n in range(4)] == [200] * 4
+
+
+def test_images_in_conversations_have_a_total():
+    """What a conversation holds counts until it is cleared, also once its files are gone."""
+    noise = np.random.default_rng(0).integers(0, 255, (1000, 1000, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")  # 3 MB, 4 as text
+    with Process("llava.serve.gradio_web_server", *CONTROLLER, "--upload-mb", "10") as process:
+        process.wait(seconds=500)
+        visitors = [Visitor(process.url) for _ in range(3)]
+
+        def draft(visitor):
+            path = visitor.upload("noise.png", buffer.getvalue()).json()[0]
+            (last,) = [
+                event
+                for event in visitor.call(*visitor.place("box", "submit"), box=question(file_data(path), text=""))
+                if event["msg"] == "process_completed"
+            ]
+            return last["success"] or last["output"]["error"]
+
+        assert [draft(visitor) for visitor in visitors[:2]] == [True, True]
+        assert "too many images" in draft(visitors[2])
+        visitors[0].call(*visitors[0].place("clear", "click"))
+        assert draft(visitors[2]) is True
+        process.stop()
 
 
 def test_what_breaks_off_leaves_nothing(servers):

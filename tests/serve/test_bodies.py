@@ -9,7 +9,7 @@ import pytest
 
 from llava.serve.protocol import ServeError, split_chunks
 from llava.serve.secret import HEADER
-from llava.serve.transport.bodies import MOST_VALUES, parse_json
+from llava.serve.transport.bodies import MOST_VALUES, parse_json, written
 from llava.serve.worker.answering import Mailbox
 from tests.serve.processes import Process, wait_until
 
@@ -25,9 +25,9 @@ BROKEN = {
     "a million messages": (b'{"model": "m", "messages": [' + b",".join([MANY] * 10**6) + b"]}", "values"),
     "not a number": (b'{"model": "m", "queue_length": NaN}', "not JSON"),
     "endless": (b'{"model": "m", "queue_length": -Infinity}', "not JSON"),
-    "half a character": (rb'{"model": "\ud800", "worker_name": "\udfff"}', "half of a surrogate pair"),
-    "half a character deep inside": (rb'{"model": "m", "messages": [{"content": "\udc00"}]}', "messages.0.content"),
-    "half a character as a name": (rb'{"model": "m", "x": {"\ud800": 1}}', "a field name"),
+    "half a character": (rb'{"model": "\ud800", "worker_name": "\udfff"}', "hex escape at line 1 column"),
+    "half a character deep inside": (rb'{"model": "m", "messages": [{"content": "\udc00"}]}', "in hex escape"),
+    "half a character as a name": (rb'{"model": "m", "x": {"\ud800": 1}}', "hex escape at line 1 column"),
     "the wrong type": (b'{"model": ["m"], "worker_name": ["m"]}', "Input should be a valid string"),
 }
 PATHS = {
@@ -124,6 +124,22 @@ def test_whole_characters_as_escapes_are_fine():
     assert parse_json(json.dumps({"text": text}).encode()) == {"text": text}
     with pytest.raises(ServeError, match="values"):
         parse_json(json.dumps({"text": text + ",,"}).encode())
+
+
+@pytest.mark.parametrize("text", ["x", '"\\\n\x00é😀'], ids=["plain", "escaped"])
+def test_a_body_is_written_in_parts_as_it_would_be_in_one(text):
+    """A short one is one part, so that its length is known."""
+    small = {"model": "m", "messages": [{"content": text, 'a "name"': []}], "more": {}, "seed": None, "rate": 0.5}
+    assert json.loads(written(small)) == small
+    assert json.loads(written({"logit_bias": {300: 1.5}})) == {"logit_bias": {"300": 1.5}}
+
+    async def gather(parts):
+        return [part async for part in parts]
+
+    large = small | {"images": [text * 700_000, text], "last": text * 300_000}
+    parts = asyncio.run(gather(written(large)))
+    assert json.loads(b"".join(parts)) == large
+    assert len(parts) > 3 and max(map(len, parts)) < 8 << 20
 
 
 def test_a_cancel_is_never_swallowed():

@@ -33,10 +33,10 @@ def start(path, ports, *words):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
-def test_one_command_starts_all_a_killed_worker_comes_back_and_a_signal_stops_all(tmp_path, number):
+def test_one_command_starts_all_what_was_killed_comes_back_and_a_signal_stops_all(tmp_path, number):
     ports = [free_port() for _ in range(4)]
     kept, has_page = tmp_path / "kept", number == signal.SIGINT
-    words = ["--model-name", "tiny", "--web", str(has_page)]
+    words = ["--model-name", "tiny", "--cache-mb", "64", "--web", str(has_page)]
     words += ["--conversation-log", str(kept), "--conversation-log-days", "4"]
     process = start(make_llava(tmp_path), ports, *words)
     try:
@@ -49,10 +49,12 @@ def test_one_command_starts_all_a_killed_worker_comes_back_and_a_signal_stops_al
         assert ask(ports[2]).headers[HEADER] == "kept for 4 days"
         wait_until(lambda: list(kept.glob("*.jsonl")), 30)
         assert not has_page or "kept on this server for 4 days" in httpx.get(f"http://127.0.0.1:{ports[3]}").text
-        first = worker_of(process.pid)
-        os.kill(first, signal.SIGKILL)
-        wait_until(lambda: worker_of(process.pid) not in (None, first) and answers(ports[1]), 240)
-        wait_until(lambda: ask(ports[2]).status_code == 200, 60)
+        for port, module in ((ports[1], "llava.serve.model_worker"), (ports[0], "llava.serve.controller")):
+            first, words = child_of(process.pid, module)
+            assert ("64" in words) == (module == "llava.serve.model_worker")
+            os.kill(first, signal.SIGKILL)
+            wait_until(lambda: child_of(process.pid, module)[0] not in (None, first) and answers(port), 240)  # noqa: B023
+            wait_until(lambda: ask(ports[2]).status_code == 200, 60)
         process.send_signal(number)
         assert process.wait(60) == 0
         assert not any(answers(port) for port in ports)
@@ -68,13 +70,13 @@ def ask(port):
     return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
 
 
-def worker_of(parent):
-    """The model worker among a process's children."""
+def child_of(parent, module):
+    """(id, command line) of the child of a process that runs a module."""
     for child in psutil.Process(parent).children():
         with contextlib.suppress(psutil.Error):
-            if "llava.serve.model_worker" in child.cmdline():
-                return child.pid
-    return None
+            if module in (words := child.cmdline()):
+                return child.pid, words
+    return None, []
 
 
 def test_a_server_that_cannot_start_stops_the_rest(tmp_path):

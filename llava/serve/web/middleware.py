@@ -7,6 +7,7 @@ it comes here.
 """
 
 import asyncio
+import errno
 import json
 import logging
 import mimetypes
@@ -154,6 +155,11 @@ class PageMiddleware:
             raise Refusal(400, "The form with the files can't be read.") from None
         except TimeoutError:
             raise Refusal(408, "The files took too long to arrive.") from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            logger.warning("the folder of uploads is full")
+            raise Refusal(507, "The server has no space for files just now. Try again in a few minutes.") from None
         await JSONResponse(paths)(scope, receive, send)
 
     async def _counted(self, request, upload: Upload) -> AsyncGenerator[bytes, None]:

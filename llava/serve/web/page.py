@@ -20,6 +20,7 @@ from llava.serve.web.answers import answer
 from llava.serve.web.attention_view import AttentionPart
 from llava.serve.web.chat_state import SIDES, THUMBNAIL, Chat, Exchange, UploadedImage, thumbnails
 from llava.serve.web.examples import EXAMPLES, draw_example
+from llava.serve.web.memory_budget import MemoryBudget
 from llava.serve.web.settings import SettingsPanel
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ TITLE = "LLaVA-Med"
 FILE_TYPES = ["image", ".dcm", ".dicom", ".nii", ".gz"]
 POLL_SECONDS = 3
 NO_SECOND = "none"
+MOST_SESSIONS = 500
+"""Conversations that are kept; beyond, the one that was used least recently is forgotten."""
 UPLOAD_SECONDS = 60.0
 """For the images of one question, with waiting for those of others."""
 NOTICE = """## Before you begin
@@ -83,6 +86,8 @@ class PageOptions:
     concurrency: int = 16
     feedback: DailyLog | None = None
     """Where votes are kept; None shows no buttons for them."""
+    image_bytes: int = 1 << 30
+    """Of the images in all conversations together."""
 
 
 def build_page(client, options: PageOptions) -> gr.Blocks:
@@ -90,6 +95,8 @@ def build_page(client, options: PageOptions) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 600), fill_width=True) as page:
         Page(client, options)
     page.queue(default_concurrency_limit=options.concurrency)
+    # `launch` would take it; this page is mounted.
+    page.state_session_capacity = MOST_SESSIONS
     return page
 
 
@@ -99,6 +106,7 @@ class Page:
     def __init__(self, client, options: PageOptions):
         self.client, self.options = client, options
         self.pool = DecodingPool()
+        self.image_budget = MemoryBudget(options.image_bytes)
         self._lay_out()
         self._connect()
 
@@ -243,7 +251,7 @@ class Page:
             return
         text = (box["text"] or "").strip()
         try:
-            uploaded = await in_thread(_read_images, box["files"] or [], self.pool, seconds=UPLOAD_SECONDS)
+            uploaded = await in_thread(self._read_images, box["files"] or [], seconds=UPLOAD_SECONDS)
             images = [*chat.draft, *uploaded]
         except (ImageError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
@@ -313,6 +321,19 @@ class Page:
             raise _error("There is nothing to export yet.", "Export")
         return json.dumps(chat.record(), indent=1)
 
+    def _read_images(self, files: list[str]) -> list[UploadedImage]:
+        """The uploaded files, which are deleted: a conversation lives in memory alone."""
+        contents = []
+        for file in files:
+            path = Path(file)
+            contents.append(path.read_bytes())
+            path.unlink()
+        small = functools.partial(self.pool.open, longest=THUMBNAIL)
+        images = [UploadedImage.from_bytes(content, small) for content in contents]
+        for image in images:
+            self.image_budget.take(image, len(image.url) + len(image.thumbnail))
+        return images
+
     def _example(self, name: str, question: str):
         async def on_example(chat: Chat):
             chat.draft = [UploadedImage.from_bytes(draw_example(name))]
@@ -355,14 +376,3 @@ async def _is_busy(chat: Chat) -> bool:
 
 def _error(words: str, title: str) -> gr.Error:
     return gr.Error(words, title=title, print_exception=False)
-
-
-def _read_images(files: list[str], pool: DecodingPool) -> list[UploadedImage]:
-    """The uploaded files, which are deleted: a conversation is in memory alone."""
-    contents = []
-    for file in files:
-        path = Path(file)
-        contents.append(path.read_bytes())
-        path.unlink()
-    small = functools.partial(pool.open, longest=THUMBNAIL)
-    return [UploadedImage.from_bytes(content, small) for content in contents]

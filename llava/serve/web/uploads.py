@@ -111,7 +111,8 @@ class Uploads:
 
     def _settle(self, upload: Upload) -> None:
         """Count the files that are there in place of the bytes that came."""
-        sizes = {path: Path(path).stat().st_size for path in upload.paths if Path(path).is_file()}
+        found = {path: _size(path) for path in upload.paths}
+        sizes = {path: size for path, size in found.items() if size is not None}
         for path in set(upload.paths) - set(sizes):
             self._owners.pop(path, None)
         if not sizes:
@@ -129,3 +130,11 @@ class Uploads:
         if self._used[upload.visitor] <= 0:
             del self._used[upload.visitor]
         self._uploads.pop(upload, None)
+
+
+def _size(path: str) -> int | None:
+    """In bytes; None once the page has read and deleted it, which it may do at any moment."""
+    try:
+        return Path(path).stat().st_size
+    except FileNotFoundError:
+        return None

@@ -99,12 +99,12 @@ class Mailbox:
 
 
 async def answer_chunks(
-    backend: Backend, job: Job, request_id: str, interval: float, timeout: float
+    backend: Backend, job: Job, request_id: str, interval: Callable[[], float], timeout: float
 ) -> AsyncGenerator[bytes, None]:
     """The stream of /worker_generate_stream. Leaving it early (a client that went away) cancels the request.
 
     Args:
-        interval: seconds between two chunks.
+        interval: gives the seconds until the next chunk.
         timeout: seconds for the whole answer.
     """
     mailbox = Mailbox()
@@ -138,7 +138,7 @@ async def answer_chunks(
                 more |= {"finish_reason": last.finish_reason, "usage": last.usage, "request_id": request_id}
             yield encode_chunk(text, **more)
             if last is None:
-                await mailbox.pause(interval)
+                await mailbox.pause(interval())
     except ServeError as error:
         yield encode_error(error, request_id)
     finally:

@@ -16,11 +16,16 @@ from llava.serve.worker.heartbeat import Membership
 logger = logging.getLogger(__name__)
 
 
+USUAL_STREAMS = 32
+"""Every chunk costs this server and the one in front of it: more streams share what so many take, so that other
+requests don't wait."""
+
+
 class WorkerApp:
     """The ASGI application `asgi` and its state: names served, whether it is draining.
 
     Args:
-        interval: seconds between two chunks of a stream.
+        interval: seconds between two chunks of a stream; with more than `USUAL_STREAMS` of them, more.
         timeout: seconds for a whole answer.
     """
 
@@ -39,6 +44,7 @@ class WorkerApp:
         self.backend, self.model_names, self.speed = backend, model_names, speed
         self.interval, self.timeout = interval, timeout
         self.draining = False
+        self._streams = 0
         self.asgi = RequestMiddleware(self._routes(), secret_check(secret), max_body, hosts)
 
     def status(self) -> dict:
@@ -98,7 +104,8 @@ class WorkerApp:
         except ServeError as error:
             yield encode_error(error, request_id)
             return
-        answer = answer_chunks(self.backend, job, request_id, self.interval, self.timeout)
+        answer = answer_chunks(self.backend, job, request_id, self._interval, self.timeout)
+        self._streams += job.stream
         try:
             async with contextlib.aclosing(answer):
                 async for chunk in answer:
@@ -107,6 +114,11 @@ class WorkerApp:
             # The last place before the client: the log gets the details, the client a request id.
             logger.exception("%s failed", request_id)
             yield encode_error(ServeError(ErrorType.INTERNAL), request_id)
+        finally:
+            self._streams -= job.stream
+
+    def _interval(self) -> float:
+        return self.interval * max(1.0, self._streams / USUAL_STREAMS)
 
 
 class _Stream:
