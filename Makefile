@@ -62,8 +62,10 @@ test: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL)  ## the tests that CI runs
 clients: $(CLIENTS)/.installed  ## install what tests/clients talks with (minutes)
 $(CLIENTS)/.installed: $(STAMP)
 	$(PYTHON) -m venv $(CLIENTS)
-	-$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
-	-$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --target $(CLIENTS)/openai-1 'openai<2'
+	-$(BIN)/uv pip install --quiet --python $(CLIENTS)/bin/python -r tests/clients/requirements.txt
+	-$(BIN)/uv pip install --quiet --python $(CLIENTS)/bin/python --target $(CLIENTS)/openai-1 'openai<2'
+	$(PYTHON) -m venv $(CLIENTS)/inspect
+	-$(BIN)/uv pip install --quiet --python $(CLIENTS)/inspect/bin/python -r tests/clients/requirements-inspect.txt
 	-command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix $(CLIENTS) openai@6
 	touch $@
 

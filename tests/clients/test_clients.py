@@ -142,10 +142,11 @@ def test_curl(tiny_serving, expected):
 
 def test_inspect_ai_counts_as_run_eval_does(tiny_serving, tmp_path):
     """200 closed questions of the built-in set: its accuracy is the strict accuracy of the same answers."""
-    needs(PLACE / "bin" / "inspect")
+    inspect = PLACE / "inspect" / "bin" / "inspect"
+    needs(inspect)
     write_phantoms(tmp_path / "data", 0, Counts(train=4, test=120, conversations=1, vqa=1, text=4), size=48)
     questions = tmp_path / "data" / "vqa_test.json"
-    words = [PLACE / "bin" / "inspect", "eval", ROOT / "docs" / "inspect_task.py", "--model", "openai/tiny"]
+    words = [inspect, "eval", ROOT / "docs" / "inspect_task.py", "--model", "openai/tiny"]
     words += ["--model-base-url", f"{tiny_serving[2].url}/v1", "--max-tokens", "6", "--max-connections", "8"]
     words += ["-T", f"questions={questions}", "-T", f"images={tmp_path / 'data' / 'images'}"]
     words += ["--log-dir", tmp_path / "logs", "--log-format", "json", "--display", "none"]

@@ -4,6 +4,7 @@ import json
 import sys
 
 import openai
+from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
@@ -19,7 +20,7 @@ def model(**more):
 
 
 def ask(*content):
-    return [{"role": "user", "content": list(content)}]
+    return [HumanMessage(content=list(content))]
 
 
 text = {"type": "text", "text": "What is shown?"}
