@@ -43,7 +43,7 @@ def run_client(*words, env=None, **options) -> str:
     done = subprocess.run(
         list(map(str, words)), capture_output=True, text=True, timeout=500, env=os.environ | (env or {}), **options
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 
 
@@ -146,15 +146,15 @@ def test_inspect_ai_counts_as_run_eval_does(tiny_serving, tmp_path):
     needs(inspect)
     write_phantoms(tmp_path / "data", 0, Counts(train=4, test=120, conversations=1, vqa=1, text=4), size=48)
     questions = tmp_path / "data" / "vqa_test.json"
-    words = [inspect, "eval", ROOT / "docs" / "inspect_task.py", "--model", "openai/tiny"]
+    words = [inspect, "eval", "docs/inspect_task.py", "--model", "openai/tiny"]
     words += ["--model-base-url", f"{tiny_serving[2].url}/v1", "--max-tokens", "6", "--max-connections", "8"]
     words += ["-T", f"questions={questions}", "-T", f"images={tmp_path / 'data' / 'images'}"]
-    words += ["--log-dir", tmp_path / "logs", "--log-format", "json", "--display", "none"]
+    words += ["--log-dir", tmp_path / "logs", "--log-format", "json", "--display", "plain"]
     run_client(*words, env={"OPENAI_API_KEY": "none", "PYTHONPATH": str(ROOT)}, cwd=ROOT)
     (log,) = (tmp_path / "logs").glob("*.json")
     told = json.loads(log.read_text())
     accuracy = told["results"]["scores"][0]["metrics"]["accuracy"]["value"]
-    said = {str(sample["id"]): sample["output"]["choices"][0]["message"]["content"] for sample in told["samples"]}
+    said = {str(sample["id"]): sample["scores"]["strict"]["answer"] for sample in told["samples"]}
     assert len(said) == 200
 
     asked = [record for record in read_records(questions) if str(record["id"]) in said]
