@@ -78,7 +78,6 @@ class Compared(Tracker):
         (1, ("--tune_mm_mlp_adapter", "True", "--packing", "True")),
         (1, ("--packing", "True", "--keep_half_weights", "False")),
         (1, (*BF16_ALONE, *ACCUMULATED)),
-        (1, ("--packing", "True", "--torch_compile", "True", "--activation_memory_budget", "0.5")),
     ],
 )
 def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, flags):
