@@ -142,10 +142,10 @@ class LlavaTrainingArguments(TrainingArguments):
         "with --torch_compile: share of its activations that a layer keeps for the backward pass; the cheapest are "
         "computed again first, matrix products last (default: 1)",
     )
-    master_weights: bool = _flag(
-        True,
-        "keep trained weights and sums of gradients in float32; False: in bfloat16 alone, rounded at random, with "
-        "--optim adamw_torch_8bit: 6 bytes per parameter in place of 16",
+    master_weights: bool | None = _flag(
+        None,
+        "keep trained weights and sums of gradients in float32 (default); False: in bfloat16 alone, rounded at random, "
+        "with --optim adamw_torch_8bit: 6 bytes per parameter in place of 16",
     )
     peak_tflops: float | None = _flag(None, "what one device can do at best, for MFU (default: known GPUs)")
 
@@ -164,6 +164,7 @@ class LlavaTrainingArguments(TrainingArguments):
         self.compile_layers = self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
         self.compile_options = {"backend": self.torch_compile_backend or "inductor", "mode": self.torch_compile_mode}
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        self.master_weights = self.master_weights is not False
         # The Trainer knows no LLaVA among Liger's families, and would say nothing (llava.train.step.liger).
         self.liger, self.use_liger_kernel = self.use_liger_kernel, False
         super().__post_init__()

@@ -38,7 +38,7 @@ def flags_of_the_path(flags: Namespace, processes: int) -> list[str]:
     half = flags.bf16 or flags.fp16
     if flags.use_cpu or not half or flags.deepspeed or flags.bits < 16 or _is_set(flags.fsdp):
         return []
-    if processes == 1 and not flags.master_weights:
+    if processes == 1 and flags.master_weights is False:
         return []
     if processes > 1 and is_of_bitsandbytes(flags.optim):
         logger.warning(
