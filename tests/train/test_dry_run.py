@@ -23,6 +23,7 @@ H100 = GPUS["h100"]
 SMALL = ("--bf16", "True", "--per_device_train_batch_size", "2", "--model_max_length", "256")
 SHARDED = ("--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
 SAVING = ("--gradient_checkpointing", "True")
+BF16_ALONE = ("--optim", "adamw_torch_8bit", "--master_weights", "False")
 ACCUMULATED = ("--gradient_accumulation_steps", "3")
 
 
@@ -76,6 +77,7 @@ class Compared(Tracker):
         (1, ("--lora_enable", "True", *SAVING)),
         (1, ("--tune_mm_mlp_adapter", "True", "--packing", "True")),
         (1, ("--packing", "True", "--keep_half_weights", "False")),
+        (1, (*BF16_ALONE, *ACCUMULATED)),
     ],
 )
 def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, flags):
@@ -88,7 +90,7 @@ def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, 
     assert prediction.peak_gb * 1e9 >= max(alive for _, alive in Compared.found) * 0.95
     assert sum(prediction.parts_gb.values()) == pytest.approx(prediction.peak_gb)
     assert prediction.host_syncs_per_micro_batch == 0
-    assert prediction.reduce_dtype == "float32"
+    assert prediction.reduce_dtype == ("bfloat16" if "--master_weights" in flags else "float32")
 
 
 def test_parts_are_what_arithmetic_says(base):
@@ -99,6 +101,30 @@ def test_parts_are_what_arithmetic_says(base):
     assert one.parts_gb["gradients"] == pytest.approx(moments / 2, rel=0.02)
     assert one.parts_gb["gathered weights"] == pytest.approx(moments / 4, rel=0.1)  # two bytes each, and the tower's
     assert four.parts_gb["moments"] == pytest.approx(moments / 4, rel=0.02)
+
+
+def test_weights_in_bf16_alone_take_six_bytes(base):
+    """Two for the weight, two for its gradient, two for 8-bit moments with their scales."""
+    whole, alone = (dry_run([*base, *SMALL, *ACCUMULATED, *more], H100, 1) for more in ((), BF16_ALONE))
+    two_bytes = whole.parts_gb["moments"] / 4
+    assert alone.parts_gb["gradients"] == pytest.approx(two_bytes, rel=0.02)
+    assert alone.parts_gb["moments"] == pytest.approx(two_bytes, rel=0.05)
+    assert "gathered weights" not in alone.parts_gb and alone.host_syncs_per_step == whole.host_syncs_per_step
+    # Its step is one compiled graph for each parameter.
+    assert alone.bytes_per_step < whole.bytes_per_step
+
+
+def test_a_budget_of_activations_trades_memory_for_arithmetic(base):
+    packed = [*base, *SMALL, "--packing", "True", "--torch_compile", "True"]
+    all_kept, some, none = (
+        dry_run([*packed, "--activation_memory_budget", share], H100, 1) for share in ("1", "0.5", "0")
+    )
+    assert all_kept.parts_gb["activations"] > some.parts_gb["activations"] > none.parts_gb["activations"]
+    assert all_kept.flops_per_step <= some.flops_per_step < none.flops_per_step
+
+
+def test_what_is_not_counted_is_said(base):
+    assert "--use_liger_kernel" in dry_run([*base, *SMALL, "--use_liger_kernel", "True"], H100, 1).notes[0]
 
 
 def test_accumulation_repeats_the_middle(base):
@@ -197,6 +223,18 @@ def test_what_an_h100_measured(tmp_path, flags, memory, mfu):
     prediction = dry_run([*argv, "--gradient_accumulation_steps", "4", *flags], H100, 1)
     assert prediction.peak_gb == pytest.approx(memory, rel=0.02)
     assert prediction.mfu == pytest.approx(mfu, rel=0.1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "more", "memory", "mfu"),
+    [("h100", BF16_ALONE, 74, 0.45), ("h200", ("--optim", "adamw_torch_8bit"), 138, 0.5)],
+)
+def test_a_whole_7b_on_one_gpu(name, more, memory, mfu):
+    argv = ["--model_name_or_path", "llama-7b", "--bf16", "True", "--packing", "True", "--torch_compile", "True"]
+    argv += ["--max_tokens_per_batch", "4096", "--gradient_accumulation_steps", "4"]
+    prediction = dry_run([*argv, *more], GPUS[name], 1)
+    assert prediction.peak_gb <= memory and prediction.fits and prediction.mfu >= mfu
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from llava.train.checks import check_values
 from llava.train.data.record_store import open_records
 from llava.train.derived_flags import derive_flags
 from llava.train.estimate.batches import RandomRecords, typical_share
-from llava.train.estimate.compiled import DryCompiler
+from llava.train.estimate.compiled import DryCompiler, steps_carried_out
 from llava.train.estimate.costs import Clock
 from llava.train.estimate.dry_trainer import DryTrainer, Taken
 from llava.train.estimate.shapes import forget_content, shaped_model
@@ -96,6 +96,8 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
         check_values(arguments)
         derive_flags(arguments.data, arguments.training)
         data, training = arguments.data, arguments.training
+        if training.liger:
+            notes.append("--use_liger_kernel: its kernels aren't counted, layers are predicted without them")
         if gpus > 1 and not training.fsdp:
             raise LlavaError(
                 f"--gpus {gpus}: without sharding each GPU holds what one alone does, and the gradients once more "
@@ -113,7 +115,7 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
         forget_content(trainer.model, mode)
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)
-        with mode, tracker:
+        with steps_carried_out(tracker.fused), mode, tracker:
             trainer.train()
         share = 1.0
         if not data.max_tokens_per_batch:
