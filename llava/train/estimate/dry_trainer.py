@@ -93,6 +93,8 @@ class DryTrainer(LlavaTrainer):
 
         def prepare_with_content(*parts, **kwargs):
             tell_parameters_apart(self.model)
+            if not self.is_fsdp_enabled:
+                return prepare(*parts, **kwargs)
             # Meshes of processes need content; the model's own tensors have none in whichever mode they are used.
             with unset_fake_temporarily():
                 return prepare(*parts, **kwargs)

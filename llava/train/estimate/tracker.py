@@ -12,18 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llava.train.estimate.costs import Clock, Work, size_of, work_of
+from llava.train.estimate.eight_bit import WITHOUT_OUTLIERS
 
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.unique_dim, aten._unique2, aten.equal,
            aten.is_nonzero}  # fmt: skip
 """Operators whose result's size or value the host needs: it waits for the GPU."""
+WAITING_BY_NAME = {"bitsandbytes::int8_vectorwise_quant"}
+"""The same, of libraries that need not be there."""
 COPYING = {aten.copy_, aten._to_copy}
 """With one process FSDP gathers by these."""
 REDUCING = ("reduce_scatter", "allreduce", "all_reduce")
 SHARDING = {"all_gather": "gathered weights", "allgather": "gathered weights",
             "split_with_sizes_copy": "gathered weights", "chunk_cat": "gradients, whole",
-            "reduce_scatter": "gradients, whole"}  # fmt: skip
-"""What the tensors of FSDP's own operators are, by a part of the operator's name."""
+            "reduce_scatter": "gradients, whole", "allreduce": "gradients, in DDP's buckets"}  # fmt: skip
+"""What the tensors of FSDP's and DDP's own operators are, by a part of the operator's name."""
 MAY_RESIZE = ("fsdp", "c10d", "_c10d_functional")
 """Operators of these namespaces come right after sharded weights got or gave back their memory."""
 
@@ -156,11 +159,13 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented
+        name = function._schema.name
+        carry_out = WITHOUT_OUTLIERS.get(name, function)
         if self._paused or function.namespace == "prim":
-            return function(*args, **kwargs)
+            return carry_out(*args, **kwargs)
         self.operators += 1
         packet = function._overloadpacket
-        if packet in WAITING:
+        if packet in WAITING or name in WAITING_BY_NAME:
             self.waits[packet.__name__] += 1
             self.clock.wait()
             self.eager.wait()
@@ -168,7 +173,7 @@ class Tracker(TorchDispatchMode):
                 return args[0].dtype.is_floating_point * 1.0 if args[0].dtype != torch.bool else False
         if function.namespace in MAY_RESIZE or packet in COPYING:
             self.memory.look_at_resized()
-        out = function(*args, **kwargs)
+        out = carry_out(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self._count(function, args, kwargs, inputs, outputs, out)

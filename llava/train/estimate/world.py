@@ -22,24 +22,29 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 
 @contextmanager
-def world(described: Gpu, processes: int, compiler: Callable) -> Iterator[FakeTensorMode]:
-    """Within, this process is the first of `processes`, each with one GPU as described.
+def world(described: Gpu, processes: int, compiler: Callable, rank: int = 0) -> Iterator[FakeTensorMode]:
+    """Within, this process is number `rank` of `processes`, each with one GPU as described.
 
     Collectives take part in nothing and return at once. Gives the mode under which tensors have no content.
     """
     before = {name: os.environ.pop(name, None) for name in _VARIABLES}
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not "cpu:0", another device to tensors without content
     if processes > 1:  # as torchrun sets them
-        own = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": processes,
+        own = {"RANK": rank, "LOCAL_RANK": rank % GPUS_PER_MACHINE, "WORLD_SIZE": processes,
                "LOCAL_WORLD_SIZE": min(processes, GPUS_PER_MACHINE), "MASTER_ADDR": "localhost",
                "MASTER_PORT": 29500}  # fmt: skip
         os.environ.update({name: str(value) for name, value in own.items()})
-        torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=processes)
+        torch.distributed.init_process_group(
+            "fake", store=torch.distributed.HashStore(), rank=rank, world_size=processes
+        )
+    of_torch = nn.parallel.DistributedDataParallel
+    nn.parallel.DistributedDataParallel = Replicated  # type: ignore[misc]
     try:
         with gpu.describe(described, compiler):
             # Counts of samples and the like have content, and mix with tensors that have none.
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
+        nn.parallel.DistributedDataParallel = of_torch  # type: ignore[misc]
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -48,6 +53,21 @@ def world(described: Gpu, processes: int, compiler: Callable) -> Iterator[FakeTe
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+class Replicated(nn.parallel.DistributedDataParallel):
+    """torch's DDP, which at its start would compare contents, and whose sums are to be waited for."""
+
+    def __init__(self, module: nn.Module, **options):
+        super().__init__(module, init_sync=False, **options)
+        self.register_comm_hook(None, _sum_bucket)
+
+
+def _sum_bucket(_, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    summed: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    torch.distributed.all_reduce(bucket.buffer())
+    summed.set_result(bucket.buffer())
+    return summed
 
 
 def shard_as_on_gpus(training) -> None:

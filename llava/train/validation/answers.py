@@ -139,6 +139,8 @@ def whole_weights(trainer) -> Iterator[nn.Module]:
         for module in shards:
             module.set_reshard_after_forward(trainer.accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
             module.reshard()
+        if trainer.kept_copies is not None:
+            trainer.kept_copies.set_up()
 
 
 def _gather(own: list, processes: int) -> list:
