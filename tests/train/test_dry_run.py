@@ -9,6 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from llava.errors import LlavaError
 from llava.train.estimate import dry_run as module
@@ -41,10 +43,17 @@ def base(tmp_path_factory):
 
 
 def alive_bytes(mode) -> int:
-    """Bytes of all tensors without content that Python knows to be alive, each storage once."""
-    storages = {}
-    for one in gc.get_objects():
-        if type(one) is FakeTensor and one.fake_mode is mode and one.device.type == "cpu":
+    """Bytes of all tensors without content that Python knows to be alive, each storage once.
+
+    Those that torch.compile's graphs keep of their tracing are no run's.
+    """
+    storages, found = {}, gc.get_objects()
+    traced = {
+        id(leaf) for node in found if type(node) is Node for leaf in tree_leaves([*node.meta.values()])
+        if isinstance(leaf, torch.Tensor)
+    }  # fmt: skip
+    for one in found:
+        if id(one) not in traced and type(one) is FakeTensor and one.fake_mode is mode and one.device.type == "cpu":
             storage = one.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
@@ -76,6 +85,10 @@ class Compared(Tracker):
         (1, ("--lora_enable", "True", *SAVING)),
         (1, ("--tune_mm_mlp_adapter", "True", "--packing", "True")),
         (1, ("--packing", "True", "--keep_half_weights", "False")),
+        (1, ("--packing", "True", "--torch_compile", "True", *ACCUMULATED)),
+        (1, ("--lora_enable", "True", "--bits", "8")),
+        (1, ("--lora_enable", "True", "--bits", "4", *SAVING)),
+        (4, ("--bf16", "False", *ACCUMULATED)),
     ],
 )
 def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, flags):
@@ -87,7 +100,8 @@ def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, 
         assert counted == pytest.approx(alive, rel=0.05)
     assert prediction.peak_gb * 1e9 >= max(alive for _, alive in Compared.found) * 0.95
     assert sum(prediction.parts_gb.values()) == pytest.approx(prediction.peak_gb)
-    assert prediction.host_syncs_per_micro_batch == 0
+    # bitsandbytes looks for outliers in each 8-bit layer's input: seven of them in each of the model's eight layers.
+    assert prediction.host_syncs_per_micro_batch == (56 if "8" in flags else 0)
     assert prediction.reduce_dtype == "float32"
 
 
@@ -99,6 +113,23 @@ def test_parts_are_what_arithmetic_says(base):
     assert one.parts_gb["gradients"] == pytest.approx(moments / 2, rel=0.02)
     assert one.parts_gb["gathered weights"] == pytest.approx(moments / 4, rel=0.1)  # two bytes each, and the tower's
     assert four.parts_gb["moments"] == pytest.approx(moments / 4, rel=0.02)
+
+
+def test_without_sharding_each_gpu_holds_all_and_the_gradients_once_more(base):
+    whole = ["--bf16", "False", "--per_device_train_batch_size", "2", "--model_max_length", "256", *ACCUMULATED]
+    one, four = (dry_run([*base, *whole], H100, gpus) for gpus in (1, 4))
+    assert four.parts_gb["moments"] == one.parts_gb["moments"]
+    assert four.parts_gb["gradients, in DDP's buckets"] == pytest.approx(one.parts_gb["moments"] / 2, rel=0.01)
+    assert four.peak_gb - one.peak_gb == pytest.approx(one.parts_gb["moments"] / 2, rel=0.1)
+    assert four.samples_per_step == 4 * one.samples_per_step
+
+
+def test_quantized_weights_take_their_bits(base):
+    lora = [*base, *SMALL, "--lora_enable", "True"]
+    halves, eight, four = (dry_run([*lora, "--bits", bits], H100, 1).parts_gb["weights"] for bits in ("16", "8", "4"))
+    numbers = 8 * (4 * 256**2 + 3 * 256 * 688) / 1e9  # of the layers' products; the rest is kept whole
+    assert eight - four == pytest.approx(numbers / 2, rel=0.2)
+    assert halves > eight > four
 
 
 def test_accumulation_repeats_the_middle(base):
@@ -166,8 +197,6 @@ def test_refusals(base):
         dry_run(["--model_name_or_path", "/nowhere/at/all"], H100, 1)
     with pytest.raises(LlavaError, match="unknown argument"):
         dry_run([*base, "--no_such_flag", "1"], H100, 1)
-    with pytest.raises(LlavaError, match="add --fsdp"):
-        dry_run([*base], H100, 2)
     assert not gpu.is_described() and not torch.distributed.is_initialized()
 
 

@@ -32,7 +32,7 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
         "MFU": f"{p.mfu:.1%} of {gpu.peak_tflops:g} TFLOP/s (each operator by itself: {p.mfu_eager:.1%})",
         "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
     }
-    unknown = p.records is None and not p.max_steps
+    unknown = p.records is None and p.max_steps <= 0
     rows["the whole recipe"] = f"{p.hours:.2g} hours" + (
         f" for {ASSUMED_RECORDS:,} records (give their number: --records)" if unknown else ""
     )
