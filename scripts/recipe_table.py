@@ -1,7 +1,7 @@
 """The table of recipes in docs/training.md: each launch script's own flags through the dry run, predicted, not measured.
 
-    python scripts/recipe_table.py                        prints the table
-    python scripts/recipe_table.py --write docs/training.md   puts it between the file's two marks
+python scripts/recipe_table.py                        prints the table
+python scripts/recipe_table.py --write docs/training.md   puts it between the file's two marks
 """
 
 import argparse

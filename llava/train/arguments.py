@@ -135,7 +135,7 @@ class LlavaTrainingArguments(TrainingArguments):
     keep_half_weights: bool | None = _flag(
         None,
         "one GPU in half precision: keep the weights' half-precision copies over an optimizer step, "
-        "2 bytes per parameter (default: where they fit)",
+        "2 bytes per parameter (default: of as many layers as fit)",
     )
     peak_tflops: float | None = _flag(None, "what one device can do at best, for MFU (default: known GPUs)")
 

@@ -6,6 +6,8 @@ name. Models by name: llama-7b, llama-13b, mistral-7b, openai/clip-vit-large-pat
 openai/clip-vit-large-patch14-336; else their folders, of which only the configuration and the tokenizer are read.
 """
 
+from dataclasses import replace
+
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
 
@@ -32,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         if number is not None and number < 1:
             raise LlavaError(f"{flag} {number}: expected at least 1")
     ranks = by_ranks(flags, gpu, args.gpus, args.records)
-    prediction = max((one for _, one in ranks), key=lambda one: one.peak_gb)
+    worst = max((one for _, one in ranks), key=lambda one: one.peak_gb)
+    prediction = replace(worst, mfu_eager=ranks[0][1].mfu_eager)
     for line in lines_of(prediction, ranks):
         write_line(line)
     if args.json:

@@ -1,7 +1,10 @@
-"""What a dry run is told: data that are there or not, names that stand for what isn't, processes that hold unlike parts."""
+"""What a dry run is told: data that are there or not, names that stand for what isn't, processes that are unlike."""
 
 import json
+import os
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,18 @@ from llava.train.estimate.names import present_model, told_records
 from llava.train.estimate.uneven import unlike_ranks
 from llava.train.estimate_memory import main
 from llava.train.hardware import GPUS
+from scripts.recipe_table import PACKED, calls_of, training_flags
 from tests.tiny import make_clip, make_llm
-from tests.train.helpers import make_records
-from tests.train.test_dry_run import SHARDED, SMALL, base  # noqa: F401  base is a fixture
+from tests.train.helpers import SHARDED, SMALL, configs_alone, make_records
 
 H100 = GPUS["h100"]
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = Path(os.environ.get("LLAVA_SHARED_DIR", ROOT.parent / "shared")) / "seeds"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return configs_alone(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize(
@@ -66,9 +76,21 @@ def test_what_is_not_there_is_said(base, capsys):
 
 
 def test_lengths_and_images_are_read_where_the_data_are_there(tmp_path, capsys):
-    model = ("--model_name_or_path", str(make_llm(tmp_path / "llm")), "--vision_tower", str(make_clip(tmp_path / "clip")))
+    model = (
+        "--model_name_or_path",
+        str(make_llm(tmp_path / "llm")),
+        "--vision_tower",
+        str(make_clip(tmp_path / "clip")),
+    )
     data = make_records(tmp_path / "data", 24, text_only_every=2)
-    images = ("--data_path", str(data), "--image_folder", str(data.parent / "images"), "--output_dir", str(tmp_path / "out"))
+    images = (
+        "--data_path",
+        str(data),
+        "--image_folder",
+        str(data.parent / "images"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
     read = dry_run([*model, *SMALL, *images], H100, 1)
     assert read.records == 24
     assert "24 of 24 records read" in read.notes[0] and "0.5 images" in read.notes[0]
@@ -77,7 +99,10 @@ def test_lengths_and_images_are_read_where_the_data_are_there(tmp_path, capsys):
     assert read.parts_gb["activations"] < random.parts_gb["activations"]
     packed = dry_run([*model, *SMALL, *images, "--packing", "True", "--max_tokens_per_batch", "256"], H100, 1)
     assert packed.samples_per_step > 2
-    assert not (tmp_path / "out").exists() and sorted(path.name for path in data.parent.iterdir()) == ["images", data.name]
+    assert not (tmp_path / "out").exists() and sorted(path.name for path in data.parent.iterdir()) == [
+        "images",
+        data.name,
+    ]
     rows = json.loads(data.read_text())
     rows[3]["conversations"] = "nothing"
     data.write_text(json.dumps(rows))
@@ -120,3 +145,41 @@ def test_processes_are_listed_where_they_differ(base, tmp_path, capsys):
     assert "processes 0 to 2" in capsys.readouterr().out
     assert main([*base, *SMALL, "--json", str(path)]) == 0
     assert "ranks" not in json.loads(path.read_text())
+
+
+def published_commands() -> list[list[str]]:
+    """Flags of the three stages as LLaVA-Med's README has them."""
+    found = []
+    for path in sorted(SEEDS.glob("*.txt")):
+        commands = re.findall(r"^torchrun(?:.*\\\n)+.*", path.read_text(encoding="utf-8"), re.MULTILINE)
+        found = max(found, [shlex.split(text.replace("\\\n", " ")) for text in commands], key=len)
+    return [flags for command in found if (flags := training_flags(command)) is not None]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not SEEDS.is_dir(), reason=f"no published commands at {SEEDS}; set LLAVA_SHARED_DIR")
+def test_the_published_commands_end_with_hours_and_gigabytes_as_written(capsys):
+    commands = published_commands()
+    assert len(commands) == 3
+    for flags in commands:
+        assert main([*flags, "--gpu", "a100-40g", "--gpus", "8"]) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"the whole recipe +[\d.]+ hours\n", out) and re.search(r"fits: [\d.]+ GB", out)
+        assert "predicted for llama-7b, by its name" in out and "by its name" in out.split("--data_path")[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_babydoctors_steps_end_with_hours_and_gigabytes(tmp_path, monkeypatch, step):
+    monkeypatch.chdir(ROOT)
+    calls = [training_flags(call) for call in calls_of(ROOT / "scripts/babydoctor.sh", tmp_path)]
+    prediction = dry_run([flags for flags in calls if flags][step], GPUS["a10"], 1)
+    assert prediction.records == (558_000, 80_000, 65_000)[step] and prediction.hours > 1
+    assert 5 < prediction.peak_gb < 40
+
+
+@pytest.mark.long
+def test_a_whole_7b_on_one_h200():
+    flags = ["--model_name_or_path", "llama-7b", "--bf16", "True", "--gradient_accumulation_steps", "4"]
+    prediction = dry_run([*flags, *PACKED.format(4096).split()], GPUS["h200"], 1)
+    assert prediction.mfu >= 0.50 and prediction.peak_gb <= 138 and prediction.reduce_dtype == "float32"

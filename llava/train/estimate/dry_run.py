@@ -1,7 +1,7 @@
 """A training command on tensors without content, from its flags to its optimizer step, and what follows from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
@@ -47,7 +47,8 @@ class Prediction:
     peak_gb: float
     parts_gb: dict[str, float]
     mfu: float
-    mfu_eager: float
+    mfu_eager: float | None
+    """Where nothing is compiled; of a compiled run it is filled in by `beside_eager`."""
     step_seconds: float
     tokens_per_second: float
     """Of all GPUs together; padding isn't counted."""
@@ -86,7 +87,9 @@ class Prediction:
         return {"gpu": self.gpu.name, "fits": self.fits} | fields
 
 
-def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None, rank: int = 0) -> Prediction:
+def dry_run(
+    argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None, *, rank: int = 0, compiled: bool = True
+) -> Prediction:
     """Carry out one optimizer step of a training command on tensors without content.
 
     Args:
@@ -94,6 +97,7 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
         gpus: processes, one GPU each.
         records: how many there are, where `--data_path` is missing.
         rank: the process to predict for.
+        compiled: whether layers are compiled if the flags say so.
 
     Raises:
         LlavaError: flags that can't be, a model that isn't there.
@@ -108,6 +112,7 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
         training = arguments.training
         arguments.model.model_name_or_path, note = present_model(arguments.model.model_name_or_path)
         notes += [note] if note else []
+        training.compile_layers = training.compile_layers and compiled
         shard_as_on_gpus(training)
         plan = Plan(training.gradient_accumulation_steps, training.num_train_epochs, training.max_steps)
         _shorten(arguments)
@@ -125,6 +130,15 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
             trainer.train()
         others = unlike_ranks(trained, gpus) if training.fsdp else ()
     return _prediction(tracker, trainer, plan, gpu, gpus, per_token, batches, lengths.records, notes, others)
+
+
+def beside_eager(
+    prediction: Prediction, argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
+) -> Prediction:
+    """The prediction of a compiled run with the MFU of the same run where nothing is compiled; others as they are."""
+    if prediction.mfu_eager is not None:
+        return prediction
+    return replace(prediction, mfu_eager=dry_run(argv, gpu, gpus, records, compiled=False).mfu)
 
 
 @dataclass(frozen=True)
@@ -179,8 +193,8 @@ def _prediction(
     def work(name: str) -> float:
         return sum(getattr(part.work, name) * times for part, times in parts)
 
-    seconds, eager, tokens = total("seconds"), total("eager_seconds"), total("tokens")
-    peak = gpu.peak_tflops * 1e12
+    seconds, tokens = total("seconds"), total("tokens")
+    mfu = per_token * tokens / seconds / (gpu.peak_tflops * 1e12)
     samples = batches.at_once * plan.micro_batches * gpus
     per_hour = samples / seconds * 3600 / batches.share
     if plan.max_steps > 0:
@@ -192,8 +206,8 @@ def _prediction(
         gpus=gpus,
         peak_gb=tracker.memory.peak / GB,
         parts_gb={name: size / GB for name, size in sorted(tracker.memory.parts().items(), key=lambda one: -one[1])},
-        mfu=per_token * tokens / seconds / peak,
-        mfu_eager=per_token * tokens / eager / peak,
+        mfu=mfu,
+        mfu_eager=None if trainer.args.compile_layers else mfu,
         step_seconds=seconds,
         tokens_per_second=tokens * gpus / seconds,
         host_syncs_per_micro_batch=max(part.waits for part in trainer.micro_batches),

@@ -21,7 +21,6 @@ class Taken:
     """What a part of a step took."""
 
     seconds: float
-    eager_seconds: float
     work: Work
     waits: int
     operators: int
@@ -133,14 +132,14 @@ class Mark:
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
         self.work = tracker.work = Work()
-        self.before = tracker.clock.now, tracker.eager.now, tracker.waits.total(), tracker.operators
+        self.before = tracker.clock.now, tracker.waits.total(), tracker.operators
 
     def passed(self) -> Taken:
         """What has been taken since, if no later mark was made."""
         tracker = self.tracker
-        seconds, eager, waits, operators = self.before
-        return Taken(tracker.clock.now - seconds, tracker.eager.now - eager, self.work,
-                     tracker.waits.total() - waits, tracker.operators - operators)  # fmt: skip
+        seconds, waits, operators = self.before
+        return Taken(tracker.clock.now - seconds, self.work, tracker.waits.total() - waits,
+                     tracker.operators - operators)  # fmt: skip
 
 
 class _Phases(TrainerCallback):

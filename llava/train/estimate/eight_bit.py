@@ -6,6 +6,7 @@ How many columns have some depends on values, and the host waits to know it.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ WITHOUT_OUTLIERS: dict[str, Callable] = {
 @contextmanager
 def multiplied_as_on_gpus() -> Iterator[None]:
     """Within, layers in training multiply 8-bit weights as they do on GPUs, though tensors lie on the CPU."""
-    functions = sys.modules.get("bitsandbytes.autograd._functions")
+    functions: Any = sys.modules.get("bitsandbytes.autograd._functions")
     if functions is None:
         yield
         return

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 
 from llava.train.estimate.dry_run import ASSUMED_RECORDS, Prediction, dry_run
 
-
 Ranks = Sequence[tuple[tuple[int, ...], Prediction]]
 """Processes of a run, by number, and what is predicted for each of them."""
 
@@ -22,6 +21,7 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
     for of, one in ranks if len(ranks) > 1 else ():
         name = f"process {of[0]}" if len(of) == 1 else f"processes {of[0]} to {of[-1]}"
         yield f"    {name:26}{one.peak_gb:9.2f} GB"
+    eager = f" ({p.mfu_eager:.1%} where nothing is compiled)" if p.mfu_eager not in (None, p.mfu) else ""
     rows = {
         "attention": p.attention,
         "gradients reduced in": p.reduce_dtype,
@@ -29,7 +29,7 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
         "optimizer step": f"{p.step_seconds:.2f} s, {p.micro_batches} micro-batches, {p.samples_per_step} samples",
         "arithmetic, memory traffic": f"{p.flops_per_step / 1e12:.1f} TFLOP, {p.bytes_per_step / 1e9:.0f} GB a step",
         "tokens": f"{p.tokens_per_second:,.0f} a second on all GPUs",
-        "MFU": f"{p.mfu:.1%} of {gpu.peak_tflops:g} TFLOP/s (each operator by itself: {p.mfu_eager:.1%})",
+        "MFU": f"{p.mfu:.1%} of {gpu.peak_tflops:g} TFLOP/s" + eager,
         "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
     }
     unknown = p.records is None and p.max_steps <= 0

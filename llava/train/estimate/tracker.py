@@ -4,7 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -114,7 +114,7 @@ class Tracker(TorchDispatchMode):
 
     Attributes:
         memory: live bytes.
-        clock: seconds of host, GPU and links, compiled regions as fused; `eager`: without fusing.
+        clock: seconds of host, GPU and links, compiled regions as fused.
         work: sums since it was last replaced.
         pairs: how many pairs of positions attend in the batch at hand (joined samples, whose borders have no content).
     """
@@ -122,7 +122,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, clock: Clock):
         super().__init__()
         self.memory = Memory()
-        self.clock, self.eager = clock, replace(clock)
+        self.clock = clock
         self.work = Work()
         self.waits: Counter[str] = Counter()
         self.reduced: set[torch.dtype] = set()
@@ -168,7 +168,6 @@ class Tracker(TorchDispatchMode):
         if packet in WAITING or name in WAITING_BY_NAME:
             self.waits[packet.__name__] += 1
             self.clock.wait()
-            self.eager.wait()
             if packet is aten._local_scalar_dense:  # there is no value; any will do
                 return args[0].dtype.is_floating_point * 1.0 if args[0].dtype != torch.bool else False
         if function.namespace in MAY_RESIZE or packet in COPYING:
@@ -191,7 +190,6 @@ class Tracker(TorchDispatchMode):
         work = work_of(function, args, kwargs, inputs, outputs, out, self.pairs)
         if work.attention:
             self.attention[work.attention] += 1
-        self.eager.run(work)
         if self._chain is None:
             self._run(work)
         elif work.flops:

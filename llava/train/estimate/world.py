@@ -1,9 +1,11 @@
 """A run's surroundings without hardware: process groups of any size, and tensors with shapes but no content."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed
@@ -16,6 +18,9 @@ from torch.utils._pytree import tree_map_only
 
 from llava.train.hardware import GPUS_PER_MACHINE, Gpu
 from llava.train.step import gpu
+
+if importlib.util.find_spec("torch.distributed._meta_registrations") is None:
+    import torch.distributed._tools.fake_collectives  # releases whose collectives take no tensors without content
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
               "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ACCELERATE_TORCH_DEVICE")  # fmt: skip
@@ -37,14 +42,14 @@ def world(described: Gpu, processes: int, compiler: Callable, rank: int = 0) -> 
         torch.distributed.init_process_group(
             "fake", store=torch.distributed.HashStore(), rank=rank, world_size=processes
         )
-    of_torch = nn.parallel.DistributedDataParallel
-    nn.parallel.DistributedDataParallel = Replicated  # type: ignore[misc]
+    parallel: Any = nn.parallel
+    of_torch, parallel.DistributedDataParallel = parallel.DistributedDataParallel, Replicated
     try:
         with gpu.describe(described, compiler):
             # Counts of samples and the like have content, and mix with tensors that have none.
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
-        nn.parallel.DistributedDataParallel = of_torch  # type: ignore[misc]
+        parallel.DistributedDataParallel = of_torch
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -152,11 +152,11 @@ def _gathered_by_fsdp(trainer) -> Iterator[None]:
 
 @contextmanager
 def _gathered_by_zero(trainer) -> Iterator[None]:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     offload = trainer.model_wrapped.optimizer.parameter_offload
     parameters = list(offload.module.parameters())
-    with GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters):
         # These hooks would do as FSDP's do.
         for hooks in (offload.forward_hooks, offload.backward_hooks):
             for hook in hooks:
