@@ -1,4 +1,4 @@
-"""The table of recipes in docs/training.md: each launch script's own flags through the dry run, predicted, not measured.
+"""The table of recipes in docs/training.md: the launch scripts' flags through the dry run, predicted, not measured.
 
 python scripts/recipe_table.py                        prints the table
 python scripts/recipe_table.py --write docs/training.md   puts it between the file's two marks
@@ -101,16 +101,15 @@ def flags_of(recipe: Recipe) -> list[str]:
 def row(recipe: Recipe) -> str:
     """A line of the table."""
     from llava.train.estimate.dry_run import dry_run
+    from llava.train.estimate.report import short
     from llava.train.hardware import GPUS
 
     gpu = GPUS[recipe.gpu]
     found = dry_run(flags_of(recipe), gpu, recipe.gpus)
     memory = f"{found.peak_gb:.1f} GB" + ("" if found.fits else f", more than the {gpu.usable_gb:.1f} there are")
     more = f" `{recipe.more}`" if recipe.more else ""
-    return (
-        f"| {recipe.name} | `scripts/{recipe.script}`{more} | {recipe.gpus} × {recipe.gpu} | {memory} | {found.mfu:.0%} "
-        f"| {found.hours:.2g} |"
-    )
+    cells = [recipe.name, f"`scripts/{recipe.script}`{more}", f"{recipe.gpus} × {recipe.gpu}", memory]
+    return f"| {' | '.join([*cells, f'{found.mfu:.0%}', short(found.hours)])} |"
 
 
 def between_marks(text: str) -> str:

@@ -86,8 +86,8 @@ def _read(arguments: Arguments, loaded: LoadedModel, store: RecordStore) -> Leng
     found = Lengths(np.array(positions), np.array(tiles), len(store), "", are_read=True)
     squares = "tiles" if loaded.model.config.image_aspect_ratio == "anyres" else "images"
     note = (
-        f"--data_path {store.path}: {len(spread):,} of {len(store):,} records read, {found.positions.mean():,.0f} tokens "
-        f"on average ({how}), {found.positions.max():,} at most, {found.tiles.mean():.2g} {squares}"
+        f"--data_path {store.path}: {len(spread):,} of {len(store):,} records read, {found.positions.mean():,.0f} "
+        f"tokens on average ({how}), {found.positions.max():,} at most, {found.tiles.mean():.2g} {squares}"
     )
     return replace(found, note=note)
 

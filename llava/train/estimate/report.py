@@ -33,7 +33,7 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
         "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
     }
     unknown = p.records is None and p.max_steps <= 0
-    rows["the whole recipe"] = f"{p.hours:.2g} hours" + (
+    rows["the whole recipe"] = f"{short(p.hours)} hours" + (
         f" for {ASSUMED_RECORDS:,} records (give their number: --records)" if unknown else ""
     )
     for name, text in rows.items():
@@ -41,6 +41,11 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
     usable = f"{gpu.usable_gb:.1f} GB that {gpu.memory_gb:g} GB leave to tensors"
     verdict = "fits: {:.1f} GB of the {}" if p.fits else "does not fit: {:.1f} GB, more than the {}"
     yield verdict.format(p.peak_gb, usable)
+
+
+def short(hours: float) -> str:
+    """A number of hours, as exact as it is of use."""
+    return f"{hours:.2f}" if hours < 1 else f"{hours:.1f}"
 
 
 def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) -> Iterator[tuple[str, Prediction]]:
