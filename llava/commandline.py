@@ -118,6 +118,9 @@ def setup_logging(level: int = logging.INFO) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It advises a package for AVX512-BF16 at every import; llava.model.weights.linear4bit has no use for it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # transformers imports torchao wherever it is installed; it speaks of CUDA libraries and of its own old calls.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 class SafeFormatter(logging.Formatter):

@@ -52,6 +52,7 @@ RECIPES = [
     Recipe("BabyDoctor 3 in micro-batches of 2", "babydoctor.sh", 1, "a10",
            "--per_device_train_batch_size 2 --gradient_accumulation_steps 4", number=2),
     Recipe("VQA-RAD, 4-bit LoRA on a GPU of 24 GB", "one_small_gpu.sh", 1, "4090"),
+    Recipe("stage 2 on one GPU of 80 GB, weights in bf16 alone", "one_80gb_gpu.sh", 1, "h100"),
     Recipe("stage 2 on one GPU of 141 GB, packs of 4096, compiled", "v1.0_stage2.sh", 1, "h200",
            PACKED.format(4096) + " --global_batch_size 4 --gradient_checkpointing False"),
 ]  # fmt: skip

@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
     "api_client": ["--items", "20", "--latency", "0.01"],
     "apply_delta": ["--layers", "0", "--rounds", "1"],
+    "layer_operations": [],
     "download": ["--articles", "20", "--rounds", "1", "--sequential-articles", "5"],
     "validate": ["--records", "1000"],
     "vqa_throughput": ["--limit", "2", "--repeat", "1", "--max-new-tokens", "2"],

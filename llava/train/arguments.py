@@ -137,6 +137,16 @@ class LlavaTrainingArguments(TrainingArguments):
         "one GPU in half precision: keep the weights' half-precision copies over an optimizer step, "
         "2 bytes per parameter (default: of as many layers as fit)",
     )
+    activation_memory_budget: float | None = _flag(
+        None,
+        "with --torch_compile: share of its activations that a layer keeps for the backward pass; the cheapest are "
+        "computed again first, matrix products last (default: 1)",
+    )
+    master_weights: bool = _flag(
+        True,
+        "keep trained weights and sums of gradients in float32; False: in bfloat16 alone, rounded at random, with "
+        "--optim adamw_torch_8bit: 6 bytes per parameter in place of 16",
+    )
     peak_tflops: float | None = _flag(None, "what one device can do at best, for MFU (default: known GPUs)")
 
     def __post_init__(self):
@@ -154,7 +164,11 @@ class LlavaTrainingArguments(TrainingArguments):
         self.compile_layers = self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
         self.compile_options = {"backend": self.torch_compile_backend or "inductor", "mode": self.torch_compile_mode}
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        # The Trainer knows no LLaVA among Liger's families, and would say nothing (llava.train.step.liger).
+        self.liger, self.use_liger_kernel = self.use_liger_kernel, False
         super().__post_init__()
+        if not self.master_weights:
+            self.mixed_precision = "no"  # the weights themselves are in half precision: nothing is to be cast
 
     @property
     def recomputes_activations(self) -> bool:

@@ -5,8 +5,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers.training_args import OptimizerNames
+
 from llava.conversation import get_template
-from llava.errors import LlavaError
+from llava.errors import LlavaError, require
+from llava.train.step import gpu
+from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes
 from llava.train.validation.flags import check_validation
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ def check_values(arguments: "Arguments") -> None:
     """Refuse numbers that can't be, flags that contradict each other, and unknown templates."""
     _check_numbers(arguments)
     _check_pairs(arguments)
+    _check_optimizer(arguments)
     if arguments.model.version is not None:
         get_template(arguments.model.version)
 
@@ -83,6 +88,9 @@ def _check_numbers(arguments: "Arguments") -> None:
         raise LlavaError(f"--num_train_epochs {training.num_train_epochs}: expected a number above 0")
     if training.bits not in {4, 8, 16}:
         raise LlavaError(f"--bits {training.bits}: expected 16, 8 or 4")
+    share = training.activation_memory_budget
+    if share is not None and not 0 <= share <= 1:
+        raise LlavaError(f"--activation_memory_budget {share}: expected a share from 0 to 1")
     if not 0 <= training.lora_dropout < 1:
         raise LlavaError(f"--lora_dropout {training.lora_dropout}: expected a number from 0 to below 1")
 
@@ -145,10 +153,73 @@ def _check_pairs(arguments: "Arguments") -> None:
             "--fp16 and --bf16 are two kinds of half precision; choose one",
         ),
         (
+            training.liger and training.compile_layers,
+            "--use_liger_kernel and --torch_compile both join a layer's small operations; choose one",
+        ),
+        (
+            training.liger and not gpu.is_on_gpu(training.device),
+            "--use_liger_kernel: Liger's kernels run on GPUs alone; leave it out",
+        ),
+        (
+            training.activation_memory_budget is not None and not training.compile_layers,
+            "--activation_memory_budget is for compiled layers; add --torch_compile True, or use "
+            "--gradient_checkpointing True",
+        ),
+        (
+            training.activation_memory_budget is not None and training.recomputes_activations,
+            "--activation_memory_budget says what a layer keeps, --gradient_checkpointing that it keeps nothing; "
+            "choose one",
+        ),
+        (
             training.lora_weight_path is not None and not training.lora_enable,
             "--lora_weight_path continues an adapter; add --lora_enable True",
         ),
     ]
+    _refuse(contradictions)
+
+
+def _check_optimizer(arguments: "Arguments") -> None:
+    """What `--optim` and `--master_weights` can't do, and packages that are missing."""
+    model, training = arguments.model, arguments.training
+    name, whole = OptimizerNames(training.optim).value, training.master_weights
+    in_part = training.lora_enable or model.tune_mm_mlp_adapter or model.freeze_backbone
+    contradictions = [
+        (
+            not whole and name not in TORCHAO,
+            f"--master_weights False: --optim {name} would round small changes of a bfloat16 weight to nothing; add "
+            "--optim adamw_torch_8bit, which rounds at random",
+        ),
+        (
+            not whole and not training.bf16,
+            "--master_weights False keeps weights in bfloat16 alone; add --bf16 True (on a GPU that has bfloat16)",
+        ),
+        (
+            not whole and in_part,
+            "--master_weights False saves the memory of a language model that is trained whole; with --lora_enable, "
+            "--tune_mm_mlp_adapter or --freeze_backbone leave it out",
+        ),
+        (
+            not whole and bool(training.deepspeed),
+            "--master_weights False: DeepSpeed keeps float32 weights of its own; use --fsdp or leave it out",
+        ),
+        (
+            not whole and training.world_size > 1 and not training.fsdp,
+            "--master_weights False: several processes would each round the same weights differently; add "
+            '--fsdp "full_shard auto_wrap"',
+        ),
+        (
+            bool(training.fsdp) and training.world_size > 1 and is_of_bitsandbytes(name),
+            f"--fsdp: --optim {name} takes no sharded tensors; use --optim adamw_torch_8bit",
+        ),
+    ]
+    _refuse(contradictions)
+    if name in TORCHAO:
+        require("torchao", "torchao")
+    if training.liger and not gpu.is_described():
+        require("liger_kernel.transformers", "liger")
+
+
+def _refuse(contradictions: list[tuple[bool, str]]) -> None:
     for wrong, message in contradictions:
         if wrong:
             raise LlavaError(message)

@@ -26,6 +26,11 @@ def derive_flags(data: Any, training: Any) -> None:
     """
     _set_accumulation(training)
     _set_normalisation(data, training)
+    if not training.master_weights and is_main_process():
+        logger.info(
+            "--master_weights False: weights are bfloat16 alone, which the optimizer rounds at random; gradients are "
+            "summed over micro-batches in bfloat16 too, not in float32"
+        )
 
 
 def default_workers(on_gpu: bool) -> tuple[int, str]:

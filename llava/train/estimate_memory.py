@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         found = changed.fits
         write_line(f"  {flag:64} → {changed.peak_gb:6.1f} GB{', fits' if found else ''}")
     if not found:
-        write_line("no flag of these is enough: take more or larger GPUs")
+        write_line("no flag of these is enough: take more or larger GPUs, --bits 4 with --lora_enable True, or offload")
     return 1
 
 

@@ -28,8 +28,8 @@ STAGE_1_TEMPLATE = "plain"
 def prepare_model(arguments: Arguments) -> LoadedModel:
     """Load what `--model_name_or_path` names (a LLaVA checkpoint, or a language model to make one of).
 
-    Returns it on the CPU (the Trainer moves it), what is trained in float32 (mixed precision is autocast's work),
-    with the flags' settings in its config and `requires_grad` set.
+    Returns it on the CPU (the Trainer moves it), what is trained in float32 (in bfloat16 with `--master_weights
+    False`), with the flags' settings in its config and `requires_grad` set.
 
     Raises:
         LlavaError: a folder is incomplete, a flag contradicts the checkpoint, or nothing would be trained.
@@ -51,17 +51,21 @@ def make_ready(loaded: LoadedModel, arguments: Arguments) -> None:
     add_image_tokens(model, tokenizer)
     tokenizer.model_max_length = training.model_max_length
     tokenizer.padding_side = "right"
-    choose_trainable(model, model_args, adapters=training.lora_enable)
+    dtype = torch.float32 if training.master_weights else torch.bfloat16
+    choose_trainable(model, model_args, adapters=training.lora_enable, dtype=dtype)
     if model_args.tune_mm_mlp_adapter and model.config.mm_use_im_start_end:
         train_rows(model, start_end_ids(model, tokenizer))
 
 
 def load_dtype(folder: Path, arguments: Arguments) -> torch.dtype:
-    """float32, whose copies autocast makes; a language model that stays frozen on a GPU keeps its file's dtype.
+    """float32, of which half-precision copies are made; bfloat16 with `--master_weights False`.
 
-    (So stage 1 and LoRA hold two bytes per frozen weight, and stage 1 writes it back unchanged.)
+    A language model that stays frozen on a GPU keeps its file's dtype. (So stage 1 and LoRA hold two bytes per frozen
+    weight, and stage 1 writes it back unchanged.)
     """
     flags, training = arguments.model, arguments.training
+    if not training.master_weights:
+        return torch.bfloat16
     frozen = flags.tune_mm_mlp_adapter or flags.freeze_backbone or training.lora_enable
     if not (frozen and gpu.is_on_gpu(training.device) and (training.bf16 or training.fp16)):
         return torch.float32
@@ -71,10 +75,12 @@ def load_dtype(folder: Path, arguments: Arguments) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def choose_trainable(model: LlavaForCausalLM, arguments: ModelArguments, adapters: bool = False) -> None:
+def choose_trainable(
+    model: LlavaForCausalLM, arguments: ModelArguments, adapters: bool = False, dtype: torch.dtype = torch.float32
+) -> None:
     """Set `requires_grad` as the flags say; the tower stays frozen unless it is asked for.
 
-    With `adapters`, which come later, the language model itself is frozen.
+    With `adapters`, which come later, the language model itself is frozen. What is trained is kept in `dtype`.
     """
     language_model = not (arguments.freeze_backbone or arguments.tune_mm_mlp_adapter or adapters)
     projector = not arguments.freeze_mm_mlp_adapter
@@ -85,7 +91,7 @@ def choose_trainable(model: LlavaForCausalLM, arguments: ModelArguments, adapter
     model.get_vision_tower().requires_grad_(arguments.unfreeze_mm_vision_tower)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # what is trained is trained in float32
+            parameter.data = parameter.data.to(dtype)
     if not adapters and not any(parameter.requires_grad for parameter in model.parameters()):
         raise LlavaError(
             "nothing is left to train: language model, projector and tower are all frozen; "

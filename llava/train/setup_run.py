@@ -27,6 +27,7 @@ from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_t
 from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
 from llava.train.projector_file import save_projector
 from llava.train.step import gpu
+from llava.train.step.liger import use_liger_kernels
 from llava.train.step.packing import fill_batches, training_attention
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation.flags import metric_name
@@ -118,6 +119,8 @@ def build_trainer(
     config = model.config
     adapted = add_adapters(model, arguments) if training.lora_enable else None
     trained = model if adapted is None else adapted
+    if training.liger and not gpu.is_described():
+        use_liger_kernels(model)
 
     def write_model(folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         if adapted is not None:

@@ -6,17 +6,18 @@ The loss of an optimizer step is the mean of its micro-batches' token means, as 
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, ShardedOptimStateDictConfig, ShardedStateDictConfig, StateDictType
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoints import publish, remove_old, staged
@@ -27,9 +28,10 @@ from llava.train.data.worker_errors import plain_worker_errors
 from llava.train.lora import load_non_lora
 from llava.train.progress import ProgressBar
 from llava.train.step import gpu
-from llava.train.step.compute import compile_layers, set_policy
+from llava.train.step.compute import activation_budget, compile_layers, set_policy
 from llava.train.step.group_of_one import KeptCopies, add_gradients_at_once, is_group_of_one, keep_copies
 from llava.train.step.loss_watch import LossWatch
+from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes, on_own_parts, with_float32_moments
 from llava.train.validation.held_out import Validation
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ class LlavaTrainer(Trainer):
         set_policy(self.accelerator)
 
     def train(self, *args, **kwargs):
-        with self.attention():
+        with self.attention(), activation_budget(self.args.activation_memory_budget):
             output = super().train(*args, **kwargs)
         self.loss_watch.look()
         return output
@@ -235,6 +237,12 @@ class LlavaTrainer(Trainer):
         if self.optimizer is None:
             wrapped = self.model if model is None else model
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, wrapped))
+            name = OptimizerNames(self.args.optim).value
+            if is_of_bitsandbytes(name):
+                optimizer_cls = on_own_parts(optimizer_cls)
+            elif name in TORCHAO:
+                optimizer_cls = with_float32_moments(optimizer_cls)
+                kwargs["bf16_stochastic_round"] = not self.args.master_weights
             self.optimizer = optimizer_cls(self.parameter_groups(wrapped), **kwargs)
         return self.optimizer
 
@@ -258,8 +266,34 @@ class LlavaTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             self.write_model(folder, state_dict)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._in_parts():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._in_parts():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _in_parts(self) -> Iterator[None]:
+        """Within, every process saves and loads its own part of sharded weights and moments, where the moments can't be
+        put together: torchao's."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None or OptimizerNames(self.args.optim).value not in TORCHAO:
+            yield
+            return
+        names = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+        before = {name: getattr(plugin, name) for name in names}
+        parts = (StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(True), ShardedOptimStateDictConfig(True))
+        vars(plugin).update(zip(names, parts))
+        try:
+            yield
+        finally:
+            vars(plugin).update(before)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self._in_parts():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.lora_enable:
             # The Trainer knows the adapter; the projector beside it is ours.
             load_non_lora(self.model, Path(resume_from_checkpoint))
@@ -272,7 +306,8 @@ class LlavaTrainer(Trainer):
             )
             return
         self.state.best_model_checkpoint = str(best)
-        super()._load_best_model()
+        with self._in_parts():
+            super()._load_best_model()
         if self.args.lora_enable:
             load_non_lora(self.model, best)
 

@@ -95,7 +95,8 @@ def main() -> None:
 
     setup_run.summarise = note
     setup_run.LlavaTrainer = type("Noting", (setup_run.LlavaTrainer,), {"_clip_grad_norm": note_gradients(seen)})
-    with counting(seen):
+    # torchao compiles its optimizers' steps for each shape, which takes longer than all else here.
+    with torch.compiler.set_stance("force_eager"), counting(seen):
         training.train(sys.argv[1:], keep_fsdp=True)
     if torch.distributed.get_rank() == 0:
         print(json.dumps(seen))

@@ -24,6 +24,7 @@ from tests.train.helpers import SHARDED, SMALL, configs_alone
 
 H100 = GPUS["h100"]
 SAVING = ("--gradient_checkpointing", "True")
+BF16_ALONE = ("--optim", "adamw_torch_8bit", "--master_weights", "False")
 ACCUMULATED = ("--gradient_accumulation_steps", "3")
 
 
@@ -79,6 +80,7 @@ class Compared(Tracker):
         (1, ("--lora_enable", "True", "--bits", "8")),
         (1, ("--lora_enable", "True", "--bits", "4", *SAVING)),
         (4, ("--bf16", "False", *ACCUMULATED)),
+        (1, (*BF16_ALONE, *ACCUMULATED)),
     ],
 )
 def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, flags):
@@ -92,7 +94,7 @@ def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, 
     assert sum(prediction.parts_gb.values()) == pytest.approx(prediction.peak_gb)
     # bitsandbytes looks for outliers in each 8-bit layer's input: seven of them in each of the model's eight layers.
     assert prediction.host_syncs_per_micro_batch == (56 if "8" in flags else 0)
-    assert prediction.reduce_dtype == "float32"
+    assert prediction.reduce_dtype == ("bfloat16" if "--master_weights" in flags else "float32")
 
 
 def test_parts_are_what_arithmetic_says(base):
@@ -120,6 +122,30 @@ def test_quantized_weights_take_their_bits(base):
     numbers = 8 * (4 * 256**2 + 3 * 256 * 688) / 1e9  # of the layers' products; the rest is kept whole
     assert eight - four == pytest.approx(numbers / 2, rel=0.2)
     assert halves > eight > four
+
+
+def test_weights_in_bf16_alone_take_six_bytes(base):
+    """Two for the weight, two for its gradient, two for 8-bit moments with their scales."""
+    whole, alone = (dry_run([*base, *SMALL, *ACCUMULATED, *more], H100, 1) for more in ((), BF16_ALONE))
+    two_bytes = whole.parts_gb["moments"] / 4
+    assert alone.parts_gb["gradients"] == pytest.approx(two_bytes, rel=0.02)
+    assert alone.parts_gb["moments"] == pytest.approx(two_bytes, rel=0.05)
+    assert "gathered weights" not in alone.parts_gb and alone.host_syncs_per_step == whole.host_syncs_per_step
+    # Its step is one compiled graph for each parameter.
+    assert alone.bytes_per_step < whole.bytes_per_step
+
+
+def test_a_budget_of_activations_trades_memory_for_arithmetic(base):
+    packed = [*base, *SMALL, "--packing", "True", "--torch_compile", "True"]
+    all_kept, some, none = (
+        dry_run([*packed, "--activation_memory_budget", share], H100, 1) for share in ("1", "0.5", "0")
+    )
+    assert all_kept.parts_gb["activations"] > some.parts_gb["activations"] > none.parts_gb["activations"]
+    assert all_kept.flops_per_step <= some.flops_per_step < none.flops_per_step
+
+
+def test_what_is_not_counted_is_said(base):
+    assert "--use_liger_kernel" in dry_run([*base, *SMALL, "--use_liger_kernel", "True"], H100, 1).notes[0]
 
 
 def test_accumulation_repeats_the_middle(base):
@@ -186,6 +212,8 @@ def test_refusals(base):
         main([*base, "--gpu", "b200"])
     with pytest.raises(LlavaError, match="no such folder, and none of llama-7b, llama-13b, mistral-7b"):
         dry_run(["--model_name_or_path", "/nowhere/at/all"], H100, 1)
+    with pytest.raises(LlavaError, match="--model_name_or_path is needed"):
+        dry_run([*SMALL], H100, 1)
     with pytest.raises(LlavaError, match="unknown argument"):
         dry_run([*base, "--no_such_flag", "1"], H100, 1)
     assert not gpu.is_described() and not torch.distributed.is_initialized()
@@ -217,6 +245,18 @@ def test_what_an_h100_measured(tmp_path, flags, memory, mfu):
     prediction = dry_run([*argv, "--gradient_accumulation_steps", "4", *flags], H100, 1)
     assert prediction.peak_gb == pytest.approx(memory, rel=0.02)
     assert prediction.mfu == pytest.approx(mfu, rel=0.1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "more", "memory", "mfu"),
+    [("h100", BF16_ALONE, 74, 0.45), ("h200", ("--optim", "adamw_torch_8bit"), 138, 0.5)],
+)
+def test_a_whole_7b_on_one_gpu(name, more, memory, mfu):
+    argv = ["--model_name_or_path", "llama-7b", "--bf16", "True", "--packing", "True", "--torch_compile", "True"]
+    argv += ["--max_tokens_per_batch", "4096", "--gradient_accumulation_steps", "4"]
+    prediction = dry_run([*argv, *more], GPUS[name], 1)
+    assert prediction.peak_gb <= memory and prediction.fits and prediction.mfu >= mfu
 
 
 @pytest.mark.long

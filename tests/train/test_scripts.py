@@ -54,6 +54,7 @@ def test_there_is_a_script_per_recipe():
         "multi_node.sh",
         "slurm.sbatch",
         "one_small_gpu.sh",
+        "one_80gb_gpu.sh",
         "cpu.sh",
     }
 

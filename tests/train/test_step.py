@@ -1,6 +1,7 @@
 """What a training step costs beyond its arithmetic: waits for the GPU (none), and the precision it computes in."""
 
 import json
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -12,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
 from llava.model.varlen_attention import Kernel
-from llava.train import setup_run
+from llava.train import checks, setup_run
 from llava.train.arguments import parse_arguments
 from llava.train.data.record_store import open_records
 from llava.train.prepare_model import prepare_model
 from llava.train.step import packing
-from llava.train.step.compute import compile_layers, flags_of_the_path, set_policy
+from llava.train.step.compute import activation_budget, compile_layers, flags_of_the_path, set_policy
 from llava.train.step.loss_watch import LossWatch
 from llava.train.train import train
 from llava.train.trainer import LlavaTrainer
@@ -137,6 +138,68 @@ def test_a_compiled_layer_is_one_graph_for_all_layers_and_packs(base, monkeypatc
     assert 1 <= graphs.frame_count <= 2
 
 
+@pytest.mark.parametrize("more", [(), ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "1")])
+def test_a_budget_of_activations_changes_no_loss(tmp_path, base, data, more):
+    more = ("--max_steps", "3", "--packing", "--torch_compile", "True", "--torch_compile_backend", "aot_eager", *more)
+    train(flags(tmp_path / "all", data, base["llama"], *more))
+    train(flags(tmp_path / "some", data, base["llama"], *more, "--activation_memory_budget", "0.3"))
+    assert losses(tmp_path / "some") == pytest.approx(losses(tmp_path / "all"), abs=1e-5)
+
+
+def test_a_budget_of_activations_is_kept_and_changes_no_gradient(base, monkeypatch):
+    """Of one layer, compiled: bytes kept for the backward pass lie between all and those of its input alone."""
+    monkeypatch.setattr(packing.gpu, "takes_kernel", lambda *tensors: True)
+    kept, gradients = {}, {}
+    for share in (None, 0.5, 0.0):
+        torch._dynamo.reset()
+        model = load_pretrained_model(base["llama"], device="cpu").model.get_model()
+        compile_layers(model, backend="aot_eager", fullgraph=True)
+        packing.use_packed_attention(model.config, ONE_SAMPLE)
+        hidden = torch.linspace(-1, 1, 64 * model.config.hidden_size).view(1, 64, -1).sin().requires_grad_()
+        seen = {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def note(tensor, seen=seen, own=own):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with activation_budget(share), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            borders = torch.tensor([0, 64], dtype=torch.int32)
+            out = model(inputs_embeds=hidden, use_cache=False, cu_seq_lens_q=borders, max_length_q=64)
+            out.last_hidden_state.sum().backward()
+        kept[share], gradients[share] = sum(seen.values()), hidden.grad
+    assert kept[None] > 1.2 * kept[0.5] > 1.2**2 * kept[0.0] > 0
+    for share in (0.5, 0.0):
+        torch.testing.assert_close(gradients[share], gradients[None])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--activation_memory_budget", "0.5"), "add --torch_compile True"),
+        (("--activation_memory_budget", "1.5", "--torch_compile", "True"), "expected a share from 0 to 1"),
+        (
+            ("--activation_memory_budget", "0.5", "--torch_compile", "True", "--gradient_checkpointing", "True"),
+            "choose one",
+        ),
+        (("--use_liger_kernel", "True"), "Liger's kernels run on GPUs alone"),
+        (("--use_liger_kernel", "True", "--torch_compile", "True"), "choose one"),
+    ],
+)
+def test_what_is_refused(tmp_path, base, data, more, message):
+    with pytest.raises(LlavaError, match=message):
+        parse_arguments(flags(tmp_path, data, base["llama"], *more))
+
+
+def test_liger_is_looked_for_before_anything_is_loaded(tmp_path, base, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setattr(checks.gpu, "is_on_gpu", lambda device: True)
+    with pytest.raises(LlavaError, match=r"pip install \"llava-med\[liger\]\""):
+        parse_arguments(flags(tmp_path, data, base["llama"], "--use_liger_kernel", "True"))
+
+
 def attend_as_one(q, k, v, borders, longest, scale, window):
     parts = (tensor.transpose(0, 1) for tensor in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, scale=scale).transpose(0, 1)
@@ -155,7 +218,7 @@ def test_packs_of_one_length_have_the_same_loss(tmp_path, base, data, monkeypatc
 
 def namespace(**changed) -> Namespace:
     return Namespace(**{"bf16": True, "fp16": False, "use_cpu": False, "deepspeed": None, "bits": 16, "fsdp": None,
-                        "optim": "adamw_torch_fused"} | changed)  # fmt: skip
+                        "optim": "adamw_torch_fused", "master_weights": True} | changed)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -168,7 +231,11 @@ def namespace(**changed) -> Namespace:
         ({"use_cpu": True}, 1, None),
         ({"deepspeed": "zero2.json"}, 8, None),
         ({"bits": 4}, 1, None),
-        ({"optim": "adamw_bnb_8bit"}, 1, None),
+        ({"optim": "adamw_bnb_8bit"}, 1, True),
+        ({"optim": "adamw_bnb_8bit"}, 8, None),
+        ({"optim": "adamw_torch_8bit"}, 8, False),
+        ({"master_weights": False}, 1, None),
+        ({"master_weights": False}, 8, False),
         ({"fsdp": "True"}, 8, None),
     ],
 )
@@ -186,10 +253,7 @@ def test_the_policy_computes_in_half_precision_and_reduces_in_float32(precision,
     set_policy(Namespace(state=Namespace(fsdp_plugin=plugin), mixed_precision=precision))
     assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer", "LanguageHead"]
     policy = plugin.mixed_precision_policy
-    if dtype is None:
-        assert policy is None
-    else:
-        assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (dtype, torch.float32, None)
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (dtype, torch.float32, None)
 
 
 def test_two_processes_compute_in_bf16_as_in_float32(tmp_path, base, data):

@@ -1,11 +1,14 @@
-"""Decoder layers as torch.compile makes them, on tensors without content: one graph forward and one backward.
+"""What torch.compile makes, on tensors without content: decoder layers, and the steps of torchao's optimizers.
+
+A layer is one graph forward and one backward, an optimizer's step one graph for each parameter.
 
 The graphs are those of torch's own tracing and partitioning, so what is kept for the backward pass is what a compiled
 layer keeps. They are carried out operator by operator, and costed as fused (llava.train.estimate.tracker).
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -78,3 +81,28 @@ class DryCompiler:
 
         call._boxed_call = True  # type: ignore[attr-defined]  # takes its inputs as one list
         return call
+
+
+@contextmanager
+def steps_carried_out(fused: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Within, optimizers of torchao carry out what they would compile, costed as one graph for each parameter."""
+    if "torchao" not in sys.modules:
+        yield
+        return
+    from torchao.optim import adam, subclass_4bit, subclass_8bit
+
+    for levels in (subclass_4bit, subclass_8bit):  # made once in a process, and need content
+        levels.get_qmap_signed()
+        levels.get_qmap_unsigned()
+    step = adam.single_param_adam
+
+    def carried_out(*args):
+        with fused():
+            return step(*args)
+
+    adam.single_param_adam = carried_out
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        adam.single_param_adam = step

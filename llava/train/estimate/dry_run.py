@@ -11,7 +11,7 @@ from llava.train.arguments import Arguments, read_flags
 from llava.train.checks import check_values
 from llava.train.derived_flags import derive_flags
 from llava.train.estimate.batches import Batches, batches_of
-from llava.train.estimate.compiled import DryCompiler
+from llava.train.estimate.compiled import DryCompiler, steps_carried_out
 from llava.train.estimate.costs import Clock
 from llava.train.estimate.dry_trainer import DryTrainer, Taken
 from llava.train.estimate.eight_bit import multiplied_as_on_gpus
@@ -113,6 +113,8 @@ def dry_run(
         arguments.model.model_name_or_path, note = present_model(arguments.model.model_name_or_path)
         notes += [note] if note else []
         training.compile_layers = training.compile_layers and compiled
+        if training.liger:
+            notes.append("--use_liger_kernel: its kernels aren't counted, layers are predicted without them")
         shard_as_on_gpus(training)
         plan = Plan(training.gradient_accumulation_steps, training.num_train_epochs, training.max_steps)
         _shorten(arguments)
@@ -126,7 +128,7 @@ def dry_run(
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)
         trained = [parameter.shape for parameter in trainer.model.parameters() if parameter.requires_grad]
-        with mode, tracker, multiplied_as_on_gpus():
+        with steps_carried_out(tracker.fused), mode, tracker, multiplied_as_on_gpus():
             trainer.train()
         others = unlike_ranks(trained, gpus) if training.fsdp else ()
     return _prediction(tracker, trainer, plan, gpu, gpus, per_token, batches, lengths.records, notes, others)

@@ -112,6 +112,10 @@ class DryTrainer(LlavaTrainer):
         self.after_micro_batches = Mark(self.tracker)
         return loss
 
+    def _get_learning_rate(self) -> float:
+        """For the log; where a rate is a tensor, it lies on the CPU in a real run, and nothing is waited for."""
+        return self.args.learning_rate
+
     def _save_checkpoint(self, model, trial) -> None:
         """Checkpoints would have no content."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from llava.errors import LlavaError
 from llava.train.estimate.known_models import KNOWN
 
 SIZES = {"7b": "llama-7b", "13b": "llama-13b"}
@@ -14,9 +15,15 @@ RECORDS = {"vqa_rad": 1793, "slake": 4919, "pathvqa": 19755, "roco": 65000}
 """Training records of data sets whose names hold no number, as LLaVA-Med's paper and BabyDoctor's card count them."""
 
 
-def present_model(name: str) -> tuple[str, str | None]:
+def present_model(name: str | None) -> tuple[str, str | None]:
     """(the model to predict for, what is to be said of it): a folder, a cached hub id or a known name is itself, of
-    others a known model is told by the name. One that tells nothing is returned as it is."""
+    others a known model is told by the name. One that tells nothing is returned as it is.
+
+    Raises:
+        LlavaError: there is no name.
+    """
+    if not name:
+        raise LlavaError("--model_name_or_path is needed")
     if name in KNOWN or Path(name).expanduser().is_dir() or _is_cached(name):
         return name, None
     told = _told_model(name.lower())

@@ -76,10 +76,8 @@ def forget_content(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 @contextmanager
-def _folder(name: str | None) -> Iterator[Path]:
+def _folder(name: str) -> Iterator[Path]:
     """The folder of a model; for one known by name, a passing folder with its config.json."""
-    if not name:
-        raise LlavaError("--model_name_or_path is needed")
     if name not in KNOWN:
         if not Path(name).expanduser().is_dir() and name.count("/") != 1:
             raise LlavaError(f"--model_name_or_path {name}: no such folder, and none of {', '.join(KNOWN)}")

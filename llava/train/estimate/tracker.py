@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_leaves
 
 from llava.train.estimate.costs import Clock, Work, size_of, work_of
@@ -157,7 +161,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if any(kind.__name__ == "DTensor" for kind in types):
+        if any(map(is_traceable_wrapper_subclass_type, types)):  # its own operators come next
             return NotImplemented
         name = function._schema.name
         carry_out = WITHOUT_OUTLIERS.get(name, function)
@@ -226,12 +230,17 @@ class Chain:
         self.made.update(number for number in made if number not in read)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor, or the tensor."""
-    return getattr(tensor, "_local_tensor", tensor)
+def held(tensor: object) -> Iterator[torch.Tensor]:
+    """What has memory of a tensor: this process's part of a sharded one, codes and scales of a quantized one."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:  # a mesh may be among them
+            yield from held(getattr(tensor, name))
+    elif isinstance(tensor, torch.Tensor):
+        yield tensor
 
 
 def note_all(memory: Memory, tensors: Iterable[torch.Tensor], kind: str) -> None:
-    """Count tensors (of sharded ones this process's part) as being of a kind."""
+    """Count tensors as being of a kind."""
     for tensor in tensors:
-        memory.note(local(tensor), kind)
+        for part in held(tensor):
+            memory.note(part, kind)

@@ -2,7 +2,8 @@
 
 Weights are kept in float32, computed with in bfloat16 (or float16), and gradients are reduced and summed in float32:
 FSDP 2's mixed-precision policy. A single GPU takes it too, as a group of one process, so that nothing is cast
-operation by operation (autocast) and the residual stream is in half precision.
+operation by operation (autocast) and the residual stream is in half precision. With `--master_weights False` the
+weights themselves are in bfloat16, and one GPU needs no group.
 """
 
 import atexit
@@ -11,6 +12,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 
 from llava.model.families import decoder_layers
 from llava.train.step import gpu
+from llava.train.step.optimizers import is_of_bitsandbytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +33,19 @@ def flags_of_the_path(flags: Namespace, processes: int) -> list[str]:
     """The flags to add to a command line on GPUs (`flags`: as parsed, not yet checked) so that it takes the path.
 
     Left alone: float32 runs, DeepSpeed, `--fsdp` as given, 4- and 8-bit weights, whose kernels choose their own
-    precision, and optimizers with 8-bit moments, which take no sharded tensors.
+    precision, and bitsandbytes' optimizers on several GPUs.
     """
     half = flags.bf16 or flags.fp16
-    plain = any(word in str(flags.optim) for word in ("8bit", "4bit", "bnb", "paged"))
-    if flags.use_cpu or not half or flags.deepspeed or flags.bits < 16 or plain or _is_set(flags.fsdp):
+    if flags.use_cpu or not half or flags.deepspeed or flags.bits < 16 or _is_set(flags.fsdp):
+        return []
+    if processes == 1 and not flags.master_weights:
+        return []
+    if processes > 1 and is_of_bitsandbytes(flags.optim):
+        logger.warning(
+            "--optim %s can't be sharded: every GPU holds all weights and moments, and casts at each operation; "
+            "--optim adamw_torch_8bit can",
+            flags.optim,
+        )
         return []
     if processes > 1:
         logger.warning(
@@ -77,8 +88,8 @@ def join_group_of_one(flags: Namespace) -> None:
 def set_policy(accelerator) -> None:
     """Give an accelerator that shards with FSDP 2 this project's precision and units.
 
-    Compute in half precision, reduce in float32, outputs (the loss) as they are; accelerate's own policy reduces in
-    half precision and rounds the loss.
+    Compute in half precision (or in the weights' own), reduce in float32, outputs (the loss) as they are; accelerate's
+    own policy reduces in half precision and rounds the loss.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.fsdp_version != 2:
@@ -86,8 +97,7 @@ def set_policy(accelerator) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    if dtype is not None:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     names = plugin.transformer_cls_names_to_wrap
     if names is not None and HEAD not in names:
         plugin.transformer_cls_names_to_wrap = [*names, HEAD]
@@ -105,6 +115,16 @@ def compile_layers(model: nn.Module, **options) -> None:
         if own not in compiled:
             compiled[own] = _compiled_class(own, options)
         layer.__class__ = compiled[own]
+
+
+def activation_budget(share: float | None) -> AbstractContextManager:
+    """Within, layers that are compiled keep this share of their activations (None: as torch has it, 1).
+
+    torch's partitioner computes again what costs least for its memory, so matrix products and attention come last.
+    """
+    from torch._functorch import config
+
+    return nullcontext() if share is None else config.patch(activation_memory_budget=share)
 
 
 def _compiled_class(layer_class: type[nn.Module], options: dict[str, Any]) -> type:
