@@ -84,6 +84,9 @@ class Compared(Tracker):
     ],
 )
 def test_memory_agrees_with_a_look_at_everything_alive(base, monkeypatch, gpus, flags):
+    for word, package in (("--bits", "bitsandbytes"), ("adamw_torch_8bit", "torchao")):
+        if word in flags:
+            pytest.importorskip(package)
     monkeypatch.setattr(module, "Tracker", Compared)
     monkeypatch.setattr(Compared, "found", [])
     prediction = dry_run([*base, *SMALL, *flags], H100, gpus)
@@ -117,6 +120,7 @@ def test_without_sharding_each_gpu_holds_all_and_the_gradients_once_more(base):
 
 
 def test_quantized_weights_take_their_bits(base):
+    pytest.importorskip("bitsandbytes")
     lora = [*base, *SMALL, "--lora_enable", "True"]
     halves, eight, four = (dry_run([*lora, "--bits", bits], H100, 1).parts_gb["weights"] for bits in ("16", "8", "4"))
     numbers = 8 * (4 * 256**2 + 3 * 256 * 688) / 1e9  # of the layers' products; the rest is kept whole
@@ -126,6 +130,7 @@ def test_quantized_weights_take_their_bits(base):
 
 def test_weights_in_bf16_alone_take_six_bytes(base):
     """Two for the weight, two for its gradient, two for 8-bit moments with their scales."""
+    pytest.importorskip("torchao")
     whole, alone = (dry_run([*base, *SMALL, *ACCUMULATED, *more], H100, 1) for more in ((), BF16_ALONE))
     two_bytes = whole.parts_gb["moments"] / 4
     assert alone.parts_gb["gradients"] == pytest.approx(two_bytes, rel=0.02)
