@@ -7,8 +7,9 @@ OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 LMMS_EVAL := $(VENV)/lmms-eval
 CLIENTS := $(VENV)/clients
+OLDEST := $(VENV)/oldest
 
-.PHONY: help install lock audit sbom demo serve clients test test-all fuzz fuzz-api kills soak lint format clean
+.PHONY: help install lock audit sbom demo serve clients test test-all test-oldest fuzz fuzz-api kills soak lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -71,6 +72,19 @@ $(CLIENTS)/.installed: $(STAMP)
 
 test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL) $(CLIENTS)/.installed  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
+
+# The lowest release of each package that pyproject.toml allows (torch's comes with CUDA on Linux: 4 GB), in an
+# environment of its own.
+$(OLDEST): $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $@.part
+	$(BIN)/uv pip install --quiet --python $@.part/bin/python --resolution lowest-direct -r pyproject.toml \
+		'pytest>=9.0.3' 'pytest-timeout>=2.4' 'pytest-xdist>=3.6' 'hypothesis>=6.140'
+	rm -rf $@ && mv $@.part $@
+
+OLDEST_TESTS := tests/tokenization tests/model tests/generation tests/golden $(addprefix tests/train/test_, \
+	arguments.py legacy_flags.py step.py group_of_one.py train.py lora.py dry_run.py dry_run_inputs.py)
+test-oldest: $(OLDEST)  ## models, training, answers and golden vectors with the oldest packages that are allowed
+	$(OLDEST)/bin/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile $(OLDEST_TESTS)
 
 # Routes without a body have only one request, so some more are asked for than are made.
 fuzz-api: $(STAMP)  ## 10,000 requests made from the servers' descriptions (minutes)

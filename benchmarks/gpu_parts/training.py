@@ -168,7 +168,7 @@ def layers(miniature: bool, *flags: str) -> dict:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "layers": model.config.num_hidden_layers,
-        "keeps_half_weights": trainer.keeps_copies,
+        "half_weights_kept_gb": trainer.kept_copies.bytes / 1e9 if trainer.kept_copies else 0.0,
         "packs_full": packs.full,
         "tokens_per_second": rate,
         "mfu": rate * per_token / (peak * 1e12),

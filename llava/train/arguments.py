@@ -136,7 +136,7 @@ class LlavaTrainingArguments(TrainingArguments):
     keep_half_weights: bool | None = _flag(
         None,
         "one GPU in half precision: keep the weights' half-precision copies over an optimizer step, "
-        "2 bytes per parameter (default: where they fit)",
+        "2 bytes per parameter (default: of as many layers as fit)",
     )
     activation_memory_budget: float | None = _flag(
         None,

@@ -1,10 +1,12 @@
 """Does a recipe fit the GPU, and how long does it take? The real training code says so without GPU and weights.
 
-Takes the flags of a training command; `--data_path`, `--image_folder` and `--output_dir` may be missing: then a full
-batch of random records with an image each. Models by name: llama-7b, llama-13b, mistral-7b,
-openai/clip-vit-large-patch14, openai/clip-vit-large-patch14-336; else their folders, of which only the configuration
-is read.
+Takes the flags of a training command. Where `--data_path` exists lengths and numbers of images are read from it; else
+full batches of random records with an image each are taken, and how many there are is told by `--records` or the file's
+name. Models by name: llama-7b, llama-13b, mistral-7b, openai/clip-vit-large-patch14,
+openai/clip-vit-large-patch14-336; else their folders, of which only the configuration and the tokenizer are read.
 """
+
+from dataclasses import replace
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args, flags = build_parser().parse_known_args(argv)
     # Heavy, and not needed for --help.
     from llava.records import write_json
-    from llava.train.estimate.dry_run import dry_run
+    from llava.train.estimate.ranks import by_ranks
     from llava.train.estimate.report import lines_of, remedies
     from llava.train.hardware import find_gpu
 
@@ -31,11 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     for flag, number in (("--gpus", args.gpus), ("--records", args.records)):
         if number is not None and number < 1:
             raise LlavaError(f"{flag} {number}: expected at least 1")
-    prediction = dry_run(flags, gpu, args.gpus, args.records)
-    for line in lines_of(prediction):
+    ranks = by_ranks(flags, gpu, args.gpus, args.records)
+    worst = max((one for _, one in ranks), key=lambda one: one.peak_gb)
+    prediction = replace(worst, mfu_eager=ranks[0][1].mfu_eager)
+    for line in lines_of(prediction, ranks):
         write_line(line)
     if args.json:
-        write_json(args.json, prediction.flat())
+        each = [{"ranks": list(of), "peak_gb": one.peak_gb, "parts_gb": one.parts_gb} for of, one in ranks]
+        write_json(args.json, prediction.flat() | ({"ranks": each} if len(each) > 1 else {}))
     if prediction.fits:
         return 0
     found = False

@@ -162,6 +162,8 @@ def build_trainer(
         disable=bool(training.disable_tqdm),
     )
     trainer.add_callback(bar)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())  # what it adds to the logs is for TensorBoard and wandb too
     trainer.progress = bar
     if arguments.validation.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(arguments.validation.early_stopping_patience))

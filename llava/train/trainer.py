@@ -29,7 +29,7 @@ from llava.train.lora import load_non_lora
 from llava.train.progress import ProgressBar
 from llava.train.step import gpu
 from llava.train.step.compute import activation_budget, compile_layers, set_policy
-from llava.train.step.group_of_one import add_gradients_at_once, is_group_of_one, keeps_copies
+from llava.train.step.group_of_one import KeptCopies, add_gradients_at_once, is_group_of_one, keep_copies
 from llava.train.step.loss_watch import LossWatch
 from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes, on_own_parts, with_float32_moments
 from llava.train.validation.held_out import Validation
@@ -129,25 +129,24 @@ class LlavaTrainer(Trainer):
             compile_layers(self.model, fullgraph=gpu.is_on_gpu(self.args.device), **self.args.compile_options)
         is_alone = is_group_of_one(self.accelerator)
         if is_alone:
-            self.keeps_copies = keeps_copies(self.args, self.model)
-            self.accelerator.state.fsdp_plugin.reshard_after_forward = not self.keeps_copies
+            self.accelerator.state.fsdp_plugin.reshard_after_forward = self.args.keep_half_weights is False
         elif self.args.keep_half_weights is not None:
             logger.warning("--keep_half_weights has no effect: this isn't one GPU in half precision (or it offloads)")
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if is_alone and not self._adds_gradients_at_once:
             self._adds_gradients_at_once = True
             add_gradients_at_once(model)
+            self.kept_copies = keep_copies(self.args, model)
         return model, loader
 
     _is_compiled = False
     _adds_gradients_at_once = False
-    keeps_copies = False
-    """Of the weights in half precision, from the first micro-batch of a step to the last."""
+    kept_copies: KeptCopies | None = None
 
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         meta = {key: inputs.pop(key) for key in META_KEYS}
-        if self.keeps_copies:
-            model.set_reshard_after_backward(self.accelerator.sync_gradients)
+        if self.kept_copies is not None:
+            self.kept_copies.begin_micro_batch(is_last=self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.loss_watch.note(loss, self.state.global_step + 1, meta["sample_numbers"])
         self.tokens_seen += meta["num_tokens"]

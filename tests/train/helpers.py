@@ -10,6 +10,22 @@ from tests.tiny import make_clip, make_llm
 COLOURS = ("red", "green", "blue", "yellow")
 
 
+SMALL = ("--bf16", "True", "--per_device_train_batch_size", "2", "--model_max_length", "256")
+SHARDED = ("--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
+
+
+def configs_alone(folder: Path) -> tuple[str, ...]:
+    """Flags of a model for dry runs, of which there are configurations alone: 8 layers, 256 wide."""
+    language_model = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 688,
+                      "num_attention_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512}  # fmt: skip
+    tower = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "image_size": 56,
+             "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}  # fmt: skip
+    for name, config in (("llm", language_model), ("tower", tower)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return "--model_name_or_path", str(folder / "llm"), "--vision_tower", str(folder / "tower")
+
+
 def make_records(folder: Path, count: int = 12, *, text_only_every: int = 0, name: str = "train.json") -> Path:
     """Records with a question about an image's colour; images lie in `folder/images`."""
     images = folder / "images"

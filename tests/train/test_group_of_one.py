@@ -2,12 +2,15 @@
 
 import json
 from argparse import Namespace
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 
-from llava.train.step.group_of_one import copies_fit, is_group_of_one
+from llava.train.step.group_of_one import SHARE_FOR_WEIGHTS, KeptCopies, free_for_copies, is_group_of_one
 from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, launch
@@ -21,10 +24,11 @@ def run(tmp_path_factory):
     """`run(name, *flags)`: (losses, what fsdp_on_cpu has seen) of a run over one process."""
     folder = tmp_path_factory.mktemp("group")
     base, data = make_llava(folder / "base"), make_records(folder / "data", 24, text_only_every=3)
+    make_records(folder / "data", 24, name="captions.json")
     common = (*FSDP, "--max_steps", str(STEPS), "--gradient_accumulation_steps", str(MICRO_BATCHES))
 
-    def start(name: str, *more: str):
-        done = launch(1, FSDP_ON_CPU, *flags(folder / name, data, base, *common, *more))
+    def start(name: str, *more: str, records: str = data.name):
+        done = launch(1, FSDP_ON_CPU, *flags(folder / name, data.with_name(records), base, *common, *more))
         return losses(folder / name), json.loads(done.stdout.strip().splitlines()[-1])
 
     return start
@@ -45,6 +49,24 @@ def test_gradients_are_summed_in_float32_without_copies_and_weights_cast_once_a_
     assert seen_anew["casts"] > MICRO_BATCHES * seen["casts"]
 
 
+@contextmanager
+def fake_world():
+    """A process group of one process."""
+    torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_frozen_weights_are_cast_once_for_all_steps(run):
+    stage = ("--tune_mm_mlp_adapter", "True", "--version", "plain")
+    stage_1, seen = run("stage_1", "--bf16", "True", *stage, records="captions.json")
+    assert len(stage_1) == STEPS
+    # Once before the first step, once in it; the few of the projector in every step.
+    assert seen["large"] <= seen["casts"] < 3 * seen["large"] < (STEPS + 1) * seen["large"]
+
+
 def accelerator(**changed) -> Namespace:
     plugin = Namespace(fsdp_version=changed.pop("version", 2), cpu_offload=changed.pop("offload", None))
     return Namespace(
@@ -63,10 +85,24 @@ def test_what_a_group_of_one_is():
 
 @pytest.mark.parametrize(
     ("optimizer", "frozen", "bytes_each"),
-    [("adamw_torch_fused", False, 18), ("adamw_torch_8bit", False, 12), ("adamw_torch_fused", True, 6)],
+    [("adamw_torch_fused", False, 16), ("adamw_torch_8bit", False, 10), ("adamw_torch_fused", True, 4)],
 )
-def test_copies_are_kept_where_they_fit(optimizer, frozen, bytes_each):
+def test_free_for_copies_is_what_weights_gradients_and_moments_leave(optimizer, frozen, bytes_each):
     with torch.device("meta"):
         model = nn.Linear(1000, 1000, bias=False).requires_grad_(not frozen)
-    needed = bytes_each * 10**6 / 0.85
-    assert copies_fit(model, optimizer, int(needed * 1.01)) and not copies_fit(model, optimizer, int(needed * 0.99))
+    memory = int(bytes_each * 10**6 / SHARE_FOR_WEIGHTS)
+    assert free_for_copies(model, optimizer, memory) == pytest.approx(0, abs=10)
+    assert free_for_copies(model, optimizer, 2 * memory) == pytest.approx(bytes_each * 10**6, rel=1e-3)
+    assert free_for_copies(model, optimizer, memory // 2) == 0
+
+
+def test_copies_are_kept_of_as_many_units_as_there_is_room_for_trained_ones_first():
+    with fake_world():
+        model = nn.Sequential(*(nn.Linear(10, 10, bias=False) for _ in range(4)))
+        model[0].requires_grad_(False)
+        for unit in (*model, model):
+            fully_shard(unit, reshard_after_forward=False)
+        all_kept, some, none = (KeptCopies(model, room) for room in (800, 650, 0))
+    assert all_kept.bytes == 800 and all_kept.frozen == [model[0]] and all_kept.trained == [*model[1:]]
+    assert some.bytes == 600 and some.anew == [model[0]]
+    assert none.bytes == 0 and {*model} <= {*none.anew}

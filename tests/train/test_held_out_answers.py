@@ -12,7 +12,7 @@ from llava.tokenization import conversation_from_record
 from llava.train.arguments import parse_arguments
 from llava.train.train import train
 from tests.train.helpers import flags, losses, make_records
-from tests.train.test_distributed import FSDP, FSDP_ON_CPU, TRAIN, launch
+from tests.train.test_distributed import FSDP, FSDP_ON_CPU, TRAIN, launch, needs_deepspeed, zero
 
 RUN = ("--max_steps", "20", "--learning_rate", "1e-2", "--per_device_train_batch_size", "4")
 ASKED = ("--eval_strategy", "steps", "--eval_steps", "10", "--eval_generate", "5", "--eval_max_new_tokens", "8")
@@ -47,6 +47,7 @@ def answers_by_hand(folder, data) -> list[str]:
         pytest.param(1, TRAIN, (), id="one"),
         pytest.param(1, TRAIN, ("--lora_enable", "True", "--packing"), id="lora", marks=pytest.mark.long),
         pytest.param(2, FSDP_ON_CPU, FSDP, id="fsdp2"),
+        pytest.param(2, TRAIN, zero(3), id="zero3", marks=[needs_deepspeed, pytest.mark.long]),
         pytest.param(
             1, FSDP_ON_CPU, (*FSDP, "--bf16", "True", "--packing"), id="one_as_on_a_gpu", marks=pytest.mark.long
         ),
@@ -56,9 +57,12 @@ def test_answers_are_the_models_own_and_training_goes_on_as_without(
     tmp_path, base, data, monkeypatch, processes, script, more
 ):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     held = ("--eval_data_path", str(data.with_name("held_out.json")))
     words = flags(tmp_path / "with", data, base, *RUN, *ASKED, *held, *more)
-    words[words.index("--report_to") + 1] = "tensorboard"
+    place = words.index("--report_to") + 1
+    words[place] = "all"
     launch(processes, script, *words)
     found = answers(tmp_path / "with", 20)
     assert [line["question_id"] for line in found] == ["r0", "r3", "r6", "r9", "r12"]
@@ -71,6 +75,12 @@ def test_answers_are_the_models_own_and_training_goes_on_as_without(
     assert len(answers(tmp_path / "with", 10)) == 5
     (events,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
     assert b"| question | reference | answer |" in events.read_bytes()
+    assert b"train/data_wait" in events.read_bytes()
+    table = json.loads(max(tmp_path.glob("wandb/offline-run-*/files/media/table/eval/answers_*.json")).read_text())
+    assert table["columns"] == ["question", "reference", "answer"]
+    assert len(table["data"]) == 5 and all(row[0] in ("Which colour?", "Say something.") for row in table["data"])
+    (recorded,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"train/data_wait" in recorded.read_bytes()
     launch(processes, script, *flags(tmp_path / "without", data, base, *RUN, *more))
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 

@@ -1,8 +1,6 @@
 """Each launch script is run with stand-ins for torchrun, deepspeed and python; its flags go through the parser."""
 
 import json
-import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -11,47 +9,12 @@ import pytest
 from llava.train.arguments import boolean_flags, build_parser, read_flags
 from llava.train.checks import check_values
 from llava.train.legacy_flags import translate_flags
+from scripts.recipe_table import FIRST, LAST, between_marks, calls_of, flags_of, row, training_flags
+from scripts.recipe_table import RECIPES as ROWS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NOT_TRAINING = {"reproduce_paper.sh"}
 RECIPES = sorted(path for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")] if path.name not in NOT_TRAINING)
-
-STAND_IN = """#!/bin/sh
-for arg in "$(basename "$0")" "$@"; do printf '%s\\0' "$arg" >> "$CALLS"; done
-printf '\\n' >> "$CALLS"
-"""
-
-
-def calls_of(script: Path, folder: Path) -> list[list[str]]:
-    """The command lines that a script would have run."""
-    for name in ("torchrun", "deepspeed", "python", "python3", "scontrol"):
-        path = folder / name
-        path.write_text(STAND_IN)
-        path.chmod(0o755)
-    # srun only starts the script that it is given.
-    srun = folder / "srun"
-    srun.write_text('#!/bin/sh\nshift\nexec sh "$@"\n')
-    srun.chmod(0o755)
-    log = folder / "calls"
-    environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        "CALLS": str(log),
-        "HEAD": "node0:29500",
-        "NODES": "2",
-        "SLURM_JOB_NODELIST": "node[0-1]",
-        "SLURM_NNODES": "2",
-        "SLURM_JOB_ID": "7",
-    }
-    subprocess.run(["sh", str(script)], cwd=SCRIPTS.parent, env=environment, check=True)
-    lines = [line.strip("\0").split("\0") for line in log.read_text().split("\n") if line]
-    return [line for line in lines if line[0] != "scontrol"]
-
-
-def training_flags(call: list[str]) -> list[str] | None:
-    for position, arg in enumerate(call):
-        if re.fullmatch(r"llava/train/train(_mem)?\.py", arg):
-            return call[position + 1 :]
-    return None
 
 
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
@@ -99,3 +62,34 @@ def test_there_is_a_script_per_recipe():
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
 def test_scripts_are_posix_shell(script):
     subprocess.run(["sh", "-n", str(script)], check=True)
+
+
+def table() -> list[str]:
+    text = (SCRIPTS.parent / "docs/training.md").read_text(encoding="utf-8")
+    return between_marks(text).splitlines()[2:]
+
+
+def test_the_table_of_recipes_has_a_row_for_each():
+    assert [line.split("|")[1].strip() for line in table()] == [recipe.name for recipe in ROWS]
+    for line, recipe in zip(table(), ROWS, strict=True):
+        assert f"| `scripts/{recipe.script}`" in line and f"| {recipe.gpus} × {recipe.gpu} |" in line
+        assert "--output_dir" in flags_of(recipe)
+
+
+@pytest.mark.long
+def test_a_row_of_the_table_is_what_the_script_prints():
+    place = [recipe.script for recipe in ROWS].index("one_small_gpu.sh")
+    assert row(ROWS[place]) == table()[place]
+
+
+def test_the_table_is_put_between_its_marks(tmp_path, monkeypatch):
+    from scripts import recipe_table
+
+    document = tmp_path / "document.md"
+    document.write_text(f"before\n{FIRST}\n| old |\n{LAST}\nafter\n")
+    monkeypatch.setattr(recipe_table, "row", lambda recipe: f"| {recipe.name} |")
+    monkeypatch.setattr("sys.argv", ["recipe_table.py", "--write", str(document)])
+    recipe_table.main()
+    lines = document.read_text().splitlines()
+    assert lines[:2] == ["before", FIRST] and lines[-2:] == [LAST, "after"]
+    assert "| old |" not in lines and lines[4] == f"| {ROWS[0].name} |"

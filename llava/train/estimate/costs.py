@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from llava.train.estimate.eight_bit import product_flops
 from llava.train.hardware import (
     ATTENTION_SHARE,
     GPUS_PER_MACHINE,
@@ -100,9 +101,10 @@ def work_of(function, args, kwargs, inputs, outputs, out, pairs: int) -> Work:
     moved = _bytes_of(function, args, kwargs, inputs, outputs)
     if packet in ATTENTION:
         return Work(ATTENTION[packet](args, outputs, pairs), moved, kernels=1, attention=packet.__name__)
-    flops = 0
     if packet in flop_registry:
         flops = flop_registry[packet](*args, **kwargs, out_val=out)
+    else:
+        flops = product_flops(function._schema.name, args)
     return Work(flops, moved, kernels=1)
 
 

@@ -1,7 +1,7 @@
 """A training command on tensors without content, from its flags to its optimizer step, and what follows from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
@@ -9,24 +9,26 @@ from llava.errors import LlavaError
 from llava.records import read_json
 from llava.train.arguments import Arguments, read_flags
 from llava.train.checks import check_values
-from llava.train.data.record_store import open_records
 from llava.train.derived_flags import derive_flags
-from llava.train.estimate.batches import RandomRecords, typical_share
+from llava.train.estimate.batches import Batches, batches_of
 from llava.train.estimate.compiled import DryCompiler, steps_carried_out
 from llava.train.estimate.costs import Clock
 from llava.train.estimate.dry_trainer import DryTrainer, Taken
+from llava.train.estimate.eight_bit import multiplied_as_on_gpus
+from llava.train.estimate.lengths import lengths_of
+from llava.train.estimate.names import present_model
 from llava.train.estimate.shapes import forget_content, shaped_model
 from llava.train.estimate.tracker import Tracker
+from llava.train.estimate.uneven import unlike_ranks
 from llava.train.estimate.world import shard_as_on_gpus, world
 from llava.train.hardware import GB, Gpu
 from llava.train.progress import flops_per_token
 from llava.train.setup_run import build_trainer
 
-RANDOM_RECORDS = 1000
-"""Packs are filled from so many."""
 SIMULATED = 3
 """Micro-batches of a step that are carried out: the first, one for all in the middle, the last."""
-
+ASSUMED_RECORDS = 100_000
+"""Where their number isn't known."""
 
 ATTENTION = {
     "packed": "packed: variable-length kernel (flash-attn, or torch's varlen_attn)",
@@ -45,7 +47,8 @@ class Prediction:
     peak_gb: float
     parts_gb: dict[str, float]
     mfu: float
-    mfu_eager: float
+    mfu_eager: float | None
+    """Where nothing is compiled; of a compiled run it is filled in by `beside_eager`."""
     step_seconds: float
     tokens_per_second: float
     """Of all GPUs together; padding isn't counted."""
@@ -59,11 +62,18 @@ class Prediction:
     bytes_per_step: float
     samples_per_step: int
     samples_per_hour: float
-    """Of samples of usual lengths (llava.train.estimate.batches), on all GPUs."""
-    hours: float | None
-    """Of the whole recipe; None where the number of records isn't known."""
+    """Of samples of usual lengths (llava.train.estimate.lengths), on all GPUs."""
+    records: int | None
+    """Of the data; None where their number isn't known."""
+    max_steps: int
+    """That `--max_steps` sets, else 0 or less."""
+    hours: float
+    """Of the whole recipe; where the number of records isn't known, of ASSUMED_RECORDS."""
     notes: tuple[str, ...]
-    """What was taken otherwise than the flags say."""
+    """Where lengths are from, and what was taken otherwise than the flags say."""
+    unlike_ranks: tuple[tuple[int, ...], ...]
+    """Processes (by number) whose parts of the trained weights have other sizes than the first's, in groups of one
+    size; () where all are alike."""
     operators_per_micro_batch: int
     micro_batches: int
 
@@ -73,17 +83,21 @@ class Prediction:
 
     def flat(self) -> dict[str, Any]:
         """What `--json` writes."""
-        fields = {name: value for name, value in vars(self).items() if name != "gpu"}
+        fields = {name: value for name, value in vars(self).items() if name not in {"gpu", "unlike_ranks"}}
         return {"gpu": self.gpu.name, "fits": self.fits} | fields
 
 
-def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None) -> Prediction:
+def dry_run(
+    argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None, *, rank: int = 0, compiled: bool = True
+) -> Prediction:
     """Carry out one optimizer step of a training command on tensors without content.
 
     Args:
         argv: the flags of the training command; `--data_path`, `--image_folder` and `--output_dir` may be missing.
         gpus: processes, one GPU each.
         records: how many there are, where `--data_path` is missing.
+        rank: the process to predict for.
+        compiled: whether layers are compiled if the flags say so.
 
     Raises:
         LlavaError: flags that can't be, a model that isn't there.
@@ -91,36 +105,42 @@ def dry_run(argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
     argv, notes = without_deepspeed(list(argv), gpus)
     tracker = Tracker(Clock(gpu, gpus))
     compiler = DryCompiler(tracker.fused, tracker.paused)
-    with world(gpu, gpus, compiler) as mode, TemporaryDirectory() as folder:
+    with world(gpu, gpus, compiler, rank) as mode, TemporaryDirectory() as folder:
         arguments = read_flags([*argv, "--output_dir", folder])
         check_values(arguments)
         derive_flags(arguments.data, arguments.training)
-        data, training = arguments.data, arguments.training
+        training = arguments.training
+        arguments.model.model_name_or_path, note = present_model(arguments.model.model_name_or_path)
+        notes += [note] if note else []
+        training.compile_layers = training.compile_layers and compiled
         if training.liger:
             notes.append("--use_liger_kernel: its kernels aren't counted, layers are predicted without them")
-        if gpus > 1 and not training.fsdp:
-            raise LlavaError(
-                f"--gpus {gpus}: without sharding each GPU holds what one alone does, and the gradients once more "
-                '(DDP); predict --gpus 1, or add --fsdp "full_shard auto_wrap"'
-            )
         shard_as_on_gpus(training)
-        if data.data_path:
-            records = len(open_records(data.data_path, folder))
-        plan = Plan(training.gradient_accumulation_steps, training.num_train_epochs, training.max_steps, records)
+        plan = Plan(training.gradient_accumulation_steps, training.num_train_epochs, training.max_steps)
         _shorten(arguments)
         loaded = shaped_model(arguments, mode)
-        at_once = training.per_device_train_batch_size
-        samples: Any = RandomRecords(arguments, loaded, max(RANDOM_RECORDS, SIMULATED * at_once * gpus))
+        lengths = lengths_of(arguments, loaded, records)
+        notes.append(lengths.note)
+        batches = batches_of(arguments, loaded, lengths, SIMULATED * gpus)
+        samples: Any = batches.samples
         trainer = cast(DryTrainer, build_trainer(arguments, loaded, samples, None, trainer_class=DryTrainer))
         forget_content(trainer.model, mode)
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)
-        with steps_carried_out(tracker.fused), mode, tracker:
+        trained = [parameter.shape for parameter in trainer.model.parameters() if parameter.requires_grad]
+        with steps_carried_out(tracker.fused), mode, tracker, multiplied_as_on_gpus():
             trainer.train()
-        share = 1.0
-        if not data.max_tokens_per_batch:
-            share = typical_share(samples.patches, samples.longest, at_once, data.packing)
-    return _prediction(tracker, trainer, plan, gpu, gpus, per_token, share, notes)
+        others = unlike_ranks(trained, gpus) if training.fsdp else ()
+    return _prediction(tracker, trainer, plan, gpu, gpus, per_token, batches, lengths.records, notes, others)
+
+
+def beside_eager(
+    prediction: Prediction, argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None
+) -> Prediction:
+    """The prediction of a compiled run with the MFU of the same run where nothing is compiled; others as they are."""
+    if prediction.mfu_eager is not None:
+        return prediction
+    return replace(prediction, mfu_eager=dry_run(argv, gpu, gpus, records, compiled=False).mfu)
 
 
 @dataclass(frozen=True)
@@ -130,7 +150,6 @@ class Plan:
     micro_batches: int
     epochs: float
     max_steps: int
-    records: int | None
 
 
 def without_deepspeed(argv: list[str], gpus: int) -> tuple[list[str], list[str]]:
@@ -164,7 +183,10 @@ def _shorten(arguments: Arguments) -> None:
     training.push_to_hub = False
 
 
-def _prediction(tracker, trainer, plan: Plan, gpu: Gpu, gpus: int, per_token: int, share: float, notes: list[str]):
+def _prediction(
+    tracker, trainer, plan: Plan, gpu: Gpu, gpus: int, per_token: int, batches: Batches, records: int | None,
+    notes: list[str], others: tuple[tuple[int, ...], ...],
+) -> Prediction:  # fmt: skip
     parts = [*_repeated(trainer.micro_batches, plan.micro_batches), (trainer.rest, 1)]
 
     def total(name: str) -> float:
@@ -173,22 +195,21 @@ def _prediction(tracker, trainer, plan: Plan, gpu: Gpu, gpus: int, per_token: in
     def work(name: str) -> float:
         return sum(getattr(part.work, name) * times for part, times in parts)
 
-    seconds, eager, tokens = total("seconds"), total("eager_seconds"), total("tokens")
-    peak = gpu.peak_tflops * 1e12
-    samples = int(total("samples")) * gpus
-    per_hour = samples / seconds * 3600 / share
-    hours = None
+    seconds, tokens = total("seconds"), total("tokens")
+    mfu = per_token * tokens / seconds / (gpu.peak_tflops * 1e12)
+    samples = batches.at_once * plan.micro_batches * gpus
+    per_hour = samples / seconds * 3600 / batches.share
     if plan.max_steps > 0:
-        hours = plan.max_steps * seconds * share / 3600
-    elif plan.records is not None:
-        hours = plan.records * plan.epochs / per_hour
+        hours = plan.max_steps * seconds * batches.share / 3600
+    else:
+        hours = (records or ASSUMED_RECORDS) * plan.epochs / per_hour
     return Prediction(
         gpu=gpu,
         gpus=gpus,
         peak_gb=tracker.memory.peak / GB,
         parts_gb={name: size / GB for name, size in sorted(tracker.memory.parts().items(), key=lambda one: -one[1])},
-        mfu=per_token * tokens / seconds / peak,
-        mfu_eager=per_token * tokens / eager / peak,
+        mfu=mfu,
+        mfu_eager=None if trainer.args.compile_layers else mfu,
         step_seconds=seconds,
         tokens_per_second=tokens * gpus / seconds,
         host_syncs_per_micro_batch=max(part.waits for part in trainer.micro_batches),
@@ -197,10 +218,13 @@ def _prediction(tracker, trainer, plan: Plan, gpu: Gpu, gpus: int, per_token: in
         reduce_dtype=_names_of(tracker.reduced or trainer.gradient_dtypes),
         flops_per_step=work("flops"),
         bytes_per_step=work("bytes"),
-        samples_per_step=samples,
+        samples_per_step=round(samples),
         samples_per_hour=per_hour,
+        records=records,
+        max_steps=plan.max_steps,
         hours=hours,
         notes=tuple(notes),
+        unlike_ranks=others,
         operators_per_micro_batch=trainer.micro_batches[-1].operators,
         micro_batches=plan.micro_batches,
     )

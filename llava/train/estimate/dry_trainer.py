@@ -21,7 +21,6 @@ class Taken:
     """What a part of a step took."""
 
     seconds: float
-    eager_seconds: float
     work: Work
     waits: int
     operators: int
@@ -93,6 +92,8 @@ class DryTrainer(LlavaTrainer):
 
         def prepare_with_content(*parts, **kwargs):
             tell_parameters_apart(self.model)
+            if not self.is_fsdp_enabled:
+                return prepare(*parts, **kwargs)
             # Meshes of processes need content; the model's own tensors have none in whichever mode they are used.
             with unset_fake_temporarily():
                 return prepare(*parts, **kwargs)
@@ -135,14 +136,14 @@ class Mark:
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
         self.work = tracker.work = Work()
-        self.before = tracker.clock.now, tracker.eager.now, tracker.waits.total(), tracker.operators
+        self.before = tracker.clock.now, tracker.waits.total(), tracker.operators
 
     def passed(self) -> Taken:
         """What has been taken since, if no later mark was made."""
         tracker = self.tracker
-        seconds, eager, waits, operators = self.before
-        return Taken(tracker.clock.now - seconds, tracker.eager.now - eager, self.work,
-                     tracker.waits.total() - waits, tracker.operators - operators)  # fmt: skip
+        seconds, waits, operators = self.before
+        return Taken(tracker.clock.now - seconds, self.work, tracker.waits.total() - waits,
+                     tracker.operators - operators)  # fmt: skip
 
 
 class _Phases(TrainerCallback):

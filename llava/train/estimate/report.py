@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from llava.train.estimate.dry_run import Prediction, dry_run
+from llava.train.estimate.dry_run import ASSUMED_RECORDS, Prediction, dry_run
+
+Ranks = Sequence[tuple[tuple[int, ...], Prediction]]
+"""Processes of a run, by number, and what is predicted for each of them."""
 
 
-def lines_of(prediction: Prediction) -> Iterator[str]:
-    """The prediction as a table, predicted and not measured."""
+def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
+    """The prediction as a table, predicted and not measured; with the peaks of all `ranks`, if they differ."""
     p, gpu = prediction, prediction.gpu
     yield f"predicted, not measured: {p.gpus} × {gpu.name}" + (", rates from its data sheet" if gpu.is_scaled else "")
     for note in p.notes:
@@ -15,6 +18,10 @@ def lines_of(prediction: Prediction) -> Iterator[str]:
         if size >= 0.0005:
             yield f"  {name:28}{size:9.2f} GB"
     yield f"  {'peak of each GPU':28}{p.peak_gb:9.2f} GB"
+    for of, one in ranks if len(ranks) > 1 else ():
+        name = f"process {of[0]}" if len(of) == 1 else f"processes {of[0]} to {of[-1]}"
+        yield f"    {name:26}{one.peak_gb:9.2f} GB"
+    eager = f" ({p.mfu_eager:.1%} where nothing is compiled)" if p.mfu_eager not in (None, p.mfu) else ""
     rows = {
         "attention": p.attention,
         "gradients reduced in": p.reduce_dtype,
@@ -22,16 +29,23 @@ def lines_of(prediction: Prediction) -> Iterator[str]:
         "optimizer step": f"{p.step_seconds:.2f} s, {p.micro_batches} micro-batches, {p.samples_per_step} samples",
         "arithmetic, memory traffic": f"{p.flops_per_step / 1e12:.1f} TFLOP, {p.bytes_per_step / 1e9:.0f} GB a step",
         "tokens": f"{p.tokens_per_second:,.0f} a second on all GPUs",
-        "MFU": f"{p.mfu:.1%} of {gpu.peak_tflops:g} TFLOP/s (each operator by itself: {p.mfu_eager:.1%})",
+        "MFU": f"{p.mfu:.1%} of {gpu.peak_tflops:g} TFLOP/s" + eager,
         "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
     }
-    if p.hours is not None:
-        rows["the whole recipe"] = f"{p.hours:.1f} hours"
+    unknown = p.records is None and p.max_steps <= 0
+    rows["the whole recipe"] = f"{short(p.hours)} hours" + (
+        f" for {ASSUMED_RECORDS:,} records (give their number: --records)" if unknown else ""
+    )
     for name, text in rows.items():
         yield f"  {name:28}{text}"
     usable = f"{gpu.usable_gb:.1f} GB that {gpu.memory_gb:g} GB leave to tensors"
     verdict = "fits: {:.1f} GB of the {}" if p.fits else "does not fit: {:.1f} GB, more than the {}"
     yield verdict.format(p.peak_gb, usable)
+
+
+def short(hours: float) -> str:
+    """A number of hours, as exact as it is of use."""
+    return f"{hours:.2f}" if hours < 1 else f"{hours:.1f}"
 
 
 def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) -> Iterator[tuple[str, Prediction]]:

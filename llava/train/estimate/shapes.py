@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
@@ -26,26 +26,23 @@ from llava.model.weights.assemble import build_empty
 from llava.model.weights.locate import locate_model
 from llava.model.weights.quantized import Quantization, finish_quantized, prepare_quantized
 from llava.train.arguments import Arguments
+from llava.train.estimate.known_models import KNOWN
 from llava.train.prepare_model import is_language_model, load_dtype, make_ready, new_model_fields
 
-KNOWN = {
-    "llama-7b": LlamaConfig(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008,
-                            num_attention_heads=32, max_position_embeddings=4096),
-    "llama-13b": LlamaConfig(hidden_size=5120, num_hidden_layers=40, intermediate_size=13824,
-                             num_attention_heads=40, max_position_embeddings=4096),
-    "mistral-7b": MistralConfig(sliding_window=None),
-}  # fmt: skip
-"""Language models known by name; their files are taken to be float16."""
 DEFAULT_TOWER = "openai/clip-vit-large-patch14"
 """Where neither flags nor checkpoint name one."""
 BLOCK, SCALES = 64, 256
 """Numbers under one scale, and scales under one scale, of 4-bit weights."""
 
 
+class TextlessTokenizer(PreTrainedTokenizerFast):
+    """Has the right number of tokens and no text in them."""
+
+
 def shaped_model(arguments: Arguments, mode: FakeTensorMode) -> LoadedModel:
     """What `prepare_model` would return for these arguments, with tensors of `mode`.
 
-    The tokenizer is the folder's own where there is one; else it has the right number of tokens and no text in them.
+    The tokenizer is the folder's own where there is one, else a `TextlessTokenizer`.
 
     Raises:
         LlavaError: the model is neither a folder nor known by name, or its config can't be used.
@@ -57,8 +54,6 @@ def shaped_model(arguments: Arguments, mode: FakeTensorMode) -> LoadedModel:
         tokenizer = _tokenizer(folder, config.vocab_size)
     model = build_empty(model_class_of(config), config, arguments.model.attn_implementation)
     bits = arguments.training.bits
-    if bits == 8:
-        raise LlavaError("--bits 8 can't be predicted; --bits 4 and 16 can")
     if bits < 16:
         prepare_quantized(model, Quantization(bits).config(dtype), None)
     with mode:
@@ -81,10 +76,8 @@ def forget_content(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 @contextmanager
-def _folder(name: str | None) -> Iterator[Path]:
+def _folder(name: str) -> Iterator[Path]:
     """The folder of a model; for one known by name, a passing folder with its config.json."""
-    if not name:
-        raise LlavaError("--model_name_or_path is needed")
     if name not in KNOWN:
         if not Path(name).expanduser().is_dir() and name.count("/") != 1:
             raise LlavaError(f"--model_name_or_path {name}: no such folder, and none of {', '.join(KNOWN)}")
@@ -118,7 +111,7 @@ def _tokenizer(folder: Path, size: int) -> PreTrainedTokenizerBase:
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return load_tokenizer(folder)
     words = {f"<{number}>": number for number in range(size)}
-    return PreTrainedTokenizerFast(
+    return TextlessTokenizer(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")), unk_token="<0>", pad_token="<0>"
     )
 
@@ -128,9 +121,9 @@ def _fill(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
     module: Any
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if type(parameter).__name__ == "Params4bit":
+            if type(parameter).__name__ in QUANTIZED:
                 shape = torch.Size([module.out_features, module.in_features])
-                module._parameters[name] = _four_bit(shape, dtype)
+                module._parameters[name] = QUANTIZED[type(parameter).__name__](shape, dtype)
             elif parameter is not None:
                 kept = dtype if parameter.is_floating_point() else parameter.dtype
                 module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False)
@@ -155,3 +148,14 @@ def _four_bit(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
     # As bitsandbytes' own class has them, which can't be without content.
     parameter.quant_state, parameter.quant_type, parameter.compress_statistics = state, "nf4", True
     return parameter
+
+
+def _eight_bit(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
+    """A bitsandbytes weight of this shape: a byte per number, a float32 scale per row."""
+    parameter: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+    parameter.CB, parameter.SCB, parameter.has_fp16_weights = parameter.data, torch.empty(shape[0]), False
+    return parameter
+
+
+QUANTIZED = {"Params4bit": _four_bit, "Int8Params": _eight_bit}
+"""How a weight without content is made, by the name of bitsandbytes' class of it."""

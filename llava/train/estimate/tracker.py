@@ -4,7 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,18 +16,21 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from llava.train.estimate.costs import Clock, Work, size_of, work_of
+from llava.train.estimate.eight_bit import WITHOUT_OUTLIERS
 
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.unique_dim, aten._unique2, aten.equal,
            aten.is_nonzero}  # fmt: skip
 """Operators whose result's size or value the host needs: it waits for the GPU."""
+WAITING_BY_NAME = {"bitsandbytes::int8_vectorwise_quant"}
+"""The same, of libraries that need not be there."""
 COPYING = {aten.copy_, aten._to_copy}
 """With one process FSDP gathers by these."""
 REDUCING = ("reduce_scatter", "allreduce", "all_reduce")
 SHARDING = {"all_gather": "gathered weights", "allgather": "gathered weights",
             "split_with_sizes_copy": "gathered weights", "chunk_cat": "gradients, whole",
-            "reduce_scatter": "gradients, whole"}  # fmt: skip
-"""What the tensors of FSDP's own operators are, by a part of the operator's name."""
+            "reduce_scatter": "gradients, whole", "allreduce": "gradients, in DDP's buckets"}  # fmt: skip
+"""What the tensors of FSDP's and DDP's own operators are, by a part of the operator's name."""
 MAY_RESIZE = ("fsdp", "c10d", "_c10d_functional")
 """Operators of these namespaces come right after sharded weights got or gave back their memory."""
 
@@ -115,7 +118,7 @@ class Tracker(TorchDispatchMode):
 
     Attributes:
         memory: live bytes.
-        clock: seconds of host, GPU and links, compiled regions as fused; `eager`: without fusing.
+        clock: seconds of host, GPU and links, compiled regions as fused.
         work: sums since it was last replaced.
         pairs: how many pairs of positions attend in the batch at hand (joined samples, whose borders have no content).
     """
@@ -123,7 +126,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, clock: Clock):
         super().__init__()
         self.memory = Memory()
-        self.clock, self.eager = clock, replace(clock)
+        self.clock = clock
         self.work = Work()
         self.waits: Counter[str] = Counter()
         self.reduced: set[torch.dtype] = set()
@@ -160,19 +163,20 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(map(is_traceable_wrapper_subclass_type, types)):  # its own operators come next
             return NotImplemented
+        name = function._schema.name
+        carry_out = WITHOUT_OUTLIERS.get(name, function)
         if self._paused or function.namespace == "prim":
-            return function(*args, **kwargs)
+            return carry_out(*args, **kwargs)
         self.operators += 1
         packet = function._overloadpacket
-        if packet in WAITING:
+        if packet in WAITING or name in WAITING_BY_NAME:
             self.waits[packet.__name__] += 1
             self.clock.wait()
-            self.eager.wait()
             if packet is aten._local_scalar_dense:  # there is no value; any will do
                 return args[0].dtype.is_floating_point * 1.0 if args[0].dtype != torch.bool else False
         if function.namespace in MAY_RESIZE or packet in COPYING:
             self.memory.look_at_resized()
-        out = function(*args, **kwargs)
+        out = carry_out(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self._count(function, args, kwargs, inputs, outputs, out)
@@ -190,7 +194,6 @@ class Tracker(TorchDispatchMode):
         work = work_of(function, args, kwargs, inputs, outputs, out, self.pairs)
         if work.attention:
             self.attention[work.attention] += 1
-        self.eager.run(work)
         if self._chain is None:
             self._run(work)
         elif work.flops:

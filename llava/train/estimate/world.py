@@ -1,9 +1,11 @@
 """A run's surroundings without hardware: process groups of any size, and tensors with shapes but no content."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed
@@ -17,29 +19,37 @@ from torch.utils._pytree import tree_map_only
 from llava.train.hardware import GPUS_PER_MACHINE, Gpu
 from llava.train.step import gpu
 
+if importlib.util.find_spec("torch.distributed._meta_registrations") is None:
+    import torch.distributed._tools.fake_collectives  # releases whose collectives take no tensors without content
+
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
               "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ACCELERATE_TORCH_DEVICE")  # fmt: skip
 
 
 @contextmanager
-def world(described: Gpu, processes: int, compiler: Callable) -> Iterator[FakeTensorMode]:
-    """Within, this process is the first of `processes`, each with one GPU as described.
+def world(described: Gpu, processes: int, compiler: Callable, rank: int = 0) -> Iterator[FakeTensorMode]:
+    """Within, this process is number `rank` of `processes`, each with one GPU as described.
 
     Collectives take part in nothing and return at once. Gives the mode under which tensors have no content.
     """
     before = {name: os.environ.pop(name, None) for name in _VARIABLES}
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not "cpu:0", another device to tensors without content
     if processes > 1:  # as torchrun sets them
-        own = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": processes,
+        own = {"RANK": rank, "LOCAL_RANK": rank % GPUS_PER_MACHINE, "WORLD_SIZE": processes,
                "LOCAL_WORLD_SIZE": min(processes, GPUS_PER_MACHINE), "MASTER_ADDR": "localhost",
                "MASTER_PORT": 29500}  # fmt: skip
         os.environ.update({name: str(value) for name, value in own.items()})
-        torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=processes)
+        torch.distributed.init_process_group(
+            "fake", store=torch.distributed.HashStore(), rank=rank, world_size=processes
+        )
+    parallel: Any = nn.parallel
+    of_torch, parallel.DistributedDataParallel = parallel.DistributedDataParallel, Replicated
     try:
         with gpu.describe(described, compiler):
             # Counts of samples and the like have content, and mix with tensors that have none.
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
+        parallel.DistributedDataParallel = of_torch
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -48,6 +58,21 @@ def world(described: Gpu, processes: int, compiler: Callable) -> Iterator[FakeTe
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+class Replicated(nn.parallel.DistributedDataParallel):
+    """torch's DDP, which at its start would compare contents, and whose sums are to be waited for."""
+
+    def __init__(self, module: nn.Module, **options):
+        super().__init__(module, init_sync=False, **options)
+        self.register_comm_hook(None, _sum_bucket)
+
+
+def _sum_bucket(_, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    summed: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    torch.distributed.all_reduce(bucket.buffer())
+    summed.set_result(bucket.buffer())
+    return summed
 
 
 def shard_as_on_gpus(training) -> None:

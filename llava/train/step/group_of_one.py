@@ -2,16 +2,19 @@
 
 FSDP 2 makes the half-precision weights anew for each pass over a layer, and copies each micro-batch's gradients twice
 before it adds them to the float32 sum. With one process nothing is exchanged: gradients are added where they arise,
-and where memory allows the half-precision weights stay from the first micro-batch of an optimizer step to the last.
+and of as many layers as memory allows the half-precision weights stay from the first micro-batch of an optimizer step
+to the last, of frozen ones for good.
 """
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.training_args import OptimizerNames
 
@@ -21,7 +24,7 @@ from llava.train.step import gpu
 
 logger = logging.getLogger(__name__)
 
-SHARE_FOR_WEIGHTS = 0.85
+SHARE_FOR_WEIGHTS = 0.79
 """Of the GPU's memory, for weights, gradients and moments; the rest is left to activations."""
 
 
@@ -35,23 +38,66 @@ def is_group_of_one(accelerator) -> bool:
     return accelerator.mixed_precision in {"bf16", "fp16"} and not isinstance(plugin.cpu_offload, CPUOffloadPolicy)
 
 
-def keeps_copies(training, model: nn.Module) -> bool:
-    """Whether the half-precision weights are kept over an optimizer step: as `--keep_half_weights` says (`training`:
-    the parsed flags), else where they fit."""
-    kept = training.keep_half_weights
-    if kept is None:
-        memory = gpu.memory_bytes(training.device) if gpu.is_on_gpu(training.device) else None
-        kept = memory is None or copies_fit(model, OptimizerNames(training.optim).value, memory)
-    size = 2 * sum(parameter.numel() for parameter in model.parameters()) / 1e9
+class KeptCopies:
+    """Half-precision weights that are kept over an optimizer step: of as many units of FSDP 2 as `room` bytes hold.
+
+    Args:
+        model: wrapped by `fully_shard` over one process without `reshard_after_forward`, before its first step.
+        room: in bytes; trained units come first, for they are made anew more often.
+    """
+
+    def __init__(self, model: nn.Module, room: float):
+        self.model = model
+        self.trained: list[FSDPModule] = []
+        self.frozen: list[FSDPModule] = []
+        self.anew: list[FSDPModule] = []
+        self.bytes = 0
+        units = [(unit, _own_parameters(unit)) for unit in model.modules() if isinstance(unit, FSDPModule)]
+        for unit, parameters in sorted(units, key=lambda one: not _are_trained(one[1])):
+            if not parameters:
+                continue
+            size = 2 * sum(parameter.numel() for parameter in parameters)
+            if self.bytes + size > room:
+                self.anew.append(unit)
+                continue
+            self.bytes += size
+            (self.trained if _are_trained(parameters) else self.frozen).append(unit)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Tell each unit whether it keeps its copies; to be called again after something else has told it so."""
+        for unit in self.anew:
+            if unit is not self.model:  # what is needed at a pass's end and at once in the backward pass
+                unit.set_reshard_after_forward(True, recurse=False)
+        for unit in (*self.trained, *self.frozen):
+            unit.set_reshard_after_forward(False, recurse=False)
+        for unit in self.frozen:
+            unit.set_reshard_after_backward(False, recurse=False)
+
+    def begin_micro_batch(self, is_last: bool) -> None:
+        """`is_last`: of an optimizer step, which changes the trained weights."""
+        for unit in self.trained:
+            unit.set_reshard_after_backward(is_last, recurse=False)
+
+
+def keep_copies(training, model: nn.Module) -> KeptCopies:
+    """Keep half-precision weights as `--keep_half_weights` says (`training`: the parsed flags), else as many as fit;
+    `model` as `KeptCopies` takes it."""
+    room = 0.0 if training.keep_half_weights is False else math.inf
+    if training.keep_half_weights is None and gpu.is_on_gpu(training.device):
+        room = free_for_copies(model, OptimizerNames(training.optim).value, gpu.memory_bytes(training.device))
+    kept = KeptCopies(model, room)
+    whole = 2 * sum(parameter.numel() for parameter in model.parameters())
     logger.info(
-        "half-precision weights (%.1f GB) are %s; --keep_half_weights %s for the other way",
-        size, "kept over an optimizer step" if kept else "made anew layer by layer", not kept,
+        "half-precision weights: %.1f of %.1f GB are kept over an optimizer step, the others made anew layer by layer "
+        "(--keep_half_weights True keeps all, False none)",
+        kept.bytes / 1e9, whole / 1e9,
     )  # fmt: skip
     return kept
 
 
-def copies_fit(model: nn.Module, optimizer: str, memory: int) -> bool:
-    """Whether half-precision copies of all weights fit in addition to weights, gradients and moments.
+def free_for_copies(model: nn.Module, optimizer: str, memory: int) -> float:
+    """Bytes that are free for half-precision copies in addition to weights, gradients and moments.
 
     Args:
         optimizer: the Trainer's name of it.
@@ -61,8 +107,23 @@ def copies_fit(model: nn.Module, optimizer: str, memory: int) -> bool:
     needed = 0.0
     for parameter in model.parameters():
         # Trained weights, their gradients and sums are float32.
-        needed += parameter.numel() * (2 + (8 + moments if parameter.requires_grad else parameter.element_size()))
-    return needed <= SHARE_FOR_WEIGHTS * memory
+        needed += parameter.numel() * (8 + moments if parameter.requires_grad else parameter.element_size())
+    return max(SHARE_FOR_WEIGHTS * memory - needed, 0.0)
+
+
+def _own_parameters(unit: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a unit that are in no unit within it."""
+    inner = {
+        parameter
+        for module in unit.modules()
+        if module is not unit and isinstance(module, FSDPModule)
+        for parameter in module.parameters()
+    }
+    return [parameter for parameter in unit.parameters() if parameter not in inner]
+
+
+def _are_trained(parameters: Sequence[nn.Parameter]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters)
 
 
 def add_gradients_at_once(model: nn.Module) -> None:
@@ -86,8 +147,6 @@ def add_gradients_at_once(model: nn.Module) -> None:
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     """(name, what the optimizer has, what the model computes with) of each parameter, gathered a group at a time."""
-    from torch.distributed.fsdp import FSDPModule
-
     sharded = dict(model.named_parameters())
     for module in model.modules():  # the root comes first: it sets up the others
         if isinstance(module, FSDPModule):

@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback, is_deepspeed_zero3_enabled
 
 from llava.conversation import Conversation, get_template
 from llava.data.vqa_items import VqaItem, vqa_item
@@ -124,21 +124,50 @@ class HeldOutAnswers:
 def whole_weights(trainer) -> Iterator[nn.Module]:
     """The model that is being trained, for calls of its parts in any order; sharded weights are gathered within.
 
-    Nothing is copied: without sharding these are the training's weights, and with FSDP 2 what each of its layers
+    Nothing is copied: without sharding these are the training's weights, and with FSDP 2 or ZeRO-3 what each layer
     gathers to compute with, here all at once.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    gathered = _gathered_by_zero if is_deepspeed_zero3_enabled() else _gathered_by_fsdp
+    with gathered(trainer):
+        yield model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _gathered_by_fsdp(trainer) -> Iterator[None]:
+    shards = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         # Else a part that is called would give its weights back, and wait for other processes when called again.
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
-        yield model.get_base_model() if hasattr(model, "get_base_model") else model
+        yield
     finally:
         for module in shards:
             module.set_reshard_after_forward(trainer.accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
             module.reshard()
+        if trainer.kept_copies is not None:
+            trainer.kept_copies.set_up()
+
+
+@contextmanager
+def _gathered_by_zero(trainer) -> Iterator[None]:
+    import deepspeed
+
+    offload = trainer.model_wrapped.optimizer.parameter_offload
+    parameters = list(offload.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        # These hooks would do as FSDP's do.
+        for hooks in (offload.forward_hooks, offload.backward_hooks):
+            for hook in hooks:
+                hook.remove()
+            hooks.clear()
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.clear()
+            offload._register_deepspeed_module(offload.module)
 
 
 def _gather(own: list, processes: int) -> list:

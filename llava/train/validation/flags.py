@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.integrations import is_deepspeed_zero3_enabled
-
 from llava.errors import LlavaError
 
 ANSWER_METRICS = {"strict_open": "OPEN", "strict_closed": "CLOSED"}
@@ -43,8 +41,6 @@ def check_validation(validation: ValidationArguments, training: Any) -> None:
             raise LlavaError("--eval_data_path: say when it is measured, with --eval_strategy epoch or steps")
     else:
         _refuse_without_records(validation, training, evaluates)
-    if validation.eval_generate and is_deepspeed_zero3_enabled():
-        raise LlavaError("--eval_generate: ZeRO-3 holds no weights to answer with; use --fsdp or ZeRO-2")
     if training.per_device_eval_batch_size < 1:
         raise LlavaError(f"--per_device_eval_batch_size {training.per_device_eval_batch_size}: expected at least 1")
     for flag, least in (("eval_generate", 0), ("eval_max_new_tokens", 1), ("early_stopping_patience", 1)):
