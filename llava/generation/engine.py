@@ -30,6 +30,8 @@ from llava.model import LoadedModel
 
 log = logging.getLogger(__name__)
 
+_MOST_FEATURES = 512 << 20
+
 
 class Engine:
     """Answers requests with a model from `llava.model.load_pretrained_model`.
@@ -40,7 +42,7 @@ class Engine:
         max_waiting: requests that may wait; one more is refused with EngineBusy. None is no limit.
         cache_bytes: memory for keys and values of running requests; by default half of what is free.
         prefix_bytes: for those of earlier prompts, kept for the next turn and the next question about an image.
-        feature_bytes: for features of images.
+        feature_bytes: for features of images; by default a quarter of `cache_bytes`, at most 512 MB.
         max_prefill: positions of prompts computed in one pass.
     """
 
@@ -52,14 +54,15 @@ class Engine:
         max_waiting: int | None = None,
         cache_bytes: int | None = None,
         prefix_bytes: int | None = None,
-        feature_bytes: int = 512 << 20,
+        feature_bytes: int | None = None,
         max_prefill: int = 16_384,
     ):
         self.tokenizer, self.model, image_processor, self.context_len = loaded
         self.model.eval()
         self.max_waiting = max_waiting
         budget = cache_budget(self.model) if cache_bytes is None else cache_bytes
-        self.encoder = ImageEncoder(self.model, image_processor, feature_bytes)
+        features = min(budget // 4, _MOST_FEATURES) if feature_bytes is None else feature_bytes
+        self.encoder = ImageEncoder(self.model, image_processor, features)
         self.prompts = PromptBuilder(self.tokenizer, self.model.config, self.encoder, self.context_len)
         self.scheduler = Scheduler(
             Runner(self.model, self.encoder, budget, self.context_len),

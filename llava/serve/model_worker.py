@@ -54,8 +54,8 @@ def build_parser() -> ArgumentParser:
     load.add_argument(
         "--cache-mb",
         type=int,
-        help="memory for keys and values of running answers, and a quarter as much for those of earlier questions; "
-        "by default half of what is free",
+        help="memory for keys and values of running answers; a quarter as much for those of earlier questions, and for "
+        "features of images (512 at most); by default half of what is free",
     )
     load.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a whole answer")
     load.add_argument(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from llava.errors import LlavaError
 from llava.generation import ContextTooLong, Engine, OutOfMemory, Request, SamplingParams
@@ -372,3 +373,13 @@ def test_weights_and_attention_of_the_model_stay_as_they_are(llama):
     before = llama.model.config._attn_implementation
     Engine(llama).generate([ask("Hi")])
     assert llama.model.config._attn_implementation == before
+
+
+def test_features_of_images_share_the_budget(llama):
+    """A small budget is small for everything: features counted with what holds them, none kept beyond it."""
+    engine = Engine(llama, cache_bytes=400_000)
+    assert engine.encoder.max_bytes == 100_000
+    images = [Image.new("RGB", (32, 32), (shade, 0, 0)) for shade in range(100)]
+    engine.generate([ask("Which?", [image], max_new_tokens=1) for image in images])
+    assert 0 < len(engine.encoder._features) <= 100_000 // 1500
+    assert Engine(llama, cache_bytes=64 << 30).encoder.max_bytes == 512 << 20
