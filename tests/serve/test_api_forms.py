@@ -121,6 +121,21 @@ def test_a_function_is_called(tiny_client, choice, names, reason, is_streamed):
     assert set(json.loads(arguments)) == ({"side"} if name == "point" else {"finding", "size"})
 
 
+def test_functions_may_define_parts_of_their_schemas_or_take_nothing(tiny_client):
+    inner = {"type": "object", "properties": {"side": {"$ref": "#/$defs/Side"}}, "required": ["side"]}
+    inner |= {"additionalProperties": False}
+    tools = [
+        tool("left", inner | {"$defs": {"Side": {"enum": ["left"]}}}),
+        tool("right", inner | {"$defs": {"Side": {"enum": ["right"]}}}),
+    ]
+    for seed in range(3):
+        reply = chat(tiny_client, tools=tools, tool_choice="required", temperature=1, seed=seed, max_tokens=300)
+        (call,) = reply.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments)["side"] == call.function.name
+    (call,) = chat(tiny_client, tools=[tool("stop", {})], tool_choice="required").choices[0].message.tool_calls
+    assert call.function.name == "stop" and call.function.arguments.startswith("{")
+
+
 def test_a_conversation_with_a_call_and_its_result_goes_on(tiny_client):
     call = {"id": "call_1", "type": "function", "function": {"name": "point", "arguments": '{"side":"left"}'}}
     messages = [

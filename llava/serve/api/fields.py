@@ -192,7 +192,8 @@ class ApiRequest(SamplingFields):
     def sampling_body(self, choice: int = 0) -> dict[str, Any]:
         """How the worker is to decode the answer, of several choices that one."""
         body = self.common()
-        schema = calls_schema(self.callable_functions()) or self.response_schema()
+        functions = self.callable_functions()
+        schema = calls_schema(functions) if functions else self.response_schema()
         if schema is not None:
             if len(json.dumps(schema)) > MOST_SCHEMA:
                 raise _bad(f"tools: their schemas are longer than the {MOST_SCHEMA} characters allowed")
@@ -213,21 +214,25 @@ class ChoicesRequest(ApiRequest):
         return self.json_schema if wanted is None else wanted
 
 
-def calls_schema(functions: tuple[Function, ...]) -> dict[str, Any] | None:
+def calls_schema(functions: tuple[Function, ...]) -> dict[str, Any]:
     """The schema of a call: of one function its arguments, of several an object of name and arguments."""
-    if len(functions) < 2:
-        return functions[0].parameters if functions else None
-    return {
-        "anyOf": [
+    if len(functions) == 1:
+        return functions[0].parameters or _ANY_OBJECT
+    calls, definitions = [], {}
+    for place, function in enumerate(functions):
+        # References are from the root, where the functions' definitions now stand together.
+        renamed = json.dumps(function.parameters or _ANY_OBJECT).replace('"#/$defs/', f'"#/$defs/{place}-')
+        parameters = json.loads(renamed)
+        definitions |= {f"{place}-{name}": schema for name, schema in parameters.pop("$defs", {}).items()}
+        calls.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": function.name}, "arguments": function.parameters},
+                "properties": {"name": {"const": function.name}, "arguments": parameters},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for function in functions
-        ]
-    }
+        )
+    return {"anyOf": calls, "$defs": definitions}
 
 
 class Call:
