@@ -29,6 +29,7 @@ VERBS = {
     },
     "data": {
         "image-info": "llava.images.info",
+        "image-convert": "llava.images.convert",
         "convert": "llava.data.convert",
         "validate": "llava.data.validate",
         "audit": "llava.data.audit",

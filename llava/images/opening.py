@@ -213,6 +213,19 @@ def _from_base64(text: str, limits: Limits) -> bytes:
     return content
 
 
+def image_kind(path: str | os.PathLike) -> str:
+    """`dicom`, `nifti` or `image` (anything else), by a file's first bytes.
+
+    Raises:
+        ImageError: it can't be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return _kind(file.read(_HEAD), str(path))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
 def _kind(head: bytes, name: str) -> str:
     """By content; by name only for what has no signature of its own."""
     lower = name.lower()

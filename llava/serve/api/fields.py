@@ -218,7 +218,8 @@ def calls_schema(functions: tuple[Function, ...]) -> dict[str, Any]:
     """The schema of a call: of one function its arguments, of several an object of name and arguments."""
     if len(functions) == 1:
         return functions[0].parameters or _ANY_OBJECT
-    calls, definitions = [], {}
+    calls: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
     for place, function in enumerate(functions):
         # References are from the root, where the functions' definitions now stand together.
         renamed = json.dumps(function.parameters or _ANY_OBJECT).replace('"#/$defs/', f'"#/$defs/{place}-')

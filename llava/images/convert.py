@@ -1,0 +1,193 @@
+"""Turn a folder of DICOM series and NIfTI volumes into images and a records file that name no patient.
+
+python -m llava.images.convert /data/hospital --output-dir data/scans --slices 'montage 3x3'
+"""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava.commandline import ArgumentParser, existing_dir, run, write_line
+from llava.errors import LlavaError
+from llava.images.info import parse_window
+from llava.images.opening import open_image
+from llava.images.series import Series, Slice, survey
+from llava.images.windows import CT_WINDOWS
+
+_MONTAGE = re.compile(r"montage (\d{1,2})\s*[x×]\s*(\d{1,2})")
+_EVERY = re.compile(r"every (\d{1,4})")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", metavar="DIR", help="DICOM files and NIfTI volumes, at any depth")
+    parser.add_argument("--output-dir", required=True, help="gets images/, records.json and left_out.jsonl")
+    parser.add_argument(
+        "--slices", default="middle", help="of each series: middle, all, 'every N', or 'montage RxC' in one image"
+    )
+    parser.add_argument(
+        "--window",
+        default="auto",
+        help=f"auto (CT by the part of the body, else the file's own), CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}",
+    )
+    parser.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="of volumes: sagittal, coronal, axial")
+    parser.add_argument("--question", help="give each record a conversation that begins with this question")
+    parser.add_bool("--keep-burned-in", help="use images that say that text is burnt into their pixels")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that open images")
+    parser.add_bool("--overwrite", help="replace what the output folder holds")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    from llava.bars import tqdm
+    from llava.folders import check_target, stage
+    from llava.records import write_records
+
+    choose = parse_slices(args.slices)
+    window = None if args.window == "auto" else parse_window(args.window)
+    target = check_target(args.output_dir, args.overwrite)
+    found = survey(existing_dir(args.folder, "folder of scans"), axis=args.axis, keep_burned_in=args.keep_burned_in)
+    jobs = [Job(series, choose, window) for series in found.series]
+    left_out = [{"why": why} for _, why in found.left_out]
+    records: dict[str, dict[str, Any]] = {}
+    with stage(target, overwrite=args.overwrite) as part:
+        (part / "images").mkdir()
+        for drawn, why in tqdm(_drawn(jobs, args.workers), total=len(jobs), unit="series", desc="converting"):
+            left_out += [{"why": reason} for reason in why]
+            if not drawn:
+                continue
+            name = hashlib.sha256(b"".join(content for _, content in drawn)).hexdigest()[:16]
+            if name in records:
+                left_out.append({"why": "the same images as another series"})
+                continue
+            records[name] = _write(part / "images", name, drawn, args.question)
+        if not records:
+            raise LlavaError(f"{args.folder}: no series that can be used ({len(left_out)} files left out)")
+        write_records(part / "records.json", [records[name] for name in sorted(records)])
+        write_records(part / "left_out.jsonl", left_out)
+    count = sum(len(record["images"]) for record in records.values())
+    write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
+    for why, number in sorted(_counted(left_out).items(), key=lambda item: -item[1]):
+        write_line(f"left out: {number} × {why}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which slices of a series: the middle one, every n-th, or so many in one montage."""
+
+    every: int = 0
+    rows: int = 0
+    columns: int = 0
+
+    def of(self, count: int) -> list[int]:
+        if self.every:
+            return list(range(0, count, self.every))
+        if self.rows:
+            wanted = min(self.rows * self.columns, count)
+            return [(2 * place + 1) * count // (2 * wanted) for place in range(wanted)]
+        return [count // 2]
+
+
+def parse_slices(text: str) -> Choice:
+    """Raises a LlavaError for what is none of `--slices`'s forms."""
+    if text == "middle":
+        return Choice()
+    if text == "all":
+        return Choice(every=1)
+    if (match := _EVERY.fullmatch(text)) and int(match[1]):
+        return Choice(every=int(match[1]))
+    if (match := _MONTAGE.fullmatch(text)) and int(match[1]) and int(match[2]):
+        return Choice(rows=int(match[1]), columns=int(match[2]))
+    raise LlavaError(f"--slices {text}: give middle, all, 'every 5' or 'montage 3x3'")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A series to draw."""
+
+    series: Series
+    choice: Choice
+    window: str | tuple[float, float] | None
+
+
+Drawn = list[tuple[dict[str, Any], bytes]]
+"""(what is said of it, PNG) of each image of a series."""
+
+
+def draw(job: Job) -> tuple[Drawn, list[str]]:
+    """The images of a series, and why slices were left out."""
+    series, why = job.series, []
+    window = job.window or series.preset
+    images: list[tuple[int, Image.Image]] = []
+    for place in job.choice.of(len(series.slices)):
+        try:
+            images.append((place, _open(series.slices[place], series, window)))
+        except LlavaError as error:
+            path = series.slices[place].path
+            why.append(str(error).replace(f"{path}: ", "").replace(str(path), "the file"))
+    said: dict[str, Any] = {"window": list(window) if isinstance(window, tuple) else window}
+    said |= {"modality": series.modality or None, "body_part": series.body_part or None, "of": len(series.slices)}
+    if job.choice.rows and images:
+        montage = _montage([image for _, image in images], job.choice)
+        return [(said | {"slices": [place for place, _ in images]}, _png(montage))], why
+    return [(said | {"slices": [place]}, _png(image)) for place, image in images], why
+
+
+def _drawn(jobs: list[Job], workers: int) -> Iterator[tuple[Drawn, list[str]]]:
+    if workers < 2 or len(jobs) < 2:
+        yield from map(draw, jobs)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(draw, jobs)
+
+
+def _open(one: Slice, series: Series, window: str | tuple[float, float] | None) -> Image.Image:
+    return open_image(one.path, frame=one.frame, axis=series.axis, window=window)
+
+
+def _montage(images: list[Image.Image], choice: Choice) -> Image.Image:
+    width, height = images[0].size
+    canvas = Image.new("RGB", (choice.columns * width, choice.rows * height))
+    for place, image in enumerate(images):
+        canvas.paste(image.resize((width, height)), (place % choice.columns * width, place // choice.columns * height))
+    return canvas
+
+
+def _write(folder: Path, name: str, drawn: Drawn, question: str | None) -> dict[str, Any]:
+    """The images of a series under `folder`; its record."""
+    paths = [f"{name}/{said['slices'][0]:04d}.png" for said, _ in drawn]
+    (folder / name).mkdir()
+    for path, (_, content) in zip(paths, drawn, strict=True):
+        (folder / path).write_bytes(content)
+    record: dict[str, Any] = {"id": name, "images": paths}
+    if question:
+        asked = "<image>\n" * len(paths) + question
+        record["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": ""}]
+    common = {key: value for key, value in drawn[0][0].items() if key != "slices"}
+    return record | {"scan": common | {"slices": [said["slices"] for said, _ in drawn]}}
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _counted(left_out: list[dict[str, str]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for entry in left_out:
+        counts[entry["why"]] = counts.get(entry["why"], 0) + 1
+    return counts
+
+
+if __name__ == "__main__":
+    run(main)

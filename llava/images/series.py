@@ -1,0 +1,190 @@
+"""A hospital's folder taken apart: DICOM files grouped into series and sorted, volumes, and what can't be used.
+
+What names a patient, a study or a series groups files while this runs, and is written nowhere.
+"""
+
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.errors import ImageError, LlavaError, require
+from llava.images.limits import plain_errors
+from llava.images.opening import image_kind
+
+_GROUPING_TAGS = (
+    "SeriesInstanceUID",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "InstanceNumber",
+    "AcquisitionNumber",
+    "EchoNumbers",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "Modality",
+    "BodyPartExamined",
+    "BurnedInAnnotation",
+    "SOPClassUID",
+)
+BODY_WINDOWS = {
+    "lung": ("CHEST", "LUNG", "THORAX"),
+    "brain": ("HEAD", "BRAIN", "SKULL"),
+    "bone": ("SPINE", "CSPINE", "TSPINE", "LSPINE", "EXTREMITY", "KNEE", "HIP", "SHOULDER", "ANKLE", "FOOT", "HAND",
+             "WRIST", "ELBOW", "LEG", "ARM", "PELVIS"),
+    "mediastinum": ("NECK", "HEART", "MEDIASTINUM"),
+    "abdomen": ("ABDOMEN", "ABDOMENPELVIS", "LIVER", "KIDNEY", "PANCREAS", "COLON"),
+}  # fmt: skip
+"""CT presets by DICOM's BodyPartExamined."""
+_CODES = {part for parts in BODY_WINDOWS.values() for part in parts}
+_CODES |= {"CT", "MR", "CR", "DX", "US", "PT", "NM", "XA", "MG"}
+
+
+@dataclass
+class Slice:
+    """One image of a series: a file, and the frame or slice within it."""
+
+    path: Path
+    frame: int | None = None
+
+
+@dataclass
+class Series:
+    """Images that belong together, in order."""
+
+    slices: list[Slice]
+    modality: str = ""
+    body_part: str = ""
+    """One of DICOM's words for parts of the body; "" for anything else."""
+    axis: int = 2
+    """Of a volume: along which its slices are counted."""
+
+    @property
+    def preset(self) -> str | None:
+        """The CT window of the part of the body; None where there is none to choose."""
+        if self.modality != "CT":
+            return None
+        return next((name for name, parts in BODY_WINDOWS.items() if self.body_part in parts), None)
+
+
+@dataclass
+class Survey:
+    """What a folder holds."""
+
+    series: list[Series] = field(default_factory=list)
+    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    """Files that aren't used, with the reason in words that name nobody."""
+
+    def reasons(self) -> Counter[str]:
+        return Counter(reason for _, reason in self.left_out)
+
+
+def survey(folder: str | Path, *, axis: int = 2, keep_burned_in: bool = False) -> Survey:
+    """All series below a folder; links aren't followed.
+
+    Args:
+        axis: along which volumes are cut.
+        keep_burned_in: use images that say that they have text burnt into their pixels.
+    """
+    found = Survey()
+    groups: dict[tuple[Any, ...], list[_Member]] = {}
+    for path in _files(Path(folder)):
+        try:
+            kind = image_kind(path)
+            if kind == "nifti":
+                found.series.append(_volume(path, axis))
+            elif kind == "dicom":
+                key, member = _read(path, keep_burned_in)
+                groups.setdefault(key, []).append(member)
+            else:
+                found.left_out.append((path, "neither DICOM nor NIfTI"))
+        except ImageError as error:
+            found.left_out.append((path, _without_path(error, path)))
+    by_path = sorted(groups.values(), key=lambda members: min(member.path for member in members))
+    found.series += [_series(members) for members in by_path]
+    return found
+
+
+@dataclass
+class _Member:
+    path: Path
+    frames: int
+    position: float
+    number: float
+    modality: str
+    body_part: str
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for where, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (Path(where) / name for name in sorted(names) if (Path(where) / name).is_file())
+
+
+def _read(path: Path, keep_burned_in: bool) -> tuple[tuple[Any, ...], _Member]:
+    """(what it has in common with the rest of its series, itself)."""
+    pydicom = require("pydicom", "medical")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings(), plain_errors("a DICOM file", "the header can't be read"):
+        warnings.simplefilter("ignore")
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_GROUPING_TAGS))
+        if "Rows" not in header or "Columns" not in header:
+            raise ImageError("a DICOM file without an image")
+        if str(header.get("BurnedInAnnotation", "")).upper() == "YES" and not keep_burned_in:
+            raise ImageError("says that text is burnt into its pixels (--keep-burned-in uses it all the same)")
+        directions = [float(value) for value in header.get("ImageOrientationPatient") or ()]
+        place = [float(value) for value in header.get("ImagePositionPatient") or ()]
+        position = 0.0
+        if len(directions) == 6 and len(place) == 3:
+            position = float(np.dot(np.cross(directions[:3], directions[3:]), place))
+        # Localisers and repetitions stand in one series with the slices that they aren't.
+        key = (
+            str(header.get("SeriesInstanceUID") or path),
+            tuple(round(value, 2) for value in directions),
+            int(header.Rows),
+            int(header.Columns),
+            str(header.get("EchoNumbers") or ""),
+        )
+        return key, _Member(
+            path,
+            int(header.get("NumberOfFrames") or 1),
+            position,
+            float(header.get("InstanceNumber") or 0),
+            _code(header.get("Modality")),
+            _code(header.get("BodyPartExamined")),
+        )
+
+
+def _series(members: Sequence[_Member]) -> Series:
+    """Sorted by place in the body, then by number."""
+    ordered = sorted(members, key=lambda member: (member.position, member.number, member.path))
+    slices = [
+        Slice(member.path, frame if member.frames > 1 else None) for member in ordered for frame in range(member.frames)
+    ]
+    return Series(slices, ordered[0].modality, ordered[0].body_part)
+
+
+def _volume(path: Path, axis: int) -> Series:
+    from llava.images.opening import describe_image
+
+    try:
+        count = describe_image(path, axis=axis).frames
+    except LlavaError as error:
+        raise ImageError(_without_path(error, path)) from error
+    return Series([Slice(path, frame) for frame in range(count)], axis=axis)
+
+
+def _code(value: Any) -> str:
+    """A word of DICOM's own lists; anything else could be text that somebody typed."""
+    text = str(value or "").upper().replace(" ", "")
+    return text if text in _CODES else ""
+
+
+def _without_path(error: Exception, path: Path) -> str:
+    return str(error).replace(f"{path}: ", "").replace(str(path), "the file")

@@ -1,0 +1,158 @@
+"""`python -m llava.images.convert`: series found and sorted, slices chosen, nobody named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.errors import LlavaError
+from llava.images import open_image
+from llava.images.convert import Choice, main, parse_slices
+from llava.images.series import survey
+
+pydicom = pytest.importorskip("pydicom", reason="pydicom isn't installed (extra medical)")
+nibabel = pytest.importorskip("nibabel", reason="nibabel isn't installed (extra medical)")
+
+CT = Path(pydicom.__file__).parent / "data" / "test_files" / "CT_small.dcm"
+SECRETS = ("DOE^JANE", "PATIENT-7", "19500203", "St. Example")
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory):
+    """A chest CT of nine slices in a disorderly folder, one of another patient, a volume, and what can't be used."""
+    root = tmp_path_factory.mktemp("hospital") / "DOE^JANE"
+    series = pydicom.uid.generate_uid()
+    order = np.random.default_rng(0).permutation(9)
+    for name, place in enumerate(order):
+        write(root / "study" / f"{name}.dcm", series, float(place), "CHEST", fill=int(place) * 20)
+    write(root / "study" / "other.dcm", pydicom.uid.generate_uid(), 0.0, "HEAD", fill=7)
+    burned = write(root / "burned.dcm", pydicom.uid.generate_uid(), 0.0, "CHEST", fill=9)
+    header = pydicom.dcmread(burned)
+    header.BurnedInAnnotation = "YES"
+    header.save_as(burned)
+    (root / "notes.txt").write_text("DOE^JANE")
+    (root / "broken.dcm").write_bytes(CT.read_bytes()[:900])
+    nibabel.save(
+        nibabel.Nifti1Image(np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6), np.eye(4)), root / "v.nii.gz"
+    )
+    return root
+
+
+def write(path, series, place, part, fill):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = pydicom.dcmread(CT)
+    header.PatientName, header.PatientID, header.PatientBirthDate, header.InstitutionName = SECRETS
+    header.SeriesInstanceUID, header.BodyPartExamined = series, part
+    header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    header.ImageOrientationPatient, header.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, place]
+    values = header.pixel_array.copy()
+    values[:8] = fill
+    header.PixelData = values.tobytes()
+    header.save_as(path)
+    return path
+
+
+def convert(hospital, output, *words):
+    main([str(hospital), "--output-dir", str(output), "--workers", "1", *words])
+    return json.loads((output / "records.json").read_text())
+
+
+def test_series_are_sorted_by_place(hospital):
+    found = survey(hospital)
+    assert sorted(len(series.slices) for series in found.series) == [1, 6, 9]
+    chest = max(found.series, key=lambda series: len(series.slices))
+    places = [float(pydicom.dcmread(one.path).ImagePositionPatient[2]) for one in chest.slices]
+    assert places == sorted(places) and (chest.modality, chest.body_part, chest.preset) == ("CT", "CHEST", "lung")
+    assert len(found.left_out) == 3 and "burnt" in str(found.reasons())
+    assert sorted(len(series.slices) for series in survey(hospital, keep_burned_in=True).series) == [1, 1, 6, 9]
+
+
+def test_a_record_for_each_series(hospital, tmp_path, capsys):
+    records = convert(hospital, tmp_path / "out", "--question", "Is there a nodule?")
+    assert len(records) == 3
+    for record in records:
+        (name,) = record["images"]
+        assert (tmp_path / "out" / "images" / name).is_file() and name.startswith(record["id"])
+        assert record["conversations"][0]["value"] == "<image>\nIs there a nodule?"
+    chest = next(record for record in records if record["scan"]["of"] == 9)
+    assert chest["scan"] == {"window": "lung", "modality": "CT", "body_part": "CHEST", "of": 9, "slices": [[4]]}
+    source = next(one for one in survey(hospital).series if len(one.slices) == 9).slices[4]
+    shown = np.asarray(Image.open(tmp_path / "out" / "images" / chest["images"][0]))
+    assert np.array_equal(shown, np.asarray(open_image(source.path, window="lung")))
+    said = capsys.readouterr().out
+    assert "3 series, 3 images" in said and "left out: 1 × neither DICOM nor NIfTI" in said
+    why = [json.loads(line)["why"] for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
+    assert len(why) == 3
+
+
+@pytest.mark.parametrize(
+    ("slices", "images", "size"), [("all", 9, (128, 128)), ("every 4", 3, (128, 128)), ("montage 2x3", 1, (384, 256))]
+)
+def test_slices(hospital, tmp_path, slices, images, size):
+    records = convert(hospital, tmp_path / "out", "--slices", slices, "--window", "40,400")
+    chest = next(record for record in records if record["scan"]["of"] == 9)
+    assert len(chest["images"]) == images and chest["scan"]["window"] == [40, 400]
+    assert Image.open(tmp_path / "out" / "images" / chest["images"][0]).size == size
+
+
+def test_names_depend_on_the_images_alone(hospital, tmp_path):
+    first = convert(hospital, tmp_path / "a")
+    main([str(hospital / "study"), "--output-dir", str(tmp_path / "b"), "--workers", "2"])
+    second = json.loads((tmp_path / "b" / "records.json").read_text())
+    assert {record["id"] for record in second} < {record["id"] for record in first}
+
+
+def test_nobody_is_named(hospital, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "llava.images.convert",
+            str(hospital),
+            "--output-dir",
+            str(tmp_path / "out"),
+            "--slices",
+            "all",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    uids = [str(pydicom.dcmread(path)[tag].value) for path in hospital.rglob("*.dcm") if path.name != "broken.dcm"
+            for tag in ("SeriesInstanceUID", "SOPInstanceUID", "StudyInstanceUID")]  # fmt: skip
+    assert len(written) > 10
+    for secret in (*SECRETS, *uids):
+        assert secret not in done.stdout + done.stderr
+        for path, content in written.items():
+            assert secret.encode() not in content and secret not in str(path.relative_to(tmp_path))
+
+
+def test_choices():
+    assert Choice().of(5) == [2] and Choice(every=2).of(5) == [0, 2, 4]
+    assert Choice(rows=2, columns=2).of(8) == [1, 3, 5, 7] and Choice(rows=2, columns=2).of(2) == [0, 1]
+    for text in ("first", "every 0", "montage 0x2", "every"):
+        with pytest.raises(LlavaError, match="--slices"):
+            parse_slices(text)
+
+
+def test_mistakes(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("x")
+    with pytest.raises(LlavaError, match="no series that can be used"):
+        main([str(tmp_path / "in"), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    with pytest.raises(LlavaError, match="isn't empty"):
+        main([str(tmp_path / "in"), "--output-dir", str(tmp_path / "full")])
+    main_words = [str(CT.parent / "CT_small.dcm"), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(LlavaError, match="is not a folder"):
+        main(main_words)
+    (tmp_path / "in" / "ct.dcm").write_bytes(CT.read_bytes())
+    main([str(tmp_path / "in"), "--output-dir", str(tmp_path / "full"), "--overwrite", "--axis", "0"])
+    assert (tmp_path / "full" / "records.json").is_file()
