@@ -181,7 +181,7 @@ def test_a_controller_that_starts_again_knows_its_workers(tmp_path):
             assert ask(api, False, "scripted").status_code == ask(api, True, "scripted").status_code == 200
             known = httpx.get(api.url + "/v1/models", headers=KEY).json()["data"]
             assert [entry["id"] for entry in known] == ["scripted"]
-            assert ask(api, False, "another").json()["error"]["type"] == "no_worker"
+            assert ask(api, False, "another").json()["error"]["type"] == "model_not_found"
 
         assert_served()
         controller.kill()

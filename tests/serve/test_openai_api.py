@@ -140,7 +140,7 @@ def test_an_unknown_model_and_fields_that_cannot_be_honoured(client):
     ):
         with pytest.raises(openai.APIStatusError, match=words) as caught:
             client.chat.completions.create(**{"model": "scripted", "messages": ASK} | more)
-        assert caught.value.status_code == (503 if "No worker" in words else 400)
+        assert caught.value.status_code == (404 if "doesn't exist" in words else 400)
     client.chat.completions.create(model="scripted", messages=ASK, frequency_penalty=0, user="u", store=False)
 
 
