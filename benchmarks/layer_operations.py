@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from llava.train.estimate.compiled import DryCompiler
 from llava.train.estimate.costs import FREE, Clock
 from llava.train.estimate.tracker import Tracker
-from llava.train.hardware import GPUS
 from llava.train.step import gpu
 from llava.train.step.compute import compile_layers
+from llava.train.step.hardware import GPUS
 from llava.train.step.packing import use_packed_attention
 
 SAMPLES, TOKENS = 8, 64

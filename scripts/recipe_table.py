@@ -103,7 +103,7 @@ def row(recipe: Recipe) -> str:
     """A line of the table."""
     from llava.train.estimate.dry_run import dry_run
     from llava.train.estimate.report import short
-    from llava.train.hardware import GPUS
+    from llava.train.step.hardware import GPUS
 
     gpu = GPUS[recipe.gpu]
     found = dry_run(flags_of(recipe), gpu, recipe.gpus)

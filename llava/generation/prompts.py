@@ -12,9 +12,9 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.errors import LlavaError
 from llava.generation.cache.prefix_store import BLOCK
+from llava.generation.cache.tokenizer_cache import TokenizerCache
 from llava.generation.constraint import Constraint, Constraints
 from llava.generation.image_features import ImageEncoder, RequestImage
-from llava.generation.tokenizer_cache import TokenizerCache
 from llava.generation.types import ContextTooLong, Request
 from llava.model.configuration import LlavaConfigFields
 from llava.tokenization import ImageTokens, encode_prompt, expand_images, stop_token_ids, tokenize_prompt

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava.records import write_json
     from llava.train.estimate.ranks import by_ranks
     from llava.train.estimate.report import lines_of, remedies
-    from llava.train.hardware import find_gpu
+    from llava.train.step.hardware import find_gpu
 
     gpu = find_gpu(args.gpu)
     for flag, number in (("--gpus", args.gpus), ("--records", args.records)):

@@ -18,8 +18,8 @@ from llava.train.estimate.costs import Clock, Work
 from llava.train.estimate.dry_run import beside_eager, dry_run
 from llava.train.estimate.tracker import Tracker
 from llava.train.estimate_memory import main
-from llava.train.hardware import GPUS, peak_of
 from llava.train.step import gpu
+from llava.train.step.hardware import GPUS, peak_of
 from tests.train.helpers import SHARDED, SMALL, configs_alone
 
 H100 = GPUS["h100"]

@@ -11,10 +11,10 @@ import torch
 
 from llava.errors import LlavaError
 from llava.train.estimate.dry_run import ASSUMED_RECORDS, dry_run
-from llava.train.estimate.names import present_model, told_records
+from llava.train.estimate.inputs.names import present_model, told_records
 from llava.train.estimate.uneven import unlike_ranks
 from llava.train.estimate_memory import main
-from llava.train.hardware import GPUS
+from llava.train.step.hardware import GPUS
 from scripts.recipe_table import PACKED, calls_of, training_flags
 from tests.tiny import make_clip, make_llm
 from tests.train.helpers import SHARDED, SMALL, configs_alone, make_records

@@ -10,7 +10,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LoadedModel
 from llava.train.arguments import Arguments
 from llava.train.data.dataset import Report, Sample
-from llava.train.estimate.lengths import Lengths
+from llava.train.estimate.inputs.lengths import Lengths
 from llava.train.step.packing import fill_batches
 
 SHARE_OF_TARGETS = 2 / 3

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from llava.train.estimate.eight_bit import product_flops
-from llava.train.hardware import (
+from llava.train.step.hardware import (
     ATTENTION_SHARE,
     GPUS_PER_MACHINE,
     KERNEL_SECONDS,

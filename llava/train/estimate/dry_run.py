@@ -15,15 +15,15 @@ from llava.train.estimate.compiled import DryCompiler, steps_carried_out
 from llava.train.estimate.costs import Clock
 from llava.train.estimate.dry_trainer import DryTrainer, Taken
 from llava.train.estimate.eight_bit import multiplied_as_on_gpus
-from llava.train.estimate.lengths import lengths_of
-from llava.train.estimate.names import present_model
-from llava.train.estimate.shapes import forget_content, shaped_model
+from llava.train.estimate.inputs.lengths import lengths_of
+from llava.train.estimate.inputs.names import present_model
+from llava.train.estimate.inputs.shapes import forget_content, shaped_model
 from llava.train.estimate.tracker import Tracker
 from llava.train.estimate.uneven import unlike_ranks
 from llava.train.estimate.world import shard_as_on_gpus, world
-from llava.train.hardware import GB, Gpu
 from llava.train.progress import flops_per_token
 from llava.train.setup_run import build_trainer
+from llava.train.step.hardware import GB, Gpu
 
 SIMULATED = 3
 """Micro-batches of a step that are carried out: the first, one for all in the middle, the last."""
@@ -62,7 +62,7 @@ class Prediction:
     bytes_per_step: float
     samples_per_step: int
     samples_per_hour: float
-    """Of samples of usual lengths (llava.train.estimate.lengths), on all GPUs."""
+    """Of samples of usual lengths (llava.train.estimate.inputs.lengths), on all GPUs."""
     records: int | None
     """Of the data; None where their number isn't known."""
     max_steps: int

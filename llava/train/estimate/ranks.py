@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llava.train.estimate.dry_run import Prediction, beside_eager, dry_run
-from llava.train.hardware import Gpu
+from llava.train.step.hardware import Gpu
 
 
 def by_ranks(

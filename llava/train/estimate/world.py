@@ -16,8 +16,8 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 from torch.utils._pytree import tree_map_only
 
-from llava.train.hardware import GPUS_PER_MACHINE, Gpu
 from llava.train.step import gpu
+from llava.train.step.hardware import GPUS_PER_MACHINE, Gpu
 
 if importlib.util.find_spec("torch.distributed._meta_registrations") is None:
     import torch.distributed._tools.fake_collectives  # releases whose collectives take no tensors without content

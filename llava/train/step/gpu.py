@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import torch
 
 from llava.model.varlen_attention import HALVES, Kernel, installed_kernel, torch_kernel
-from llava.train.hardware import GB, Gpu, peak_of
+from llava.train.step.hardware import GB, Gpu, peak_of
 
 _described: ContextVar[Gpu | None] = ContextVar("described GPU", default=None)
 _compiler: ContextVar[Callable] = ContextVar("compiler", default=torch.compile)

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers.training_args import OptimizerNames
 
 from llava.errors import LlavaError
-from llava.train.hardware import OPTIMIZER_BYTES
 from llava.train.step import gpu
+from llava.train.step.hardware import OPTIMIZER_BYTES
 
 logger = logging.getLogger(__name__)
 

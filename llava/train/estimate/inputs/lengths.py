@@ -12,8 +12,8 @@ from llava.record_content import read_turns, record_images
 from llava.records import Record
 from llava.train.arguments import Arguments
 from llava.train.data.record_store import RecordStore, open_records
-from llava.train.estimate.names import told_records
-from llava.train.estimate.shapes import TextlessTokenizer
+from llava.train.estimate.inputs.names import told_records
+from llava.train.estimate.inputs.shapes import TextlessTokenizer
 from llava.train.setup_run import build_dataset
 
 MEAN_TEXT, DEVIATION = 300.0, 250.0

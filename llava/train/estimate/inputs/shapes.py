@@ -26,7 +26,7 @@ from llava.model.weights.assemble import build_empty
 from llava.model.weights.locate import locate_model
 from llava.model.weights.quantized import Quantization, finish_quantized, prepare_quantized
 from llava.train.arguments import Arguments
-from llava.train.estimate.known_models import KNOWN
+from llava.train.estimate.inputs.known_models import KNOWN
 from llava.train.prepare_model import is_language_model, load_dtype, make_ready, new_model_fields
 
 DEFAULT_TOWER = "openai/clip-vit-large-patch14"

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from llava.errors import LlavaError
-from llava.train.estimate.known_models import KNOWN
+from llava.train.estimate.inputs.known_models import KNOWN
 
 SIZES = {"7b": "llama-7b", "13b": "llama-13b"}
 LLAMAS = ("llama", "llava", "vicuna", "babydoctor")
