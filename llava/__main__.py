@@ -11,6 +11,7 @@ import sys
 from argparse import REMAINDER, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from llava import __version__
 from llava.commandline import ArgumentParser, run
 from llava.constants import RESEARCH_NOTICE
 from llava.errors import LlavaError
@@ -82,6 +83,7 @@ def build_parser() -> ArgumentParser:
         epilog=RESEARCH_NOTICE,
         formatter_class=RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"llava-med {__version__}")
     parser.add_argument("verb", metavar="VERB", help="one of the above")
     parser.add_argument("flags", nargs=REMAINDER, metavar="FLAGS", help="those of the verb")
     return parser

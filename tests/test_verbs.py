@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import llava
 from llava.__main__ import VERBS, find_module, main
 from llava.constants import RESEARCH_NOTICE
 from llava.errors import LlavaError
@@ -58,6 +59,11 @@ def test_a_verb_does_what_its_module_does(tmp_path, capsys, monkeypatch):
     (tmp_path / "records.json").write_text('[{"id": "7", "conversations": []}]')
     assert main(["validate", str(tmp_path / "records.json"), "--report", str(tmp_path / "report.json")]) == 1
     assert "7" in capsys.readouterr().out and (tmp_path / "report.json").is_file()
+
+
+def test_the_version_is_said():
+    done = run_script("--version")
+    assert done.returncode == 0 and done.stdout == f"llava-med {llava.__version__}\n"
 
 
 def test_mistakes_are_one_line():

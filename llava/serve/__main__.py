@@ -7,16 +7,19 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
 from llava.serve.conversation_log import add_log_flags
 from llava.serve.secret import VARIABLE, add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import add_host_flags
+from llava.serve.transport.server import require_serving
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,9 @@ def main(argv=None) -> int:
     names = args.model_name or []
     if names and len(names) != len(args.model_path):
         raise LlavaError(f"{len(args.model_path)} --model-path but {len(names)} --model-name; give one for each")
+    require_serving(*(["gradio"] if args.web else []))
     servers = _servers(args, names)
+    _check_ports(servers)
     environment = dict(os.environ)
     if secret := secret_from_args(args):
         environment[VARIABLE] = secret
@@ -121,6 +126,22 @@ class Running:
                 "%s ended with code %s; it is started again in %g s", self.server.name, self.process.returncode, pause
             )
             self.restart_at = now + pause
+
+
+def _check_ports(servers: list[Server]) -> None:
+    """Raises a LlavaError that names a port which another program has: its answers could be taken for ours."""
+    for server in servers:
+        port = urlsplit(server.url).port
+        with socket.socket() as free:
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError as error:
+                flag = {"controller": "controller", "API": "api", "web page": "web"}.get(server.name, "worker")
+                raise LlavaError(
+                    f"port {port} of the {server.name} is taken ({error.strerror}); stop what listens there, or "
+                    f"choose another with --{flag}-port"
+                ) from error
 
 
 def _servers(args, names: list[str]) -> list[Server]:

@@ -20,7 +20,7 @@ from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.bodies import JSON_HEADERS, parse_json, read_body, validated
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
-from llava.serve.transport.server import run_server
+from llava.serve.transport.server import require_serving, run_server
 from llava.serve.transport.session import open_session
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
+    require_serving()
     secret = secret_from_args(args)
     if secret is None:
         logger.warning("running open: anybody who reaches port %d can register workers and ask", args.port)

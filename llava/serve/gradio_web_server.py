@@ -25,7 +25,7 @@ from llava.serve.daily_log import DailyLog, tidied
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
-from llava.serve.transport.server import run_server
+from llava.serve.transport.server import require_serving, run_server
 from llava.serve.web.browser import BrowserHeaders, visitor_check
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
+    require_serving("gradio")
     if args.share:
         raise LlavaError("--share leads images through another company's server; use a reverse proxy of your own")
     if args.moderate:

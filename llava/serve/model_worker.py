@@ -17,6 +17,7 @@ from llava.serve.protocol import check_address
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES
+from llava.serve.transport.server import require_serving
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,12 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    require_serving()
     import asyncio
 
     import uvicorn
 
-    args = build_parser().parse_args(argv)
     secret = secret_from_args(args)
     if args.multi_modal:
         logger.warning("--multi-modal is ignored: the checkpoint says so itself")

@@ -18,7 +18,7 @@ from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, unless_gone
-from llava.serve.transport.server import run_server
+from llava.serve.transport.server import require_serving, run_server
 
 if TYPE_CHECKING:
     from llava.serve.api.fields import ApiRequest
@@ -49,6 +49,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
+    require_serving()
     if args.openapi:
         from llava.serve.description import document
 

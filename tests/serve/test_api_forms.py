@@ -264,6 +264,7 @@ def test_responses_that_are_json_or_calls(tiny_client):
     shape = {"format": {"type": "json_schema", "name": "finding", "schema": FINDING, "strict": True}}
     reply = tiny_client.responses.create(model="tiny", input="What?", text=shape, max_output_tokens=100)
     assert set(json.loads(reply.output_text)) == {"finding", "size"} and reply.status == "completed"
+    assert reply.text.format.to_dict() == shape["format"]
     tools = [{"type": "function", "name": each["function"]["name"], "parameters": each["function"]["parameters"],
               "strict": True} for each in TOOLS]  # fmt: skip
     given = {"model": "tiny", "input": "What?", "tools": tools, "max_output_tokens": 100}

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -86,3 +87,25 @@ def test_a_server_that_cannot_start_stops_the_rest(tmp_path):
     assert process.returncode == 2
     assert "worker of" in errors.splitlines()[-1] and "ended with code 2" in errors.splitlines()[-1]
     assert not any(answers(port) for port in ports)
+
+
+def test_a_port_that_another_program_has_is_named(tmp_path):
+    ports = [free_port() for _ in range(4)]
+    with socket.create_server(("127.0.0.1", ports[2])):
+        process = start(tmp_path / "nothing", ports)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f"port {ports[2]} of the API is taken" in errors and "--api-port" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [("__main__", "fastapi"), ("controller", "fastapi"), ("model_worker", "uvicorn"), ("openai_api_server", "uvicorn"),
+     ("gradio_web_server", "gradio")],
+)  # fmt: skip
+def test_a_missing_extra_is_named(module, missing):
+    words = ["--model-path", "x"] if module in ("__main__", "model_worker") else []
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {words}\n"
+    code += f"runpy.run_module('llava.serve.{module}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and 'pip install "llava-med[serve]"' in done.stderr and "Traceback" not in done.stderr

@@ -30,6 +30,8 @@ class ResponseFormat(Fields):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    name: str | None = Field(None, max_length=64)
+    strict: bool | None = None
     flat: dict[str, Any] | None = Field(None, alias="schema")
 
     def wanted(self) -> dict[str, Any] | None:

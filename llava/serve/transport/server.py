@@ -12,6 +12,12 @@ RETURNED_BYTES = 1 << 20
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
+def require_serving(*more: str) -> None:
+    """Raises a LlavaError that names the extra if a package that the servers need (or one of `more`) is missing."""
+    for module in ("fastapi", "uvicorn", *more):
+        require(module, "serve")
+
+
 def run_server(app, host: str, port: int, **more: Any) -> None:
     """Serve an ASGI application until a signal ends it; `more` as for `server_settings`."""
     require("uvicorn", "serve").run(app, **server_settings(host, port, **more))
