@@ -96,10 +96,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except LlavaError as error:
         if debug:
             raise
-        _complain(f"error: {error}")
+        complain(f"error: {error}")
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _complain("stopped")
+        complain("stopped")
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; nobody is left to tell.
@@ -109,12 +109,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # Of a file that was named, or of one next to it; what has no name is a fault of ours.
         if debug or error.errno not in _REFUSED or error.filename is None:
             raise
-        _complain(f"error: {error.filename}: {error.strerror}; choose another place")
+        complain(f"error: {error.filename}: {error.strerror}; choose another place")
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
     """One line for whoever started the command; it isn't a result, so it goes to stderr."""
     print(" ".join(text.split("\n")), file=sys.stderr)  # noqa: T201
 

@@ -4,12 +4,11 @@ python -m llava.images.info scan.dcm volume.nii.gz --save seen/
 """
 
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, run, write_line
+from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, complain, run, write_line
 from llava.errors import LlavaError
 from llava.images.facts import ImageFacts
 from llava.images.windows import CT_WINDOWS
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             saved = save(file, options) if save else None
         except LlavaError as error:
             failed += 1
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201  # one line for each file that doesn't open
+            complain(f"error: {error}")
             found.append({"file": file, "error": str(error)})
             continue
         found.append({"file": file} | facts.as_dict() | ({"saved": str(saved)} if saved else {}))
