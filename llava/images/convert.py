@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from llava.commandline import ArgumentParser, existing_dir, run, write_line
 from llava.errors import LlavaError
 from llava.images.info import parse_window
 from llava.images.opening import open_image
-from llava.images.series import Series, Slice, survey
+from llava.images.series import Series, Slice, survey, without_path
 from llava.images.windows import CT_WINDOWS
 
 _MONTAGE = re.compile(r"montage (\d{1,2})\s*[x×]\s*(\d{1,2})")
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         write_records(part / "left_out.jsonl", left_out)
     count = sum(len(record["images"]) for record in records.values())
     write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
-    for why, number in sorted(_counted(left_out).items(), key=lambda item: -item[1]):
+    for why, number in Counter(entry["why"] for entry in left_out).most_common():
         write_line(f"left out: {number} × {why}")
 
 
@@ -132,8 +133,7 @@ def draw(job: Job) -> tuple[Drawn, list[str]]:
         try:
             images.append((place, _open(series.slices[place], series, window)))
         except LlavaError as error:
-            path = series.slices[place].path
-            why.append(str(error).replace(f"{path}: ", "").replace(str(path), "the file"))
+            why.append(without_path(error, series.slices[place].path))
     said: dict[str, Any] = {"window": list(window) if isinstance(window, tuple) else window}
     said |= {"modality": series.modality or None, "body_part": series.body_part or None, "of": len(series.slices)}
     if job.choice.rows and images:
@@ -180,13 +180,6 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _counted(left_out: list[dict[str, str]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for entry in left_out:
-        counts[entry["why"]] = counts.get(entry["why"], 0) + 1
-    return counts
 
 
 if __name__ == "__main__":

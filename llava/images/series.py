@@ -6,7 +6,6 @@ What names a patient, a study or a series groups files while this runs, and is w
 import logging
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,9 +80,6 @@ class Survey:
     left_out: list[tuple[Path, str]] = field(default_factory=list)
     """Files that aren't used, with the reason in words that name nobody."""
 
-    def reasons(self) -> Counter[str]:
-        return Counter(reason for _, reason in self.left_out)
-
 
 def survey(folder: str | Path, *, axis: int = 2, keep_burned_in: bool = False) -> Survey:
     """All series below a folder; links aren't followed.
@@ -105,7 +101,7 @@ def survey(folder: str | Path, *, axis: int = 2, keep_burned_in: bool = False) -
             else:
                 found.left_out.append((path, "neither DICOM nor NIfTI"))
         except ImageError as error:
-            found.left_out.append((path, _without_path(error, path)))
+            found.left_out.append((path, without_path(error, path)))
     by_path = sorted(groups.values(), key=lambda members: min(member.path for member in members))
     found.series += [_series(members) for members in by_path]
     return found
@@ -176,7 +172,7 @@ def _volume(path: Path, axis: int) -> Series:
     try:
         count = describe_image(path, axis=axis).frames
     except LlavaError as error:
-        raise ImageError(_without_path(error, path)) from error
+        raise ImageError(without_path(error, path)) from error
     return Series([Slice(path, frame) for frame in range(count)], axis=axis)
 
 
@@ -186,5 +182,6 @@ def _code(value: Any) -> str:
     return text if text in _CODES else ""
 
 
-def _without_path(error: Exception, path: Path) -> str:
+def without_path(error: Exception, path: Path) -> str:
+    """The error's words without the file's name, which may be a patient's."""
     return str(error).replace(f"{path}: ", "").replace(str(path), "the file")
