@@ -69,19 +69,14 @@ def describe_nifti(
     file: BinaryIO,
     name: str,
     limits: Limits,
+    size: tuple[int, int],
     *,
     index: int | None = None,
     axis: int = 2,
     window: str | tuple[float, float] | None = None,
 ) -> ImageFacts:
-    """What `read_nifti` would show with these options, and why.
-
-    Raises:
-        ImageError, LlavaError: as `read_nifti`.
-    """
+    """What `read_nifti`, whose image had this size (width, height), has shown with these options, and why."""
     nibabel = require("nibabel", "medical")
-    image = read_nifti(file, name, limits, index=index, axis=axis, window=window)
-    file.seek(0)
     header = _read_header(nibabel, _Source(file, name, limits))
     shape = (*header.get_data_shape(), 1)[:3]
     orientation = nibabel.orientations.io_orientation(_affine(header)).astype(int)
@@ -91,7 +86,7 @@ def describe_nifti(
     codes = "".join(nibabel.orientations.ornt2axcodes(orientation))
     stored = f"{header.get_data_dtype()}, {' × '.join(map(str, header.get_data_shape()))}, axes {codes}"
     zooms = tuple(float(size) for size in header.get_zooms()[:3])
-    facts = ImageFacts("NIfTI", *image.size, shape[along], slice_, stored, chosen, _AXES[axis], zooms)
+    facts = ImageFacts("NIfTI", *size, shape[along], slice_, stored, chosen, _AXES[axis], zooms)
     which = "the middle one" if index is None else "as asked"
     facts.shown.append(f"{_AXES[axis]} slice {slice_} of {shape[along]}, {which}")
     if len(header.get_data_shape()) > 3:

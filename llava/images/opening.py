@@ -105,7 +105,7 @@ def describe_image(
     if kind == "nifti":
         from llava.images.nifti import describe_nifti
 
-        return describe_nifti(io.BytesIO(content), name, limits, index=frame, axis=axis, window=window)
+        return describe_nifti(io.BytesIO(content), name, limits, image.size, index=frame, axis=axis, window=window)
     if kind == "dicom":
         from llava.images.dicom import describe_dicom
 
