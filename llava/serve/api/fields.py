@@ -1,7 +1,7 @@
 """What requests of all the API's routes have in common: fields that are ignored or refused, JSON answers, functions."""
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -22,17 +22,15 @@ class StreamOptions(Fields):
 
 class JsonSchema(Fields):
     name: str = Field("answer", max_length=64)
+    strict: bool | None = None
     definition: dict[str, Any] = Field(_ANY_OBJECT, alias="schema")
 
 
 class ResponseFormat(Fields):
-    """OpenAI's `response_format`; /v1/responses has the schema's fields beside `type`."""
+    """OpenAI's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    name: str | None = Field(None, max_length=64)
-    strict: bool | None = None
-    flat: dict[str, Any] | None = Field(None, alias="schema")
 
     def wanted(self) -> dict[str, Any] | None:
         """The schema of the answer; None for a text."""
@@ -40,22 +38,31 @@ class ResponseFormat(Fields):
             return None
         if self.type == "json_object":
             return _ANY_OBJECT
-        if self.json_schema is None and self.flat is None:
+        if self.json_schema is None:
             raise _bad("response_format: json_schema needs a schema")
-        return self.flat if self.json_schema is None else self.json_schema.definition
+        return self.json_schema.definition
+
+
+def nested(kind: str) -> Callable[[Any], Any]:
+    """/v1/responses has the fields of a `kind` (`function`, `json_schema`) by `type`; elsewhere they are inside."""
+
+    def nest(given: Any) -> Any:
+        if isinstance(given, dict) and given.get("type") == kind and kind not in given and len(given) > 1:
+            return {"type": kind, kind: {name: value for name, value in given.items() if name != "type"}}
+        return given
+
+    return nest
+
+
+def flat(given: Any) -> Any:
+    """The other way round: as /v1/responses tells of it."""
+    return {"type": given["type"], **given.get(given["type"], {})} if isinstance(given, dict) else given
 
 
 class Function(Fields):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] = _ANY_OBJECT
-
-
-def _function(tool: Any) -> Any:
-    """/v1/responses has the function's fields beside `type`."""
-    if isinstance(tool, dict) and tool.get("type") == "function" and "function" not in tool:
-        return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
-    return tool
 
 
 class Tool(Fields):
@@ -68,8 +75,8 @@ class NamedTool(Fields):
     function: Function
 
 
-Tools = Annotated[list[Annotated[Tool, BeforeValidator(_function)]], at_most(MOST_TOOLS)]
-ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool, BeforeValidator(_function)]
+Tools = Annotated[list[Annotated[Tool, BeforeValidator(nested("function"))]], at_most(MOST_TOOLS)]
+ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool, BeforeValidator(nested("function"))]
 
 
 class Form(Protocol):

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from llava.sampling_params import MOST_LOGPROBS, Fields, Whole
 from llava.serve.api.chat import token_with_others
 from llava.serve.api.choices import Choice, sum_usage, time_of_day
-from llava.serve.api.fields import ApiRequest, Call, ResponseFormat
+from llava.serve.api.fields import ApiRequest, Call, ResponseFormat, flat, nested
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import DEFAULT_NEW_TOKENS, MAX_MESSAGES, MAX_PARTS, MAX_TEXT, Messages, at_most
 from llava.serve.transport.bodies import validated
@@ -68,7 +68,7 @@ class Conversation(Fields):
 
 
 class TextOptions(Fields):
-    format: ResponseFormat | None = None
+    format: Annotated[ResponseFormat | None, BeforeValidator(nested("json_schema"))] = None
 
 
 class ResponsesRequest(ApiRequest):
@@ -237,9 +237,9 @@ class ResponsesForm:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": request.temperature,
-            "text": given.get("text", {"format": {"type": "text"}}),
-            "tool_choice": _flat(given.get("tool_choice", "none")),
-            "tools": [_flat(tool) for tool in given.get("tools", [])],
+            "text": {"format": flat(given.get("text", {}).get("format", {"type": "text"}))},
+            "tool_choice": flat(given.get("tool_choice", "none")),
+            "tools": [flat(tool) for tool in given.get("tools", [])],
             "top_p": request.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -250,8 +250,3 @@ class ResponsesForm:
     def _event(self, kind: str, **content: Any) -> dict[str, Any]:
         self.number += 1
         return {"type": kind, "sequence_number": self.number} | content
-
-
-def _flat(tool: Any) -> Any:
-    """A tool, or the choice of one, with the function's fields beside `type`."""
-    return tool if isinstance(tool, str) else {"type": tool["type"]} | tool["function"]
