@@ -15,7 +15,7 @@ from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, unpack_
 from llava.images.headers.dicom_file import DicomFile, check_values, read_dicom_file, sequence, transfer_syntax_name
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands, scale_range
-from llava.images.windows import apply_window, percentile_range, read_window
+from llava.images.windows import apply_window, percentile_range, read_window, value_range
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def describe_dicom(
     """What `read_dicom` would show with these options, and why; no tag that could name a patient is read.
 
     Raises:
-        ImageError, LlavaError: as `read_dicom`, but for damage in the pixels themselves.
+        ImageError, LlavaError: as `read_dicom`.
     """
     pydicom = require("pydicom", "medical")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -118,6 +118,9 @@ def describe_dicom(
             return facts
         module = _grey_module(pydicom, file, index)
         facts.window = chosen or (None if "VOILUTSequence" in module else _own_window(module))
+        stored = _decode(pydicom, file, index, frames, name, limits)
+        stored = stored[:: max(1, stored.size >> 24)]
+        facts.values = value_range(_rescaled(pydicom, stored, module), _is_padding(stored, _padding(header)))
         facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
         if meaning == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
             facts.shown.append(f"inverted, since low values are white ({meaning})")

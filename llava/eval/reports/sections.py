@@ -16,9 +16,11 @@ from llava.eval.reports.compare import compare_answers, comparison_cells
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
+from llava.image_options import with_options_of
 from llava.images import open_image
 from llava.pages import Card, cards, figure, figures, note, preformatted, subheading, table
 from llava.pages.charts import bars, reliability
+from llava.record_content import image_file
 
 
 @dataclass
@@ -167,7 +169,7 @@ def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, 
         for pool, is_right in ((right, True), (wrong, False)):
             for joined in chosen.sample(pool, min(each, len(pool))):
                 item = joined.item
-                image = _image(item.image, image_folder or (entry.result.manifest or {}).get("image_folder"))
+                image = _image(item.images, image_folder or (entry.result.manifest or {}).get("image_folder"))
                 shown.append(Card(image, item.question, str(item.answer), joined.prediction, is_right))
         parts.append(subheading(f"{entry.label}: {len(right)} wholly right, {len(wrong)} wholly wrong (strict)"))
         parts.append(cards(shown))
@@ -185,8 +187,10 @@ def provenance_section(entries: Sequence[Entry]) -> Markup:
     return table(["model", "answers", "produced by", "versions", "sha256 of the answers"], rows)
 
 
-def _image(name: Any, folder: str | Path | None):
+def _image(images: Sequence[Any], folder: str | Path | None):
+    """The first of a question's images, as the model was shown it, if it is a file of the folder."""
+    name = image_file(images[0]) if images else None
     if not isinstance(name, str) or not folder:
         return None
     path = Path(folder) / name
-    return open_image(path) if path.is_file() else None
+    return open_image(with_options_of(images[0], path)) if path.is_file() else None
