@@ -54,7 +54,7 @@ CSS = """
 .attentions {display: flex; flex-wrap: wrap; gap: 8px}
 .attentions img.attention {max-width: 100%; border-radius: 6px}
 .gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
-#exported {display: none !important}
+#exported, #taken, #take {display: none !important}
 #actions button, #votes button {min-width: 6.5rem}
 @media (max-width: 640px) {
   .gradio-container {padding: 8px !important}

@@ -30,7 +30,12 @@ READ_SECONDS = 120.0
 """For the files of one upload, with waiting for those of others."""
 LOOK_SECONDS = 20.0
 SHOWN_SIZE = 384  # pixels of the longer side of a view that no worker has made smaller
-FILES = "(box) => (box?.files ?? []).map((file) => file.path).join('\\n')"
+# Typing changes the box too, and stays in the browser: the server is asked only where there is another file.
+NOTICE_FILES = """(box) => {
+  const files = (box?.files ?? []).map((file) => file.path).join("\\n");
+  if (files && files !== window.llavaFiles) { document.querySelector("#take").click(); }
+  window.llavaFiles = files;
+}"""
 KEEP_OTHERS = """(box, taken) => ({
   text: box?.text ?? "",
   files: (box?.files ?? []).filter((file) => !taken.split('\\n').includes(file.path))
@@ -63,7 +68,7 @@ class ScanPart:
                 with gr.Row():
                     self.add = gr.Button("Keep this view, add another", size="sm", elem_id="scan-add")
                     self.remove = gr.Button("Remove", size="sm", elem_id="scan-remove")
-        self.files = gr.Textbox(visible="hidden", elem_id="files")
+        self.came = gr.Button(visible="hidden", elem_id="take")
         self.taken = gr.Textbox(visible="hidden", elem_id="taken")
 
     @property
@@ -76,9 +81,8 @@ class ScanPart:
         return [self.preview, self.state]
 
     def connect(self, chat: gr.State, box: Any, draft: gr.HTML, model: gr.Dropdown, quiet: dict[str, Any]) -> None:
-        # Typing stays in the browser; the server is asked only where the list of files is another one.
-        box.change(None, box, self.files, js=FILES, **quiet)
-        self.files.change(self.on_files, [chat, box, model], [self.taken, *self.controls], **quiet).then(
+        box.change(None, box, None, js=NOTICE_FILES, **quiet)
+        self.came.click(self.on_files, [chat, box, model], [self.taken, *self.controls], **quiet).then(
             None, [box, self.taken], box, js=KEEP_OTHERS, **quiet
         )
         model.change(self.on_model, [chat, model], self.seen, **quiet)
