@@ -189,13 +189,14 @@ def test_a_volume_and_a_photograph(open_page, controller, tmp_path):
     assert photo is None and (volume["axis"], volume["slice"], volume["of"]) == (0, 2, 12)
 
 
-def test_without_preview_of_the_model_and_a_broken_file(open_page, controller, tmp_path):
-    """A scan that can't be read is said so and leaves the box; the view is then as it is opened."""
+def test_a_broken_file_and_one_taken_back(open_page, controller, tmp_path):
+    """A scan that can't be read is said so and leaves the box."""
     (tmp_path / "broken.dcm").write_bytes(dicom(body(1))[:3000])
     (tmp_path / "whole").write_bytes(dicom(body(1), SeriesInstanceUID="1.2"))
     with worker(controller, "some-model") as process:
         process.wait()
         page = opened(open_page)
+        wait_until(lambda: page.locator("#model input").input_value() == "some-model", 120)
         page.locator("#box input[type=file]").set_input_files([tmp_path / "broken.dcm"])
         expect(page.get_by_text("The image can't be used")).to_be_visible(timeout=PATIENCE)
         expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(0, timeout=PATIENCE)

@@ -103,7 +103,7 @@ class ScanPart:
         try:
             await self.take(chat, scans)
         except (ImageError, ServeError) as error:
-            gr.Warning(str(error), title="The image can't be used")
+            gr.Warning(f"The image can't be used. {error}")
         if not chat.scans:
             return ["\n".join(scans), *[gr.skip()] * len(self.controls)]
         return ["\n".join(scans), *await self._shown(chat, model)]
