@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from llava.errors import ImageError, LlavaError
+from llava.errors import LlavaError
 from llava.serve.conversation_log import notice
 from llava.serve.daily_log import DailyLog
 from llava.serve.decoding.pool import DecodingPool, in_thread
@@ -254,7 +254,7 @@ class Page:
         try:
             others = await self._take_files(chat, box["files"] or [])
             images = [*chat.draft, *await self.scan.views(chat), *others]
-        except (ImageError, ServeError) as error:
+        except (LlavaError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
         already = sum(len(exchange.images) for exchange in chat.exchanges)
         if already + len(images) > MAX_IMAGES:

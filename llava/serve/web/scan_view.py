@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from llava.errors import ImageError
+from llava.errors import ImageError, LlavaError
 from llava.image_options import AXES, CT_WINDOWS
 from llava.images import png_data_url
 from llava.images.opening import image_kind
@@ -21,7 +21,7 @@ from llava.serve.decoding.pool import DecodingPool, in_thread
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import Chat, UploadedImage, thumbnails
 from llava.serve.web.memory_budget import MemoryBudget
-from llava.serve.web.scans import Scan, checked_place, read_scans, size_of
+from llava.serve.web.scans import Scan, read_scans, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class ScanPart:
         scans = [path for path in box["files"] or [] if path not in chat.taken and is_scan(path)]
         try:
             await self.take(chat, scans)
-        except (ImageError, ServeError) as error:
+        except (LlavaError, ServeError) as error:
             gr.Warning(f"The image can't be used. {error}")
         if not chat.scans:
             return ["\n".join(scans), *[gr.skip()] * len(self.controls)]
@@ -112,7 +112,7 @@ class ScanPart:
         """Read uploads that are scans, which are deleted, into the chat.
 
         Raises:
-            ImageError, ServeError: they can't be read.
+            LlavaError, ServeError: they can't be read.
         """
         chat.taken.update(paths)
         chat.reading += 1
@@ -131,7 +131,7 @@ class ScanPart:
         """The chosen views, which a question is asked about.
 
         Raises:
-            ImageError, ServeError: one can't be opened.
+            LlavaError, ServeError: one can't be opened.
         """
         wanted = [scan for scan in chat.scans if scan.is_wanted]
         return [await self._view(scan) for scan in wanted]
@@ -158,15 +158,16 @@ class ScanPart:
         return await self._shown(chat, model)
 
     async def on_window(self, chat: Chat, centre: float, width: float, model: str | None):
-        if (scan := _current(chat)) is not None:
+        if (scan := _current(chat)) is not None and None not in (centre, width):
             scan.window = (float(centre), float(width))
             scan.is_wanted = True
         return [OWN, *await self._seen(chat, model)]
 
     async def on_place(self, chat: Chat, place: float, model: str | None):
-        if (scan := _current(chat)) is not None:
-            scan.place = checked_place(scan, place)
-            scan.is_wanted = True
+        if (scan := _current(chat)) is not None and place is not None:
+            if not 0 <= place < len(scan.slices):
+                raise _error(f"There is no slice {place:g}; the scan has {len(scan.slices)}.")
+            scan.place, scan.is_wanted = int(place), True
         return await self._seen(chat, model)
 
     async def on_add(self, chat: Chat):
@@ -174,7 +175,7 @@ class ScanPart:
         if (scan := _current(chat)) is not None:
             try:
                 chat.draft.append(await self._view(scan))
-            except (ImageError, ServeError) as error:
+            except (LlavaError, ServeError) as error:
                 raise _error(str(error)) from error
             scan.is_wanted = False
         return thumbnails(chat.draft), said_of(chat)
@@ -220,7 +221,7 @@ class ScanPart:
         try:
             opened: Image.Image = await in_thread(scan.look, self.pool, seconds=LOOK_SECONDS)
             images, words = await self._as_model_sees(scan, opened, model)
-        except (ImageError, ServeError) as error:
+        except (LlavaError, ServeError) as error:
             return [f'<p class="scan-fault">{html.escape(str(error))}</p>', said_of(chat)]
         shown = "; ".join(str(line) for line in scan.facts.get("shown", ()))
         pictures = "".join(f'<img class="scan" alt="{html.escape(words)}" src="{url}">' for url in images)

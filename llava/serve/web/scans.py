@@ -9,7 +9,6 @@ from typing import Any
 
 from PIL import Image
 
-from llava.errors import ImageError
 from llava.image_options import ImageOptions, ImageWithOptions
 from llava.images.opening import image_kind
 from llava.serve.decoding.pool import DecodingPool
@@ -124,10 +123,3 @@ def read_scans(contents: Sequence[bytes], pool: DecodingPool) -> list[Scan]:
 def size_of(scan: Scan) -> int:
     """Bytes that it takes."""
     return sum(map(len, scan.files))
-
-
-def checked_place(scan: Scan, value: Any) -> int:
-    """A slider's value as a place; raises an ImageError for one that there isn't."""
-    if not isinstance(value, (int, float)) or not 0 <= value < len(scan.slices):
-        raise ImageError(f"There is no slice {value!r:.20}; the scan has {len(scan.slices)}.")
-    return int(value)
