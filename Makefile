@@ -13,7 +13,8 @@ OLDEST := $(VENV)/oldest
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-install: $(STAMP)  ## make the virtual environment and install everything into it
+install: $(STAMP)  ## make the virtual environment and install everything into it; EXTRAS=deepspeed,liger adds those
+	$(if $(EXTRAS),$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]')
 
 # Whatever is downloaded has to have one of the lock's hashes. torch's builds differ by platform: it is only pinned.
 $(STAMP): pyproject.toml constraints.txt requirements.lock
