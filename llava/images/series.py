@@ -142,6 +142,8 @@ def _read(path: Path, keep_burned_in: bool) -> list[tuple[tuple[Any, ...], _Memb
         echo, number = str(header.get("EchoNumbers") or ""), float(header.get("InstanceNumber") or 0)
         codes = _code(header.get("Modality")), _code(header.get("BodyPartExamined"))
         frames = int(header.get("NumberOfFrames") or 1)
+        if frames > path.stat().st_size:
+            raise ImageError(f"the DICOM header is wrong ({frames:,} frames)")
         found = []
         for frame in range(frames):
             directions = _numbers(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient")

@@ -116,9 +116,7 @@ def _choose(sizes: tuple[tuple[int, int], ...], level: int | None, name: str) ->
     if level is None:
         return max((place for place in range(1, len(sizes)) if max(sizes[place]) >= SIDE), default=1)
     if not 1 <= level < len(sizes):
-        raise LlavaError(
-            f"{name}: level {level} can't be shown; the slide has 1 to {len(sizes) - 1} below its full size"
-        )
+        raise LlavaError(f"{name}: level {level} can't be shown; a level from 1 to {len(sizes) - 1} can")
     return level
 
 
