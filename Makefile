@@ -97,9 +97,9 @@ soak: $(STAMP)  ## an hour of mixed load with a fault every 30 s; figures in run
 	$(BIN)/python -m tests.faults.soak --minutes 60 --json runs/soak.json
 
 FUZZ_FILES ?= 10000
-fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
+fuzz: $(STAMP)  ## read FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
 	mkdir -p runs
-	$(BIN)/python -m tests.fuzz.images --count $(FUZZ_FILES) --json runs/fuzz.json
+	$(BIN)/python -m tests.fuzz --count $(FUZZ_FILES) --json runs/fuzz.json
 
 lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, one_line
 
 EXIT_BAD_INPUT = 2
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC}
-MOST_LINE = 2000
 MOST_TRACEBACK_LINES = 200
 
 
@@ -144,12 +143,6 @@ class SafeFormatter(logging.Formatter):
         lines = super().formatException(ei).splitlines()
         # The last lines say what happened; indented, none of them looks like the beginning of a record.
         return "\n".join("  " + one_line(line) for line in lines[-MOST_TRACEBACK_LINES:])
-
-
-def one_line(text: str, most: int = MOST_LINE) -> str:
-    """`text` without characters that move a terminal's cursor or end a line, and not longer than `most`."""
-    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:most])
-    return shown if len(text) <= most else f"{shown} … ({len(text)} characters)"
 
 
 def write_line(text: str = "") -> None:

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.records import read_json, write_json
 
 SENTENCEPIECE = "tokenizer.model"
@@ -41,7 +41,7 @@ def load_tokenizer_of(folders: Iterable[Path], otherwise: Path) -> PreTrainedTok
 
 def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer's main file of a model folder."""
-    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+    return next((folder / name for name in ("tokenizer.json", SENTENCEPIECE) if (folder / name).is_file()), None)
 
 
 def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrainedTokenizerBase:
@@ -55,17 +55,21 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
         LlavaError: the folder holds no tokenizer, or one that can't be read.
     """
     folder = Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _from_json(folder)
-    elif (folder / SENTENCEPIECE).is_file():
-        tokenizer = _from_sentencepiece(folder, strip_blanks)
-    else:
+    path = find_tokenizer(folder)
+    if path is None:
         raise LlavaError(
             f"{folder}: no tokenizer found (looked for tokenizer.json and tokenizer.model); copy the "
             f"tokenizer's files of the base model there"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    with library_errors(f"{path}: the tokenizer or a file next to it can't be read"):
+        if path.name == SENTENCEPIECE:
+            tokenizer = _from_sentencepiece(folder, strip_blanks)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        # Some faults show only in use.
+        tokenizer.decode(tokenizer.encode("A chest X-ray.\n<image>"))
     tokenizer.name_or_path = str(folder)
     return tokenizer
 
@@ -102,13 +106,6 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], strip_blan
         AddedToken(token, lstrip=strip_blanks, rstrip=strip_blanks, normalized=False, special=True) for token in tokens
     ]
     return tokenizer.add_tokens(added, special_tokens=True)
-
-
-def _from_json(folder: Path) -> PreTrainedTokenizerFast:
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise _unreadable(folder / "tokenizer.json", error) from error
 
 
 def _from_sentencepiece(folder: Path, strip_blanks: bool) -> PreTrainedTokenizerFast:
@@ -170,14 +167,11 @@ def _convert(path: Path, legacy: bool) -> Tokenizer:
 
 
 def _read_pieces(path: Path):
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes the class when imported
-    try:
+    with library_errors(f"{path}: the tokenizer can't be read"):
         proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise _unreadable(path, error) from error
     if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise LlavaError(f"{path}: not a SentencePiece BPE model")
     return proto.pieces
@@ -238,8 +232,3 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 def _content(token: str | dict[str, Any]) -> str:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _unreadable(path: Path, error: Exception) -> LlavaError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return LlavaError(f"{path}: the tokenizer can't be read ({reason})")

@@ -18,13 +18,13 @@ TILE = 256
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 90)]
 
 
-def pyramid(path, sizes, secret=b"Unmistakable^Person"):
+def pyramid(path, sizes, secret=b"Unmistakable^Person", side=TILE):
     """A TIFF in tiles: a directory for each (width, height), each filled with a colour of its own."""
     data = bytearray(b"II*\0" + bytes(4))
     pointer = 4
     for level, (width, height) in enumerate(sizes):
-        count = -(-width // TILE) * -(-height // TILE)
-        tile = np.full((TILE, TILE, 3), COLOURS[level], np.uint8).tobytes()
+        count = -(-width // side) * -(-height // side)
+        tile = np.full((side, side, 3), COLOURS[level], np.uint8).tobytes()
         first = len(data)
         data += tile  # all tiles are alike: one serves them all
         bits, offsets, counts = len(data), len(data) + 6, len(data) + 6 + 4 * count
@@ -34,8 +34,8 @@ def pyramid(path, sizes, secret=b"Unmistakable^Person"):
         data += secret + b"\0" * (2 - len(secret) % 2)
         tags = [
             (254, 4, 1, int(level > 0)), (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, bits), (259, 3, 1, 1),
-            (262, 3, 1, 2), (270, 2, len(secret) + 1, text), (277, 3, 1, 3), (284, 3, 1, 1), (322, 4, 1, TILE),
-            (323, 4, 1, TILE), (324, 4, count, offsets if count > 1 else first),
+            (262, 3, 1, 2), (270, 2, len(secret) + 1, text), (277, 3, 1, 3), (284, 3, 1, 1), (322, 4, 1, side),
+            (323, 4, 1, side), (324, 4, count, offsets if count > 1 else first),
             (325, 4, count, counts if count > 1 else len(tile)),
         ]  # fmt: skip
         struct.pack_into("<L", data, pointer, len(data))

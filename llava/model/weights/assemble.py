@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.weights.files import NO_VALUES, WeightFiles, is_harmless
 from llava.model.weights.quantized import quantized_parameter
 
@@ -73,7 +73,11 @@ def build_empty(
     """A model whose parameters have shapes but no memory; buffers are real."""
     if attn_implementation:
         config._attn_implementation = attn_implementation
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with (
+        library_errors("config.json describes no model that can be built"),
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),
+    ):
         model = model_class(config)
     model.eval()
     return model
