@@ -23,7 +23,8 @@ SIDE = 2048
 """Pixels of a thumbnail's longer side."""
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_WIDTH, _TILE_WIDTH = 256, 322
+_WIDTH, _TILE_WIDTH, _TILE_HEIGHT = _SIZES = (256, 322, 323)
+_MOST_TILE = 4096
 _MAX_DIRECTORIES, _MAX_TAGS = 64, 4096
 
 
@@ -44,15 +45,20 @@ def is_slide(path: Path, file: BinaryIO) -> bool:
 
 
 def _tiled_widths(data: mmap.mmap) -> list[int]:
-    """Of the directories that are in tiles, the first alone if it isn't."""
+    """Of the directories in tiles, up to the first that OpenSlide, which ends the process without memory, isn't given.
+
+    Empty if the first is none of them.
+    """
     widths: list[int] = []
     directory: Directory | None = Directory(data)
     for _ in range(_MAX_DIRECTORIES):
         if directory is None or directory.count > _MAX_TAGS:
             break
-        tags = {tag.number: tag for tag in directory if tag.number in (_WIDTH, _TILE_WIDTH)}
-        if len(tags) == 2:
-            widths.append(directory.integer(tags[_WIDTH]))
+        tags = {tag.number: directory.integer(tag) for tag in directory if tag.number in _SIZES}
+        if len(tags) == len(_SIZES):
+            if not all(0 < tags[number] <= _MOST_TILE for number in (_TILE_WIDTH, _TILE_HEIGHT)):
+                return []
+            widths.append(tags[_WIDTH])
         elif not widths:
             break
         directory = directory.next()

@@ -62,8 +62,8 @@ def run(kind: str, count: int, seed: int) -> dict:
             done = subprocess.run([*command, str(progress)], capture_output=True, text=True)
             if done.returncode == 0:
                 part = json.loads(done.stdout.splitlines()[-1])
-            elif not progress.exists():
-                raise RuntimeError(f"{kind}: the sound files can't be read: {done.stderr[-2000:]}")
+            elif done.returncode > 0 or not progress.exists():
+                raise RuntimeError(f"{kind}: the fuzzer itself has failed: {done.stderr[-2000:]}")
             else:
                 part = json.loads(progress.read_text())
                 number = start + part["files"]

@@ -1,5 +1,6 @@
 """Image files of each kind, for the fuzzer: sound ones in several forms, and how they are changed."""
 
+import contextlib
 import functools
 import gzip
 import io
@@ -29,9 +30,9 @@ def target(kind: str) -> Target:
 
 def _read_slide(_: str, content: bytes) -> Image.Image:
     """As a file: nobody sends a slide as bytes."""
-    with tempfile.NamedTemporaryFile(suffix=".tif") as file:
-        Path(file.name).write_bytes(content)
-        return open_image(file.name)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("slide.tif").write_bytes(content)
+        return open_image("slide.tif")
 
 
 def _fault(result) -> str | None:
@@ -117,8 +118,8 @@ def _slides() -> list[bytes]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slide.tif"
-        shapes = ([(200, 150), (100, 75), (50, 38)], [(64, 48), (32, 24)])
-        return [pyramid(path, sizes, side=16).read_bytes() for sizes in shapes]
+        shapes = ([(200, 150), (100, 75), (50, 38)], [(90, 60), (45, 30)])
+        return [pyramid(path, sizes, side=32).read_bytes() for sizes in shapes]
 
 
 def _niftis(generator: np.random.Generator) -> list[bytes]:

@@ -1,5 +1,6 @@
 """Changes of files: of their bytes, and of the values in JSON texts."""
 
+import copy
 import json
 from typing import Any
 
@@ -54,7 +55,7 @@ def mutate_json(content: bytes, other: bytes, generator: np.random.Generator) ->
         value = parent[key]
         match generator.integers(6):
             case 0 | 1 | 2:
-                parent[key] = _VALUES[generator.integers(len(_VALUES))]
+                parent[key] = copy.deepcopy(_VALUES[generator.integers(len(_VALUES))])
             case 3:
                 parent[key] = _near(value, generator)
             case 4 if parent is not holder:
@@ -83,7 +84,7 @@ def _near(value: Any, generator: np.random.Generator) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
-        return [value + 1, value - 1, -value, value * 1000, value / 2, 0, str(value)][generator.integers(7)]
+        return [value + 1, value - 1, -value, value * 1000, value // 2, 0, str(value)][generator.integers(7)]
     if isinstance(value, str):
         return [value * 2, value[:-1], value + " ", value.upper(), [value], {value: value}, value[::-1]][
             generator.integers(7)

@@ -117,6 +117,15 @@ def test_the_command(tmp_path, volume, capsys):
         main([ct(), str(volume), "--save", str(tmp_path / "one.png")])
 
 
+def test_a_folder(tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    assert main([str(tmp_path / "scans"), ct()]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "CT_small.dcm: DICOM" in said.out
+    assert f"name files in it ({tmp_path}/scans/*), or make a training set" in said.err
+    assert f"python -m llava.images.convert {tmp_path}/scans --output-dir" in said.err
+
+
 def test_what_the_tower_gets(tmp_path, capsys):
     folder = make_llava(tmp_path / "model")
     assert main([ct(), "--save", str(tmp_path / "seen.png"), "--model-path", str(folder)]) == 0

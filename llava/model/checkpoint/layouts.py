@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
 from llava.model.checkpoint.config import infer_template, read_config
 from llava.model.checkpoint.hf_layout import hf_source, is_hf_config, native_config
@@ -71,7 +71,11 @@ def open_checkpoint(
         LlavaError: an adapter or projector without its base, a delta, a folder without weights; the message
             has the command that helps.
     """
-    find_tower = partial(_find_tower, override=vision_tower, cache_dir=cache_dir)
+    with library_errors(f"{folder}: no checkpoint that can be opened; a file of settings in it is wrong"):
+        return _open(folder, base_folder, partial(_find_tower, override=vision_tower, cache_dir=cache_dir))
+
+
+def _open(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
     if (folder / ADAPTER_CONFIG).is_file():
         return _open_adapter(folder, base_folder, find_tower)
     if not find_weight_files(folder):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_LAYERS = 500
 _READERS = 4
 """Threads that read: one doesn't saturate a disk, nor the memory of the page cache."""
 
@@ -78,6 +79,9 @@ def build_empty(
         init_empty_weights(include_buffers=False),
         no_init_weights(),
     ):
+        layers = max(config.num_hidden_layers, (config.mm_vision_config or {}).get("num_hidden_layers", 0))
+        if layers > _MOST_LAYERS:
+            raise LlavaError(f"config.json asks for {layers:,} layers; more than {_MOST_LAYERS} aren't built")
         model = model_class(config)
     model.eval()
     return model
