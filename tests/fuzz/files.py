@@ -98,13 +98,13 @@ def _configs() -> Target:
 
 def _adapters(what: str) -> Target:
     import torch
-    from peft import LoraConfig
     from safetensors.torch import save
 
     from llava.model.checkpoint.adapter import LoraAdapter
 
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], alpha_pattern={"q_proj": 3, "a|b": 5}).to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"q_proj": 3, "a|b": 5}, "bias": "none"}
+    config |= {"init_lora_weights": True, "use_dora": False, "layers_to_transform": None, "target_modules": ["q_proj"]}
+    config |= {"rank_pattern": {}, "fan_in_fan_out": False, "base_model_name_or_path": "base", "use_rslora": False}
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(6, 2)}
     tensors["base_model.model.lm_head.weight"] = torch.ones(4, 8)
