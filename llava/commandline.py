@@ -123,7 +123,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("httpx", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
+    for noisy in ("httpx", "httpx2", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It advises a package for AVX512-BF16 at every import; llava.model.weights.linear4bit has no use for it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
