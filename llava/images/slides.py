@@ -25,6 +25,8 @@ SIDE = 2048
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WIDTH, _TILE_WIDTH, _TILE_HEIGHT = _SIZES = (256, 322, 323)
 _MOST_TILE = 4096
+_COST = 2.0
+"""Of a pixel against one of a plain JPEG: it has transparency."""
 _MAX_DIRECTORIES, _MAX_TAGS = 64, 4096
 
 
@@ -94,7 +96,8 @@ def read_slide(path: Path, name: str, limits: Limits, *, level: int | None = Non
     with plain_errors(name, "the slide is damaged or cut off"), openslide.OpenSlide(path) as slide:
         sizes = slide.level_dimensions
         level = _choose(sizes, level, name)
-        limits.check_size(*sizes[level], name)
+        width, height = sizes[level]
+        limits.check_size(width, height, name, _COST)
         image = to_rgb(slide.read_region((0, 0), level, sizes[level]))
         image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
         return Thumbnail(image, level, sizes, str(slide.properties.get("openslide.vendor")), _spacing(slide, image))
