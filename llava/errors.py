@@ -30,7 +30,10 @@ def library_errors(words: str) -> Iterator[None]:
         yield
     except LlavaError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library written in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise LlavaError(f"{words} ({one_line(str(error) or type(error).__name__, 300)})") from error
 
 

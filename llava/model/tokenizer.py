@@ -5,6 +5,7 @@ is converted here: transformers 5 orders the merges by vocabulary index and drop
 time, which gives other ids for double blanks and for text next to special tokens.
 """
 
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,7 @@ _NORMAL, _USER_DEFINED = 1, 4
 _NOTES_OF_LOADING = ("backend", "is_local", "local_files_only")
 """What transformers 5 writes into tokenizer_config.json about how it came by the tokenizer."""
 
+_HAS_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _UNLIMITED = int(1e30)
 
 
@@ -65,6 +67,7 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
         if path.name == SENTENCEPIECE:
             tokenizer = _from_sentencepiece(folder, strip_blanks)
         else:
+            _check_merges(path)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -106,6 +109,18 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], strip_blan
         AddedToken(token, lstrip=strip_blanks, rstrip=strip_blanks, normalized=False, special=True) for token in tokens
     ]
     return tokenizer.add_tokens(added, special_tokens=True)
+
+
+def _check_merges(path: Path) -> None:
+    """Against what the library ends the process for: it cuts the prefix off the second part without a look."""
+    if not _HAS_PREFIX.search(path.read_bytes()):
+        return
+    model = read_json(path)["model"]
+    prefix = model["continuing_subword_prefix"]
+    for merge in model.get("merges") or ():
+        second = (merge.split(" ") if isinstance(merge, str) else merge)[1]
+        if not second.startswith(prefix):
+            raise LlavaError(f"{path}: the merge {merge!r} doesn't go on with the continuing_subword_prefix {prefix!r}")
 
 
 def _from_sentencepiece(folder: Path, strip_blanks: bool) -> PreTrainedTokenizerFast:

@@ -48,7 +48,7 @@ def pyramid(path, sizes, secret=b"Unmistakable^Person", side=TILE):
 
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory):
-    return pyramid(tmp_path_factory.mktemp("slide") / "a.tif", [(40_000, 30_000), (10_000, 7_500), (2_500, 1_875)])
+    return pyramid(tmp_path_factory.mktemp("slide") / "a.tif", [(40_000, 30_000), (8_000, 6_000), (2_500, 1_875)])
 
 
 def colour(image: Image.Image) -> tuple[int, ...]:
