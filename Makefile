@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,torchao,tracking]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,slides,openai,quantized,stats,torchao,tracking]'
 	touch $@
 
 # deepspeed isn't a wheel: building it runs code of packages that no hash covers.
@@ -98,9 +98,9 @@ soak: $(STAMP)  ## an hour of mixed load with a fault every 30 s; figures in run
 	$(BIN)/python -m tests.faults.soak --minutes 60 --json runs/soak.json
 
 FUZZ_FILES ?= 10000
-fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
+fuzz: $(STAMP)  ## read FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
 	mkdir -p runs
-	$(BIN)/python -m tests.fuzz.images --count $(FUZZ_FILES) --json runs/fuzz.json
+	$(BIN)/python -m tests.fuzz --count $(FUZZ_FILES) --json runs/fuzz.json
 
 lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ class ApiSettings:
     price_out: float | None = None
     max_cost: float | None = None
     batch_api: bool = False
+    reasoning_model: bool = False  # takes max_completion_tokens in place of max_tokens, and no temperature
     poll_seconds: float = 30.0
 
     def account(self) -> Account:
@@ -65,6 +66,9 @@ def add_api_flags(parser: ArgumentParser) -> None:
     group.add_argument("--price-out", type=float, help="US dollars per million output tokens")
     group.add_argument("--max-cost", type=float, help="US dollars; nothing is sent that could exceed it")
     group.add_argument("--batch-api", action="store_true", help="the Batch API: half the price, up to a day")
+    group.add_argument(
+        "--reasoning-model", action="store_true", help="send max_completion_tokens for max_tokens, and no temperature"
+    )
     group.add_argument("--dry-run", action="store_true", help="print the first prompt and the estimated cost")
 
 
@@ -102,4 +106,5 @@ def settings_from_args(args: Namespace, env: Mapping[str, str] = os.environ) -> 
         price_out=args.price_out,
         max_cost=args.max_cost,
         batch_api=args.batch_api,
+        reasoning_model=args.reasoning_model,
     )
