@@ -34,6 +34,7 @@ KINDS = MappingProxyType(
     {
         "dicom": ("a DICOM file", ("window", "preset", "frame")),
         "nifti": ("a NIfTI volume", ("window", "preset", "axis", "slice")),
+        "slide": ("a slide of pathology", ("frame",)),
         "image": ("neither DICOM nor NIfTI", ()),
     }
 )
@@ -55,7 +56,7 @@ class ImageOptions:
     preset: str | None = None
     """A window by its name in `CT_WINDOWS`."""
     frame: int | None = None
-    """Of a DICOM file of several, from 0."""
+    """Of a DICOM file of several, from 0; a slide's level, from 1."""
     axis: int | None = None
     """Of a volume, along which slices are counted: 0 sagittal, 1 coronal, 2 axial."""
     slice: int | None = None

@@ -23,6 +23,7 @@ from llava.images.facts import ImageFacts
 from llava.images.headers.containers import read_container
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
+from llava.images.slides import describe_slide, is_slide, read_slide
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def open_image(
         source: path, file content, `data:` URL, or a Pillow image; or one of these with its options, which then stand
             in place of the arguments frame, window and axis.
         limits: caps on size; `Limits()` by default.
-        frame: of a multi-frame DICOM, or the slice of a volume; the middle one by default.
+        frame: of a multi-frame DICOM, or the slice of a volume, the middle one by default; a slide's level, from 1.
         window: for DICOM and NIfTI, (centre, width) or a CT preset's name (`llava.images.windows`).
         axis: of a volume, along which slices are counted: 0 sagittal, 1 coronal, 2 axial.
         draft: decode a JPEG at a half, a quarter or an eighth of its size, as long as both sides have so many pixels:
@@ -149,9 +150,15 @@ def open_and_describe(
 def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
     limits, frame, window, axis = how[:4]
     frames = 1
-    is_content = isinstance(source, (bytes, bytearray, memoryview))
-    name = "image" if is_content else str(source)
-    content = bytes(source) if is_content else Path(source).expanduser().read_bytes()
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name, content = "image", bytes(source)
+    else:
+        name, where = str(source), Path(source).expanduser()
+        with where.open("rb") as file:
+            slide = is_slide(where, file)
+        if slide and (found := describe_slide(where, name, limits, level=frame)) is not None:
+            return found
+        content = where.read_bytes()
     kind = _kind(content[:_HEAD], name)
     if kind == "nifti":
         from llava.images.nifti import describe_nifti
@@ -193,6 +200,9 @@ def _open_file(path: Path, name: str, how: _How) -> Image.Image:
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     with file:
+        if is_slide(path, file) and (shown := read_slide(path, name, how.limits, level=how.frame)) is not None:
+            how.options.check_kind("slide", name)
+            return shown.image
         return _open(file, os.fstat(file.fileno()).st_size, name, how)
 
 

@@ -100,19 +100,18 @@ def read_scans(contents: Sequence[bytes], pool: DecodingPool) -> list[Scan]:
         ImageError: a file can't be read, or its first view not be opened.
     """
     scans: list[Scan] = []
-    series: dict[str, list[tuple[tuple[float, float], int, bytes]]] = {}
+    series: dict[str, list[tuple[tuple[float, float], list[int | None], bytes]]] = {}
     for content in contents:
         if image_kind(content) == "nifti":
             scans.append(Scan("nifti", [content], [(0, None)], 0))
             continue
         place = pool.place(content)
-        series.setdefault(place.series, []).append(((place.position, place.number), place.frames, content))
+        frames: list[int | None] = [*place.frames] or [None]
+        series.setdefault(place.series, []).append(((place.position, place.number), frames, content))
     for members in series.values():
         members.sort(key=lambda member: member[0])
-        slices = [
-            (number, frame if frames > 1 else None)
-            for number, (_, frames, _) in enumerate(members)
-            for frame in range(frames)
+        slices: list[tuple[int, int | None]] = [
+            (number, frame) for number, (_, frames, _) in enumerate(members) for frame in frames
         ]
         scans.append(Scan("dicom", [content for *_, content in members], slices, len(slices) // 2))
     for scan in scans:
