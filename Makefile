@@ -9,11 +9,12 @@ LMMS_EVAL := $(VENV)/lmms-eval
 CLIENTS := $(VENV)/clients
 OLDEST := $(VENV)/oldest
 
-.PHONY: help install lock audit sbom demo serve clients test test-all test-oldest fuzz fuzz-api kills soak lint format clean
+.PHONY: help install lock audit sbom demo serve clients test test-all test-oldest fuzz fuzz-api kills soak lint format docs clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-install: $(STAMP)  ## make the virtual environment and install everything into it
+install: $(STAMP)  ## make the virtual environment and install everything into it; EXTRAS=deepspeed,liger adds those
+	$(if $(EXTRAS),$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]')
 
 # Whatever is downloaded has to have one of the lock's hashes. torch's builds differ by platform: it is only pinned.
 $(STAMP): pyproject.toml constraints.txt requirements.lock
@@ -108,9 +109,12 @@ lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeate
 	$(BIN)/mypy
 	$(BIN)/pylint llava
 
+docs: $(STAMP)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(STAMP)  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and the demo's runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

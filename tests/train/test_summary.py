@@ -3,7 +3,7 @@
 import json
 
 from llava.records import write_records
-from llava.train.summary import add_losses, write_summary
+from llava.train.output.summary import add_losses, write_summary
 
 COUNTED = {"count": 0, "first": []}
 
