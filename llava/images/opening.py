@@ -147,6 +147,13 @@ def open_and_describe(
     return image, _describe(source, image, how)
 
 
+def _describe_slide(path: Path, name: str, how: _How) -> ImageFacts | None:
+    with path.open("rb") as file:
+        if not is_slide(path, file):
+            return None
+    return describe_slide(path, name, how.limits, level=how.frame)
+
+
 def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
     limits, frame, window, axis = how[:4]
     frames = 1
