@@ -157,15 +157,11 @@ def _describe_slide(path: Path, name: str, how: _How) -> ImageFacts | None:
 def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
     limits, frame, window, axis = how[:4]
     frames = 1
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        name, content = "image", bytes(source)
-    else:
-        name, where = str(source), Path(source).expanduser()
-        with where.open("rb") as file:
-            slide = is_slide(where, file)
-        if slide and (found := describe_slide(where, name, limits, level=frame)) is not None:
-            return found
-        content = where.read_bytes()
+    is_content = isinstance(source, (bytes, bytearray, memoryview))
+    name = "image" if is_content else str(source)
+    if not is_content and (facts := _describe_slide(Path(source).expanduser(), name, how)) is not None:
+        return facts
+    content = bytes(source) if is_content else Path(source).expanduser().read_bytes()
     kind = _kind(content[:_HEAD], name)
     if kind == "nifti":
         from llava.images.nifti import describe_nifti
