@@ -6,6 +6,7 @@ The graphs are those of torch's own tracing and partitioning, so what is kept fo
 layer keeps. They are carried out operator by operator, and costed as fused (llava.train.estimate.tracker).
 """
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -63,19 +64,39 @@ class DryCompiler:
     def _compile(self, function: Callable) -> Callable:
         from torch._inductor.decomposition import select_decomp_table
 
+        traced: list[fx.GraphModule] = []
+
+        def partition(joint: fx.GraphModule, *args, **kwargs):
+            parts = min_cut_rematerialization_partition(joint, *args, **kwargs)
+            traced.extend((joint, *parts))
+            return parts
+
+        def carry_out(gm: fx.GraphModule, example_inputs: Any) -> Any:
+            return self._carry_out(gm, example_inputs, traced)
+
         return aot_function(
             function,
-            fw_compiler=self._carry_out,
-            bw_compiler=self._carry_out,
-            partition_fn=min_cut_rematerialization_partition,
+            fw_compiler=carry_out,
+            bw_compiler=carry_out,
+            partition_fn=partition,
             decompositions=select_decomp_table(),
         )
 
-    def _carry_out(self, gm: fx.GraphModule, example_inputs: Any) -> Any:
-        for node in gm.graph.nodes:
-            node.meta.clear()  # the tensors that it was traced with
+    def _carry_out(self, gm: fx.GraphModule, example_inputs: list, traced: list[fx.GraphModule]) -> Callable:
+        whole = fx.Graph()
+        whole.output(whole.graph_copy(gm.graph, {}))  # without the nodes that torch has taken out, but not given up
+        gm = fx.GraphModule(gm, whole)
+        traced.append(gm)
 
         def call(inputs: list):
+            if traced:
+                # The tensors of the tracing, which torch would keep: a run on a GPU has none.
+                for graph in traced:
+                    for node in graph.graph.nodes:
+                        node.meta.clear()
+                traced.clear()
+                example_inputs.clear()
+                gc.collect()
             with self.fused():
                 return fx.Interpreter(gm).boxed_run(inputs)
 
