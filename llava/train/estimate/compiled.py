@@ -17,7 +17,7 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 class DryCompiler:
@@ -72,7 +72,7 @@ class DryCompiler:
             return parts
 
         def carry_out(gm: fx.GraphModule, example_inputs: Any) -> Any:
-            return self._carry_out(gm, example_inputs, traced)
+            return self._carry_out(gm, traced)
 
         return aot_function(
             function,
@@ -82,7 +82,7 @@ class DryCompiler:
             decompositions=select_decomp_table(),
         )
 
-    def _carry_out(self, gm: fx.GraphModule, example_inputs: list, traced: list[fx.GraphModule]) -> Callable:
+    def _carry_out(self, gm: fx.GraphModule, traced: list[fx.GraphModule]) -> Callable:
         whole = fx.Graph()
         whole.output(whole.graph_copy(gm.graph, {}))  # without the nodes that torch has taken out, but not given up
         gm = fx.GraphModule(gm, whole)
@@ -90,18 +90,25 @@ class DryCompiler:
 
         def call(inputs: list):
             if traced:
-                # The tensors of the tracing, which torch would keep: a run on a GPU has none.
-                for graph in traced:
-                    for node in graph.graph.nodes:
-                        node.meta.clear()
-                traced.clear()
-                example_inputs.clear()
-                gc.collect()
+                _forget_tracing(traced, inputs)
             with self.fused():
                 return fx.Interpreter(gm).boxed_run(inputs)
 
         call._boxed_call = True  # type: ignore[attr-defined]  # takes its inputs as one list
         return call
+
+
+def _forget_tracing(traced: list[fx.GraphModule], inputs: list) -> None:
+    """Give up the memory of the tensors that graphs were traced with, which torch would keep: a run has none of it."""
+    of_run = {one.untyped_storage()._cdata for one in inputs if isinstance(one, torch.Tensor)}
+    for graph in traced:
+        for node in graph.graph.nodes:
+            for one in tree_leaves([*node.meta.values()]):
+                if isinstance(one, torch.Tensor) and one.untyped_storage()._cdata not in of_run:
+                    one.untyped_storage().resize_(0)
+            node.meta.clear()
+    traced.clear()
+    gc.collect()
 
 
 @contextmanager
