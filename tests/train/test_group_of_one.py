@@ -6,21 +6,24 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 
+from llava.train.lora import NON_LORA
 from llava.train.step.group_of_one import (
     SHARE_FOR_WEIGHTS,
     KeptCopies,
-    frozen_as_computed,
     free_for_copies,
+    frozen_as_computed,
     is_group_of_one,
 )
 from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, launch
+from tests.train.test_master_weights import resumed
 
 MICRO_BATCHES = 3
 STEPS = 4
@@ -83,6 +86,21 @@ def test_what_adapters_are_on_is_cast_once_for_the_run(run):
     assert seen["gradient_dtypes"] == ["torch.float32"]
     assert 0 < seen["sharded"] < seen["parameters"]
     assert seen["large_trained"] <= seen["casts"] / (STEPS + 1) < 1.1 * seen["large_trained"]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_adapters_in_half_precision_resume_bit_equal(tmp_path, processes):
+    base, data = make_llava(tmp_path / "base"), make_records(tmp_path / "data", 24, text_only_every=3)
+
+    def start(folder, *more):
+        launch(processes, FSDP_ON_CPU, *flags(folder, data, base, *more))
+
+    whole, killed = resumed(start, tmp_path, *FSDP, "--bf16", "True", "--lora_enable", "True")
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 6
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, killed))
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (torch.load(folder / NON_LORA, weights_only=True) for folder in (whole, killed))
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("cast", [True, False])
