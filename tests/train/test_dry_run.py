@@ -107,6 +107,14 @@ def test_parts_are_what_arithmetic_says(base):
     assert four.parts_gb["moments"] == pytest.approx(moments / 4, rel=0.02)
 
 
+def test_frozen_weights_are_held_once(base):
+    """Two bytes each in half precision; only what is trained has masters, and copies."""
+    whole, lora = (dry_run([*base, *SMALL, *more], H100, 1).parts_gb for more in ((), ("--lora_enable", "True")))
+    trained, frozen = lora["moments"] / 8, whole["moments"] / 8
+    assert lora["weights"] == pytest.approx(2 * frozen + 4 * trained, rel=0.05)
+    assert lora["gathered weights"] == pytest.approx(2 * trained, rel=0.1)
+
+
 def test_without_sharding_each_gpu_holds_all_and_the_gradients_once_more(base):
     whole = ["--bf16", "False", "--per_device_train_batch_size", "2", "--model_max_length", "256", *ACCUMULATED]
     one, four = (dry_run([*base, *whole], H100, gpus) for gpus in (1, 4))
