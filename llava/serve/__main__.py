@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
 from llava.serve.conversation_log import add_log_flags
+from llava.serve.model_worker import model_name
 from llava.serve.secret import VARIABLE, add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import add_host_flags
 from llava.serve.transport.server import require_serving
@@ -176,6 +177,7 @@ def _servers(args, names: list[str]) -> list[Server]:
     if args.web:
         words = ["--port", str(args.web_port), *front]
         words += ["--feedback-dir", args.feedback_dir] if args.feedback_dir else []
+        words += ["--first-model", names[0] if names else model_name(args.model_path[0])]
         servers.append(Server("web page", "llava.serve.gradio_web_server", f"http://{near}:{args.web_port}", words))
     return servers
 

@@ -118,7 +118,15 @@ class ServingClient:
             raise refused
         if tried:
             raise ServeError(ErrorType.WORKER_LOST)
-        raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
+        raise ServeError(ErrorType.NO_WORKER, await self._no_worker(body["model"]))
+
+    async def _no_worker(self, model: str) -> str:
+        words = f"No worker is ready for the model {model!r}."
+        try:
+            ready = await self.models()
+        except ServeError:
+            ready = []
+        return f"{words} Ready: {', '.join(ready)}." if ready else f"{words} No model is ready."
 
     async def attention_map(self, body: dict[str, Any]) -> dict[str, Any]:
         """What a worker's /worker_attention_map answers.
@@ -141,7 +149,7 @@ class ServingClient:
 
         address = await self.address(body["model"])
         if address is None:
-            raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
+            raise ServeError(ErrorType.NO_WORKER, await self._no_worker(body["model"]))
         try:
             async with self._send(address + path, body) as reply:
                 content = await reply.read()
@@ -192,7 +200,8 @@ class ServingClient:
             return await self._post(self.controller + path, body or {})
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             is_refused = isinstance(error, aiohttp.ClientResponseError) and error.status == 401
-            words = "The controller has another secret." if is_refused else "The controller can't be reached."
+            why = "has another secret" if is_refused else "can't be reached"
+            words = f"The controller at {self.controller} {why}."
             raise ServeError(ErrorType.NO_WORKER, words) from error
 
     async def _post(self, url: str, body: dict[str, Any]) -> Any:

@@ -49,6 +49,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_bool("--share", help="refused: it would lead images through another company's server")
     parser.add_bool("--moderate", help="refused: it would send what is asked to another company")
+    parser.add_argument("--first-model", help="the model that is chosen at first (default: the first by name)")
     parser.add_bool("--embed", help="without heading, to stand in another page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons, and keep what they say in this folder")
     parser.add_argument("--feedback-days", type=float, default=30.0, help="days after which votes are deleted")
@@ -88,6 +89,8 @@ def main(argv=None) -> None:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         app = build_app(args, secret, folder, keys)
         logger.info("web page at http://%s:%d", args.host, args.port)
+        if args.host in LOOPBACK:
+            logger.info("from another machine: ssh -L %d:localhost:%d THIS_MACHINE, or --host", args.port, args.port)
         run_server(app, args.host, args.port, timeout_graceful_shutdown=5)
 
 
@@ -106,6 +109,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     options = PageOptions(
         reload_models=args.model_list_mode == "reload",
         embed=args.embed,
+        first_model=args.first_model,
         concurrency=args.concurrency_count,
         feedback=DailyLog(args.feedback_dir, args.feedback_days) if args.feedback_dir else None,
         image_bytes=args.upload_mb << 20,

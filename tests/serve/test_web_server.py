@@ -125,13 +125,15 @@ def test_flags_that_would_tell_others_are_refused():
         assert "another company" in done.stderr
 
 
-def test_a_side_gets_what_it_has_answered_itself():
+def test_a_model_that_is_chosen_later_gets_the_conversation_so_far():
     image = UploadedImage.from_bytes(draw_example("chest"))
     first = Exchange("a", (image,), [Reply("m", "A"), None])
     chat = Chat([first, Exchange("b", (), [Reply("m", "B"), Reply("n", "X")]), Exchange("c")])
     assert [message["role"] for message in chat.messages(0)] == ["user", "assistant"] * 2 + ["user"]
     assert chat.messages(0)[0]["content"][0]["image_url"]["url"] == image.url
-    assert [message["content"][-1]["text"] for message in chat.messages(1)[::2]] == ["b", "c"]
+    assert [message["content"][-1]["text"] for message in chat.messages(1)[::2]] == ["a", "b", "c"]
+    assert [message["content"] for message in chat.messages(1)[1::2]] == ["A", "X"]
+    assert chat.messages(1)[0]["content"] == chat.messages(0)[0]["content"]
     assert len(chat.shown(0)) == 4 and len(chat.shown(1)) == 2
     assert chat.record()["turns"][0]["images"] == [f"sha256:{image.sha256}"]
 

@@ -50,6 +50,8 @@ class Shown:
 
     def drawn(self, token: int) -> str:
         """HTML of all views for one token, with what the colours mean in figures."""
+        if not self.views:
+            return "<p>The model was given no image here.</p>"
         brightest = max(float(weights[token].max()) for _, _, weights in self.views)
         images = "".join(
             f'<img class="attention" alt="Image {number + 1}{words}" src="{png_data_url(drawn)}">'

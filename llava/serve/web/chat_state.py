@@ -96,11 +96,12 @@ class Chat:
     stopping: bool = False
 
     def messages(self, side: int) -> list[dict[str, Any]]:
-        """What a worker gets: the questions that this side has answered so far, and the last one."""
+        """What a worker gets: the conversation so far and the last question. What this side hasn't answered, as a model
+        that was chosen later, stands there with the other side's answer."""
         messages = []
         for exchange in self.exchanges:
-            reply = exchange.replies[side]
-            said = reply.text if reply else ""
+            texts = [reply.text for reply in (exchange.replies[side], *exchange.replies) if reply and reply.text]
+            said = texts[0] if texts else ""
             is_last = exchange is self.exchanges[-1]
             if not is_last and not said:
                 continue

@@ -83,6 +83,8 @@ class PageOptions:
 
     reload_models: bool = True
     embed: bool = False
+    first_model: str | None = None
+    """Which one is chosen at first."""
     concurrency: int = 16
     feedback: DailyLog | None = None
     """Where votes are kept; None shows no buttons for them."""
@@ -234,11 +236,12 @@ class Page:
             return [gr.skip()] * 5
         # While an answer is being made or read, a worker that has gone only leaves the list.
         keeps_open = bool(known or models)
+        preferred = [model, self.options.first_model, *models]
         return (
             models,
             gr.Column(visible=accepted and not keeps_open),
             gr.Column(visible=accepted and keeps_open),
-            gr.Dropdown(choices=models, value=model if model in models else next(iter(models), None)),
+            gr.Dropdown(choices=models, value=next((one for one in preferred if one in models), None)),
             gr.Dropdown(choices=[NO_SECOND, *models], value=other if other in models else NO_SECOND),
         )
 
