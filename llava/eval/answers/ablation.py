@@ -42,7 +42,7 @@ class QuestionImages:
             for image in question.images:
                 key = image_key(image)
                 if key not in self.sources:
-                    self.sources[key] = source = _source(image, folder)
+                    self.sources[key] = source = image_source(image, folder)
                     if isinstance(source, Path) and not source.is_file():
                         missing.append((question.id, source))
         if missing:
@@ -69,7 +69,8 @@ class QuestionImages:
         return self._replacements[name]
 
 
-def _source(image, folder) -> Any:
+def image_source(image: Any, folder: str | Path | None) -> Any:
+    """What `open_image` takes for a record's image: a path, a data address, or bytes."""
     if not isinstance(image, str):
         return image_bytes(image)
     return image if image.startswith("data:") else Path(folder or "") / image

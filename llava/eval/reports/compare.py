@@ -17,6 +17,7 @@ class AnswerComparison:
     first: Path
     second: Path
     numbers: dict[Metric, Comparison]
+    labels: tuple[str, str] = ("first", "second")
 
     def as_dict(self) -> dict:
         numbers = {metric.title: asdict(found) for metric, found in self.numbers.items()}
@@ -28,12 +29,15 @@ class AnswerComparison:
             mcnemar = "" if found.mcnemar_p is None else f"{found.mcnemar_p:.4f}"
             alone = "" if found.only_first is None else f"{found.only_first} / {found.only_second}"
             rows.append([metric.heading, *comparison_cells(metric, found), alone, mcnemar])
-        header = ["metric (%)", "first", "second", "difference", "p (bootstrap)", "right alone", "p (McNemar)"]
-        return f"first: {self.first}\nsecond: {self.second}\n\n{text_table(header, rows)}"
+        first, second = self.labels
+        header = ["metric (%)", first, second, "difference", "p (bootstrap)", "right alone", "p (McNemar)"]
+        return f"{first}: {self.first}\n{second}: {self.second}\n\n{text_table(header, rows)}"
 
 
-def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
-    """Compare an evaluated answer file with another one to the same questions."""
+def compare_answers(
+    first: Evaluation, second: str | Path, labels: tuple[str, str] = ("first", "second")
+) -> AnswerComparison:
+    """Compare an evaluated answer file with another one to the same questions; `labels` is what tables call the two."""
     settings = first.settings
     other = evaluate(
         first.gt,
@@ -62,7 +66,7 @@ def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
         )
         if found is not None:
             numbers[metric] = found
-    return AnswerComparison(first.pred, Path(second), numbers)
+    return AnswerComparison(first.pred, Path(second), numbers, labels)
 
 
 def comparison_cells(metric: Metric, found: Comparison) -> list[str]:
