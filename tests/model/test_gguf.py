@@ -8,18 +8,16 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llava.errors import LlavaError
-from llava.model import build_model_from_llm, save_model
 from llava.model.export_gguf import main as export_main
 from llava.model.gguf.reader import import_gguf
 from llava.model.gguf.writer import export_gguf
 from llava.model.import_gguf import main as import_main
 from llava.model.tokenizer import load_tokenizer
 from llava.records import read_json
-from tests.tiny import make_chatml_tokenizer, make_clip, make_llava, make_llm, make_tower
+from tests.tiny import make_chat_llava, make_llava, make_tower
 
 TEXTS = ("Is there a fracture?", "  a  12 b\n\n 345", "é 日本 <|im_start|>user\nyes<|im_end|>\n")
 DINOV2_PROCESSOR = {
@@ -32,31 +30,10 @@ DINOV2_PROCESSOR = {
 }
 
 
-def make(folder, *, digits=False, tied=True, tower=None, **fields):
-    """A LLaVA over a language model with a byte-level vocabulary, like SmolLM2's; (checkpoint, language model)."""
-    make_chatml_tokenizer(folder / "tokenizer")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    tokenizer.bos_token = "<|im_start|>"
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% endfor %}"
-    if digits:
-        cut = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    llm = make_llm(folder / "llm", "llama", vocab_size=len(tokenizer), tie_word_embeddings=tied, **ids | sizes | fields)
-    tokenizer.save_pretrained(llm)
-    loaded = build_model_from_llm(
-        llm, tower or make_clip(folder / "clip"), device="cpu", conversation_template="chatml",
-        mm_projector_type="mlp2x_gelu",
-    )  # fmt: skip
-    save_model(folder / "llava", loaded.model, loaded.tokenizer, loaded.image_processor)
-    return folder / "llava", llm
-
-
 @pytest.mark.parametrize("digits", [False, True], ids=["gpt-2", "digits apart"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
 def test_out_and_in_again(tied, digits, tmp_path):
-    llava, llm = make(tmp_path, digits=digits, tied=tied)
+    llava, llm = make_chat_llava(tmp_path, digits=digits, tied=tied)
     file = export_gguf(llava, tmp_path / "gguf", kind="f32") / "model-f32.gguf"
     back = import_gguf(file, tmp_path / "back")
     before, after = load_file(llm / "model.safetensors"), load_file(back / "model.safetensors")
@@ -81,7 +58,7 @@ def test_out_and_in_again(tied, digits, tmp_path):
 @pytest.mark.parametrize(("kind", "dtype", "error"), [("f16", torch.float16, 1e-3), ("q8_0", torch.float32, 0.01),
                                                       ("q4_0", torch.float32, 0.13)])  # fmt: skip
 def test_smaller_types(kind, dtype, error, tmp_path, capsys):
-    llava, llm = make(tmp_path)
+    llava, llm = make_chat_llava(tmp_path)
     export_main(["--model-path", str(llava), "--output", str(tmp_path / "gguf"), "--type", kind, "--vision-tower",
                  str(tmp_path / "clip")])  # fmt: skip
     import_main(["--model-path", str(tmp_path / "gguf" / f"model-{kind}.gguf"), "--output", str(tmp_path / "back")])
@@ -99,7 +76,7 @@ def test_smaller_types(kind, dtype, error, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "BF16"])
 def test_types_of_others_are_unpacked(kind, tmp_path):
     """The file as another program writes it: the same fields, other types."""
-    llava, llm = make(tmp_path)
+    llava, llm = make_chat_llava(tmp_path)
     source = export_gguf(llava, tmp_path / "gguf", kind="f32") / "model-f32.gguf"
     rewrite(source, tmp_path / "other.gguf", GGMLQuantizationType[kind])
     back = load_file(import_gguf(tmp_path / "other.gguf", tmp_path / "back") / "model.safetensors")
@@ -147,7 +124,7 @@ def rewrite(source, target, kind=None, leave_out=(), fields=(), tensors=()):
     ids=["extra tensor", "missing tensor", "architecture", "experts", "yarn", "factors"],
 )
 def test_what_would_not_be_the_same_is_refused(changes, words, tmp_path):
-    source = export_gguf(make(tmp_path)[0], tmp_path / "gguf", kind="f32") / "model-f32.gguf"
+    source = export_gguf(make_chat_llava(tmp_path)[0], tmp_path / "gguf", kind="f32") / "model-f32.gguf"
     rewrite(source, tmp_path / "other.gguf", **changes)
     with pytest.raises(LlavaError, match=words):
         import_gguf(tmp_path / "other.gguf", tmp_path / "back")
@@ -159,7 +136,7 @@ def test_what_would_not_be_the_same_is_refused(changes, words, tmp_path):
 )
 def test_files_that_are_none(content, tmp_path):
     if content is None:
-        whole = export_gguf(make(tmp_path)[0], tmp_path / "gguf", kind="f32") / "model-f32.gguf"
+        whole = export_gguf(make_chat_llava(tmp_path)[0], tmp_path / "gguf", kind="f32") / "model-f32.gguf"
         content = whole.read_bytes()[:-5000]
     (tmp_path / "broken.gguf").write_bytes(content)
     with pytest.raises(LlavaError, match=r"broken\.gguf: .*can't be read|broken\.gguf: no GGUF file"):
@@ -170,7 +147,7 @@ def test_scaled_positions_come_back(tmp_path):
     """LLaMA-3.1's: a factor per frequency in the file, the rule that they follow in the folder."""
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
-    llava, llm = make(tmp_path, rope_parameters=rope, max_position_embeddings=131072)
+    llava, llm = make_chat_llava(tmp_path, rope_parameters=rope, max_position_embeddings=131072)
     file = export_gguf(llava, tmp_path / "gguf", kind="f32") / "model-f32.gguf"
     back = import_gguf(file, tmp_path / "back")
     assert LlamaConfig.from_pretrained(back).rope_parameters == rope
@@ -183,7 +160,7 @@ def test_scaled_positions_come_back(tmp_path):
 def test_dinov2_is_written_as_a_plain_vit(tmp_path):
     """The layer scale is in the output projections, position embeddings are those of the model's image size."""
     tower = make_tower(tmp_path / "dinov2", "dinov2", DINOV2_PROCESSOR, image_size=70, layerscale_value=0.3)
-    llava, _ = make(tmp_path, tower=tower)
+    llava, _ = make_chat_llava(tmp_path, tower=tower)
     weights = load_file(tower / "model.safetensors")
     files = [
         {t.name: t for t in GGUFReader(export_gguf(llava, tmp_path / token, kind="f32", class_token=token)
@@ -216,7 +193,7 @@ def test_what_llama_cpp_has_no_place_for_is_refused(kind, fields, words, tmp_pat
 
 
 def test_flags_of_the_export(tmp_path):
-    llava, _ = make(tmp_path)
+    llava, _ = make_chat_llava(tmp_path)
     flags = ["--model-path", str(llava), "--output", str(tmp_path / "gguf"), "--class-token", "last"]
     export_main(flags)
     with pytest.raises(LlavaError, match="isn't empty"):
