@@ -78,14 +78,17 @@ def main(argv: list[str] | None = None) -> None:
         clean = score_clean_subset(result, args.audit, args.train, args.image_folder)
         sections.append(clean.text())
         content["clean_subset"] = clean.as_dict()
-    for flag, name in (("compare", "comparison"), ("memory", "memory")):
-        if other := getattr(args, flag):
-            from llava.eval.reports.compare import compare_answers
+    if args.compare or args.memory:
+        from llava.eval.reports.compare import compare_answers, compare_with_memory
 
-            labels = ("model", "memory") if flag == "memory" else ("first", "second")
-            comparison = compare_answers(result, existing_file(other, f"--{flag}"), labels)
+        if args.compare:
+            comparison = compare_answers(result, existing_file(args.compare, "--compare"))
             sections.append(comparison.text())
-            content[name] = comparison.as_dict()
+            content["comparison"] = comparison.as_dict()
+        if args.memory:
+            comparison = compare_with_memory(result, existing_file(args.memory, "--memory"))
+            sections.append(comparison.text())
+            content["memory"] = comparison.as_dict()
     if args.output:
         write_json(Path(args.output), content)
     if args.per_item:

@@ -82,7 +82,7 @@ def test_captions_of_other_keys_go_by_who_speaks(tmp_path):
     turns = [("system", "Be brief."), ("assistant", "Hello."), ("user", "Organ?\n<image>"), ("assistant", "Lung")]
     rows = [{"id": "1", "images": ["a.png"], "messages": [{"role": r, "content": t} for r, t in turns]}]
     write_json(tmp_path / "train.json", rows)
-    args = argparse.Namespace(records=tmp_path / "train.json", field=[], question="What?", min_images=1)
+    args = argparse.Namespace(records=tmp_path / "train.json", field=[], question="What?", min_images=1, turns=8)
     splits = qa_captions.convert(args, ImageFolder(None)).splits
     assert [row["conversations"][1]["value"] for row in splits["captions"]] == ["organ: lung."]
     write_json(tmp_path / "train.json", [{**rows[0], "images": ["a.png", "b.png"]}])

@@ -1,6 +1,6 @@
 """Two models on the same questions: McNemar's test and the paired bootstrap."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llava.eval.metrics.intervals import Comparison, compare_paired
@@ -34,10 +34,20 @@ class AnswerComparison:
         return f"{first}: {self.first}\n{second}: {self.second}\n\n{text_table(header, rows)}"
 
 
-def compare_answers(
-    first: Evaluation, second: str | Path, labels: tuple[str, str] = ("first", "second")
-) -> AnswerComparison:
-    """Compare an evaluated answer file with another one to the same questions; `labels` is what tables call the two."""
+def turned(found: Comparison) -> Comparison:
+    """The same comparison with the difference the other way round: what the first has more than the second."""
+    return replace(found, difference=-found.difference, low=-found.high, high=-found.low)
+
+
+def compare_with_memory(model: Evaluation, memory: str | Path) -> AnswerComparison:
+    """A model's answers beside those from memory; the difference is what the model adds."""
+    found = compare_answers(model, memory)
+    numbers = {metric: turned(number) for metric, number in found.numbers.items()}
+    return replace(found, numbers=numbers, labels=("model", "memory"))
+
+
+def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
+    """Compare an evaluated answer file with another one to the same questions; the difference is second minus first."""
     settings = first.settings
     other = evaluate(
         first.gt,
@@ -66,7 +76,7 @@ def compare_answers(
         )
         if found is not None:
             numbers[metric] = found
-    return AnswerComparison(first.pred, Path(second), numbers, labels)
+    return AnswerComparison(first.pred, Path(second), numbers)
 
 
 def comparison_cells(metric: Metric, found: Comparison) -> list[str]:

@@ -12,7 +12,7 @@ from llava.eval.answers.manifest import describe
 from llava.eval.metrics.joined import JoinedItem
 from llava.eval.metrics.score import headlines
 from llava.eval.reports.clean_subset import CleanScores
-from llava.eval.reports.compare import compare_answers, comparison_cells
+from llava.eval.reports.compare import compare_answers, compare_with_memory, comparison_cells
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
@@ -108,7 +108,7 @@ def memory_section(entries: Sequence[Entry]) -> Markup:
         for model in entries:
             if model.is_memory or model.ablation != "none" or model.result.gt != memory.result.gt:
                 continue
-            for metric, found in compare_answers(model.result, memory.result.pred).numbers.items():
+            for metric, found in compare_with_memory(model.result, memory.result.pred).numbers.items():
                 rows.append([model.label, memory.label, metric.heading, *comparison_cells(metric, found)])
     if not rows:
         return Markup()
