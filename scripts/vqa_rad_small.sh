@@ -18,7 +18,7 @@ set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 say() { echo "== $*"; }
-scripts/fetch_small_models.sh
+OUT="$MODELS" scripts/fetch_small_models.sh
 
 # Once: grey images under the same names, the sets, and the training questions that are on no image of the test.
 if [ ! -f "$OUT/data/audit.json" ]; then

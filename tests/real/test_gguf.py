@@ -72,13 +72,13 @@ def images(side: int, count: int) -> list[Image.Image]:
     return found
 
 
-def see(loaded, theirs: LlamaCpp, projector: Path, image: Image.Image, count: int):
+def see(engine: Engine, loaded, theirs: LlamaCpp, projector: Path, image: Image.Image, count: int):
     """(our features, theirs, our greedy ids, theirs)."""
     file = io.BytesIO()
     image.save(file, "PNG")
     conversation = get_template("smollm2")
     conversation.append_message(conversation.roles[0], "<image>\nWhat is shown?")
-    answer = Engine(loaded).generate([Request(conversation, [image], SamplingParams(max_new_tokens=count))])[0]
+    answer = engine.generate([Request(conversation, [image], SamplingParams(max_new_tokens=count))])[0]
     conversation.append_message(conversation.roles[1], None)
     end = loaded.tokenizer.eos_token_id
     seen, ids = theirs.see(projector, conversation.get_prompt(), file.getvalue(), count, {end})
@@ -126,18 +126,19 @@ def test_images(seeing, tmp_path):
     load_or_skip()
     name, folder = seeing
     loaded = load_pretrained_model(folder, device="cpu")
+    engine = Engine(loaded)
     side = loaded.model.get_vision_tower().image_size
     has_class_token = bool(loaded.model.get_vision_tower().prefix_tokens)
     output = export_gguf(folder, tmp_path / "gguf", kind="f32", class_token=FIRST)
     theirs = LlamaCpp(output / "model-f32.gguf")
-    first = see(loaded, theirs, output / "mmproj-f32.gguf", images(side, 1)[0], 1)
+    first = see(engine, loaded, theirs, output / "mmproj-f32.gguf", images(side, 1)[0], 1)
     misplaced = has_class_token and cosines(*first[:2]).min() < 0.999
     if misplaced:
         output = export_gguf(folder, tmp_path / "last", kind="f32", class_token=LAST)
         theirs = LlamaCpp(output / "model-f32.gguf")
     same = 0
     for image in images(side, 10):
-        ours, seen, answer, ids = see(loaded, theirs, output / "mmproj-f32.gguf", image, 8)
+        ours, seen, answer, ids = see(engine, loaded, theirs, output / "mmproj-f32.gguf", image, 8)
         found = cosines(ours[1:], seen[:-1]) if misplaced else cosines(ours, seen)
         assert found.min() >= 0.999, (name, found.min())
         same += answer == ids

@@ -5,6 +5,7 @@ What that reader leaves out without a word is done here or refused: ids of speci
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def import_gguf(
         name: tensor for name, tensor in model.state_dict().items() if not (config.tie_word_embeddings and name == HEAD)
     }
     tensors = [
-        planned_tensor(name, tensor.shape, dtype, lambda tensor=tensor: tensor) for name, tensor in state.items()
+        planned_tensor(name, tensor.shape, dtype, partial(torch.Tensor.detach, tensor))
+        for name, tensor in state.items()
     ]
     check_space(output, sum(tensor.nbytes for tensor in tensors))
     with stage(output, overwrite=overwrite, resume=RESUMABLE) as folder:

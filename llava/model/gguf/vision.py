@@ -99,18 +99,17 @@ def vision_tensors(checkpoint: ResolvedCheckpoint, class_token: str = FIRST) -> 
         if tower.is_unused_layer(own) or name.removeprefix(prefix).startswith(_LEFT_OUT):
             continue
         shape = checkpoint.shape(name)
-        read = partial(checkpoint.read, name)
         block = tower.block_of(own)
         if block is None:
             stored = _WHOLE.get(name.removeprefix(prefix))
             if stored is None:
                 raise _without_place(checkpoint, name)
             if stored == "v.position_embd.weight":
-                positions = _positions(read(), tower, class_token)
-                yield stored, tuple(positions.shape), lambda positions=positions: positions
+                positions = _positions(checkpoint.read(name), tower, class_token)
+                yield stored, tuple(positions.shape), partial(torch.Tensor.float, positions)
             else:
                 shape = (shape[-1],) if stored == "v.class_embd" else shape
-                yield stored, shape, lambda read=read, shape=shape: read().reshape(shape)
+                yield stored, shape, partial(_shaped, checkpoint, name, shape)
             continue
         start = f"{TOWER_PREFIX}{tower.block_prefix}{block}."
         part = name.removeprefix(start)
@@ -154,6 +153,10 @@ def _positions(table: torch.Tensor, tower: VisionTower, class_token: str) -> tor
         square = interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
         grid = square.permute(0, 2, 3, 1).reshape(side * side, -1)
     return torch.cat([grid, first] if class_token == LAST else [first, grid])
+
+
+def _shaped(checkpoint: ResolvedCheckpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return checkpoint.read(name).reshape(shape)
 
 
 def _scaled(checkpoint: ResolvedCheckpoint, name: str, scale: str | None) -> torch.Tensor:

@@ -29,7 +29,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows:
         raise LlavaError(f"the tokenizer is of type {model['type']}; only BPE tokenizers can be written as GGUF")
     added = {token["id"]: token for token in content["added_tokens"]}
     names = [
-        added[index]["content"] if index in added else tokenizer.convert_ids_to_tokens(index)
+        str(added[index]["content"] if index in added else tokenizer.convert_ids_to_tokens(index))
         for index in range(min(rows, len(tokenizer)))
     ]
     free = range(len(names), rows)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def _language_tensors(checkpoint: ResolvedCheckpoint, kind: str) -> list[Stored]
             continue
         shape = checkpoint.shape(ours)
         stored = _own_type(shape, "q8_0" if kind == "q4_0" and ours in (EMBEDDING, HEAD) else kind)
-        tensors.append(Stored(name, shape, stored, lambda ours=ours: _language_tensor(checkpoint, ours)))
+        tensors.append(Stored(name, shape, stored, partial(_language_tensor, checkpoint, ours)))
     known = set(language_names(config.num_hidden_layers).values())
     rest = [name for name in checkpoint.names if name not in known and not name.startswith(_OF_IMAGES)]
     if rest:
