@@ -10,18 +10,27 @@ LLAMA_CPP := $(VENV)/.llama-cpp
 CLIENTS := $(VENV)/clients
 OLDEST := $(VENV)/oldest
 
+<<<<<<< HEAD
 .PHONY: help install lock audit sbom demo serve clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format clean
+=======
+.PHONY: help install lock audit sbom demo serve clients test test-all test-oldest fuzz fuzz-api kills soak lint format docs clean
+>>>>>>> main
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-install: $(STAMP)  ## make the virtual environment and install everything into it
+install: $(STAMP)  ## make the virtual environment and install everything into it; EXTRAS=deepspeed,liger adds those
+	$(if $(EXTRAS),$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]')
 
 # Whatever is downloaded has to have one of the lock's hashes. torch's builds differ by platform: it is only pinned.
 $(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+<<<<<<< HEAD
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,torchao,tracking,gguf]'
+=======
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,slides,openai,quantized,stats,torchao,tracking]'
+>>>>>>> main
 	touch $@
 
 # deepspeed isn't a wheel: building it runs code of packages that no hash covers.
@@ -107,9 +116,9 @@ soak: $(STAMP)  ## an hour of mixed load with a fault every 30 s; figures in run
 	$(BIN)/python -m tests.faults.soak --minutes 60 --json runs/soak.json
 
 FUZZ_FILES ?= 10000
-fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
+fuzz: $(STAMP)  ## read FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
 	mkdir -p runs
-	$(BIN)/python -m tests.fuzz.images --count $(FUZZ_FILES) --json runs/fuzz.json
+	$(BIN)/python -m tests.fuzz --count $(FUZZ_FILES) --json runs/fuzz.json
 
 lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .
@@ -118,9 +127,12 @@ lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeate
 	$(BIN)/mypy
 	$(BIN)/pylint llava
 
+docs: $(STAMP)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(STAMP)  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and the demo's runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -29,6 +29,8 @@ class ImageFacts:
     """`axial`, `coronal`, `sagittal`, `oblique` for a slice; an EXIF orientation for a photograph."""
     spacing_mm: tuple[float, ...] | None = None
     """Between rows, columns and, where known, slices."""
+    position_mm: tuple[float, ...] | None = None
+    """Of the first pixel in the patient."""
     modality: str | None = None
     shown: list[str] = field(default_factory=list)
     """What the model would see, and why."""

@@ -38,6 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         from llava.images import describe_image
 
         try:
+            if Path(file).expanduser().is_dir():
+                raise LlavaError(
+                    f"{file}: a folder; name files in it ({Path(file) / '*'}), or make a training set of it: python -m "
+                    f"llava.images.convert {file} --output-dir OUTPUT_FOLDER"
+                )
             facts = describe_image(file, **options)
             saved = save(file, options) if save else None
         except LlavaError as error:

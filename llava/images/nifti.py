@@ -156,7 +156,7 @@ def _read_header(nibabel, source: _Source):
 def _check(header, source: _Source) -> None:
     name, limits, shape = source.name, source.limits, header.get_data_shape()
     if not 2 <= len(shape) <= 7 or min(shape) < 1:
-        raise ImageError(f"{name}: a volume of the shape {tuple(shape)} has no slice to show")
+        raise ImageError(f"{name}: the volume's header says no usable shape, so there is no slice to show")
     size = int(np.prod(shape, dtype=np.float64)) * header.get_data_dtype().itemsize
     limits.check_volume(size, name)
     sides = (*shape, 1)[:3]

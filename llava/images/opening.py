@@ -20,6 +20,7 @@ from llava.images.facts import ImageFacts
 from llava.images.headers.containers import read_container
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
+from llava.images.slides import describe_slide, is_slide, read_slide
 
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
 _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -55,7 +56,7 @@ def open_image(
     Args:
         source: path, file content, `data:` URL, or a Pillow image.
         limits: caps on size; `Limits()` by default.
-        frame: of a multi-frame DICOM, or the slice of a volume; the middle one by default.
+        frame: of a multi-frame DICOM, or the slice of a volume, the middle one by default; a slide's level, from 1.
         window: for DICOM and NIfTI, (centre, width) or a CT preset's name (`llava.images.windows`).
         axis: of a volume, along which slices are counted: 0 sagittal, 1 coronal, 2 axial.
         draft: decode a JPEG at a half, a quarter or an eighth of its size, as long as both sides have so many pixels:
@@ -99,8 +100,14 @@ def describe_image(
         ImageError, LlavaError: as `open_image`.
     """
     limits, name, frames = limits or Limits(), str(path), 1
+    where = Path(path).expanduser()
+    if where.is_file():
+        with where.open("rb") as file:
+            slide = is_slide(where, file)
+        if slide and (facts := describe_slide(where, name, limits, level=frame)) is not None:
+            return facts
     image = open_image(path, limits=limits, frame=frame, window=window, axis=axis)
-    content = Path(path).expanduser().read_bytes()
+    content = where.read_bytes()
     kind = _kind(content[:_HEAD], name)
     if kind == "nifti":
         from llava.images.nifti import describe_nifti
@@ -142,6 +149,8 @@ def _open_file(path: Path, name: str, limits: Limits, frame, window, axis, draft
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     with file:
+        if is_slide(path, file) and (shown := read_slide(path, name, limits, level=frame)) is not None:
+            return shown.image
         return _open(file, os.fstat(file.fileno()).st_size, name, limits, frame, window, axis, draft)
 
 

@@ -80,12 +80,13 @@ def test_the_client_of_the_major_version_before(tiny_serving, expected):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", ["litellm", "langchain"])
+@pytest.mark.parametrize("name", ["litellm", "langchain", "instructor"])
 def test_clients_that_take_all_of_it(tiny_serving, expected, name):
     needs(PYTHON)
     found = run_script(tiny_serving, PYTHON, SCRIPTS / f"{name}_client.py")
     assert_same(found, expected)
     assert all(found.get("structured", {}).values())
+    assert name == "litellm" or len(found["structured"]) == 2
 
 
 def test_javascript(tiny_serving, expected):
@@ -97,19 +98,17 @@ def test_javascript(tiny_serving, expected):
     assert_same(run_script(tiny_serving, node, PLACE / "openai_client.mjs"), expected)
 
 
-def test_instructor_in_both_modes(tiny_serving):
-    needs(PYTHON)
-    found = run_script(tiny_serving, PYTHON, SCRIPTS / "instructor_client.py")
-    assert len(found) == 2 and all(found.values())
-
-
 def test_pydantic_ai(tiny_serving, expected):
+    """It keeps the first of several choices; all else it has a setting for."""
     needs(PYTHON)
     found = run_script(tiny_serving, PYTHON, SCRIPTS / "pydantic_ai_client.py")
-    assert [found[name].strip() for name in ("text", "image", "images", "stream")] == [
-        expected[name].strip() for name in ("text", "image", "images", "stream")
-    ]
-    assert found["usage"] == 8 and found["structured"] == {"NativeOutput": True, "ToolOutput": True}
+    for name in ("text", "image", "images", "stream", "stopped"):
+        assert found[name].strip() == expected[name].strip(), name
+    assert found["several"] == found["again"]
+    assert found["several"].strip() == expected["several"][0].strip()
+    assert found["usage"] == found["logprobs"] == 8
+    assert "frequency_penalty: not supported here" in found["refused"]
+    assert found["structured"] == {"NativeOutput": True, "ToolOutput": True}
 
 
 def test_the_llm_command_line(tiny_serving, expected, tmp_path):
@@ -118,11 +117,18 @@ def test_the_llm_command_line(tiny_serving, expected, tmp_path):
     (tmp_path / "extra-openai-models.yaml").write_text(models + "  vision: true\n")
     (tmp_path / "keys.json").write_text('{"none": "none"}')
     (tmp_path / "image.png").write_bytes(base64.b64decode(data_url().partition(",")[2]))
-    words = [PLACE / "bin" / "llm", "-m", "tiny", "-o", "max_tokens", "8", "-o", "temperature", "0", "What is shown?"]
-    env = {"LLM_USER_PATH": str(tmp_path)}
-    for more in ((), ("--no-stream",)):
-        assert run_client(*words, *more, env=env).strip() == expected["text"].strip()
-    assert run_client(*words, "-a", tmp_path / "image.png", env=env).strip()
+
+    def ask(*words, **options) -> str:
+        given = [word for name, value in ({"max_tokens": 8} | options).items() for word in ("-o", name, value)]
+        words = [PLACE / "bin" / "llm", "-m", "tiny", "What is shown?", *given, *words]
+        return run_client(*words, env={"LLM_USER_PATH": str(tmp_path)}).strip()
+
+    image = ("-a", tmp_path / "image.png")
+    assert ask(temperature=0) == ask("--no-stream", temperature=0) == expected["text"].strip()
+    assert ask(*image, temperature=0) == ask(*image, "--no-stream", temperature=0)
+    assert ask(*image, *image, temperature=0)
+    assert ask(temperature=1, seed=7) == expected["several"][0].strip()
+    assert ask(temperature=0, stop=expected["text"].strip()[2]) == expected["stopped"].strip()
 
 
 def test_curl(tiny_serving, expected):
@@ -138,6 +144,19 @@ def test_curl(tiny_serving, expected):
     events = [json.loads(line.removeprefix("data: ")) for line in streamed if line.startswith("data: {")]
     assert "".join(event["choices"][0]["delta"]["content"] for event in events) == expected["text"]
     assert "data: [DONE]" in streamed
+    picture = {"type": "image_url", "image_url": {"url": data_url()}}
+    text = body["messages"][0]["content"]
+
+    def asked(images=0, **more) -> list[dict]:
+        content = [*[picture] * images, {"type": "text", "text": text}]
+        message = {"messages": [{"role": "user", "content": content}]}
+        return json.loads(run_client(*words, json.dumps(body | message | more)))["choices"]
+
+    assert [asked(n)[0]["message"]["content"] for n in (1, 2)] == [expected["image"], expected["images"]]
+    drawn = asked(n=2, temperature=1, seed=7)
+    assert [choice["message"]["content"] for choice in drawn] == expected["several"]
+    assert asked(stop=[expected["text"].strip()[2]])[0]["message"]["content"] == expected["stopped"]
+    assert len(asked(logprobs=True, top_logprobs=2)[0]["logprobs"]["content"]) == 8
 
 
 def test_inspect_ai_counts_as_run_eval_does(tiny_serving, tmp_path):
@@ -146,13 +165,26 @@ def test_inspect_ai_counts_as_run_eval_does(tiny_serving, tmp_path):
     needs(inspect)
     write_phantoms(tmp_path / "data", 0, Counts(train=4, test=120, conversations=1, vqa=1, text=4), size=48)
     questions = tmp_path / "data" / "vqa_test.json"
-    words = [inspect, "eval", "docs/inspect_task.py", "--model", "openai/tiny"]
-    words += ["--model-base-url", f"{tiny_serving[2].url}/v1", "--max-tokens", "6", "--max-connections", "8"]
-    words += ["-T", f"questions={questions}", "-T", f"images={tmp_path / 'data' / 'images'}"]
-    words += ["--log-dir", tmp_path / "logs", "--log-format", "json", "--display", "plain"]
-    run_client(*words, env={"OPENAI_API_KEY": "none", "PYTHONPATH": str(ROOT)}, cwd=ROOT)
-    (log,) = (tmp_path / "logs").glob("*.json")
-    told = json.loads(log.read_text())
+
+    def inspected(name: str, *more) -> dict:
+        words = [inspect, "eval", "docs/inspect_task.py", "--model", "openai/tiny"]
+        words += ["--model-base-url", f"{tiny_serving[2].url}/v1", "--max-tokens", "6", "--max-connections", "8"]
+        words += ["-T", f"questions={questions}", "-T", f"images={tmp_path / 'data' / 'images'}"]
+        words += ["--log-dir", tmp_path / name, "--log-format", "json", "--display", "plain"]
+        run_client(*words, *more, env={"OPENAI_API_KEY": "none", "PYTHONPATH": str(ROOT)}, cwd=ROOT)
+        (log,) = (tmp_path / name).glob("*.json")
+        return json.loads(log.read_text())
+
+    hot = ["--limit", "2", "--temperature", "1", "--seed", "7", "--num-choices", "2"]
+    hot += ["--logprobs", "--top-logprobs", "2"]
+    first, second = (inspected(name, *hot)["samples"] for name in ("first", "second"))
+    assert choices_of(first) == choices_of(second) and len(choices_of(first)[0]) == 2
+    assert len(first[0]["output"]["choices"][0]["logprobs"]["content"]) == 6
+    letter = choices_of(first)[0][0].strip()[1]
+    stopped = inspected("stopped", *hot, "--stop-seqs", letter)["samples"]
+    assert letter not in choices_of(stopped)[0][0]
+
+    told = inspected("all")
     accuracy = told["results"]["scores"][0]["metrics"]["accuracy"]["value"]
     said = {str(sample["id"]): sample["scores"]["strict"]["answer"] for sample in told["samples"]}
     assert len(said) == 200
@@ -167,6 +199,11 @@ def test_inspect_ai_counts_as_run_eval_does(tiny_serving, tmp_path):
     run_client(*words, "--pred", tmp_path / "answers.jsonl", "--output", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert strict_accuracy(scores) == pytest.approx(100 * accuracy, abs=1e-6)
+
+
+def choices_of(samples: list[dict]) -> list[list[str]]:
+    """The texts of each sample in inspect's log."""
+    return [[choice["message"]["content"] for choice in sample["output"]["choices"]] for sample in samples]
 
 
 def strict_accuracy(scores: dict) -> float:

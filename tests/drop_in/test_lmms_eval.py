@@ -17,7 +17,6 @@ from PIL import Image
 from llava.conversation import get_template
 from llava.generation import Engine, Request, SamplingParams
 from llava.model import load_pretrained_model
-from tests import tiny
 
 PLACE = Path(os.environ.get("LMMS_EVAL", Path(sys.prefix) / "lmms-eval"))
 FILE = PLACE / "lmms_eval" / "models" / "simple" / "llava.py"
@@ -69,11 +68,6 @@ def tool():
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         yield module.Llava
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.make_llava(tmp_path_factory.mktemp("lmms_eval"))
 
 
 @pytest.fixture(scope="module")

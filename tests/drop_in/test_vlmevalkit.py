@@ -10,7 +10,6 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.generation import Engine, Request, SamplingParams
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from tests import tiny
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -18,11 +17,10 @@ SYSTEM = (
 )
 
 
-def test_its_calls(tmp_path, monkeypatch):
+def test_its_calls(folder, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, device=None: self)
         monkeypatch.setattr(torch.Tensor, "cuda", lambda self, device=None: self)
-    folder = tiny.make_llava(tmp_path)
     tokenizer, model, image_processor, context_len = load_pretrained_model(
         model_path=str(folder),
         model_base=None,
