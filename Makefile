@@ -10,11 +10,7 @@ LLAMA_CPP := $(VENV)/.llama-cpp
 CLIENTS := $(VENV)/clients
 OLDEST := $(VENV)/oldest
 
-<<<<<<< HEAD
-.PHONY: help install lock audit sbom demo serve clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format clean
-=======
-.PHONY: help install lock audit sbom demo serve clients test test-all test-oldest fuzz fuzz-api kills soak lint format docs clean
->>>>>>> main
+.PHONY: help install lock audit sbom demo serve clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format docs clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -26,11 +22,7 @@ $(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-<<<<<<< HEAD
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,torchao,tracking,gguf]'
-=======
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,slides,openai,quantized,stats,torchao,tracking]'
->>>>>>> main
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,slides,openai,quantized,stats,torchao,tracking,gguf]'
 	touch $@
 
 # deepspeed isn't a wheel: building it runs code of packages that no hash covers.
