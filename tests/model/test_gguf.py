@@ -6,6 +6,8 @@ tests/real compares with llama.cpp's own library.
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("gguf", reason="the extra gguf is not installed")
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig

@@ -38,3 +38,12 @@ def rotary_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a query or key projection as llama.cpp has them: the two values that a rotation mixes side by side."""
     rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def known_cuts() -> dict[str, str]:
+    """{`tokenizer.ggml.pre`: the expression that cuts text}, by the library's list; older releases of it have none."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return {}
+    return dict(GGUF_PRE_TOKENIZER_SPLITS)

@@ -20,7 +20,7 @@ from llava.errors import LlavaError
 from llava.folders import check_space, check_target, stage
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import HEAD
-from llava.model.gguf.names import ARCHITECTURE, DIGITS_APART, ROPE_FREQS, language_names
+from llava.model.gguf.names import ARCHITECTURE, DIGITS_APART, ROPE_FREQS, known_cuts, language_names
 from llava.model.tokenizer import save_tokenizer
 from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, planned_tensor, write_shards
 
@@ -200,7 +200,7 @@ def _read_tokenizer(file: GGUFReader, source: Path) -> PreTrainedTokenizerBase:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    elif _field(file, "tokenizer.ggml.model") == "gpt2" and pre not in _GPT2_CUTS and not _is_known(pre):
+    elif _field(file, "tokenizer.ggml.model") == "gpt2" and pre not in _GPT2_CUTS and pre not in known_cuts():
         log.warning("%s: its way of cutting text (tokenizer.ggml.pre %r) isn't known; GPT-2's is taken", source, pre)
     wrong = [index for index, token in enumerate(tokens) if tokenizer.convert_ids_to_tokens(index) != token]
     # What is no token of the alphabet is never made from text: the library leaves such names out.
@@ -214,15 +214,6 @@ def _read_tokenizer(file: GGUFReader, source: Path) -> PreTrainedTokenizerBase:
     tokenizer.model_max_length = int(_field(file, f"{ARCHITECTURE}.context_length"))
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def _is_known(pre: str | None) -> bool:
-    """Whether the library has this way of cutting text; releases before 5.20 have none but GPT-2's."""
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:
-        return False
-    return pre in GGUF_PRE_TOKENIZER_SPLITS
 
 
 def _end_ids(file: GGUFReader) -> int | list[int] | None:

@@ -7,7 +7,7 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from llava.errors import LlavaError
-from llava.model.gguf.names import DIGITS_APART
+from llava.model.gguf.names import DIGITS_APART, known_cuts
 
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _LOW = -1e6
@@ -94,10 +94,8 @@ def _cuts(content: dict[str, Any]) -> str:
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
         return DIGITS_APART[0]
     if kinds == ["Split", "ByteLevel"]:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
         pattern = steps[0]["pattern"].get("Regex")
-        named = [name for name, split in GGUF_PRE_TOKENIZER_SPLITS.items() if split == pattern]
+        named = [name for name, split in known_cuts().items() if split == pattern]
         if named:
             return "llama-bpe" if "llama-bpe" in named else named[0]
     raise LlavaError(f"the tokenizer cuts text by {', '.join(kinds)} in a way that llama.cpp has no name for")
