@@ -17,10 +17,9 @@ from PIL import Image
 
 from llava.commandline import ArgumentParser, existing_dir, run, write_line
 from llava.errors import LlavaError
-from llava.images.info import parse_window
+from llava.image_options import CT_WINDOWS, parse_window
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
-from llava.images.windows import CT_WINDOWS
 from llava.processes import process_pool
 
 _MONTAGE = re.compile(r"montage (\d{1,2})\s*[x×]\s*(\d{1,2})")

@@ -16,7 +16,7 @@ from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer
 from llava.images.headers.dicom_frames import frame_groups, geometry, grey_module, own_window
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands, scale_range
-from llava.images.windows import apply_window, percentile_range, read_window
+from llava.images.windows import apply_window, percentile_range, read_window, value_range
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def describe_dicom(
     """What `read_dicom` would show with these options, and why; no tag that could name a patient is read.
 
     Raises:
-        ImageError, LlavaError: as `read_dicom`, but for damage in the pixels themselves.
+        ImageError, LlavaError: as `read_dicom`.
     """
     pydicom = require("pydicom", "medical")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -118,6 +118,9 @@ def describe_dicom(
             return facts
         module = grey_module(pydicom, file, groups)
         facts.window = chosen or (None if "VOILUTSequence" in module else own_window(module))
+        stored = _decode(pydicom, file, index, frames, name, limits)
+        stored = stored[:: max(1, stored.size >> 24)]
+        facts.values = value_range(_rescaled(pydicom, stored, module), _is_padding(stored, _padding(header)))
         facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
         if meaning == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
             facts.shown.append(f"inverted, since low values are white ({meaning})")

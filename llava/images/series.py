@@ -3,6 +3,8 @@
 What names a patient, a study or a series groups files while this runs, and is written nowhere.
 """
 
+import hashlib
+import io
 import logging
 import os
 import warnings
@@ -127,22 +129,53 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(where) / name for name in sorted(names) if (Path(where) / name).is_file())
 
 
-def _read(path: Path, keep_burned_in: bool) -> list[tuple[tuple[Any, ...], _Member]]:
+@dataclass(frozen=True)
+class SeriesPlace:
+    """Where a DICOM file stands in its series; `series` is a digest of what its files have in common."""
+
+    series: str
+    position: float
+    number: float
+    frames: int
+    modality: str
+
+
+def series_place(content: bytes) -> SeriesPlace:
+    """The place of a file that came by itself, by its header alone; burnt-in text is left to whoever shows it.
+
+    Raises:
+        ImageError: the header can't be read, or there is no image in the file.
+    """
+    found = _read(io.BytesIO(content), True)
+    key, member = found[0]
+    # A file that names no series is one by itself.
+    own = key if key[0] else (hashlib.sha256(content).hexdigest(),)
+    digest = hashlib.sha256(repr(own).encode()).hexdigest()
+    return SeriesPlace(digest, member.position, member.number, len(found), member.modality)
+
+
+def _read(source: Path | io.BytesIO, keep_burned_in: bool) -> list[tuple[tuple[Any, ...], _Member]]:
     """(what it has in common with the rest of its series, itself) of each frame of a file."""
+    path = source if isinstance(source, Path) else Path()
     pydicom = require("pydicom", "medical")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), plain_errors("a DICOM file", "the header can't be read"):
         warnings.simplefilter("ignore")
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_GROUPING_TAGS))
+        header = pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(_GROUPING_TAGS))
         if "Rows" not in header or "Columns" not in header:
             raise ImageError("a DICOM file without an image")
         if str(header.get("BurnedInAnnotation", "")).upper() == "YES" and not keep_burned_in:
             raise ImageError("says that text is burnt into its pixels (--keep-burned-in uses it all the same)")
-        common = str(header.get("SeriesInstanceUID") or path), int(header.Rows), int(header.Columns)
+        common = (
+            str(header.get("SeriesInstanceUID") or (path if path.name else "")),
+            int(header.Rows),
+            int(header.Columns),
+        )
         echo, number = str(header.get("EchoNumbers") or ""), float(header.get("InstanceNumber") or 0)
         codes = _code(header.get("Modality")), _code(header.get("BodyPartExamined"))
         frames = int(header.get("NumberOfFrames") or 1)
-        if frames > path.stat().st_size:
+        size = source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes
+        if frames > size:
             raise ImageError(f"the DICOM header is wrong ({frames:,} frames)")
         found = []
         for frame in range(frames):

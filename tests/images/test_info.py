@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from llava.errors import LlavaError
+from llava.image_options import parse_window
 from llava.images import describe_image, open_image
 from llava.images.facts import plane_of
-from llava.images.info import main, parse_window
+from llava.images.info import main
 from tests.tiny import make_llava
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom isn't installed (extra medical)")
@@ -91,8 +92,8 @@ def test_planes():
 
 
 def test_windows_as_text():
-    assert parse_window("40,80") == parse_window("40/80") == (40, 80) and parse_window("Lung") == "Lung"
-    with pytest.raises(LlavaError, match="unknown window 'x'"):
+    assert parse_window("40,80") == parse_window("40/80") == (40, 80) and parse_window("Lung") == "lung"
+    with pytest.raises(LlavaError, match="--window x: give centre and width"):
         parse_window("x")
 
 

@@ -11,9 +11,11 @@ from transformers import AutoModel
 from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.eval.answers.ablation import image_source
+from llava.image_options import with_options_of
 from llava.images import ImageProcessor, open_image
 from llava.model.weights.locate import locate_model
 from llava.model.weights.placement import best_device
+from llava.record_content import image_file
 
 
 def image_vectors(
@@ -36,10 +38,11 @@ def image_vectors(
     processor = ImageProcessor.find(folder)
     if processor is None:
         raise LlavaError(f"{folder}: has no preprocessor_config.json; copy it from the model's source")
-    sources = {name: image_source(image, place) for name, (image, place) in images.items()}
-    missing = [source for source in sources.values() if isinstance(source, Path) and not source.is_file()]
+    files = {name: image_source(image_file(image), place) for name, (image, place) in images.items()}
+    missing = [source for source in files.values() if isinstance(source, Path) and not source.is_file()]
     if missing:
         raise LlavaError(f"{len(missing)} images are missing, first {missing[0]}; check --image-folder")
+    sources = {name: with_options_of(image, files[name]) for name, (image, _) in images.items()}
     model = _vision_model(folder).to(device or best_device())
     names = list(sources)
     vectors: dict[str, np.ndarray] = {}

@@ -83,6 +83,8 @@ def describe(manifest: dict[str, Any] | None) -> str:
         "decoding": how if "memory" not in manifest else None,
         "seed": decoding.get("seed"),
         "images": None if manifest.get("ablate_image") in {None, "none"} else manifest["ablate_image"],
+        "shown with": ", ".join(f"{name} {value}" for name, value in (manifest.get("image_options") or {}).items())
+        or None,
     }
     return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
 
