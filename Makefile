@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 OPENCLIP := $(VENV)/openclip
 DEEPSPEED := $(VENV)/.deepspeed
 LMMS_EVAL := $(VENV)/lmms-eval
+LLAMA_CPP := $(VENV)/.llama-cpp
 CLIENTS := $(VENV)/clients
 OLDEST := $(VENV)/oldest
 
-.PHONY: help install lock audit sbom demo serve clients test test-all test-oldest fuzz fuzz-api kills soak lint format docs clean
+.PHONY: help install lock audit sbom demo serve clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format docs clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -21,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,slides,openai,quantized,stats,torchao,tracking]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,slides,openai,quantized,stats,torchao,tracking,gguf]'
 	touch $@
 
 # deepspeed isn't a wheel: building it runs code of packages that no hash covers.
@@ -73,6 +74,15 @@ $(CLIENTS)/.installed: $(STAMP)
 
 test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL) $(CLIENTS)/.installed  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
+
+# A build of llama.cpp's library; where it can't be loaded, the tests that need it say so and are skipped.
+$(LLAMA_CPP): $(STAMP)
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llama-cpp-py-sync==0.11739 cffi==2.1.1 pycparser==3.12
+	touch $@
+
+test-real: $(STAMP) $(LLAMA_CPP)  ## load, train, answer, serve and export small released models (190 MB, minutes)
+	PYTHON=$(BIN)/python sh scripts/fetch_small_models.sh
+	$(BIN)/python -m pytest tests/real
 
 # The lowest release of each package that pyproject.toml allows (torch's comes with CUDA on Linux: 4 GB), in an
 # environment of its own.

@@ -50,6 +50,7 @@ VERBS = {
         "answer": "llava.eval.model_vqa_med",
         "answer-questions": "llava.eval.model_vqa",
         "answer-batch": "llava.eval.run_med_datasets_eval_batch",
+        "baselines": "llava.eval.baselines",
         "score": "llava.eval.run_eval",
         "score-batch": "llava.eval.run_eval_batch",
         "report": "llava.eval.report",
@@ -65,6 +66,8 @@ VERBS = {
         "quantize": "llava.model.quantize",
         "export": "llava.model.export_hf",
         "import": "llava.model.import_hf",
+        "import-gguf": "llava.model.import_gguf",
+        "export-gguf": "llava.model.export_gguf",
         "extract-projector": "llava.model.extract_mm_projector",
     },
     "try it": {

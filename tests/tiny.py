@@ -161,6 +161,38 @@ def make_llava(folder: str | Path, kind: str = "llama", *, seed: int = 2, **mm_f
     return folder / "llava"
 
 
+def make_chat_llava(
+    folder: str | Path, *, digits: bool = False, tied: bool = True, tower: Path | None = None, **fields: Any
+) -> tuple[Path, Path]:
+    """A LLaVA over a language model of SmolLM2's form: byte-level vocabulary with ChatML's marks, tied embeddings.
+
+    Returns (checkpoint, language model). `digits` cuts digits apart, `fields` go to the language model.
+    """
+    from llava.model import build_model_from_llm, save_model
+
+    folder = Path(folder)
+    make_chatml_tokenizer(folder / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% endfor %}"
+    if digits:
+        cut = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    llm = make_llm(folder / "llm", "llama", vocab_size=len(tokenizer), tie_word_embeddings=tied, **ids | sizes | fields)
+    tokenizer.save_pretrained(llm)
+    loaded = build_model_from_llm(
+        llm,
+        tower or make_clip(folder / "clip"),
+        device="cpu",
+        conversation_template="chatml",
+        mm_projector_type="mlp2x_gelu",
+    )
+    save_model(folder / "llava", loaded.model, loaded.tokenizer, loaded.image_processor)
+    return folder / "llava", llm
+
+
 def hub_cache(folder: str | Path, models: dict[str, Path]) -> Path:
     """A cache as the hub's client keeps it, written to `folder`: {hub id: folder of its files}."""
     for repo_id, files in models.items():

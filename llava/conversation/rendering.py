@@ -25,7 +25,8 @@ class SeparatorStyle(StrEnum):
     MPT = "MPT"
     """`system<|im_end|><|im_start|>user\\nquestion<|im_end|><|im_start|>assistant\\nanswer<|im_end|>`
 
-    Where `sep` goes on after the end mark (a line break, in Qwen2's ChatML), `sep2` is the end mark alone."""
+    Where `sep` goes on after the end mark (a line break, in Qwen2's ChatML), `sep2` is the end mark alone. An empty
+    system text has no turn."""
     PLAIN = "PLAIN"
     """`<image>caption\\n`, for stage 1"""
 
@@ -67,10 +68,12 @@ class Conversation:
 
     def set_system(self, text: str) -> None:
         """Put a conversation's own system text in the place of the template's; `plain` has no place for one."""
-        if self.sep_style is SeparatorStyle.MPT:
-            mark, _, _ = self.system.partition("\n")  # `<|im_start|>system`, or what another family has for it
-            text = f"{mark}\n{text}"
-        self.system = "" if self.sep_style is SeparatorStyle.PLAIN else text
+        self.system = "" if self.sep_style is SeparatorStyle.PLAIN else self.system_mark + text
+
+    @property
+    def system_mark(self) -> str:
+        """What opens the system's turn in the MPT style: the user's mark with the other name. "" in other styles."""
+        return self.roles[0].replace("user", "system") if self.sep_style is SeparatorStyle.MPT else ""
 
     def append_message(self, role: str, text: Any = None) -> None:
         self.messages.append([role, text])
@@ -170,8 +173,8 @@ def _llama_2(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterat
 def _mpt(conversation: Conversation, texts: list[tuple[str, str]]) -> Iterator[Segment]:
     end = conversation.stop_str
     after = conversation.sep.removeprefix(end)
-    yield Segment(conversation.system + end, False)
-    spoken = True
+    spoken = bool(conversation.system)
+    yield Segment(conversation.system + end if spoken else "", False)
     for role, text in texts:
         yield Segment((after if spoken else "") + role, False)
         spoken = bool(text)

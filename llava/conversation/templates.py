@@ -1,4 +1,4 @@
-"""The templates of LLaVA-Med v1.0 and v1.5, of LLaVA (BabyDoctor's are LLaVA's) and of Qwen2, by name and by release.
+"""The templates of LLaVA-Med v1.0 and v1.5, of LLaVA (BabyDoctor's too) and of chat models, by name and by release.
 
 The releases disagree on a few names (`v1`, `llava_v1`, ...). A plain name has one meaning, `_CANONICAL`'s;
 `release/name`, such as `llava_med_v1.0/llava_v1`, means that release's and no other.
@@ -9,7 +9,7 @@ from dataclasses import replace
 from llava.conversation.rendering import Conversation, SeparatorStyle
 from llava.errors import LlavaError
 
-V1_0, V1_5, LLAVA, QWEN = "llava_med_v1.0", "llava_med_v1.5", "llava", "qwen"
+V1_0, V1_5, LLAVA, QWEN, CHAT_MODELS = "llava_med_v1.0", "llava_med_v1.5", "llava", "qwen", "chat_models"
 
 
 def get_template(name: str | None, release: str | None = None) -> Conversation:
@@ -111,11 +111,22 @@ def _llama_2(system: str, sep: str = "<s>") -> Conversation:
     )
 
 
+def _marked(mark: str, system: str, sep: str, sep2: str | None = None, version: str = "mpt") -> Conversation:
+    """A format with a mark before each turn; `mark` has {} for who speaks."""
+    roles = (mark.format("user"), mark.format("assistant"))
+    template = Conversation("", roles, sep_style=SeparatorStyle.MPT, sep=sep, sep2=sep2, version=version)
+    if system:
+        template.set_system(system)
+    return template
+
+
 def _mpt(system: str) -> Conversation:
-    roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-    return Conversation(
-        f"<|im_start|>system\n{system}", roles, sep_style=SeparatorStyle.MPT, sep="<|im_end|>", version="mpt"
-    )
+    return _marked("<|im_start|>{}\n", system, "<|im_end|>")
+
+
+def _chatml(system: str, version: str) -> Conversation:
+    """ChatML as chat templates write it: a line break after each end mark, which alone ends an answer."""
+    return _marked("<|im_start|>{}\n", system, "<|im_end|>\n", "<|im_end|>", version)
 
 
 _DEFAULT = _hash(_HUMAN_SYSTEM, _RENEWABLE_QUESTION, _RENEWABLE_ANSWER)
@@ -167,12 +178,14 @@ _MED_1_0_TEMPLATES = {
     }.items()
 }
 _FAMILIES_OWN = {
-    # ChatML as Qwen2's own chat template writes it: a line break after each end mark, which alone ends an answer.
-    QWEN: {
-        "qwen2": replace(_mpt("You are a helpful assistant."), sep="<|im_end|>\n", sep2="<|im_end|>", version="qwen2")
+    QWEN: {"qwen2": _chatml("You are a helpful assistant.", "qwen2")},
+    CHAT_MODELS: {
+        "chatml": _chatml("", "chatml"),
+        "smollm2": _chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face", "chatml"),
+        "llama_3": _marked("<|start_header_id|>{}<|end_header_id|>\n\n", "", "<|eot_id|>", version="llama_3"),
     },
 }
-"""Formats that families of language models were trained with, by whoever released them."""
+"""Formats that language models were trained with; one without a system text has no turn for it."""
 
 _RELEASES = {V1_0: _MED_1_0_TEMPLATES, V1_5: _MED_1_5_TEMPLATES, LLAVA: _LLAVA_TEMPLATES} | _FAMILIES_OWN
 _BY_RELEASE = {

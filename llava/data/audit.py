@@ -19,6 +19,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--train-image-folder", help="images of training, where they lie elsewhere")
     parser.add_argument("--jaccard", type=float, default=0.5, help="from here two questions are near duplicates")
     parser.add_argument("--output", help="write everything here (JSON), for run_eval --audit and the report")
+    parser.add_argument("--clean-train", help="write training's records here, those on an image of the test left out")
     return parser
 
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.data.audit_checks import audit_splits
     from llava.data.audit_text import audit_lines
     from llava.data.vqa_items import read_vqa_items
-    from llava.records import write_json
+    from llava.records import iter_records, write_json, write_records
 
     train, test = existing_file(args.train, "--train"), existing_file(args.test, "--test")
     folder = args.image_folder and existing_dir(args.image_folder, "--image-folder")
@@ -44,6 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         write_json(Path(args.output), {"train_file": str(train), "test_file": str(test), **audit})
     write_line("\n".join(audit_lines(audit)))
+    if args.clean_train:
+        left_out = {str(key) for key in audit["train_on_test_images"]}
+        items = zip(iter_records(train), read_vqa_items(train), strict=True)
+        kept = write_records(args.clean_train, (record for record, item in items if str(item.id) not in left_out))
+        write_line(f"{args.clean_train}: {kept:,} training records, {len(left_out):,} on an image of the test left out")
 
 
 if __name__ == "__main__":

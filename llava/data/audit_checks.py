@@ -32,7 +32,8 @@ def audit_splits(
 
     Returns:
         `images`, `questions`, `answers` (counts), `subsets` (ids of the test questions that are clean in one
-        sense or another) and `items` (one row per test question).
+        sense or another), `train_on_test_images` (ids of the training questions on an image of the test) and `items`
+        (one row per test question).
 
     Raises:
         LlavaError: an image is missing or can't be read.
@@ -46,6 +47,7 @@ def audit_splits(
     for item in tqdm(test, desc="questions", unit="question", leave=False, disable=None):
         seen = {id(other): other for key in _same_images("test", item, same_image) for other in by_image.get(key, [])}
         rows.append(_question_row(item, list(seen.values()), jaccard))
+    tested = {key for item in test for key in _same_images("test", item, same_image)}
     near = [row for row in rows if row["near_duplicate"]]
     questions = {
         "identical": sum(row["identical"] for row in rows),
@@ -60,6 +62,9 @@ def audit_splits(
         "images": images,
         "questions": questions,
         "answers": _compare_answers(train, test),
+        "train_on_test_images": [
+            item.id for item in train if any(key in tested for key in _same_images("train", item, same_image))
+        ],
         "subsets": {
             UNSEEN_IMAGE: [row["id"] for row in rows if not row["image_seen"]],
             NO_NEAR_DUPLICATE: [row["id"] for row in rows if not row["near_duplicate"]],

@@ -1,40 +1,34 @@
 """The baseline of nearest images: a test question gets the answer of the most similar training image."""
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from llava.bars import tqdm
-from llava.data.vqa_items import plain_question
+from llava.data.vqa_items import VqaItem
+from llava.eval.answers.memory import Known, write_memory_answers
 from llava.images import open_image
-from llava.records import Record, read_records, write_records
 
 
 def answer_by_nearest(train: Path, test: Path, image_folder: Path, answers: Path) -> int:
     """Answer each test question from the training image that is nearest by pixels (least mean square) among
     those that the same question was asked about; empty where it was asked about none. Returns how many are empty.
     """
-    train_records, test_records = read_records(train), read_records(test)
-    train_names = sorted({record["image"] for record in train_records})
-    test_names = sorted({record["image"] for record in test_records})
-    distances = _distances(
-        _pixels(image_folder, test_names, "test images"), _pixels(image_folder, train_names, "training images")
-    )
-    row = {name: index for index, name in enumerate(test_names)}
-    column = {name: index for index, name in enumerate(train_names)}
-    asked: dict[str, list[tuple[int, str]]] = {}
-    for record in train_records:
-        turns = record["conversations"]
-        for question, answer in zip(turns[::2], turns[1::2]):
-            asked.setdefault(plain_question(question["value"]), []).append((column[record["image"]], answer["value"]))
-    texts = [_nearest(record, asked, distances[row[record["image"]]]) for record in test_records]
-    write_records(answers, ({"question_id": r["id"], "text": text} for r, text in zip(test_records, texts)))
-    return texts.count("")
+    return write_memory_answers(train, test, answers, partial(_likeness, image_folder), 1, "memory: nearest pixels")
 
 
-def _nearest(record: Record, asked: dict[str, list[tuple[int, str]]], distances: np.ndarray) -> str:
-    known = asked.get(plain_question(record["conversations"][0]["value"]))
-    return min(known, key=lambda pair: distances[pair[0]])[1] if known else ""
+def _likeness(folder: Path, known: Sequence[Known], asked: Sequence[VqaItem]) -> Iterator[np.ndarray]:
+    train_names = sorted({str(one.image) for one in known})
+    test_names = sorted({str(item.image) for item in asked})
+    distances = _distances(_pixels(folder, test_names, "test images"), _pixels(folder, train_names, "training images"))
+    columns = {name: index for index, name in enumerate(train_names)}
+    rows = {name: index for index, name in enumerate(test_names)}
+    places = np.array([columns[str(one.image)] for one in known])
+    questions = np.array([one.question for one in known])
+    for item in asked:
+        yield np.where(questions == item.question, -distances[rows[str(item.image)], places], -np.inf)
 
 
 def _pixels(folder: Path, names: list[str], what: str) -> np.ndarray:

@@ -99,6 +99,7 @@ def write_report(
             ("Scores", sections.scores_section(entries)),
             ("Differences between models", sections.differences_section(plain)),
             ("Does it look at the image?", sections.ablation_section(entries)),
+            ("What does it add to memory?", sections.memory_section(entries)),
             ("Is it as sure as it is right?", sections.calibration_section(plain)),
             ("Is the test set clean?", sections.audit_section(clean)),
             ("By kind of question", sections.groups_section(plain)),

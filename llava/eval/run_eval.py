@@ -15,6 +15,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--pred", required=True, help="answer file (JSONL)")
     parser.add_argument("--candidate", help='open answers of the training split: {"0": [answer, …]}')
     parser.add_argument("--compare", help="a second answer file: paired comparison with --pred")
+    parser.add_argument(
+        "--memory", help="answers of llava.eval.baselines: a row beside --pred's, and what it adds to them"
+    )
     parser.add_argument("--output", help="write all numbers here (JSON)")
     parser.add_argument("--per-item", help="write one line per question here (JSONL)")
     parser.add_argument(
@@ -75,12 +78,17 @@ def main(argv: list[str] | None = None) -> None:
         clean = score_clean_subset(result, args.audit, args.train, args.image_folder)
         sections.append(clean.text())
         content["clean_subset"] = clean.as_dict()
-    if args.compare:
-        from llava.eval.reports.compare import compare_answers
+    if args.compare or args.memory:
+        from llava.eval.reports.compare import compare_answers, compare_with_memory
 
-        comparison = compare_answers(result, existing_file(args.compare, "--compare"))
-        sections.append(comparison.text())
-        content["comparison"] = comparison.as_dict()
+        if args.compare:
+            comparison = compare_answers(result, existing_file(args.compare, "--compare"))
+            sections.append(comparison.text())
+            content["comparison"] = comparison.as_dict()
+        if args.memory:
+            comparison = compare_with_memory(result, existing_file(args.memory, "--memory"))
+            sections.append(comparison.text())
+            content["memory"] = comparison.as_dict()
     if args.output:
         write_json(Path(args.output), content)
     if args.per_item:

@@ -62,6 +62,9 @@ class PromptBuilder:
         self.image_tokens = ImageTokens.from_config(config, tokenizer)
         self.constraints = Constraints(tokenizer, config.vocab_size)
         self._special = set(tokenizer.all_special_tokens)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self._ends = frozenset(ends) & frozenset(tokenizer.all_special_ids)
+        """Ids that the model's configuration names as ends, of a turn too; a default that fits no token isn't one."""
         self._stop_ids: dict[str, frozenset[int]] = {}
         self._vocabulary = config.vocab_size
         self._longest_text = context_len * max(map(len, tokenizer.get_vocab()))
@@ -155,7 +158,7 @@ class PromptBuilder:
         end = template.stop_str if template else ""
         if end not in self._stop_ids:
             ids = stop_token_ids(template, self.tokenizer) if template and end else [self.tokenizer.eos_token_id]
-            self._stop_ids[end] = frozenset(ids) - {None}
+            self._stop_ids[end] = (frozenset(ids) | self._ends) - {None}
         if end and end not in self._special:
             strings.append(end)
         return {"stop_ids": self._stop_ids[end] | own, "stop_strings": tuple(dict.fromkeys(strings))}

@@ -68,6 +68,9 @@ class Family:
     training_template: str = "v0"
     """Prompt template of a training run over the plain language model without `--version`."""
 
+    recognise_chat: Callable[[str], str | None] = lambda chat_template: None
+    """From a plain language model's chat template (or ""): the template that renders the same, if there is one."""
+
     recognise_template: Callable[[Any, str], str | None] = lambda config, chat_template: None
     """From configuration and chat template (or ""): the template of a release that names none, if it can be told."""
 
@@ -120,8 +123,20 @@ class LlavaQwen2ForCausalLM(LlavaForCausalLM, Qwen2ForCausalLM):
     core_class = Qwen2Model
 
 
+def _llama_chat(chat_template: str) -> str | None:
+    """LLaMA-3's marks and ChatML's, SmolLM2's system text with it."""
+    marks = {
+        "<|start_header_id|>": "llama_3",
+        "named SmolLM, trained by Hugging Face": "smollm2",
+        "<|im_start|>": "chatml",
+    }
+    return next((name for mark, name in marks.items() if mark in chat_template), None)
+
+
 def _llama_template(config: Any, chat_template: str) -> str | None:
-    """LLaMA-2's chat template, or its 4096 positions under one Linear: BabyDoctor and LLaVA's LLaMA-2-chat models."""
+    """By the chat template, or LLaMA-2's 4096 positions under one Linear: BabyDoctor, LLaVA's LLaMA-2-chat models."""
+    if known := _llama_chat(chat_template):
+        return known
     if "<<SYS>>" in chat_template:
         return "llava_llama_2"
     if config.mm_projector_type == "linear" and config.max_position_embeddings >= 4096:
@@ -137,6 +152,7 @@ FAMILIES = (
         LlavaLlamaForCausalLM,
         LlamaDecoderLayer,
         default_template="vicuna_v1",
+        recognise_chat=_llama_chat,
         recognise_template=_llama_template,
         older_types=("llava",),
     ),

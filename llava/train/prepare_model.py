@@ -47,7 +47,7 @@ def make_ready(loaded: LoadedModel, arguments: Arguments) -> None:
     """Give a model of any origin the flags' settings, its image tokens, and `requires_grad` of what is trained."""
     model_args, training = arguments.model, arguments.training
     model, tokenizer = loaded.model, loaded.tokenizer
-    _settings(model, arguments)
+    _settings(model, arguments, loaded.tokenizer.chat_template)
     add_image_tokens(model, tokenizer)
     tokenizer.model_max_length = training.model_max_length
     tokenizer.padding_side = "right"
@@ -120,12 +120,17 @@ def start_end_ids(model: LlavaForCausalLM, tokenizer: PreTrainedTokenizerBase) -
     return [token_id(tokenizer, token) for token in (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)]
 
 
-def template_name(model: LlavaForCausalLM, arguments: Arguments) -> str:
-    """The template of this run's samples: --version, else the checkpoint's own, else the family's."""
+def template_name(model: LlavaForCausalLM, arguments: Arguments, chat_template: str | None = None) -> str:
+    """The template of this run's samples: --version, else the checkpoint's own, else that of the language model's
+    `chat_template` where it is known, else the family's.
+    """
     if arguments.model.version:
         return arguments.model.version
     own = getattr(model.config, "conversation_template", None)
-    return own if own and own != STAGE_1_TEMPLATE else family_of(model.config).training_template
+    if own and own != STAGE_1_TEMPLATE:
+        return own
+    family = family_of(model.config)
+    return family.recognise_chat(chat_template or "") or family.training_template
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -192,7 +197,7 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
     return loaded
 
 
-def _settings(model: LlavaForCausalLM, arguments: Arguments) -> None:
+def _settings(model: LlavaForCausalLM, arguments: Arguments, chat_template: str | None) -> None:
     """Settings of this run that the checkpoint has to remember."""
     config, flags = model.config, arguments.model
     config.use_cache = False
@@ -202,6 +207,6 @@ def _settings(model: LlavaForCausalLM, arguments: Arguments) -> None:
     if arguments.data.image_aspect_ratio is not None:
         config.image_aspect_ratio = arguments.data.image_aspect_ratio
     config.unfreeze_mm_vision_tower = flags.unfreeze_mm_vision_tower or config.unfreeze_mm_vision_tower
-    name = template_name(model, arguments)
+    name = template_name(model, arguments, chat_template)
     get_template(name)
     config.conversation_template = name

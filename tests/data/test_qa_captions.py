@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+from llava.data import convert
 from llava.data.conversion import ImageFolder
 from llava.data.sources import qa_captions
 from llava.data.sources.qa_captions import statement
@@ -43,6 +44,29 @@ def test_one_caption_a_image_and_a_conversation_a_question(tmp_path):
     assert [row["conversations"][0]["value"] for row in read_records(out / "blind.json")] == ["Organ?", "CT?", "Organ?"]
 
 
+def test_several_questions_of_an_image_in_one_conversation(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    asked = [
+        ("a.png", "Organ?", "Lung"),
+        ("b.png", "Organ?", "Liver"),
+        ("a.png", "CT?", "no"),
+        ("a.png", "Side?", "left"),
+    ]
+    write_json(tmp_path / "train.json", [record(number, *row) for number, row in enumerate(asked)])
+    flags = ["qa-captions", "--records", str(tmp_path / "train.json"), "--image-folder", str(tmp_path)]
+    convert.main([*flags, "--output-dir", str(tmp_path / "out"), "--turns", "2"])
+    found = [(row["image"], [turn["value"] for turn in row["conversations"]])
+             for row in read_records(tmp_path / "out" / "joined.json")]  # fmt: skip
+    assert found == [
+        ("a.png", ["Organ?\n<image>", "Lung", "CT?", "no"]),
+        ("a.png", ["Side?\n<image>", "left"]),
+        ("b.png", ["Organ?\n<image>", "Liver"]),
+    ]
+    with pytest.raises(LlavaError, match="--turns is 0"):
+        convert.main([*flags, "--output-dir", str(tmp_path / "out"), "--turns", "0"])
+
+
 def test_only_shared_sentences_and_fields(tmp_path):
     rows = [record(1, "a.png", "Organ?", "Lung"), record(2, "b.png", "Organ?", "Lung"), record(3, "a.png", "CT?", 1)]
     write_json(tmp_path / "train.json", [{**row, "image_organ": "CHEST"} for row in rows])
@@ -58,7 +82,7 @@ def test_captions_of_other_keys_go_by_who_speaks(tmp_path):
     turns = [("system", "Be brief."), ("assistant", "Hello."), ("user", "Organ?\n<image>"), ("assistant", "Lung")]
     rows = [{"id": "1", "images": ["a.png"], "messages": [{"role": r, "content": t} for r, t in turns]}]
     write_json(tmp_path / "train.json", rows)
-    args = argparse.Namespace(records=tmp_path / "train.json", field=[], question="What?", min_images=1)
+    args = argparse.Namespace(records=tmp_path / "train.json", field=[], question="What?", min_images=1, turns=8)
     splits = qa_captions.convert(args, ImageFolder(None)).splits
     assert [row["conversations"][1]["value"] for row in splits["captions"]] == ["organ: lung."]
     write_json(tmp_path / "train.json", [{**rows[0], "images": ["a.png", "b.png"]}])

@@ -13,7 +13,7 @@ from scripts.recipe_table import FIRST, LAST, between_marks, calls_of, flags_of,
 from scripts.recipe_table import RECIPES as ROWS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-NOT_TRAINING = {"reproduce_paper.sh"}
+NOT_TRAINING = {"reproduce_paper.sh", "fetch_small_models.sh", "try_wheel.sh"}
 RECIPES = sorted(path for path in [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")] if path.name not in NOT_TRAINING)
 
 

@@ -2,7 +2,8 @@
 
 For training small base models on a set that has no captions. `captions` holds image and caption; `text` holds the
 same questions asked about the caption in place of the image, for a language model that sees no images yet; `blind`
-holds them without image and caption, for the baseline that only knows what is usually answered.
+holds them without image and caption, for the baseline that only knows what is usually answered; `joined` holds several
+questions of an image in one conversation about it, so that its features are computed once for all of them.
 """
 
 import re
@@ -23,18 +24,22 @@ NAME = "qa-captions"
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--records", required=True, help="LLaVA-Med records with images (of the training split only)")
     parser.add_argument("--question", default="Describe the picture.")
+    parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation of the split joined")
     parser.add_argument("--min-images", type=int, default=1, help="least number of images that share a kept sentence")
     parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")
 
 
 def convert(args, image_folder: ImageFolder) -> Conversion:
     path = existing_file(args.records, "--records file")
+    if args.turns < 1:
+        raise LlavaError(f"--turns is {args.turns}; give 1 or more")
     conversion = Conversion("qa-captions", {}, [path], image_folder=image_folder, candidates=False)
     by_image, said = _read(path, image_folder, args.field)
     conversion.splits = {
         "captions": _captions(said, args.question, args.min_images),
         "text": _conversations(by_image),
         "blind": _conversations(by_image, with_caption=False),
+        "joined": _joined(by_image, args.turns),
     }
     return conversion
 
@@ -94,3 +99,13 @@ def _conversations(by_image: Pairs, with_caption: bool = True) -> Iterator[Recor
         for number, (asked, answer) in enumerate(pairs):
             turns = [{"from": "human", "value": caption + asked}, {"from": "gpt", "value": answer}]
             yield {"id": f"{image} {number}", "conversations": turns}
+
+
+def _joined(by_image: Pairs, most: int) -> Iterator[Record]:
+    for image, pairs in by_image.items():
+        for start in range(0, len(pairs), most):
+            turns = []
+            for asked, answer in pairs[start : start + most]:
+                turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+            turns[0]["value"] += f"\n{DEFAULT_IMAGE_TOKEN}"
+            yield {"id": f"{image} {start}", "image": image, "conversations": turns}

@@ -52,7 +52,7 @@ class QuestionImages:
             for image in question.images:
                 key = image_key(image)
                 if key not in self.sources:
-                    source = _source(image_file(image), folder)
+                    source = image_source(image_file(image), folder)
                     self.sources[key] = with_options_of(image, source)
                     if isinstance(source, Path) and not source.is_file():
                         missing.append((question.id, source))
@@ -88,7 +88,8 @@ class QuestionImages:
         return self._replacements[name]
 
 
-def _source(image, folder) -> Any:
+def image_source(image: Any, folder: str | Path | None) -> Any:
+    """What `open_image` takes for a record's image: a path, a data address, or bytes."""
     if not isinstance(image, str):
         return image_bytes(image)
     return image if image.startswith("data:") else Path(folder or "") / image

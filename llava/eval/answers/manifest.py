@@ -80,7 +80,7 @@ def describe(manifest: dict[str, Any] | None) -> str:
         "epochs": manifest.get("training_epochs"),
         "questions": manifest.get("questions"),
         "template": manifest.get("template"),
-        "decoding": how,
+        "decoding": how if "memory" not in manifest else None,
         "seed": decoding.get("seed"),
         "images": None if manifest.get("ablate_image") in {None, "none"} else manifest["ablate_image"],
         "shown with": ", ".join(f"{name} {value}" for name, value in (manifest.get("image_options") or {}).items())

@@ -1,6 +1,6 @@
 """Two models on the same questions: McNemar's test and the paired bootstrap."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llava.eval.metrics.intervals import Comparison, compare_paired
@@ -17,6 +17,7 @@ class AnswerComparison:
     first: Path
     second: Path
     numbers: dict[Metric, Comparison]
+    labels: tuple[str, str] = ("first", "second")
 
     def as_dict(self) -> dict:
         numbers = {metric.title: asdict(found) for metric, found in self.numbers.items()}
@@ -28,12 +29,25 @@ class AnswerComparison:
             mcnemar = "" if found.mcnemar_p is None else f"{found.mcnemar_p:.4f}"
             alone = "" if found.only_first is None else f"{found.only_first} / {found.only_second}"
             rows.append([metric.heading, *comparison_cells(metric, found), alone, mcnemar])
-        header = ["metric (%)", "first", "second", "difference", "p (bootstrap)", "right alone", "p (McNemar)"]
-        return f"first: {self.first}\nsecond: {self.second}\n\n{text_table(header, rows)}"
+        first, second = self.labels
+        header = ["metric (%)", first, second, "difference", "p (bootstrap)", "right alone", "p (McNemar)"]
+        return f"{first}: {self.first}\n{second}: {self.second}\n\n{text_table(header, rows)}"
+
+
+def turned(found: Comparison) -> Comparison:
+    """The same comparison with the difference the other way round: what the first has more than the second."""
+    return replace(found, difference=-found.difference, low=-found.high, high=-found.low)
+
+
+def compare_with_memory(model: Evaluation, memory: str | Path) -> AnswerComparison:
+    """A model's answers beside those from memory; the difference is what the model adds."""
+    found = compare_answers(model, memory)
+    numbers = {metric: turned(number) for metric, number in found.numbers.items()}
+    return replace(found, numbers=numbers, labels=("model", "memory"))
 
 
 def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
-    """Compare an evaluated answer file with another one to the same questions."""
+    """Compare an evaluated answer file with another one to the same questions; the difference is second minus first."""
     settings = first.settings
     other = evaluate(
         first.gt,

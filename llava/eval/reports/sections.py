@@ -18,7 +18,7 @@ from llava.eval.metrics.registry import CLOSED, Metric
 from llava.eval.metrics.score import headlines
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.clean_subset import CleanScores
-from llava.eval.reports.compare import compare_answers, comparison_cells
+from llava.eval.reports.compare import compare_answers, compare_with_memory, comparison_cells
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
@@ -55,6 +55,11 @@ class Entry:
     def ablation(self) -> str:
         """What was done to the images; "none" without a manifest."""
         return (self.result.manifest or {}).get("ablate_image") or "none"
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether no model gave these answers (llava.eval.baselines)."""
+        return "memory" in (self.result.manifest or {})
 
     @property
     def dataset(self) -> str | None:
@@ -158,6 +163,22 @@ def ablation_section(entries: Sequence[Entry]) -> Markup:
         return Markup()
     header = ["model", "images", "metric", "with images", "ablated", "difference", "p (paired bootstrap)"]
     return table(header, rows) + note("A model that looks at the image loses much; one that guesses loses nothing.")
+
+
+def memory_section(entries: Sequence[Entry]) -> Markup:
+    """What each model adds to answers from memory of the training questions, with paired intervals."""
+    rows = []
+    for memory in (entry for entry in entries if entry.is_memory):
+        for model in entries:
+            if model.is_memory or model.ablation != "none" or model.result.gt != memory.result.gt:
+                continue
+            for metric, found in compare_with_memory(model.result, memory.result.pred).numbers.items():
+                rows.append([model.label, memory.label, metric.heading, *comparison_cells(metric, found)])
+    if not rows:
+        return Markup()
+    header = ["model", "memory", "metric", "model's", "memory's", "the model adds", "p (paired bootstrap)"]
+    text = "Memory answers with what training says to the most similar questions: no model is asked."
+    return table(header, rows) + note(text)
 
 
 def ablations_of(base: Entry, entries: Sequence[Entry]) -> list[Entry]:

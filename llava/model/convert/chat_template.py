@@ -31,7 +31,7 @@ _CONTENT = """{%- macro content(message) -%}
 _HEAD = """{%- set system = namespace(text=SYSTEM) -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set given = messages[0]['content'] -%}
-{%- set system.text = given if given is string else given[0]['text'] -%}
+{%- set system.text = MARK + (given if given is string else given[0]['text']) -%}
 {%- set turns = messages[1:] -%}
 {%- else -%}
 {%- set turns = messages -%}
@@ -62,7 +62,7 @@ _BODIES = {
 {%- else -%}{{- SEP + '[INST] ' + content(message) + ' [/INST]' -}}
 {%- endif -%}
 {%- endfor -%}""",
-    SeparatorStyle.MPT: """{{- BOS + system.text + SEP -}}
+    SeparatorStyle.MPT: """{{- BOS + (system.text + SEP if system.text else '') -}}
 {%- for message in turns -%}
 {{- (ANSWERER if message['role'] == 'assistant' else ASKER) + content(message) + SEP -}}
 {%- endfor -%}
@@ -88,6 +88,7 @@ def chat_template(conversation: Conversation, image_text: str, bos: bool = False
         examples = whole[start:]
     constants: dict[str, str | bool] = {
         "SYSTEM": conversation.system,
+        "MARK": conversation.system_mark,
         "ASKER": conversation.roles[0],
         "ANSWERER": conversation.roles[1],
         "SEP": conversation.sep,

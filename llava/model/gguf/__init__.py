@@ -1,0 +1,1 @@
+"""GGUF files, as llama.cpp, Ollama and LM Studio load them: read into folders, and written from checkpoints."""

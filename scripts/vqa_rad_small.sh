@@ -1,0 +1,101 @@
+#!/bin/sh
+# VQA-RAD with small released weights: SmolLM2-135M and DINOv2-small (scripts/fetch_small_models.sh), on two cores.
+# Both splits: the official one, and `clean`, whose training has no image of the test. Models: seeing, blind (grey images,
+# trained as long), the language model before any fine-tuning, and answers from memory. Scores in both metric sets with
+# intervals, paired tests, the image taken away. It goes on where it was stopped: what is complete isn't made again.
+# STEPS=4 tries every step out.
+set -eu
+: "${RAD:=data/vqa_rad_source}"     # trainset.json, testset.json and images/ of VQA-RAD
+: "${MODELS:=models}"
+: "${OUT:=runs/vqa_rad_small}"
+: "${SEED:=0}"
+: "${STEPS:=-1}"                    # of each training; -1: by epochs
+: "${STAGE_1_EPOCHS:=8}"
+: "${EPOCHS:=6}"
+: "${TOKENS:=2048}"                 # of a batch, packed
+: "${RESAMPLES:=10000}"
+: "${SPLITS:=official clean}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+say() { echo "== $*"; }
+OUT="$MODELS" scripts/fetch_small_models.sh
+
+# Once: grey images under the same names, the sets, and the training questions that are on no image of the test.
+if [ ! -f "$OUT/data/audit.json" ]; then
+    say data
+    python - "$RAD/images" "$OUT/grey" <<'PYTHON'
+import sys
+from pathlib import Path
+from PIL import Image
+
+source, target = map(Path, sys.argv[1:])
+target.mkdir(parents=True, exist_ok=True)
+for path in source.iterdir():
+    Image.new("RGB", (224, 224), (128, 128, 128)).save(target / path.name)
+PYTHON
+    python -m llava.data.convert vqa-rad --train "$RAD/trainset.json" --test "$RAD/testset.json" \
+        --image-folder "$RAD/images" --output-dir "$OUT/data"
+    python -m llava.data.audit --train "$OUT/data/train.json" --test "$OUT/data/test.json" \
+        --image-folder "$RAD/images" --clean-train "$OUT/data/clean_train.json" --output "$OUT/data/audit.json"
+fi
+
+train() { # output folder, flags …: nothing if it is complete; else from its last checkpoint, if it has one
+    folder="$1"
+    shift
+    if [ -f "$folder/config.json" ]; then return; fi
+    say "$folder"
+    python llava/train/train.py --output_dir "$folder" --image_aspect_ratio pad --packing True \
+        --max_tokens_per_batch "$TOKENS" --model_max_length 1024 --lr_scheduler_type cosine --warmup_steps 0.03 \
+        --logging_steps 10 --save_strategy steps --save_steps 100 --save_total_limit 1 --report_to none --use_cpu True \
+        --dataloader_num_workers 0 --cache_vision_features True --vision_cache_dir "$OUT/features" \
+        --max_steps "$STEPS" --seed "$SEED" "$@"
+}
+
+answer() { # checkpoint, images, answer file, flags …
+    model="$1" images="$2" file="$3"
+    shift 3
+    python -m llava.eval.model_vqa_med --model-path "$model" --question-file "$OUT/data/test.json" \
+        --image-folder "$images" --answers-file "$file" --max_new_tokens 32 "$@"
+}
+
+for split in $SPLITS; do
+    here="$OUT/$split"
+    questions="$OUT/data/train.json"
+    if [ "$split" = clean ]; then questions="$OUT/data/clean_train.json"; fi
+    if [ ! -f "$here/data/joined.json" ]; then
+        python -m llava.data.convert qa-captions --records "$questions" \
+            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns 8
+    fi
+    python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" \
+        --image-folder "$RAD/images" --vision-tower "$MODELS/dinov2-small" --output-dir "$here/memory" --device cpu
+    for run in seeing blind; do
+        images="$RAD/images"
+        if [ "$run" = blind ]; then images="$OUT/grey"; fi
+        train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
+            --vision_tower "$MODELS/dinov2-small" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
+            --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$images" \
+            --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
+        train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
+            --data_path "$here/data/joined.json" --image_folder "$images" \
+            --num_train_epochs "$EPOCHS" --learning_rate 2e-4
+        answer "$here/$run" "$images" "$here/$run.jsonl" --yes-no-probabilities
+    done
+    # The language model before training: stage 1's projector is all that it has learned.
+    answer "$here/blind_stage_1" "$OUT/grey" "$here/language_model.jsonl" --conv-mode smollm2
+    for ablation in blank noise shuffle; do
+        answer "$here/seeing" "$RAD/images" "$here/seeing_$ablation.jsonl" --ablate-image "$ablation"
+    done
+    say "$split: seeing against memory and against blind"
+    for other in blind seeing_shuffle language_model; do
+        python -m llava.eval.run_eval --gt "$OUT/data/test.json" --pred "$here/seeing.jsonl" --group-by \
+            --compare "$here/$other.jsonl" --memory "$here/memory/nearest_text_and_image.jsonl" \
+            --bootstrap-samples "$RESAMPLES" --candidate "$OUT/data/candidates.json" --output "$here/seeing_$other.json"
+    done
+    python -m llava.eval.report --title "VQA-RAD, $split split, small released weights" --output "$here/report.html" \
+        --pred "seeing=$here/seeing.jsonl" "blind=$here/blind.jsonl" "language model=$here/language_model.jsonl" \
+        "seeing, grey=$here/seeing_blank.jsonl" "seeing, noise=$here/seeing_noise.jsonl" \
+        "seeing, shuffled=$here/seeing_shuffle.jsonl" "commonest=$here/memory/commonest.jsonl" \
+        "memory, text=$here/memory/nearest_text.jsonl" \
+        "memory, text and images=$here/memory/nearest_text_and_image.jsonl" --gt "$OUT/data/test.json" \
+        --image-folder "$RAD/images" --audit "$OUT/data/audit.json" --bootstrap-samples "$RESAMPLES"
+done

@@ -1,0 +1,160 @@
+"""The exported files in llama.cpp's own library: text, image features, greedy answers."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from llava.conversation import get_template
+from llava.generation import Engine, Request, SamplingParams
+from llava.model import build_model_from_llm, load_pretrained_model, save_model
+from llava.model.gguf.vision import FIRST, LAST
+from llava.model.gguf.writer import export_gguf
+from tests.real.llama_cpp import LlamaCpp, load_or_skip
+from tests.tiny import make_clip, make_llava, make_tower
+
+pytestmark = pytest.mark.long
+
+QUESTIONS = (
+    "What is a lung?", "Name three colours.", "12 + 30 = ?", "Is the heart a muscle?", "What does an X-ray show?",
+    "Write a haiku about rain.", "What is the capital of France?", "Say hello in Spanish.", "How many legs has an ant?",
+    "What is a fracture?", "Which organ makes insulin?", "Define entropy.", "Who wrote Hamlet?", "Name a mammal.",
+    "Spell the word bone.", "What is MRI?", "List two fruits.", "Is water wet?", "What is 7 * 8?", "Explain gravity.",
+)  # fmt: skip
+
+
+def prompts(loaded) -> list[list[int]]:
+    from llava.tokenization import encode_prompt
+
+    found = []
+    for question in QUESTIONS:
+        conversation = get_template("smollm2")
+        conversation.append_message(conversation.roles[0], question)
+        found.append(encode_prompt(conversation, loaded.tokenizer))
+    return found
+
+
+def first_sentence(text: str) -> str:
+    return text.partition(".")[0]
+
+
+@pytest.mark.parametrize(("kind", "greatest", "relative", "same"), [("f32", 2e-3, 1, 20), ("f16", np.inf, 1e-2, 18)])
+def test_text(kind, greatest, relative, same, llava, tmp_path):
+    load_or_skip()
+    loaded = load_pretrained_model(llava, device="cpu")
+    theirs = LlamaCpp(export_gguf(llava, tmp_path / "gguf", kind=kind) / f"model-{kind}.gguf")
+    ends, decode, equal = {loaded.tokenizer.eos_token_id}, loaded.tokenizer.decode, 0
+    for ids in prompts(loaded):
+        assert theirs.model.tokenize(decode(ids), add_special=True, parse_special=True) == ids
+        with torch.inference_mode():
+            ours = loaded.model(input_ids=torch.tensor([ids])).logits[0].numpy()
+        difference = np.abs(theirs.logits(ids) - ours).max()
+        assert difference <= min(greatest, relative * np.abs(ours).max())
+        answer = loaded.model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
+        answer = answer[: next((place for place, token in enumerate(answer) if token in ends), None)]
+        equal += first_sentence(decode(theirs.greedy(ids, 24, ends))) == first_sentence(decode(answer))
+    assert equal >= same
+
+
+def images(side: int, count: int) -> list[Image.Image]:
+    """Of the model's size, so that nothing has to be resized."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        image = Image.new("RGB", (side, side), tuple(random.integers(0, 256, 3).tolist()))
+        for _ in range(4):
+            corners = np.sort(random.integers(0, side, (2, 2)), axis=0).ravel().tolist()
+            ImageDraw.Draw(image).ellipse(corners, fill=tuple(random.integers(0, 256, 3).tolist()))
+        found.append(image)
+    return found
+
+
+def see(engine: Engine, loaded, theirs: LlamaCpp, projector: Path, image: Image.Image, count: int):
+    """(our features, theirs, our greedy ids, theirs)."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    conversation = get_template("smollm2")
+    conversation.append_message(conversation.roles[0], "<image>\nWhat is shown?")
+    answer = engine.generate([Request(conversation, [image], SamplingParams(max_new_tokens=count))])[0]
+    conversation.append_message(conversation.roles[1], None)
+    end = loaded.tokenizer.eos_token_id
+    seen, ids = theirs.see(projector, conversation.get_prompt(), file.getvalue(), count, {end})
+    pixels = torch.from_numpy(np.asarray(loaded.image_processor([image])))
+    with torch.inference_mode():
+        ours = loaded.model.encode_images(pixels)[0].numpy()
+    return ours, seen, [token for token in answer.token_ids if token != end], ids
+
+
+def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return (first * second).sum(1) / (np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1))
+
+
+SIGLIP_PROCESSOR = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 224, "width": 224}}
+CASES = {
+    "dinov2": (None, {"mm_vision_select_layer": -1, "mm_projector_type": "mlp2x_gelu"}),
+    "siglip": ("siglip_vision_model", {"mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}),
+    "siglip linear": ("siglip_vision_model", {"mm_vision_select_layer": -2, "mm_projector_type": "linear"}),
+    "clip": ("clip", {"mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def seeing(request, llava, small_models, tmp_path_factory):
+    """(the case's name, checkpoint): SmolLM2 with the tower of the case, of random weights where it isn't DINOv2."""
+    kind, fields = CASES[request.param]
+    if kind is None:
+        return request.param, llava
+    folder = tmp_path_factory.mktemp("tower")
+    sizes = {"image_size": 224, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    tower = make_clip(folder / "tower", **sizes) if kind == "clip" else make_tower(
+        folder / "tower", kind, SIGLIP_PROCESSOR, **sizes)  # fmt: skip
+    torch.manual_seed(0)
+    tokenizer, model, processor, _ = build_model_from_llm(
+        small_models / "smollm2-135m", tower, device="cpu", conversation_template="smollm2", **fields
+    )
+    save_model(folder / "llava", model, tokenizer, processor)
+    return request.param, folder / "llava"
+
+
+def test_images(seeing, tmp_path):
+    """Features per patch, and greedy answers. A library that puts the class token last (llava.model.gguf.vision) has
+    the features of the second patch on, and answers need not be the same.
+    """
+    load_or_skip()
+    name, folder = seeing
+    loaded = load_pretrained_model(folder, device="cpu")
+    engine = Engine(loaded)
+    side = loaded.model.get_vision_tower().image_size
+    has_class_token = bool(loaded.model.get_vision_tower().prefix_tokens)
+    output = export_gguf(folder, tmp_path / "gguf", kind="f32", class_token=FIRST)
+    theirs = LlamaCpp(output / "model-f32.gguf")
+    first = see(engine, loaded, theirs, output / "mmproj-f32.gguf", images(side, 1)[0], 1)
+    misplaced = has_class_token and cosines(*first[:2]).min() < 0.999
+    if misplaced:
+        output = export_gguf(folder, tmp_path / "last", kind="f32", class_token=LAST)
+        theirs = LlamaCpp(output / "model-f32.gguf")
+    same = 0
+    for image in images(side, 10):
+        ours, seen, answer, ids = see(engine, loaded, theirs, output / "mmproj-f32.gguf", image, 8)
+        found = cosines(ours[1:], seen[:-1]) if misplaced else cosines(ours, seen)
+        assert found.min() >= 0.999, (name, found.min())
+        same += answer == ids
+    assert same >= 9 or misplaced
+
+
+def test_tiny_models_of_both_kinds_of_vocabulary(tmp_path):
+    """A vocabulary with blanks as marks (LLaMA's) and a byte-level one: ids and logits, in CI's size."""
+    load_or_skip()
+    for kind in ("llama", "mistral"):
+        folder = make_llava(tmp_path / kind, kind)
+        loaded = load_pretrained_model(folder, device="cpu")
+        theirs = LlamaCpp(export_gguf(folder, tmp_path / f"{kind}_gguf", kind="f32") / "model-f32.gguf", 256)
+        for text in ("USER: Is there a fracture? ASSISTANT:", "  two blanks\nand é 日本"):
+            ids = loaded.tokenizer(text).input_ids
+            assert theirs.model.tokenize(text, add_special=True, parse_special=True) == ids
+            with torch.inference_mode():
+                ours = loaded.model(input_ids=torch.tensor([ids])).logits[0].numpy()
+            assert np.abs(theirs.logits(ids) - ours).max() < 1e-3
