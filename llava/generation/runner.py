@@ -1,10 +1,11 @@
 """The language model over rows of the cache: one token for each running row, and what is new of prompts."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from llava.errors import LlavaError
 from llava.generation.cache.rows import RowCache
@@ -12,6 +13,8 @@ from llava.generation.forward_pass import PackedPass, Row, WatchedPass, attentio
 from llava.generation.image_features import ImageEncoder
 from llava.generation.prompts import Prompt
 from llava.model.language_model import LlavaForCausalLM
+
+Pass = TypeVar("Pass", bound=PackedPass)
 
 
 class Runner:
@@ -23,8 +26,12 @@ class Runner:
         self.encoder = encoder
         self.window = _window(config)
         embedding = model.get_input_embeddings().weight
-        self.device = embedding.device
+        self.device = device_of(model.get_input_embeddings(), embedding.device)
         self.dtype = embedding.dtype
+        core = model.get_model()
+        self.devices = [device_of(layer, self.device) for layer in core.layers]
+        """Of each layer: a model may be spread over several."""
+        self.norm_device, self.head_device = (device_of(one, self.device) for one in (core.norm, model.lm_head))
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_size = config.num_key_value_heads * self.head_dim
         per_position = 2 * config.num_hidden_layers * kv_size * embedding.element_size()
@@ -44,7 +51,8 @@ class Runner:
         else:
             embeds = self.model.get_input_embeddings()(ids)
         packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
-        normed: torch.Tensor = self.model.get_model().norm(self._forward(embeds, packed)[packed.last])
+        hidden, packed = self._forward(embeds, packed)
+        normed: torch.Tensor = self.model.get_model().norm(hidden[packed.last].to(self.norm_device))
         return normed
 
     def watch(self, prompt: Prompt, count: int) -> torch.Tensor:
@@ -59,29 +67,34 @@ class Runner:
         ids = torch.from_numpy(prompt.ids)[None].to(self.device)
         embeds = self.model.embed_inputs(ids, image_features=self._features([prompt], [row]))
         watched = WatchedPass(cache, row, count, self.device, self.dtype, self.window)
-        self._forward(embeds[0], watched)
+        _, watched = self._forward(embeds[0], watched)
         return watched.weights / layers
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, vocabulary]` of hidden states `[rows, hidden]`."""
-        logits: torch.Tensor = self.model.lm_head(hidden)
+        logits: torch.Tensor = self.model.lm_head(hidden.to(self.head_device))
         return logits
 
-    def _forward(self, hidden: torch.Tensor, packed: PackedPass) -> torch.Tensor:
-        """Embeddings `[tokens, hidden]` through all blocks.
+    def _forward(self, hidden: torch.Tensor, packed: Pass) -> tuple[torch.Tensor, Pass]:
+        """Embeddings `[tokens, hidden]` through all blocks; the pass is the one of the last block's device.
 
         Their parts are called, not they: those that training has compiled would be compiled again for each pass.
+        What a layer reads goes to its device first, where that is another than the last layer's.
         """
         core = self.model.get_model()
         hidden = hidden[None]
         rotary = core.rotary_emb(hidden, packed.positions[None])
+        here = self.device
         with attention_by_passes(self.model.config):
-            for layer in core.layers:
+            for layer, device in zip(core.layers, self.devices, strict=True):
+                if device != here:
+                    hidden, rotary = hidden.to(device), tuple(one.to(device) for one in rotary)
+                    packed, here = packed.to(device), device
                 normed = layer.input_layernorm(hidden)
                 found, _ = layer.self_attn(normed, position_embeddings=rotary, attention_mask=None, packed=packed)
                 hidden = hidden + found
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden[0]
+        return hidden[0], packed
 
     def _features(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> torch.Tensor | None:
         """Features of the images (or parts of images) within the computed positions, in reading order."""
@@ -95,6 +108,14 @@ class Runner:
             return None
         features = self.encoder.features([image for image, _, _ in needed])
         return torch.cat([own[first:last] for own, (_, first, last) in zip(features, needed, strict=True)])
+
+
+def device_of(module: nn.Module, default: torch.device) -> torch.device:
+    """Where a module computes: the device that a hook brings weights to, if it has one, else its first parameter's."""
+    found = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if found is None:
+        found = next((parameter.device for parameter in module.parameters()), default)
+    return torch.device(found)
 
 
 def _window(config: Any) -> int | None:

@@ -49,9 +49,11 @@ class RowCache:
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` positions of rows to other rows, in every layer."""
+        moves = torch.tensor([list(sources), list(targets)])
         for layer in self.layers:
             if layer is not None:
-                layer[:, targets, :, :length] = layer[:, sources, :, :length]
+                moves = moves.to(layer.device)  # copied only where the next layer is on another device
+                layer[:, moves[1], :, :length] = layer[:, moves[0], :, :length]
 
     def load(self, start: int, count: int, states: Sequence[torch.Tensor], length: int) -> None:
         """Copy `length` positions of `states` (per layer `[2, kv_heads, positions, head_dim]`) to `count` rows."""
