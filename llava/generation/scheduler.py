@@ -20,7 +20,7 @@ from llava.generation.detokenize import Detokenizer
 from llava.generation.forward_pass import Row
 from llava.generation.prompts import Prompt
 from llava.generation.runner import Runner
-from llava.generation.sampling import choose_tokens, token_logprobs
+from llava.generation.sampling import SamplingTable
 from llava.generation.state import Generation
 from llava.generation.types import OutOfMemory
 
@@ -64,6 +64,8 @@ class Scheduler:
         self._cancelled: set[Generation] = set()
         self._expected: Counter[bytes] = Counter()
         """How many requests are announced or waiting for each beginning."""
+        self._table: SamplingTable | None = None
+        """Of the rows that got the last tokens."""
         self._lock = threading.Lock()
 
     def announce(self, prompts: Iterable[Prompt], sign: int = 1) -> None:
@@ -272,9 +274,12 @@ class Scheduler:
     def _take_tokens(self, start: int, logits: torch.Tensor) -> None:
         """Choose the next token of the rows from `start` on; finished requests leave."""
         generations = self.running[start:]
-        params = [one.sampling for one in generations]
-        tokens = choose_tokens(logits, [one.chooser for one in generations])
-        logprobs = token_logprobs(logits, tokens, params, self.detokenizer)
+        choosers = [one.chooser for one in generations]
+        if self._table is None or not self._table.is_of(choosers):
+            self._table = SamplingTable(choosers, logits.shape[-1], logits.device)
+        chosen = self._table.choose(logits)
+        logprobs = self._table.logprobs(logits, chosen, self.detokenizer)
+        tokens = chosen.cpu().tolist()
         self.counts.generated_tokens += len(tokens)
         finished: dict[int, str] = {}
         for row, (one, token, logprob) in enumerate(zip(generations, tokens, logprobs, strict=True), start):
