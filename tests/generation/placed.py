@@ -1,4 +1,4 @@
-"""Tensors that claim to be on other devices: their content is the CPU's, and operators refuse what isn't on one device."""
+"""Tensors that claim to be on other devices: content is the CPU's, operators refuse what isn't on one device."""
 
 import torch
 from torch import nn
