@@ -6,21 +6,41 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import rms_norm
 
 from llava.errors import LlavaError
+from llava.generation.attention.joined import Tables, has_fixed_tables, join_layers
+from llava.generation.attention.kernels import PagedKernel, working_kernel
+from llava.generation.attention.passes import DecodingPass, PagedPass
+from llava.generation.cache.pages import PageCache
 from llava.generation.cache.rows import RowCache
+from llava.generation.decoding import Decoder, DecodingState
 from llava.generation.forward_pass import PackedPass, Row, WatchedPass, attention_by_passes
 from llava.generation.image_features import ImageEncoder
 from llava.generation.prompts import Prompt
 from llava.model.language_model import LlavaForCausalLM
 
-Pass = TypeVar("Pass", bound=PackedPass)
+Pass = TypeVar("Pass", bound=PackedPass | PagedPass)
 
 
 class Runner:
     """Runs a language model's blocks on packed tokens; their modules are transformers' (quantized or not)."""
 
-    def __init__(self, model: LlavaForCausalLM, encoder: ImageEncoder, cache_bytes: int, context_len: int):
+    def __init__(
+        self,
+        model: LlavaForCausalLM,
+        encoder: ImageEncoder,
+        cache_bytes: int,
+        context_len: int,
+        *,
+        paged: bool | None = None,
+        max_rows: int = 64,
+    ):
+        """
+        Args:
+            paged: keys and values in pages, and layers in joined products: by default on a GPU alone.
+            max_rows: rows that run at the same time, at most.
+        """
         config = model.config
         self.model = model
         self.encoder = encoder
@@ -34,8 +54,34 @@ class Runner:
         self.norm_device, self.head_device = (device_of(one, self.device) for one in (core.norm, model.lm_head))
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_size = config.num_key_value_heads * self.head_dim
-        per_position = 2 * config.num_hidden_layers * kv_size * embedding.element_size()
-        self.cache = RowCache(config.num_hidden_layers, per_position, cache_bytes, context_len)
+        self.bytes_per_position = 2 * config.num_hidden_layers * kv_size * embedding.element_size()
+        self.cache: RowCache | PageCache
+        self.kernel: PagedKernel | None = None
+        self.decoder: Decoder | None = None
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        if not (self.device.type == "cuda" if paged is None else paged):
+            self.cache = RowCache(layers, self.bytes_per_position, cache_bytes, context_len)
+            return
+        self.kernel = working_kernel(self.device, self.dtype, config.num_attention_heads, heads, self.head_dim)
+        self.cache = PageCache(layers, self.bytes_per_position, cache_bytes, context_len, self.kernel.page)
+        is_one_device = {*self.devices, self.norm_device, self.head_device} == {self.device}
+        joined = join_layers(core.layers) if is_one_device and has_fixed_tables(core.rotary_emb) else None
+        if joined is not None:
+            self.joined = joined
+            self.tables = Tables(core.rotary_emb, context_len, embedding)
+            self.decoder = Decoder(self.cache, self._decode, self.device, max_rows)
+
+    def _decode(self, state: DecodingState) -> torch.Tensor:
+        """A decoding step: the logits `[rows, vocabulary]` of the next tokens."""
+        assert isinstance(self.cache, PageCache) and self.kernel is not None
+        core = self.model.get_model()
+        hidden = self.model.get_input_embeddings()(state.tokens)
+        cos, sin = self.tables.of(state.positions)
+        decoding = DecodingPass(self.cache, self.kernel, state.positions, state.table, state.starts, self.window)
+        for layer in self.joined:
+            hidden = layer(hidden, cos, sin, decoding)
+        state.positions.add_(1)
+        return self.logits(rms_norm(hidden, core.norm.weight.shape, core.norm.weight, core.norm.variance_epsilon))
 
     def run(self, rows: Sequence[Row], tokens: Sequence[int], prompts: Sequence[Prompt]) -> torch.Tensor:
         """Compute `rows` in one pass: the first take a token each, of the others each takes its part of a prompt.
@@ -50,7 +96,12 @@ class Runner:
             embeds = self.model.embed_inputs(ids[None], image_features=features)[0]
         else:
             embeds = self.model.get_input_embeddings()(ids)
-        packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
+        packed: PackedPass | PagedPass
+        if isinstance(self.cache, RowCache):
+            packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
+        else:
+            assert self.kernel is not None
+            packed = PagedPass(self.cache, self.kernel, rows, self.device, self.window)
         hidden, packed = self._forward(embeds, packed)
         normed: torch.Tensor = self.model.get_model().norm(hidden[packed.last].to(self.norm_device))
         return normed
@@ -62,7 +113,7 @@ class Runner:
         its own.
         """
         row, layers = Row(0, 0, len(prompt)), len(self.cache.layers)
-        cache = RowCache(layers, self.cache.bytes_per_position, 0, len(prompt))
+        cache = RowCache(layers, self.bytes_per_position, 0, len(prompt))
         cache.reserve(1, len(prompt), 0)
         ids = torch.from_numpy(prompt.ids)[None].to(self.device)
         embeds = self.model.embed_inputs(ids, image_features=self._features([prompt], [row]))
@@ -82,6 +133,11 @@ class Runner:
         What a layer reads goes to its device first, where that is another than the last layer's.
         """
         core = self.model.get_model()
+        if self.decoder is not None and isinstance(packed, PagedPass):
+            cos, sin = self.tables.of(packed.positions)
+            for joined in self.joined:
+                hidden = joined(hidden, cos, sin, packed)
+            return hidden, packed
         hidden = hidden[None]
         rotary = core.rotary_emb(hidden, packed.positions[None])
         here = self.device

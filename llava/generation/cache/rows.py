@@ -14,6 +14,9 @@ _WIDTH_STEP = 64
 class RowCache:
     """One tensor `[2, rows, kv_heads, width, head_dim]` per layer, grown as needed; `[2]` is keys and values."""
 
+    room = 64
+    """Positions that a row gets beyond its prompt at once; more when it needs them."""
+
     def __init__(self, num_layers: int, bytes_per_position: int, max_bytes: int, max_width: int):
         self.layers: list[torch.Tensor | None] = [None] * num_layers
         self.bytes_per_position = bytes_per_position
@@ -25,6 +28,17 @@ class RowCache:
     def fits(self, rows: int, width: int) -> bool:
         """Whether `rows` of `width` positions fit the memory limit."""
         return width <= self.max_width and self._bytes(rows, self._rounded(width)) <= self.max_bytes
+
+    def holds(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of so many positions fit the memory limit."""
+        return self.fits(len(lengths), max(lengths))
+
+    def prepare(self, lengths: Sequence[int], used_rows: int) -> None:
+        """Have room for rows of so many positions; the first `used_rows` rows keep theirs."""
+        self.reserve(len(lengths), max(lengths), used_rows)
+
+    def trim(self, rows: int) -> None:
+        """Rows from `rows` on aren't used any more; their memory stays for the next ones."""
 
     def reserve(self, rows: int, width: int, used_rows: int) -> None:
         """Have at least `rows` × `width`; the first `used_rows` rows keep their first `width` positions."""
