@@ -15,6 +15,7 @@ SMALL = {
     "api_client": ["--items", "20", "--latency", "0.01"],
     "apply_delta": ["--layers", "0", "--rounds", "1"],
     "layer_operations": [],
+    "decode_roofline": [],
     "download": ["--articles", "20", "--rounds", "1", "--sequential-articles", "5"],
     "validate": ["--records", "1000"],
     "vqa_throughput": ["--limit", "2", "--repeat", "1", "--max-new-tokens", "2"],
@@ -44,6 +45,17 @@ def test_a_benchmark_runs_in_miniature(name, tmp_path, shared_dir):
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers and all(isinstance(value, (int, float)) for value in numbers.values())
     assert all(key in done.stdout for key in numbers)
+
+
+def test_a_decoding_step_of_a_7b_on_a_gpu(tmp_path):
+    """Counted on tensors without content: few operations, one wait of the host, little more bytes than needed."""
+    path = tmp_path / "numbers.json"
+    subprocess.run([sys.executable, BENCHMARKS / "decode_roofline.py", "--json", path], check=True, cwd=tmp_path)
+    numbers = json.loads(path.read_text())
+    # torch's kernel for pages fills a tensor of two numbers too, so one more at most.
+    assert numbers["operations_per_layer"] <= 13 and numbers["host_syncs_per_step"] == 1
+    assert all(1 <= numbers[f"bytes_over_least_batch_{batch}"] < 1.1 for batch in (1, 32, 64))
+    assert numbers["bandwidth_share_batch_1"] > 0.6 and numbers["bandwidth_share_batch_32"] > 0.75
 
 
 def test_without_the_small_model_one_line_says_how_to_get_it(tmp_path):

@@ -20,7 +20,7 @@ from llava.generation.image_features import ImageEncoder
 from llava.generation.prompts import Prompt
 from llava.model.language_model import LlavaForCausalLM
 
-Pass = TypeVar("Pass", bound=PackedPass | PagedPass)
+Pass = TypeVar("Pass", PackedPass, WatchedPass, PagedPass)
 
 
 class Runner:
@@ -68,13 +68,13 @@ class Runner:
         joined = join_layers(core.layers) if is_one_device and has_fixed_tables(core.rotary_emb) else None
         if joined is not None:
             self.joined = joined
-            self.tables = Tables(core.rotary_emb, context_len, embedding)
+            self.tables = Tables(core.rotary_emb, context_len, embedding, config.num_attention_heads, heads)
             self.decoder = Decoder(self.cache, self._decode, self.device, max_rows)
 
     def _decode(self, state: DecodingState) -> torch.Tensor:
         """A decoding step: the logits `[rows, vocabulary]` of the next tokens."""
         assert isinstance(self.cache, PageCache) and self.kernel is not None
-        core = self.model.get_model()
+        core: Any = self.model.get_model()
         hidden = self.model.get_input_embeddings()(state.tokens)
         cos, sin = self.tables.of(state.positions)
         decoding = DecodingPass(self.cache, self.kernel, state.positions, state.table, state.starts, self.window)
@@ -96,7 +96,7 @@ class Runner:
             embeds = self.model.embed_inputs(ids[None], image_features=features)[0]
         else:
             embeds = self.model.get_input_embeddings()(ids)
-        packed: PackedPass | PagedPass
+        packed: Any
         if isinstance(self.cache, RowCache):
             packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
         else:

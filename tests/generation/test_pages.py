@@ -112,13 +112,13 @@ def test_a_row_that_grows_copies_nothing(llama):
     for _ in range(3):
         engine._advance()
     cache = engine.scheduler.runner.cache
-    before = [pair[0].data_ptr() for pair in cache.layers]
+    before = [layer.data_ptr() for layer in cache.layers]
     first = pages_in_use(engine)
-    with Copied(cache.layers[0][0].nbytes // 8) as copied:
+    with Copied(cache.layers[0].nbytes // 16) as copied:
         while not engine.scheduler.is_idle:
             engine._advance()
     assert copied.bytes == 0
-    assert [pair[0].data_ptr() for pair in cache.layers] == before
+    assert [layer.data_ptr() for layer in cache.layers] == before
     assert len(handle._news.get().token_ids) == 1 and first < 5
     assert isinstance(Engine(llama, paged=False).scheduler.runner.cache, RowCache)
 
@@ -206,6 +206,13 @@ def test_every_signature_attends_through_the_table(name, window, news):
     batch = Batch(table, starts, used, torch.tensor([0, *used.cumsum(0)]).int(), max(news))
     found = KERNELS[name].attend(queries, keys, values, batch, 0.4, window)
     torch.testing.assert_close(found, dense(queries, keys, values, batch, 0.4, window))
+
+
+def test_passes_of_few_and_of_many_tokens_are_the_same(llama, images, monkeypatch):
+    requests = mixed_requests(images)[:6]
+    expected = [answer.token_ids for answer in paged(llama).generate(requests)]
+    monkeypatch.setattr("llava.generation.attention.joined.Tables.FEW", 0)
+    assert [answer.token_ids for answer in paged(llama).generate(requests)] == expected
 
 
 def test_a_signature_without_pages_is_no_kernel():

@@ -5,11 +5,12 @@ of another form goes through the library's modules. The joined weights are the m
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import linear, rms_norm, silu
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
@@ -27,21 +28,21 @@ PARTS = {
 class Attending(Protocol):
     """A pass (`PagedPass`, say)."""
 
-    def attend(
-        self, layer: Layer, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    def attend_joined(
+        self, layer: Layer, queries: torch.Tensor, states: torch.Tensor, scale: float
     ) -> torch.Tensor: ...
 
 
 class JoinedLayer:
     """One block, as its modules but for rounding."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Any):
         attention, mlp = block.self_attn, block.mlp
         self.layer_idx: int = attention.layer_idx
         self.scale: float = attention.scaling
         size = attention.head_dim
         self.qkv, self.qkv_bias = _joined((attention.q_proj, attention.k_proj, attention.v_proj))
-        self.heads = [linear.out_features // size for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.queries, self.keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
         self.out, self.out_bias = attention.o_proj.weight.T, attention.o_proj.bias
         self.gate_up, self.gate_up_bias = _joined((mlp.gate_proj, mlp.up_proj))
         self.down, self.down_bias = mlp.down_proj.weight.T, mlp.down_proj.bias
@@ -55,17 +56,15 @@ class JoinedLayer:
         """`hidden` `[tokens, hidden]` is changed in place; `cos` and `sin` are `Tables.of`'s."""
         (first, epsilon), (second, other) = self.norms
         projected = linear(rms_norm(hidden, first.shape, first, epsilon), self.qkv, self.qkv_bias)
-        queries, keys, values = self.heads
-        projected = projected.unflatten(1, (queries + keys + values, -1))
-        turning = projected.narrow(1, 0, queries + keys)
-        turned = rotated(turning, cos, sin)
-        attended = attending.attend(
-            self,
-            turned.narrow(1, 0, queries),
-            turned.narrow(1, queries, keys),
-            projected.narrow(1, queries + keys, values),
-            self.scale,
-        )
+        projected = projected.unflatten(1, (self.queries + 2 * self.keys, -1))
+        if cos.shape[1] > 1:
+            turned = rotated(projected, cos, sin)
+            states = turned.narrow(1, self.queries, 2 * self.keys).unflatten(1, (2, self.keys))
+        else:
+            turned = rotated(projected.narrow(1, 0, self.queries + self.keys), cos, sin)
+            values = projected.narrow(1, self.queries + self.keys, self.keys)
+            states = torch.stack([turned.narrow(1, self.queries, self.keys), values], 1)
+        attended = attending.attend_joined(self, turned.narrow(1, 0, self.queries), states, self.scale)
         _add_product(hidden, attended, self.out, self.out_bias)
         gate, up = linear(rms_norm(hidden, second.shape, second, other), self.gate_up, self.gate_up_bias).chunk(2, 1)
         _add_product(hidden, silu(gate).mul_(up), self.down, self.down_bias)
@@ -73,28 +72,41 @@ class JoinedLayer:
 
 
 class Tables:
-    """Cosines and sines of every position, so that a pass only looks them up."""
+    """Cosines and sines of every position, so that a pass only looks them up.
 
-    def __init__(self, rotary: nn.Module, positions: int, like: torch.Tensor):
-        cos, sin = (one.squeeze(0) for one in rotary(like, torch.arange(positions, device=like.device).unsqueeze(0)))
-        half = cos.shape[1] // 2
-        self.cos, self.sin = (one.narrow(1, 0, half) for one in (cos, sin))
-        self.cos = torch.stack([self.cos, self.cos], 1)
-        self.sin = torch.stack([-self.sin, self.sin], 1)
+    In a pass of few tokens values have cosine 1 and sine 0: turned with queries and keys they stay as they are, in one
+    kernel with them.
+    """
+
+    FEW = 256
+
+    def __init__(self, rotary: Any, positions: int, like: torch.Tensor, queries: int, keys: int):
+        frequencies = rotary.inv_freq.to(like.device, torch.float32)
+        angles = torch.arange(positions, device=like.device).unsqueeze(1) * frequencies
+        cos, sin = (one.mul(rotary.attention_scaling).to(like.dtype) for one in (angles.cos(), angles.sin()))
+        cos, sin = torch.stack([cos, cos], 1), torch.stack([-sin, sin], 1)
+        self.cos = torch.stack([cos, torch.ones_like(cos)], 1)
+        """`[positions, 2, 2, head_dim / 2]`: of what is turned and of what isn't, both halves."""
+        self.sin = torch.stack([sin, torch.zeros_like(sin)], 1)
+        heads = torch.arange(queries + 2 * keys, device=like.device)
+        self.kinds = (heads >= queries + keys).long()
 
     def of(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both `[tokens, 1, 2, head_dim / 2]`."""
-        cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in (self.cos, self.sin))
-        return cos, sin
+        """Both `[tokens, heads, 2, head_dim / 2]`, for queries, keys and values; of many tokens `[tokens, 1, …]`."""
+        cos, sin = (table.index_select(0, positions) for table in (self.cos, self.sin))
+        if len(positions) > self.FEW:
+            return cos.narrow(1, 0, 1), sin.narrow(1, 0, 1)
+        return cos.index_select(1, self.kinds), sin.index_select(1, self.kinds)
 
 
 def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Heads `[tokens, heads, head_dim]` turned by their positions: transformers' rotary embedding, in three kernels."""
     halves = states.unflatten(2, (2, -1))
-    return (halves * cos).addcmul_(halves.flip(2), sin).flatten(2)
+    turned: torch.Tensor = (halves * cos).addcmul_(halves.flip(2), sin)
+    return turned.flatten(2)
 
 
-def join_layers(blocks: Sequence[nn.Module]) -> list[JoinedLayer] | None:
+def join_layers(blocks: Sequence[Any]) -> list[JoinedLayer] | None:
     """The blocks as joined layers, None if one can't be."""
     if not all(_is_plain(block) for block in blocks):
         return None
@@ -106,14 +118,14 @@ def has_fixed_tables(rotary: nn.Module) -> bool:
     return getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
 
 
-def _is_plain(block: nn.Module) -> bool:
+def _is_plain(block: Any) -> bool:
     if any(type(getattr(block, name, None)) not in classes for name, classes in PARTS.items()):
         return False
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     return (
         not any(hasattr(module, "_hf_hook") for module in block.modules())
         and len(linears) == 7
-        and all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in linears)
+        and all(type(module) is nn.Linear and not is_traceable_wrapper_subclass(module.weight) for module in linears)
         and len({parameter.device for parameter in block.parameters()}) == 1
         and isinstance(block.mlp.act_fn, nn.SiLU | type(_silu_of_library()))
     )

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -70,12 +70,14 @@ def gathered(
 GATHERED = PagedKernel("pages gathered for scaled_dot_product_attention", gathered, 16)
 
 
-def torch_kernel(function: Callable) -> PagedKernel | None:
+def torch_kernel(function: Callable[..., Any]) -> PagedKernel | None:
     """torch's `varlen_attn`, if its signature has pages."""
     if not {"seqused_k", "block_table"} <= inspect.signature(function).parameters.keys():
         return None
 
-    def attend(queries, keys, values, batch, scale, window):
+    def attend(
+        queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, scale: float, window: int | None
+    ) -> Any:
         capacity = batch.table.shape[1] * keys.shape[1]
         return function(
             queries, keys, values, batch.starts, None, batch.longest, capacity, scale=scale, seqused_k=batch.used,
@@ -86,12 +88,14 @@ def torch_kernel(function: Callable) -> PagedKernel | None:
     return PagedKernel("torch.nn.attention.varlen.varlen_attn", attend, 16)
 
 
-def flash_2_kernel(function: Callable) -> PagedKernel | None:
+def flash_2_kernel(function: Callable[..., Any]) -> PagedKernel | None:
     """flash-attn 2's `flash_attn_varlen_func`, whose pages have 256 positions."""
     if "block_table" not in inspect.signature(function).parameters:
         return None
 
-    def attend(queries, keys, values, batch, scale, window):
+    def attend(
+        queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, scale: float, window: int | None
+    ) -> Any:
         capacity = batch.table.shape[1] * keys.shape[1]
         return function(
             queries, keys, values, batch.starts, batch.key_starts, batch.longest, capacity, softmax_scale=scale,
@@ -101,12 +105,14 @@ def flash_2_kernel(function: Callable) -> PagedKernel | None:
     return PagedKernel("flash_attn.flash_attn_varlen_func", attend, 256)
 
 
-def flash_3_kernel(function: Callable) -> PagedKernel | None:
+def flash_3_kernel(function: Callable[..., Any]) -> PagedKernel | None:
     """flash-attn 3's `flash_attn_with_kvcache`."""
     if not {"page_table", "cu_seqlens_q"} <= inspect.signature(function).parameters.keys():
         return None
 
-    def attend(queries, keys, values, batch, scale, window):
+    def attend(
+        queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, scale: float, window: int | None
+    ) -> Any:
         return function(
             queries, keys, values, cache_seqlens=batch.used, page_table=batch.table, cu_seqlens_q=batch.starts,
             max_seqlen_q=batch.longest, softmax_scale=scale, causal=True,
@@ -157,8 +163,9 @@ def _try(kernel: PagedKernel, device: torch.device, dtype: torch.dtype, heads: i
         RuntimeError: what comes out isn't what attention over gathered pages gives.
     """
     random = torch.Generator().manual_seed(0)
-    shapes = (2, heads, size), (4, kernel.page, kv_heads, size), (4, kernel.page, kv_heads, size)
-    queries, keys, values = (torch.randn(shape, generator=random).to(device, dtype) for shape in shapes)
+    shapes = (2, heads, size), (4, kernel.page, 2, kv_heads, size)
+    queries, pages = (torch.randn(shape, generator=random).to(device, dtype) for shape in shapes)
+    keys, values = pages.unbind(2)
     table = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32).to(device)
     used = torch.tensor([kernel.page + 1, 3], dtype=torch.int32).to(device)
     starts = torch.arange(3, dtype=torch.int32).to(device)

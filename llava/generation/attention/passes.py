@@ -60,21 +60,29 @@ class PagedPass:
         """The same pass for layers on another device."""
         moved = copy.copy(self)
         moved.positions, moved.slots, moved.last = (one.to(device) for one in (self.positions, self.slots, self.last))
-        *tensors, longest = self.batch
-        moved.batch = Batch(*(one.to(device) for one in tensors), longest)
+        table, starts, used, key_starts, longest = self.batch
+        moved.batch = Batch(table.to(device), starts.to(device), used.to(device), key_starts.to(device), longest)
         moved.copies = [one.to(device) for one in self.copies]
         return moved
 
     def attend(
         self, layer: "Layer | Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Put keys and values `[tokens, heads, head_dim]` into the pages and attend; `[tokens, heads * head_dim]`."""
-        pages = self.cache.layer(layer.layer_idx, keys)
-        for states, new in zip(pages, (keys, values), strict=True):
-            states.flatten(0, 1).index_copy_(0, self.slots, new)
+        """Put keys and values into the pages and attend; all `[tokens, heads, head_dim]`, as `attend_joined`."""
+        return self.attend_joined(layer, queries, torch.stack([keys, values], 1), scale)
+
+    def attend_joined(
+        self, layer: "Layer | Attention", queries: torch.Tensor, states: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As `attend`, of keys and values in one tensor `[tokens, 2, kv_heads, head_dim]`.
+
+        Returns `[tokens, heads * head_dim]`.
+        """
+        pages = self.cache.write(layer.layer_idx, self.slots, states)
         for slots in self.copies:
             copy_slots(pages, slots)
-        return self.kernel.attend(queries, *pages, self.batch, scale, self.window).flatten(1)
+        keys, values = pages.unbind(2)
+        return self.kernel.attend(queries, keys, values, self.batch, scale, self.window).flatten(1)
 
 
 class DecodingPass(PagedPass):

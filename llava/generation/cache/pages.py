@@ -6,7 +6,7 @@ there once. All memory is taken at the first use; page 0 belongs to nobody, rows
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ class KeptPages(list[KeptPage]):
 
 
 class PageCache:
-    """Per layer two tensors `[pages, page, kv_heads, head_dim]`, keys and values."""
+    """Per layer one tensor `[pages, page, 2, kv_heads, head_dim]`; `[2]` is keys and values."""
 
     room = 1
     """Positions that a row gets beyond its prompt at once."""
 
     def __init__(self, num_layers: int, bytes_per_position: int, max_bytes: int, max_width: int, page: int = 16):
-        self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+        self.layers: list[torch.Tensor | None] = [None] * num_layers
         self.page = page
         self.page_bytes = page * bytes_per_position
         self.max_width = max_width
@@ -88,13 +88,13 @@ class PageCache:
         """
         return self._begin(target, self.tables[source][: self._pages(length)], length)
 
-    def load(self, start: int, count: int, states: KeptPages, length: int) -> None:
+    def load(self, start: int, count: int, states: Sequence[Any], length: int) -> None:
         """Have `count` rows begin with `length` positions of what was kept."""
         numbers = [page.number for page in states[: self._pages(length)]]
         pairs = [pair for row in range(start, start + count) for pair in self._begin(row, numbers, length)]
         for layer in self.layers:
             if layer is not None and pairs:
-                copy_slots(layer, torch.tensor(pairs).T.to(layer[0].device))
+                copy_slots(layer, torch.tensor(pairs).T.to(layer.device))
 
     def save(self, row: int, length: int) -> KeptPages:
         """The first `length` positions of a row, by reference: the row goes on writing behind them."""
@@ -105,14 +105,18 @@ class PageCache:
         weakref.finalize(kept, self._give_back, numbers)
         return kept
 
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer; `like` is `[tokens, kv_heads, head_dim]`."""
-        found = self.layers[index]
-        if found is None:
+    def write(self, index: int, slots: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Put keys and values `[tokens, 2, kv_heads, head_dim]` where `slots` (int64 `[tokens]`) say.
+
+        Returns the layer's whole tensor.
+        """
+        layer = self.layers[index]
+        if layer is None:
             # Zeros, not empty: what a mask hides may be anything but NaN.
-            shape = (self.num_pages + 1, self.page, *like.shape[1:])
-            found = self.layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
-        return found
+            shape = (self.num_pages + 1, self.page, *states.shape[1:])
+            layer = self.layers[index] = torch.zeros(shape, dtype=states.dtype, device=states.device)
+        layer.flatten(0, 1).index_copy_(0, slots, states)
+        return layer
 
     def table(self, rows: Sequence[int], width: int = 0) -> np.ndarray:
         """int32 `[rows, pages]` of the rows' pages, filled up with page 0; at least `width` pages wide."""
@@ -156,8 +160,7 @@ class PageCache:
                 self._free.append(number)
 
 
-def copy_slots(layer: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor) -> None:
+def copy_slots(layer: torch.Tensor, slots: torch.Tensor) -> None:
     """Copy positions of a layer's pages; `slots` int64 `[2, positions]` are from where and to where."""
-    for states in layer:
-        flat = states.flatten(0, 1)
-        flat.index_copy_(0, slots.select(0, 1), flat.index_select(0, slots.select(0, 0)))
+    flat = layer.flatten(0, 1)
+    flat.index_copy_(0, slots.select(0, 1), flat.index_select(0, slots.select(0, 0)))

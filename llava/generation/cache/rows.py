@@ -5,6 +5,7 @@ reads slices of the buffers and copies nothing. What lies past a row's length is
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ class RowCache:
                 moves = moves.to(layer.device)  # copied only where the next layer is on another device
                 layer[:, moves[1], :, :length] = layer[:, moves[0], :, :length]
 
-    def load(self, start: int, count: int, states: Sequence[torch.Tensor], length: int) -> None:
+    def load(self, start: int, count: int, states: Sequence[Any], length: int) -> None:
         """Copy `length` positions of `states` (per layer `[2, kv_heads, positions, head_dim]`) to `count` rows."""
         for index, state in enumerate(states):
             layer = self._layer(index, state[0].transpose(0, 1))
