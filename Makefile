@@ -9,7 +9,7 @@ LMMS_EVAL := $(VENV)/lmms-eval
 CLIENTS := $(VENV)/clients
 OLDEST := $(VENV)/oldest
 
-.PHONY: help install lock audit sbom demo serve clients test test-all test-oldest fuzz fuzz-api kills soak lint format clean
+.PHONY: help install lock audit sbom demo serve clients test test-all test-oldest fuzz fuzz-api kills soak lint format docs clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -108,9 +108,12 @@ lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeate
 	$(BIN)/mypy
 	$(BIN)/pylint llava
 
+docs: $(STAMP)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(STAMP)  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and the demo's runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

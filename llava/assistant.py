@@ -26,8 +26,9 @@ def load(
     """Load a checkpoint to ask.
 
     Args:
-        model_path, model_base, options: as for `llava.load_pretrained_model` (`device`, `dtype`, `load_4bit`,
-            `conversation_template`, …).
+        model_path: as for `llava.load_pretrained_model`.
+        model_base: likewise.
+        options: its others (`device`, `dtype`, `load_4bit`, `conversation_template`, …).
         system: a system text in place of the template's.
 
     Raises:

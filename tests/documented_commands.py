@@ -65,6 +65,9 @@ def unknown_flags(module: str, words: list[str]) -> list[str]:
             if word in choices:
                 parser = choices[word]
     known = {name.replace("_", "-") for name in parser._option_string_actions}
+    if module == "llava.train.estimate_memory":  # beside its own flags it takes the recipe's
+        flags = [flag for flag in flags if flag.replace("_", "-") not in known]
+        return unknown_flags("llava.train.train", [word for word in words if word.split("=")[0] in flags])
     return [flag for flag in flags if flag.replace("_", "-") not in known]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.documented_commands import ROOT, commands_in, module_and_flags, unknown_flags
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md")])
 
 
 def cases(paths):

@@ -9,8 +9,24 @@ from markupsafe import Markup
 from PIL import Image
 
 from llava.constants import RESEARCH_NOTICE
-from llava.pages import Card, cards, figure, figures, note, preformatted, subheading, table, write_page
-from llava.pages.charts import INK, bars, curves, reliability
+from llava.errors import LlavaError
+from llava.pages import (
+    Card,
+    cards,
+    figure,
+    figures,
+    folded,
+    gallery,
+    note,
+    preformatted,
+    print_page,
+    printing_browser,
+    subheading,
+    table,
+    warning,
+    write_page,
+)
+from llava.pages.charts import INK, Line, bars, curves, reliability
 
 EVIL = '<script>alert("1")</script> & <img src="http://outside/x.png">'
 
@@ -23,7 +39,7 @@ def drawn():
     return [
         bars(EVIL, [(EVIL, 64.39, 57.0, 71.0), ("none", None, None, None), ("all", 100.0, None, None)]),
         reliability(EVIL, bins),
-        curves(EVIL, [("first", [2.0, 1.5, 1.0]), (EVIL, [3.0])], "step", "loss"),
+        curves(EVIL, [Line("first", [1, 2, 3], [2.0, 1.5, 1.0]), Line(EVIL, [1], [3.0])], "step", "loss"),
     ]
 
 
@@ -32,8 +48,11 @@ def everything(path):
     parts = [
         table([EVIL, "n"], [[EVIL, "1.5"], ["-", "−2"]], ["published", ""]),
         cards([card, Card(None, "q", "r", "a", right=True)]),
+        gallery([card, Card(None, "q", "r", "a", right=True, kind=EVIL), Card(None, "q", "r", "a", True, "k")]),
+        warning(EVIL),
         preformatted(["a", "  " + EVIL]),
         note(EVIL),
+        folded(EVIL, preformatted([EVIL])),
         subheading(EVIL),
     ]
     shown = figures(*(figure(one, f"{EVIL} {number}") for number, one in enumerate(drawn())))
@@ -61,7 +80,7 @@ def test_figures_take_the_colours_of_the_page_and_say_what_they_show(number):
     assert svg.startswith('<svg role="img" aria-label="') and INK not in svg and "var(--" in svg
     assert "://" not in svg.replace("http://outside", "") and "<metadata" not in svg
     label = re.search('aria-label="([^"]*)"', svg)[1]
-    assert ("64.4", "100 at 90", "from 2.00 to 1.00")[number] in label
+    assert ("64.4", "100 at 90", "from 2 to 1")[number] in label
     assert ("no question", "right answers (%)", "step")[number] in svg
     assert set(re.findall('href="#([^"]*)"', svg)) <= set(re.findall('id="([^"]*)"', svg))
 
@@ -70,30 +89,73 @@ def test_drawing_twice_gives_the_same():
     assert drawn() == drawn()
 
 
-def test_a_page_fits_every_width_and_asks_for_nothing(tmp_path):
+@pytest.fixture(scope="module")
+def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no Chromium here")
-    everything(tmp_path / "page.html")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for width, media, scheme in ((500, "screen", "dark"), (1200, "screen", "light"), (700, "print", "dark")):
-            page = browser.new_page(viewport={"width": width, "height": 800})
-            asked, said = [], []
-            page.on("request", lambda request, asked=asked: asked.append(request.url))
-            page.on("console", lambda message, said=said: said.append(message.text))
-            page.emulate_media(media=media, color_scheme=scheme)
-            page.goto((tmp_path / "page.html").as_uri())
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            assert [url for url in asked if not url.startswith(("file:", "data:"))] == said == []
-            ink, paper = page.evaluate(
-                "[getComputedStyle(document.querySelector('svg text')).fill,"
-                " getComputedStyle(document.querySelector('section')).backgroundColor]"
-            )
-            dark = media == "screen" and scheme == "dark"
-            assert (brightness(ink) > 128) == dark and (brightness(paper) < 128) == dark
-        browser.close()
+        yield driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+
+
+def test_a_page_fits_every_width_and_asks_for_nothing(tmp_path, browser):
+    everything(tmp_path / "page.html")
+    for width, media, scheme in ((500, "screen", "dark"), (1200, "screen", "light"), (700, "print", "dark")):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        asked, said = [], []
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.on("console", lambda message, said=said: said.append(message.text))
+        page.emulate_media(media=media, color_scheme=scheme)
+        page.goto((tmp_path / "page.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert [url for url in asked if not url.startswith(("file:", "data:"))] == said == []
+        ink, paper = page.evaluate(
+            "[getComputedStyle(document.querySelector('svg text')).fill,"
+            " getComputedStyle(document.querySelector('section')).backgroundColor]"
+        )
+        dark = media == "screen" and scheme == "dark"
+        assert (brightness(ink) > 128) == dark and (brightness(paper) < 128) == dark
+
+
+def test_a_gallery_is_narrowed_to_right_or_wrong_and_to_a_kind(tmp_path, browser):
+    kinds = ["size", "place", "size", "place", "size"]
+    shown = [Card(None, f"q{n}", "r", "a", right=n < 3, kind=kind) for n, kind in enumerate(kinds)]
+    write_page(tmp_path / "page.html", "t", "s", [("one", gallery(shown)), ("two", gallery(shown[:2]))])
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    first = page.locator(".gallery").first
+
+    def visible():
+        return [card.locator(".question").inner_text() for card in first.locator(".card:visible").all()]
+
+    assert visible() == ["q0", "q1", "q2", "q3", "q4"]
+    first.get_by_label("wrong").check()
+    assert visible() == ["q3", "q4"]
+    first.get_by_label("size").check()
+    assert visible() == ["q4"]
+    first.get_by_label("right").check()
+    assert visible() == ["q0", "q2"]
+    assert page.locator(".gallery").nth(1).locator(".card:visible").count() == 2
+
+
+def test_a_page_is_printed_by_the_browser_with_what_is_folded(tmp_path, browser):
+    pdf = print_page(
+        write_page(tmp_path / "page.html", "t", "s", [("one", folded("more", note("x")))]), printing_browser()
+    )
+    assert pdf == tmp_path / "page.pdf" and pdf.read_bytes()[:5] == b"%PDF-"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix not in {".pdf", ".html"}] == []
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    assert not page.get_by_text("x", exact=True).is_visible()
+    page.emulate_media(media="print")
+    assert page.get_by_text("x", exact=True).is_visible()
+
+
+def test_without_a_browser_printing_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LlavaError, match="--pdf needs a browser to print with: none of chromium"):
+        printing_browser()
 
 
 def brightness(color):

@@ -11,7 +11,6 @@ import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
+from llava.processes import process_pool
 from llava.records import Record, iter_records, write_json, write_records
 
 EXIT_FAULTS = 1
@@ -184,7 +184,7 @@ def _checked(records: Iterable[Record], options: Options, workers: int) -> Itera
         for chunk in chunks:
             yield from zip(chunk, *zip(*check(chunk)), strict=True)
         return
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(options,)) as pool:
+    with process_pool(workers, _start_worker, (options,)) as pool:
         # A window of chunks under way: results come in order, and memory stays small.
         pending: deque = deque()
         for chunk in chunks:

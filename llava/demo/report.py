@@ -7,9 +7,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from llava.demo.scores import RUNS, RunScores, table
-from llava.pages import Card, cards, figure, figures, note, subheading, write_page
+from llava.pages import Card, figure, figures, gallery, note, subheading, write_page
 from llava.pages import table as html_table
-from llava.pages.charts import bars, curves
+from llava.pages.charts import Line, bars, curves, smoothed
 from llava.records import read_json
 
 PER_KIND = 8
@@ -41,8 +41,7 @@ def write_report(
         [
             ("Scores", _scores(scores) if claims_scores else note(NO_SCORES)),
             ("Loss curves", _curves(output)),
-            ("Right answers", _examples(output, rows, right=True)),
-            ("Wrong answers", _examples(output, rows, right=False)),
+            ("Some answers", gallery([*_examples(output, rows, right=True), *_examples(output, rows, right=False)])),
             ("Time", html_table(["step", "seconds"], times)),
         ],
     )
@@ -89,9 +88,9 @@ def _curves(output: Path) -> Markup:
     drawn = []
     for name, words in _LEARNED.items():
         found = [(RUNS[prefix].partition(":")[0], _losses(output / f"{prefix}{name}")) for prefix in ("", "blind_")]
-        series = [(label, _smooth(losses)) for label, losses in found if losses]
-        if series:
-            shown = curves(name.replace("_", " "), series, "step", "loss")
+        lines = [Line(label, range(1, len(losses) + 1), smoothed(losses)) for label, losses in found if losses]
+        if lines:
+            shown = curves(name.replace("_", " "), lines, "step", "loss")
             drawn.append(figure(shown, f"Smoothed training loss of {words}."))
     return figures(*drawn) if drawn else Markup()
 
@@ -104,15 +103,7 @@ def _losses(folder: Path) -> list[float]:
     return []
 
 
-def _smooth(values: list[float]) -> list[float]:
-    weight, mean, out = min(1.0, 20 / len(values)), values[0], []
-    for value in values:
-        mean += weight * (value - mean)
-        out.append(mean)
-    return out
-
-
-def _examples(output: Path, rows: list[dict[str, Any]], *, right: bool) -> Markup:
+def _examples(output: Path, rows: list[dict[str, Any]], *, right: bool) -> list[Card]:
     """Some answers, an image once and the families in turn."""
     chosen, images, families = [], set(), set()
     for row in sorted(rows, key=lambda row: row["image"][::-1]):
@@ -120,12 +111,11 @@ def _examples(output: Path, rows: list[dict[str, Any]], *, right: bool) -> Marku
             chosen.append(row)
             images.add(row["image"])
             families.add(row["family"])
-    if not chosen:
-        return note("none")
-    return cards([_card(output, row) for row in chosen[:PER_KIND]])
+    return [_card(output, row) for row in chosen[:PER_KIND]]
 
 
 def _card(output: Path, row: dict[str, Any]) -> Card:
     with Image.open(output / "data" / "images" / row["image"]) as image:
         image.load()
-    return Card(image, row["question"], str(row["reference"]), row["prediction"], row["right"])
+    kind = row["family"].replace("_", " ")
+    return Card(image, row["question"], str(row["reference"]), row["prediction"], row["right"], kind)

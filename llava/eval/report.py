@@ -24,6 +24,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--bootstrap-samples", type=int, default=10_000)
     parser.add_argument("--bootstrap-unit", choices=("question", "image"), default="question")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the examples")
+    parser.add_bool("--pdf", help="write the page as a PDF too, by a browser that is installed")
     return parser
 
 
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.eval.reports.evaluation import evaluate
     from llava.eval.reports.sections import Entry
+    from llava.pages import print_page, printing_browser
 
+    browser = printing_browser() if args.pdf else None
     named = [_label_and_file(text) for text in args.pred]
     entries = [
         Entry(
@@ -58,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
     )
     write_line(f"{page}\n{markdown}")
+    if browser is not None:
+        write_line(str(print_page(page, browser)))
 
 
 def write_report(
@@ -92,10 +97,12 @@ def write_report(
         f"{questions[0]} answer files, {questions[1]:,} answers",
         [
             ("Scores", sections.scores_section(entries)),
+            ("Differences between models", sections.differences_section(plain)),
             ("Does it look at the image?", sections.ablation_section(entries)),
             ("Is it as sure as it is right?", sections.calibration_section(plain)),
             ("Is the test set clean?", sections.audit_section(clean)),
             ("By kind of question", sections.groups_section(plain)),
+            ("Yes and no", sections.confusions_section(plain)),
             ("Examples", sections.examples_section(plain, image_folder, examples, seed)),
             ("What produced the answers", sections.provenance_section(entries)),
         ],

@@ -9,7 +9,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from llava.images.info import parse_window
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
 from llava.images.windows import CT_WINDOWS
+from llava.processes import process_pool
 
 _MONTAGE = re.compile(r"montage (\d{1,2})\s*[x×]\s*(\d{1,2})")
 _EVERY = re.compile(r"every (\d{1,4})")
@@ -146,7 +146,7 @@ def _drawn(jobs: list[Job], workers: int) -> Iterator[tuple[Drawn, list[str]]]:
     if workers < 2 or len(jobs) < 2:
         yield from map(draw, jobs)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(draw, jobs)
 
 

@@ -65,9 +65,10 @@ def load_pretrained_model(
         model_base: the language model (or LLaVA) that a LoRA or projector folder was trained over.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; the best there is by default.
         dtype: `float32`, `float16`, `bfloat16`; the checkpoint's own by default.
-        load_8bit, load_4bit: quantize the language model with bitsandbytes while loading.
-        quant_type, double_quant: how, with 4 bits: nf4 or fp4, and whether the scales are quantized too; by default
-            nf4 and True, or what a checkpoint that is stored in 4 bits was made with.
+        load_8bit: quantize the language model with bitsandbytes while loading.
+        load_4bit: likewise, to 4 bits.
+        quant_type: of 4 bits, nf4 or fp4; by default nf4, or what a checkpoint that is stored in 4 bits was made with.
+        double_quant: with 4 bits, whether the scales are quantized too; by default so, or as the checkpoint was made.
         device_map: `auto`, or accelerate's map of modules to devices, to spread the model over several GPUs;
             by default a model that one GPU can't hold is spread over all.
         vision_tower: folder or hub id in place of the config's `mm_vision_tower`; a tower inside the

@@ -1,5 +1,34 @@
 """Self-contained HTML pages: one template and theme, and figures that follow it."""
 
-from llava.pages.page import Card, cards, figure, figures, note, preformatted, subheading, table, write_page
+from llava.pages.page import (
+    Card,
+    cards,
+    figure,
+    figures,
+    folded,
+    gallery,
+    note,
+    preformatted,
+    subheading,
+    table,
+    warning,
+    write_page,
+)
+from llava.pages.printing import print_page, printing_browser
 
-__all__ = ["Card", "cards", "figure", "figures", "note", "preformatted", "subheading", "table", "write_page"]
+__all__ = [
+    "Card",
+    "cards",
+    "figure",
+    "figures",
+    "folded",
+    "gallery",
+    "note",
+    "preformatted",
+    "print_page",
+    "printing_browser",
+    "subheading",
+    "table",
+    "warning",
+    "write_page",
+]

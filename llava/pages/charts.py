@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup, escape
 
@@ -20,6 +20,10 @@ WIDTH = 460
 INK, SOFT, LINE, PAPER = "#1d2733", "#5c6875", "#d5dce3", "#ffffff"
 """As in templates/theme.css; in a page they become its variables, so that they follow the reader's colour scheme."""
 
+MOST_POINTS = 1000
+"""Of a line."""
+_FEW_POINTS = 30
+"""A line of so few gets marks."""
 _VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", PAPER: "--paper"}
 _ROW = 38
 """Pixels of a bar with its label above it."""
@@ -121,20 +125,43 @@ def reliability(title: str, bins: Sequence[Any]) -> Markup:
     return chart(draw, f"Right answers over confidence, {title}, in percent: {points}", 400, 400)
 
 
-def curves(title: str, series: Sequence[tuple[str, Sequence[float]]], x: str, y: str) -> Markup:
-    """Lines of values, each by its number from 1; a legend where there are several."""
+class Line(NamedTuple):
+    """Values over steps; `is_soft`: drawn thin, behind what is made of it."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    is_soft: bool = False
+
+
+def curves(title: str, lines: Sequence[Line], x: str, y: str) -> Markup:
+    """Lines of values; a legend where there are several. Of long lines so many points are drawn as can be seen."""
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: "Axes") -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for place, (label, values) in enumerate(series):
-            axes.plot(range(1, len(values) + 1), values, color=COLORS[place % len(COLORS)], label=label, linewidth=1.8)
+        for place, line in enumerate(lines):
+            every = -(-len(line.x) // MOST_POINTS)
+            look: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.45} if line.is_soft else {"linewidth": 1.8}
+            if len(line.x) <= _FEW_POINTS and not line.is_soft:
+                look["marker"] = "o"
+            color = COLORS[place % len(COLORS)]
+            axes.plot(line.x[::every], line.y[::every], color=color, label=line.label, **look)
         axes.set(title=title, xlabel=x, ylabel=y)
-        if len(series) > 1:
+        if len(lines) > 1:
             axes.legend()
 
-    ends = ", ".join(f"{label} from {values[0]:.2f} to {values[-1]:.2f}" for label, values in series if values)
+    ends = ", ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines if line.y)
     return chart(draw, f"{y} over {x}, {title}: {ends}", 250, 400)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a twentieth of them."""
+    weight, mean, out = min(1.0, 20 / max(len(values), 1)), values[0] if values else 0.0, []
+    for value in values:
+        mean += weight * (value - mean)
+        out.append(mean)
+    return out
 
 
 def _short(text: str, length: int) -> str:

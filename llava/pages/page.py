@@ -6,6 +6,7 @@ A page is a list of sections, each a heading and what the functions here return.
 
 import base64
 import io
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,8 @@ class Card:
     reference: str
     answer: str
     right: bool
+    kind: str = ""
+    """Of question; galleries can be narrowed to one."""
 
     @property
     def source(self) -> str | None:
@@ -67,12 +70,29 @@ def figures(*shown: Markup) -> Markup:
 
 def cards(shown: Sequence[Card]) -> Markup:
     """Questions and answers with their images, as many in a row as there is space for."""
-    return _part("cards", shown)
+    return _part("cards", shown, [])
+
+
+def gallery(shown: Sequence[Card]) -> Markup:
+    """Cards with buttons for right or wrong answers and for each kind of question; no script is needed."""
+    kinds = list(dict.fromkeys(card.kind for card in shown if card.kind))
+    name = f"g{zlib.crc32(repr([(card.question, card.answer, card.kind) for card in shown]).encode()):x}"
+    return _part("gallery", shown, kinds if len(kinds) > 1 else [], name)
 
 
 def preformatted(lines: Sequence[str]) -> Markup:
     """Lines as a block that keeps its indentation."""
     return _part("preformatted", "\n".join(lines))
+
+
+def folded(title: str, body: Markup) -> Markup:
+    """What is shown once its title is clicked, and in print."""
+    return _part("folded", title, body)
+
+
+def warning(text: str) -> Markup:
+    """A remark that must not be overlooked, bold."""
+    return _part("warning", text)
 
 
 def note(text: str) -> Markup:

@@ -98,6 +98,10 @@ class LlavaTrainingArguments(TrainingArguments):
     if TYPE_CHECKING:
         output_dir: str  # the Trainer fills it in
 
+    overwrite_output_dir: bool = _flag(False, "start anew: remove what an earlier run left in the output folder")
+    resume_from_checkpoint: str | None = _flag(
+        None, "True: go on with the run in the output folder also if flags or data differ; or a folder checkpoint-N"
+    )
     cache_dir: str | None = _flag(None, "where hub ids are downloaded to (default: the hub's cache)")
     remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
     logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
@@ -186,6 +190,10 @@ class Arguments:
     data: DataArguments
     training: LlavaTrainingArguments
     validation: ValidationArguments = field(default_factory=ValidationArguments)
+    given: dict[str, Any] = field(default_factory=dict)
+    """The flags that the command line has, with their values."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """What each flag is where it isn't given."""
 
     def held_out(self) -> "Arguments":
         """The same with the held-out records in place of those to train on."""
@@ -235,6 +243,7 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
     for warning in warnings:
         if is_main_process():
             logger.warning(warning)
+    typed = list(argv)
     argv = _one_pack(argv)
     if gpu.has_gpu():
         argv = _for_gpus(argv)
@@ -249,7 +258,17 @@ def read_flags(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:
         raise LlavaError(f"a flag has an invalid value: {' '.join(str(error).split())}") from error
     if rest:
         raise LlavaError(f"unknown argument {rest[0]!r}; see --help")
-    return Arguments(model, data, training, validation)
+    given, defaults = _given(typed)
+    return Arguments(model, data, training, validation, given, defaults)
+
+
+def _given(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags that were typed with their values, and the default of each flag."""
+    parser = build_parser()
+    values = vars(parser.parse_known_args(argv)[0])
+    names = {word.removeprefix("--") for word in argv if word.startswith("--")}
+    given = {name: value for name, value in values.items() if name in names}
+    return given, {name: parser.get_default(name) for name in values}
 
 
 def _for_gpus(argv: list[str]) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from llava.errors import LlavaError
 
 IGNORED = {
-    "overwrite_output_dir": "a run resumes if its output directory holds checkpoint-*; remove them to start anew",
     "save_safetensors": "weights are always written as safetensors",
     "half_precision_backend": "PyTorch's own mixed precision is the only one left",
     "fp16_backend": "PyTorch's own mixed precision is the only one left",
@@ -64,7 +63,7 @@ def translate_flags(
         if name == "":
             out.extend(values)
             continue
-        if not values and name in booleans:
+        if not values and (name in booleans or name == "resume_from_checkpoint"):
             values = ["True"]
         out.extend([f"--{name}", *values])
     return out, warnings

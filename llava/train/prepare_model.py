@@ -17,7 +17,7 @@ from llava.model.tokenizer import token_id
 from llava.model.weights.locate import locate_model
 from llava.records import read_json
 from llava.train.arguments import Arguments, ModelArguments
-from llava.train.projector_file import load_projector
+from llava.train.output.projector_file import load_projector
 from llava.train.step import gpu
 
 logger = logging.getLogger(__name__)

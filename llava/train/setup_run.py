@@ -10,7 +10,7 @@ import torch
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
-from llava.folders import WEIGHTS, part_in, publish_files, remove_parts
+from llava.folders import WEIGHTS, part_in, publish_files
 from llava.images import ImageProcessor, open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
@@ -22,10 +22,10 @@ from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
 from llava.train.data.record_store import RecordStore
 from llava.train.lora import add_adapters, save_adapter
+from llava.train.output.projector_file import FILE_NAME as PROJECTOR_FILE
+from llava.train.output.projector_file import save_projector
 from llava.train.prepare_model import padding_id, start_end_ids
 from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_tflops
-from llava.train.projector_file import FILE_NAME as PROJECTOR_FILE
-from llava.train.projector_file import save_projector
 from llava.train.step import gpu
 from llava.train.step.liger import use_liger_kernels
 from llava.train.step.packing import fill_batches, training_attention
@@ -42,17 +42,6 @@ def start_processes(training: LlavaTrainingArguments) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if training.use_cpu else None)
-
-
-def prepare_output(training: LlavaTrainingArguments) -> None:
-    """Make the output folder, or say why it can't be used."""
-    folder = Path(training.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LlavaError(f"--output_dir {folder}: can't be made ({error.strerror})") from error
-    if training.should_save:
-        remove_parts(folder)
 
 
 def build_dataset(

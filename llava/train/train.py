@@ -36,9 +36,9 @@ def train(argv: list[str] | None = None, *, keep_fsdp: bool = False) -> dict[str
 
 def run_training(arguments: "Arguments") -> dict[str, Any]:
     """Train as `arguments` say; see `train`."""
-    from llava.train.checkpoints import last_good_checkpoint
     from llava.train.data.record_store import open_records
-    from llava.train.setup_run import build_dataset, build_trainer, build_validation, prepare_output, start_processes
+    from llava.train.output.one_run import claim
+    from llava.train.setup_run import build_dataset, build_trainer, build_validation, start_processes
 
     started = time.monotonic()
     training = arguments.training
@@ -46,14 +46,13 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
     store = open_records(arguments.data.data_path, training.output_dir)
     held_out_path = arguments.validation.eval_data_path
     held_out = open_records(held_out_path, training.output_dir) if held_out_path else None
-    prepare_output(training)
+    checkpoint = claim(arguments)
     from llava.train.prepare_model import prepare_model
 
     loaded = prepare_model(arguments)
     dataset, cache = build_dataset(arguments, loaded, store)
     validation = build_validation(arguments, loaded, held_out) if held_out else None
     trainer = build_trainer(arguments, loaded, dataset, cache, validation)
-    checkpoint = last_good_checkpoint(training.output_dir)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -62,8 +61,8 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
 
 def finish(arguments, trainer, dataset, checkpoint: Path | None, seconds: float) -> dict[str, Any]:
     """Write the final model whole, then the summary and the loss curve."""
+    from llava.train.output.summary import add_losses, write_summary
     from llava.train.setup_run import save_final, summarise
-    from llava.train.summary import add_losses, write_summary
 
     save_final(trainer)
     summary = add_losses(summarise(arguments, trainer, dataset, checkpoint, seconds), trainer.state.log_history)

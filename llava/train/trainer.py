@@ -20,12 +20,12 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from llava.train.arguments import LlavaTrainingArguments
-from llava.train.checkpoints import publish, remove_old, staged
 from llava.train.data.collator import META_KEYS
 from llava.train.data.dataset import LlavaDataset, Report
 from llava.train.data.sampler import EpochSampler
 from llava.train.data.worker_errors import plain_worker_errors
 from llava.train.lora import load_non_lora
+from llava.train.output.checkpoints import publish, remove_old, staged
 from llava.train.progress import ProgressBar
 from llava.train.step import gpu
 from llava.train.step.compute import activation_budget, compile_layers, set_policy

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from llava.data import audit
 from llava.errors import LlavaError
 from llava.eval import report, run_eval
 from llava.eval.answers.manifest import write_manifest
+from llava.pages.printing import BROWSERS
 
 
 def record(key, question, answer, kind):
@@ -37,7 +39,10 @@ def files(tmp_path):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         ablation = "none" if name == "seen" else "blank"
         questions = str(folder / "test.json")
-        write_manifest(path, checkpoint="/models/m", template="v1", ablate_image=ablation, questions=questions)
+        counts = {"questions": 20, "cut_at_max_new_tokens": 3 if name == "blank" else 0}
+        decoding = {"max_new_tokens": 8}
+        facts = {"ablate_image": ablation, "questions": questions, "counts": counts, "decoding": decoding}
+        write_manifest(path, checkpoint="/models/m", template="v1", **facts)
     return folder
 
 
@@ -61,6 +66,37 @@ def test_page_holds_every_section_and_fetches_nothing(files):
         assert [label for label in labels if label.startswith(start)], start
     assert html.count("<img") == 8  # four right and four wrong answers, each with its image
     assert "data:image/jpeg;base64," in html
+
+
+def test_answers_cut_at_the_limit_are_bold(files):
+    html, _ = make(files)
+    assert re.findall("<strong>(.*?)</strong>", html) == ["m, grey: 3 of 20 answers were cut at the limit of 8 tokens."]
+
+
+def test_models_are_compared_in_pairs_and_the_direction_is_said(files):
+    lines = (files / "seen.jsonl").read_text().splitlines()
+    other = files / "other.jsonl"
+    other.write_text("\n".join([*lines[:12], *(line.replace("left lung", "heart") for line in lines[12:])]) + "\n")
+    html, _ = make(files, "--gt", str(files / "test.json"), "--pred", f"m={files / 'seen.jsonl'}", f"worse={other}")
+    section = html.partition("Differences between models</h2>")[2].partition("</section>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall("<tr>.*?</tr>", section, re.DOTALL)[1:]]
+    said = {row[2]: row[-1] for row in rows}
+    assert said["strict open"] == "m is better" and said["strict closed"] == "no difference is shown"
+    assert next(row for row in rows if row[2] == "strict open")[5].startswith("-100.00 [")
+
+
+def test_yes_and_no_are_counted_against_the_reference(files):
+    html, _ = make(files)
+    section = html.partition("Yes and no</h2>")[2].partition("</section>")[0]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", section)
+    assert cells[:7] == ["closed", "8", "0", "0", "0", "4", "0"]  # it says yes to eight of yes and to four of no
+
+
+def test_the_page_as_a_pdf(files):
+    if not any(map(shutil.which, BROWSERS)):
+        pytest.skip("no browser here")
+    make(files, "--pdf")
+    assert (files / "page.pdf").read_bytes()[:5] == b"%PDF-"
 
 
 def test_text_of_others_is_escaped(files):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from llava.folders import remove_parts
-from llava.train.checkpoints import (
+from llava.train.output.checkpoints import (
     find_damage,
     last_good_checkpoint,
     list_checkpoints,

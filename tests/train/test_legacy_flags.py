@@ -43,7 +43,6 @@ def test_a_boolean_that_stands_alone_is_true():
         ("--no_cuda True", {"use_cpu": ["True"]}),
         ("--adafactor", {"optim": ["adafactor"]}),
         ("--logging_dir logs", {}),
-        ("--overwrite_output_dir", {}),
         ("--save_safetensors True", {}),
         ("--force_fsdp False", {}),
         ("--trust_remote_code True", {}),

@@ -60,6 +60,8 @@ def test_the_summary_and_the_curve_are_written(stage1):
     assert written["samples"] == 12 and written["samples_seen"] == 24
     assert written["first_loss"] > 0 and written["tokens_seen"] > 24 * 4
     assert (output_dir / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+    page = (output_dir / "training_report.html").read_text()
+    assert f"{written['first_loss']:.4f}, {written['last_loss']:.4f}" in page and f"{written['tokens_seen']:,}" in page
 
 
 def test_nothing_unfinished_is_left_behind(stage1):

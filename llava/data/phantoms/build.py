@@ -1,9 +1,7 @@
 """The files of the built-in set: facts drawn by seed and split, images drawn by several processes, records."""
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from llava.data.phantoms.drawing import draw
 from llava.data.phantoms.findings import Phantom, draw_facts
 from llava.data.phantoms.questions import TEMPLATES, Dealer
 from llava.errors import LlavaError
+from llava.processes import process_pool
 from llava.records import write_json, write_records
 
 CHUNK = 256
@@ -132,7 +131,7 @@ def _draw_all(folder: Path, names: list[str], phantoms: list[Phantom], size: int
             for job in jobs:
                 bar.update(_draw_chunk(job))
             return
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with process_pool(processes, start="spawn") as pool:
             for done in pool.map(_draw_chunk, jobs):
                 bar.update(done)
 

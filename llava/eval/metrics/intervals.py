@@ -3,6 +3,7 @@
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,15 +22,28 @@ def bootstrap_interval(
     """Percentile interval of the mean of `values` (None: not counted); None if nothing counts.
 
     With `clusters` (say, each question's image) whole clusters are drawn, because the questions on one
-    image are not independent.
+    image are not independent. Where all values are 0, or all 1, each draw gives the same: there it is Wilson's
+    interval, of as many trials as there are clusters.
     """
     sums, counts = _cluster_sums(values, clusters)
     if not len(sums):
         return None
+    if not sums.any() or (sums == counts).all():
+        return wilson_interval(len(sums) if sums.any() else 0, len(sums), level=level)
     means = _resampled_means(sums, counts, resamples, seed)
     tail = 50 * (1 - level)
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share, as fractions (Wilson 1927)."""
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = successes / trials
+    middle = share + z * z / (2 * trials)
+    reach = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
+    scale = 1 + z * z / trials
+    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
 
 
 @dataclass(frozen=True)

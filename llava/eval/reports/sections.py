@@ -1,24 +1,36 @@
 """The sections of an evaluation report, each from evaluated answer files to HTML; empty where there is nothing."""
 
+import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from llava.eval.answers.manifest import describe
+from llava.eval.metrics.intervals import Comparison
 from llava.eval.metrics.joined import JoinedItem
+from llava.eval.metrics.registry import CLOSED, Metric
 from llava.eval.metrics.score import headlines
+from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.clean_subset import CleanScores
 from llava.eval.reports.compare import compare_answers, comparison_cells
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
 from llava.images import open_image
-from llava.pages import Card, cards, figure, figures, note, preformatted, subheading, table
+from llava.pages import Card, figure, figures, folded, gallery, note, preformatted, subheading, table, warning
 from llava.pages.charts import bars, reliability
+
+_CONFUSIONS = (("yes", "yes"), ("yes", "no"), ("yes", "other"), ("no", "no"), ("no", "yes"), ("no", "other"))
+_TYPES = ("question_type", "content_type", "category", "family")
+"""Fields of records that say what a question is about, by data set."""
+_RUN = ("checkpoint", "checkpoint_digest", "template", "decoding", "ablate_image", "questions", "questions_sha256")
+"""What the fold shows of a manifest."""
 
 
 @dataclass
@@ -79,7 +91,48 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
         "recall, closed is accuracy; strict: whole words counted once, yes or no only where the answer says one of "
         "them. Published rows were made with the paper set."
     )
-    return table(header, rows, classes) + figures(*drawn) + note(text)
+    return table(header, rows, classes) + _cut_answers(entries) + figures(*drawn) + note(text)
+
+
+def _cut_answers(entries: Sequence[Entry]) -> Markup:
+    """Which files hold answers that ended at the limit of tokens, by their manifests."""
+    parts = []
+    for entry in entries:
+        counts = (entry.result.manifest or {}).get("counts") or {}
+        if cut := counts.get("cut_at_max_new_tokens"):
+            limit = (entry.result.manifest or {}).get("decoding", {}).get("max_new_tokens")
+            words = (
+                f"{entry.label}: {cut:,} of {counts['questions']:,} answers were cut at the limit of {limit} tokens."
+            )
+            parts.append(warning(words))
+    return Markup().join(parts)
+
+
+def differences_section(entries: Sequence[Entry]) -> Markup:
+    """Each pair of files that answer the same questions: the paired difference, and what it says."""
+    rows = []
+    for first, second in combinations(entries, 2):
+        if first.result.gt != second.result.gt:
+            continue
+        for metric, found in compare_answers(first.result, second.result.pred).numbers.items():
+            mcnemar = "" if found.mcnemar_p is None else f"{found.mcnemar_p:.4f}"
+            said = _direction(first, second, metric, found)
+            rows.append([first.label, second.label, metric.heading, *comparison_cells(metric, found), mcnemar, said])
+    if not rows:
+        return Markup()
+    header = ["first", "second", "metric", "first", "second", "difference", "p (bootstrap)", "p (McNemar)", "it says"]
+    text = (
+        "The difference is the second's score less the first's, on the same questions, with its 95 % interval. Each p "
+        "stands for one comparison: of twenty without a difference, one falls below 0.05 by chance."
+    )
+    return table(header, rows) + note(text)
+
+
+def _direction(first: Entry, second: Entry, metric: Metric, found: Comparison) -> str:
+    if found.low <= 0 <= found.high:
+        return "no difference is shown"
+    is_second = (found.difference > 0) == metric.higher_is_better
+    return f"{(second if is_second else first).label} is better"
 
 
 def ablation_section(entries: Sequence[Entry]) -> Markup:
@@ -133,6 +186,35 @@ def groups_section(entries: Sequence[Entry]) -> Markup:
     return Markup().join(parts)
 
 
+def confusions_section(entries: Sequence[Entry]) -> Markup:
+    """What is answered where the reference says yes and where it says no, by type of question."""
+    parts = []
+    for entry in entries:
+        counts: dict[str, Counter] = {}
+        for joined in entry.result.joined:
+            wanted = reference_polarity(joined.item.answer)
+            if joined.item.answer_type == CLOSED and wanted in {"yes", "no"}:
+                said = reference_polarity(joined.prediction)
+                counts.setdefault(_kind(joined), Counter())[wanted, said if said in {"yes", "no"} else "other"] += 1
+        if not counts:
+            continue
+        rows = [[kind, *(f"{found[cell]:,}" for cell in _CONFUSIONS)] for kind, found in sorted(counts.items())]
+        if len(rows) > 1:
+            total = sum(counts.values(), Counter())
+            rows.append(["all", *(f"{total[cell]:,}" for cell in _CONFUSIONS)])
+        header = ["type of question", *(f"{wanted}, answered {said}" for wanted, said in _CONFUSIONS)]
+        parts += [subheading(entry.label), table(header, rows)]
+    if not parts:
+        return Markup()
+    return Markup().join(parts) + note("Questions whose reference says yes or no; other: both of them, or neither.")
+
+
+def _kind(joined: JoinedItem) -> str:
+    """The type that its record gives a question, else open or closed."""
+    fields = joined.item.fields
+    return str(next((fields[name] for name in _TYPES if fields.get(name)), joined.item.answer_type)).strip().lower()
+
+
 def audit_section(clean: Sequence[tuple[str, CleanScores]]) -> Markup:
     """What training has seen of the test set, and the scores on what it hasn't."""
     if not clean:
@@ -168,9 +250,9 @@ def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, 
             for joined in chosen.sample(pool, min(each, len(pool))):
                 item = joined.item
                 image = _image(item.image, image_folder or (entry.result.manifest or {}).get("image_folder"))
-                shown.append(Card(image, item.question, str(item.answer), joined.prediction, is_right))
+                shown.append(Card(image, item.question, str(item.answer), joined.prediction, is_right, _kind(joined)))
         parts.append(subheading(f"{entry.label}: {len(right)} wholly right, {len(wrong)} wholly wrong (strict)"))
-        parts.append(cards(shown))
+        parts.append(gallery(shown))
     return Markup().join(parts)
 
 
@@ -182,7 +264,13 @@ def provenance_section(entries: Sequence[Entry]) -> Markup:
         versions = ", ".join(f"{name} {version}" for name, version in (manifest.get("versions") or {}).items())
         checksum = (manifest.get("sha256") or "")[:16]
         rows.append([entry.label, str(entry.result.pred), describe(entry.result.manifest), versions, checksum])
-    return table(["model", "answers", "produced by", "versions", "sha256 of the answers"], rows)
+    answers = table(["model", "answers", "produced by", "versions", "sha256 of the answers"], rows)
+    settings = [
+        f"{entry.label}: {json.dumps({name: (entry.result.manifest or {}).get(name) for name in _RUN})}"
+        for entry in entries
+    ]
+    scoring = f"scores: {json.dumps(entries[0].result.settings)}"
+    return answers + folded("Settings, checkpoints, templates, data", preformatted([*settings, scoring]))
 
 
 def _image(name: Any, folder: str | Path | None):

@@ -5,17 +5,23 @@ Here bytes and seconds are counted as they arrive; what goes beyond a limit gets
 """
 
 import asyncio
+import gc
 import json
+import os
 import secrets
+import socket
 from dataclasses import dataclass
 from functools import partial
 
 import httptools
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.transport.middleware import REQUEST_ID_HEADER, error_body
 
+ACCEPTED_AT_ONCE = 2
+"""Connections in one round of the event loop."""
 TICK_SECONDS = 1.0
 """How often a connection looks at the clock, so its times are exact to a second."""
 LINGER_SECONDS = 2.0
@@ -38,6 +44,23 @@ class ConnectionLimits:
     """How long a client may leave an answer unread."""
     connections: int = 2000
     """Of one server; `llava.serve.transport.server` keeps it below the number of files a process may open."""
+
+
+class FairServer(uvicorn.Server):
+    """Takes new connections a few at a time, so that a crowd keeps it from the ones it has only for a moment.
+
+    The others wait with the system, whose queue is as long as ever. What was loaded before it started stays: Python's
+    collector need not look through all of that again, which takes a tenth of a second each time.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        queue, self.config.backlog = self.config.backlog, ACCEPTED_AT_ONCE
+        await super().startup(sockets)
+        for listening in (listening for server in self.servers for listening in server.sockets):
+            with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                same.listen(queue)
+        gc.collect()
+        gc.freeze()
 
 
 def limited(limits: ConnectionLimits):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import secrets
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from llava.serve.protocol import ERRORS, ErrorType, ServeError
@@ -19,6 +20,32 @@ MAX_BODY_BYTES = 64 << 20
 ONCE = (b"host", b"origin", b"authorization", b"x-llava-secret")  # the application might take another one
 LIVENESS = "/health"  # the one path that needs no key
 REQUEST_ID_HEADER = "x-request-id"
+
+
+class Turns:
+    """Lets those who wait go on one by one, each in a round of the event loop of its own.
+
+    So a crowd that comes at once holds up nobody else, such as who asks for the server's health, for long.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def wait(self) -> None:
+        """Return when it is the caller's turn."""
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(turn)
+        if len(self._waiting) == 1:
+            loop.call_soon(self._next, loop)
+        await turn
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        turn = self._waiting.popleft()
+        if not turn.done():  # its request may have been given up
+            turn.set_result(None)
+        if self._waiting:
+            loop.call_soon(self._next, loop)
 
 
 class RequestMiddleware:
@@ -45,6 +72,7 @@ class RequestMiddleware:
         self.max_body = max_body
         self.hosts = hosts or Hosts()
         self.headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        self.turns = Turns()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -80,6 +108,8 @@ class RequestMiddleware:
             return message
 
         try:
+            if scope["path"] != LIVENESS:
+                await self.turns.wait()
             self._check(scope)
             await self.app(scope, counted_receive, send_with_id)
             return

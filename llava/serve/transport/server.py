@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import sys
 from typing import Any
 
 from llava.errors import require
@@ -9,6 +10,7 @@ from llava.serve.protocol import KEEP_ALIVE_SECONDS
 
 MOST_FILES = 65_536
 RETURNED_BYTES = 1 << 20
+_NOT_STARTED = 3
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
@@ -19,8 +21,19 @@ def require_serving(*more: str) -> None:
 
 
 def run_server(app, host: str, port: int, **more: Any) -> None:
-    """Serve an ASGI application until a signal ends it; `more` as for `server_settings`."""
-    require("uvicorn", "serve").run(app, **server_settings(host, port, **more))
+    """Serve an ASGI application until a signal ends it; `more` as for `server_settings`.
+
+    Raises:
+        SystemExit: it couldn't be started; the log says why.
+    """
+    config = require("uvicorn", "serve").Config(app, **server_settings(host, port, **more))
+    from llava.serve.transport.connections import FairServer
+
+    server = FairServer(config)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(_NOT_STARTED)
 
 
 def server_settings(host: str, port: int, limits=None, **more: Any) -> dict[str, Any]:

@@ -147,7 +147,9 @@ async def serve(worker: WorkerApp, host: str, port: int, membership: Membership 
     """Run until SIGTERM or SIGINT; then leave the controller, let running answers finish, and end."""
     import uvicorn
 
-    class Server(uvicorn.Server):
+    from llava.serve.transport.connections import FairServer
+
+    class Server(FairServer):
         async def startup(self, sockets=None):
             await super().startup(sockets)
             if membership is not None and not self.should_exit:

@@ -28,11 +28,10 @@ from llava.record_content import plain_entries
 from llava.records import write_records
 from llava.tokenization import conversation_from_record
 from llava.train.data.dataset import LlavaDataset
-from llava.train.validation.flags import ANSWER_METRICS
+from llava.train.validation.flags import ANSWER_METRICS, ANSWERS
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "eval_answers"
 SHOWN = 20
 """Answers in TensorBoard's table."""
 
@@ -104,7 +103,7 @@ class HeldOutAnswers:
     def _show(self, trainer, rows: Sequence[tuple[str, str, str]]) -> None:
         """The answers as a file in the output folder, and as tables where the run reports to."""
         step = trainer.state.global_step
-        folder = Path(trainer.args.output_dir) / FOLDER
+        folder = Path(trainer.args.output_dir) / ANSWERS
         folder.mkdir(parents=True, exist_ok=True)
         lines = [
             {"question_id": item.id, "question": question, "reference": reference, "text": text}

@@ -9,6 +9,9 @@ from llava.errors import LlavaError
 ANSWER_METRICS = {"strict_open": "OPEN", "strict_closed": "CLOSED"}
 """What `--eval_generate` adds to the held-out loss, and the kind of question that counts."""
 
+ANSWERS = "eval_answers"
+"""The folder inside the output folder that holds their answers, a file per evaluation."""
+
 
 def _flag(default, help: str):
     return field(default=default, metadata={"help": help})

@@ -187,7 +187,7 @@ def _refusals() -> list[tuple[int, str, dict]]:
         (400, "bad_image", {"json": well | broken}),
         (400, "bad_image", {"json": well | broken | {"stream": True}}),
         (400, "context_too_long", {"json": well | long}),
-        (503, "no_worker", {"json": well | {"model": "another"}}),
+        (404, "model_not_found", {"json": well | {"model": "another"}}),
         (401, "unauthorized", {"json": well, "headers": {"authorization": "Bearer wrong"}}),
         (403, "foreign_origin", {"json": well, "headers": {"origin": "http://elsewhere.example"}}),
         (421, "unknown_host", {"json": well, "headers": {"host": "elsewhere.example"}}),

@@ -59,7 +59,7 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes in place of {expected['bytes']}"
-        if _checksum(path) != expected["crc32"]:
+        if checksum(path) != expected["crc32"]:
             return f"{name} has another checksum"
     return None
 
@@ -100,7 +100,7 @@ def remove_old(output_dir: str | Path, limit: int | None, best: Path | None = No
 def write_manifest(folder: Path) -> None:
     """List size and checksum of every file below `folder`."""
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": checksum(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
@@ -112,7 +112,7 @@ def _read_manifest(folder: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else None
 
 
-def _checksum(path: Path) -> int:
+def checksum(path: Path) -> int:
     """CRC-32 of a file; of 64 blocks spread over it where it is larger than 1 GB (reading all would take minutes)."""
     size = path.stat().st_size
     checksum = 0

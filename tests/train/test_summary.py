@@ -1,0 +1,55 @@
+"""The page of a training run says what the JSON beside it says."""
+
+import json
+
+from llava.records import write_records
+from llava.train.output.summary import add_losses, write_summary
+
+COUNTED = {"count": 0, "first": []}
+
+
+def run(folder, steps=60, evaluations=6):
+    """A run's logs, its summary and the answers that it left."""
+    logs = []
+    for step in range(1, steps + 1):
+        logs.append({"step": step, "loss": 2 - step / steps, "learning_rate": 1e-4, "tokens_per_second": 100.0})
+        if step % (steps // evaluations) == 0:
+            logs.append({"step": step, "eval_loss": 2.5 - step / steps, "eval_runtime": 3.0})
+            answers = [
+                {"question_id": n, "question": f"question {n}", "reference": "no", "text": f"{n} at {step}"}
+                for n in range(12)
+            ]
+            (folder / "eval_answers").mkdir(parents=True, exist_ok=True)
+            write_records(folder / "eval_answers" / f"step-{step}.jsonl", answers)
+    summary = {
+        **{"steps": steps, "samples": 7, "seconds": 1.5, "peak_memory_mb": 99.0, "parameters": 1000, "processes": 1},
+        **{"trainable_parameters": 10, "samples_per_step": 2, "data_wait": 0.125, "mfu": None},
+        "truncated": {"count": 3, "first": ["record 1", "<b>"]},
+        "validation": {"data_path": "held_out.json", "samples": 5, "best_step": 40, "left_out": COUNTED},
+    }
+    summary = add_losses(summary, logs)
+    write_summary(folder, summary, logs)
+    return (folder / "training_report.html").read_text(), json.loads((folder / "training_summary.json").read_text())
+
+
+def test_the_page_has_the_numbers_of_the_summary(tmp_path):
+    page, summary = run(tmp_path)
+    assert f"{summary['first_loss']:.4f}, {summary['last_loss']:.4f}" in page and "12.5%" in page
+    assert page.count("<figure") == 3 and "MFU" not in page
+    assert "training, smoothed from" in page and "held-out from 2.33 to 1.5" in page
+    for measured in summary["validation"]["curve"]:
+        assert f">{measured['loss']:g}</td>" in page
+    assert "that of step 40" in page
+
+
+def test_answers_are_shown_from_the_first_evaluation_to_the_last(tmp_path):
+    page, _ = run(tmp_path)
+    assert [f"step {step}<" in page for step in (10, 20, 30, 40, 50, 60)] == [True, False, True, True, False, True]
+    assert "7 at 10<" in page and "7 at 60<" in page and "8 at 60<" not in page
+    assert "8 of 12 questions, 4 of 6 evaluations" in page
+
+
+def test_what_was_cut_is_named(tmp_path):
+    page, _ = run(tmp_path)
+    assert "training records cut at the length limit" in page and "record 1, &lt;b&gt;" in page
+    assert "held-out records" not in page.partition("Cut or left out</h2>")[2]
