@@ -54,8 +54,8 @@ def main(argv=None) -> None:
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise LlavaError(f"{folder}: no model is there; scripts/fetch_small_models.sh fetches it")
     names = ["ours", *(name for name in args.peers if name != "ours")]
-    if "llama_cpp" in names and importlib.util.find_spec("llama_cpp_py_sync") is None:
-        write_line("llama.cpp is left out: pip install llama-cpp-py-sync xllamacpp gguf")
+    if "llama_cpp" in names and not all(map(importlib.util.find_spec, ("llama_cpp_py_sync", "gguf"))):
+        write_line("llama.cpp is left out: install the extra peers")
         names.remove("llama_cpp")
     prompts = make_prompts(folder, max(args.requests))
     pools = {name: process(name, folder) for name in names}

@@ -39,8 +39,9 @@ def test_the_upper_half_on_meta_reaches_logits(fresh, images):
     assert more.is_meta and len(more) == 3
 
 
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3, "repetition_penalty": 1.2}])
-def test_whole_requests_over_two_devices(fresh, images, sampling):
+def test_whole_requests_over_two_devices(fresh, images, sampling, paged):
     """Every operator refuses tensors of two devices; the tokens are those of one device."""
     requests = [*mixed_requests(images, 5, **sampling), ask("And alone?", logprobs=2, **sampling)]
     expected = [answer.token_ids for answer in Engine(fresh(), cache_bytes=1 << 26).generate(requests)]
@@ -50,12 +51,24 @@ def test_whole_requests_over_two_devices(fresh, images, sampling):
         for part in (*core.layers[len(core.layers) // 2 :], core.norm, loaded.model.lm_head):
             place(part, PLACES[1])
         place(loaded.model, PLACES[0])
-        engine = Engine(loaded, cache_bytes=1 << 26)
+        engine = Engine(loaded, cache_bytes=1 << 26, paged=paged)
         found = [answer.token_ids for answer in engine.generate(requests)]
         weights = engine.attention_map(requests[0], found[0])
     assert found == expected
     assert {layer.device for layer in engine.scheduler.runner.cache.layers} == set(PLACES)
     assert weights.shares.shape == (len(found[0]),)
+
+
+def test_a_step_on_one_device_reads_nothing_of_the_host(fresh, images):
+    """Pages, joined layers and decoding from the device: no operator mixes in a tensor that wasn't brought there."""
+    requests = mixed_requests(images, 5)
+    expected = [answer.token_ids for answer in Engine(fresh(), cache_bytes=1 << 26).generate(requests)]
+    loaded = fresh()
+    with Placing():
+        place(loaded.model, PLACES[0])
+        engine = Engine(loaded, cache_bytes=1 << 26, paged=True)
+        assert engine.scheduler.runner.decoder is not None
+        assert [answer.token_ids for answer in engine.generate(requests)] == expected
 
 
 def test_the_double_refuses_what_was_not_moved():

@@ -143,12 +143,12 @@ def _joined(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | 
     sizes = [module.out_features for module in linears]
     weight = torch.cat([module.weight.data for module in linears])
     for module, part in zip(linears, weight.split(sizes), strict=True):
-        module.weight.data = part
+        module.weight = nn.Parameter(part, module.weight.requires_grad)
     if all(module.bias is None for module in linears):
         return weight, None
     bias = torch.cat([module.bias.data for module in linears])
     for module, part in zip(linears, bias.split(sizes), strict=True):
-        module.bias.data = part
+        module.bias = nn.Parameter(part, module.bias.requires_grad)
     return weight, bias
 
 
