@@ -13,14 +13,15 @@ OLDEST := $(VENV)/oldest
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-install: $(STAMP)  ## make the virtual environment and install everything into it
+install: $(STAMP)  ## make the virtual environment and install everything into it; EXTRAS=deepspeed,liger adds those
+	$(if $(EXTRAS),$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]')
 
 # Whatever is downloaded has to have one of the lock's hashes. torch's builds differ by platform: it is only pinned.
 $(STAMP): pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,openai,quantized,stats,torchao,tracking]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serve,medical,slides,openai,quantized,stats,torchao,tracking]'
 	touch $@
 
 # deepspeed isn't a wheel: building it runs code of packages that no hash covers.
@@ -97,9 +98,9 @@ soak: $(STAMP)  ## an hour of mixed load with a fault every 30 s; figures in run
 	$(BIN)/python -m tests.faults.soak --minutes 60 --json runs/soak.json
 
 FUZZ_FILES ?= 10000
-fuzz: $(STAMP)  ## open FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
+fuzz: $(STAMP)  ## read FUZZ_FILES mutated files of each kind; figures in runs/fuzz.json
 	mkdir -p runs
-	$(BIN)/python -m tests.fuzz.images --count $(FUZZ_FILES) --json runs/fuzz.json
+	$(BIN)/python -m tests.fuzz --count $(FUZZ_FILES) --json runs/fuzz.json
 
 lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeated code
 	$(BIN)/ruff check .

@@ -36,8 +36,12 @@ LIST
 if command -v curl >/dev/null 2>&1; then
     fetch() { curl --fail --location --retry 5 --retry-delay 2 --connect-timeout 30 --speed-time 60 --speed-limit 100 \
         --progress-bar --continue-at - --output "$2" "$1"; }
+    # 5 to 7: no proxy, no such host, no connection; 28: no answer in time.
+    probe() { curl --silent --head --connect-timeout 10 --max-time 20 --output /dev/null "$1"
+        case $? in 5|6|7|28) return 1 ;; esac; }
 elif command -v wget >/dev/null 2>&1; then
     fetch() { wget --tries=5 --timeout=60 --continue --output-document="$2" "$1"; }
+    probe() { wget --quiet --spider --tries=1 --timeout=10 "$1"; [ $? -ne 4 ]; }
 else
     echo "download_data.sh: needs curl or wget; install one of them" >&2
     exit 2
@@ -80,6 +84,10 @@ get() {
             rm -f -- "$part"
         fi
         if ! whole "$part" "$2" "$3"; then
+            if [ "$reached" = no ]; then
+                probe "$url/$1" || { echo "download_data.sh: host unreachable: $url; is there a network?" >&2; exit 2; }
+                reached=yes
+            fi
             echo "$1: fetching $2 bytes"
             fetch "$url/$1" "$part"
             code=$?
@@ -102,6 +110,7 @@ get() {
 
 failed=0
 chosen=0
+reached=no
 list=$(files) || exit 2
 while read -r name bytes checksum; do
     [ -n "$name" ] || continue

@@ -1,6 +1,6 @@
 """A model to ask, in a few lines: `llava.load(path).answer("Is there a nodule?", images=["scan.dcm"])`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, get_template
 from llava.errors import LlavaError
 from llava.generation import Answer, Engine, Request, SamplingParams
+from llava.image_options import ImageWithOptions, read_image_entry
 from llava.images import open_image
 from llava.images.modes import grey_to_rgb, scale_grey
 from llava.model import load_pretrained_model
 
-ImageSource = str | Path | bytes | Image.Image | np.ndarray
+ImageSource = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any] | ImageWithOptions
 """A path (PNG, JPEG, DICOM, NIfTI, …), a file's content, a data: URL, a Pillow image, or an array: grey
-`[height, width]` of any number type, or uint8 `[height, width, 3]`."""
+`[height, width]` of any number type, or uint8 `[height, width, 3]`; with options as in a record:
+`{"path": "ct.nii.gz", "preset": "lung", "slice": 40}` (`bytes` in place of `path`), or an ImageWithOptions."""
 
 
 def load(
@@ -105,8 +107,12 @@ def with_images(question: str, count: int) -> str:
 
 
 def _open(image: ImageSource) -> Any:
+    if isinstance(image, Mapping):
+        image = read_image_entry(image)
+        # A file without options stays an object, as records have it.
+        image = image["bytes"] if isinstance(image, Mapping) and image.get("bytes") is not None else image
     if not isinstance(image, np.ndarray):
-        return open_image(image)
+        return open_image(image)  # type: ignore[arg-type]
     if image.ndim == 2:
         return grey_to_rgb(scale_grey(image))
     if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:

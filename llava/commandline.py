@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, one_line
 
 EXIT_BAD_INPUT = 2
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC}
-MOST_LINE = 2000
 MOST_TRACEBACK_LINES = 200
 
 
@@ -131,7 +130,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("httpx", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
+    for noisy in ("httpx", "httpx2", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It advises a package for AVX512-BF16 at every import; llava.model.weights.linear4bit has no use for it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -151,12 +150,6 @@ class SafeFormatter(logging.Formatter):
         lines = super().formatException(ei).splitlines()
         # The last lines say what happened; indented, none of them looks like the beginning of a record.
         return "\n".join("  " + one_line(line) for line in lines[-MOST_TRACEBACK_LINES:])
-
-
-def one_line(text: str, most: int = MOST_LINE) -> str:
-    """`text` without characters that move a terminal's cursor or end a line, and not longer than `most`."""
-    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:most])
-    return shown if len(text) <= most else f"{shown} … ({len(text)} characters)"
 
 
 def write_line(text: str = "") -> None:

@@ -1,16 +1,46 @@
 """The one kind of error that a user is meant to read (images have their own), and the message for a missing extra."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+MOST_LINE = 2000
+
 
 class LlavaError(Exception):
-    """Bad input. The text says what was wrong, where, and what to do; commands print it and exit with 2."""
+    """Bad input. The text says what was wrong, where, and what to do; commands print it and exit with 2.
+
+    It is one line, whatever a file that it quotes holds.
+    """
+
+    def __init__(self, *words: Any):
+        super().__init__(*(one_line(" ".join(word.split("\n"))) if isinstance(word, str) else word for word in words))
 
 
 class ImageError(LlavaError):
     """An image that can't be read, or may not be: damaged, too large, of no known kind. Never holds its content."""
+
+
+@contextlib.contextmanager
+def library_errors(words: str) -> Iterator[None]:
+    """Whatever a library raises within, about a file of the user's, becomes a LlavaError: `words`, and its reason."""
+    try:
+        yield
+    except LlavaError:
+        raise
+    except BaseException as error:
+        # A panic of a library written in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise LlavaError(f"{words} ({one_line(str(error) or type(error).__name__, 300)})") from error
+
+
+def one_line(text: str, most: int = MOST_LINE) -> str:
+    """`text` without characters that move a terminal's cursor or end a line, and not longer than `most`."""
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:most])
+    return shown if len(text) <= most else f"{shown} … ({len(text)} characters)"
 
 
 def field_error(error: Any, show_value: bool = False) -> str:

@@ -1,6 +1,7 @@
 """What a record's images and turns are: the one reader, for training, evaluation, audit, statistics and splitting.
 
-Images stand under `image` or `images`: one or a list of paths, data URLs or embedded files. Turns stand under
+Images stand under `image` or `images`: one or a list of paths, data URLs, embedded files, or objects that hold one of
+these as `path` or `bytes` and, beside it, how it is shown (`llava.image_options`). Turns stand under
 `conversations` (some files of the LLaVA-Med release spell it `conversatons`) or `messages`, each with `from` and
 `value` or with `role` and `content`. A key whose value is null counts as absent, as Parquet can't leave one out.
 """
@@ -11,6 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from llava.errors import LlavaError
+from llava.image_options import ImageWithOptions, read_image_entry
 
 USER, ASSISTANT, SYSTEM = 0, 1, 2
 _ROLES = {"human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT, "system": SYSTEM}
@@ -119,7 +121,13 @@ def has_turns(record: Mapping[str, Any]) -> bool:
 
 
 def record_images(record: Mapping[str, Any]) -> list[Any]:
-    """The images that a record names, in order: paths and data URLs as written, or embedded files (`image_bytes`)."""
+    """The images that a record names, in order: paths and data URLs as written, or embedded files (`image_bytes`); an
+    ImageWithOptions of one of these where the record says how it is shown.
+
+    Raises:
+        LlavaError: an image's option is unknown, wrong, or excludes another; it names the image and the option, and not
+            the record, which the caller knows.
+    """
     image = record.get("image")
     if type(image) is str and image:
         return [image]  # nearly always
@@ -127,7 +135,7 @@ def record_images(record: Mapping[str, Any]) -> list[Any]:
         if value is None or value == "":
             continue
         given = value if isinstance(value, (list, tuple)) else (value,)
-        images = [_unwrapped(image) for image in given if image is not None and image != ""]
+        images = [_unwrapped(image, place) for place, image in enumerate(given, 1) if image is not None and image != ""]
         if images:
             return images
     return []
@@ -152,8 +160,24 @@ def record_options(record: Mapping[str, Any]) -> list[str]:
     return texts
 
 
+def images_of(record: Mapping[str, Any], where: str) -> list[Any]:
+    """`record_images`, whose errors begin with `where`."""
+    try:
+        return record_images(record)
+    except LlavaError as error:
+        raise LlavaError(f"{where}: {error}") from error
+
+
+def image_file(image: Any) -> Any:
+    """One of `record_images` without its options."""
+    return image.source if isinstance(image, ImageWithOptions) else image
+
+
 def image_key(image: Any) -> str:
-    """A name that tells distinct images apart: the path, or a digest of an embedded file."""
+    """A name that tells distinct images apart: the path, or a digest of an embedded file; with its options, as two
+    slices of a volume are two images."""
+    if isinstance(image, ImageWithOptions):
+        return f"{image_key(image.source)} [{image.options}]"
     if not isinstance(image, str):
         return "sha256:" + hashlib.sha256(image_bytes(image)).hexdigest()
     return "sha256:" + hashlib.sha256(image.encode()).hexdigest() if image.startswith("data:") else image
@@ -165,6 +189,7 @@ def image_bytes(image: Any) -> bytes:
     Raises:
         LlavaError: it is none.
     """
+    image = image_file(image)
     if isinstance(image, Mapping) and image.get("bytes") is not None:
         image = image["bytes"]
     if isinstance(image, (bytes, bytearray, memoryview)):
@@ -208,8 +233,13 @@ def _turn(entry: Any, number: int) -> tuple[int, str]:
     return _ROLES[speaker], as_text(value)
 
 
-def _unwrapped(image: Any) -> Any:
-    """`{"bytes": null, "path": "x.png"}`, as the datasets library writes images that it left where they are."""
-    if isinstance(image, Mapping) and image.get("bytes") is None and isinstance(image.get("path"), str):
-        return image["path"]
-    return image
+def _unwrapped(image: Any, place: int) -> Any:
+    """An object taken apart, also `{"bytes": null, "path": "x.png"}`, as the datasets library writes images that it
+    left where they are."""
+    if not isinstance(image, Mapping):
+        return image
+    try:
+        return read_image_entry(image)
+    except LlavaError as error:
+        name = image["path"] if isinstance(image.get("path"), str) else "embedded"
+        raise LlavaError(f"image {place} ({name:.200}): {error}") from error

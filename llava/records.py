@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.folders import PART, sync, writing
 
 Record = dict[str, Any]
@@ -347,7 +347,7 @@ def _skip_blanks(text: str, place: int) -> int:
 def _iter_parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet as parquet
 
-    with parquet.ParquetFile(path) as file:
+    with library_errors(f"{path}: not a whole Parquet file"), parquet.ParquetFile(path) as file:
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 # What a record doesn't have is null in its column.

@@ -2,6 +2,10 @@
 # BabyDoctor's three steps on LLaMA-2-7B-chat: projector, LoRA, QLoRA (one A10 with 24 GB, about 8 hours).
 # Published script corrected: its last flag was broken, and "--version 0.0.1" is no template.
 set -eu
+command -v deepspeed >/dev/null || {
+    echo "babydoctor.sh: needs deepspeed; install it with: pip install -c constraints.txt -e '.[deepspeed]'" >&2
+    exit 2
+}
 : "${LLM:=meta-llama/Llama-2-7b-chat-hf}"
 : "${OUT:=checkpoints/babydoctor}"
 COMMON="--vision_tower openai/clip-vit-large-patch14 --mm_vision_select_layer -2

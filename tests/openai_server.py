@@ -137,6 +137,12 @@ class Server:
             return 400, {"error": {"message": "content refused", "code": "content_filter"}}
         if "INVALID" in item:
             return 400, {"error": {"message": "bad parameter", "code": "invalid_value"}}
+        wrong = [name for name in ("max_tokens", "temperature") if name in request]
+        if self.args.mode == "reasoning" and wrong:
+            words = f"Unsupported parameter: '{wrong[0]}' is not supported with this model."
+            return 400, {"error": {"message": words, "code": "unsupported_parameter", "param": wrong[0]}}
+        if "SPENT" in item:
+            return 200, completion("", "length")
         return 200, completion(answer_to(request, self.args.mode), "stop", request["model"], prompt_tokens=len(item))
 
     def batch_api(self, method, path, headers, body, writer):

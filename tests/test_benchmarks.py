@@ -16,6 +16,7 @@ SMALL = {
     "apply_delta": ["--layers", "0", "--rounds", "1"],
     "layer_operations": [],
     "decode_roofline": [],
+    "images": ["--slices", "4", "--rounds", "1", "--jpegs", "1"],
     "download": ["--articles", "20", "--rounds", "1", "--sequential-articles", "5"],
     "validate": ["--records", "1000"],
     "vqa_throughput": ["--limit", "2", "--repeat", "1", "--max-new-tokens", "2"],

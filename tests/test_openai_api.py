@@ -58,7 +58,8 @@ def test_a_thousand_items_with_a_fifth_failing(tmp_path):
     assert 150 < len(stats["faulted"]) < 250, "the faults were not injected"
     assert sum(stats["requests"].values()) == 1000 + sum(stats["faulted"].values()) == summary.account.requests
     assert stats["peak"] <= 32
-    assert summary.account.completion_tokens == 5 * 1000
+    # Empty answers are paid for too.
+    assert 5 * 1000 < summary.account.completion_tokens < 5 * (1000 + sum(stats["faulted"].values()))
 
 
 def test_timeouts_are_asked_again(tmp_path):
@@ -151,6 +152,34 @@ def test_cost_limit_holds(tmp_path):
         assert set(server.stats()["requests"].values()) == {1}
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_answers_that_are_empty_are_paid_for(tmp_path, batch):
+    config = {"price_in": 0.0, "price_out": 2e5 if batch else 1e5, "batch_api": batch, "poll_seconds": 0.01}
+    items = [ChatJob(n, [{"role": "user", "content": f"SPENT {n}"}], max_tokens=5) for n in range(6)]
+    with OpenAIServer() as server:
+        summary = ask(items, settings(server, **config), tmp_path / "out.jsonl")
+        assert set(server.stats()["requests"].values()) == (set() if batch else {1}), "asked again in vain"
+        assert summary.account.spent == pytest.approx(3.0) and summary.account.completion_tokens == 30
+        assert all("spent before it began" in reason for reason in summary.failed.values()) and len(summary.failed) == 6
+        if not batch:
+            limited = ask(items, settings(server, max_cost=1.0, concurrency=1, **config), tmp_path / "b.jsonl")
+            assert limited.account.spent == pytest.approx(1.0) and limited.over_budget == 4
+
+
+def test_a_model_without_temperature_and_max_tokens(tmp_path):
+    items = [ChatJob(n, [{"role": "user", "content": f"item {n}"}], max_tokens=9) for n in range(5)]
+    with OpenAIServer("--mode", "reasoning") as server:
+        with pytest.raises(LlavaError, match=r"'max_tokens' is not supported.*; give --reasoning-model"):
+            ask(items, settings(server), tmp_path / "a.jsonl")
+        summary = ask(items, settings(server, batch_api=True, poll_seconds=0.01), tmp_path / "b.jsonl")
+        assert len(summary.failed) == 5 and "give --reasoning-model" in str(summary)
+        for batch in (False, True):
+            config = settings(server, reasoning_model=True, batch_api=batch, poll_seconds=0.01)
+            assert ask(items, config, tmp_path / f"c{batch}.jsonl").done == 5
+    assert settings_from_args(parsed("--api-model", "x", "--reasoning-model"), {"OPENAI_API_KEY": "k"}).reasoning_model
+    assert items[0].body("m", reasoning=True)["max_completion_tokens"] == 9
+
+
 def test_cost_limit_without_prices_is_refused(tmp_path):
     with pytest.raises(LlavaError, match="--price-in"):
         Account(limit=3.0)
@@ -218,7 +247,6 @@ def test_settings_come_from_flags_over_environment():
     ("words", "env", "message"),
     [
         (["--api-model", "x"], {}, "OPENAI_API_KEY"),
-        ([], {"OPENAI_API_KEY": "k"}, "--api-model"),
         ([], {"AZURE_OPENAI_ENDPOINT": "e", "AZURE_OPENAI_API_KEY": "k"}, "OPENAI_API_VERSION"),
         (["--api-model", "x", "--concurrency", "0"], {"OPENAI_API_KEY": "k"}, "--concurrency"),
     ],

@@ -10,7 +10,8 @@ from llava.bars import tqdm
 from llava.data.image_likeness import Fingerprint, alike, fingerprint, groups
 from llava.data.vqa_items import VqaItem
 from llava.errors import LlavaError
-from llava.record_content import image_bytes
+from llava.image_options import with_options_of
+from llava.record_content import image_bytes, image_file, image_key
 
 UNSEEN_IMAGE = "unseen image"
 NO_NEAR_DUPLICATE = "no near-duplicate question"
@@ -111,13 +112,20 @@ def _answer_key(answer: str) -> str:
 def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, Any], dict[tuple[str, str], Any]]:
     """Counts, and for each (split, image name) a key that the same image shares in both splits."""
     names = {"train": _images(train), "test": _images(test)}
-    by_name = [name for name in names["test"] if name in names["train"]]
+    # Another slice of a file, or another window, shows the same patient: the file counts.
+    files = {split: {name: image_key(image_file(image)) for name, image in names[split].items()} for split in names}
+    trained: dict[str, list[str]] = defaultdict(list)
+    for name, file in files["train"].items():
+        trained[file].append(name)
+    by_name = [name for name, file in files["test"].items() if file in trained]
     found: dict[str, Any] = {
         "test_images": len(names["test"]),
         "same_name": len(by_name),
         "compared_by": "name",
     }
-    keys: dict[tuple[str, str], Any] = {(split, name): name for split, listed in names.items() for name in listed}
+    keys: dict[tuple[str, str], Any] = {
+        (split, name): file for split, listed in files.items() for name, file in listed.items()
+    }
     if train_images is None or test_images is None:
         return found, keys
     folders = {"train": Path(train_images), "test": Path(test_images)}
@@ -127,7 +135,7 @@ def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, A
     near = [pair for pair in pairs if not pair.identical]
     # One key per group of images that share name or pixels, so that copies under other names count as the same.
     marks = [f"{split}/{name}" for split, name in keys]
-    joined = [(f"test/{name}", f"train/{name}") for name in by_name]
+    joined = [(f"test/{name}", f"train/{other}") for name in by_name for other in trained[files["test"][name]]]
     joined += [(f"test/{pair.first}", f"train/{pair.second}") for pair in same]
     numbers = groups(joined, marks)
     keys = {(split, name): numbers[f"{split}/{name}"] for split, name in keys}
@@ -136,7 +144,9 @@ def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, A
     found |= {
         "compared_by": "name, pixels and perceptual hash",
         "identical_pixels": len({pair.first for pair in same}),
-        "same_name_other_pixels": sorted(set(by_name) - {p.first for p in same if p.first == p.second}),
+        "same_name_other_pixels": sorted(
+            (names["test"].keys() & names["train"].keys()) - {p.first for p in same if p.first == p.second}
+        ),
         "identical_under_another_name": [asdict(pair) for pair in renamed],
         "near_identical": [asdict(pair) for pair in near],
         "seen": len(seen),
@@ -148,16 +158,14 @@ def _compare_images(train, test, train_images, test_images) -> tuple[dict[str, A
 def _fingerprints(images: dict[str, Any], folder: Path, split: str) -> dict[str, Fingerprint]:
     prints = {}
     for name, image in tqdm(images.items(), desc=f"{split} images", unit="image", leave=False, disable=None):
-        source: str | Path | bytes
-        if not isinstance(image, str):
-            source = image_bytes(image)
-        elif image.startswith("data:"):
-            source = image
-        else:
-            source = path = folder / image
+        file, source = image_file(image), image_file(image)
+        if not isinstance(file, str):
+            source = image_bytes(file)
+        elif not file.startswith("data:"):
+            source = path = folder / file
             if not path.is_file():
                 raise LlavaError(f"{split} image not found: {path}; check --image-folder")
-        prints[name] = fingerprint(source)
+        prints[name] = fingerprint(with_options_of(image, source))
     return prints
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
-from llava.record_content import record_images
+from llava.record_content import image_file, images_of
 from llava.records import Record, iter_records, write_json, write_records
 
 
@@ -67,7 +67,8 @@ def with_images(path: Path, missing: Missing) -> Iterator[Record]:
     for record in iter_records(path):
         missing.records += 1
         # A list, so that every missing image is noted, not only the first of a record.
-        found = [missing.is_there(name) for name in record_images(record) if _is_file_name(name)]
+        images = images_of(record, f"{path} record {missing.records - 1}")
+        found = [missing.is_there(name) for name in map(image_file, images) if _is_file_name(name)]
         missing.text_only += not found
         if all(found):
             yield record

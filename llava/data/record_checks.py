@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import is_inside
 from llava.errors import LlavaError
+from llava.image_options import with_options_of
 from llava.record_content import (
     ASSISTANT,
     TURN_KEYS,
     USER,
     first_given,
     image_bytes,
+    image_file,
+    image_key,
     plain_entries,
     read_turns,
     record_images,
@@ -32,6 +35,7 @@ FAULTS = {
     "empty_answer": "an assistant turn without text",
     "image_count": "another number of <image> than of images",
     "image_in_answer": "<image> in an assistant turn",
+    "image_options": "an image's option that is unknown or wrong, or two that exclude each other",
     "image_name": "an image's name that leads out of the image folder",
     "image_missing": "an image that isn't there",
     "image_unreadable": "an image that can't be opened",
@@ -66,7 +70,10 @@ def check_form(record: Record) -> list[Finding]:
     except LlavaError as error:
         return [Finding("form", str(error))]
     found = []
-    images = len(record_images(record))
+    try:
+        images = len(record_images(record))
+    except LlavaError as error:
+        return [Finding("image_options", str(error))]
     placeholders = 0
     for role, text in turns:
         marks = text.count(DEFAULT_IMAGE_TOKEN)
@@ -109,9 +116,10 @@ def _is_plainly_good(record: Record) -> bool:
             if DEFAULT_IMAGE_TOKEN in reply or not reply.strip() or not text.strip():
                 return False
             marks += text.count(DEFAULT_IMAGE_TOKEN)
-    except (TypeError, KeyError):
+        images = record_images(record)
+    except (TypeError, KeyError, LlavaError):
         return False
-    return marks > 0 and marks == len(record_images(record))
+    return marks > 0 and marks == len(images)
 
 
 def _spelling(record: Record) -> list[Finding]:
@@ -156,33 +164,37 @@ class ImageCheck:
         self._known: dict[str, Finding | None] = {}
 
     def __call__(self, record: Record) -> list[Finding]:
-        found = (self._check(image) for image in record_images(record))
+        try:
+            found = [self._check(image) for image in record_images(record)]
+        except LlavaError:
+            return []  # its form is at fault
         return [finding for finding in found if finding is not None]
 
     def _check(self, image: Any) -> Finding | None:
-        if not isinstance(image, str):
-            try:
-                return _open(image_bytes(image), "embedded image")
-            except LlavaError as error:
-                return Finding("image_unreadable", str(error))
-        if image.startswith("data:"):
-            return _open(image, "embedded image")
-        if image not in self._known:
-            self._known[image] = self._check_file(image)
-        return self._known[image]
+        file = image_file(image)
+        if isinstance(file, str) and not file.startswith("data:"):
+            key = image_key(image)
+            if key not in self._known:
+                self._known[key] = self._check_file(image, file)
+            return self._known[key]
+        try:
+            return _open(file if isinstance(file, str) else image_bytes(file), image, "embedded image")
+        except LlavaError as error:
+            return Finding("image_unreadable", str(error))
 
-    def _check_file(self, name: str) -> Finding | None:
+    def _check_file(self, image: Any, name: str) -> Finding | None:
         if not is_inside(name):
             return Finding("image_name", name)
         path = self._folder / name
-        return _open(path, name) if path.is_file() else Finding("image_missing", name)
+        return _open(path, image, name) if path.is_file() else Finding("image_missing", name)
 
 
-def _open(source: Any, name: str) -> Finding | None:
+def _open(source: Any, image: Any, name: str) -> Finding | None:
+    """Open what `image` names, with the options that it has."""
     from llava.images import open_image
 
     try:
-        open_image(source)
+        open_image(with_options_of(image, source))
     except LlavaError as error:
         return Finding("image_unreadable", f"{name}: {error}")
     return None

@@ -54,11 +54,11 @@ def collect(path: str | Path, max_records: int | None = None) -> InstructStats:
         if max_records is not None and index >= max_records:
             break
         try:
-            turns = read_turns(record)
+            turns, images = read_turns(record), record_images(record)
         except LlavaError as error:
             raise LlavaError(f"{path} record {index} ({record.get('id')!r}): {error}") from error
         stats.records += 1
-        stats.text_only += not record_images(record)
+        stats.text_only += not images
         stats.domains.update(_domains(record))
         stats.turns.append(len(question_answer_pairs(turns)))
         for turn in turns:

@@ -16,9 +16,9 @@ from llava.record_content import (
     TURN_KEYS,
     first_given,
     image_key,
+    images_of,
     question_answer_pairs,
     read_named,
-    record_images,
 )
 from llava.records import Record, iter_records
 
@@ -98,7 +98,7 @@ def _from_turns(record: Record, where: str) -> VqaItem:
     known = {"id", "image", "images", "answer_type", *TURN_KEYS}
     return VqaItem(
         id=key,
-        images=tuple(record_images(record)),
+        images=tuple(images_of(record, f'{where} ("{key}")')),
         question=plain_question(question),
         answer=clean_text(answer),
         answer_type="",
@@ -119,7 +119,7 @@ def _from_raw(record: Record, where: str) -> VqaItem:
     known.add(next(name for name in ids if record.get(name) is not None))
     return VqaItem(
         id=key,
-        images=tuple(record_images(record) if image is None else [image]),
+        images=tuple(images_of(record, f'{where} ("{key}")') if image is None else [image]),
         question=clean_text(record["question"]),
         answer=clean_text(record["answer"]),
         answer_type="",

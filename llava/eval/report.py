@@ -124,19 +124,13 @@ def _label_and_file(text: str) -> tuple[str, Path]:
 
 def _questions(given: list[str] | None, files: list[Path]) -> list[Path]:
     """The questions of each answer file."""
-    from llava.eval.answers.manifest import read_manifest
+    from llava.eval.answers.manifest import questions_of
 
     if given and len(given) not in (1, len(files)):
         raise LlavaError(f"--gt has {len(given)} files for {len(files)} of --pred; give one, or one for each")
     if given:
         return [existing_file(path, "--gt") for path in (given * len(files) if len(given) == 1 else given)]
-    found = []
-    for file in files:
-        questions = (read_manifest(file) or {}).get("questions")
-        if not questions:
-            raise LlavaError(f"{file}: no manifest says which questions it answers; give --gt")
-        found.append(existing_file(questions, "questions of the manifest"))
-    return found
+    return [questions_of(file) for file in files]
 
 
 if __name__ == "__main__":

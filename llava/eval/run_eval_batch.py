@@ -1,7 +1,8 @@
 """Score every answer file below a folder, into eval_results_med_datasets.jsonl.
 
-Which data set a file answers is told by a part of its path (`data_RAD`, `vqa_rad`, `pvqa`, `Slake1.0`); its
-questions lie under --gt_parent_path in a folder of that name. --gt scores all files against one.
+The questions of an answer file are those that its manifest names. Or --gt scores all files against one; or
+--gt_parent_path holds a folder for each data set, which a part of the answer file's path names (`data_RAD`, `vqa_rad`,
+`pvqa`, `Slake1.0`).
 """
 
 from pathlib import Path
@@ -87,13 +88,18 @@ def answer_files(pred: str | None, parent: str | None, test_type: str | None) ->
 
 def find_questions(pred: Path, gt: str | None, gt_parent: str | None) -> tuple[str, Path]:
     """(data set, file of questions) of an answer file."""
-    if (gt is None) == (gt_parent is None):
-        raise LlavaError("give --gt or --gt_parent_path (one of them)")
+    if gt is not None and gt_parent is not None:
+        raise LlavaError("give --gt or --gt_parent_path, or none of them")
     parts = [part.lower() for part in pred.resolve().parts]
     dataset = next((name for name in DATASET_PARTS if any(name.lower() in part for part in parts)), None)
     if gt is not None:
         return dataset or Path(gt).parent.name, existing_file(gt, "--gt")
-    if dataset is None or gt_parent is None:
+    if gt_parent is None:
+        from llava.eval.answers.manifest import questions_of
+
+        questions = questions_of(pred)
+        return dataset or questions.parent.name, questions
+    if dataset is None:
         raise LlavaError(f"{pred}: no part of the path names a data set ({', '.join(DATASET_PARTS)}); use --gt")
     folder = existing_dir(Path(gt_parent) / dataset, "questions of the data set")
     stem = next((name for name in TEST_TYPES if name in pred.name), TEST_TYPES[0]).removesuffix("-answer-file")

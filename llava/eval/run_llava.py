@@ -8,6 +8,7 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.image_options import add_image_flags, image_options_from_args
 from llava.sampling_params import add_sampling_flags, sampling_from_args
 
 
@@ -23,6 +24,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
     parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
+    add_image_flags(parser)
     return parser
 
 
@@ -32,14 +34,14 @@ def eval_model(args: Namespace) -> None:
     Args:
         args: any object with the attributes `model_path` and `query`; of the command's other flags those that it has.
     """
-    from llava.images import open_image
+    from llava.images import open_image, with_default_options
 
     given = {name: value for name, value in _attributes(args).items() if value is not None}
     args = Namespace(**(vars(build_parser().parse_args(["--model-path", "", "--query", ""])) | given))
     sampling = sampling_from_args(args)
     # Before the model, which takes longer: an image that can't be read is found out at once.
     paths = [path for path in (args.image_file or "").split(args.sep) if path]
-    images = [open_image(path) for path in paths]
+    images = [open_image(image) for image in with_default_options(paths, image_options_from_args(args))]
 
     from llava.assistant import load
 

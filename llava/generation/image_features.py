@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from llava.errors import LlavaError
+from llava.image_options import ImageWithOptions
 from llava.images import ImageProcessor, open_image
 from llava.model.language_model import LlavaForCausalLM
 
@@ -157,7 +158,9 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 
 def _digest(source: Any) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    if isinstance(source, Image.Image):
+    if isinstance(source, ImageWithOptions):
+        digest.update(_digest(source.source) + str(source.options).encode())
+    elif isinstance(source, Image.Image):
         digest.update(f"{source.mode} {source.size}".encode())
         digest.update(source.tobytes())
     elif isinstance(source, np.ndarray):

@@ -17,10 +17,9 @@ from PIL import Image
 
 from llava.commandline import ArgumentParser, existing_dir, run, write_line
 from llava.errors import LlavaError
-from llava.images.info import parse_window
+from llava.image_options import CT_WINDOWS, parse_window
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
-from llava.images.windows import CT_WINDOWS
 from llava.processes import process_pool
 
 _MONTAGE = re.compile(r"montage (\d{1,2})\s*[x×]\s*(\d{1,2})")
@@ -41,6 +40,9 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="of volumes: sagittal, coronal, axial")
     parser.add_argument("--question", help="give each record a conversation that begins with this question")
+    parser.add_bool(
+        "--name-files", help="name files in left_out.jsonl by their paths, in which patients' names may stand"
+    )
     parser.add_bool("--keep-burned-in", help="use images that say that text is burnt into their pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that open images")
     parser.add_bool("--overwrite", help="replace what the output folder holds")
@@ -58,27 +60,56 @@ def main(argv: list[str] | None = None) -> None:
     target = check_target(args.output_dir, args.overwrite)
     found = survey(existing_dir(args.folder, "folder of scans"), axis=args.axis, keep_burned_in=args.keep_burned_in)
     jobs = [Job(series, choose, window) for series in found.series]
-    left_out = [{"why": why} for _, why in found.left_out]
+    left_out = LeftOut(Path(args.folder).expanduser(), args.name_files)
+    for file, why in found.left_out:
+        left_out.add(why, file)
     records: dict[str, dict[str, Any]] = {}
     with stage(target, overwrite=args.overwrite) as part:
         (part / "images").mkdir()
-        for drawn, why in tqdm(_drawn(jobs, args.workers), total=len(jobs), unit="series", desc="converting"):
-            left_out += [{"why": reason} for reason in why]
+        results = tqdm(_drawn(jobs, args.workers), total=len(jobs), unit="series", desc="converting")
+        for job, (drawn, refused) in zip(jobs, results, strict=True):
+            for one, why in refused:
+                left_out.add(why, one.path, one.frame)
             if not drawn:
                 continue
             name = hashlib.sha256(b"".join(content for _, content in drawn)).hexdigest()[:16]
             if name in records:
-                left_out.append({"why": "the same images as another series"})
+                left_out.add("the same images as another series", job.series.slices[0].path)
                 continue
             records[name] = _write(part / "images", name, drawn, args.question)
         if not records:
-            raise LlavaError(f"{args.folder}: no series that can be used ({len(left_out)} files left out)")
+            raise LlavaError(f"{args.folder}: no series that can be used ({len(left_out.entries)} files left out)")
         write_records(part / "records.json", [records[name] for name in sorted(records)])
-        write_records(part / "left_out.jsonl", left_out)
+        write_records(part / "left_out.jsonl", left_out.entries)
     count = sum(len(record["images"]) for record in records.values())
     write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
-    for why, number in Counter(entry["why"] for entry in left_out).most_common():
+    for why, number in Counter(entry["why"] for entry in left_out.entries).most_common():
         write_line(f"left out: {number} × {why}")
+
+
+class LeftOut:
+    """Lines of left_out.jsonl. A file is told by what is in it, as `sha256sum` says it: a path may name a patient."""
+
+    def __init__(self, folder: Path, with_paths: bool):
+        self.folder, self.with_paths = folder, with_paths
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, why: str, path: Path, frame: int | None = None) -> None:
+        entry: dict[str, Any] = {"number": len(self.entries) + 1, "why": why, "sha256": _digest(path)}
+        if frame is not None:
+            entry["frame"] = frame
+        if self.with_paths:
+            entry["file"] = str(path.relative_to(self.folder))
+        self.entries.append(entry)
+
+
+def _digest(path: Path) -> str | None:
+    """The first 16 characters; None for a file that can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -124,8 +155,8 @@ Drawn = list[tuple[dict[str, Any], bytes]]
 """(what is said of it, PNG) of each image of a series."""
 
 
-def draw(job: Job) -> tuple[Drawn, list[str]]:
-    """The images of a series, and why slices were left out."""
+def draw(job: Job) -> tuple[Drawn, list[tuple[Slice, str]]]:
+    """The images of a series, and the slices that were left out, with the reason."""
     series, why = job.series, []
     window = job.window or series.preset
     images: list[tuple[int, Image.Image]] = []
@@ -133,7 +164,7 @@ def draw(job: Job) -> tuple[Drawn, list[str]]:
         try:
             images.append((place, _open(series.slices[place], series, window)))
         except LlavaError as error:
-            why.append(without_path(error, series.slices[place].path))
+            why.append((series.slices[place], without_path(error, series.slices[place].path)))
     said: dict[str, Any] = {"window": list(window) if isinstance(window, tuple) else window}
     said |= {"modality": series.modality or None, "body_part": series.body_part or None, "of": len(series.slices)}
     if job.choice.rows and images:
@@ -142,7 +173,7 @@ def draw(job: Job) -> tuple[Drawn, list[str]]:
     return [(said | {"slices": [place]}, _png(image)) for place, image in images], why
 
 
-def _drawn(jobs: list[Job], workers: int) -> Iterator[tuple[Drawn, list[str]]]:
+def _drawn(jobs: list[Job], workers: int) -> Iterator[tuple[Drawn, list[tuple[Slice, str]]]]:
     if workers < 2 or len(jobs) < 2:
         yield from map(draw, jobs)
         return

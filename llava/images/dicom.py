@@ -12,25 +12,20 @@ from PIL import Image
 from llava.errors import ImageError, LlavaError, require
 from llava.images.facts import ImageFacts, plane_of
 from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, unpack_rle
-from llava.images.headers.dicom_file import DicomFile, check_values, read_dicom_file, sequence, transfer_syntax_name
+from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer_syntax_name
+from llava.images.headers.dicom_frames import frame_groups, geometry, grey_module, own_window
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands, scale_range
-from llava.images.windows import apply_window, percentile_range, read_window
+from llava.images.windows import apply_window, percentile_range, read_window, value_range
 
 log = logging.getLogger(__name__)
 
 _NATIVE_COST, _YBR_COST, _RLE_COST = 1.0, 5.0, 2.0
 """Of a sample against a pixel of a plain JPEG."""
 _MAX_PROFILE_PIXELS = 16_000_000
-_GREY_ELEMENTS = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction")
-_GREY_TABLES = ("ModalityLUTSequence", "VOILUTSequence")
 _DECODERS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
-    "HTJ2K": "pylibjpeg pylibjpeg-openjpeg",
-    "High-Throughput": "pylibjpeg pylibjpeg-openjpeg",
-    "JPEG-LS": "pyjpegls",
     "JPEG": "pylibjpeg pylibjpeg-libjpeg",
-    "RLE": "pylibjpeg pylibjpeg-rle",
 }
 """Packages that decode a compressed transfer syntax, by what its name holds; the first match counts."""
 
@@ -73,7 +68,8 @@ def read_dicom(
                 return _colour(pydicom, values, header)
             if header.get("PhotometricInterpretation") == "PALETTE COLOR":
                 return Image.fromarray(in_bands(lambda band: _palette(pydicom, band, header), values))
-            return grey_to_rgb(_grey(pydicom, values, file, index, chosen))
+            module = grey_module(pydicom, file, frame_groups(pydicom, file, index))
+            return grey_to_rgb(_grey(pydicom, values, header, module, chosen))
 
 
 def describe_dicom(
@@ -87,7 +83,7 @@ def describe_dicom(
     """What `read_dicom` would show with these options, and why; no tag that could name a patient is read.
 
     Raises:
-        ImageError, LlavaError: as `read_dicom`, but for damage in the pixels themselves.
+        ImageError, LlavaError: as `read_dicom`.
     """
     pydicom = require("pydicom", "medical")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -98,6 +94,8 @@ def describe_dicom(
         header = file.header
         frames = _check(header, name, limits)
         index = _choose_frame(frame, frames, name)
+        groups = frame_groups(pydicom, file, index)
+        place = geometry(pydicom, file, groups)
         meaning = str(header.get("PhotometricInterpretation") or "unknown")
         facts = ImageFacts(
             "DICOM",
@@ -108,16 +106,21 @@ def describe_dicom(
             f"{header.get('BitsStored') or header.get('BitsAllocated')} bits, {meaning}, "
             f"{transfer_syntax_name(file.syntax)}",
             modality=_word(header.get("Modality")),
-            orientation=_plane(header),
-            spacing_mm=_spacing(header),
+            spacing_mm=place.spacing_mm,
+            position_mm=place.position_mm,
         )
+        if place.directions is not None:
+            facts.orientation = plane_of(*place.directions)
         if frames > 1:
             facts.shown.append(f"frame {index} of {frames}, {'as asked' if frame is not None else 'the middle one'}")
         if int(header.get("SamplesPerPixel") or 1) == 3 or meaning == "PALETTE COLOR":
             facts.shown.append("its colours")
             return facts
-        module = _grey_module(pydicom, file, index)
-        facts.window = chosen or (None if "VOILUTSequence" in module else _own_window(module))
+        module = grey_module(pydicom, file, groups)
+        facts.window = chosen or (None if "VOILUTSequence" in module else own_window(module))
+        stored = _decode(pydicom, file, index, frames, name, limits)
+        stored = stored[:: max(1, stored.size >> 24)]
+        facts.values = value_range(_rescaled(pydicom, stored, module), _is_padding(stored, _padding(header)))
         facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
         if meaning == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
             facts.shown.append(f"inverted, since low values are white ({meaning})")
@@ -139,22 +142,6 @@ def _word(value) -> str | None:
     """A code of DICOM's (CT, MR, …); None for anything longer or else."""
     text = str(value or "")
     return text if text.isalnum() and text.isupper() and len(text) <= 16 else None
-
-
-def _plane(header) -> str | None:
-    directions = header.get("ImageOrientationPatient")
-    if directions is None or len(directions) != 6:
-        return None
-    values = np.array([float(value) for value in directions])
-    return plane_of(values[:3], values[3:])
-
-
-def _spacing(header) -> tuple[float, ...] | None:
-    spacing = header.get("PixelSpacing") or header.get("ImagerPixelSpacing")
-    if spacing is None or len(spacing) != 2:
-        return None
-    between = header.get("SpacingBetweenSlices") or header.get("SliceThickness")
-    return tuple(float(value) for value in (*spacing, *([between] if between else [])))
 
 
 def _check(header, name: str, limits: Limits) -> int:
@@ -185,11 +172,9 @@ def _decode(pydicom, file: DicomFile, index: int, frames: int, name: str, limits
         try:
             decoder = pydicom.pixels.get_decoder(syntax)
         except NotImplementedError:
-            raise ImageError(
-                f"{name}: no decoder for the DICOM transfer syntax {transfer_syntax_name(syntax)}"
-            ) from None
+            raise _no_decoder(syntax, name) from None
         if decoder.is_encapsulated and syntax != pydicom.uid.RLELossless and not decoder.is_available:
-            raise ImageError(_missing_decoder(syntax.name, name))
+            raise _missing_decoder(syntax.name, name)
         options = pydicom.pixels.utils.as_pixel_options(
             file.header, transfer_syntax_uid=syntax, pixel_keyword=file.keyword, pixel_vr=file.vr or "OW"
         )
@@ -212,7 +197,13 @@ def _decode(pydicom, file: DicomFile, index: int, frames: int, name: str, limits
             limits.check_size(options["columns"], options["rows"], name, cost)
             source = pixels = file.pixels()
             _check_length(pixels, options, frames, name)
-        return np.asarray(decoder.as_array(source, index=index, view_only=decoder.is_native, **options)[0])
+        try:
+            return np.asarray(decoder.as_array(source, index=index, view_only=decoder.is_native, **options)[0])
+        except RuntimeError:
+            # Pillow, which is always there, decodes some of a syntax's images only.
+            if decoder.is_encapsulated and "pylibjpeg" not in decoder.available_plugins:
+                raise _missing_decoder(syntax.name, name) from None
+            raise
 
 
 def _checked(pydicom, frame: bytes, syntax, options: dict, name: str, limits: Limits) -> bytes:
@@ -220,7 +211,7 @@ def _checked(pydicom, frame: bytes, syntax, options: dict, name: str, limits: Li
     if syntax in (*pydicom.uid.JPEG2000TransferSyntaxes, *_high_throughput(pydicom)):
         frame = check_jpeg2000(frame, options["rows"], options["columns"], name, limits)
     elif syntax in (*pydicom.uid.JPEGTransferSyntaxes, *pydicom.uid.JPEGLSTransferSyntaxes):
-        check_jpeg(frame, options["rows"], options["columns"], name, limits)
+        frame = check_jpeg(frame, options["rows"], options["columns"], name, limits)
     else:
         raise _no_decoder(syntax, name)
     return pydicom.encaps.encapsulate([frame], has_bot=False)
@@ -251,12 +242,15 @@ def _check_length(pixels: memoryview, options: dict, frames: int, name: str) -> 
 
 
 def _no_decoder(syntax, name: str) -> ImageError:
-    return ImageError(f"{name}: no decoder for the DICOM transfer syntax {transfer_syntax_name(syntax)}")
+    return ImageError(
+        f"{name}: no decoder for the DICOM transfer syntax {transfer_syntax_name(syntax)}; convert the file, or export "
+        f"a frame of it as PNG"
+    )
 
 
-def _missing_decoder(syntax: str, name: str) -> str:
-    packages = next((packages for part, packages in _DECODERS.items() if part in syntax), "python-gdcm")
-    return f"{name}: compressed as {syntax}; to read it, pip install {packages} (or python-gdcm)"
+def _missing_decoder(syntax: str, name: str) -> ImageError:
+    packages = next(packages for part, packages in _DECODERS.items() if part in syntax)
+    return ImageError(f"{name}: compressed as {syntax}; to read it, pip install {packages}")
 
 
 def _colour(pydicom, values: np.ndarray, header) -> Image.Image:
@@ -287,11 +281,9 @@ def _palette(pydicom, values: np.ndarray, header) -> np.ndarray:
     return np.ascontiguousarray(colours[..., :3])
 
 
-def _grey(pydicom, values: np.ndarray, file: DicomFile, index: int, chosen: tuple[float, float] | None) -> np.ndarray:
+def _grey(pydicom, values: np.ndarray, header, module, chosen: tuple[float, float] | None) -> np.ndarray:
     """uint8 `[rows, columns]`, dark to bright as a reader is meant to see it; padding is black."""
-    header = file.header
-    module = _grey_module(pydicom, file, index)
-    window, function = chosen or _own_window(module), "LINEAR"
+    window, function = chosen or own_window(module), "LINEAR"
     table = module.VOILUTSequence[0] if chosen is None and "VOILUTSequence" in module else None
     if chosen is None:
         function = str(module.get("VOILUTFunction") or "LINEAR").upper()
@@ -345,40 +337,3 @@ def _padding(header) -> tuple[int, int] | None:
 
 def _is_padding(values: np.ndarray, padding: tuple[int, int] | None) -> np.ndarray | None:
     return None if padding is None else (values >= padding[0]) & (values <= padding[1])
-
-
-def _grey_module(pydicom, file: DicomFile, index: int):
-    """Rescale, window and tables of frame `index`: in multi-frame files of the newer kind they stand in its group."""
-    header, budget = file.header, file.budget
-    scopes = [header]
-    for keyword, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", index)):
-        groups = sequence(pydicom, header, keyword, budget)
-        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-            scopes += sequence(pydicom, groups[place], name, budget)[:1] if place < len(groups) else []
-    module = pydicom.Dataset()
-    module.file_meta = header.file_meta
-    module.set_original_encoding(*header.original_encoding)
-    if "PixelRepresentation" in header:
-        module.PixelRepresentation = header.PixelRepresentation
-    for scope in scopes:
-        check_values(scope, budget.name)
-        module.update({scope.get_item(keyword).tag: scope[keyword] for keyword in _GREY_ELEMENTS if keyword in scope})
-        for keyword in _GREY_TABLES:
-            tables = sequence(pydicom, scope, keyword, budget)[:1]
-            for table in tables:
-                check_values(table, budget.name)
-            # Some files name a table without giving one.
-            usable = [table for table in tables if table.get("LUTDescriptor") and table.get("LUTData")]
-            if usable:
-                setattr(module, keyword, usable)
-    return module
-
-
-def _own_window(module) -> tuple[float, float] | None:
-    """The file's first window, if it has a usable one."""
-    if module.get("WindowCenter") is None or module.get("WindowWidth") is None:
-        return None
-    centre, width = np.atleast_1d(module.WindowCenter), np.atleast_1d(module.WindowWidth)
-    if not len(centre) or not len(width) or not float(width[0]) > 0:
-        return None
-    return float(centre[0]), float(width[0])

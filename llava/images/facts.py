@@ -25,10 +25,14 @@ class ImageFacts:
     """How the pixels are stored: mode, bits, transfer syntax."""
     window: tuple[float, float] | None = None
     """(centre, width) that is shown, if it is one."""
+    values: tuple[float, float] | None = None
+    """The least and the largest grey value of what is shown, in the units that windows are given in."""
     orientation: str | None = None
     """`axial`, `coronal`, `sagittal`, `oblique` for a slice; an EXIF orientation for a photograph."""
     spacing_mm: tuple[float, ...] | None = None
     """Between rows, columns and, where known, slices."""
+    position_mm: tuple[float, ...] | None = None
+    """Of the first pixel in the patient."""
     modality: str | None = None
     shown: list[str] = field(default_factory=list)
     """What the model would see, and why."""

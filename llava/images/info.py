@@ -10,8 +10,8 @@ from typing import Any
 
 from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, complain, run, write_line
 from llava.errors import LlavaError
+from llava.image_options import CT_WINDOWS, parse_window
 from llava.images.facts import ImageFacts
-from llava.images.windows import CT_WINDOWS
 
 
 def build_parser() -> ArgumentParser:
@@ -30,7 +30,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    options = {"frame": args.frame, "axis": args.axis, "window": parse_window(args.window)}
+    options = {"frame": args.frame, "axis": args.axis, "window": args.window and parse_window(args.window)}
     save = _Saver(args) if args.save else None
     found: list[dict[str, Any]] = []
     failed = 0
@@ -38,6 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         from llava.images import describe_image
 
         try:
+            if Path(file).expanduser().is_dir():
+                raise LlavaError(
+                    f"{file}: a folder; name files in it ({Path(file) / '*'}), or make a training set of it: python -m "
+                    f"llava.images.convert {file} --output-dir OUTPUT_FOLDER"
+                )
             facts = describe_image(file, **options)
             saved = save(file, options) if save else None
         except LlavaError as error:
@@ -55,25 +60,6 @@ def main(argv: list[str] | None = None) -> int:
 
         write_json(Path(args.json), found)
     return EXIT_BAD_INPUT if failed else 0
-
-
-def parse_window(text: str | None) -> str | tuple[float, float] | None:
-    """`40,80` or a preset's name, as `open_image` takes it.
-
-    Raises:
-        LlavaError: it is neither.
-    """
-    from llava.images.windows import read_window
-
-    if text is None or text.lower() in CT_WINDOWS:
-        return text
-    parts = text.replace("/", ",").split(",")
-    if len(parts) < 2:
-        return read_window(text)
-    try:
-        return read_window([float(part) for part in parts])
-    except ValueError as error:
-        raise LlavaError(f"--window {text}: give centre and width, such as 40,80") from error
 
 
 class _Saver:

@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import ImageError, LlavaError, require
+from llava.image_options import AXES
 from llava.images.facts import ImageFacts
 from llava.images.headers.inflating import GZIP, gunzip
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands
-from llava.images.windows import apply_window, percentile_window, read_window
+from llava.images.windows import apply_window, percentile_window, read_window, value_range
 
 log = logging.getLogger(__name__)
 
-_AXES = ("sagittal", "coronal", "axial")
 _HEADERS = {348: 352, 540: 544}
 """Bytes of the header (NIfTI 1 and 2) and the least offset of the voxels after it."""
 _COST = 4.0
@@ -77,7 +77,8 @@ def describe_nifti(
 ) -> ImageFacts:
     """What `read_nifti`, whose image had this size (width, height), has shown with these options, and why."""
     nibabel = require("nibabel", "medical")
-    header = _read_header(nibabel, _Source(file, name, limits))
+    source = _Source(file, name, limits)
+    header = _read_header(nibabel, source)
     shape = (*header.get_data_shape(), 1)[:3]
     orientation = nibabel.orientations.io_orientation(_affine(header)).astype(int)
     along = int(np.flatnonzero(orientation[:, 0] == axis)[0])
@@ -86,9 +87,11 @@ def describe_nifti(
     codes = "".join(nibabel.orientations.ornt2axcodes(orientation))
     stored = f"{header.get_data_dtype()}, {' × '.join(map(str, header.get_data_shape()))}, axes {codes}"
     zooms = tuple(float(size) for size in header.get_zooms()[:3])
-    facts = ImageFacts("NIfTI", *size, shape[along], slice_, stored, chosen, _AXES[axis], zooms)
+    shown = _slice(nibabel, header, source, index, axis)
+    values = value_range(shown) if shown.ndim == 2 else None
+    facts = ImageFacts("NIfTI", *size, shape[along], slice_, stored, chosen, values, AXES[axis], zooms)
     which = "the middle one" if index is None else "as asked"
-    facts.shown.append(f"{_AXES[axis]} slice {slice_} of {shape[along]}, {which}")
+    facts.shown.append(f"{AXES[axis]} slice {slice_} of {shape[along]}, {which}")
     if len(header.get_data_shape()) > 3:
         facts.shown.append("of the first volume of several")
     if header.get_data_dtype().fields:
@@ -156,7 +159,7 @@ def _read_header(nibabel, source: _Source):
 def _check(header, source: _Source) -> None:
     name, limits, shape = source.name, source.limits, header.get_data_shape()
     if not 2 <= len(shape) <= 7 or min(shape) < 1:
-        raise ImageError(f"{name}: a volume of the shape {tuple(shape)} has no slice to show")
+        raise ImageError(f"{name}: the volume's header says no usable shape, so there is no slice to show")
     size = int(np.prod(shape, dtype=np.float64)) * header.get_data_dtype().itemsize
     limits.check_volume(size, name)
     sides = (*shape, 1)[:3]
@@ -181,7 +184,7 @@ def _slice(nibabel, header, source: _Source, index: int | None, axis: int) -> np
     index = shape[along] // 2 if index is None else index
     if not 0 <= index < shape[along]:
         raise LlavaError(
-            f"{source.name}: {_AXES[axis]} slice {index} doesn't exist; "
+            f"{source.name}: {AXES[axis]} slice {index} doesn't exist; "
             f"there are {shape[along]} (0 to {shape[along] - 1})"
         )
     if orientation[along, 1] < 0:

@@ -7,19 +7,25 @@ import base64
 import binascii
 import contextlib
 import io
+import logging
 import os
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llava.errors import ImageError
+from llava.errors import ImageError, LlavaError
+from llava.image_options import NO_OPTIONS, ImageOptions, ImageWithOptions
 from llava.images.facts import ImageFacts
 from llava.images.headers.containers import read_container
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
+from llava.images.slides import describe_slide, is_slide, read_slide
+
+log = logging.getLogger(__name__)
 
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
 _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -41,8 +47,19 @@ _TRANSPOSED = {
 """What EXIF's orientations ask for."""
 
 
+class _How(NamedTuple):
+    """What is asked of an image; `options` are those that its kind has to take."""
+
+    limits: Limits
+    frame: int | None
+    window: str | tuple[float, float] | None
+    axis: int
+    draft: int | None = None
+    options: ImageOptions = NO_OPTIONS
+
+
 def open_image(
-    source: str | os.PathLike | bytes | Image.Image,
+    source: str | os.PathLike | bytes | Image.Image | ImageWithOptions,
     *,
     limits: Limits | None = None,
     frame: int | None = None,
@@ -53,9 +70,10 @@ def open_image(
     """Open an image as RGB (mode "RGB", upright by its EXIF orientation, first frame of an animation).
 
     Args:
-        source: path, file content, `data:` URL, or a Pillow image.
+        source: path, file content, `data:` URL, or a Pillow image; or one of these with its options, which then stand
+            in place of the arguments frame, window and axis.
         limits: caps on size; `Limits()` by default.
-        frame: of a multi-frame DICOM, or the slice of a volume; the middle one by default.
+        frame: of a multi-frame DICOM, or the slice of a volume, the middle one by default; a slide's level, from 1.
         window: for DICOM and NIfTI, (centre, width) or a CT preset's name (`llava.images.windows`).
         axis: of a volume, along which slices are counted: 0 sagittal, 1 coronal, 2 axial.
         draft: decode a JPEG at a half, a quarter or an eighth of its size, as long as both sides have so many pixels:
@@ -64,10 +82,13 @@ def open_image(
     Raises:
         ImageError: missing file, unknown or broken content, an image beyond the limits, an address of the
             web (nothing is fetched). Nothing else, whatever a decoder raises, and never a byte of the file.
-        LlavaError: a missing extra for DICOM or NIfTI; a frame, window or axis that there isn't.
+        LlavaError: a missing extra for DICOM or NIfTI; a frame, window or axis that there isn't; options that files of
+            this kind don't take.
     """
-    limits = limits or Limits()
+    source, how = _taken_apart(source, _How(limits or Limits(), frame, window, axis, draft))
+    limits = how.limits
     if isinstance(source, Image.Image):
+        how.options.check_kind("image", "image")
         limits.check_size(*source.size, "image")
         with plain_errors("image", "the image is damaged or cut off"):
             return to_rgb(ImageOps.exif_transpose(source))
@@ -79,28 +100,68 @@ def open_image(
     elif isinstance(source, str) and _WEB_ADDRESS.match(source):
         raise ImageError("images aren't fetched from the web; download it and give the file, or a data: URL")
     elif isinstance(source, (str, os.PathLike)):
-        return _open_file(Path(source).expanduser(), str(source), limits, frame, window, axis, draft)
+        return _open_file(Path(source).expanduser(), str(source), how)
     else:
         raise ImageError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
-    return _open(io.BytesIO(content), len(content), name, limits, frame, window, axis, draft)
+    return _open(io.BytesIO(content), len(content), name, how)
+
+
+def _taken_apart(source: Any, how: _How) -> tuple[Any, _How]:
+    if not isinstance(source, ImageWithOptions):
+        return source, how
+    if (how.frame, how.window, how.axis) != (None, None, 2):
+        raise LlavaError("an image that has options of its own takes no frame, window or axis beside them")
+    own = source.options
+    axis = 2 if own.axis is None else own.axis
+    return source.source, how._replace(frame=own.index, window=own.grey, axis=axis, options=own)
 
 
 def describe_image(
-    path: str | os.PathLike,
+    source: str | os.PathLike | bytes | ImageWithOptions,
     *,
     limits: Limits | None = None,
     frame: int | None = None,
     window: str | tuple[float, float] | None = None,
     axis: int = 2,
 ) -> ImageFacts:
-    """What is in the file at `path`, and what `open_image` shows of it with these options.
+    """What is in a file (its path or its content), and what `open_image` shows of it with these options.
 
     Raises:
         ImageError, LlavaError: as `open_image`.
     """
-    limits, name, frames = limits or Limits(), str(path), 1
-    image = open_image(path, limits=limits, frame=frame, window=window, axis=axis)
-    content = Path(path).expanduser().read_bytes()
+    return open_and_describe(source, limits=limits, frame=frame, window=window, axis=axis)[1]
+
+
+def open_and_describe(
+    source: str | os.PathLike | bytes | ImageWithOptions,
+    *,
+    limits: Limits | None = None,
+    frame: int | None = None,
+    window: str | tuple[float, float] | None = None,
+    axis: int = 2,
+) -> tuple[Image.Image, ImageFacts]:
+    """`open_image` and `describe_image` in one."""
+    limits = limits or Limits()
+    image = open_image(source, limits=limits, frame=frame, window=window, axis=axis)
+    source, how = _taken_apart(source, _How(limits, frame, window, axis))
+    return image, _describe(source, image, how)
+
+
+def _describe_slide(path: Path, name: str, how: _How) -> ImageFacts | None:
+    with path.open("rb") as file:
+        if not is_slide(path, file):
+            return None
+    return describe_slide(path, name, how.limits, level=how.frame)
+
+
+def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
+    limits, frame, window, axis = how[:4]
+    frames = 1
+    is_content = isinstance(source, (bytes, bytearray, memoryview))
+    name = "image" if is_content else str(source)
+    if not is_content and (facts := _describe_slide(Path(source).expanduser(), name, how)) is not None:
+        return facts
+    content = bytes(source) if is_content else Path(source).expanduser().read_bytes()
     kind = _kind(content[:_HEAD], name)
     if kind == "nifti":
         from llava.images.nifti import describe_nifti
@@ -134,7 +195,7 @@ def describe_image(
     return facts
 
 
-def _open_file(path: Path, name: str, limits: Limits, frame, window, axis, draft) -> Image.Image:
+def _open_file(path: Path, name: str, how: _How) -> Image.Image:
     try:
         if not path.is_file():
             raise ImageError(f"image not found: {path}" if not path.is_dir() else f"{path}: a folder, not an image")
@@ -142,22 +203,27 @@ def _open_file(path: Path, name: str, limits: Limits, frame, window, axis, draft
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     with file:
-        return _open(file, os.fstat(file.fileno()).st_size, name, limits, frame, window, axis, draft)
+        if is_slide(path, file) and (shown := read_slide(path, name, how.limits, level=how.frame)) is not None:
+            how.options.check_kind("slide", name)
+            return shown.image
+        return _open(file, os.fstat(file.fileno()).st_size, name, how)
 
 
-def _open(file: BinaryIO, size: int, name: str, limits: Limits, frame, window, axis, draft) -> Image.Image:
+def _open(file: BinaryIO, size: int, name: str, how: _How) -> Image.Image:
     """`file` holds `size` bytes. A volume is read where it lies, everything else whole."""
+    limits = how.limits
     try:
         head = file.read(_HEAD)
         file.seek(0)
         if not head:
             raise ImageError(f"{name}: the image is empty (0 bytes)")
         kind = _kind(head, name)
+        how.options.check_kind(kind, name)
         if kind == "nifti":
             limits.check_volume(size, name)
             from llava.images.nifti import read_nifti
 
-            return read_nifti(file, name, limits, index=frame, axis=axis, window=window)
+            return read_nifti(file, name, limits, index=how.frame, axis=how.axis, window=how.window)
         limits.check_bytes(size, name)
         # The size may have changed since: never read more than one byte beyond the cap.
         content = file.read(limits.max_bytes + 1)
@@ -167,13 +233,49 @@ def _open(file: BinaryIO, size: int, name: str, limits: Limits, frame, window, a
     if kind == "dicom":
         from llava.images.dicom import read_dicom
 
-        return read_dicom(content, name, limits, frame=frame, window=window)
-    return _decode(content, name, limits, draft)
+        return read_dicom(content, name, limits, frame=how.frame, window=how.window)
+    return _decode(content, name, limits, how.draft)
 
 
-def open_uploaded_image(source: bytes | str, *, limits: Limits = UPLOAD_LIMITS, **options: Any) -> Image.Image:
+def with_default_options(images: Sequence[Any], defaults: ImageOptions) -> list[Any]:
+    """The images, each with those of `defaults` that its kind of file takes and about which it says nothing itself.
+
+    How many take none is logged; an image that can't be read stays as it is, for whoever opens it.
+    """
+    if not defaults:
+        return list(images)
+    shown, without = [], 0
+    for image in images:
+        source, own = (image.source, image.options) if isinstance(image, ImageWithOptions) else (image, NO_OPTIONS)
+        options = own.or_else(defaults.for_kind(_kind_of(source)))
+        without += not options
+        shown.append(ImageWithOptions(source, options) if options else image)
+    if without:
+        log.warning("%d of %d images take nothing of %s; they are shown as they are", without, len(shown), defaults)
+    return shown
+
+
+def _kind_of(source: Any) -> str:
+    try:
+        if isinstance(source, str) and source[:5].lower() == "data:":
+            source = read_upload(source, Limits())
+        return "image" if isinstance(source, Image.Image) else image_kind(source)
+    except ImageError:
+        return "image"
+
+
+def open_uploaded_image(
+    source: bytes | str | ImageWithOptions, *, limits: Limits = UPLOAD_LIMITS, **options: Any
+) -> Image.Image:
     """As `open_image` for what a client sent: bytes, a `data:` URL or bare base64, never a path or an address."""
-    return open_image(read_upload(source, limits), limits=limits, **options)
+    return open_image(read_sent(source, limits), limits=limits, **options)
+
+
+def read_sent(source: bytes | str | ImageWithOptions, limits: Limits = UPLOAD_LIMITS) -> bytes | ImageWithOptions:
+    """`read_upload` of an image that may have options, which it keeps."""
+    if isinstance(source, ImageWithOptions):
+        return ImageWithOptions(read_upload(source.source, limits), source.options)
+    return read_upload(source, limits)
 
 
 def read_upload(source: bytes | str, limits: Limits = UPLOAD_LIMITS) -> bytes:
@@ -213,12 +315,14 @@ def _from_base64(text: str, limits: Limits) -> bytes:
     return content
 
 
-def image_kind(path: str | os.PathLike) -> str:
+def image_kind(path: str | os.PathLike | bytes) -> str:
     """`dicom`, `nifti` or `image` (anything else), by a file's first bytes.
 
     Raises:
         ImageError: it can't be read.
     """
+    if isinstance(path, bytes):
+        return _kind(path[:_HEAD], "image")
     try:
         with Path(path).open("rb") as file:
             return _kind(file.read(_HEAD), str(path))

@@ -3,6 +3,8 @@
 What names a patient, a study or a series groups files while this runs, and is written nowhere.
 """
 
+import hashlib
+import io
 import logging
 import os
 import warnings
@@ -31,7 +33,10 @@ _GROUPING_TAGS = (
     "BodyPartExamined",
     "BurnedInAnnotation",
     "SOPClassUID",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 )
+_MOST_FRAMES = 5_000
 BODY_WINDOWS = {
     "lung": ("CHEST", "LUNG", "THORAX"),
     "brain": ("HEAD", "BRAIN", "SKULL"),
@@ -96,21 +101,23 @@ def survey(folder: str | Path, *, axis: int = 2, keep_burned_in: bool = False) -
             if kind == "nifti":
                 found.series.append(_volume(path, axis))
             elif kind == "dicom":
-                key, member = _read(path, keep_burned_in)
-                groups.setdefault(key, []).append(member)
+                for key, member in _read(path, keep_burned_in):
+                    groups.setdefault(key, []).append(member)
             else:
                 found.left_out.append((path, "neither DICOM nor NIfTI"))
         except ImageError as error:
             found.left_out.append((path, without_path(error, path)))
-    by_path = sorted(groups.values(), key=lambda members: min(member.path for member in members))
+    by_path = sorted(groups.values(), key=lambda members: min((member.path, member.frame or 0) for member in members))
     found.series += [_series(members) for members in by_path]
     return found
 
 
 @dataclass
 class _Member:
+    """A frame of a file, None for the only one."""
+
     path: Path
-    frames: int
+    frame: int | None
     position: float
     number: float
     modality: str
@@ -123,46 +130,79 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(where) / name for name in sorted(names) if (Path(where) / name).is_file())
 
 
-def _read(path: Path, keep_burned_in: bool) -> tuple[tuple[Any, ...], _Member]:
-    """(what it has in common with the rest of its series, itself)."""
+@dataclass(frozen=True)
+class SeriesPlace:
+    """Where a DICOM file stands in its series; `series` is a digest of what its files have in common."""
+
+    series: str
+    position: float
+    number: float
+    frames: list[int]
+    """Of a file of several, in the order of their places."""
+
+
+def series_place(content: bytes) -> SeriesPlace:
+    """The place of a file that came by itself, by its header alone; burnt-in text is left to whoever shows it.
+
+    Raises:
+        ImageError: the header can't be read, or there is no image in the file.
+    """
+    # A file that names no series is one by itself.
+    own = Path(hashlib.sha256(content).hexdigest())
+    found = _read(own, True, content)
+    if len(found) > _MOST_FRAMES:
+        raise ImageError(f"a file of {len(found):,} frames can't be looked through; at most {_MOST_FRAMES:,} can")
+    key, first = found[0]
+    frames = sorted((member.position, member.frame) for _, member in found if member.frame is not None)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
+    return SeriesPlace(digest, first.position, first.number, [frame for _, frame in frames])
+
+
+def _read(path: Path, keep_burned_in: bool, content: bytes | None = None) -> list[tuple[tuple[Any, ...], _Member]]:
+    """(what it has in common with the rest of its series, itself) of each frame of a file, or of its `content`."""
     pydicom = require("pydicom", "medical")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), plain_errors("a DICOM file", "the header can't be read"):
         warnings.simplefilter("ignore")
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_GROUPING_TAGS))
+        source = path if content is None else io.BytesIO(content)
+        header = pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(_GROUPING_TAGS))
         if "Rows" not in header or "Columns" not in header:
             raise ImageError("a DICOM file without an image")
         if str(header.get("BurnedInAnnotation", "")).upper() == "YES" and not keep_burned_in:
             raise ImageError("says that text is burnt into its pixels (--keep-burned-in uses it all the same)")
-        directions = [float(value) for value in header.get("ImageOrientationPatient") or ()]
-        place = [float(value) for value in header.get("ImagePositionPatient") or ()]
-        position = 0.0
-        if len(directions) == 6 and len(place) == 3:
-            position = float(np.dot(np.cross(directions[:3], directions[3:]), place))
-        # Localisers and repetitions stand in one series with the slices that they aren't.
-        key = (
-            str(header.get("SeriesInstanceUID") or path),
-            tuple(round(value, 2) for value in directions),
-            int(header.Rows),
-            int(header.Columns),
-            str(header.get("EchoNumbers") or ""),
-        )
-        return key, _Member(
-            path,
-            int(header.get("NumberOfFrames") or 1),
-            position,
-            float(header.get("InstanceNumber") or 0),
-            _code(header.get("Modality")),
-            _code(header.get("BodyPartExamined")),
-        )
+        common = str(header.get("SeriesInstanceUID") or path), int(header.Rows), int(header.Columns)
+        echo, number = str(header.get("EchoNumbers") or ""), float(header.get("InstanceNumber") or 0)
+        codes = _code(header.get("Modality")), _code(header.get("BodyPartExamined"))
+        frames = int(header.get("NumberOfFrames") or 1)
+        if frames > (path.stat().st_size if content is None else len(content)):
+            raise ImageError(f"the DICOM header is wrong ({frames:,} frames)")
+        found = []
+        for frame in range(frames):
+            directions = _numbers(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient")
+            place = _numbers(header, frame, "PlanePositionSequence", "ImagePositionPatient")
+            position = 0.0
+            if len(directions) == 6 and len(place) == 3:
+                position = float(np.dot(np.cross(directions[:3], directions[3:]), place))
+            # Localisers and repetitions stand in one series with the slices that they aren't.
+            key = (*common, tuple(round(value, 2) for value in directions), echo)
+            found.append((key, _Member(path, frame if frames > 1 else None, position, number, *codes)))
+        return found
+
+
+def _numbers(header, frame: int, group: str, keyword: str) -> list[float]:
+    """The values of a field: of the frame's own group, the one that all share, or the file."""
+    values = header.get(keyword)
+    for groups, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+        for item in (header.get(groups) or [])[place : place + 1]:
+            for one in (item.get(group) or [])[:1]:
+                values = one.get(keyword) or values
+    return [float(value) for value in values or ()]
 
 
 def _series(members: Sequence[_Member]) -> Series:
     """Sorted by place in the body, then by number."""
-    ordered = sorted(members, key=lambda member: (member.position, member.number, member.path))
-    slices = [
-        Slice(member.path, frame if member.frames > 1 else None) for member in ordered for frame in range(member.frames)
-    ]
+    ordered = sorted(members, key=lambda one: (one.position, one.number, one.path, one.frame or 0))
+    slices = [Slice(member.path, member.frame) for member in ordered]
     return Series(slices, ordered[0].modality, ordered[0].body_part)
 
 

@@ -1,25 +1,12 @@
 """Grey windows: which range of a scan's values becomes black to white."""
 
 from collections.abc import Sequence
-from types import MappingProxyType
 
 import numpy as np
 
 from llava.errors import LlavaError
+from llava.image_options import CT_WINDOWS
 from llava.images.modes import scale_range
-
-CT_WINDOWS = MappingProxyType(
-    {
-        "brain": (40, 80),
-        "subdural": (75, 215),
-        "stroke": (32, 8),
-        "lung": (-600, 1500),
-        "mediastinum": (50, 350),
-        "bone": (400, 1800),
-        "abdomen": (50, 400),
-    }
-)
-"""(centre, width) in Hounsfield units."""
 
 _PERCENTILES = (0.5, 99.5)
 _MAX_COUNTED = 1 << 24
@@ -69,6 +56,15 @@ def percentile_range(values: np.ndarray, ignore: np.ndarray | None = None) -> tu
         return 0.0, 0.0
     low, high = np.percentile(values, _PERCENTILES)
     return (low, high) if high > low else (values.min(), values.max())
+
+
+def value_range(values: np.ndarray, ignore: np.ndarray | None = None) -> tuple[float, float]:
+    """The least and the largest of the values that are finite and not ignored."""
+    usable = np.isfinite(values)
+    if ignore is not None:
+        usable &= ~ignore
+    values = values[usable]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
 def percentile_window(values: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.record_content import ASSISTANT, first_given, has_turns, read_turns, record_images
+from llava.record_content import ASSISTANT, first_given, has_turns, images_of, read_turns
 from llava.records import Record, iter_records, read_json
 
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
@@ -88,7 +88,7 @@ def _figure(row: Record, domain: str | None, where: str) -> Figure:
     caption = first_given(row, "fig_caption", "caption")
     if caption is None and has_turns(row):
         caption = _first_answer(row, where)
-    images = record_images(row)
+    images = images_of(row, where)
     if len(images) > 1 or not all(isinstance(image, str) for image in images):
         raise LlavaError(f"{where}: expected one image at most, by its name")
     if key is None or not isinstance(caption, str) or not caption.strip():

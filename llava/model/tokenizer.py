@@ -5,6 +5,7 @@ is converted here: transformers 5 orders the merges by vocabulary index and drop
 time, which gives other ids for double blanks and for text next to special tokens.
 """
 
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.records import read_json, write_json
 
 SENTENCEPIECE = "tokenizer.model"
@@ -27,6 +28,7 @@ _NORMAL, _USER_DEFINED = 1, 4
 _NOTES_OF_LOADING = ("backend", "is_local", "local_files_only")
 """What transformers 5 writes into tokenizer_config.json about how it came by the tokenizer."""
 
+_HAS_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _UNLIMITED = int(1e30)
 
 
@@ -41,7 +43,7 @@ def load_tokenizer_of(folders: Iterable[Path], otherwise: Path) -> PreTrainedTok
 
 def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer's main file of a model folder."""
-    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+    return next((folder / name for name in ("tokenizer.json", SENTENCEPIECE) if (folder / name).is_file()), None)
 
 
 def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrainedTokenizerBase:
@@ -55,17 +57,22 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
         LlavaError: the folder holds no tokenizer, or one that can't be read.
     """
     folder = Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _from_json(folder)
-    elif (folder / SENTENCEPIECE).is_file():
-        tokenizer = _from_sentencepiece(folder, strip_blanks)
-    else:
+    path = find_tokenizer(folder)
+    if path is None:
         raise LlavaError(
             f"{folder}: no tokenizer found (looked for tokenizer.json and tokenizer.model); copy the "
             f"tokenizer's files of the base model there"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    with library_errors(f"{path}: the tokenizer or a file next to it can't be read"):
+        if path.name == SENTENCEPIECE:
+            tokenizer = _from_sentencepiece(folder, strip_blanks)
+        else:
+            _check_merges(path)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        # Some faults show only in use.
+        tokenizer.decode(tokenizer.encode("A chest X-ray.\n<image>"))
     tokenizer.name_or_path = str(folder)
     return tokenizer
 
@@ -104,11 +111,16 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], strip_blan
     return tokenizer.add_tokens(added, special_tokens=True)
 
 
-def _from_json(folder: Path) -> PreTrainedTokenizerFast:
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise _unreadable(folder / "tokenizer.json", error) from error
+def _check_merges(path: Path) -> None:
+    """Against what the library ends the process for: it cuts the prefix off the second part without a look."""
+    if not _HAS_PREFIX.search(path.read_bytes()):
+        return
+    model = read_json(path)["model"]
+    prefix = model["continuing_subword_prefix"]
+    for merge in model.get("merges") or ():
+        second = (merge.split(" ") if isinstance(merge, str) else merge)[1]
+        if not second.startswith(prefix):
+            raise LlavaError(f"{path}: the merge {merge!r} doesn't go on with the continuing_subword_prefix {prefix!r}")
 
 
 def _from_sentencepiece(folder: Path, strip_blanks: bool) -> PreTrainedTokenizerFast:
@@ -170,14 +182,11 @@ def _convert(path: Path, legacy: bool) -> Tokenizer:
 
 
 def _read_pieces(path: Path):
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes the class when imported
-    try:
+    with library_errors(f"{path}: the tokenizer can't be read"):
         proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise _unreadable(path, error) from error
     if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise LlavaError(f"{path}: not a SentencePiece BPE model")
     return proto.pieces
@@ -238,8 +247,3 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 def _content(token: str | dict[str, Any]) -> str:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _unreadable(path: Path, error: Exception) -> LlavaError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return LlavaError(f"{path}: the tokenizer can't be read ({reason})")

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from llava.errors import LlavaError
-from llava.openai_client.client import UnusableReply, make_client, read_completion
+from llava.openai_client.client import NoAnswer, make_client, read_completion, wants_other_fields
 from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
 from llava.openai_client.settings import ApiSettings
 from llava.records import Record, ResumableJsonl, read_json, write_json
@@ -68,7 +68,7 @@ async def _submit(client, todo, settings, summary) -> dict:
             "custom_id": f"item-{number}",
             "method": "POST",
             "url": "/v1/chat/completions",
-            "body": job.body(settings.model),
+            "body": job.body(settings.model, settings.reasoning_model),
         }
         for number, job in enumerate(todo)
     ]
@@ -101,11 +101,13 @@ def _take(line, keys, jobs, settings, output, to_record, summary) -> None:
     response = line.get("response") or {}
     if response.get("status_code") != 200:
         error = line.get("error") or (response.get("body") or {}).get("error") or {}
-        summary.failed[key] = f"HTTP {response.get('status_code')}: {error.get('message', 'no answer')}"
+        advice = "; give --reasoning-model" if wants_other_fields(error.get("param"), error.get("code")) else ""
+        summary.failed[key] = f"HTTP {response.get('status_code')}: {error.get('message', 'no answer')}{advice}"
         return
     try:
         result = read_completion(response["body"], settings.model)
-    except UnusableReply as error:
+    except NoAnswer as error:
+        summary.account.book(*error.tokens)
         summary.failed[key] = str(error)
         return
     summary.account.book(result.prompt_tokens, result.completion_tokens)

@@ -12,15 +12,23 @@ class RefusedByServer(Exception):
     """The server won't have any of our requests."""
 
 
-class UnusableReply(Exception):
+class NoAnswer(Exception):
+    """An item without an answer; `tokens` (input, output) are paid for all the same."""
+
+    def __init__(self, reason: str, tokens: tuple[int, int] = (0, 0)):
+        super().__init__(reason)
+        self.tokens = tokens
+
+
+class UnusableReply(NoAnswer):
     """Worth another try, after `seconds` if the server said so."""
 
-    def __init__(self, reason: str, seconds: float | None = None):
-        super().__init__(reason)
+    def __init__(self, reason: str, tokens: tuple[int, int] = (0, 0), seconds: float | None = None):
+        super().__init__(reason, tokens)
         self.seconds = seconds
 
 
-class FailedItem(Exception):
+class FailedItem(NoAnswer):
     """This item can't be had, trying again won't help."""
 
 
@@ -35,7 +43,7 @@ def make_client(settings: ApiSettings):
     return openai.AsyncOpenAI(base_url=settings.base_url, **common)
 
 
-async def request(client, job: ChatJob, model: str) -> ChatResult:
+async def request(client, job: ChatJob, settings: ApiSettings) -> ChatResult:
     """One HTTP request.
 
     Raises:
@@ -46,39 +54,63 @@ async def request(client, job: ChatJob, model: str) -> ChatResult:
     try:
         # The endpoint by its path and the reply as plain JSON: `chat.completions.create` re-validates every field of
         # both in Python, which takes a third of the client's time when hundreds of requests a second pass.
-        answer = await client.post("/chat/completions", body=job.body(model), cast_to=object)
+        answer = await client.post(
+            "/chat/completions", body=job.body(settings.model, settings.reasoning_model), cast_to=object
+        )
     except openai.APIStatusError as error:
-        return _status_error(error, model)
+        return _status_error(error, settings.model)
     except openai.APITimeoutError as error:
         raise UnusableReply("timed out") from error
     except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
         raise UnusableReply(f"connection failed: {error.__cause__ or error}") from error
     except ValueError as error:
         raise UnusableReply(f"the reply is not JSON: {error}") from error
-    return read_completion(answer, model)
+    return read_completion(answer, settings.model)
 
 
 def read_completion(answer: Any, model: str) -> ChatResult:
-    """The result in a chat completion (JSON); a reply of another shape is worth another try."""
+    """The result in a chat completion (JSON).
+
+    Raises:
+        UnusableReply: a reply of another shape, or without text.
+        FailedItem: the tokens were spent before the answer began.
+    """
+    tokens = _usage(answer)
     try:
         choice = answer["choices"][0]
         message = choice["message"]
         text, refusal, reason = message.get("content"), message.get("refusal"), choice.get("finish_reason")
-        usage = answer.get("usage") or {}
     except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise UnusableReply("the reply holds no answer") from error
+        raise UnusableReply("the reply holds no answer", tokens) from error
     if reason == "content_filter":
         refusal = refusal or "content filter"
+    if text is not None and not isinstance(text, str):
+        raise UnusableReply(f"the answer is no text but {type(text).__name__}", tokens)
     if not text and not refusal:
-        raise UnusableReply("the answer is empty")
+        if reason == "length":
+            raise FailedItem(f"the answer is empty: all of its {tokens[1]} tokens were spent before it began", tokens)
+        raise UnusableReply("the answer is empty", tokens)
     return ChatResult(
         text=text or "",
         finish_reason=reason,
         model=answer.get("model") or model,
-        prompt_tokens=usage.get("prompt_tokens", 0),
-        completion_tokens=usage.get("completion_tokens", 0),
+        prompt_tokens=tokens[0],
+        completion_tokens=tokens[1],
         refused=refusal,
     )
+
+
+def _usage(answer: Any) -> tuple[int, int]:
+    """(input, output) tokens that the server counted; 0 for what it doesn't say."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
+    prompt, completion = (count if isinstance(count, int) else 0 for count in counts)
+    return prompt, completion
+
+
+def wants_other_fields(param: Any, code: Any) -> bool:
+    """Whether a server's error says that the model is one for `ApiSettings.reasoning_model`."""
+    return param in ("max_tokens", "temperature") and str(code).startswith("unsupported_")
 
 
 def _status_error(error, model: str) -> ChatResult:
@@ -91,7 +123,9 @@ def _status_error(error, model: str) -> ChatResult:
     if code == "insufficient_quota":
         raise RefusedByServer(f"{words}; the account has no money left") from error
     if error.status_code in (408, 409, 429) or error.status_code >= 500:
-        raise UnusableReply(words, retry_after(error.response.headers)) from error
+        raise UnusableReply(words, seconds=retry_after(error.response.headers)) from error
     if code in ("content_filter", "content_policy_violation"):
         return ChatResult(text="", finish_reason="content_filter", model=model, refused=words)
+    if wants_other_fields(getattr(error, "param", None), code):
+        raise RefusedByServer(f"{words}; give --reasoning-model") from error
     raise FailedItem(words) from error

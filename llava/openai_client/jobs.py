@@ -23,10 +23,16 @@ class ChatJob:
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the request."""
 
-    def body(self, model: str) -> dict:
-        optional = {"max_tokens": self.max_tokens, "seed": self.seed}
+    def body(self, model: str, reasoning: bool = False) -> dict:
+        """The request. A reasoning model draws as it will, and counts what it thinks as part of its answer."""
+        limit = "max_completion_tokens" if reasoning else "max_tokens"
+        optional = {
+            "temperature": None if reasoning else self.temperature,
+            limit: self.max_tokens,
+            "seed": self.seed,
+        }
         given = {name: value for name, value in optional.items() if value is not None}
-        return {"model": model, "messages": self.messages, "temperature": self.temperature, **given, **self.more}
+        return {"model": model, "messages": self.messages, **given, **self.more}
 
     @property
     def tokens(self) -> tuple[int, int]:

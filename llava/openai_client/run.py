@@ -7,7 +7,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from llava.errors import LlavaError
 from llava.openai_client.batch import run_batch
-from llava.openai_client.client import FailedItem, RefusedByServer, UnusableReply, make_client, request
+from llava.openai_client.client import FailedItem, NoAnswer, RefusedByServer, UnusableReply, make_client, request
 from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
 from llava.openai_client.limits import RateGate
 from llava.openai_client.settings import ApiSettings
@@ -97,9 +97,12 @@ async def _ask(client, job: ChatJob, settings: ApiSettings, gate: RateGate, summ
         try:
             await gate.acquire(sum(job.tokens))
             account.requests += 1
-            result = await request(client, job, settings.model)
+            result = await request(client, job, settings)
             account.book(result.prompt_tokens, result.completion_tokens)
             return result
+        except NoAnswer as error:
+            account.book(*error.tokens)
+            raise
         finally:
             account.release(reserved)
 

@@ -1,5 +1,6 @@
 """Where and how to ask a language model: flags over environment variables, never this file."""
 
+import logging
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -7,6 +8,11 @@ from dataclasses import dataclass, field
 
 from llava.errors import LlavaError
 from llava.openai_client.limits import LIST_PRICES, Account
+
+PUBLISHED_MODEL, PUBLISHED_DEPLOYMENT = "gpt-4-0314", "deployment-name"
+"""What LLaVA-Med's own files ask, of OpenAI and of Azure."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class ApiSettings:
     price_out: float | None = None
     max_cost: float | None = None
     batch_api: bool = False
+    reasoning_model: bool = False  # takes max_completion_tokens in place of max_tokens, and no temperature
     poll_seconds: float = 30.0
 
     def account(self) -> Account:
@@ -59,12 +66,13 @@ def add_api_flags(parser: ArgumentParser) -> None:
     group.add_argument("--price-out", type=float, help="US dollars per million output tokens")
     group.add_argument("--max-cost", type=float, help="US dollars; nothing is sent that could exceed it")
     group.add_argument("--batch-api", action="store_true", help="the Batch API: half the price, up to a day")
+    group.add_argument(
+        "--reasoning-model", action="store_true", help="send max_completion_tokens for max_tokens, and no temperature"
+    )
     group.add_argument("--dry-run", action="store_true", help="print the first prompt and the estimated cost")
 
 
-def settings_from_args(
-    args: Namespace, env: Mapping[str, str] = os.environ, default_model: str | None = None
-) -> ApiSettings:
+def settings_from_args(args: Namespace, env: Mapping[str, str] = os.environ) -> ApiSettings:
     """Flags over environment variables over defaults; a LlavaError says which setting is missing."""
     azure_endpoint = args.azure_endpoint or env.get("AZURE_OPENAI_ENDPOINT")
     base_url = args.api_base or (None if azure_endpoint else env.get("OPENAI_BASE_URL"))
@@ -77,9 +85,10 @@ def settings_from_args(
     version = args.api_version or env.get("OPENAI_API_VERSION")
     if azure_endpoint and not version:
         raise LlavaError("Azure OpenAI needs an API version: set OPENAI_API_VERSION or --api-version")
-    model = args.api_model or (env.get("AZURE_OPENAI_DEPLOYMENT") if azure_endpoint else None) or default_model
+    model = args.api_model or (env.get("AZURE_OPENAI_DEPLOYMENT") if azure_endpoint else None)
     if not model:
-        raise LlavaError("no model named: give --api-model (for Azure, or AZURE_OPENAI_DEPLOYMENT)")
+        model = PUBLISHED_DEPLOYMENT if azure_endpoint else PUBLISHED_MODEL
+        logger.warning("no model named: asking for %r, as published; --api-model names another", model)
     if args.concurrency < 1:
         raise LlavaError(f"--concurrency must be at least 1, got {args.concurrency}")
     return ApiSettings(
@@ -97,4 +106,5 @@ def settings_from_args(
         price_out=args.price_out,
         max_cost=args.max_cost,
         batch_api=args.batch_api,
+        reasoning_model=args.reasoning_model,
     )

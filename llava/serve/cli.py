@@ -10,6 +10,7 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN, RESEARCH_NOTICE
 from llava.errors import LlavaError
+from llava.image_options import NO_OPTIONS, ImageOptions, add_image_flags, image_options_from_args, options_of
 from llava.sampling_params import add_sampling_flags, sampling_from_args
 
 HELP = """\
@@ -30,15 +31,14 @@ def build_parser() -> ArgumentParser:
     add_sampling_flags(parser, temperature=0.2, max_new_tokens=512)
     parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
     parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
+    add_image_flags(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from llava.images import open_image
-
-    sampling = sampling_from_args(args)
-    images = [(path, open_image(path)) for path in args.image_file]
+    sampling, shown = sampling_from_args(args), image_options_from_args(args)
+    images = [_open(path, shown) for path in args.image_file]
 
     from llava.generation import Engine
     from llava.model import load_pretrained_model
@@ -51,19 +51,28 @@ def main(argv: list[str] | None = None) -> None:
         load_4bit=args.load_4bit,
         conversation_template=args.conv_mode,
     )
-    chat = Chat(Engine(loaded), loaded.model.config.conversation_template, sampling)
+    chat = Chat(Engine(loaded), loaded.model.config.conversation_template, sampling, shown)
     write_line(RESEARCH_NOTICE)
     write_line("Ask about the image; /help lists the commands.")
-    for path, image in images:
-        chat.add_image(path, image)
+    for image in images:
+        chat.add_image(*image)
     talk(chat)
 
 
-class Chat:
-    """One conversation: the turns so far, the images of them, and those waiting for the next question."""
+def _open(path: str, shown: ImageOptions) -> tuple:
+    """(path, its options as JSON or None, the image), shown as the flags say."""
+    from llava.images import open_image, with_default_options
 
-    def __init__(self, engine, template: str | None, sampling):
-        self.engine, self.template, self.sampling = engine, template, sampling
+    (image,) = with_default_options([path], shown)
+    return path, options_of(image), open_image(image)
+
+
+class Chat:
+    """One conversation: the turns so far, the images of them, and those waiting for the next question; `shown` is how
+    DICOM and NIfTI files are shown."""
+
+    def __init__(self, engine, template: str | None, sampling, shown: ImageOptions = NO_OPTIONS):
+        self.engine, self.template, self.sampling, self.shown = engine, template, sampling, shown
         self.reset()
 
     def reset(self) -> None:
@@ -71,14 +80,15 @@ class Chat:
 
         self.conversation = get_template(self.template)
         self.images: list = []
-        self.paths: list[str] = []
+        self.entries: list[str | dict] = []
         self.waiting = 0
 
-    def add_image(self, path: str, image) -> None:
+    def add_image(self, path: str, options: dict | None, image) -> None:
         self.images.append(image)
-        self.paths.append(str(path))
+        self.entries.append({"path": str(path), **options} if options else str(path))
         self.waiting += 1
-        write_line(f"[{Path(path).name}, {image.width} × {image.height}; ask about it]")
+        as_asked = f", {ImageOptions.parse(options)}" if options else ""
+        write_line(f"[{Path(path).name}, {image.width} × {image.height}{as_asked}; ask about it]")
 
     def ask(self, question: str) -> Iterator[str]:
         """Yield the pieces of the answer; an answer that fails leaves the conversation as it was."""
@@ -106,7 +116,7 @@ class Chat:
         names = dict(zip(self.conversation.roles, ("human", "gpt"), strict=False))
         start = self.conversation.offset
         turns = [{"from": names.get(role, role), "value": text} for role, text in self.conversation.messages[start:]]
-        write_json(path, {"images": self.paths, "conversations": turns, "notice": RESEARCH_NOTICE})
+        write_json(path, {"images": self.entries, "conversations": turns, "notice": RESEARCH_NOTICE})
         write_line(f"[saved to {path}]")
 
 
@@ -134,12 +144,10 @@ def talk(chat: Chat) -> None:
 
 def command(chat: Chat, line: str) -> None:
     """Carry out a line that starts with a slash."""
-    from llava.images import open_image
-
     name, _, value = line.partition(" ")
     value = value.strip()
     if name == "/image" and value:
-        chat.add_image(value, open_image(value))
+        chat.add_image(*_open(value, chat.shown))
     elif name == "/save" and value:
         chat.save(value)
     elif name == "/reset":

@@ -15,7 +15,7 @@ from llava.serve.daily_log import DailyLog
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
 from llava.serve.transport.bodies import JSON_HEADERS, written
 from llava.serve.transport.session import open_session
-from llava.serve.worker_answers import MOST_PENDING_BYTES, AttentionMap, Chunk, ReportedStatus
+from llava.serve.worker_answers import MOST_PENDING_BYTES, Answered, AttentionMap, Chunk, ReportedStatus, SeenImages
 
 SHORT_TIMEOUT = 10.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first
@@ -126,13 +126,24 @@ class ServingClient:
         Raises:
             ServeError: no worker, or what the worker itself answered.
         """
+        return (await self._ask_worker("/worker_attention_map", body, AttentionMap)).model_dump()
+
+    async def seen_images(self, body: dict[str, Any]) -> list[str]:
+        """What the model's tower gets of the images of a request, as data: URLs (a worker's /worker_seen_images).
+
+        Raises:
+            ServeError: no worker, or what the worker itself answered.
+        """
+        return (await self._ask_worker("/worker_seen_images", body, SeenImages)).images
+
+    async def _ask_worker(self, path: str, body: dict[str, Any], model: type[Answered]) -> Answered:
         import aiohttp
 
         address = await self.address(body["model"])
         if address is None:
             raise ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {body['model']!r}.")
         try:
-            async with self._send(f"{address}/worker_attention_map", body) as reply:
+            async with self._send(address + path, body) as reply:
                 content = await reply.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
@@ -140,7 +151,7 @@ class ServingClient:
             refused = _http_error(reply.status, content)
             raise refused if isinstance(refused, ServeError) else ServeError(ErrorType.INTERNAL)
         try:
-            return AttentionMap.model_validate_json(content).model_dump()
+            return model.model_validate_json(content)
         except ValueError as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
 

@@ -1,6 +1,7 @@
 """What is asked and answered, kept on disk: only with --conversation-log, and said to everyone who asks.
 
-A record has the time, the request's id, the model, the messages (images by the SHA-256 of their content), the answer
+A record has the time, the request's id, the model, the messages (images by the SHA-256 of their content, with how they
+were shown), the answer
 and how it ended. Nothing says who asked.
 """
 
@@ -110,7 +111,7 @@ def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: part[name] for name in part if name in ("type", "text")}
+    kept = {name: part[name] for name in part if name in ("type", "text", "image_options")}
     if "image_url" in part:
         kept["image_url"] = {"url": _hash(part["image_url"]["url"])}
     return kept

@@ -28,6 +28,7 @@ from llava.serve.request_models import (
 )
 from llava.serve.secret import HEADER
 from llava.serve.transport.middleware import LIVENESS
+from llava.serve.worker_answers import SeenImages
 
 Server = Literal["api", "controller", "worker"]
 
@@ -178,6 +179,7 @@ OPERATIONS: dict[Server, tuple[Operation, ...]] = {
         Operation("post", "/worker_get_status", "What the worker says of itself.", answer=WorkerStatus),
         Operation("post", "/worker_generate_stream", "An answer.", GenerateRequest, media_type=_CHUNKS),
         Operation("post", "/worker_attention_map", "Where the model looked.", AttentionMapRequest, dict[str, Any]),
+        Operation("post", "/worker_seen_images", "The images as the model sees them.", GenerateRequest, SeenImages),
     ),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
+from llava.image_options import ImageOptions, ImageWithOptions
 from llava.sampling_params import SamplingParams
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import MAX_IMAGES, AttentionMapRequest, ChatMessage, GenerateRequest, Part
@@ -19,14 +20,17 @@ from llava.serve.transport.bodies import validated
 
 _HARMLESS_PLACEHOLDER = "< image>"
 
+SentImage = str | ImageWithOptions
+"""Base64 or a data: URL, or one of them with how it is shown."""
+
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `text` holds one `<image>` for each of its `images` (base64 or data URLs), in their places."""
+    """One turn; `text` holds one `<image>` for each of its `images`, in their places."""
 
     role: str
     text: str
-    images: tuple[str, ...] = ()
+    images: tuple[SentImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Job:
     model: str
     prompt: str | None
     messages: tuple[Message, ...] | None
-    images: tuple[str, ...]
+    images: tuple[SentImage, ...]
     """In the order of their places in the text."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     token_ids: bool = False
@@ -79,7 +83,7 @@ def to_conversation(messages: Sequence[Message], template: Conversation) -> Conv
 def _to_job(request: GenerateRequest) -> Job:
     messages: tuple[Message, ...] | None = None
     if request.prompt is not None and request.messages is None:
-        images = tuple(request.images)
+        images: tuple[SentImage, ...] = tuple(request.images)
         places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
     elif request.prompt is None and request.messages is not None:
         messages = _read_messages(request.messages, request.images)
@@ -132,7 +136,7 @@ def _read_message(message: ChatMessage, number: int, loose: list[str]) -> Messag
     """One message by itself; `loose` are the images that still need a place, the next one last."""
     role = "system" if message.role == "developer" else message.role
     pieces: list[str] = []
-    images: list[str] = []
+    images: list[SentImage] = []
     for place, part in enumerate(message.content):
         where = f"messages.{number}.content.{place}"
         if part.type == "text":
@@ -140,7 +144,9 @@ def _read_message(message: ChatMessage, number: int, loose: list[str]) -> Messag
         elif role != "user":
             raise _bad(f"{where}: only the user's messages can hold images")
         else:
-            images.append(_read_image(part, where, loose))
+            image = _read_image(part, where, loose)
+            options = ImageOptions.parse(part.image_options or {})
+            images.append(ImageWithOptions(image, options) if options else image)
             pieces.append(DEFAULT_IMAGE_TOKEN)
     return Message(role, "\n".join(piece for piece in pieces if piece), tuple(images))
 
@@ -148,6 +154,8 @@ def _read_message(message: ChatMessage, number: int, loose: list[str]) -> Messag
 def _read_text(part: Part, role: str, where: str) -> str:
     if part.text is None:
         raise _bad(f"{where}.text: Field required")
+    if part.image_options:
+        raise _bad(f"{where}.image_options: they belong to an image, not to a text")
     if role == "assistant":
         # A model may have said it; it must not become the place of an image in the next turn.
         return part.text.replace(DEFAULT_IMAGE_TOKEN, _HARMLESS_PLACEHOLDER)

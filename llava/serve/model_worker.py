@@ -131,10 +131,14 @@ def _load(args):
         raise LlavaError("give --model-path (a checkpoint), or --api-base and --api-model (a server)")
     if args.api_base:
         return _connect(args)
+    import torch
+
     from llava.generation import Engine
     from llava.model import load_pretrained_model
     from llava.serve.worker.engine_backend import EngineBackend
 
+    if args.num_gpus > torch.cuda.device_count() and args.num_gpus > 1:
+        logger.warning("--num-gpus %d: there are %d; the model goes there", args.num_gpus, torch.cuda.device_count())
     loaded = load_pretrained_model(
         args.model_path,
         args.model_base,

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from llava.errors import LlavaError
+from llava.image_options import ImageOptions
 from llava.sampling_params import MOST_LOGPROBS, Fields, SamplingFields, SamplingParams, TokenId, Whole
 
 MAX_IMAGES = 32
@@ -47,6 +49,19 @@ def _image_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
+def _image_options(value: Any) -> Any:
+    try:
+        return ImageOptions.parse(value).as_dict()
+    except LlavaError as error:
+        raise PydanticCustomError("image_options", "{words}", {"words": str(error)}) from error
+
+
+ImageOptionsField = Annotated[
+    dict[str, Any] | None, BeforeValidator(_image_options, json_schema_input_type=ImageOptions | None)
+]
+"""How a DICOM or NIfTI image is shown (`llava.image_options`): this project's own addition to OpenAI's forms."""
+
+
 class Part(Fields):
     """A piece of a message. `image` takes the next of the request's own `images`."""
 
@@ -55,6 +70,7 @@ class Part(Fields):
     image_url: Annotated[ImageUrl | None, BeforeValidator(_image_url, json_schema_input_type=str | ImageUrl | None)] = (
         None
     )
+    image_options: ImageOptionsField = None
 
 
 def _parts(content: Any) -> Any:

@@ -1,14 +1,15 @@
 """What workers answer, as pydantic models: a worker of another make, or a broken one, must not break its clients."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from llava.sampling_params import Fields
 from llava.serve.request_models import WorkerStatus
 
 MOST_PENDING_BYTES = 64 << 20
 """Of a chunk that hasn't ended."""
+Answered = TypeVar("Answered", bound=BaseModel)
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -59,3 +60,9 @@ class AttentionMap(Fields):
     tokens: list[str]
     shares: list[float]
     views: list[dict[str, Any]]
+
+
+class SeenImages(Fields):
+    """What /worker_seen_images answers: PNGs as data: URLs, for tiles one each."""
+
+    images: list[Annotated[str, Field(pattern=r"^data:image/png;base64,[A-Za-z0-9+/=]+$")]]

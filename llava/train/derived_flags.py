@@ -3,9 +3,10 @@
 import logging
 import multiprocessing
 import os
+import sys
 from typing import Any
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, require
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,22 @@ def derive_flags(data: Any, training: Any) -> None:
     """
     _set_accumulation(training)
     _set_normalisation(data, training)
+    _set_wandb(training)
     if not training.master_weights and is_main_process():
         logger.info(
             "--master_weights False: weights are bfloat16 alone, which the optimizer rounds at random; gradients are "
             "summed over micro-batches in bfloat16 too, not in float32"
         )
+
+
+def _set_wandb(training: Any) -> None:
+    """Without a login, and nobody to ask for one, a run is kept on disk."""
+    if "wandb" not in (training.report_to or []) or "WANDB_MODE" in os.environ or sys.stdin.isatty():
+        return
+    if require("wandb", "tracking").api.api_key is None:
+        os.environ["WANDB_MODE"] = "offline"
+        if is_main_process():
+            logger.warning("--report_to wandb: there is no login: the run stays in wandb/; wandb sync sends it later")
 
 
 def default_workers(on_gpu: bool) -> tuple[int, str]:

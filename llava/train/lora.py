@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llava.errors import LlavaError
 from llava.model.language_model import LlavaForCausalLM
@@ -94,11 +95,15 @@ def save_adapter(peft_model: "PeftModel", folder: Path, state_dict: dict[str, to
 
 
 def load_non_lora(peft_model: nn.Module, folder: Path) -> None:
-    """Give the model the trained weights that are saved with an adapter."""
+    """Give the model, sharded or not, the trained weights that are saved with an adapter."""
     path = folder / NON_LORA
     if not path.is_file():
         return
     tensors = torch.load(path, map_location="cpu", weights_only=True)
+    for name, parameter in peft_model.named_parameters():
+        if name in tensors and isinstance(parameter, DTensor):  # every process has read the file: nothing is sent
+            whole = tensors[name].to(parameter.device)
+            tensors[name] = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
     unexpected = peft_model.load_state_dict(tensors, strict=False).unexpected_keys
     if unexpected:
         raise LlavaError(f"{path}: the model has no {unexpected[0]}")

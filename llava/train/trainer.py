@@ -29,7 +29,7 @@ from llava.train.output.checkpoints import publish, remove_old, staged
 from llava.train.progress import ProgressBar
 from llava.train.step import gpu
 from llava.train.step.compute import activation_budget, compile_layers, set_policy
-from llava.train.step.group_of_one import KeptCopies, add_gradients_at_once, is_group_of_one, keep_copies
+from llava.train.step.group_of_one import KeptCopies, add_gradients_at_once, is_group_of_one, keep_copies, set_up_alone
 from llava.train.step.loss_watch import LossWatch
 from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes, on_own_parts, with_float32_moments
 from llava.train.validation.held_out import Validation
@@ -129,7 +129,7 @@ class LlavaTrainer(Trainer):
             compile_layers(self.model, fullgraph=gpu.is_on_gpu(self.args.device), **self.args.compile_options)
         is_alone = is_group_of_one(self.accelerator)
         if is_alone:
-            self.accelerator.state.fsdp_plugin.reshard_after_forward = self.args.keep_half_weights is False
+            set_up_alone(self.accelerator.state.fsdp_plugin, self.model, self.args)
         elif self.args.keep_half_weights is not None:
             logger.warning("--keep_half_weights has no effect: this isn't one GPU in half precision (or it offloads)")
         model, loader = super()._prepare_for_training(*args, **kwargs)

@@ -1,5 +1,6 @@
 """data/README.md: its rows are JSON, its records are good, its commands exist with the flags it uses."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -9,6 +10,8 @@ import pytest
 
 from llava.data.convert import main
 from llava.data.record_checks import check_form
+from llava.image_options import CT_WINDOWS, ImageOptions, ImageWithOptions
+from llava.record_content import record_images
 from llava.records import read_records
 
 TEXT = (Path(__file__).resolve().parents[2] / "data" / "README.md").read_text(encoding="utf-8")
@@ -21,6 +24,15 @@ def test_records_are_good():
     assert len(records) == 2
     for row in records:
         assert check_form(row) == []
+
+
+def test_every_option_of_an_image_is_shown_and_read():
+    (lines,) = re.findall(r"```jsonl\n(.*?)```", TEXT, re.DOTALL)
+    images = [image for line in lines.splitlines() for image in record_images(json.loads(line))]
+    shown = [set(image.options.as_dict()) for image in images if isinstance(image, ImageWithOptions)]
+    names = {field.name for field in dataclasses.fields(ImageOptions)}
+    assert len(images) == 4 and set().union(*shown) == names
+    assert all(f"`{name}`" in TEXT for name in {*names, *CT_WINDOWS})
 
 
 def test_the_csv_example_converts(tmp_path):

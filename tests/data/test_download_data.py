@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,10 @@ class Files(BaseHTTPRequestHandler):
     asked: list[tuple[str, str | None]]
     breaks: list[int]
     no_ranges = False
+
+    def do_HEAD(self):
+        self.send_response(200 if self.path in self.contents else 404)
+        self.end_headers()
 
     def do_GET(self):
         wanted = self.headers.get("Range")
@@ -151,6 +156,24 @@ def test_wrong_content_and_dead_links_leave_nothing_and_say_so(fetch):
     assert there == {"b/two.jsonl": fetch.contents["b/two.jsonl"]}
     assert "2 of 3 files are missing" in done.stderr
     assert "a/one.json: could not be had" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["curl", "wget"])
+def test_without_a_network_it_says_so_at_once(tmp_path, tool):
+    if shutil.which(tool) is None:
+        pytest.skip(f"no {tool} here")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in (tool, "sh", "cat", "cut", "wc", "tr", "dirname", "sha256sum", "mkdir", "rm", "mv"):
+        (tools / name).symlink_to(shutil.which(name))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        environment = {"PATH": str(tools), "LLAVA_MED_DATA_URL": address, "LLAVA_MED_DATA_DIR": str(tmp_path / "data")}
+        command = ["sh", str(SCRIPT), "eval/"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count(f"host unreachable: {address}") == 1 and done.stdout == ""
 
 
 @pytest.mark.skipif(not shutil.which("wget"), reason="no wget on this machine")

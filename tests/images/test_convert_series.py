@@ -1,5 +1,6 @@
 """`python -m llava.images.convert`: series found and sorted, slices chosen, nobody named."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -85,8 +86,32 @@ def test_a_record_for_each_series(hospital, tmp_path, capsys):
     assert np.array_equal(shown, np.asarray(open_image(source.path, window="lung")))
     said = capsys.readouterr().out
     assert "3 series, 3 images" in said and "left out: 1 × neither DICOM nor NIfTI" in said
-    why = [json.loads(line)["why"] for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
-    assert len(why) == 3
+    assert [set(entry) for entry in left_out(tmp_path / "out")] == [{"number", "why", "sha256"}] * 3
+
+
+def left_out(output):
+    return [json.loads(line) for line in (output / "left_out.jsonl").read_text().splitlines()]
+
+
+def test_which_files_were_left_out(hospital, tmp_path):
+    """By their digests; by their paths where that is asked for."""
+    for number in (1, 2):
+        broken = pydicom.dcmread(CT)
+        broken.SeriesInstanceUID, broken.PixelData = "1.2.3", b"x" * number
+        (hospital / "study" / f"cut{number}.dcm").unlink(missing_ok=True)
+        broken.save_as(hospital / "study" / f"cut{number}.dcm")
+    convert(hospital, tmp_path / "plain", "--slices", "all")
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in hospital.rglob("*") if path.is_file()}
+    plain = left_out(tmp_path / "plain")
+    assert [entry["number"] for entry in plain] == [1, 2, 3, 4, 5]
+    assert len({entry["sha256"] for entry in plain} & digests) == 5
+    assert not any(secret in str(plain) for secret in SECRETS) and "study" not in str(plain)
+    convert(hospital, tmp_path / "named", "--slices", "all", "--name-files")
+    assert {entry["file"] for entry in left_out(tmp_path / "named")} == {
+        "broken.dcm", "burned.dcm", "notes.txt", "study/cut1.dcm", "study/cut2.dcm",
+    }  # fmt: skip
+    for number in (1, 2):
+        (hospital / "study" / f"cut{number}.dcm").unlink()
 
 
 @pytest.mark.parametrize(

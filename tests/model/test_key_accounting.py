@@ -55,7 +55,8 @@ def test_many_missing_are_counted(tiny, tmp_path):
         ("model.mm_projector.4.weight", "mm_projector_type 'mlp2x_gelu'"),
         (CLIP_PREFIX + "encoder.layers.3.mlp.fc1.bias", "tower"),
         ("model.layers.0.mlp.up_proj.lora_A.weight", "LoRA adapter"),
-        ("model.image_newline", "config.json"),
+        ("model.image_newline", "this is a LLaVA-NeXT"),
+        ("model.strange", "config.json"),
     ],
 )
 def test_extra(tiny, tmp_path, name, cause):

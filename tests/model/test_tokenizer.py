@@ -141,3 +141,31 @@ def test_damaged(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LlavaError, match=name.replace(".", r"\.")):
         load_tokenizer(tmp_path)
+
+
+def test_merges_without_their_prefix_are_refused(tmp_path):
+    """The library would end the process."""
+    make_tokenizer(tmp_path).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["continuing_subword_prefix"] = "\0"
+    path.write_text(json.dumps(content))
+    with pytest.raises(LlavaError, match="doesn't go on with the continuing_subword_prefix"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_panic_of_the_library_is_an_error(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    one = {"SpecialToken": {"id": "<nowhere>", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [one, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {},
+    }
+    path.write_text(json.dumps(content))
+    with pytest.raises(LlavaError, match="the tokenizer or a file next to it can't be read"):
+        load_tokenizer(tmp_path)

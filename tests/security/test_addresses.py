@@ -41,6 +41,7 @@ def attacks(target):
         yield "controller", "/worker_generate_stream", body
         yield "worker", "/worker_generate_stream", body
     yield "worker", "/worker_attention_map", {"model": "scripted", "messages": [image(target)], "token_ids": [1]}
+    yield "worker", "/worker_seen_images", {"model": "scripted", "messages": [image(target)]}
     yield "api", "/v1/chat/completions", {"model": "scripted", "messages": [image(target)]}
     yield "api", "/v1/chat/completions", {"model": target, "messages": [{"role": "user", "content": "hello"}]}
     yield "controller", "/get_worker_address", {"model": "scripted", "exclude": [target]}

@@ -17,7 +17,7 @@ ROUTES = {
         "/worker_get_status",
         "/worker_generate_stream",
     ],
-    "worker": ["/worker_get_status", "/worker_generate_stream", "/worker_attention_map"],
+    "worker": ["/worker_get_status", "/worker_generate_stream", "/worker_attention_map", "/worker_seen_images"],
     "api": [
         "/v1/chat/completions",
         "/v1/models",

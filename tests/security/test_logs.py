@@ -5,7 +5,8 @@ import random
 
 import httpx
 
-from llava.commandline import MOST_LINE, SafeFormatter, one_line
+from llava.commandline import SafeFormatter
+from llava.errors import MOST_LINE, LlavaError, one_line
 
 
 def written(text, **more):
@@ -30,6 +31,11 @@ def test_line_ends_and_escapes_are_shown():
 def test_long_ones_are_cut_and_that_is_said():
     line = written("m" * 31_000_000)
     assert len(line) < 2 * MOST_LINE and "31000016 characters" in line
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert str(LlavaError("a\nb\0c\x1b")) == r"a b\x00c\x1b"
+    assert len(str(LlavaError("m" * 10**6))) < 2 * MOST_LINE
 
 
 def test_any_text_is_one_printable_line():

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from llava.commandline import ArgumentParser, run
-from llava.images import png_data_url
+from llava.images import open_uploaded_image, png_data_url
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
 
@@ -85,6 +85,10 @@ class ScriptedBackend:
             "shares": [0.5] * len(token_ids),
             "views": views,
         }
+
+    def seen_images(self, job):
+        """Each image as a square of 64."""
+        return {"images": [png_data_url(open_uploaded_image(image).resize((64, 64))) for image in job.images]}
 
     def stats(self):
         return {"queue_length": self.running, "running": self.running, "cancelled": self.cancelled}

@@ -32,7 +32,7 @@ BROKEN = {
 }
 PATHS = {
     "controller": ("/worker_generate_stream", "/get_worker_address", "/register_worker", "/receive_heart_beat"),
-    "worker": ("/worker_generate_stream", "/worker_attention_map"),
+    "worker": ("/worker_generate_stream", "/worker_attention_map", "/worker_seen_images"),
     "api": ("/v1/chat/completions",),
 }
 

@@ -41,7 +41,8 @@ def ask_for(api, path):
 def ask(api, text, image=None, **more):
     content = [{"type": "text", "text": text}]
     if image is not None:
-        content.insert(0, {"type": "image_url", "image_url": {"url": image}})
+        shown = {"image_options": {"preset": "lung"}}
+        content.insert(0, {"type": "image_url", "image_url": {"url": image}, **shown})
     body = {"model": "scripted", "messages": [{"role": "user", "content": content}], **more}
     return httpx.post(api.url + "/v1/chat/completions", json=body, headers=HEADERS, timeout=60)
 
@@ -95,6 +96,7 @@ def test_what_is_kept(controller, tmp_path):
     assert picture == {
         "type": "image_url",
         "image_url": {"url": "sha256:" + hashlib.sha256(image).hexdigest()},
+        "image_options": {"preset": "lung"},
     }
     assert question == {"type": "text", "text": "is it é?"} and records[0]["answer"] == "echo: <image> is it é? "
     assert records[4]["messages"][0]["content"][0]["image_url"] == {"url": "unreadable"}

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from llava.images import ImageError, open_uploaded_image
+from llava.images import ImageError, ImageOptions, ImageWithOptions, describe_image, open_image, open_uploaded_image
 from llava.serve.decoding.pool import DecodingPool, start_in_thread
 from llava.serve.protocol import ErrorType, ServeError
 from tests.security.image_bombs import BOMBS
@@ -68,8 +68,22 @@ def test_warnings_of_readers_come_back(pool, caplog):
     from tests.images.test_medical import HOUNSFIELD, dicom
 
     with caplog.at_level("WARNING"):
-        assert pool.open(dicom(HOUNSFIELD, BurnedInAnnotation="YES"), window="bone").size == (50, 40)
+        scan = dicom(HOUNSFIELD, BurnedInAnnotation="YES")
+        assert pool.open(ImageWithOptions(scan, ImageOptions(preset="bone"))).size == (50, 40)
     assert "burnt into its pixels" in caplog.text
+
+
+def test_options_and_descriptions_are_those_of_the_library(pool):
+    pytest.importorskip("pydicom")
+    from tests.images.test_medical import HOUNSFIELD, dicom
+
+    scan = ImageWithOptions(dicom(HOUNSFIELD), ImageOptions(window=(0, 500)))
+    image, facts = pool.describe(scan)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(open_image(scan)))
+    expected = describe_image(scan)
+    assert facts["shown"] == expected.shown and tuple(facts["values"]) == expected.values == (-1000, 999)
+    with pytest.raises(ImageError, match="slice is given, but the file is a DICOM file"):
+        pool.open(ImageWithOptions(scan.source, ImageOptions(slice=1)))
 
 
 def test_processes_are_kept_and_know_no_secret(monkeypatch):

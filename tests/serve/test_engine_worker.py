@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from llava.errors import LlavaError
+from llava.images import png_data_url
 from llava.serve import model_worker
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
@@ -143,6 +144,82 @@ def test_where_the_model_looked(tiny_serving):
         reply = post("/worker_attention_map", token_ids=wrong)
         assert reply.status_code == 400 and "token_ids" in reply.json()["error"]["message"]
     assert httpx.post(worker.url + "/worker_attention_map", json=asked, timeout=10).status_code == 401
+
+
+@pytest.fixture(scope="module")
+def scan():
+    """A CT slice as a data: URL, and as the model sees it through the lung's window."""
+    pytest.importorskip("pydicom")
+    from llava.images import open_image
+    from tests.images.test_medical import HOUNSFIELD, dicom
+
+    content = dicom(HOUNSFIELD, WindowCenter=300, WindowWidth=900)
+    url = f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+    return url, open_image(content, window="lung"), open_image(content)
+
+
+def part(url, **options):
+    given = {"image_options": options} if options else {}
+    return {"type": "image_url", "image_url": {"url": url}, **given}
+
+
+def test_image_options_reach_the_model(tiny_client, scan):
+    """The same answer as for a picture of what is asked for, in each of OpenAI's forms."""
+    url, lung, own = scan
+
+    def chat(image):
+        content = [image, {"type": "text", "text": "What is shown?"}]
+        reply = tiny_client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=12, logprobs=True
+        )
+        return [token.logprob for token in reply.choices[0].logprobs.content]
+
+    expected = chat(part(png_data_url(lung)))
+    assert chat(part(url, preset="lung")) == chat(part(url, window=[-600, 1500])) == expected
+    assert chat(part(url)) == chat(part(png_data_url(own))) != expected
+    answers = []
+    for each in ({"image_url": url, "image_options": {"preset": "lung"}}, {"image_url": png_data_url(lung)}):
+        content = [{"type": "input_image", **each}, {"type": "input_text", "text": "What is shown?"}]
+        reply = tiny_client.responses.create(
+            model="tiny", input=[{"role": "user", "content": content}], max_output_tokens=12
+        )
+        answers.append(reply.output_text)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"widow": [1, 2]}, "messages.0.content.0.image_options: 'widow' is no option of an image"),
+        ({"preset": "lung", "window": [1, 2]}, "image_options: window and preset exclude each other"),
+        ({"slice": 3}, "slice is given, but the file is a DICOM file"),
+        ({"frame": 3}, "frame 3 doesn't exist"),
+    ],
+)
+def test_wrong_image_options_are_refused(tiny_client, scan, options, words):
+    content = [part(scan[0], **options), {"type": "text", "text": "What?"}]
+    with pytest.raises(openai.BadRequestError, match=words):
+        tiny_client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
+    misplaced = [{"type": "text", "text": "What?", "image_options": {"preset": "lung"}}]
+    with pytest.raises(openai.BadRequestError, match="belong to an image, not to a text"):
+        tiny_client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": misplaced}])
+
+
+def test_the_images_as_the_model_sees_them(tiny_serving, checkpoint, scan):
+    """What the page's preview shows is what the tower's processor makes."""
+    from llava.images import ImageProcessor
+    from llava.records import read_json
+
+    url, lung, _ = scan
+    content = [part(url, preset="lung"), {"type": "text", "text": "?"}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+    reply = httpx.post(tiny_serving[1].url + "/worker_seen_images", json=body, headers=SECRET, timeout=60)
+    (seen,) = reply.json()["images"]
+    processor = ImageProcessor.from_pretrained(checkpoint)
+    ratio = read_json(checkpoint / "config.json").get("image_aspect_ratio")
+    expected = processor.restore(np.asarray(processor([lung], ratio)[0]))
+    found = Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2])))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
 def test_old_clients_get_prompt_and_answer(tiny_serving):

@@ -40,6 +40,9 @@ def test_it_cant_tell_where_the_model_looked(worker):
     body = {"model": "behind", "messages": [{"role": "user", "content": "Hi"}], "token_ids": [1]}
     reply = httpx.post(worker.url + "/worker_attention_map", json=body, headers=SECRET, timeout=10)
     assert reply.status_code == 400 and "doesn't tell" in reply.json()["error"]["message"]
+    del body["token_ids"]
+    reply = httpx.post(worker.url + "/worker_seen_images", json=body, headers=SECRET, timeout=10)
+    assert reply.status_code == 400 and "doesn't tell what the model sees" in reply.json()["error"]["message"]
 
 
 @pytest.fixture(scope="module")

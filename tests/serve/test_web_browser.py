@@ -1,109 +1,17 @@
-"""The web page in a real browser: accept, upload, ask, watch it stream, stop, regenerate, compare, export.
-
-LLAVA_SCREENSHOT_DIR keeps images of the page (docs/images holds those of the last release).
-"""
+"""The web page in a real browser: accept, upload, ask, watch it stream, stop, regenerate, compare, export."""
 
 import hashlib
 import json
-import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
-import pytest
 from PIL import Image
 
 from llava.serve.web.examples import draw_example
 from tests.images.test_medical import PATIENT, dicom
+from tests.serve.browsing import ENV, PATIENCE, ask, choose, expect, last_answer, running, screenshot, worker
 from tests.serve.processes import Process, wait_until
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
-CHROMIUM = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install it or set LLAVA_CHROMIUM")
-
-ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
-SECRET = {"x-llava-secret": "s3cret"}
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync"
-PATIENCE = 240_000  # ms; a slow machine is no failure
-
-
-@pytest.fixture(scope="module")
-def controller():
-    with Process("llava.serve.controller", env=ENV) as process:
-        yield process.wait()
-
-
-@pytest.fixture(scope="module")
-def web(controller, tmp_path_factory):
-    """The page's server, started before any worker; `votes` is where its feedback goes."""
-    votes = tmp_path_factory.mktemp("votes")
-    words = ["--controller", controller.url, "--feedback-dir", str(votes)]
-    log = tmp_path_factory.mktemp("web") / "log"
-    with Process("llava.serve.gradio_web_server", *words, env=ENV, log=log) as process:
-        process.votes = votes
-        yield process.wait(seconds=500)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser, web):
-    """Open the page with a given width; afterwards no error was on the console and nothing outside was asked for."""
-    seen = {"errors": [], "hosts": set()}
-    pages = []
-
-    def opened(width=1280, height=900):
-        page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(PATIENCE)
-        page.on("console", lambda message: seen["errors"].append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: seen["errors"].append(str(error)))
-        page.on("request", lambda request: seen["hosts"].add(urlsplit(request.url).hostname))
-        page.goto(web.url)
-        pages.append(page)
-        return page
-
-    yield opened
-    for page in pages:
-        page.close()
-    assert seen["errors"] == []
-    assert seen["hosts"] <= {"127.0.0.1", None, ""}
-
-
-def worker(controller, name, pause="0.05"):
-    words = ["--controller", controller.url, "--model-name", name, "--pause", pause]
-    return Process("tests.serve.scripted_worker", *words, env=ENV)
-
-
-def ask(page, text):
-    page.locator("#box textarea").fill(text)
-    page.locator("#box textarea").press("Enter")
-
-
-def last_answer(page, side=0):
-    return page.locator(f"#chat{side} [data-testid=bot]").last
-
-
-def expect(locator):
-    return playwright.expect(locator)
-
-
-def screenshot(page, name):
-    if folder := os.environ.get("LLAVA_SCREENSHOT_DIR"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
-def running(process):
-    return httpx.post(process.url + "/worker_get_status", headers=SECRET).json()["stats"]["running"]
 
 
 def test_the_whole_visit(open_page, controller, web, tmp_path):
@@ -124,7 +32,9 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         Image.new("RGB", (200, 160), (180, 180, 180)).save(tmp_path / "photo.png")
         (tmp_path / "slice.dcm").write_bytes(dicom(np.arange(160 * 200, dtype=np.uint16).reshape(160, 200)))
         page.locator("#box input[type=file]").set_input_files([tmp_path / "photo.png", tmp_path / "slice.dcm"])
-        expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(2, timeout=PATIENCE)
+        # The scan is taken out of the box, since a view of it can be chosen.
+        expect(page.locator("#scan-preview img.scan")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(1, timeout=PATIENCE)
         ask(page, "What is <b>shown</b> here?")
         expect(last_answer(page)).to_contain_text("echo:", timeout=PATIENCE)
         expect(last_answer(page)).to_contain_text("here?", timeout=PATIENCE)
@@ -218,11 +128,6 @@ def test_a_phone(open_page, controller):
         wait_until(lambda: running(process) == 1, 60)
         page.close()
         wait_until(lambda: running(process) == 0, 60)
-
-
-def choose(page, dropdown, name):
-    page.locator(f"{dropdown} input").click()
-    page.get_by_role("option", name=name).click()
 
 
 def test_a_visitor_is_told_of_the_conversation_log(browser, controller, tmp_path):

@@ -86,6 +86,7 @@ def main() -> None:
         seen["type"] = str(trainer.accelerator.distributed_type)
         seen["parameters"] = len(parameters)
         seen["large"] = sum(parameter.numel() > LARGE for parameter in parameters)
+        seen["large_trained"] = sum(one.numel() > LARGE for one in parameters if one.requires_grad)
         seen["sharded"] = sum(isinstance(parameter, DTensor) for parameter in parameters)
         seen["local"] = sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in parameters)
         seen["whole"] = sum(parameter.numel() for parameter in parameters)

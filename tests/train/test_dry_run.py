@@ -9,8 +9,6 @@ from typing import ClassVar
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from llava.errors import LlavaError
 from llava.train.estimate import dry_run as module
@@ -25,6 +23,7 @@ from tests.train.helpers import SHARDED, SMALL, configs_alone
 H100 = GPUS["h100"]
 SAVING = ("--gradient_checkpointing", "True")
 BF16_ALONE = ("--optim", "adamw_torch_8bit", "--master_weights", "False")
+COMPILED = ("--packing", "True", "--torch_compile", "True")
 ACCUMULATED = ("--gradient_accumulation_steps", "3")
 
 
@@ -34,17 +33,10 @@ def base(tmp_path_factory):
 
 
 def alive_bytes(mode) -> int:
-    """Bytes of all tensors without content that Python knows to be alive, each storage once.
-
-    Those that torch.compile's graphs keep of their tracing are no run's.
-    """
-    storages, found = {}, gc.get_objects()
-    traced = {
-        id(leaf) for node in found if type(node) is Node for leaf in tree_leaves([*node.meta.values()])
-        if isinstance(leaf, torch.Tensor)
-    }  # fmt: skip
-    for one in found:
-        if id(one) not in traced and type(one) is FakeTensor and one.fake_mode is mode and one.device.type == "cpu":
+    """Bytes of all tensors without content that Python knows to be alive, each storage once."""
+    storages = {}
+    for one in gc.get_objects():
+        if type(one) is FakeTensor and one.fake_mode is mode and one.device.type == "cpu":
             storage = one.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
@@ -76,7 +68,12 @@ class Compared(Tracker):
         (1, ("--lora_enable", "True", *SAVING)),
         (1, ("--tune_mm_mlp_adapter", "True", "--packing", "True")),
         (1, ("--packing", "True", "--keep_half_weights", "False")),
-        (1, ("--packing", "True", "--torch_compile", "True", *ACCUMULATED)),
+        (1, (*COMPILED, *ACCUMULATED)),
+        (1, (*COMPILED, "--activation_memory_budget", "0.5")),
+        (1, (*COMPILED, "--activation_memory_budget", "0", *ACCUMULATED)),
+        (1, (*COMPILED, "--activation_memory_budget", "0.5", "--lora_enable", "True")),
+        (1, (*COMPILED, "--activation_memory_budget", "0.5", *BF16_ALONE, *ACCUMULATED)),
+        (4, (*COMPILED, "--activation_memory_budget", "0.5", *SHARDED, *ACCUMULATED)),
         (1, ("--lora_enable", "True", "--bits", "8")),
         (1, ("--lora_enable", "True", "--bits", "4", *SAVING)),
         (4, ("--bf16", "False", *ACCUMULATED)),
@@ -108,6 +105,14 @@ def test_parts_are_what_arithmetic_says(base):
     assert one.parts_gb["gradients"] == pytest.approx(moments / 2, rel=0.02)
     assert one.parts_gb["gathered weights"] == pytest.approx(moments / 4, rel=0.1)  # two bytes each, and the tower's
     assert four.parts_gb["moments"] == pytest.approx(moments / 4, rel=0.02)
+
+
+def test_frozen_weights_are_held_once(base):
+    """Two bytes each in half precision; only what is trained has masters, and copies."""
+    whole, lora = (dry_run([*base, *SMALL, *more], H100, 1).parts_gb for more in ((), ("--lora_enable", "True")))
+    trained, frozen = lora["moments"] / 8, whole["moments"] / 8
+    assert lora["weights"] == pytest.approx(2 * frozen + 4 * trained, rel=0.05)
+    assert lora["gathered weights"] == pytest.approx(2 * trained, rel=0.1)
 
 
 def test_without_sharding_each_gpu_holds_all_and_the_gradients_once_more(base):

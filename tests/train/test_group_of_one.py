@@ -6,14 +6,24 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 
-from llava.train.step.group_of_one import SHARE_FOR_WEIGHTS, KeptCopies, free_for_copies, is_group_of_one
+from llava.train.lora import NON_LORA
+from llava.train.step.group_of_one import (
+    SHARE_FOR_WEIGHTS,
+    KeptCopies,
+    free_for_copies,
+    frozen_as_computed,
+    is_group_of_one,
+)
 from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, launch
+from tests.train.test_master_weights import resumed
 
 MICRO_BATCHES = 3
 STEPS = 4
@@ -65,6 +75,57 @@ def test_frozen_weights_are_cast_once_for_all_steps(run):
     assert len(stage_1) == STEPS
     # Once before the first step, once in it; the few of the projector in every step.
     assert seen["large"] <= seen["casts"] < 3 * seen["large"] < (STEPS + 1) * seen["large"]
+
+
+def test_what_adapters_are_on_is_cast_once_for_the_run(run):
+    """Not as often as the adapters, which a step changes."""
+    lora = ("--lora_enable", "True", "--lora_dropout", "0")
+    whole, _ = run("lora_whole", *lora)
+    half, seen = run("lora", "--bf16", "True", *lora)
+    assert len(half) == STEPS and half == pytest.approx(whole, abs=2e-2)
+    assert seen["gradient_dtypes"] == ["torch.float32"]
+    assert 0 < seen["sharded"] < seen["parameters"]
+    assert seen["large_trained"] <= seen["casts"] / (STEPS + 1) < 1.1 * seen["large_trained"]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_adapters_in_half_precision_resume_bit_equal(tmp_path, processes):
+    base, data = make_llava(tmp_path / "base"), make_records(tmp_path / "data", 24, text_only_every=3)
+
+    def start(folder, *more):
+        launch(processes, FSDP_ON_CPU, *flags(folder, data, base, *more))
+
+    whole, killed = resumed(start, tmp_path, *FSDP, "--bf16", "True", "--lora_enable", "True")
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 6
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, killed))
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (torch.load(folder / NON_LORA, weights_only=True) for folder in (whole, killed))
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_frozen_weights_in_the_dtype_of_the_computation_are_used_as_they_are(cast):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def stepped(alone: bool) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+        model[1].requires_grad_(False)
+        model[2].requires_grad_(False).to(torch.bfloat16)
+        modules = frozen_as_computed(model, torch.bfloat16, torch.device("cpu"), cast=cast) if alone else []
+        ignored = {parameter for module in modules for parameter in module.parameters()}
+        assert [module in modules for module in model] == [False, alone and cast, alone]
+        for unit in (*model, model):
+            fully_shard(unit, mp_policy=policy, ignored_params=ignored)
+        model(torch.ones(4, 8)).sum().backward()
+        return model
+
+    with fake_world():
+        first, second = stepped(False), stepped(True)
+        assert [isinstance(layer.weight, DTensor) for layer in second] == [True, not cast, False]
+        kept = KeptCopies(second, 10**6)
+        assert kept.trained == [second[0]] and kept.frozen == ([] if cast else [second[1]])
+        assert first[0].weight.grad.to_local().equal(second[0].weight.grad.to_local())
 
 
 def accelerator(**changed) -> Namespace:

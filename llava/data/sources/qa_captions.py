@@ -14,7 +14,7 @@ from llava.commandline import ArgumentParser, existing_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import Conversion, ImageFolder, clean_text
 from llava.errors import LlavaError
-from llava.record_content import question_answer_pairs, read_turns, record_images
+from llava.record_content import images_of, question_answer_pairs, read_turns
 from llava.records import Record, iter_records
 
 NAME = "qa-captions"
@@ -58,7 +58,7 @@ def _read(path: Path, image_folder: ImageFolder, fields: list[str]) -> tuple[Pai
             asked = question_answer_pairs(read_turns(record))
         except LlavaError as error:
             raise LlavaError(f"{where}: {error}") from error
-        images = record_images(record)
+        images = images_of(record, where)
         if not asked or len(images) != 1 or not isinstance(images[0], str):
             raise LlavaError(f"{where}: expected the name of one image, a question and an answer")
         image = images[0]

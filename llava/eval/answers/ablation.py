@@ -15,7 +15,9 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.eval.answers.questions import Question
-from llava.record_content import image_bytes, image_key
+from llava.image_options import ImageOptions, options_of, with_options_of
+from llava.images import with_default_options
+from llava.record_content import image_bytes, image_file, image_key
 
 _SIDE = 224
 _GREY = 128
@@ -29,12 +31,20 @@ class QuestionImages:
         questions: all that will be asked, also those of other processes, so that "shuffle" is the same in each.
         ablation: "blank", "noise" or "shuffle"; "none" leaves images as they are.
         seed: of noise and shuffling.
+        defaults: how DICOM and NIfTI files are shown of which the questions say nothing.
 
     Raises:
         LlavaError: images are missing (the number, the first question and path), or there is only one to shuffle.
     """
 
-    def __init__(self, folder: str | Path | None, questions: Iterable[Question], ablation: str = "none", seed: int = 0):
+    def __init__(
+        self,
+        folder: str | Path | None,
+        questions: Iterable[Question],
+        ablation: str = "none",
+        seed: int = 0,
+        defaults: ImageOptions | None = None,
+    ):
         self.ablation, self.seed = ablation, seed
         self.sources: dict[Any, Any] = {}
         missing = []
@@ -42,7 +52,8 @@ class QuestionImages:
             for image in question.images:
                 key = image_key(image)
                 if key not in self.sources:
-                    self.sources[key] = source = _source(image, folder)
+                    source = _source(image_file(image), folder)
+                    self.sources[key] = with_options_of(image, source)
                     if isinstance(source, Path) and not source.is_file():
                         missing.append((question.id, source))
         if missing:
@@ -50,6 +61,8 @@ class QuestionImages:
             raise LlavaError(
                 f'{len(missing)} images are missing, first that of question "{which}": {path}; check --image-folder'
             )
+        if defaults:
+            self.sources = dict(zip(self.sources, with_default_options(list(self.sources.values()), defaults)))
         self._replacements: dict[Any, Any] = {}
         if ablation == "shuffle":
             self._replacements = _derangement(list(self.sources), seed)
@@ -57,6 +70,12 @@ class QuestionImages:
     def of(self, question: Question) -> list[Any]:
         """What stands for the question's images: paths, bytes or PIL images; the same object for the same one."""
         return [self._image(image_key(image)) for image in question.images]
+
+    def metadata(self, question: Question) -> dict[str, Any]:
+        """What an answer's record says of how the question's images were shown: `image_options`, for each image its
+        options or null; nothing where there are none."""
+        given = [options_of(image) for image in self.of(question)]
+        return {"image_options": given} if any(given) else {}
 
     def _image(self, key) -> Any:
         if self.ablation == "none":

@@ -8,6 +8,7 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file
 from llava.errors import LlavaError
+from llava.image_options import add_image_flags, image_options_from_args
 from llava.sampling_params import add_sampling_flags, sampling_from_args
 
 
@@ -45,6 +46,7 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_bool("--yes-no-probabilities", help="write the probability of yes for closed questions too")
     parser.add_bool("--option-likelihoods", help="write how likely each option of a multiple-choice question is too")
     parser.add_bool("--overwrite", help="start anew even if there are answers already")
+    add_image_flags(parser)
 
 
 def add_api_answer_flags(parser: ArgumentParser) -> None:
@@ -67,6 +69,7 @@ def check_flags(args: Namespace) -> None:
         if value < least:
             raise LlavaError(f"{flag} is {value}; give {least} or more")
     sampling_from_args(args)
+    image_options_from_args(args)
     if args.load_8bit and args.load_4bit:
         raise LlavaError("--load-8bit and --load-4bit exclude each other")
     if remote and (args.yes_no_probabilities or args.option_likelihoods or args.answer_prompter):
@@ -92,7 +95,8 @@ def answer_file(
         get_template(args.conv_mode)
     if args.image_folder:
         existing_dir(args.image_folder, "--image-folder")
-    images = QuestionImages(args.image_folder, everything, args.ablate_image, args.seed)
+    shown = image_options_from_args(args)
+    images = QuestionImages(args.image_folder, everything, args.ablate_image, args.seed, shown)
     sampling = sampling_from_args(args)
     settings = question_settings(
         args.question_file,
@@ -101,6 +105,8 @@ def answer_file(
         image_folder=str(args.image_folder),
         ablate_image=args.ablate_image,
         decoding=decoding_entry(sampling),
+        # Only where it is asked for, as `option_likelihoods` below.
+        **({"image_options": shown.as_dict()} if shown else {}),
     )
     if getattr(args, "api_base", None) or getattr(args, "azure_endpoint", None):
         from llava.eval.answers.remote import RemoteAnswers

@@ -104,7 +104,10 @@ class LocalAnswers:
         images = [self.question_images.of(question) for question in group]
         conversations = [conversation_from_record(_turns(question), template) for question in group]
         answers = self._generate(engine, group, conversations, images)
-        metadata = [{"finish_reason": a.finish_reason, "tokens": len(a.token_ids)} for a in answers]
+        metadata: list[dict[str, Any]] = [
+            {"finish_reason": a.finish_reason, "tokens": len(a.token_ids)} | self.question_images.metadata(question)
+            for a, question in zip(answers, group)
+        ]
         texts = [answer.text.strip() for answer in answers]
         if self.answer_prompter:
             for conversation, text in zip(conversations, texts):

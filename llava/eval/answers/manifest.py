@@ -10,7 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from llava.commandline import existing_file
 from llava.data.conversion import MANIFEST_FILE, sha256_of
+from llava.errors import LlavaError
 from llava.records import read_json, write_json
 from llava.sampling_params import SamplingParams
 
@@ -27,6 +29,18 @@ def read_manifest(file: str | Path) -> dict[str, Any] | None:
     """The manifest of a file, or None if it has none."""
     path = manifest_path(file)
     return read_json(path) if path.is_file() else None
+
+
+def questions_of(file: str | Path) -> Path:
+    """The questions that an answer file's manifest names.
+
+    Raises:
+        LlavaError: there is no manifest, it names none, or they aren't there.
+    """
+    questions = (read_manifest(file) or {}).get("questions")
+    if not questions:
+        raise LlavaError(f"{file}: no manifest says which questions it answers; give --gt")
+    return existing_file(questions, "questions of the manifest")
 
 
 def write_manifest(file: str | Path, **content: Any) -> dict[str, Any]:
@@ -69,6 +83,8 @@ def describe(manifest: dict[str, Any] | None) -> str:
         "decoding": how,
         "seed": decoding.get("seed"),
         "images": None if manifest.get("ablate_image") in {None, "none"} else manifest["ablate_image"],
+        "shown with": ", ".join(f"{name} {value}" for name, value in (manifest.get("image_options") or {}).items())
+        or None,
     }
     return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
 

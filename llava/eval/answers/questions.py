@@ -10,13 +10,13 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.vqa_items import plain_question
 from llava.errors import LlavaError
-from llava.record_content import USER, as_text, read_named, record_images, record_options
+from llava.record_content import USER, as_text, images_of, read_named, record_options
 from llava.records import Record, iter_records
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `text` is what the user says, one `<image>` per image; `images` are names or bytes.
+    """One question. `text` is what the user says, one `<image>` per image; `images` as `record_images` gives them.
 
     `system` takes the place of the template's system text, as in training; `options` are those of a multiple-choice
     question.
@@ -85,7 +85,7 @@ def _from_line(record: Record, where: str) -> Question:
 
 def _question(key, text, record: Record, where: str, system: str | None = None) -> Question:
     """The question with its tags checked against its images; a text without tags gets them in front."""
-    images = tuple(record_images(record))
+    images = tuple(images_of(record, f'{where} ("{key}")'))
     text = as_text(text).strip()
     tags = text.count(DEFAULT_IMAGE_TOKEN)
     if images and not tags:

@@ -1,8 +1,9 @@
 """Answers from an OpenAI-compatible server (vLLM, SGLang, a commercial model), images sent with the question."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
@@ -37,6 +38,7 @@ class RemoteAnswers:
             metadata: dict[str, Any] = {"finish_reason": result.finish_reason, "tokens": result.completion_tokens}
             if result.refused:
                 metadata["refused"] = result.refused
+            metadata |= self.question_images.metadata(by_id[job.key])
             return answer_record(by_id[job.key], result.text.strip(), self.settings.model, metadata)
 
         for start in range(0, len(questions), _ASKED_AT_ONCE):
@@ -70,5 +72,5 @@ class RemoteAnswers:
 
 def _data_url(source: Any) -> str:
     """The image as the server can read it: our own reading of it (DICOM, 16 bit, …), without loss, as PNG."""
-    image = open_image(source) if isinstance(source, (str, bytes, Path)) else source
+    image = source if isinstance(source, Image.Image) else open_image(source)
     return png_data_url(image)

@@ -22,14 +22,25 @@ from llava.eval.reports.compare import compare_answers, comparison_cells
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
+from llava.image_options import with_options_of
 from llava.images import open_image
 from llava.pages import Card, figure, figures, folded, gallery, note, preformatted, subheading, table, warning
 from llava.pages.charts import bars, reliability
+from llava.record_content import image_file
 
 _CONFUSIONS = (("yes", "yes"), ("yes", "no"), ("yes", "other"), ("no", "no"), ("no", "yes"), ("no", "other"))
 _TYPES = ("question_type", "content_type", "category", "family")
 """Fields of records that say what a question is about, by data set."""
-_RUN = ("checkpoint", "checkpoint_digest", "template", "decoding", "ablate_image", "questions", "questions_sha256")
+_RUN = (
+    "checkpoint",
+    "checkpoint_digest",
+    "template",
+    "decoding",
+    "ablate_image",
+    "image_options",
+    "questions",
+    "questions_sha256",
+)
 """What the fold shows of a manifest."""
 
 
@@ -249,7 +260,7 @@ def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, 
         for pool, is_right in ((right, True), (wrong, False)):
             for joined in chosen.sample(pool, min(each, len(pool))):
                 item = joined.item
-                image = _image(item.image, image_folder or (entry.result.manifest or {}).get("image_folder"))
+                image = _image(item.images, image_folder or (entry.result.manifest or {}).get("image_folder"))
                 shown.append(Card(image, item.question, str(item.answer), joined.prediction, is_right, _kind(joined)))
         parts.append(subheading(f"{entry.label}: {len(right)} wholly right, {len(wrong)} wholly wrong (strict)"))
         parts.append(gallery(shown))
@@ -273,8 +284,10 @@ def provenance_section(entries: Sequence[Entry]) -> Markup:
     return answers + folded("Settings, checkpoints, templates, data", preformatted([*settings, scoring]))
 
 
-def _image(name: Any, folder: str | Path | None):
+def _image(images: Sequence[Any], folder: str | Path | None):
+    """The first of a question's images, as the model was shown it, if it is a file of the folder."""
+    name = image_file(images[0]) if images else None
     if not isinstance(name, str) or not folder:
         return None
     path = Path(folder) / name
-    return open_image(path) if path.is_file() else None
+    return open_image(with_options_of(images[0], path)) if path.is_file() else None

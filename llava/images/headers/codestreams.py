@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import ImageError
-from llava.images.headers.jpeg import read_jpeg_header
+from llava.images.headers.jpeg import read_jpeg_header, with_whole_scans
 from llava.images.limits import Limits
 
 _J2K_START = b"\xff\x4f\xff\x51"
@@ -24,8 +24,12 @@ _J2K_COST, _JPEG_COST, _OTHER_JPEG_COST = 2.5, 0.5, 2.5
 """Of a sample against a pixel of a plain JPEG: wavelets, the same JPEG by another library, lossless and JPEG-LS."""
 
 
-def check_jpeg(frame: bytes, rows: int, columns: int, name: str, limits: Limits) -> None:
-    """Raises ImageError unless a JPEG or JPEG-LS frame has the header's size, within the limits."""
+def check_jpeg(frame: bytes, rows: int, columns: int, name: str, limits: Limits) -> bytes:
+    """A JPEG or JPEG-LS frame as decoders read it.
+
+    Raises:
+        ImageError: another size than the header's, beyond the limits.
+    """
     if frame[:2] != b"\xff\xd8":
         raise ImageError(f"{name}: the DICOM pixels are damaged (no JPEG)")
     header = read_jpeg_header(frame, name)
@@ -34,6 +38,7 @@ def check_jpeg(frame: bytes, rows: int, columns: int, name: str, limits: Limits)
         raise ImageError(f"{name}: a JPEG of {header.components} components of {header.precision} bits isn't read")
     base = _JPEG_COST if header.marker in (0xC0, 0xC1, 0xC2) else _OTHER_JPEG_COST
     limits.check_size(header.width, header.height, name, max(1.0, base * header.components) * header.cost)
+    return with_whole_scans(frame, header)
 
 
 def check_jpeg2000(frame: bytes, rows: int, columns: int, name: str, limits: Limits) -> bytes:

@@ -39,6 +39,7 @@ _PIXEL_TAGS = (
     "ModalityLUTSequence",
     "PresentationLUTShape",
     "ImageOrientationPatient",
+    "ImagePositionPatient",
     "PixelSpacing",
     "ImagerPixelSpacing",
     "SpacingBetweenSlices",

@@ -91,6 +91,19 @@ def without_metadata(content: bytes, header: JpegHeader) -> bytes:
     return b"".join([view[:2], *(view[begin:end] for begin, end in header.segments), view[header.first_scan :]])
 
 
+def with_whole_scans(content: bytes, header: JpegHeader) -> bytes:
+    """A sequential JPEG's scans always hold all coefficients; some writers leave zeros where that is said."""
+    if header.marker not in (0xC0, 0xC1):
+        return content
+    mended, place = bytearray(content), header.first_scan
+    while place >= 0 and place + 5 < len(mended):
+        said = place + 5 + 2 * mended[place + 4]
+        if len(mended[said : said + 3]) == 3:
+            mended[said : said + 3] = b"\0\x3f\0"
+        place = content.find(b"\xff\xda", place + 2)
+    return bytes(mended)
+
+
 def _orientation(segment: memoryview) -> int:
     if bytes(segment[:6]) == b"Exif\0\0":
         return exif_orientation(segment)

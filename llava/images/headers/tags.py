@@ -1,5 +1,6 @@
 """TIFF's directories of tags, in TIFF files and in EXIF data: sizes without values, and the orientation."""
 
+import mmap
 import re
 import struct
 from collections.abc import Iterator
@@ -23,13 +24,15 @@ class Tag:
 
 
 class Directory:
-    """The first directory of TIFF or EXIF data. Nothing but its entries is read; struct.error where it's cut off."""
+    """A directory of TIFF or EXIF data, by default the first. Nothing but its entries is read; struct.error where it's
+    cut off."""
 
-    def __init__(self, data: bytes | memoryview):
+    def __init__(self, data: bytes | memoryview | mmap.mmap, start: int | None = None):
         self.data = data
         self.order = "<" if bytes(data[:2]) == b"II" else ">"
         self.is_big = 43 in (data[2], data[3])
-        (start,) = self._unpack("Q" if self.is_big else "L", 8 if self.is_big else 4)
+        if start is None:
+            (start,) = self._unpack("Q" if self.is_big else "L", 8 if self.is_big else 4)
         (self.count,) = self._unpack("Q" if self.is_big else "H", start)
         self._first = start + (8 if self.is_big else 2)
 
@@ -41,6 +44,12 @@ class Directory:
             value = place + step - inline
             offset = value if size <= inline else self._unpack("Q" if self.is_big else "L", value)[0]
             yield Tag(number, kind, count, size, offset)
+
+    def next(self) -> "Directory | None":
+        """The directory after this one; None after the last."""
+        end = self._first + (20 if self.is_big else 12) * self.count
+        (start,) = self._unpack("Q" if self.is_big else "L", end)
+        return Directory(self.data, start) if start else None
 
     def integer(self, tag: Tag) -> int:
         """Its first value; 0 for one that is no whole number."""

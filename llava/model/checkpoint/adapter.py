@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from llava.errors import LlavaError
-from llava.model.weights.files import WeightFiles
+from llava.model.weights.files import NO_VALUES, WeightFiles
 from llava.records import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -16,40 +18,90 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")
+"""What torch.compile and data-parallel training leave in the names."""
+
+_READ = frozenset({
+    "alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "peft_type",
+    "r", "rank_pattern", "use_rslora",
+})  # fmt: skip
+_OF_TRAINING = frozenset({
+    "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_core", "merge_weights", "modules_to_save", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type", "velora_config",
+})  # fmt: skip
+"""Of peft 0.21's LoraConfig and older ones: what is trained and how. The file's tensors say the rest."""
+_OTHER_KINDS = MappingProxyType(
+    {
+        "use_dora": "DoRA",
+        "use_qalora": "QALoRA",
+        "use_bdlora": "BD-LoRA",
+        "alora_invocation_tokens": "activated LoRA",
+        "monteclora_config": "MonteCLoRA",
+        "kasa_config": "KaSA",
+        "arrow_config": "Arrow",
+        "layer_replication": "LoRA with layer_replication",
+        "lora_bias": "LoRA with lora_bias",
+        "target_parameters": "LoRA with target_parameters",
+        "trainable_token_indices": "LoRA with trainable_token_indices",
+        "megatron_config": "LoRA of Megatron",
+    }
+)
+"""Fields that change what is computed, and what such an adapter is called."""
+_HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
+"""Ways to begin that leave the base's weights as they are; any other may have changed them."""
 
 
 class LoraAdapter:
     """The adapter of a folder. `adds_to` names the weights that it changes, `overrides` those it replaces.
 
     Raises:
-        LlavaError: no adapter file, half of a pair, or a kind of adapter that isn't plain LoRA.
+        LlavaError: no adapter file, half of a pair, a tensor without values, or a kind of adapter that isn't plain
+            LoRA: each field of its configuration is read here, known to change nothing, or refused.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
-        self._refuse_other_kinds()
+        self._check_config()
         path = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
         if path is None:
             raise LlavaError(f"{folder}: no adapter weights found (looked for {' and '.join(ADAPTER_FILES)})")
         self.weights = WeightFiles([path])
-        self._pairs: dict[str, dict[str, str]] = {}
-        self.overrides: dict[str, str] = {}
+        self._halves: dict[str, dict[str, str]] = {}
+        self._others: dict[str, str] = {}
         for file_name in self.weights:
+            if 0 in self.weights.shape(file_name):
+                raise LlavaError(f"{path}: {file_name} has no values; likely {NO_VALUES}")
             match = _PAIR.fullmatch(file_name)
-            if match:
-                self._pairs.setdefault(native_name(match[1]) + ".weight", {})[match[2]] = file_name
+            if match and len(self.weights.shape(file_name)) == 2:
+                self._halves.setdefault(match[1], {})[match[2]] = file_name
             elif "lora_" in file_name:
                 raise LlavaError(f"{path}: {file_name} is no part of a plain LoRA adapter; merge it with peft")
-            else:
-                self.overrides[native_name(file_name)] = file_name
-        for name, pair in self._pairs.items():
+            elif ".original_module." not in file_name:  # the base's own, next to what replaces it
+                self._others[file_name] = file_name
+        for name, pair in self._halves.items():
             if len(pair) != 2:
                 raise LlavaError(f"{path}: {name} has lora_{next(iter(pair))} but not its other half")
+            ranks = self.weights.shape(pair["A"])[0], self.weights.shape(pair["B"])[1]
+            if ranks[0] != ranks[1]:
+                raise LlavaError(f"{path}: the halves of {name} have the ranks {ranks[0]} and {ranks[1]}")
+        self.rename(lambda name: name)
+
+    def rename(self, rename: Callable[[str], str | None]) -> None:
+        """Take the base's tensors by the names that `rename` gives to those that `native_name` gives."""
+
+        def own(name: str) -> str:
+            name = native_name(name)
+            return rename(name) or name
+
+        self._modules = {own(f"{module}.weight"): module for module in self._halves}
+        self.overrides = {own(name): file_name for name, file_name in self._others.items()}
 
     @property
     def adds_to(self) -> set[str]:
-        return set(self._pairs)
+        return set(self._modules)
 
     @property
     def base_name(self) -> str | None:
@@ -58,9 +110,10 @@ class LoraAdapter:
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight + scale · B · A`, computed in float32; `weight` itself where the adapter leaves it alone."""
-        pair = self._pairs.get(name)
-        if pair is None:
+        module = self._modules.get(name)
+        if module is None:
             return weight
+        pair = self._halves[module]
         down, up = (self.weights.read(pair[half]).float() for half in "AB")
         update = up @ down
         if self.config.get("fan_in_fan_out"):
@@ -71,32 +124,57 @@ class LoraAdapter:
                 f"the base's weight {list(weight.shape)}; the adapter belongs to another base "
                 f"(it records {self.base_name})"
             )
-        return update.mul_(self._scale(name, down.shape[0])).add_(weight)
+        return update.mul_(self._scale(module, down.shape[0])).add_(weight)
 
-    def _scale(self, name: str, rank: int) -> float:
-        alpha = self.config.get("lora_alpha", rank)
-        module = name.removesuffix(".weight")
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(?:.*\.)?{pattern}", module):
-                alpha = value
+    def _scale(self, module: str, rank: int) -> float:
+        # peft's own rule: the first key that matches the end of the module's path in the model that it wrapped.
+        path = _WRAPPERS.sub("", module).removeprefix("base_model.model.")
+        patterns = self.config.get("alpha_pattern") or {}
+        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+        alpha = self.config.get("lora_alpha", 8) if key is None else patterns[key]
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def _refuse_other_kinds(self) -> None:
-        kind = self.config.get("peft_type", "LORA")
-        special = "DoRA" if self.config.get("use_dora") else None
-        if kind != "LORA" or special:
+    def _check_config(self) -> None:
+        path = self.folder / ADAPTER_CONFIG
+        if not isinstance(self.config, dict):
+            raise LlavaError(f"{path}: expected an object with the adapter's settings")
+        kind, begin = self.config.get("peft_type", "LORA"), self.config.get("init_lora_weights", True)
+        special = None if kind == "LORA" else str(kind)
+        for name, value in self.config.items():
+            if special or not value or name in _READ or name in _OF_TRAINING:
+                continue
+            special = _OTHER_KINDS.get(name, f"LoRA with {name}, which isn't known,")
+        if special is None and not isinstance(begin, bool) and begin not in (None, *_HARMLESS_INITS):
             raise LlavaError(
-                f"{self.folder / ADAPTER_CONFIG}: adapters of kind {special or kind} aren't supported; "
-                f"merge it into its base with peft (merge_and_unload) and give the merged folder"
+                f"{path}: init_lora_weights {begin!r} may have changed the base's own weights; make plain LoRA of it "
+                f"with peft (save_pretrained with path_initial_model_for_weight_conversion), or merge it with peft "
+                f"(merge_and_unload) and give the merged folder"
             )
+        if special:
+            raise LlavaError(
+                f"{path}: adapters of kind {special} aren't supported; merge it into its base with peft "
+                f"(merge_and_unload) and give the merged folder"
+            )
+        patterns = self.config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise LlavaError(f"{path}: alpha_pattern has to be an object of numbers by name")
+        for name, value in {"lora_alpha": self.config.get("lora_alpha", 8), **patterns}.items():
+            try:
+                usable = not isinstance(value, bool) and math.isfinite(value)
+                re.compile(name)
+            except (TypeError, re.error, RecursionError, OverflowError):
+                usable = False
+            if not usable:
+                raise LlavaError(f"{path}: {name!r} has the value {value!r:.100}; it has to be a number")
 
 
 def native_name(name: str) -> str:
     """LLaVA's name of a tensor that peft, or LLaVA's LoRA training, wrote with its wrappers in front."""
-    name = name.removeprefix("base_model.")
+    name = _WRAPPERS.sub("", name).removeprefix("base_model.")
     while name.startswith(("model.model.", "model.lm_head")):
         name = name.removeprefix("model.")
-    return name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+    name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
+    return name.replace(".base_layer.", ".")
 
 
 def non_lora_file(folder: Path) -> Path | None:

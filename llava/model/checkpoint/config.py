@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.configuration import SCHEME_PATCH, SCHEME_PLACEHOLDER, LlavaConfigFields
 from llava.model.families import family_names, family_of, find_family
 from llava.records import read_json
@@ -31,7 +31,8 @@ def read_config(folder: Path) -> LlavaConfigFields:
         content["mm_image_token_scheme"] = _scheme(content, folder)
     # None stands in old files for "as usual".
     content = {name: value for name, value in content.items() if value is not None or not name.startswith("mm_")}
-    config = config_class.from_dict(content | {"model_type": config_class.model_type})
+    with library_errors(f"{path}: a field of it can't be"):
+        config = config_class.from_dict(content | {"model_type": config_class.model_type})
     if config.conversation_template is None and config.mm_vision_tower:
         config.conversation_template = infer_template(config, folder)
         log.info("%s names no conversation_template; %s, by its layout", path, config.conversation_template)

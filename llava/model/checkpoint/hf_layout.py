@@ -23,7 +23,7 @@ from llava.records import read_json
 
 _RENAMED = (
     (r"(?:model\.)?language_model\.(?:model\.)?(embed_tokens|layers|norm)\.(.+)", r"model.\1.\2"),
-    (r"(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
+    (r"(?:model\.)?(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
 )
 _TOWER = r"(?:model\.)?vision_tower\.(.+)"
 _PROJECTOR = r"(?:model\.)?multi_modal_projector\.linear_([12])\.(weight|bias)"

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
 from llava.model.checkpoint.config import infer_template, read_config
 from llava.model.checkpoint.hf_layout import hf_source, is_hf_config, native_config
+from llava.model.checkpoint.hf_layout import native_name as native_name_of_hf
 from llava.model.configuration import LlavaConfigFields
 from llava.model.families import EMBEDDINGS, FINAL_NORM
 from llava.model.language_model import LlavaForCausalLM
@@ -70,7 +71,11 @@ def open_checkpoint(
         LlavaError: an adapter or projector without its base, a delta, a folder without weights; the message
             has the command that helps.
     """
-    find_tower = partial(_find_tower, override=vision_tower, cache_dir=cache_dir)
+    with library_errors(f"{folder}: no checkpoint that can be opened; a file of settings in it is wrong"):
+        return _open(folder, base_folder, partial(_find_tower, override=vision_tower, cache_dir=cache_dir))
+
+
+def _open(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
     if (folder / ADAPTER_CONFIG).is_file():
         return _open_adapter(folder, base_folder, find_tower)
     if not find_weight_files(folder):
@@ -158,8 +163,12 @@ def _open_adapter(folder: Path, base_folder: Path | None, find_tower: Callable[.
             f"{folder} is a LoRA adapter, not a whole model; add --model-base {base}, or merge it once: python -m "
             f"llava.model.merge_lora --model-path {folder} --model-base {base} --save-model-path OUTPUT_FOLDER"
         )
-    own_config = (folder / "config.json").is_file()
-    config = read_config(folder if own_config else base_folder)
+    is_hf = is_hf_config(read_json(base_folder / "config.json"))
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+    else:
+        config = native_config(base_folder) if is_hf else read_config(base_folder)
+    _grow_vocabulary(config, adapter)
     weights = WeightFiles.of_folder(base_folder)
     if is_quantized(weights):
         raise LlavaError(
@@ -168,10 +177,13 @@ def _open_adapter(folder: Path, base_folder: Path | None, find_tower: Callable[.
         )
     extra_path = non_lora_file(folder)
     extra = WeightFiles([extra_path] if extra_path else [])
-    tower_folder = find_tower(config, folder, weights, extra)
+    tower_folder = None if is_hf else find_tower(config, folder, weights, extra)
 
     def sources(model: LlavaForCausalLM) -> list[Source]:
-        changed = [native_source(weights, model, "base model")]
+        if is_hf:
+            linear, tower = config.mm_projector_type == "linear", model.get_vision_tower()
+            adapter.rename(lambda name: native_name_of_hf(name, linear, tower))
+        changed = [hf_source(weights, model) if is_hf else native_source(weights, model, "base model")]
         changed.append(native_source(extra, model, "adapter's other weights"))
         changed[:0] = _tower_sources(model, tower_folder, weights, extra)
         for source in changed:
@@ -181,6 +193,13 @@ def _open_adapter(folder: Path, base_folder: Path | None, find_tower: Callable[.
         return [*changed, replaced]
 
     return Parts(config, weights, sources, [folder, base_folder], tower_folder)
+
+
+def _grow_vocabulary(config: LlavaConfigFields, adapter: LoraAdapter) -> None:
+    """An adapter that brings a whole embedding or head of more rows was trained with more tokens than its base."""
+    for name, file_name in adapter.overrides.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            config.vocab_size = max(config.vocab_size, adapter.weights.shape(file_name)[0])
 
 
 def _open_projector(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
@@ -273,6 +292,10 @@ def _check_reach(adapter: LoraAdapter, sources: list[Source], base_folder: Path,
             f"(config.json: tie_word_embeddings); train one without that layer"
         )
     lost = sorted(adapter.adds_to.difference(*(source.names for source in sources)))
+    unused = [name for name in lost if in_unused_layer(name, model)]
+    if unused:
+        log.warning("%s: %d updates of layers that the tower doesn't use are left out", adapter.folder, len(unused))
+    lost = [name for name in lost if name not in unused]
     if lost:
         raise LlavaError(
             f"{adapter.weights.files[0]}: the adapter changes {lost[0]} (one of {len(lost)}), which the base "

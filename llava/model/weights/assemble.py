@@ -17,8 +17,8 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from llava.errors import LlavaError
-from llava.model.weights.files import WeightFiles, is_harmless
+from llava.errors import LlavaError, library_errors
+from llava.model.weights.files import NO_VALUES, WeightFiles, is_harmless
 from llava.model.weights.quantized import quantized_parameter
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_LAYERS = 500
 _READERS = 4
 """Threads that read: one doesn't saturate a disk, nor the memory of the page cache."""
 
@@ -73,7 +74,14 @@ def build_empty(
     """A model whose parameters have shapes but no memory; buffers are real."""
     if attn_implementation:
         config._attn_implementation = attn_implementation
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with (
+        library_errors("config.json describes no model that can be built"),
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),
+    ):
+        layers = max(config.num_hidden_layers, (config.mm_vision_config or {}).get("num_hidden_layers", 0))
+        if layers > _MOST_LAYERS:
+            raise LlavaError(f"config.json asks for {layers:,} layers; more than {_MOST_LAYERS} aren't built")
         model = model_class(config)
     model.eval()
     return model
@@ -207,6 +215,11 @@ def _describe_extra(source: Source, extra: list[str], model) -> str:
     cause = "the config.json next to it describes another model"
     if "lora_" in name:
         cause = "this is a LoRA adapter; give its folder as model_path and the base model as model_base"
+    elif name.endswith("image_newline"):
+        cause = (
+            "this is a LLaVA-NeXT, which ends rows of tiles in a learned vector (mm_patch_merge_type spatial); "
+            "such models aren't supported"
+        )
     elif "mm_projector" in name:
         cause = f"the projector has another form than mm_projector_type {model.config.mm_projector_type!r} says"
     elif "vision_tower" in name or "vision_model" in name:
@@ -221,7 +234,9 @@ def _describe_extra(source: Source, extra: list[str], model) -> str:
 def _describe_shape(source: Source, name: str, wanted: tuple[int, ...]) -> str:
     found = source.shape(name)
     cause = "the config.json next to it describes another model"
-    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+    if 0 in found:
+        cause = NO_VALUES
+    elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
         cause = (
             "tokens were added to the vocabulary after one of the two was made (32000 rows: a plain language "
             "model or a delta's base; 32003: with the image tokens); take config.json and weights of one folder"

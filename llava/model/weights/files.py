@@ -29,6 +29,12 @@ HARMLESS = (
 )
 """Names in a file that carry no information, as patterns."""
 
+NO_VALUES = (
+    "it was saved under DeepSpeed's ZeRO-3 without gathering the weights first; save it again with "
+    "stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with zero_to_fp32.py"
+)
+"""Why a tensor of a file has a shape but no values."""
+
 _BLOCK = 1 << 24
 
 

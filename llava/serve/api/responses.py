@@ -11,7 +11,15 @@ from llava.serve.api.chat import token_with_others
 from llava.serve.api.choices import Choice, sum_usage, time_of_day
 from llava.serve.api.fields import ApiRequest, Call, ResponseFormat, flat, nested
 from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.request_models import DEFAULT_NEW_TOKENS, MAX_MESSAGES, MAX_PARTS, MAX_TEXT, Messages, at_most
+from llava.serve.request_models import (
+    DEFAULT_NEW_TOKENS,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TEXT,
+    ImageOptionsField,
+    Messages,
+    at_most,
+)
 from llava.serve.transport.bodies import validated
 
 
@@ -19,6 +27,7 @@ class InputPart(Fields):
     type: Literal["input_text", "input_image", "output_text", "text"]
     text: str | None = Field(None, max_length=MAX_TEXT)
     image_url: str | None = None
+    image_options: ImageOptionsField = None
 
 
 def _parts(content: Any) -> Any:
@@ -53,7 +62,7 @@ class InputItem(Fields):
 
 def _chat_part(part: InputPart) -> dict[str, Any]:
     if part.type == "input_image":
-        return {"type": "image_url", "image_url": part.image_url}
+        return {"type": "image_url", "image_url": part.image_url, "image_options": part.image_options}
     return {"type": "text", "text": part.text}
 
 

@@ -27,7 +27,10 @@ from typing import Any, cast
 from PIL import Image
 
 from llava.errors import ImageError
+from llava.image_options import ImageWithOptions, options_of
 from llava.images import UPLOAD_LIMITS, read_upload
+from llava.images.series import SeriesPlace
+from llava.record_content import image_file
 from llava.serve.decoding.process import HEAD, READY
 from llava.serve.protocol import ErrorType, ServeError
 
@@ -120,17 +123,35 @@ class DecodingPool:
         self.opened = self.killed = 0
         """How many images were opened, and how many processes had to be replaced."""
 
-    def open(self, source: bytes | str, **options: Any) -> Image.Image:
+    def open(self, source: bytes | str | ImageWithOptions, longest: int | None = None) -> Image.Image:
         """As `llava.images.open_uploaded_image`, in one of the processes; blocks.
 
         Args:
-            options: frame, window, axis; `longest` makes it smaller, to so many pixels of the longer side.
+            longest: make it smaller, to so many pixels of the longer side.
 
         Raises:
             ImageError: no image, or it took too long or too much memory.
             ServeError: CANCELLED or TIMEOUT of the request that this thread works for.
         """
-        content = read_upload(source, UPLOAD_LIMITS)
+        return _image(*self._ask(source, {"longest": longest}))
+
+    def describe(self, source: bytes | str | ImageWithOptions) -> tuple[Image.Image, dict[str, Any]]:
+        """The image, and what `llava.images.describe_image` says of it, as JSON; else as `open`."""
+        reply, pixels = self._ask(source, {"describe": True})
+        return _image(reply, pixels), reply.get("facts") or {}
+
+    def place(self, content: bytes) -> SeriesPlace:
+        """Where a DICOM file stands in its series (`llava.images.series`); else as `open`."""
+        reply, _ = self._ask(content, {"place": True})
+        if "place" not in reply:
+            raise _refused(reply)
+        return SeriesPlace(**reply["place"])
+
+    def _ask(
+        self, source: bytes | str | ImageWithOptions, wanted: dict[str, Any]
+    ) -> tuple[dict[str, Any], Image.Image | None]:
+        content = read_upload(image_file(source), UPLOAD_LIMITS)
+        options = (options_of(source) or {}) | wanted
         waiting = _waiting.get() or Waiting(time.monotonic() + 6 * self.seconds)
         process = self._take(waiting)
         try:
@@ -146,7 +167,7 @@ class DecodingPool:
         finally:
             self._free.put(process)
         self.opened += 1
-        return pixels if isinstance(pixels, Image.Image) else _raise(reply)
+        return reply, pixels
 
     def close(self) -> None:
         """End the processes; whoever still waits for one gets an ImageError."""
@@ -160,8 +181,14 @@ class DecodingPool:
                 return self._free.get(timeout=_LOOK_SECONDS)
 
 
-def _raise(reply: dict[str, Any]) -> Any:
-    raise ImageError(str(reply.get("error"))[:500])
+def _image(reply: dict[str, Any], pixels: Image.Image | None) -> Image.Image:
+    if pixels is None:
+        raise _refused(reply)
+    return pixels
+
+
+def _refused(reply: dict[str, Any]) -> ImageError:
+    return ImageError(str(reply.get("error"))[:500])
 
 
 class _Process:

@@ -10,10 +10,15 @@ import resource
 import socket
 import struct
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from llava.errors import LlavaError
-from llava.images import UPLOAD_LIMITS, open_image
+from llava.image_options import ImageOptions, ImageWithOptions
+from llava.images import UPLOAD_LIMITS
+from llava.images.opening import open_and_describe, open_image
+from llava.images.series import series_place
 
 HEAD = struct.Struct("<LL")
 """Bytes of the JSON and of what follows it."""
@@ -43,12 +48,20 @@ def main() -> None:
 
 
 def _open(content: bytes, options: dict) -> tuple[dict, bytes]:
-    longest = options.pop("longest", None)
+    longest, is_described = options.pop("longest", None), options.pop("describe", False)
+    reply: dict[str, Any] = {}
     try:
-        image = open_image(content, limits=UPLOAD_LIMITS, **options)
+        if options.pop("place", False):
+            return {"place": asdict(series_place(content))}, b""
+        source = ImageWithOptions(content, ImageOptions.parse(options))
+        if is_described:
+            image, facts = open_and_describe(source, limits=UPLOAD_LIMITS)
+            reply["facts"] = facts.as_dict()
+        else:
+            image = open_image(source, limits=UPLOAD_LIMITS)
         if longest is not None:
             image.thumbnail((longest, longest))
-        return {"size": image.size}, image.tobytes()
+        return reply | {"size": image.size}, image.tobytes()
     except LlavaError as error:
         return {"error": str(error)}, b""
     except MemoryError:

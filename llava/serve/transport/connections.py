@@ -7,6 +7,7 @@ Here bytes and seconds are counted as they arrive; what goes beyond a limit gets
 import asyncio
 import gc
 import json
+import logging
 import os
 import secrets
 import socket
@@ -22,6 +23,8 @@ from llava.serve.transport.middleware import REQUEST_ID_HEADER, error_body
 
 ACCEPTED_AT_ONCE = 2
 """Connections in one round of the event loop."""
+logger = logging.getLogger(__name__)
+
 TICK_SECONDS = 1.0
 """How often a connection looks at the clock, so its times are exact to a second."""
 LINGER_SECONDS = 2.0
@@ -59,6 +62,7 @@ class FairServer(uvicorn.Server):
         for listening in (listening for server in self.servers for listening in server.sockets):
             with socket.socket(fileno=os.dup(listening.fileno())) as same:
                 same.listen(queue)
+            logger.info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", *listening.getsockname()[:2])
         gc.collect()
         gc.freeze()
 

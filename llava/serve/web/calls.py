@@ -15,7 +15,8 @@ from llava.serve.web.uploads import Refusal
 
 FILE_KEYS = {"path", "url", "orig_name", "size", "mime_type", "is_stream", "meta"}
 FILE_META = {"_type": "gradio.FileData"}
-MAX_ITEMS = 64  # files of a question, values of a choice
+MAX_ITEMS = 64  # values of a choice
+MAX_FILES = 512  # of a question: a series of slices
 MAX_NUMBER = 2**53  # the largest that scripts count exactly
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 # Also values that no component would take for a file or an address: none of the page's own looks like this.
@@ -85,7 +86,7 @@ def _value(value: Any, belongs: Callable[[str], bool]) -> Any:
     files = value.get("files")
     # A value that the server has set comes back with this mark.
     keys = value.keys() - ({"__type__"} if value.get("__type__") == "update" else set())
-    if keys != {"text", "files"} or not isinstance(files, list) or len(files) > MAX_ITEMS:
+    if keys != {"text", "files"} or not isinstance(files, list) or len(files) > MAX_FILES:
         raise _bad("data")
     written = [_file(each, belongs) for each in files]
     if len({each["path"] for each in written}) < len(written):

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llava.image_options import NO_OPTIONS, ImageOptions, ImageWithOptions
 from llava.images import open_uploaded_image
 
 if TYPE_CHECKING:
     from gradio.components.chatbot import Message, MessageDict
+
+    from llava.serve.web.scans import Scan
 
 SIDES = 2
 THUMBNAIL = 320  # pixels of the longer side
@@ -22,21 +25,36 @@ THUMBNAIL = 320  # pixels of the longer side
 
 @dataclass(frozen=True)
 class UploadedImage:
-    """`url` is the file as it came, `thumbnail` a small PNG; both data: URLs."""
+    """`url` is the file as it came, `thumbnail` a small PNG; both data: URLs. Of a DICOM or NIfTI file also how it is
+    shown: `options`, and `said`, what of it is written down beside the answer."""
 
     url: str
     thumbnail: str
     sha256: str
+    options: ImageOptions = NO_OPTIONS
+    said: dict[str, Any] | None = None
 
     @classmethod
-    def from_bytes(cls, content: bytes, open_upload: Callable = open_uploaded_image) -> "UploadedImage":
+    def from_bytes(
+        cls,
+        content: bytes,
+        open_upload: Callable = open_uploaded_image,
+        options: ImageOptions = NO_OPTIONS,
+        said: dict[str, Any] | None = None,
+    ) -> "UploadedImage":
         """`open_upload` opens it; raises an ImageError for what is no image, or is too large."""
-        image = open_upload(content)
+        image = open_upload(ImageWithOptions(content, options) if options else content)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         digest = hashlib.sha256(content).hexdigest()
-        return cls(_data_url("application/octet-stream", content), _data_url("image/png", buffer.getvalue()), digest)
+        thumbnail = _data_url("image/png", buffer.getvalue())
+        return cls(_data_url("application/octet-stream", content), thumbnail, digest, options, said)
+
+    def part(self) -> dict[str, Any]:
+        """As a message to a worker has it."""
+        part: dict[str, Any] = {"type": "image_url", "image_url": {"url": self.url}}
+        return part | {"image_options": self.options.as_dict()} if self.options else part
 
 
 @dataclass
@@ -61,10 +79,19 @@ class Exchange:
 
 @dataclass
 class Chat:
-    """`draft` are the images of the question being written; `stopping` asks a `running` answer to end."""
+    """`draft` are the images of the question being written; `stopping` asks a `running` answer to end.
+
+    `scans` are the DICOM and NIfTI files of which a view is chosen, `taken` the uploads that were read.
+    """
 
     exchanges: list[Exchange] = field(default_factory=list)
     draft: list[UploadedImage] = field(default_factory=list)
+    scans: list["Scan"] = field(default_factory=list)
+    current: int = 0
+    """Which of the scans is shown."""
+    taken: set[str] = field(default_factory=set)
+    reading: int = 0
+    """How many uploads are being read."""
     running: bool = False
     stopping: bool = False
 
@@ -77,8 +104,7 @@ class Chat:
             is_last = exchange is self.exchanges[-1]
             if not is_last and not said:
                 continue
-            images = [{"type": "image_url", "image_url": {"url": image.url}} for image in exchange.images]
-            content = [*images, {"type": "text", "text": exchange.text}]
+            content = [*(image.part() for image in exchange.images), {"type": "text", "text": exchange.text}]
             messages.append({"role": "user", "content": content})
             if not is_last:
                 messages.append({"role": "assistant", "content": said})
@@ -99,11 +125,13 @@ class Chat:
         return shown
 
     def record(self) -> dict[str, Any]:
-        """The conversation as it is exported and kept; images by their SHA-256, not their content."""
+        """The conversation as it is exported and kept; images by their SHA-256, not their content, with how they were
+        shown."""
         turns = [
             {
                 "question": exchange.text,
                 "images": [f"sha256:{image.sha256}" for image in exchange.images],
+                **_said(exchange.images),
                 "answers": [
                     {"model": reply.model, "text": reply.text, "error": reply.error or None, "whole": reply.is_whole}
                     for reply in exchange.replies
@@ -121,6 +149,11 @@ def thumbnails(images: list[UploadedImage] | tuple[UploadedImage, ...]) -> str:
         f'<img class="thumb" alt="Image {number}" src="{image.thumbnail}">' for number, image in enumerate(images, 1)
     )
     return f'<span class="thumbs">{shown}</span>' if shown else ""
+
+
+def _said(images: tuple[UploadedImage, ...]) -> dict[str, Any]:
+    said = [image.said for image in images]
+    return {"image_options": said} if any(said) else {}
 
 
 def _plain(text: str) -> str:

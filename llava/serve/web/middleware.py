@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs, urlencode
 
-from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.web.calls import NOT_YOURS, SESSION, checked_call, checked_cancel
+from llava.serve.web.calls import MAX_FILES, NOT_YOURS, SESSION, checked_call, checked_cancel
 from llava.serve.web.uploads import Refusal, Upload, Uploads
 
 logger = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ class PageMiddleware:
                     parser = GradioMultiPartParser(
                         request.headers,
                         self._counted(request, upload),
-                        max_files=MAX_IMAGES,
+                        max_files=MAX_FILES,
                         max_fields=0,
                         upload_dir=upload.folder,
                         upload_id=upload_id,

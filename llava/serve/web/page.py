@@ -5,12 +5,11 @@ import functools
 import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from llava.errors import ImageError, LlavaError
+from llava.errors import LlavaError
 from llava.serve.conversation_log import notice
 from llava.serve.daily_log import DailyLog
 from llava.serve.decoding.pool import DecodingPool, in_thread
@@ -21,12 +20,12 @@ from llava.serve.web.attention_view import AttentionPart
 from llava.serve.web.chat_state import SIDES, THUMBNAIL, Chat, Exchange, UploadedImage, thumbnails
 from llava.serve.web.examples import EXAMPLES, draw_example
 from llava.serve.web.memory_budget import MemoryBudget
+from llava.serve.web.scan_view import ScanPart, is_scan, said_of, take_file
 from llava.serve.web.settings import SettingsPanel
 
 logger = logging.getLogger(__name__)
 
 TITLE = "LLaVA-Med"
-FILE_TYPES = ["image", ".dcm", ".dicom", ".nii", ".gz"]
 POLL_SECONDS = 3
 NO_SECOND = "none"
 MOST_SESSIONS = 500
@@ -51,10 +50,11 @@ CSS = """
 .thumbs img.thumb {width: auto !important; height: auto !important; max-height: 160px !important;
   max-width: 100% !important; border-radius: 6px; margin: 0 !important}
 #draft .thumbs img.thumb {max-height: 72px !important}
+#scan-preview img.scan {width: 384px; max-width: 100%; image-rendering: auto; border-radius: 6px; margin: 0 !important}
 .attentions {display: flex; flex-wrap: wrap; gap: 8px}
 .attentions img.attention {max-width: 100%; border-radius: 6px}
 .gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
-#exported {display: none !important}
+#exported, #taken, #take {display: none !important}
 #actions button, #votes button {min-width: 6.5rem}
 @media (max-width: 640px) {
   .gradio-container {padding: 8px !important}
@@ -147,9 +147,9 @@ class Page:
                     )
                     for side in range(SIDES)
                 ]
+            self.scan = ScanPart(self.client, self.pool, self.image_budget)
             self.draft = gr.HTML(elem_id="draft")
             self.box = gr.MultimodalTextbox(
-                file_types=FILE_TYPES,
                 file_count="multiple",
                 sources=["upload"],
                 placeholder="Ask about the images; drop files here",
@@ -191,7 +191,7 @@ class Page:
 
     def _connect(self) -> None:
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        view = [self.chat, *self.views, self.box, self.draft, self.stop]
+        view = [self.chat, *self.views, self.box, self.draft, self.stop, self.scan.part, self.scan.state]
         chosen = [self.model, self.other, *self.settings.controls]
         places = [self.known, self.waiting, self.main, self.model, self.other]
         self.accept.click(self.on_accept, self.known, [self.notice, self.waiting, self.main, self.accepted], **quiet)
@@ -213,6 +213,7 @@ class Page:
         for button, name, question in self.examples:
             button.click(self._example(name, question), self.chat, [self.chat, self.box, self.draft], **quiet)
         self.attention.connect(self.chat, quiet)
+        self.scan.connect(self.chat, self.box, self.draft, self.model, quiet)
         if self.options.feedback is not None:
             for vote, button in self.votes.items():
                 button.click(self._vote(vote, self.options.feedback), self.chat, None, **quiet)
@@ -247,32 +248,34 @@ class Page:
 
     async def on_ask(self, chat: Chat, box: dict, *chosen):
         if await _is_busy(chat):
-            yield [gr.skip()] * 6
+            yield [gr.skip()] * 8
             return
         text = (box["text"] or "").strip()
         try:
-            uploaded = await in_thread(self._read_images, box["files"] or [], seconds=UPLOAD_SECONDS)
-            images = [*chat.draft, *uploaded]
-        except (ImageError, ServeError) as error:
+            others = await self._take_files(chat, box["files"] or [])
+            images = [*chat.draft, *await self.scan.views(chat), *others]
+        except (LlavaError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
         already = sum(len(exchange.images) for exchange in chat.exchanges)
         if already + len(images) > MAX_IMAGES:
             raise _error(f"A conversation holds at most {MAX_IMAGES} images. Clear it first.", "Too many images")
         if not text:
-            chat.draft = images
+            chat.draft += others
             gr.Warning("Write a question too.")
             yield self._show(chat, box={"text": "", "files": []})
             return
         if not chosen[0]:
             raise _error("No model is ready. The list of models shows when there is one.", "Not now")
         chat.draft = []
+        for scan in chat.scans:
+            scan.is_wanted = False
         chat.exchanges.append(Exchange(text, tuple(images)))
         async for update in self._answer(chat, *chosen):
             yield update
 
     async def on_again(self, chat: Chat, box: dict, *chosen):
         if await _is_busy(chat):
-            yield [gr.skip()] * 6
+            yield [gr.skip()] * 8
             return
         if not chat.exchanges or not chosen[0]:
             gr.Info("There is no question yet.")
@@ -321,13 +324,19 @@ class Page:
             raise _error("There is nothing to export yet.", "Export")
         return json.dumps(chat.record(), indent=1)
 
+    async def _take_files(self, chat: Chat, files: list[str]) -> list[UploadedImage]:
+        """The images among the uploaded files; scans, of which a view is chosen, go into the chat."""
+        new = [file for file in files if file not in chat.taken]
+        scans = [file for file in new if is_scan(file)]
+        others = [file for file in new if file not in scans]
+        chat.taken.update(others)
+        await self.scan.take(chat, scans)
+        while chat.reading:
+            await asyncio.sleep(0.02)
+        return await in_thread(self._read_images, others, seconds=UPLOAD_SECONDS)
+
     def _read_images(self, files: list[str]) -> list[UploadedImage]:
-        """The uploaded files, which are deleted: a conversation lives in memory alone."""
-        contents = []
-        for file in files:
-            path = Path(file)
-            contents.append(path.read_bytes())
-            path.unlink()
+        contents = [take_file(file) for file in files]
         small = functools.partial(self.pool.open, longest=THUMBNAIL)
         images = [UploadedImage.from_bytes(content, small) for content in contents]
         for image in images:
@@ -362,6 +371,8 @@ class Page:
             gr.skip() if box is None else box,
             thumbnails(chat.draft),
             gr.Button(interactive=running),
+            gr.skip() if chat.scans else gr.Column(visible=False),
+            said_of(chat),
         )
 
 

@@ -53,6 +53,13 @@ class Backend(Protocol):
             ServeError: the request isn't valid, or this backend can't tell.
         """
 
+    def seen_images(self, job: Job) -> dict[str, Any]:
+        """What the vision tower gets of the request's images: the JSON of /worker_seen_images. May block.
+
+        Raises:
+            ServeError: an image can't be read, or this backend can't tell.
+        """
+
     def stats(self) -> dict[str, float]:
         """Gauges and counters: `queue_length` (waiting and running) at least."""
 

@@ -1,4 +1,4 @@
-"""A worker's HTTP side, around anything that answers: text, attention maps and status."""
+"""A worker's HTTP side, around anything that answers: text, attention maps, images as the model sees them, status."""
 
 import contextlib
 import logging
@@ -79,11 +79,18 @@ class WorkerApp:
             found = in_thread(self.backend.attention_map, job, token_ids, seconds=self.timeout)
             return JSONResponse(await unless_gone(request.receive, found))
 
+        async def worker_seen_images(request):
+            job = read_job(await read_json(request))
+            self._check(job)
+            found = in_thread(self.backend.seen_images, job, seconds=self.timeout)
+            return JSONResponse(await unless_gone(request.receive, found))
+
         routes = [
             Route("/health", health),
             Route("/worker_get_status", worker_get_status, methods=["POST"]),
             Route("/worker_generate_stream", _Stream(self), methods=["POST"]),
             Route("/worker_attention_map", worker_attention_map, methods=["POST"]),
+            Route("/worker_seen_images", worker_seen_images, methods=["POST"]),
         ]
         # No more of a framework than this: what it does for a request would cost as much as the model's answer.
         return Router(routes, lifespan=lifespan)

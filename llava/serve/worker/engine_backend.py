@@ -19,9 +19,11 @@ from llava.generation import (
     TokenLogprob,
 )
 from llava.generation import Piece as EnginePiece
+from llava.image_options import with_options_of
 from llava.images import png_data_url
+from llava.record_content import image_file
 from llava.serve.decoding.pool import DecodingPool
-from llava.serve.job import Job, to_conversation
+from llava.serve.job import Job, SentImage, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
 
@@ -63,6 +65,14 @@ class EngineBackend:
         ]
         return {"tokens": found.tokens, "shares": [round(float(share), 4) for share in found.shares], "views": views}
 
+    def seen_images(self, job: Job) -> dict[str, Any]:
+        encoder = self.engine.encoder
+        try:
+            sources = [encoder.identify(_as_content(image)) for image in job.images]
+            return {"images": [png_data_url(tile) for source in sources for tile in encoder.seen(source)]}
+        except LlavaError as error:
+            raise to_serve_error(error) from error
+
     def stats(self) -> dict[str, float]:
         statistics = self.engine.statistics()
         return {"queue_length": statistics["running"] + statistics["waiting"], **statistics}
@@ -73,7 +83,7 @@ class EngineBackend:
 
     def _request(self, job: Job) -> Request:
         conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt or ""
-        return Request(conversation, [_as_content(text) for text in job.images], job.sampling)
+        return Request(conversation, [_as_content(image) for image in job.images], job.sampling)
 
 
 def to_serve_error(error: Exception) -> ServeError:
@@ -124,7 +134,8 @@ def _logprob(entry: TokenLogprob) -> dict:
     return {"token": entry.text, "logprob": entry.logprob, "top": top}
 
 
-def _as_content(image: str) -> str:
+def _as_content(image: SentImage) -> SentImage:
     """Base64 or a data: URL in one form, so that the engine knows it again however it was sent; never a path."""
-    content = image.partition(",")[2] if image[:5].lower() == "data:" else image
-    return f"data:application/octet-stream;base64,{content}"
+    file: str = image_file(image)
+    content = file.partition(",")[2] if file[:5].lower() == "data:" else file
+    return with_options_of(image, f"data:application/octet-stream;base64,{content}")

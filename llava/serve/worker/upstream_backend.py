@@ -16,7 +16,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, require
 from llava.images import open_uploaded_image, png_data_url
 from llava.serve.decoding.pool import DecodingPool
-from llava.serve.job import Job, Message
+from llava.serve.job import Job, Message, SentImage
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
 
@@ -77,6 +77,9 @@ class UpstreamBackend:
 
     def attention_map(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
         raise ServeError(ErrorType.BAD_REQUEST, "The server that runs this model doesn't tell where the model looked.")
+
+    def seen_images(self, job: Job) -> dict[str, Any]:
+        raise ServeError(ErrorType.BAD_REQUEST, "The server that runs this model doesn't tell what the model sees.")
 
     def stats(self) -> dict[str, float]:
         with self.lock:
@@ -180,7 +183,7 @@ def _content(message: Message, open_upload: Callable) -> str | list[dict[str, An
     return parts
 
 
-def _png_url(image: str, open_upload: Callable) -> str:
+def _png_url(image: SentImage, open_upload: Callable) -> str:
     try:
         return png_data_url(open_upload(image))
     except LlavaError as error:

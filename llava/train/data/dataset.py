@@ -232,9 +232,9 @@ class LlavaDataset(Dataset):
 
     def _tokenise(self, number: int) -> Sample:
         record = self.store[number]
-        images = record_images(record)
-        features = [self.count_features(image) for image in images]
         try:
+            images = record_images(record)
+            features = [self.count_features(image) for image in images]
             encoded = self.encode(record, features)
         except LlavaError as error:
             raise LlavaError(f"{describe(self.store, number, record)}: {error}") from error

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.record_content import image_bytes, image_key
+from llava.image_options import ImageWithOptions
+from llava.record_content import image_bytes, image_file, image_key
 from llava.train.data.tar_index import Place, TarIndex
 
 
@@ -28,12 +29,14 @@ class ImageSource:
             shards = sorted(self.folder.glob("*.tar"))
         self._members = TarIndex(shards, Path(output_dir)) if shards else None
 
-    def read(self, image: Any) -> Path | bytes | str:
-        """What `llava.images.open_image` takes: a path, the file's bytes or a data URL.
+    def read(self, image: Any) -> Path | bytes | str | ImageWithOptions:
+        """What `llava.images.open_image` takes: a path, the file's bytes or a data URL, with the image's options.
 
         Raises:
             FileNotFoundError: there is no such image.
         """
+        if isinstance(image, ImageWithOptions):
+            return ImageWithOptions(self.read(image.source), image.options)
         if not isinstance(image, str):
             return image_bytes(image)
         place = self._find_named(image)
@@ -49,7 +52,8 @@ class ImageSource:
         Raises:
             FileNotFoundError: there is no such image.
         """
-        return self._find_named(image) if isinstance(image, str) else None
+        name = image_file(image)
+        return self._find_named(name) if isinstance(name, str) else None
 
     def _find_named(self, image: str) -> Path | str | Place:
         if image.startswith("data:"):
@@ -62,7 +66,10 @@ class ImageSource:
         return path
 
     def identify(self, image: Any) -> str:
-        """A key that changes when the image does: path, size and time of its file, or a digest of its bytes."""
+        """A key that changes when the image does: path, size and time of its file, or a digest of its bytes; and with
+        its options."""
+        if isinstance(image, ImageWithOptions):
+            return f"{self.identify(image.source)}|{image.options}"
         place = self.find(image)
         if isinstance(place, Path):
             status = place.stat()

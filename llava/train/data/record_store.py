@@ -15,7 +15,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from llava.bars import tqdm
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.records import Record, Replaced, atomic_path, parse_record, read_json
 from llava.train.data.kept_files import kept_path
 
@@ -144,16 +144,15 @@ class ArrowRecords:
 
         self.path = path
         self._arrow = arrow
-        try:
+        with library_errors(f"{path}: not a whole Arrow file"):
             self._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(arrow))).read_all()
-        except pyarrow.ArrowInvalid as error:
-            raise LlavaError(f"{path}: not a whole Arrow file ({error})") from error
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> Record:
-        row = self._table.slice(index, 1).to_pylist()[0]
+        with library_errors(f"{self.path} record {index}: can't be read"):
+            row = self._table.slice(index, 1).to_pylist()[0]
         return {key: value for key, value in row.items() if value is not None}
 
     def __reduce__(self):
@@ -173,14 +172,15 @@ def _unpacked(path: Path, output_dir: Path) -> Path:
     with FileLock(target.with_name(target.name + ".lock")):
         if target.is_file():
             return target
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file, atomic_path(target) as temporary:
-                rows = file.iter_batches()
-                with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, file.schema_arrow) as out:
-                    for batch in tqdm(rows, desc="unpacking records", unit=" batches", delay=2):
-                        out.write_batch(batch)
-        except pyarrow.ArrowInvalid as error:
-            raise LlavaError(f"{path}: not a whole Parquet file ({error})") from error
+        with (
+            library_errors(f"{path}: not a whole Parquet file"),
+            pyarrow.parquet.ParquetFile(path) as file,
+            atomic_path(target) as temporary,
+            pyarrow.OSFile(str(temporary), "wb") as sink,
+            pyarrow.ipc.new_file(sink, file.schema_arrow) as out,
+        ):
+            for batch in tqdm(file.iter_batches(), desc="unpacking records", unit=" batches", delay=2):
+                out.write_batch(batch)
     return target
 
 

@@ -6,6 +6,7 @@ The graphs are those of torch's own tracing and partitioning, so what is kept fo
 layer keeps. They are carried out operator by operator, and costed as fused (llava.train.estimate.tracker).
 """
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +17,7 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 class DryCompiler:
@@ -63,24 +64,51 @@ class DryCompiler:
     def _compile(self, function: Callable) -> Callable:
         from torch._inductor.decomposition import select_decomp_table
 
+        traced: list[fx.GraphModule] = []
+
+        def partition(joint: fx.GraphModule, *args, **kwargs):
+            parts = min_cut_rematerialization_partition(joint, *args, **kwargs)
+            traced.extend((joint, *parts))
+            return parts
+
+        def carry_out(gm: fx.GraphModule, example_inputs: Any) -> Any:
+            return self._carry_out(gm, traced)
+
         return aot_function(
             function,
-            fw_compiler=self._carry_out,
-            bw_compiler=self._carry_out,
-            partition_fn=min_cut_rematerialization_partition,
+            fw_compiler=carry_out,
+            bw_compiler=carry_out,
+            partition_fn=partition,
             decompositions=select_decomp_table(),
         )
 
-    def _carry_out(self, gm: fx.GraphModule, example_inputs: Any) -> Any:
-        for node in gm.graph.nodes:
-            node.meta.clear()  # the tensors that it was traced with
+    def _carry_out(self, gm: fx.GraphModule, traced: list[fx.GraphModule]) -> Callable:
+        whole = fx.Graph()
+        whole.output(whole.graph_copy(gm.graph, {}))  # without the nodes that torch has taken out, but not given up
+        gm = fx.GraphModule(gm, whole)
+        traced.append(gm)
 
         def call(inputs: list):
+            if traced:
+                _forget_tracing(traced, inputs)
             with self.fused():
                 return fx.Interpreter(gm).boxed_run(inputs)
 
         call._boxed_call = True  # type: ignore[attr-defined]  # takes its inputs as one list
         return call
+
+
+def _forget_tracing(traced: list[fx.GraphModule], inputs: list) -> None:
+    """Give up the memory of the tensors that graphs were traced with, which torch would keep: a run has none of it."""
+    of_run = {one.untyped_storage()._cdata for one in inputs if isinstance(one, torch.Tensor)}
+    for graph in traced:
+        for node in graph.graph.nodes:
+            for one in tree_leaves([*node.meta.values()]):
+                if isinstance(one, torch.Tensor) and one.untyped_storage()._cdata not in of_run:
+                    one.untyped_storage().resize_(0)
+            node.meta.clear()
+    traced.clear()
+    gc.collect()
 
 
 @contextmanager

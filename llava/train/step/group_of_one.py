@@ -3,7 +3,7 @@
 FSDP 2 makes the half-precision weights anew for each pass over a layer, and copies each micro-batch's gradients twice
 before it adds them to the float32 sum. With one process nothing is exchanged: gradients are added where they arise,
 and of as many layers as memory allows the half-precision weights stay from the first micro-batch of an optimizer step
-to the last, of frozen ones for good.
+to the last, of frozen ones for good. Frozen weights that are in half precision themselves need no copy.
 """
 
 import logging
@@ -36,6 +36,36 @@ def is_group_of_one(accelerator) -> bool:
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     return accelerator.mixed_precision in {"bf16", "fp16"} and not isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+
+
+def set_up_alone(plugin, model: nn.Module, training) -> None:
+    """Tell accelerate's FSDP plugin what of `model` to shard and when to free copies; `training`: the parsed flags."""
+    plugin.reshard_after_forward = training.keep_half_weights is False
+    dtype = plugin.mixed_precision_policy.param_dtype
+    # Adapters are saved without the weights that they are on.
+    plugin.ignored_modules = frozen_as_computed(model, dtype, training.device, cast=training.lora_enable)
+
+
+def frozen_as_computed(model: nn.Module, dtype: torch.dtype, device: torch.device, *, cast: bool) -> list[nn.Module]:
+    """Modules whose weights are all frozen and in `dtype`, which FSDP 2 is to leave alone: they are used as they are.
+
+    Args:
+        model: not yet wrapped.
+        dtype: that the run computes in.
+        device: where the weights of these modules are moved to; FSDP would move its own.
+        cast: whether frozen weights of other dtypes are cast first, once for the run; not where they will be saved.
+    """
+    found = []
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if not own or next(module.children(), None) is not None or _are_trained(own):
+            continue
+        if not all(parameter.dtype == dtype or (cast and parameter.is_floating_point()) for parameter in own):
+            continue
+        for parameter in own:
+            parameter.data = parameter.data.to(device, dtype)
+        found.append(module)
+    return found
 
 
 class KeptCopies:
@@ -87,7 +117,7 @@ def keep_copies(training, model: nn.Module) -> KeptCopies:
     if training.keep_half_weights is None and gpu.is_on_gpu(training.device):
         room = free_for_copies(model, OptimizerNames(training.optim).value, gpu.memory_bytes(training.device))
     kept = KeptCopies(model, room)
-    whole = 2 * sum(parameter.numel() for parameter in model.parameters())
+    whole = 2 * sum(parameter.numel() for parameter in model.parameters() if isinstance(parameter, DTensor))
     logger.info(
         "half-precision weights: %.1f of %.1f GB are kept over an optimizer step, the others made anew layer by layer "
         "(--keep_half_weights True keeps all, False none)",
@@ -112,14 +142,14 @@ def free_for_copies(model: nn.Module, optimizer: str, memory: int) -> float:
 
 
 def _own_parameters(unit: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a unit that are in no unit within it."""
+    """The parameters of a unit that are in no unit within it, and that FSDP 2 doesn't leave alone."""
     inner = {
         parameter
         for module in unit.modules()
         if module is not unit and isinstance(module, FSDPModule)
         for parameter in module.parameters()
     }
-    return [parameter for parameter in unit.parameters() if parameter not in inner]
+    return [one for one in unit.parameters() if isinstance(one, DTensor) and one not in inner]
 
 
 def _are_trained(parameters: Sequence[nn.Parameter]) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.images.anyres import default_pinpoints, read_pinpoints
 from llava.model import LoadedModel
-from llava.record_content import read_turns, record_images
+from llava.record_content import images_of, read_turns
 from llava.records import Record
 from llava.train.arguments import Arguments
 from llava.train.data.record_store import RecordStore, open_records
@@ -79,7 +79,8 @@ def _read(arguments: Arguments, loaded: LoadedModel, store: RecordStore) -> Leng
         how = "as the model's tokenizer counts"
     else:
         each, most = _tiles_per_image(loaded), _most_tiles(loaded, longest)
-        tiles = [min(each * len(record_images(spread[number])), most) for number in range(len(spread))]
+        places = [f"{store.path} record {number}" for number in spread.numbers]
+        tiles = [min(each * len(images_of(spread[n], where)), most) for n, where in enumerate(places)]
         texts = [_tokens(spread[number]) for number in range(len(spread))]
         positions = [min(text + count * patches, longest) for text, count in zip(texts, tiles)]
         how = f"{CHARACTERS} characters taken for a token"

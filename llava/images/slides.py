@@ -1,0 +1,140 @@
+"""Whole-slide images of pathology: one of their smaller levels as RGB, never the full size (extra "slides": openslide).
+
+Labels and overviews, on which a name may stand, are other images of the same file; they aren't read.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from llava.errors import ImageError, LlavaError, require
+from llava.images.facts import ImageFacts
+from llava.images.headers.tags import Directory
+from llava.images.limits import Limits, plain_errors
+from llava.images.modes import to_rgb
+
+SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif")
+"""Of what scanners write; a tiled TIFF with smaller copies of itself is known by its content."""
+SIDE = 2048
+"""Pixels of a thumbnail's longer side."""
+
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_WIDTH, _TILE_WIDTH, _TILE_HEIGHT = _SIZES = (256, 322, 323)
+_MOST_TILE = 4096
+_COST = 2.0
+"""Of a pixel against one of a plain JPEG: it has transparency."""
+_MAX_DIRECTORIES, _MAX_TAGS = 64, 4096
+
+
+def is_slide(path: Path, file: BinaryIO) -> bool:
+    """Whether a file is a slide: by its name, or a TIFF in tiles followed by smaller ones of itself."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    head = file.read(4)
+    file.seek(0)
+    if head not in _TIFF:
+        return False
+    try:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            widths = _tiled_widths(data)
+    except (OSError, ValueError, struct.error, IndexError):
+        return False
+    return len(widths) > 1 and min(widths[1:]) < widths[0]
+
+
+def _tiled_widths(data: mmap.mmap) -> list[int]:
+    """Of the directories in tiles, up to the first that OpenSlide, which ends the process without memory, isn't given.
+
+    Empty if the first is none of them.
+    """
+    widths: list[int] = []
+    directory: Directory | None = Directory(data)
+    for _ in range(_MAX_DIRECTORIES):
+        if directory is None or directory.count > _MAX_TAGS:
+            break
+        tags = {tag.number: directory.integer(tag) for tag in directory if tag.number in _SIZES}
+        if len(tags) == len(_SIZES):
+            if not all(0 < tags[number] <= _MOST_TILE for number in (_TILE_WIDTH, _TILE_HEIGHT)):
+                return []
+            widths.append(tags[_WIDTH])
+        elif not widths:
+            break
+        directory = directory.next()
+    return widths
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A level of a slide, made smaller where it is still large."""
+
+    image: Image.Image
+    level: int
+    sizes: tuple[tuple[int, int], ...]
+    """(width, height) of all levels, the full size first."""
+    vendor: str
+    spacing_mm: tuple[float, float] | None
+    """Between rows and columns of the thumbnail."""
+
+
+def read_slide(path: Path, name: str, limits: Limits, *, level: int | None = None) -> Thumbnail | None:
+    """A level of the slide at `path`; None where OpenSlide doesn't know the file.
+
+    Args:
+        level: which one, from 1; by default the smallest that still has `SIDE` pixels along its longer side.
+
+    Raises:
+        ImageError: a slide without a smaller level, a level beyond the limits, damaged.
+        LlavaError: the extra is missing; no such level.
+    """
+    openslide = require("openslide", "slides")
+    if openslide.OpenSlide.detect_format(path) is None:
+        return None
+    with plain_errors(name, "the slide is damaged or cut off"), openslide.OpenSlide(path) as slide:
+        sizes = slide.level_dimensions
+        level = _choose(sizes, level, name)
+        width, height = sizes[level]
+        limits.check_size(width, height, name, _COST)
+        image = to_rgb(slide.read_region((0, 0), level, sizes[level]))
+        image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+        return Thumbnail(image, level, sizes, str(slide.properties.get("openslide.vendor")), _spacing(slide, image))
+
+
+def describe_slide(path: Path, name: str, limits: Limits, *, level: int | None = None) -> ImageFacts | None:
+    """What `read_slide` shows, and why; None where OpenSlide doesn't know the file."""
+    shown = read_slide(path, name, limits, level=level)
+    if shown is None:
+        return None
+    size, (width, height) = shown.image.size, shown.sizes[shown.level]
+    stored = f"{shown.vendor}, levels {', '.join(f'{wide} × {high}' for wide, high in shown.sizes)}"
+    facts = ImageFacts("slide", *size, len(shown.sizes), shown.level, stored, spacing_mm=shown.spacing_mm)
+    which = "as asked" if level is not None else f"the smallest of {SIDE} pixels, never the full size"
+    facts.shown.append(f"level {shown.level} of {len(shown.sizes)} ({width} × {height}), {which}")
+    if size != (width, height):
+        facts.shown.append(f"made smaller to {size[0]} × {size[1]}")
+    facts.shown.append("its colours; labels and overviews aren't read")
+    return facts
+
+
+def _choose(sizes: tuple[tuple[int, int], ...], level: int | None, name: str) -> int:
+    if len(sizes) < 2:
+        raise ImageError(f"{name}: a slide without a smaller level isn't read whole; export a part of it as PNG")
+    if level is None:
+        return max((place for place in range(1, len(sizes)) if max(sizes[place]) >= SIDE), default=1)
+    if not 1 <= level < len(sizes):
+        raise LlavaError(f"{name}: level {level} can't be shown; a level from 1 to {len(sizes) - 1} can")
+    return level
+
+
+def _spacing(slide, image: Image.Image) -> tuple[float, float] | None:
+    spacing = []
+    for axis, place in (("y", 1), ("x", 0)):
+        try:
+            micrometres = float(slide.properties[f"openslide.mpp-{axis}"])
+        except (KeyError, ValueError):
+            return None
+        spacing.append(micrometres / 1000 * slide.dimensions[place] / image.size[place])
+    return spacing[0], spacing[1]

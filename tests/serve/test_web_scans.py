@@ -1,0 +1,211 @@
+"""The web page in a real browser with DICOM and NIfTI: slice, window, plane, preview, and what is kept of them."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.images import ImageOptions, ImageWithOptions, open_image
+from tests.images.test_medical import dicom
+from tests.serve.browsing import PATIENCE, ask, choose, expect, last_answer, screenshot, worker
+from tests.serve.processes import wait_until
+
+pytest.importorskip("pydicom")
+nibabel = pytest.importorskip("nibabel")
+
+SLICES = 40
+IDENTIFIERS = {
+    "PatientName": "Musterfrau^Erika",
+    "PatientID": "PAT-55119",
+    "PatientBirthDate": "19340201",
+    "InstitutionName": "Klinikum Musterstadt",
+    "AccessionNumber": "ACC-90210",
+    "ReferringPhysicianName": "Arzt^Anton",
+    "StudyInstanceUID": "1.2.826.0.1.3680043.8.498.11",
+    "SeriesInstanceUID": "1.2.826.0.1.3680043.8.498.22",
+}
+
+
+def body(place: int) -> np.ndarray:
+    """A slice of a made-up chest in Hounsfield units + 1024: lungs that grow, a spot in slices 25 to 30."""
+    y, x = np.mgrid[-1:1:160j, -1:1:160j]
+    values = np.full((160, 160), -1000.0)
+    values[(x / 0.85) ** 2 + (y / 0.6) ** 2 < 1] = 40
+    size = 0.18 + 0.004 * place
+    for side in (-0.4, 0.4):
+        values[((x - side) / size) ** 2 + (y / (1.5 * size)) ** 2 < 1] = -850
+    values[(x / 0.12) ** 2 + ((y - 0.4) / 0.12) ** 2 < 1] = 700
+    if 25 <= place <= 30:
+        values[(x + 0.4) ** 2 + (y - 0.1) ** 2 < 0.004] = 60
+    return (values + 1024).astype(np.uint16)
+
+
+def series(folder: Path) -> list[Path]:
+    """40 files whose names and numbers say nothing of their places in the body."""
+    paths = []
+    for place in range(SLICES):
+        path = folder / f"IM{place * 7 % SLICES:03d}"  # without suffix, as scanners write them
+        tags = IDENTIFIERS | {"InstanceNumber": str(place * 7 % SLICES + 1), "Modality": "CT"}
+        tags |= {"ImagePositionPatient": [0, 0, 2.5 * place], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        tags |= {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": 40, "WindowWidth": 400}
+        path.write_bytes(dicom(body(place), **tags))
+        paths.append(path)
+    return sorted(paths)
+
+
+def shown(page) -> np.ndarray:
+    """The preview's pixels, grey."""
+    source = page.locator("#scan-preview img.scan").get_attribute("src")
+    image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+    return np.asarray(image.convert("L"))
+
+
+def as_worker_sees(place: int, options: ImageOptions) -> np.ndarray:
+    """What the scripted worker makes of a slice."""
+    content = dicom(body(place), RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
+    return np.asarray(open_image(ImageWithOptions(content, options)).resize((64, 64)).convert("L"))
+
+
+def opened(open_page, page=None):
+    page = open_page(height=1500)
+    page.locator("#accept").click()
+    expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
+    return page
+
+
+def upload(page, paths):
+    page.locator("#box input[type=file]").set_input_files(paths)
+    expect(page.locator("#scan-preview img.scan").first).to_be_visible(timeout=PATIENCE)
+
+
+def wait_for_view(page, place: int, **options):
+    expected = as_worker_sees(place, ImageOptions(**options))
+    wait_until(lambda: np.array_equal(shown(page), expected), 60)
+
+
+def set_slider(page, name: str, value: float):
+    field = page.locator(f"#{name} input[type=number]")
+    field.fill(str(value))
+    field.press("Enter")
+    field.blur()
+
+
+def export(page) -> str:
+    with page.expect_download(timeout=PATIENCE) as download:
+        page.locator("#export").click()
+    return Path(download.value.path()).read_text()
+
+
+def test_a_ct_series(open_page, controller, web, tmp_path):
+    with worker(controller, "scan-model") as process:
+        process.wait()
+        page = opened(open_page)
+        wait_until(lambda: page.locator("#model input").input_value() == "scan-model", 120)
+        expect(page.locator("#scan")).to_have_count(0)
+        upload(page, series(tmp_path))
+        expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(0, timeout=PATIENCE)
+        wait_for_view(page, 20)
+        expect(page.locator("#scan-preview")).to_contain_text("window 40/400 (centre/width), the file's own")
+        expect(page.locator("#scan-preview")).to_contain_text("What scan-model sees")
+        expect(page.locator("#scan-axis")).to_have_count(0)
+
+        set_slider(page, "scan-place", 27)
+        wait_for_view(page, 27)
+        choose(page, "#scan-preset", "lung")
+        wait_for_view(page, 27, preset="lung")
+        expect(page.locator("#scan-centre input[type=number]")).to_have_value("-600", timeout=PATIENCE)
+        expect(page.locator("#scan-width input[type=number]")).to_have_value("1500", timeout=PATIENCE)
+        expect(page.locator("#scan-state")).to_contain_text("goes with your next question")
+        screenshot(page, "web_scan")
+        ask(page, "Is there a nodule?")
+        expect(last_answer(page)).to_contain_text("nodule?", timeout=PATIENCE)
+        expect(page.locator("#chat0 [data-testid=user] img.thumb")).to_have_count(1, timeout=PATIENCE)
+        expect(page.locator("#scan-state")).to_contain_text("is added already", timeout=PATIENCE)
+
+        set_slider(page, "scan-width", 1000)
+        wait_for_view(page, 27, window=(-600, 1000))
+        expect(page.locator("#scan-preset input")).to_have_value("own values", timeout=PATIENCE)
+        page.locator("#scan-add").click()
+        expect(page.locator("#draft img.thumb")).to_have_count(1, timeout=PATIENCE)
+        set_slider(page, "scan-place", 3)
+        wait_for_view(page, 3, window=(-600, 1000))
+        ask(page, "And in these two?")
+        expect(last_answer(page)).to_contain_text("two?", timeout=PATIENCE)
+        ask(page, "Without another image?")
+        expect(last_answer(page)).to_contain_text("image?", timeout=PATIENCE)
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        text = export(page)
+        page.locator("#vote-good").click()
+        wait_until(lambda: any(web.votes.glob("*.jsonl")), 60)
+        page.locator("#clear").click()
+        expect(page.locator("#scan")).to_have_count(0, timeout=PATIENCE)
+
+    first, second, third = json.loads(text)["turns"]
+    assert first["image_options"] == [
+        {"preset": "lung", "slice": 27, "of": SLICES, "shown": ["window -600/1500 (centre/width), as asked"]}
+    ]
+    assert first["answers"][0]["text"].startswith("echo:")
+    assert [(each["window"], each["slice"]) for each in second["image_options"]] == [
+        ([-600, 1000], 27),
+        ([-600, 1000], 3),
+    ]
+    assert len(first["images"]) == 1 and first["images"][0] == second["images"][0] != second["images"][1]
+    assert third["images"] == [] and "image_options" not in third
+    kept = text + "".join(file.read_text() for file in web.votes.glob("*.jsonl")) + web.log.read_text()
+    for name, value in IDENTIFIERS.items():
+        assert value not in kept, name
+    assert not re.search(r"IM\d{3}", kept)
+
+
+def test_a_volume_and_a_photograph(open_page, controller, tmp_path):
+    values = np.random.default_rng(0).normal(size=(12, 14, 16)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "volume.nii.gz")
+    Image.new("RGB", (40, 40), (120, 10, 10)).save(tmp_path / "photo.png")
+    with worker(controller, "volume-model") as process:
+        process.wait()
+        page = opened(open_page)
+        wait_until(lambda: page.locator("#model input").input_value() == "volume-model", 120)
+        page.locator("#box input[type=file]").set_input_files([tmp_path / "photo.png"])
+        thumbnails = page.locator("#box").get_by_role("listitem", name="File thumbnail")
+        expect(thumbnails).to_have_count(1, timeout=PATIENCE)
+        page.locator("#box textarea").fill("typed before the")
+        upload(page, [tmp_path / "volume.nii.gz"])
+        expect(thumbnails).to_have_count(1, timeout=PATIENCE)
+        expect(page.locator("#box textarea")).to_have_value("typed before the")
+        expect(page.locator("#scan-preview")).to_contain_text("axial slice 8 of 16", timeout=PATIENCE)
+        page.locator("#scan-axis").get_by_text("sagittal").click()
+        expect(page.locator("#scan-preview")).to_contain_text("sagittal slice 6 of 12", timeout=PATIENCE)
+        set_slider(page, "scan-place", 2)
+        expect(page.locator("#scan-preview")).to_contain_text("sagittal slice 2 of 12", timeout=PATIENCE)
+        ask(page, "What is it?")
+        expect(last_answer(page)).to_contain_text("it?", timeout=PATIENCE)
+        (turn,) = json.loads(export(page))["turns"]
+    volume, photo = turn["image_options"]
+    assert photo is None and (volume["axis"], volume["slice"], volume["of"]) == (0, 2, 12)
+
+
+def test_a_broken_file_and_one_taken_back(open_page, controller, tmp_path):
+    """A scan that can't be read is said so and leaves the box."""
+    (tmp_path / "broken.dcm").write_bytes(dicom(body(1))[:3000])
+    (tmp_path / "whole").write_bytes(dicom(body(1), SeriesInstanceUID="1.2"))
+    with worker(controller, "some-model") as process:
+        process.wait()
+        page = opened(open_page)
+        wait_until(lambda: page.locator("#model input").input_value() == "some-model", 120)
+        page.locator("#box input[type=file]").set_input_files([tmp_path / "broken.dcm"])
+        expect(page.get_by_text("The image can't be used")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(0, timeout=PATIENCE)
+        expect(page.locator("#scan")).to_have_count(0)
+        upload(page, [tmp_path / "whole"])
+        expect(page.locator("#scan-place")).to_have_count(0)
+        page.locator("#scan-remove").click()
+        expect(page.locator("#scan")).to_have_count(0, timeout=PATIENCE)
+        ask(page, "Is there an image?")
+        expect(last_answer(page)).to_contain_text("image?", timeout=PATIENCE)
+        (turn,) = json.loads(export(page))["turns"]
+        assert turn["images"] == []
