@@ -162,7 +162,7 @@ def prefill_share(engine, requests, device: str) -> float:
     layers = engine.model.get_model().layers
     multiplying = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
     with torch.inference_mode():
-        runner.cache.reserve(count, max(lengths), 0)
+        runner.cache.prepare(lengths, 0)
         rows = [Row(row, 0, length) for row, length in enumerate(lengths)]
         runner.run(rows, [], prompts)
         seconds = fastest(lambda: runner.run(rows, [], prompts), device)

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 UNLOCKED = {"torch", "deepspeed"}  # the Makefile says why
-EXTRAS_NOT_PINNED = {"flash-attn", "liger", "openclip"}
+EXTRAS_NOT_PINNED = {"flash-attn", "liger", "openclip", "peers"}
 
 
 def pins(text: str) -> dict[str, str]:

@@ -44,6 +44,8 @@ class Engine:
         prefix_bytes: for those of earlier prompts, kept for the next turn and the next question about an image.
         feature_bytes: for features of images; by default a quarter of `cache_bytes`, at most 512 MB.
         max_prefill: positions of prompts computed in one pass.
+        paged: keys and values in pages and a layer's products joined; by default on a GPU alone. A model that is in
+            training keeps its own form with False.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Engine:
         prefix_bytes: int | None = None,
         feature_bytes: int | None = None,
         max_prefill: int = 16_384,
+        paged: bool | None = None,
     ):
         self.tokenizer, self.model, image_processor, self.context_len = loaded
         self.model.eval()
@@ -64,13 +67,9 @@ class Engine:
         features = min(budget // 4, _MOST_FEATURES) if feature_bytes is None else feature_bytes
         self.encoder = ImageEncoder(self.model, image_processor, features)
         self.prompts = PromptBuilder(self.tokenizer, self.model.config, self.encoder, self.context_len)
-        self.scheduler = Scheduler(
-            Runner(self.model, self.encoder, budget, self.context_len),
-            Detokenizer(self.tokenizer),
-            max_batch_size,
-            max_prefill,
-            budget // 4 if prefix_bytes is None else prefix_bytes,
-        )
+        prefix_bytes = budget // 4 if prefix_bytes is None else prefix_bytes
+        runner = Runner(self.model, self.encoder, budget, self.context_len, paged=paged, max_rows=max_batch_size)
+        self.scheduler = Scheduler(runner, Detokenizer(self.tokenizer), max_batch_size, max_prefill, prefix_bytes)
         self._stepping = threading.Lock()
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None

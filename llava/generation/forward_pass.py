@@ -4,10 +4,11 @@ All new tokens of all rows stand in one line, so that no padding goes through th
 on rows, in groups of like length.
 """
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -50,6 +51,11 @@ class Group(NamedTuple):
     """From the padded ones back."""
     mask: torch.Tensor
 
+    def to(self, device: torch.device) -> "Group":
+        """The same on another device."""
+        spread, collect = (None if one is None else one.to(device) for one in (self.spread, self.collect))
+        return self._replace(spread=spread, collect=collect, mask=self.mask.to(device))
+
 
 class PackedPass:
     """The indices of one pass; `rows` must be neighbours in the cache, in this order.
@@ -75,7 +81,18 @@ class PackedPass:
         self.positions, self.rows, self.last = indices.split([len(positions), len(positions), len(rows)])
         """Of each token its position and its row; of each row where its last token stands in the line."""
         self.groups = [self._group(rows[start:end], int(firsts[start])) for start, end in split_into_groups(lengths)]
-        self.copies = _copies(rows)
+        self.copies = [
+            (torch.tensor(sources).to(device), torch.tensor(targets).to(device), length)
+            for sources, targets, length in _copies(rows)
+        ]
+
+    def to(self, device: torch.device) -> Self:
+        """The same pass for layers on another device."""
+        moved = copy.copy(self)
+        moved.positions, moved.rows, moved.last = (one.to(device) for one in (self.positions, self.rows, self.last))
+        moved.groups = [group.to(device) for group in self.groups]
+        moved.copies = [(sources.to(device), targets.to(device), length) for sources, targets, length in self.copies]
+        return moved
 
     def attend(
         self, attention: "Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
@@ -140,6 +157,11 @@ class WatchedPass(PackedPass):
         super().__init__(cache, [row], device, dtype, window)
         self.count = count
         self.weights = torch.zeros(count, row.end, device=device)
+
+    def to(self, device: torch.device) -> Self:
+        moved = super().to(device)
+        moved.weights = self.weights.to(device)
+        return moved
 
     def attend(
         self, attention: "Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float

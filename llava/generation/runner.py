@@ -1,34 +1,87 @@
 """The language model over rows of the cache: one token for each running row, and what is new of prompts."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.functional import rms_norm
 
 from llava.errors import LlavaError
+from llava.generation.attention.joined import Tables, has_fixed_tables, join_layers
+from llava.generation.attention.kernels import PagedKernel, working_kernel
+from llava.generation.attention.passes import DecodingPass, PagedPass
+from llava.generation.cache.pages import PageCache
 from llava.generation.cache.rows import RowCache
+from llava.generation.decoding import Decoder, DecodingState
 from llava.generation.forward_pass import PackedPass, Row, WatchedPass, attention_by_passes
 from llava.generation.image_features import ImageEncoder
 from llava.generation.prompts import Prompt
 from llava.model.language_model import LlavaForCausalLM
 
+Pass = TypeVar("Pass", PackedPass, WatchedPass, PagedPass)
+
 
 class Runner:
     """Runs a language model's blocks on packed tokens; their modules are transformers' (quantized or not)."""
 
-    def __init__(self, model: LlavaForCausalLM, encoder: ImageEncoder, cache_bytes: int, context_len: int):
+    def __init__(
+        self,
+        model: LlavaForCausalLM,
+        encoder: ImageEncoder,
+        cache_bytes: int,
+        context_len: int,
+        *,
+        paged: bool | None = None,
+        max_rows: int = 64,
+    ):
+        """
+        Args:
+            paged: keys and values in pages, and layers in joined products: by default on a GPU alone.
+            max_rows: rows that run at the same time, at most.
+        """
         config = model.config
         self.model = model
         self.encoder = encoder
         self.window = _window(config)
         embedding = model.get_input_embeddings().weight
-        self.device = embedding.device
+        self.device = device_of(model.get_input_embeddings(), embedding.device)
         self.dtype = embedding.dtype
+        core = model.get_model()
+        self.devices = [device_of(layer, self.device) for layer in core.layers]
+        """Of each layer: a model may be spread over several."""
+        self.norm_device, self.head_device = (device_of(one, self.device) for one in (core.norm, model.lm_head))
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_size = config.num_key_value_heads * self.head_dim
-        per_position = 2 * config.num_hidden_layers * kv_size * embedding.element_size()
-        self.cache = RowCache(config.num_hidden_layers, per_position, cache_bytes, context_len)
+        self.bytes_per_position = 2 * config.num_hidden_layers * kv_size * embedding.element_size()
+        self.cache: RowCache | PageCache
+        self.kernel: PagedKernel | None = None
+        self.decoder: Decoder | None = None
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        if not (self.device.type == "cuda" if paged is None else paged):
+            self.cache = RowCache(layers, self.bytes_per_position, cache_bytes, context_len)
+            return
+        self.kernel = working_kernel(self.device, self.dtype, config.num_attention_heads, heads, self.head_dim)
+        self.cache = PageCache(layers, self.bytes_per_position, cache_bytes, context_len, self.kernel.page)
+        is_one_device = {*self.devices, self.norm_device, self.head_device} == {self.device}
+        joined = join_layers(core.layers) if is_one_device and has_fixed_tables(core.rotary_emb) else None
+        if joined is not None:
+            self.joined = joined
+            self.tables = Tables(core.rotary_emb, context_len, embedding, config.num_attention_heads, heads)
+            self.decoder = Decoder(self.cache, self._decode, self.device, max_rows)
+
+    def _decode(self, state: DecodingState) -> torch.Tensor:
+        """A decoding step: the logits `[rows, vocabulary]` of the next tokens."""
+        assert isinstance(self.cache, PageCache) and self.kernel is not None
+        core: Any = self.model.get_model()
+        hidden = self.model.get_input_embeddings()(state.tokens)
+        cos, sin = self.tables.of(state.positions)
+        decoding = DecodingPass(self.cache, self.kernel, state.positions, state.table, state.starts, self.window)
+        for layer in self.joined:
+            hidden = layer(hidden, cos, sin, decoding)
+        state.positions.add_(1)
+        return self.logits(rms_norm(hidden, core.norm.weight.shape, core.norm.weight, core.norm.variance_epsilon))
 
     def run(self, rows: Sequence[Row], tokens: Sequence[int], prompts: Sequence[Prompt]) -> torch.Tensor:
         """Compute `rows` in one pass: the first take a token each, of the others each takes its part of a prompt.
@@ -43,8 +96,14 @@ class Runner:
             embeds = self.model.embed_inputs(ids[None], image_features=features)[0]
         else:
             embeds = self.model.get_input_embeddings()(ids)
-        packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
-        normed: torch.Tensor = self.model.get_model().norm(self._forward(embeds, packed)[packed.last])
+        packed: Any
+        if isinstance(self.cache, RowCache):
+            packed = PackedPass(self.cache, rows, self.device, self.dtype, self.window)
+        else:
+            assert self.kernel is not None
+            packed = PagedPass(self.cache, self.kernel, rows, self.device, self.window)
+        hidden, packed = self._forward(embeds, packed)
+        normed: torch.Tensor = self.model.get_model().norm(hidden[packed.last].to(self.norm_device))
         return normed
 
     def watch(self, prompt: Prompt, count: int) -> torch.Tensor:
@@ -54,34 +113,44 @@ class Runner:
         its own.
         """
         row, layers = Row(0, 0, len(prompt)), len(self.cache.layers)
-        cache = RowCache(layers, self.cache.bytes_per_position, 0, len(prompt))
+        cache = RowCache(layers, self.bytes_per_position, 0, len(prompt))
         cache.reserve(1, len(prompt), 0)
         ids = torch.from_numpy(prompt.ids)[None].to(self.device)
         embeds = self.model.embed_inputs(ids, image_features=self._features([prompt], [row]))
         watched = WatchedPass(cache, row, count, self.device, self.dtype, self.window)
-        self._forward(embeds[0], watched)
+        _, watched = self._forward(embeds[0], watched)
         return watched.weights / layers
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, vocabulary]` of hidden states `[rows, hidden]`."""
-        logits: torch.Tensor = self.model.lm_head(hidden)
+        logits: torch.Tensor = self.model.lm_head(hidden.to(self.head_device))
         return logits
 
-    def _forward(self, hidden: torch.Tensor, packed: PackedPass) -> torch.Tensor:
-        """Embeddings `[tokens, hidden]` through all blocks.
+    def _forward(self, hidden: torch.Tensor, packed: Pass) -> tuple[torch.Tensor, Pass]:
+        """Embeddings `[tokens, hidden]` through all blocks; the pass is the one of the last block's device.
 
         Their parts are called, not they: those that training has compiled would be compiled again for each pass.
+        What a layer reads goes to its device first, where that is another than the last layer's.
         """
         core = self.model.get_model()
+        if self.decoder is not None and isinstance(packed, PagedPass):
+            cos, sin = self.tables.of(packed.positions)
+            for joined in self.joined:
+                hidden = joined(hidden, cos, sin, packed)
+            return hidden, packed
         hidden = hidden[None]
         rotary = core.rotary_emb(hidden, packed.positions[None])
+        here = self.device
         with attention_by_passes(self.model.config):
-            for layer in core.layers:
+            for layer, device in zip(core.layers, self.devices, strict=True):
+                if device != here:
+                    hidden, rotary = hidden.to(device), tuple(one.to(device) for one in rotary)
+                    packed, here = packed.to(device), device
                 normed = layer.input_layernorm(hidden)
                 found, _ = layer.self_attn(normed, position_embeddings=rotary, attention_mask=None, packed=packed)
                 hidden = hidden + found
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden[0]
+        return hidden[0], packed
 
     def _features(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> torch.Tensor | None:
         """Features of the images (or parts of images) within the computed positions, in reading order."""
@@ -95,6 +164,14 @@ class Runner:
             return None
         features = self.encoder.features([image for image, _, _ in needed])
         return torch.cat([own[first:last] for own, (_, first, last) in zip(features, needed, strict=True)])
+
+
+def device_of(module: nn.Module, default: torch.device) -> torch.device:
+    """Where a module computes: the device that a hook brings weights to, if it has one, else its first parameter's."""
+    found = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if found is None:
+        found = next((parameter.device for parameter in module.parameters()), default)
+    return torch.device(found)
 
 
 def _window(config: Any) -> int | None:

@@ -16,18 +16,19 @@ import torch
 from llava.errors import LlavaError
 from llava.generation.beam import beam_search
 from llava.generation.cache.prefix_store import Prefix, PrefixStore
+from llava.generation.decoding import Decoder
 from llava.generation.detokenize import Detokenizer
 from llava.generation.forward_pass import Row
 from llava.generation.prompts import Prompt
 from llava.generation.runner import Runner
-from llava.generation.sampling import choose_tokens, token_logprobs
+from llava.generation.sampling import SamplingTable
 from llava.generation.state import Generation
 from llava.generation.types import OutOfMemory
 
 log = logging.getLogger(__name__)
 
 _ROOM = 64
-"""Positions that a row gets beyond its prompt at once; more when it needs them."""
+"""Positions beyond its prompt for which a request has to find memory before it is taken in."""
 
 
 @dataclass
@@ -64,6 +65,8 @@ class Scheduler:
         self._cancelled: set[Generation] = set()
         self._expected: Counter[bytes] = Counter()
         """How many requests are announced or waiting for each beginning."""
+        self._table: SamplingTable | None = None
+        """Of the rows that got the last tokens."""
         self._lock = threading.Lock()
 
     def announce(self, prompts: Iterable[Prompt], sign: int = 1) -> None:
@@ -124,15 +127,16 @@ class Scheduler:
         free = self.max_batch_size - len(self.running)
         if not self.waiting or not free or (self.is_patient and self.running and free < self.max_batch_size // 2):
             return
-        positions, width = 0, self._width()
+        positions, lengths = 0, self._next_lengths()
         while self.waiting and len(self.starting) < free:
             first = self.waiting[0]
             if not self._prepare(first):
                 continue
-            width = max(width, len(first.prompt) + min(_ROOM, first.left))
-            if not self.runner.cache.fits(len(self.running) + len(self.starting) + 1, width):
+            lengths.append(len(first.prompt) + min(_ROOM, first.left))
+            if not self.runner.cache.holds(lengths):
                 if not self.running and not self.starting:
                     self._refuse(self.waiting.popleft())
+                    lengths.pop()
                     continue
                 break
             positions += len(first.prompt)
@@ -201,10 +205,12 @@ class Scheduler:
         a high fixed cost.
         """
         running, plans = len(self.running), self._plan(admitted)
+        if not plans and decoding == running and self.runner.decoder is not None:
+            return self._decode(self.runner.decoder)
         row_of = {id(plan): running + place for place, plan in enumerate(plans)}
-        widths = [len(one.prompt) + min(_ROOM, one.left) for one in admitted]
-        width = min(max([self._width(), *widths]), self.runner.cache.max_width)
-        self.runner.cache.reserve(running + len(plans), width, running)
+        most, room = self.runner.cache.max_width, self.runner.cache.room
+        lengths = [min(len(plan.prompt) + min(room, plan.generation.left), most) for plan in plans]
+        self._prepare_rows([*self._next_lengths(), *lengths])
         rows = [Row(row, one.length, one.length + 1) for row, one in enumerate(self.running[:decoding])]
         for row, plan in enumerate(plans, running):
             if plan.prefix is not None:
@@ -224,7 +230,27 @@ class Scheduler:
             one.length += 1
         for row, plan in enumerate(plans, running):
             self._started(plan, row)
+        if self.runner.decoder is not None:
+            self.runner.decoder.forget()
         self._take_tokens(running - decoding, logits)
+
+    def _decode(self, decoder: Decoder) -> None:
+        """One more token of every running request, from what is on the device."""
+        running = self.running
+        self._prepare_rows(self._next_lengths())
+        logits = decoder.logits(running, lambda: [one.tokens[-1] for one in running], [one.length for one in running])
+        for one in running:
+            one.length += 1
+        self._take_tokens(0, logits)
+
+    def _prepare_rows(self, lengths: list[int]) -> None:
+        """Have room for rows of so many positions; kept beginnings are given up for it."""
+        while True:
+            try:
+                return self.runner.cache.prepare(lengths, len(self.running))
+            except torch.OutOfMemoryError:
+                if not self.prefixes.drop_oldest():
+                    raise
 
     def _plan(self, admitted: list[Generation]) -> list["Plan"]:
         """What to compute of each prompt: not what was kept, and not what another one begins with too."""
@@ -256,25 +282,31 @@ class Scheduler:
         self.starting.remove(one)
         self.running.append(one)
 
-    def _width(self) -> int:
+    def _next_lengths(self) -> list[int]:
         """Positions that the running rows need for their next token."""
-        return max((one.length for one in self.running), default=-1) + 1
+        return [one.length + 1 for one in self.running]
 
     def _make_room(self) -> None:
         """If memory is short for the next tokens, the latest requests wait again."""
-        while len(self.running) > 1 and not self.runner.cache.fits(len(self.running), self._width()):
+        while len(self.running) > 1 and not self.runner.cache.holds(self._next_lengths()):
             last = self.running.pop()
             self.counts.preempted += 1
             self.announce([last.prompt])
             last.continue_later()
             self.waiting.appendleft(last)
+        self.runner.cache.trim(len(self.running))
 
     def _take_tokens(self, start: int, logits: torch.Tensor) -> None:
         """Choose the next token of the rows from `start` on; finished requests leave."""
         generations = self.running[start:]
-        params = [one.sampling for one in generations]
-        tokens = choose_tokens(logits, [one.chooser for one in generations])
-        logprobs = token_logprobs(logits, tokens, params, self.detokenizer)
+        choosers = [one.chooser for one in generations]
+        if self._table is None or not self._table.is_of(choosers):
+            self._table = SamplingTable(choosers, logits.shape[-1], logits.device)
+        chosen = self._table.choose(logits)
+        if self.runner.decoder is not None:
+            self.runner.decoder.follow(generations, chosen)
+        logprobs = self._table.logprobs(logits, chosen, self.detokenizer)
+        tokens = chosen.cpu().tolist()
         self.counts.generated_tokens += len(tokens)
         finished: dict[int, str] = {}
         for row, (one, token, logprob) in enumerate(zip(generations, tokens, logprobs, strict=True), start):
@@ -319,6 +351,7 @@ class Scheduler:
             for gap, mover in zip(gaps, movers, strict=True):
                 self.running[gap] = self.running[mover]
         del self.running[left:]
+        self.runner.cache.trim(left)
         self.counts.finished += len(leaving)
         for one, _, reason in leaving:
             one.finish(reason)

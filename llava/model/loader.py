@@ -94,7 +94,7 @@ def load_pretrained_model(
     if conversation_template:
         parts.config.conversation_template = conversation_template
     device = torch.device(device or best_device())
-    dtype = choose_dtype(dtype, parts.config, parts.weights)
+    dtype = choose_dtype(dtype, parts.config, parts.weights, device)
     # Before the weights: a tokenizer that can't be read is found out in a second.
     tokenizer = load_tokenizer_of(parts.folders, folder)
     add_missing_image_tokens(tokenizer, parts.config, folder)

@@ -1,10 +1,13 @@
 """Device and dtype: what is chosen, and a map that spreads the model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
+from llava.model.weights import placement
 from tests.model.checkpoints import logits
 from tests.tiny import make_llava
 
@@ -33,6 +36,15 @@ def test_named_dtype_holds_for_every_weight(folder, dtype):
 
 def test_own_dtype_by_default(folder):
     assert dtypes(load(folder)) == {torch.float16}
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_without_bfloat16_gets_float16(has, expected, monkeypatch):
+    monkeypatch.setattr(placement, "_has_bf16", lambda: has)
+    config = SimpleNamespace(dtype=torch.bfloat16)
+    assert placement.choose_dtype(None, config, {}, torch.device("cuda")) == expected
+    assert placement.choose_dtype("bfloat16", config, {}, torch.device("cuda")) == torch.bfloat16, "if it was named"
+    assert placement.choose_dtype(None, config, {}, torch.device("cpu")) == torch.bfloat16
 
 
 def test_unknown_dtype(folder):

@@ -23,6 +23,9 @@ from llava.records import Record, ResumableJsonl, read_json, write_json
 log = logging.getLogger(__name__)
 
 
+_OF_A_PART = {"chunk", "asked"}
+"""The settings in which parts of one run differ."""
+
 Fill = Callable[[Sequence[Question], ResumableJsonl], dict[str, Any]]
 """Answers what the file doesn't hold yet; returns what the manifest is to say about who answered."""
 
@@ -34,6 +37,7 @@ def answer_questions(
     fill: Fill,
     *,
     overwrite: bool = False,
+    whole: Path | None = None,
 ) -> dict[str, Any]:
     """Answer every question into `answers_file` (JSONL, in the order of the questions); returns the manifest.
 
@@ -42,15 +46,20 @@ def answer_questions(
             killed goes on only under the same settings; a finished file of the same settings stays as it is.
         fill: answers what is missing; called only if something is.
         overwrite: start anew, whatever is there.
+        whole: the file that this one is a part of; where it is complete, the part isn't answered again.
 
     Raises:
         LlavaError: the unfinished file belongs to other settings, or whatever `fill` raises.
     """
     answers_file = Path(answers_file)
     fingerprint = _fingerprint(settings)
-    if not overwrite and (finished := _finished(answers_file, fingerprint)):
-        log.info("%s is complete already; --overwrite answers again", answers_file)
-        return finished
+    if whole is not None:
+        settings = settings | {"run": _fingerprint({key: settings[key] for key in settings.keys() - _OF_A_PART})}
+    if not overwrite:
+        for path, mark, value in ((answers_file, "fingerprint", fingerprint), (whole, "run", settings.get("run"))):
+            if path is not None and (finished := _finished(path, mark, value)):
+                log.info("%s is complete already; --overwrite answers again", path)
+                return finished
     _claim(answers_file, settings, fingerprint, overwrite)
     started = time.monotonic()
     with ResumableJsonl(answers_file) as output:
@@ -109,9 +118,10 @@ def _fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _finished(answers_file: Path, fingerprint: str) -> dict[str, Any] | None:
+def _finished(answers_file: Path, mark: str, value: str | None) -> dict[str, Any] | None:
+    """The manifest of a file that is complete and whose `mark` has this value."""
     manifest = read_manifest(answers_file) if answers_file.is_file() else None
-    if manifest is None or manifest.get("fingerprint") != fingerprint:
+    if manifest is None or manifest.get(mark) != value:
         return None
     return manifest if manifest.get("sha256") == sha256_of(answers_file) else None
 

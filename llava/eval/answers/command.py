@@ -1,5 +1,6 @@
 """What `model_vqa`, `model_vqa_med` and `run_med_datasets_eval_batch` share: flags, and flags to answers."""
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,12 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--answers-file", default="answer.jsonl")
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's own)")
     parser.add_argument("--num-chunks", type=int, default=1, help="parts of the questions")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="answer part I (from 0) of N, next to --answers-file; the last part to be done joins all of them there "
+        "(default: torchrun's RANK and WORLD_SIZE, where it started the command)",
+    )
     # The seed is that of --ablate-image too; top_p stays null in the manifest unless it is given.
     add_sampling_flags(parser, seed=0, top_p=None)
     parser.add_argument("--batch-size", type=int, default=32, help="answers generated side by side")
@@ -71,10 +78,12 @@ def check_flags(args: Namespace) -> None:
         )
 
 
-def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[Any]) -> dict[str, Any]:
+def answer_file(
+    args: Namespace, questions: Sequence[Any], everything: Sequence[Any], whole: Path | None = None
+) -> dict[str, Any]:
     """Answer `questions` (a part of `everything`) as the flags say; returns the manifest.
 
-    Templates and images are checked before a model is loaded.
+    Templates and images are checked before a model is loaded. `whole`: what this is a part of.
     """
     from llava.conversation import get_template
     from llava.eval.answers.ablation import QuestionImages
@@ -110,7 +119,12 @@ def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[
             return {}
         settings |= {"checkpoint": api.model, "served_by": api.base_url or api.azure_endpoint}
         return answer_questions(
-            questions, args.answers_file, settings, RemoteAnswers(api, images, sampling), overwrite=args.overwrite
+            questions,
+            args.answers_file,
+            settings,
+            RemoteAnswers(api, images, sampling),
+            overwrite=args.overwrite,
+            whole=whole,
         )
     from llava.eval.answers.local import LocalAnswers
 
@@ -138,7 +152,7 @@ def answer_file(args: Namespace, questions: Sequence[Any], everything: Sequence[
         yes_no_probabilities=args.yes_no_probabilities,
         option_likelihoods=args.option_likelihoods,
     )
-    return answer_questions(questions, args.answers_file, settings, fill, overwrite=args.overwrite)
+    return answer_questions(questions, args.answers_file, settings, fill, overwrite=args.overwrite, whole=whole)
 
 
 def local_model(args: Namespace):
@@ -161,18 +175,44 @@ def local_model(args: Namespace):
         base=base,
         vision_tower=args.vision_tower,
         template=args.conv_mode,
-        device=args.device,
+        device=args.device or _own_gpu(),
         dtype=args.dtype,
         load_8bit=args.load_8bit,
         load_4bit=args.load_4bit,
     )
 
 
+def _own_gpu() -> str | None:
+    """The GPU of a process that torchrun started beside others on this machine."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
+        return None
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(rank) % gpus}" if gpus else None
+
+
 def run_answer_command(args: Namespace, read_questions) -> Path:
-    """Read, take this process's part, answer; returns the answer file."""
+    """Read, take this process's part, answer; returns the answer file.
+
+    With `--shard` (or torchrun's ranks) the part stands under a name of its own until the last one is done.
+    """
     from llava.eval.answers.questions import chunk_of
+    from llava.eval.answers.shards import join_when_complete, shard_of
 
     check_flags(args)
+    whole = Path(args.answers_file)
+    shard = shard_of(args) if args.num_chunks == 1 or args.shard else None
+    if shard is not None:
+        if args.num_chunks != 1:
+            raise LlavaError("--shard and --num-chunks exclude each other; give one of them")
+        args.chunk_idx, args.num_chunks = shard.index, shard.count
+        args.answers_file = shard.path(whole)
     everything = read_questions(existing_file(args.question_file, "--question-file"))
-    answer_file(args, chunk_of(everything, args.num_chunks, args.chunk_idx), everything)
-    return Path(args.answers_file)
+    part = chunk_of(everything, args.num_chunks, args.chunk_idx)
+    manifest = answer_file(args, part, everything, None if shard is None else whole)
+    if shard is None or not manifest:
+        return whole
+    is_whole = join_when_complete(whole, shard.count, [one.id for one in everything], manifest["run"])
+    return whole if is_whole else Path(args.answers_file)

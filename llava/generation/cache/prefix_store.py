@@ -5,10 +5,13 @@ begin alike have the same keys and values there: the system text, an image asked
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+from llava.generation.cache.pages import KeptPage
 
 BLOCK = 16
 """Prefixes are looked up in whole blocks of this many positions; a longer match is found by comparing."""
@@ -16,15 +19,15 @@ BLOCK = 16
 
 @dataclass(eq=False)
 class Prefix:
-    """`states` hold, per layer, `[2, kv_heads, len(key), head_dim]`."""
+    """`states` hold, per layer, `[2, kv_heads, len(key), head_dim]`; or they are pages (`KeptPages`)."""
 
     key: np.ndarray
-    states: list[torch.Tensor]
+    states: Sequence[torch.Tensor | KeptPage]
     hashes: list[int] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
-        return sum(state.numel() * state.element_size() for state in self.states)
+        return sum(state.nbytes for state in self.states)
 
 
 class PrefixStore:
@@ -63,7 +66,7 @@ class PrefixStore:
             self._prefixes.move_to_end(id(prefix))
         return prefix is not None
 
-    def add(self, key: np.ndarray, states: list[torch.Tensor]) -> Prefix:
+    def add(self, key: np.ndarray, states: Sequence[torch.Tensor | KeptPage]) -> Prefix:
         """Keep `states` for `key`, if they fit; returns the prefix, which is usable either way.
 
         What is kept already and is a beginning of this one, or the same, makes way for it.
@@ -76,12 +79,19 @@ class PrefixStore:
             if common_length(other.key, key) == len(other.key):
                 self._drop(other)
         while self._prefixes and self.num_bytes + size > self.max_bytes:
-            self._drop(next(iter(self._prefixes.values())))
+            self.drop_oldest()
         self._prefixes[id(prefix)] = prefix
         self.num_bytes += size
         self._index.update(dict.fromkeys(prefix.hashes, prefix))
         self._ends.setdefault(prefix.hashes[-1], {})[id(prefix)] = prefix
         return prefix
+
+    def drop_oldest(self) -> bool:
+        """Give up the least recently used prefix, if there is one."""
+        if not self._prefixes:
+            return False
+        self._drop(next(iter(self._prefixes.values())))
+        return True
 
     def clear(self) -> None:
         self._prefixes.clear()

@@ -5,6 +5,7 @@ reads slices of the buffers and copies nothing. What lies past a row's length is
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +14,9 @@ _WIDTH_STEP = 64
 
 class RowCache:
     """One tensor `[2, rows, kv_heads, width, head_dim]` per layer, grown as needed; `[2]` is keys and values."""
+
+    room = 64
+    """Positions that a row gets beyond its prompt at once; more when it needs them."""
 
     def __init__(self, num_layers: int, bytes_per_position: int, max_bytes: int, max_width: int):
         self.layers: list[torch.Tensor | None] = [None] * num_layers
@@ -25,6 +29,17 @@ class RowCache:
     def fits(self, rows: int, width: int) -> bool:
         """Whether `rows` of `width` positions fit the memory limit."""
         return width <= self.max_width and self._bytes(rows, self._rounded(width)) <= self.max_bytes
+
+    def holds(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of so many positions fit the memory limit."""
+        return self.fits(len(lengths), max(lengths))
+
+    def prepare(self, lengths: Sequence[int], used_rows: int) -> None:
+        """Have room for rows of so many positions; the first `used_rows` rows keep theirs."""
+        self.reserve(len(lengths), max(lengths), used_rows)
+
+    def trim(self, rows: int) -> None:
+        """Rows from `rows` on aren't used any more; their memory stays for the next ones."""
 
     def reserve(self, rows: int, width: int, used_rows: int) -> None:
         """Have at least `rows` × `width`; the first `used_rows` rows keep their first `width` positions."""
@@ -49,11 +64,13 @@ class RowCache:
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` positions of rows to other rows, in every layer."""
+        moves = torch.tensor([list(sources), list(targets)])
         for layer in self.layers:
             if layer is not None:
-                layer[:, targets, :, :length] = layer[:, sources, :, :length]
+                moves = moves.to(layer.device)  # copied only where the next layer is on another device
+                layer[:, moves[1], :, :length] = layer[:, moves[0], :, :length]
 
-    def load(self, start: int, count: int, states: Sequence[torch.Tensor], length: int) -> None:
+    def load(self, start: int, count: int, states: Sequence[Any], length: int) -> None:
         """Copy `length` positions of `states` (per layer `[2, kv_heads, positions, head_dim]`) to `count` rows."""
         for index, state in enumerate(states):
             layer = self._layer(index, state[0].transpose(0, 1))

@@ -28,18 +28,31 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose_dtype(dtype: str | torch.dtype | None, config, weights: WeightFiles) -> torch.dtype:
-    """The named dtype, else the checkpoint's own: the config's, or that of most of its weights."""
+def choose_dtype(
+    dtype: str | torch.dtype | None, config, weights: WeightFiles, device: torch.device | None = None
+) -> torch.dtype:
+    """The named dtype, else the checkpoint's own: the config's, or that of most of its weights.
+
+    In place of the checkpoint's own bfloat16 a GPU that doesn't compute in it gets float16.
+    """
     if isinstance(dtype, str):
         dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype)
         if dtype is None:
             raise LlavaError("dtype must be float32, float16 or bfloat16")
     if dtype is not None:
         return dtype
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    stored = Counter(weights.dtype(name) for name in weights if weights.dtype(name).is_floating_point)
-    return stored.most_common(1)[0][0] if stored else torch.float32
+    own = config.dtype
+    if not isinstance(own, torch.dtype):
+        stored = Counter(weights.dtype(name) for name in weights if weights.dtype(name).is_floating_point)
+        own = stored.most_common(1)[0][0] if stored else torch.float32
+    if own == torch.bfloat16 and device is not None and device.type == "cuda" and not _has_bf16():
+        log.warning("this GPU doesn't compute in bfloat16: the model is loaded in float16")
+        return torch.float16
+    return own
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Placement:

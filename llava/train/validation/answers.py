@@ -77,7 +77,7 @@ class HeldOutAnswers:
         own = range(rank, len(self.items), processes)
         requests = [self._request(index) for index in own]
         with whole_weights(trainer) as model:
-            engine = Engine(self.loaded._replace(model=cast(LlavaForCausalLM, model)), prefix_bytes=0)
+            engine = Engine(self.loaded._replace(model=cast(LlavaForCausalLM, model)), prefix_bytes=0, paged=False)
             answers = [answer.text for answer in engine.generate(requests)]
         texts = dict(_gather(list(zip(own, answers, strict=True)), processes))
         joined = [JoinedItem(item, texts[index]) for index, item in enumerate(self.items)]

@@ -1,0 +1,159 @@
+"""Decoder layers in few operations: one product for queries, keys and values, one for gate and up, norms in one kernel.
+
+LLaMA's, Mistral's and Qwen2's layers, where their weights are plain tensors on one device: what is quantized, hooked or
+of another form goes through the library's modules. The joined weights are the memory of the modules' own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, rms_norm, silu
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
+
+from llava.generation.attention.passes import Layer
+
+PARTS = {
+    "self_attn": (LlamaAttention, MistralAttention, Qwen2Attention),
+    "mlp": (LlamaMLP, MistralMLP, Qwen2MLP),
+    "input_layernorm": (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm),
+    "post_attention_layernorm": (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm),
+}
+
+
+class Attending(Protocol):
+    """A pass (`PagedPass`, say)."""
+
+    def attend_joined(
+        self, layer: Layer, queries: torch.Tensor, states: torch.Tensor, scale: float
+    ) -> torch.Tensor: ...
+
+
+class JoinedLayer:
+    """One block, as its modules but for rounding."""
+
+    def __init__(self, block: Any):
+        attention, mlp = block.self_attn, block.mlp
+        self.layer_idx: int = attention.layer_idx
+        self.scale: float = attention.scaling
+        size = attention.head_dim
+        self.qkv, self.qkv_bias = _joined((attention.q_proj, attention.k_proj, attention.v_proj))
+        self.queries, self.keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
+        self.out, self.out_bias = attention.o_proj.weight.T, attention.o_proj.bias
+        self.gate_up, self.gate_up_bias = _joined((mlp.gate_proj, mlp.up_proj))
+        self.down, self.down_bias = mlp.down_proj.weight.T, mlp.down_proj.bias
+        self.norms = [
+            (norm.weight, norm.variance_epsilon) for norm in (block.input_layernorm, block.post_attention_layernorm)
+        ]
+
+    def __call__(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attending: Attending
+    ) -> torch.Tensor:
+        """`hidden` `[tokens, hidden]` is changed in place; `cos` and `sin` are `Tables.of`'s."""
+        (first, epsilon), (second, other) = self.norms
+        projected = linear(rms_norm(hidden, first.shape, first, epsilon), self.qkv, self.qkv_bias)
+        projected = projected.unflatten(1, (self.queries + 2 * self.keys, -1))
+        if cos.shape[1] > 1:
+            turned = rotated(projected, cos, sin)
+            states = turned.narrow(1, self.queries, 2 * self.keys).unflatten(1, (2, self.keys))
+        else:
+            turned = rotated(projected.narrow(1, 0, self.queries + self.keys), cos, sin)
+            values = projected.narrow(1, self.queries + self.keys, self.keys)
+            states = torch.stack([turned.narrow(1, self.queries, self.keys), values], 1)
+        attended = attending.attend_joined(self, turned.narrow(1, 0, self.queries), states, self.scale)
+        _add_product(hidden, attended, self.out, self.out_bias)
+        gate, up = linear(rms_norm(hidden, second.shape, second, other), self.gate_up, self.gate_up_bias).chunk(2, 1)
+        _add_product(hidden, silu(gate).mul_(up), self.down, self.down_bias)
+        return hidden
+
+
+class Tables:
+    """Cosines and sines of every position, so that a pass only looks them up.
+
+    In a pass of few tokens values have cosine 1 and sine 0: turned with queries and keys they stay as they are, in one
+    kernel with them.
+    """
+
+    FEW = 256
+
+    def __init__(self, rotary: Any, positions: int, like: torch.Tensor, queries: int, keys: int):
+        frequencies = rotary.inv_freq.to(like.device, torch.float32)
+        angles = torch.arange(positions, device=like.device).unsqueeze(1) * frequencies
+        cos, sin = (one.mul(rotary.attention_scaling).to(like.dtype) for one in (angles.cos(), angles.sin()))
+        cos, sin = torch.stack([cos, cos], 1), torch.stack([-sin, sin], 1)
+        self.cos = torch.stack([cos, torch.ones_like(cos)], 1)
+        """`[positions, 2, 2, head_dim / 2]`: of what is turned and of what isn't, both halves."""
+        self.sin = torch.stack([sin, torch.zeros_like(sin)], 1)
+        heads = torch.arange(queries + 2 * keys, device=like.device)
+        self.kinds = (heads >= queries + keys).long()
+
+    def of(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both `[tokens, heads, 2, head_dim / 2]`, for queries, keys and values; of many tokens `[tokens, 1, …]`."""
+        cos, sin = (table.index_select(0, positions) for table in (self.cos, self.sin))
+        if len(positions) > self.FEW:
+            return cos.narrow(1, 0, 1), sin.narrow(1, 0, 1)
+        return cos.index_select(1, self.kinds), sin.index_select(1, self.kinds)
+
+
+def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Heads `[tokens, heads, head_dim]` turned by their positions: transformers' rotary embedding, in three kernels."""
+    halves = states.unflatten(2, (2, -1))
+    turned: torch.Tensor = (halves * cos).addcmul_(halves.flip(2), sin)
+    return turned.flatten(2)
+
+
+def join_layers(blocks: Sequence[Any]) -> list[JoinedLayer] | None:
+    """The blocks as joined layers, None if one can't be."""
+    if not all(_is_plain(block) for block in blocks):
+        return None
+    return [JoinedLayer(block) for block in blocks]
+
+
+def has_fixed_tables(rotary: nn.Module) -> bool:
+    """Whether a position's angles are the same however long the text is."""
+    return getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
+
+
+def _is_plain(block: Any) -> bool:
+    if any(type(getattr(block, name, None)) not in classes for name, classes in PARTS.items()):
+        return False
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    return (
+        not any(hasattr(module, "_hf_hook") for module in block.modules())
+        and len(linears) == 7
+        and all(type(module) is nn.Linear and not is_traceable_wrapper_subclass(module.weight) for module in linears)
+        and len({parameter.device for parameter in block.parameters()}) == 1
+        and isinstance(block.mlp.act_fn, nn.SiLU | type(_silu_of_library()))
+    )
+
+
+def _silu_of_library() -> nn.Module:
+    from transformers.activations import ACT2FN
+
+    found: nn.Module = ACT2FN["silu"]
+    return found
+
+
+def _joined(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights (and biases) below each other; the modules' own become parts of them, so that memory holds them once."""
+    sizes = [module.out_features for module in linears]
+    weight = torch.cat([module.weight.data for module in linears])
+    for module, part in zip(linears, weight.split(sizes), strict=True):
+        module.weight = nn.Parameter(part, module.weight.requires_grad)
+    if all(module.bias is None for module in linears):
+        return weight, None
+    bias = torch.cat([module.bias.data for module in linears])
+    for module, part in zip(linears, bias.split(sizes), strict=True):
+        module.bias = nn.Parameter(part, module.bias.requires_grad)
+    return weight, bias
+
+
+def _add_product(hidden: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """`hidden += states @ weight (+ bias)`."""
+    hidden.addmm_(states, weight)
+    if bias is not None:
+        hidden.add_(bias)
