@@ -1,4 +1,4 @@
-from .attention_map import AttentionMap as AttentionMap
+from .attention.map import AttentionMap as AttentionMap
 from .engine import Engine as Engine
 from .engine import Handle as Handle
 from .types import Answer as Answer

@@ -17,7 +17,7 @@ import torch
 
 from llava.bars import tqdm
 from llava.errors import LlavaError
-from llava.generation.attention_map import AttentionMap, read_weights
+from llava.generation.attention.map import AttentionMap, read_weights
 from llava.generation.cache.memory import cache_budget
 from llava.generation.detokenize import Detokenizer
 from llava.generation.image_features import ImageEncoder
