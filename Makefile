@@ -10,7 +10,7 @@ LLAMA_CPP := $(VENV)/.llama-cpp
 CLIENTS := $(VENV)/clients
 OLDEST := $(VENV)/oldest
 
-.PHONY: help install lock audit sbom demo serve clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format docs clean
+.PHONY: help install lock audit sbom demo serve chat clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format docs clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -50,7 +50,10 @@ $(LMMS_EVAL): $(STAMP)
 demo: $(STAMP)  ## train, evaluate and compare small models on the built-in images (about 10 minutes, no GPU)
 	$(BIN)/python -m llava.demo --output-dir runs/demo
 
-serve: $(STAMP)  ## chat with the demo's model
+serve: $(STAMP)  ## the web page and the API with the demo's model
+	$(BIN)/python -m llava.serve --model-path runs/demo/vqa
+
+chat: $(STAMP)  ## chat with the demo's model in the terminal
 	$(BIN)/python -m llava.serve.cli --model-path runs/demo/vqa
 
 # It is compiled while it is installed; where that fails, its tests say so and are skipped.

@@ -14,7 +14,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--train", required=True, help="training questions with their answers")
     parser.add_argument("--test", required=True, help="test questions")
-    parser.add_argument("--output-dir", required=True, help="folder for the answer files")
+    parser.add_argument("--output-dir", default="memory", help="folder for the answer files")
     parser.add_argument("--image-folder", help="images of both, for --vision-tower")
     parser.add_argument("--train-image-folder", help="images of training, where they lie elsewhere")
     parser.add_argument("--vision-tower", help="tower (folder or hub id) that images are compared by; none: text alone")

@@ -101,7 +101,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     with _no_stub_files():
         gradio = require("gradio", "serve")
     from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
-    from llava.serve.web.page import CSS, HEAD, PageOptions, build_page
+    from llava.serve.web.page import CSS, HEAD, PageOptions, build_page, page_theme
     from llava.serve.web.uploads import Uploads
 
     _steady_sessions()
@@ -146,6 +146,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
         mcp_server=False,
         run_history=False,
         footer_links=[],
+        theme=page_theme(),
         css=CSS,
         head=HEAD,
     )

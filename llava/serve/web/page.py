@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -45,36 +46,18 @@ The page looks for one every few seconds and opens by itself. Whoever runs this 
     python -m llava.serve.model_worker --model-path CHECKPOINT"""
 LOGGED = "Votes and flags, with the conversation's text, are kept on this server for {days:g} days. Images aren't."
 
-CSS = """
-.thumbs {display: flex !important; flex-wrap: wrap; gap: 6px; margin-bottom: 6px}
-.thumbs img.thumb {width: auto !important; height: auto !important; max-height: 160px !important;
-  max-width: 100% !important; border-radius: 6px; margin: 0 !important}
-#draft .thumbs img.thumb {max-height: 72px !important}
-#scan-preview img.scan {width: 384px; max-width: 100%; image-rendering: auto; border-radius: 6px; margin: 0 !important}
-.attentions {display: flex; flex-wrap: wrap; gap: 8px}
-.attentions img.attention {max-width: 100%; border-radius: 6px}
-.gradio-container {width: 100% !important; max-width: 1200px !important; margin: 0 auto !important}
-#exported, #taken, #take {display: none !important}
-#actions button, #votes button {min-width: 6.5rem}
-@media (max-width: 640px) {
-  .gradio-container {padding: 8px !important}
-  #actions, #votes {flex-wrap: wrap; gap: 6px}
-  #actions button, #votes button {flex: 1 1 40%}
-}
-"""
-# The Escape key stops a running answer, so no mouse is needed.
-HEAD = """<script>
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") { document.querySelector("#stop")?.click(); }
-});
-</script>"""
-DOWNLOAD = """(text) => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-  link.download = "conversation.json";
-  link.click();
-  URL.revokeObjectURL(link.href);
-}"""
+_ASSETS = Path(__file__).parent / "assets"
+CSS, HEAD, DOWNLOAD = ((_ASSETS / name).read_text("utf-8") for name in ("page.css", "head.html", "download.js"))
+
+
+def page_theme() -> gr.themes.Base:
+    """Quiet colours, and the fonts that the reader's system has: nothing is fetched."""
+    return gr.themes.Soft(
+        primary_hue="blue",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
 
 
 @dataclass(frozen=True)
@@ -134,22 +117,24 @@ class Page:
             with gr.Row():
                 self.model = gr.Dropdown([], label="Model", elem_id="model")
                 self.other = gr.Dropdown([NO_SECOND], value=NO_SECOND, label="Compare with", elem_id="other")
-            with gr.Row():
-                self.views = [
-                    gr.Chatbot(
-                        label=("Answers", "Answers of the second model")[side],
-                        visible=side == 0,
-                        height=460,
-                        allow_tags=False,
-                        buttons=["copy"],
-                        feedback_options=None,
-                        min_width=300,
-                        placeholder="Add one or more images and ask.",
-                        elem_id=f"chat{side}",
-                    )
-                    for side in range(SIDES)
-                ]
-            self.scan = ScanPart(self.client, self.pool, self.image_budget)
+            with gr.Row(elem_id="desk"):
+                self.scan = ScanPart(self.client, self.pool, self.image_budget)
+                with gr.Column(scale=2, min_width=300), gr.Row():
+                    self.views = [
+                        gr.Chatbot(
+                            label=("Answers", "Answers of the second model")[side],
+                            visible=side == 0,
+                            min_height=150,
+                            max_height=560,
+                            allow_tags=False,
+                            buttons=["copy"],
+                            feedback_options=None,
+                            min_width=300,
+                            placeholder="Add one or more images and ask.",
+                            elem_id=f"chat{side}",
+                        )
+                        for side in range(SIDES)
+                    ]
             self.draft = gr.HTML(elem_id="draft")
             self.box = gr.MultimodalTextbox(
                 file_count="multiple",
@@ -161,11 +146,11 @@ class Page:
                 autofocus=True,
             )
             with gr.Row(elem_id="actions"):
-                self.stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False)
-                self.again = gr.Button("Regenerate", elem_id="again")
-                self.edit = gr.Button("Edit question", elem_id="edit")
-                self.clear = gr.Button("Clear", elem_id="clear")
-                self.export = gr.Button("Export", elem_id="export")
+                self.stop = gr.Button("Stop", variant="stop", size="sm", elem_id="stop", interactive=False)
+                self.again = gr.Button("Regenerate", size="sm", elem_id="again")
+                self.edit = gr.Button("Edit question", size="sm", elem_id="edit")
+                self.clear = gr.Button("Clear", size="sm", elem_id="clear")
+                self.export = gr.Button("Export", size="sm", elem_id="export")
             with gr.Row(elem_id="votes", visible=feedback is not None):
                 self.votes = {
                     vote: gr.Button(words, size="sm", elem_id=f"vote-{vote}")
