@@ -38,9 +38,11 @@ def library_errors(words: str) -> Iterator[None]:
 
 
 def one_line(text: str, most: int = MOST_LINE) -> str:
-    """`text` without characters that move a terminal's cursor or end a line, and not longer than `most`."""
-    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:most])
-    return shown if len(text) <= most else f"{shown} … ({len(text)} characters)"
+    """`text` without characters that move a terminal's cursor or end a line; of a long one `most` characters, from its
+    beginning and its end."""
+    cut = f" … ({len(text)} characters) … "
+    kept = text if len(text) <= most else text[: most // 2] + cut + text[-(most // 2) :]
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in kept)
 
 
 def field_error(error: Any, show_value: bool = False) -> str:

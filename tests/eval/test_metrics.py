@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llava.eval.metrics import OPEN, Answer, normalize_word, paper_item, paper_summary, strict_item, strict_words
 from llava.eval.metrics.calibration import calibrate
 from llava.eval.metrics.chrf import open_chrf
-from llava.eval.metrics.intervals import bootstrap_interval, compare_paired, mcnemar, wilson_interval
+from llava.eval.metrics.intervals import bootstrap_interval, compare_paired, mcnemar, share_interval, wilson_interval
 
 
 def test_a_repeated_word_counts_once_in_strict_recall():
@@ -126,9 +126,11 @@ def test_interval_holds_the_mean_and_narrows_with_more_questions():
 
 def test_interval_of_none_or_all_right_is_wilsons():
     """By hand for 13: z²/(13 + z²) with z = 1.96 is 22.8 %."""
-    assert bootstrap_interval([0.0] * 13) == pytest.approx((0.0, 0.2281), abs=1e-4)
-    assert bootstrap_interval([1.0] * 13) == pytest.approx((0.7719, 1.0), abs=1e-4)
-    assert bootstrap_interval([0.0] * 26, [n // 2 for n in range(26)]) == bootstrap_interval([0.0] * 13)
+    assert share_interval([0.0] * 13) == pytest.approx((0.0, 0.2281), abs=1e-4)
+    assert share_interval([1.0] * 13) == pytest.approx((0.7719, 1.0), abs=1e-4)
+    assert share_interval([0.0] * 26, [n // 2 for n in range(26)]) == share_interval([0.0] * 13)
+    assert share_interval([0.0, 1.0] * 10) == bootstrap_interval([0.0, 1.0] * 10)
+    assert bootstrap_interval([1.0] * 13) == (1.0, 1.0)
     assert wilson_interval(5, 20) == pytest.approx((0.1119, 0.4687), abs=1e-4)
 
 
@@ -140,7 +142,7 @@ def test_interval_of_clusters_is_wider_when_a_image_decides_all_its_questions():
 
 
 def test_interval_leaves_out_what_does_not_count():
-    assert bootstrap_interval([None, 1.0, None, 1.0]) == wilson_interval(2, 2)
+    assert share_interval([None, 1.0, None, 1.0]) == wilson_interval(2, 2)
     assert bootstrap_interval([None]) is None
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 from PIL import Image
@@ -18,8 +19,10 @@ from starlette.routing import Mount
 from llava.errors import LlavaError
 from llava.serve import gradio_web_server
 from llava.serve.api.keys import read_keys
+from llava.serve.gradio_web_server import build_parser
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
 from llava.serve.web.examples import EXAMPLES, draw_example
+from llava.serve.web.page import Page, PageOptions
 from tests.serve.processes import Process
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
@@ -196,3 +199,21 @@ def test_models_are_looked_for_once_or_all_the_time(monkeypatch, tmp_path, mode,
     asyncio.run(made[0].on_tick([], True, None, "none"))
     asyncio.run(made[0].on_tick(["m"], True, "m", "none"))
     assert len(calls) == asked
+
+
+def test_the_model_that_is_named_is_chosen_first_and_a_choice_stays():
+    args = build_parser().parse_args(["--first-model", "b"])
+
+    class Client:
+        log = None
+
+        async def models(self):
+            return ["a", "b", "c"]
+
+    with gr.Blocks():
+        page = Page(Client(), PageOptions(first_model=args.first_model))
+
+    def chosen(known, model):
+        return asyncio.run(page.on_tick(known, True, model, "none"))[3].value
+
+    assert chosen([], None) == "b" and chosen(["c"], "c") == "c" and chosen(["x"], "x") == "b"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -22,18 +23,27 @@ def bootstrap_interval(
     """Percentile interval of the mean of `values` (None: not counted); None if nothing counts.
 
     With `clusters` (say, each question's image) whole clusters are drawn, because the questions on one
-    image are not independent. Where all values are 0, or all 1, each draw gives the same: there it is Wilson's
-    interval, of as many trials as there are clusters.
+    image are not independent.
     """
     sums, counts = _cluster_sums(values, clusters)
     if not len(sums):
         return None
-    if not sums.any() or (sums == counts).all():
-        return wilson_interval(len(sums) if sums.any() else 0, len(sums), level=level)
     means = _resampled_means(sums, counts, resamples, seed)
     tail = 50 * (1 - level)
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def share_interval(
+    values: Sequence[float | None], clusters: Sequence[Hashable] | None = None, **options: Any
+) -> tuple[float, float] | None:
+    """`bootstrap_interval` of shares (values from 0 to 1). Where all are 0, or all 1, each draw would give the same:
+    there it is Wilson's interval, of as many trials as there are clusters.
+    """
+    sums, counts = _cluster_sums(values, clusters)
+    if len(sums) and (not sums.any() or (sums == counts).all()):
+        return wilson_interval(len(sums) if sums.any() else 0, len(sums), level=options.get("level", 0.95))
+    return bootstrap_interval(values, clusters, **options)
 
 
 def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:

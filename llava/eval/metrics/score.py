@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llava.eval.metrics.intervals import RESAMPLES, bootstrap_interval
+from llava.eval.metrics.intervals import RESAMPLES, bootstrap_interval, share_interval
 from llava.eval.metrics.joined import JoinedItem
 from llava.eval.metrics.paper import Candidates, paper_scores
 from llava.eval.metrics.registry import (
@@ -155,7 +155,8 @@ def _answer(entry: JoinedItem, script: str, pool: Candidates | None) -> Answer:
 def _number(
     metric: Metric, column: list[float | None], clusters: Sequence[Hashable] | None, resamples: int, seed: int
 ) -> Number:
-    interval = bootstrap_interval(column, clusters, resamples=resamples, seed=seed) if resamples else None
+    interval_of = share_interval if metric.unit == "%" else bootstrap_interval
+    interval = interval_of(column, clusters, resamples=resamples, seed=seed) if resamples else None
     low, high = (None, None) if interval is None else (metric.scale * interval[0], metric.scale * interval[1])
     return Number(metric.mean(column), low, high, sum(value is not None for value in column))
 

@@ -1,11 +1,13 @@
 """What went wrong in a loader's worker, said as if it had gone wrong here."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llava.errors import LlavaError
 
 _START = "Original Traceback"
+_NAME = re.compile(r"llava\.errors\.\w+: ")
 
 
 @contextmanager
@@ -18,4 +20,4 @@ def plain_worker_errors() -> Iterator[None]:
         if _START not in text:
             raise
         # The traceback ends in the error's name and its one line.
-        raise LlavaError(text.strip().splitlines()[-1].partition(": ")[2]) from None
+        raise LlavaError(_NAME.split(text)[-1].strip()) from None
