@@ -1,6 +1,5 @@
 """Starting a server: the same settings and limits for controller, workers, API and page."""
 
-import asyncio
 import contextlib
 import ctypes
 import sys
@@ -11,7 +10,6 @@ from llava.serve.protocol import KEEP_ALIVE_SECONDS
 
 MOST_FILES = 65_536
 RETURNED_BYTES = 1 << 20
-TRIM_SECONDS = 60
 _NOT_STARTED = 3
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -62,8 +60,6 @@ def server_settings(host: str, port: int, limits=None, **more: Any) -> dict[str,
         "access_log": False,
         "server_header": False,
         "timeout_keep_alive": KEEP_ALIVE_SECONDS,
-        "callback_notify": _trim,
-        "timeout_notify": TRIM_SECONDS,
         **more,
     }
 
@@ -76,12 +72,6 @@ def _return_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another system's allocator
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES)
-
-
-async def _trim() -> None:
-    """Give back what is free between what lives on: what is cached and dropped leaves gaps everywhere."""
-    with contextlib.suppress(OSError, AttributeError):
-        await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)
 
 
 def _open_files() -> int:
