@@ -334,14 +334,20 @@ def test_tags_and_images_have_to_agree(tmp_path):
 def test_killed_at_ten_random_moments_the_file_is_the_same(finished, model, data, tmp_path):
     """Real processes, real SIGKILLs, at any moment from the start of Python to the last answer."""
     path = tmp_path / "answers.jsonl"
-    command = [sys.executable, "-m", "llava.eval.model_vqa_med", *flags(model, data, path, "--device", "cpu")]
+    # One answer after the other, so that a kill can come between two.
+    more = ("--device", "cpu", "--batch-size", "1")
+    command = [sys.executable, "-m", "llava.eval.model_vqa_med", *flags(model, data, path, *more)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def remove_finished():
+        path.unlink(missing_ok=True)
+        path.with_name("answers.jsonl.manifest.json").unlink(missing_ok=True)
+
     started = time.monotonic()
     subprocess.run(command, check=True, env=environment, capture_output=True)
     whole = time.monotonic() - started
     assert path.read_bytes() == finished.read_bytes()
-    path.unlink()
-    path.with_name("answers.jsonl.manifest.json").unlink()
+    remove_finished()
     moments = random.Random(7)
     part, kept = path.with_name("answers.jsonl.part"), []
     for number in range(10):
@@ -355,6 +361,9 @@ def test_killed_at_ten_random_moments_the_file_is_the_same(finished, model, data
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept.append(part.stat().st_size if part.exists() else 0)
+        if path.exists():  # the kill came too late: it begins anew
+            assert path.read_bytes() == finished.read_bytes()
+            remove_finished()
     subprocess.run(command, check=True, env=environment, capture_output=True)
     assert path.read_bytes() == finished.read_bytes()
     assert any(kept), "no kill left a half-written file"
