@@ -4,7 +4,6 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -25,25 +24,24 @@ def bootstrap_interval(
     With `clusters` (say, each question's image) whole clusters are drawn, because the questions on one
     image are not independent.
     """
-    sums, counts = _cluster_sums(values, clusters)
-    if not len(sums):
-        return None
-    means = _resampled_means(sums, counts, resamples, seed)
-    tail = 50 * (1 - level)
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
+    return _percentiles(*_cluster_sums(values, clusters), resamples=resamples, level=level, seed=seed)
 
 
 def share_interval(
-    values: Sequence[float | None], clusters: Sequence[Hashable] | None = None, **options: Any
+    values: Sequence[float | None],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float, float] | None:
     """`bootstrap_interval` of shares (values from 0 to 1). Where all are 0, or all 1, each draw would give the same:
     there it is Wilson's interval, of as many trials as there are clusters.
     """
     sums, counts = _cluster_sums(values, clusters)
     if len(sums) and (not sums.any() or (sums == counts).all()):
-        return wilson_interval(len(sums) if sums.any() else 0, len(sums), level=options.get("level", 0.95))
-    return bootstrap_interval(values, clusters, **options)
+        return wilson_interval(len(sums) if sums.any() else 0, len(sums), level=level)
+    return _percentiles(sums, counts, resamples=resamples, level=level, seed=seed)
 
 
 def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -115,6 +113,16 @@ def mcnemar(only_first: int, only_second: int) -> float:
     total, smaller = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(total, count) for count in range(smaller + 1))
     return min(1.0, 2 * tail / (1 << total))
+
+
+def _percentiles(
+    sums: np.ndarray, counts: np.ndarray, *, resamples: int, level: float, seed: int
+) -> tuple[float, float] | None:
+    if not len(sums):
+        return None
+    tail = 50 * (1 - level)
+    low, high = np.percentile(_resampled_means(sums, counts, resamples, seed), [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def _cluster_sums(values: Sequence[float | None], clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
