@@ -194,19 +194,8 @@ def _add_language_fields(writer: GGUFWriter, checkpoint: ResolvedCheckpoint, kin
     config = checkpoint.config
     folders = checkpoint.parts.folders
     tokenizer = load_tokenizer_of(folders, folders[0])
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_file_type(_FILE_TYPES[kind])
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head)
-    writer.add_vocab_size(config.vocab_size)
+    add_sizes(writer, config)
     rope = _rope(config)
     writer.add_rope_freq_base(float(rope.get("rope_theta") or 10000.0))
     scaling = rope.get("rope_type", "default")
@@ -221,6 +210,22 @@ def _add_language_fields(writer: GGUFWriter, checkpoint: ResolvedCheckpoint, kin
     add_vocabulary(writer, tokenizer, config.vocab_size, template.stop_str)
     # llama.cpp writes the begin token itself, and its own mark where an image stands.
     writer.add_chat_template(chat_template(template, ""))
+
+
+def add_sizes(writer: GGUFWriter, config: Any) -> None:
+    """How large a language model and its parts are, by its transformers' configuration."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_vocab_size(config.vocab_size)
 
 
 def _write(writer: GGUFWriter, tensors: list[Stored]) -> None:
