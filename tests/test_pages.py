@@ -12,7 +12,6 @@ from llava.constants import RESEARCH_NOTICE
 from llava.errors import LlavaError
 from llava.pages import (
     Card,
-    cards,
     figure,
     figures,
     folded,
@@ -47,7 +46,7 @@ def everything(path):
     card = Card(Image.new("RGB", (64, 48), "red"), EVIL, EVIL, EVIL, right=False)
     parts = [
         table([EVIL, "n"], [[EVIL, "1.5"], ["-", "−2"]], ["published", ""]),
-        cards([card, Card(None, "q", "r", "a", right=True)]),
+        gallery([card, Card(None, "q", "r", "a", right=True)]),
         gallery([card, Card(None, "q", "r", "a", right=True, kind=EVIL), Card(None, "q", "r", "a", True, "k")]),
         warning(EVIL),
         preformatted(["a", "  " + EVIL]),

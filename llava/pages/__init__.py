@@ -2,7 +2,6 @@
 
 from llava.pages.page import (
     Card,
-    cards,
     figure,
     figures,
     folded,
@@ -18,7 +17,6 @@ from llava.pages.printing import print_page, printing_browser
 
 __all__ = [
     "Card",
-    "cards",
     "figure",
     "figures",
     "folded",

@@ -68,13 +68,8 @@ def figures(*shown: Markup) -> Markup:
     return _part("figures", [one for one in shown if one])
 
 
-def cards(shown: Sequence[Card]) -> Markup:
-    """Questions and answers with their images, as many in a row as there is space for."""
-    return _part("cards", shown, [])
-
-
 def gallery(shown: Sequence[Card]) -> Markup:
-    """Cards with buttons for right or wrong answers and for each kind of question; no script is needed."""
+    """Questions and answers with their images, with buttons for right or wrong answers and for each kind of question; no script is needed."""
     kinds = list(dict.fromkeys(card.kind for card in shown if card.kind))
     name = f"g{zlib.crc32(repr([(card.question, card.answer, card.kind) for card in shown]).encode()):x}"
     return _part("gallery", shown, kinds if len(kinds) > 1 else [], name)
