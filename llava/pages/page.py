@@ -69,7 +69,10 @@ def figures(*shown: Markup) -> Markup:
 
 
 def gallery(shown: Sequence[Card]) -> Markup:
-    """Questions and answers with their images, with buttons for right or wrong answers and for each kind of question; no script is needed."""
+    """Questions and answers with their images, with buttons for right or wrong answers and for each kind of question.
+
+    No script is needed.
+    """
     kinds = list(dict.fromkeys(card.kind for card in shown if card.kind))
     name = f"g{zlib.crc32(repr([(card.question, card.answer, card.kind) for card in shown]).encode()):x}"
     return _part("gallery", shown, kinds if len(kinds) > 1 else [], name)
