@@ -147,7 +147,7 @@ def decoding(loaded, batch: int, steps: int, changes: dict, rate: float) -> dict
     with ExitStack() as stack:
         for name in changes:
             stack.enter_context(mock.patch(f"llava.generation.runner.{name}", stand_ins[name]))
-        engine = Engine(loaded, max_batch_size=batch, cache_bytes=batch * 400 * 2**20 + 2**28, prefix_bytes=0)
+        engine = Engine(loaded, max_batch_size=batch, cache_bytes=batch * 400 * 2**20 + 2**28, prefix_bytes=0, max_prefill=1 << 15)
     runner = engine.scheduler.runner
     generate(engine, batch, steps + 1)  # kernels are compiled, graphs captured
     first = min(generate(engine, batch, 1) for _ in range(2))

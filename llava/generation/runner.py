@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm
 
 from llava.errors import LlavaError
 from llava.generation.attention.joined import Tables, has_fixed_tables, join_layers
@@ -82,7 +81,7 @@ class Runner:
         for layer in self.joined:
             hidden = layer(hidden, turn, decoding)
         state.positions.add_(1)
-        return self.logits(rms_norm(hidden, core.norm.weight.shape, core.norm.weight, core.norm.variance_epsilon))
+        return self.logits(self.joined[0].kernels.normed(hidden, core.norm.weight, core.norm.variance_epsilon))
 
     def run(self, rows: Sequence[Row], tokens: Sequence[int], prompts: Sequence[Prompt]) -> torch.Tensor:
         """Compute `rows` in one pass: the first take a token each, of the others each takes its part of a prompt.

@@ -69,7 +69,13 @@ def test_turning_and_putting_is_that_of_torch(heads, kv_heads, size):
 def test_the_gate_is_that_of_torch():
     torch.manual_seed(0)
     given = torch.randn(3, 2 * 1100)
-    torch.testing.assert_close(fused.gated(given), joined.gated(given))
+    torch.testing.assert_close(fused.gated(given), joined.Plain.gated(given))
+
+
+def test_the_norm_is_that_of_torch():
+    torch.manual_seed(0)
+    given, weight = torch.randn(3, 600), torch.randn(600)
+    torch.testing.assert_close(fused.normed(given, weight, 1e-5), joined.Plain.normed(given, weight, 1e-5))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the models of these tests are on the CPU")

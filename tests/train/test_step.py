@@ -250,7 +250,7 @@ def test_runs_in_half_precision_on_gpus_take_one_path(changed, processes, reshar
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", None)])
 def test_the_policy_computes_in_half_precision_and_reduces_in_float32(precision, dtype):
     plugin = Namespace(fsdp_version=2, mixed_precision_policy=None, transformer_cls_names_to_wrap=["LlamaDecoderLayer"])
-    set_policy(Namespace(state=Namespace(fsdp_plugin=plugin), mixed_precision=precision))
+    set_policy(Namespace(state=Namespace(fsdp_plugin=plugin), mixed_precision=precision), is_tied=False)
     assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer", "LanguageHead"]
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (dtype, torch.float32, None)

@@ -42,6 +42,16 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def normed(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm of `[tokens, hidden]`, contiguous."""
+    out = torch.empty_like(hidden)
+    wide = triton.next_power_of_2(hidden.shape[1])
+    _normed[(hidden.shape[0],)](
+        hidden, weight, out, hidden.shape[1], epsilon, WIDE=wide, num_warps=min(max(wide // 512, 1), 16)
+    )
+    return out
+
+
 @triton.jit
 def _put_rotated(
     projected, cos, sin, positions, slots, queries, pages, stride,
@@ -77,3 +87,13 @@ def _gated(gate_up, out, inner, COLUMNS: tl.constexpr):
     gate = tl.load(gate_up + token * 2 * inner + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * 2 * inner + inner + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + token * inner + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normed(hidden, weight, out, size, epsilon, WIDE: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * size
+    dims = tl.arange(0, WIDE)
+    states = tl.load(hidden + start + dims, mask=dims < size, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(states * states) / size + epsilon)
+    own = tl.load(weight + dims, mask=dims < size, other=0.0).to(tl.float32)
+    tl.store(out + start + dims, (states * scale * own).to(out.dtype.element_ty), mask=dims < size)

@@ -4,7 +4,7 @@ LLaMA's, Mistral's and Qwen2's layers, where their weights are plain tensors on 
 of another form goes through the library's modules. The joined weights are the memory of the modules' own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,11 +41,11 @@ class Attending(Protocol):
 
 
 class JoinedLayer:
-    """One block, as its modules but for rounding; `gate` is `gated`, or a kernel that does the same."""
+    """One block, as its modules but for rounding; `kernels` are torch's (`Plain`), or do the same."""
 
-    def __init__(self, block: Any, gate: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(self, block: Any, kernels: "Kernels"):
         attention, mlp = block.self_attn, block.mlp
-        self.gate = gate
+        self.kernels = kernels
         self.layer_idx: int = attention.layer_idx
         self.scale: float = attention.scaling
         size = attention.head_dim
@@ -61,18 +61,37 @@ class JoinedLayer:
     def __call__(self, hidden: torch.Tensor, turn: Turn, attending: Attending) -> torch.Tensor:
         """`hidden` `[tokens, hidden]` is changed in place."""
         (first, epsilon), (second, other) = self.norms
-        projected = linear(rms_norm(hidden, first.shape, first, epsilon), self.qkv, self.qkv_bias)
+        projected = linear(self.kernels.normed(hidden, first, epsilon), self.qkv, self.qkv_bias)
         projected = projected.unflatten(1, (self.heads, -1))
         _add_product(hidden, attending.attend_projected(self, projected, turn, self.scale), self.out, self.out_bias)
-        gate_up = linear(rms_norm(hidden, second.shape, second, other), self.gate_up, self.gate_up_bias)
-        _add_product(hidden, self.gate(gate_up), self.down, self.down_bias)
+        gate_up = linear(self.kernels.normed(hidden, second, other), self.gate_up, self.gate_up_bias)
+        _add_product(hidden, self.kernels.gated(gate_up), self.down, self.down_bias)
         return hidden
 
 
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of `[tokens, 2 * inner]`."""
-    gate, up = gate_up.chunk(2, 1)
-    return silu(gate).mul_(up)
+class Kernels(Protocol):
+    """What lies between products."""
+
+    def normed(self, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """RMSNorm of `[tokens, hidden]`."""
+        ...
+
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of `[tokens, 2 * inner]`."""
+        ...
+
+
+class Plain:
+    """Torch's."""
+
+    @staticmethod
+    def normed(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return rms_norm(hidden, weight.shape, weight, epsilon)
+
+    @staticmethod
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, 1)
+        return silu(gate).mul_(up)
 
 
 class Tables:
@@ -149,7 +168,8 @@ def join_layers(blocks: Sequence[Any], fused: Any = None) -> list[JoinedLayer] |
     """The blocks as joined layers, None if one can't be; `fused` is the module of kernels, where they run."""
     if not all(_is_plain(block) for block in blocks):
         return None
-    return [JoinedLayer(block, gated if fused is None else fused.gated) for block in blocks]
+    kernels = Plain() if fused is None else fused
+    return [JoinedLayer(block, kernels) for block in blocks]
 
 
 def has_fixed_tables(rotary: nn.Module) -> bool:

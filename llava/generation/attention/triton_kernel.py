@@ -19,6 +19,7 @@ _KEYS = 64
 _PROGRAMS = 512
 """With fewer programs than this, the keys of a row are divided."""
 _MOST_PARTS = 32
+_WARPS, _STAGES = 4, 3
 
 
 def attend(
@@ -47,7 +48,7 @@ def attend(
         scale * math.log2(math.e), blocks, queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         batch.table.stride(0), queries.shape[0], window or 0,
         GROUP=group, SIZE=size, WIDE=wide, PAGE=keys.shape[1], LINES=lines, KEYS=_KEYS, PARTS=parts,
-        num_warps=4,
+        num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     if parts > 1:
         _join[(queries.shape[0], heads)](partial, weights, out, queries.shape[0], SIZE=size, WIDE=wide, PARTS=parts)
