@@ -15,10 +15,12 @@ import torch
 import torch.distributed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, ShardedOptimStateDictConfig, ShardedStateDictConfig, StateDictType
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
+from llava.model.weights.assemble import tied_weights
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.data.collator import META_KEYS
 from llava.train.data.dataset import LlavaDataset, Report
@@ -320,6 +322,17 @@ class LlavaTrainer(Trainer):
             super()._load_best_model()
         if self.args.lora_enable:
             load_non_lora(self.model, best)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Say what a checkpoint has too much or too little, but for where ours differ from what the model holds: they
+        have the tower's last layers, which aren't run, and tied weights once."""
+        model: Any = self.model
+        expected = model.get_vision_tower().unused_layer_names | tied_weights(model).keys()
+        unexpected, missing = (
+            [name for name in names if name not in expected]
+            for names in (load_result.unexpected_keys, load_result.missing_keys)
+        )
+        super()._issue_warnings_after_load(_IncompatibleKeys(missing, unexpected))
 
     def _best_checkpoint(self) -> Path | None:
         """Where the best checkpoint lies, found by its step: the folder may have been moved since."""
