@@ -142,6 +142,8 @@ def test_frozen_weights_are_held_once(base):
     trained, frozen = lora["moments"] / 8, whole["moments"] / 8
     assert lora["weights"] == pytest.approx(2 * frozen + 4 * trained, rel=0.05)
     assert lora["gathered weights"] == pytest.approx(2 * trained, rel=0.1)
+    sharded = dry_run([*base, *SMALL, *SHARDED, "--lora_enable", "True"], H100, 4).parts_gb
+    assert sharded["weights"] == pytest.approx(lora["weights"] / 4, rel=0.05)
 
 
 def test_without_sharding_each_gpu_holds_all_and_the_gradients_once_more(base):
