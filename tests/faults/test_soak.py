@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from llava.serve.protocol import ErrorType
+from llava.serve.web.page import MOST_SESSIONS
 from tests.faults.soak.__main__ import FILLING
 from tests.faults.soak.figures import answers, memory, missed, wrong_in
 from tests.faults.soak.load import Request
@@ -50,8 +51,6 @@ def test_what_grows_after_it_has_settled_is_seen():
 
 
 def test_before_the_load_the_page_gets_more_visitors_than_it_remembers():
-    from llava.serve.web.page import MOST_SESSIONS
-
     assert FILLING["page conversation"] > MOST_SESSIONS
 
 

@@ -4,8 +4,9 @@
 
 `llava.serve` starts controller, two workers with a tiny model, API and page. First what they may keep in memory is
 filled and their capacity for the mixture is measured, then the load comes at random times. Figures are JSON; the exit
-code is 1 if an aim is missed: of all well-formed requests 99.9 % answered (those in flight on a killed worker are counted apart), every refusal and error of
-the right type, no process that lives through grows by 2 %, and none keeps files open.
+code is 1 if an aim is missed: of all well-formed requests 99.9 % answered (those in flight on a killed worker are
+counted apart), every refusal and error of the right type, no process that lives through grows by 2 %, and none keeps
+files open.
 """
 
 import argparse
