@@ -106,7 +106,7 @@ class LlavaTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        set_policy(self.accelerator)
+        set_policy(self.accelerator, is_tied=self.model.config.tie_word_embeddings)
 
     def train(self, *args, **kwargs):
         self._began = time.monotonic()
