@@ -31,7 +31,14 @@ from llava.train.output.checkpoints import publish, remove_old, staged
 from llava.train.progress import ProgressBar
 from llava.train.step import gpu
 from llava.train.step.compute import activation_budget, compile_layers, set_policy
-from llava.train.step.group_of_one import KeptCopies, add_gradients_at_once, is_group_of_one, keep_copies, set_up_alone
+from llava.train.step.group_of_one import (
+    KeptCopies,
+    add_gradients_at_once,
+    is_group_of_one,
+    keep_copies,
+    replicate_frozen,
+    set_up_alone,
+)
 from llava.train.step.loss_watch import LossWatch
 from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes, on_own_parts, with_float32_moments
 from llava.train.validation.held_out import Validation
@@ -134,6 +141,8 @@ class LlavaTrainer(Trainer):
             set_up_alone(self.accelerator.state.fsdp_plugin, self.model, self.args)
         elif self.args.keep_half_weights is not None:
             logger.warning("--keep_half_weights has no effect: this isn't one GPU in half precision (or it offloads)")
+        if not is_alone:
+            replicate_frozen(self.accelerator, self.model, self.args)
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if is_alone and not self._adds_gradients_at_once:
             self._adds_gradients_at_once = True
