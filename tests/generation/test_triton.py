@@ -42,7 +42,9 @@ def made(news, before, heads, kv_heads, size, page=16):
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("heads, kv_heads, size", [(2, 2, 64), (9, 3, 64), (4, 1, 96)])
-@pytest.mark.parametrize("news, before", [((1, 1, 1), (70, 0, 260)), ((1, 7, 30, 1), (70, 0, 33, 199)), ((40, 1), (0, 5))])
+@pytest.mark.parametrize(
+    "news, before", [((1, 1, 1), (70, 0, 260)), ((1, 7, 30, 1), (70, 0, 33, 199)), ((40, 1), (0, 5))]
+)
 def test_attention_over_pages_is_that_over_gathered_ones(news, before, heads, kv_heads, size, window):
     inputs = made(news, before, heads, kv_heads, size)
     found, expected = (one(*inputs, size**-0.5, window) for one in (triton_kernel.attend, gathered))
@@ -53,7 +55,9 @@ def test_attention_over_pages_is_that_over_gathered_ones(news, before, heads, kv
 def test_turning_and_putting_is_that_of_torch(heads, kv_heads, size):
     torch.manual_seed(0)
     angles = torch.rand(50, size // 2) * 6
-    tables = [torch.stack([one, other], 1) for one, other in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin()))]
+    tables = [
+        torch.stack([one, other], 1) for one, other in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin()))
+    ]
     projected, positions = torch.randn(3, heads + 2 * kv_heads, size), torch.tensor([4, 49, 0])
     slots = torch.tensor([33, 2, 63])
     results = []
@@ -80,7 +84,7 @@ def test_the_norm_is_that_of_torch():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the models of these tests are on the CPU")
 def test_an_engine_of_them_gives_the_same_answers(llama, images, monkeypatch):
-    requests = mixed_requests(images, count=5, max_new_tokens=6)
+    requests = mixed_requests(images, count=3, max_new_tokens=3)
     expected = [answer.token_ids for answer in Engine(llama, paged=True).generate(requests)]
     calls = []
 

@@ -126,7 +126,7 @@ class Tables:
 
 
 class LookedUp(NamedTuple):
-    """A `Turn`: both `[tokens, heads, 2, head_dim / 2]`, for queries, keys and values; of many tokens `[tokens, 1, …]`."""
+    """A `Turn`: both `[tokens, heads, 2, head_dim / 2]`, for queries, keys and values, or `[tokens, 1, …]` of many."""
 
     cos: torch.Tensor
     sin: torch.Tensor

@@ -20,7 +20,7 @@ _PROGRAMS = 512
 """With fewer programs than this, the keys of a row are divided."""
 _MOST_PARTS = 32
 _WARPS, _STAGES = 4, 2
-"""Of 12 choices with 32 to 128 keys, 2 to 8 warps and 2 to 4 stages the one that is never far from the best on an H100."""
+"""Of 12 choices (32 to 128 keys, 2 to 8 warps, 2 to 4 stages) the one that is never far from the best on an H100."""
 
 
 def attend(
@@ -46,8 +46,8 @@ def attend(
     wide = max(16, triton.next_power_of_2(size))
     _attend[(rows * blocks, kv_heads, parts)](
         queries, keys, values, batch.table, batch.starts, batch.used, partial, weights,
-        scale * math.log2(math.e), blocks, queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
-        batch.table.stride(0), queries.shape[0], window or 0,
+        scale * math.log2(math.e), blocks, *queries.stride()[:2], *keys.stride()[:3], batch.table.stride(0),
+        queries.shape[0], window or 0,
         GROUP=group, SIZE=size, WIDE=wide, PAGE=keys.shape[1], LINES=lines, KEYS=_KEYS, PARTS=parts,
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
