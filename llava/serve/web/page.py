@@ -84,7 +84,7 @@ def build_page(client, options: PageOptions) -> gr.Blocks:
     page.queue(default_concurrency_limit=options.concurrency)
     # `launch` would take it; this page is mounted.
     page.state_session_capacity = MOST_SESSIONS
-    # gradio holds messages for 2,000 visitors and notes on 10,000 calls, about 6 KB more with each visitor.
+    # gradio holds messages for 2,000 visitors and notes on 10,000 calls, 4 KB more with each visitor.
     page._queue.pending_messages_per_session.max_size = MOST_SESSIONS
     page._queue.ANALYTICS_MAX_EVENTS = CALLS_NOTED
     return page
