@@ -1,7 +1,6 @@
 """A tiny model of random weights, served by real processes."""
 
 import httpx
-import openai
 import pytest
 
 from tests.serve.processes import TINY_ENV, Process, wait_until
@@ -16,6 +15,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_serving(checkpoint):
     """(controller, worker, API) of the model `tiny`, without keys."""
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     with Process("llava.serve.controller", env=TINY_ENV) as controller:
         controller.wait()
         words = ["--model-path", str(checkpoint), "--model-name", "tiny", "--device", "cpu", "--max-queue", "8"]
@@ -32,5 +32,6 @@ def tiny_serving(checkpoint):
 @pytest.fixture
 def tiny_client(tiny_serving):
     """OpenAI's client of that API."""
+    openai = pytest.importorskip("openai", reason="the extra openai is not installed")
     with openai.OpenAI(base_url=tiny_serving[2].url + "/v1", api_key="none", max_retries=0) as client:
         yield client

@@ -35,7 +35,13 @@ def main(argv: list[str] | None = None) -> int:
             raise LlavaError(f"{flag} {number}: expected at least 1")
     ranks = by_ranks(flags, gpu, args.gpus, args.records)
     worst = max((one for _, one in ranks), key=lambda one: one.peak_gb)
-    prediction = replace(worst, mfu_eager=ranks[0][1].mfu_eager)
+    first = ranks[0][1]  # it alone writes what is gathered
+    prediction = replace(
+        worst,
+        mfu_eager=first.mfu_eager,
+        checkpoint_gb=first.checkpoint_gb,
+        checkpoint_host_gb=first.checkpoint_host_gb,
+    )
     for line in lines_of(prediction, ranks):
         write_line(line)
     if args.json:

@@ -19,10 +19,11 @@ from starlette.routing import Mount
 from llava.errors import LlavaError
 from llava.serve import gradio_web_server
 from llava.serve.api.keys import read_keys
+from llava.serve.client import ServingClient
 from llava.serve.gradio_web_server import build_parser
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
 from llava.serve.web.examples import EXAMPLES, draw_example
-from llava.serve.web.page import Page, PageOptions
+from llava.serve.web.page import CALLS_NOTED, MOST_SESSIONS, Page, PageOptions, build_page
 from tests.serve.processes import Process
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
@@ -180,10 +181,19 @@ def test_what_the_page_is_made_of_is_decided_by_flags(tmp_path):
     assert page._queue.default_concurrency_limit == 3 and middleware.embed
 
 
+def test_of_visitors_who_have_gone_little_is_kept():
+    queue = build_page(ServingClient("http://127.0.0.1:1", None), PageOptions())._queue
+    for number in range(MOST_SESSIONS + 40):
+        queue.pending_messages_per_session[str(number)] = asyncio.Queue()
+    assert len(queue.pending_messages_per_session) == MOST_SESSIONS
+    with gr.Blocks() as other:
+        pass
+    assert other.queue()._queue.ANALYTICS_MAX_EVENTS > queue.ANALYTICS_MAX_EVENTS == CALLS_NOTED
+
+
 @pytest.mark.parametrize(("mode", "asked"), [("reload", 2), ("once", 1)])
 def test_models_are_looked_for_once_or_all_the_time(monkeypatch, tmp_path, mode, asked):
     pytest.importorskip("gradio", reason="gradio is in the extra serve")
-    from llava.serve.client import ServingClient
     from llava.serve.web.page import Page
 
     made, calls, start = [], [], Page.__init__

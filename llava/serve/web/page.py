@@ -31,6 +31,8 @@ POLL_SECONDS = 3
 NO_SECOND = "none"
 MOST_SESSIONS = 500
 """Conversations that are kept; beyond, the one that was used least recently is forgotten."""
+CALLS_NOTED = 100
+"""Of which gradio tells itself how long they took."""
 UPLOAD_SECONDS = 60.0
 """For the images of one question, with waiting for those of others."""
 NOTICE = """## Before you begin
@@ -82,6 +84,9 @@ def build_page(client, options: PageOptions) -> gr.Blocks:
     page.queue(default_concurrency_limit=options.concurrency)
     # `launch` would take it; this page is mounted.
     page.state_session_capacity = MOST_SESSIONS
+    # gradio holds messages for 2,000 visitors and notes on 10,000 calls, 4 KB more with each visitor.
+    page._queue.pending_messages_per_session.max_size = MOST_SESSIONS
+    page._queue.ANALYTICS_MAX_EVENTS = CALLS_NOTED
     return page
 
 
