@@ -66,6 +66,9 @@ class ArgumentParser(argparse.ArgumentParser):
             **kwargs,
         )
 
+    def add_overwrite(self):
+        return self.add_bool("--overwrite", help="replace output that is there already and differs")
+
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args([self._spell(arg) for arg in args], namespace)

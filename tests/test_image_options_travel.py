@@ -10,8 +10,8 @@ from llava.data import audit, filter_missing, validate
 from llava.data.stats_count import collect
 from llava.errors import LlavaError
 from llava.eval import model_vqa_med, run_llava, run_med_datasets_eval_batch
-from llava.eval.answers.manifest import read_manifest
 from llava.images import ImageOptions, ImageWithOptions, open_image
+from llava.manifests import read_manifest
 from llava.records import read_json, read_records, write_records
 from llava.train.train import train
 from tests.images.test_medical import dicom

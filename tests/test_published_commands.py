@@ -11,8 +11,8 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.eval import run_eval_batch
-from llava.eval.answers.manifest import write_manifest
 from llava.eval.summarize_gpt_review import newest_scores
+from llava.manifests import write_manifest
 from llava.openai_api import settings_from_args
 from llava.train.derived_flags import _set_wandb
 from tests.documented_commands import ROOT

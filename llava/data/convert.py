@@ -38,6 +38,7 @@ def build_parser() -> ArgumentParser:
             default=getattr(source, "MISSING_DEFAULT", "error"),
             help="what to do with records whose image isn't in the image folder",
         )
+        command.add_overwrite()
     return parser
 
 
@@ -50,7 +51,7 @@ def main(argv=None) -> int:
     if folder is not None:
         folder = existing_dir(folder, "--image-folder")
     conversion = source.convert(args, ImageFolder(folder, args.missing))
-    manifest = write_conversion(conversion, args.output_dir, args.format)
+    manifest = write_conversion(conversion, args.output_dir, args.format, overwrite=args.overwrite)
     for line in summary_lines(manifest):
         write_line(line)
     return 0

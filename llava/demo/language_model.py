@@ -7,7 +7,7 @@ read once, from beginning to end: the demo's text gets harder.
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
-from llava.folders import WEIGHTS, stage_files
+from llava.folders import WEIGHTS, check_target, stage_files
 
 IGNORED = -100
 HEAD_SIZE = 16
@@ -30,11 +30,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_overwrite()
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    check_target(args.output_dir, args.overwrite)
     from llava.demo.fitting import in_processes
 
     in_processes(train_language_model, args, args.processes)

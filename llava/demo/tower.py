@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
-from llava.folders import WEIGHTS, stage_files
+from llava.folders import WEIGHTS, check_target, stage_files
 
 
 def build_parser() -> ArgumentParser:
@@ -25,11 +25,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_overwrite()
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    check_target(args.output_dir, args.overwrite)
     from llava.demo.fitting import in_processes
 
     in_processes(train_tower, args, args.processes)

@@ -23,6 +23,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--image-weight", type=float, default=8.0, help="of the cosine of the images' features")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once")
     parser.add_argument("--device", help="where the tower runs: cpu, cuda, … (default: the best there is)")
+    parser.add_overwrite()
     return parser
 
 
@@ -46,7 +47,15 @@ def main(argv: list[str] | None = None) -> None:
         likeness["nearest_text_and_image"] = (both, args.neighbours)
     for name, (function, neighbours) in likeness.items():
         path = output / f"{name}.jsonl"
-        empty = write_memory_answers(train, test, path, function, neighbours, f"memory: {name.replace('_', ' ')}")
+        empty = write_memory_answers(
+            train,
+            test,
+            path,
+            function,
+            neighbours,
+            f"memory: {name.replace('_', ' ')}",
+            overwrite=args.overwrite,
+        )
         unknown = f", {empty} without an answer (training has no question of their type)" if empty else ""
         write_line(f"{path}: complete{unknown}")
 

@@ -25,6 +25,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--bootstrap-unit", choices=("question", "image"), default="question")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the examples")
     parser.add_bool("--pdf", help="write the page as a PDF too, by a browser that is installed")
+    parser.add_overwrite()
     return parser
 
 
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         audit=args.audit and existing_file(args.audit, "--audit"),
         examples=args.examples,
         seed=args.seed,
+        overwrite=args.overwrite,
     )
     write_line(f"{page}\n{markdown}")
     if browser is not None:
@@ -74,11 +76,13 @@ def write_report(
     audit: str | Path | None = None,
     examples: int = 4,
     seed: int = 0,
+    overwrite: bool = True,
 ) -> tuple[Path, Path]:
     """Write the page and the Markdown table of `Entry`s; returns the two paths.
 
     Args:
         audit: JSON of `llava.data.audit`, for the files that answer its questions.
+        overwrite: replace another page that is there.
     """
     from llava.eval.reports import sections
     from llava.eval.reports.clean_subset import score_clean_subset
@@ -107,10 +111,11 @@ def write_report(
             ("Examples", sections.examples_section(plain, image_folder, examples, seed)),
             ("What produced the answers", sections.provenance_section(entries)),
         ],
+        overwrite=overwrite,
     )
     header, rows, _ = sections.score_rows(entries)
     markdown = output.with_suffix(".md")
-    with atomic_path(markdown) as temporary:
+    with atomic_path(markdown, overwrite=overwrite) as temporary:
         temporary.write_text(f"# {title}\n\n{markdown_table(header, rows)}\n", encoding="utf-8")
     return output, markdown
 

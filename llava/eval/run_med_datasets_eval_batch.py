@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_flags(args)
     from llava.eval.answers.ablation import QuestionImages
-    from llava.eval.answers.manifest import manifest_path
     from llava.eval.answers.questions import read_med_questions
     from llava.eval.answers.shards import Shard, discard, shard_of
+    from llava.manifests import manifest_path
 
     shards = (shard_of(args) or Shard(0, 1)).split(args.num_chunks)
     questions = read_med_questions(existing_file(args.question_file, "--question-file"))

@@ -28,6 +28,7 @@ def build_parser() -> ArgumentParser:
         help="what the scorer wrote; several stand side by side (default: the newest below this folder)",
     )
     parser.add_argument("--json", help="also write the numbers here")
+    parser.add_overwrite()
     return parser
 
 
@@ -39,7 +40,7 @@ def main(argv=None) -> int:
     judged = [read_scores_file(path) for path in args.scores_file or [newest_scores(Path.cwd())]]
     write_line(summary_table(judged))
     if args.json:
-        write_json(args.json, [one.as_dict() for one in judged])
+        write_json(args.json, [one.as_dict() for one in judged], overwrite=args.overwrite)
     return 0
 
 

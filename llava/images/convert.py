@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_bool("--keep-burned-in", help="use images that say that text is burnt into their pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that open images")
-    parser.add_bool("--overwrite", help="replace what the output folder holds")
+    parser.add_overwrite()
     return parser
 
 

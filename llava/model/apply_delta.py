@@ -11,7 +11,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--base-model-path", "--base", required=True, help="plain language model: folder or hub id")
     parser.add_argument("--target-model-path", "--target", required=True, help="folder for the result")
     parser.add_argument("--delta-path", "--delta", required=True, help="delta: a folder, a .zip of one or a hub id")
-    parser.add_bool("--overwrite", help="replace a target that is there")
+    parser.add_overwrite()
     parser.add_bool("--check-inputs", default=True, help="compare what is read with the checksums in the files")
     return parser
 

@@ -13,7 +13,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--model-base", help="base model of a LoRA or projector folder")
     parser.add_argument("--vision-tower", help="folder or hub id in place of the config's mm_vision_tower")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: each tensor's own")
-    parser.add_bool("--overwrite", help="replace a folder that is there")
+    parser.add_overwrite()
     return parser
 
 

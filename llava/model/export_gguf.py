@@ -21,7 +21,7 @@ def build_parser() -> ArgumentParser:
         default="first",
         help="where the position of the tower's class token stands: last for the llama.cpp of today",
     )
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -15,7 +15,7 @@ def build_parser() -> ArgumentParser:
         "--vision-tower", help="vision tower (folder or hub id) in place of the config's mm_vision_tower"
     )
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: each tensor's own")
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -14,6 +14,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--output", required=True, help="a .bin or .safetensors file, or a folder (projector, config and card)"
     )
+    parser.add_overwrite()
     return parser
 
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.model.convert.projector_extract import extract_projector
 
-    path, names = extract_projector(args.model_path, args.output)
+    path, names = extract_projector(args.model_path, args.output, overwrite=args.overwrite)
     write_line(f"{path}: {', '.join(names)}")
 
 

@@ -17,7 +17,7 @@ def build_parser() -> ArgumentParser:
         choices=["float16", "bfloat16", "float32"],
         help="default: the file's own, float32 if it is quantized",
     )
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

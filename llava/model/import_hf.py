@@ -12,7 +12,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--model-path", "--src", required=True, help="checkpoint: folder or hub id")
     parser.add_argument("--output", "--dst", "--save-model-path", required=True, help="folder for the result")
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -15,7 +15,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], help="default: the target's if 16-bit, else float16"
     )
-    parser.add_bool("--overwrite", help="replace a delta folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -13,7 +13,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--save-model-path", "--output", required=True, help="folder for the result")
     parser.add_argument("--vision-tower", help="folder or hub id in place of the config's mm_vision_tower")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the base's")
-    parser.add_bool("--overwrite", help="replace a folder that is there")
+    parser.add_overwrite()
     return parser
 
 

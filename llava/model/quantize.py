@@ -16,7 +16,7 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--double-quant", default=True, help="quantize the scales of 4 bits too")
     parser.add_argument("--device", help="where to quantize: cpu, cuda, ... (default: the best there is)")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="of what stays unquantized")
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -73,6 +73,7 @@ class Chat:
 
     def __init__(self, engine, template: str | None, sampling, shown: ImageOptions = NO_OPTIONS):
         self.engine, self.template, self.sampling, self.shown = engine, template, sampling, shown
+        self.saved: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -116,7 +117,9 @@ class Chat:
         names = dict(zip(self.conversation.roles, ("human", "gpt"), strict=False))
         start = self.conversation.offset
         turns = [{"from": names.get(role, role), "value": text} for role, text in self.conversation.messages[start:]]
-        write_json(path, {"images": self.entries, "conversations": turns, "notice": RESEARCH_NOTICE})
+        content = {"images": self.entries, "conversations": turns, "notice": RESEARCH_NOTICE}
+        write_json(path, content, overwrite=path in self.saved)
+        self.saved.add(path)
         write_line(f"[saved to {path}]")
 
 

@@ -18,6 +18,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, one process each, eight to a machine")
     parser.add_argument("--records", type=int, help="how many there are, where --data_path is missing: for the hours")
     parser.add_argument("--json", help="also write the figures to this file, as one flat object")
+    parser.add_overwrite()
     return parser
 
 
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         write_line(line)
     if args.json:
         each = [{"ranks": list(of), "peak_gb": one.peak_gb, "parts_gb": one.parts_gb} for of, one in ranks]
-        write_json(args.json, prediction.flat() | ({"ranks": each} if len(each) > 1 else {}))
+        figures = prediction.flat() | ({"ranks": each} if len(each) > 1 else {})
+        write_json(args.json, figures, overwrite=args.overwrite)
     if prediction.fits:
         return 0
     found = False

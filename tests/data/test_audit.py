@@ -194,7 +194,7 @@ def test_training_images_may_lie_elsewhere_and_near_is_as_near_as_asked(tmp_path
     with pytest.raises(LlavaError, match=r"not found: .*old\.png"):
         audit.main(words)
     for jaccard, near in (("0.8", 1), ("0.9", 0)):
-        audit.main([*words, "--train-image-folder", str(tmp_path / "old"), "--jaccard", jaccard])
+        audit.main([*words, "--train-image-folder", str(tmp_path / "old"), "--jaccard", jaccard, "--overwrite"])
         found = json.loads((tmp_path / "audit.json").read_text())
         assert found["images"]["identical_pixels"] == 1
         assert found["questions"]["near_duplicates"] == near, "4 of 5 words"

@@ -149,7 +149,7 @@ def stop_after(count, model, data, path):
 def test_answers_of_another_run_are_not_continued(model, data, tmp_path):
     path = tmp_path / "answers.jsonl"
     stop_after(3, model, data, path)
-    with pytest.raises(LlavaError, match=r"of another run \(different: decoding\)"):
+    with pytest.raises(LlavaError, match=r"another run began \(different: decoding\)"):
         model_vqa_med.main(flags(model, data, path, "--temperature", "0.5"))
     assert len(answer(model, data, path, "--temperature", "0.5", "--overwrite")) == NUMBER
 

@@ -15,6 +15,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--rounds", type=int, default=1, help="versions of each conversation")
     parser.add_argument("--size", type=int, default=96, help="pixels per side")
     parser.add_argument("--processes", type=int, default=2, help="how many draw")
+    parser.add_overwrite()
     return parser
 
 
@@ -23,7 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     from llava.data.phantoms.build import Counts, write_phantoms
 
     counts = Counts(args.train, args.test, args.conversations, args.vqa, args.text, args.rounds)
-    written = write_phantoms(args.output_dir, args.seed, counts, size=args.size, processes=args.processes)
+    written = write_phantoms(
+        args.output_dir, args.seed, counts, size=args.size, processes=args.processes, overwrite=args.overwrite
+    )
     write_line(f"wrote {args.output_dir}: " + ", ".join(f"{count} in {name}" for name, count in written.items()))
 
 

@@ -59,7 +59,7 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
     if args.write_urls:
         dlinks = existing_file(folder / "dlinks.txt", "download links")
         conversion.sources.append(dlinks)
-        write_records(Path(args.output_dir) / URLS_FILE, _url_records(dlinks, licences))
+        write_records(Path(args.output_dir) / URLS_FILE, _url_records(dlinks, licences), overwrite=args.overwrite)
     conversion.splits = {args.split: _records(captions, licences, wanted, args.question, image_folder, conversion)}
     return conversion
 

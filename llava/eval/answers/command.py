@@ -45,7 +45,7 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_bool("--answer-prompter", help="ask a second time for the answer alone")
     parser.add_bool("--yes-no-probabilities", help="write the probability of yes for closed questions too")
     parser.add_bool("--option-likelihoods", help="write how likely each option of a multiple-choice question is too")
-    parser.add_bool("--overwrite", help="start anew even if there are answers already")
+    parser.add_overwrite()
     add_image_flags(parser)
 
 
