@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     sampling, shown = sampling_from_args(args), image_options_from_args(args)
     images = [_open(path, shown) for path in args.image_file]
 
+    from llava.model.weights.locate import locate_model
+
+    locate_model(args.model_path)  # before torch is imported, which takes seconds
     from llava.generation import Engine
     from llava.model import load_pretrained_model
 

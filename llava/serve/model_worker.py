@@ -131,6 +131,9 @@ def _load(args):
         raise LlavaError("give --model-path (a checkpoint), or --api-base and --api-model (a server)")
     if args.api_base:
         return _connect(args)
+    from llava.model.weights.locate import locate_model
+
+    locate_model(args.model_path)  # before torch is imported, which takes seconds
     import torch
 
     from llava.generation import Engine

@@ -76,6 +76,10 @@ def check_flags(args: Namespace) -> None:
         raise LlavaError(
             "--yes-no-probabilities, --option-likelihoods and --answer-prompter need a checkpoint on this machine"
         )
+    if not remote:
+        from llava.model.weights.locate import locate_model
+
+        locate_model(args.model_path)  # before torch is imported, which takes seconds
 
 
 def answer_file(

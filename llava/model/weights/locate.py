@@ -1,5 +1,6 @@
 """From what the user names (a folder or a hub id) to a folder on this machine."""
 
+import functools
 import http.client
 import logging
 import os
@@ -84,6 +85,7 @@ def _cached(repo_id: str, what: str, cache_dir: Path | None, why: str) -> Path:
     return folder
 
 
+@functools.cache
 def _answers(address: str) -> bool:
     """Whether a server answers at all, through a proxy if one is set; known within `_PATIENCE` seconds."""
     answered: list[bool] = []
