@@ -135,11 +135,6 @@ def setup_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("httpx", "httpx2", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It advises a package for AVX512-BF16 at every import; llava.model.weights.linear4bit has no use for it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # transformers imports torchao wherever it is installed; it speaks of CUDA libraries and of its own old calls.
-    for noisy in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 class SafeFormatter(logging.Formatter):

@@ -178,9 +178,18 @@ def remove_parts(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush `folder`, all files below it and their names to the disk."""
+    """Flush `folder`, all files below it and their names to the disk, each as readable as the user's files are."""
     for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            open_to_others(path)
         sync(path)
+
+
+def open_to_others(path: Path) -> None:
+    """Give a file the mode that the umask lets new files have; some libraries write private ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def sync(path: Path) -> None:

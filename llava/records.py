@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError, library_errors
-from llava.folders import PART, refuse_other_content, sync, writing
+from llava.folders import PART, open_to_others, refuse_other_content, sync, writing
 
 Record = dict[str, Any]
 
@@ -207,10 +207,7 @@ def _atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
         if not overwrite:
             refuse_other_content(temporary, path)
         sync(temporary)
-        # mkstemp makes private files; a result is as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        open_to_others(temporary)  # mkstemp makes private files
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from llava.errors import LlavaError
 from llava.train.checks import check, check_distribution
 from llava.train.derived_flags import choose_workers, derive_flags, is_main_process
 from llava.train.legacy_flags import translate_flags
+from llava.train.progress import MOST_LOGGING_STEPS
 from llava.train.step import gpu
 from llava.train.step.compute import flags_of_the_path, half_precision_of, join_group_of_one
 from llava.train.validation.flags import ValidationArguments
@@ -104,6 +105,9 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     cache_dir: str | None = _flag(None, "where hub ids are downloaded to (default: the hub's cache)")
     remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
+    logging_steps: float | None = _flag(  # type: ignore[assignment]  # filled in below
+        None, "steps between two logged losses (default: a fiftieth of the run, at most 500)"
+    )
     logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
     model_max_length: int = _flag(2048, "longest sample in tokens, image positions included; longer ones are cut")
     loss_normalisation: Literal["micro_batches", "tokens"] | None = _flag(
@@ -157,6 +161,8 @@ class LlavaTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.fsdp == "True":
             self.fsdp = cast(str, True)  # the Trainer's own value for it, by its code
+        self.logs_by_length = self.logging_steps is None
+        self.logging_steps = self.logging_steps or MOST_LOGGING_STEPS
         choose_workers(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         if self.accelerator_config is None:
             # Copies to the GPU don't wait; sharded gradients are reduced in each micro-batch, or every process would

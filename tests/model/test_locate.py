@@ -53,9 +53,7 @@ def test_a_hub_that_has_no_such_model(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(locate, "_answers", lambda address: True)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", _unknown)
-    with pytest.raises(
-        LlavaError, match=r"some/model is no folder here, .* \(no such repository\)\); give its"
-    ):
+    with pytest.raises(LlavaError, match=r"some/model is no folder here, .* \(no such repository\)\); give its"):
         locate_model("some/model")
 
 

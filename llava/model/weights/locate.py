@@ -46,6 +46,22 @@ def locate_model(
     return _download(str(name), what, cache_dir)
 
 
+def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None) -> Path | None:
+    """`locate_model` of what is on this machine already, the hub's cache included; None if it isn't."""
+    path = Path(name).expanduser()
+    for candidate in (path, relative_to / path, relative_to.parent / path):
+        if candidate.is_dir():
+            return candidate
+    if not _looks_like_hub_id(name):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def _looks_like_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and os.sep != name[:1]
 
@@ -63,8 +79,10 @@ def _download(repo_id: str, what: str, cache_dir: str | Path | None) -> Path:
             files = list_repo_files(repo_id)
             # Both kinds of one model would be downloaded otherwise: twice the bytes.
             both = any(re.fullmatch(r"model.*\.safetensors", file) for file in files)
-            kinds = {"allow_patterns": _WANTED, "ignore_patterns": ["pytorch_model*.bin"] if both else []}
-            return Path(snapshot_download(repo_id, cache_dir=cache_dir, **kinds))
+            ignored = ["pytorch_model*.bin"] if both else []
+            return Path(
+                snapshot_download(repo_id, cache_dir=cache_dir, allow_patterns=_WANTED, ignore_patterns=ignored)
+            )
     except LlavaError as error:
         return _cached(repo_id, what, cache_dir, str(error))
 
