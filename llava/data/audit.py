@@ -1,8 +1,9 @@
 """Is the test set clean? Images, questions and answers that training has already seen.
 
-`python -m llava.data.audit --train FILE --test FILE --image-folder DIR` reads raw VQA-RAD or SLAKE rows or
-LLaVA-Med records. Images count as the same by name, by their pixels, or nearly (hash and thumbnail);
-cropped or turned copies are not found.
+Reads raw VQA-RAD or SLAKE rows or LLaVA-Med records. Images count as the same by name, by their pixels, or nearly
+(hash and thumbnail); cropped or turned copies are not found.
+
+python -m llava.data.audit --train train.json --test test.json --image-folder images
 """
 
 from pathlib import Path

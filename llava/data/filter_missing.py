@@ -34,9 +34,9 @@ class Missing:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("input", help="JSON, JSONL or Parquet")
-    parser.add_argument("--image-folder", required=True)
+    parser.add_argument("--image-folder", required=True, help="where the images are looked for")
     parser.add_argument("--output", required=True, help=".json, .jsonl or .parquet")
     parser.add_argument("--missing-list", metavar="PATH", help="write the names of the missing images as JSON")
     parser.add_overwrite()

@@ -33,7 +33,7 @@ class Counts:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--in-file", required=True, help="JSON, JSONL or Parquet")
     parser.add_argument("--out-file", required=True, help=".json, .jsonl or .parquet")
     parser.add_argument("--begin", type=int, default=0, help="first record to take")

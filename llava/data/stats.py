@@ -12,7 +12,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("input", help="training records (JSON, JSONL or Parquet)")
     parser.add_argument("--output-dir", required=True, help="gets stats.png, stats.html and stats.json")
     parser.add_argument("--max-records", type=int, help="number of records to read from the start")

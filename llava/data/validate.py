@@ -105,7 +105,7 @@ class Report:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("input", help="JSON, JSONL or Parquet")
     parser.add_argument("--image-folder", help="open every image; without it images aren't looked at")
     parser.add_argument("--tokenizer", help="a model folder; tokenise every record as training would")

@@ -3,6 +3,8 @@
 A language model and a vision tower are made from scratch, then come stage 1, stage 2 and VQA fine-tuning by the
 training command, answers and scores, the same without seeing the images, and a page of all of it.
 For research only, never for clinical use.
+
+python -m llava.demo --small --output-dir runs/demo-small
 """
 
 import time

@@ -2,6 +2,8 @@
 
 It learns to say what notes say and to answer from them; the projector later puts an image in their place. All is
 read once, from beginning to end: the demo's text gets harder.
+
+python -m llava.demo.language_model --data-path text.json --tokenizer TOKENIZER --output-dir language_model
 """
 
 from pathlib import Path
@@ -23,13 +25,13 @@ def build_parser() -> ArgumentParser:
         "--data-path", action="append", required=True, help="records, read one file after the other; may be repeated"
     )
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
-    parser.add_argument("--template", default="mistral_instruct")
-    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--template", default="mistral_instruct", help="prompt template of its conversations")
+    parser.add_argument("--output-dir", required=True, help="folder of the model")
     parser.add_argument("--batch-tokens", type=int, default=3600, help="of one step, padding included")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=3, help="of the model")
+    parser.add_argument("--hidden-size", type=int, default=128, help="of the model")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     parser.add_overwrite()
     return parser
 

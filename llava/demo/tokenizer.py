@@ -20,9 +20,9 @@ LEARNED = 500
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data-path", action="append", required=True, help="records to learn from; may be repeated")
-    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--output-dir", required=True, help="folder of the tokenizer")
     parser.add_argument("--learned", type=int, default=LEARNED, help="tokens to learn, with the three special ones")
     parser.add_overwrite()
     return parser

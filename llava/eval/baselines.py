@@ -1,6 +1,8 @@
 """Answer test questions from memory: the commonest answer, and the nearest training questions by text and images.
 
 No model is asked. The answer files are like a model's: run_eval scores and compares them, reports show them.
+
+python -m llava.eval.baselines --train train.json --test test.json --output-dir memory
 """
 
 from pathlib import Path

@@ -1,7 +1,9 @@
 """Have a language model judge chat answers against the stored reference answers, one row a question.
 
-    python -m llava.eval.eval_multimodal_chat_gpt_score --question-file llava_med_eval_qa50_qa.jsonl \\
-        --answers-file answers.jsonl --scores-file scores.jsonl --api-model gpt-4o
+Every reply is on disk at once; killed, the same command asks for the rest. --dry-run shows a prompt and the cost.
+
+python -m llava.eval.eval_multimodal_chat_gpt_score --question-file llava_med_eval_qa50_qa.jsonl \\
+    --answers-file answers.jsonl --scores-file scores.jsonl --api-model gpt-4o
 """
 
 import logging
@@ -17,10 +19,24 @@ DEFAULT_SCORES = "gpt4-eval-for-individual-answers.jsonl"
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--question-file", "--question_input_path", dest="question_file", required=True)
-    parser.add_argument("--answers-file", "--input_path", dest="answers_file", required=True)
-    parser.add_argument("--scores-file", "--output_path", dest="scores_file", default=DEFAULT_SCORES)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--question-file",
+        "--question_input_path",
+        dest="question_file",
+        required=True,
+        help="questions with the reference answers",
+    )
+    parser.add_argument(
+        "--answers-file", "--input_path", dest="answers_file", required=True, help="the model's answers"
+    )
+    parser.add_argument(
+        "--scores-file",
+        "--output_path",
+        dest="scores_file",
+        default=DEFAULT_SCORES,
+        help="where judgements go, a line each",
+    )
     parser.add_bool("--swap", help="ask in both orders, and report how far they agree")
     parser.add_overwrite()
     add_api_flags(parser)

@@ -2,6 +2,8 @@
 
 The tolerance is one standard error of a score on that number of questions: the published decoding was random and
 its seed unknown.
+
+python -m llava.eval.paper_table --results fine-tuned:vqa-rad=scores.json --output table.md
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,8 @@
 
 Writes a self-contained HTML page and the score table as Markdown. Answers of the same checkpoint with
 --ablate-image are put next to those with images by their manifests.
+
+python -m llava.eval.report --pred ours=answers.jsonl grey=answers-blank.jsonl --output report.html
 """
 
 from pathlib import Path
@@ -15,14 +17,21 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files")
     parser.add_argument("--gt", nargs="+", help="questions: one file, or one per --pred (default: the manifests')")
     parser.add_argument("--output", default="report.html", help="the page; the table goes next to it as .md")
-    parser.add_argument("--title", default="Medical visual question answering")
+    parser.add_argument("--title", default="Medical visual question answering", help="heading of the page")
     parser.add_argument("--image-folder", help="images, for the examples")
     parser.add_argument("--candidate", help="open answers of the training split")
     parser.add_argument("--audit", help="JSON of llava.data.audit")
     parser.add_argument("--examples", type=int, default=4, help="right and wrong ones of each answer file")
-    parser.add_argument("--on-missing", choices=("error", "skip", "wrong"), default="error")
-    parser.add_argument("--bootstrap-samples", type=int, default=10_000)
-    parser.add_argument("--bootstrap-unit", choices=("question", "image"), default="question")
+    parser.add_argument(
+        "--on-missing",
+        choices=("error", "skip", "wrong"),
+        default="error",
+        help="a question without answer: stop, leave it out, or count it as an empty answer",
+    )
+    parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
+    parser.add_argument(
+        "--bootstrap-unit", choices=("question", "image"), default="question", help="what the bootstrap draws"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the examples")
     parser.add_bool("--pdf", help="write the page as a PDF too, by a browser that is installed")
     parser.add_overwrite()

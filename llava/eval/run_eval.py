@@ -1,6 +1,8 @@
 """Score an answer file: the *paper* and *strict* metric sets side by side, with intervals and what made it.
 
 docs/metrics.md defines the numbers. Input that doesn't fit together is an error and prints no number.
+
+python -m llava.eval.run_eval --gt test.json --pred answers.jsonl --output scores.json
 """
 
 from pathlib import Path

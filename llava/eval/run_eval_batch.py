@@ -3,6 +3,8 @@
 The questions of an answer file are those that its manifest names. Or --gt scores all files against one; or
 --gt_parent_path holds a folder for each data set, which a part of the answer file's path names (`data_RAD`, `vqa_rad`,
 `pvqa`, `Slake1.0`).
+
+python -m llava.eval.run_eval_batch --pred_file_parent_path runs --target_test_type test-answer-file
 """
 
 from pathlib import Path
@@ -29,7 +31,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--pred", help="one answer file, in place of --pred_file_parent_path")
     parser.add_argument("--candidate", help="open answers of the training split (default: next to the questions)")
     parser.add_argument("--output", default=RESULTS_FILE, help="results, one line per answer file")
-    parser.add_argument("--on-missing", choices=("error", "skip", "wrong"), default="error")
+    parser.add_argument(
+        "--on-missing",
+        choices=("error", "skip", "wrong"),
+        default="error",
+        help="a question without answer: stop, leave it out, or count it as an empty answer",
+    )
     parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_overwrite()

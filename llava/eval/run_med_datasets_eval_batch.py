@@ -3,6 +3,9 @@
 Each process answers a part of the questions into a file of its own; the last one joins the parts in the order of the
 questions. Killed and started again, it goes on where each part was. On several machines, `--shard i/n` (or torchrun)
 says which part each of them has, and the last one of all joins them.
+
+python -m llava.eval.run_med_datasets_eval_batch --num-chunks 8 --model-path CHECKPOINT --question-file test.json \\
+    --image-folder images --answers-file answers.jsonl
 """
 
 import os

@@ -1,8 +1,8 @@
 """Sum up judged chat answers: relative scores by question type and domain, of one or several scores files.
 
-python -m llava.eval.summarize_gpt_review --scores-file scores.jsonl [--scores-file other.jsonl]
-
 Without --scores-file it is the newest one below the current folder.
+
+python -m llava.eval.summarize_gpt_review --scores-file scores.jsonl --scores-file other.jsonl
 """
 
 import logging
@@ -20,7 +20,7 @@ _FIRST_LINE = 1 << 16
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--scores-file",
         action="append",

@@ -1,5 +1,7 @@
 """Look into image files: what they hold, what a model would see of them, and why. Never who they are of.
 
+--save writes what a model would see; with --model-path cropped and resized as that one's tower gets it.
+
 python -m llava.images.info scan.dcm volume.nii.gz --save seen/
 """
 
@@ -15,7 +17,7 @@ from llava.images.facts import ImageFacts
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, TIFF, DICOM, NIfTI, …")
     parser.add_argument("--json", metavar="PATH", help="write what was found here; - is the terminal")
     parser.add_argument("--save", metavar="PATH", help="write what a model would see: a PNG, or a folder of them")

@@ -1,7 +1,9 @@
 """Write visual conversations from figure captions with a language model that never sees the images.
 
-    python -m llava.instruct.instruct_generate --input_path captions.json --output_path generated.jsonl \\
-        --max-size 60000 --use_inline_mentions True --api-model gpt-4o
+Every reply is on disk at once; killed, the same command asks for the rest. --dry-run shows a prompt and the cost.
+
+python -m llava.instruct.instruct_generate --input_path captions.json --output_path generated.jsonl \\
+    --max-size 60000 --use_inline_mentions True --api-model gpt-4o
 """
 
 import logging
@@ -17,14 +19,14 @@ ROUNDS = 3  # failed items are asked again after the rest, as in the reference
 def build_parser() -> ArgumentParser:
     from llava.openai_api import add_api_flags
 
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input_path", required=True, help="figure captions (JSON, JSONL or Parquet)")
     parser.add_argument("--output_path", required=True, help="JSONL: one line a figure, resumed if interrupted")
     parser.add_bool("--use_inline_mentions", help="also give the sentences of the article that mention the figure")
     parser.add_argument("--max-size", type=int, help="figures at most, from the domains in turn")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of figures")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max-answer-tokens", type=int, default=1000)
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the language model")
+    parser.add_argument("--max-answer-tokens", type=int, default=1000, help="longest reply")
     parser.add_argument("--batch_size", type=int, help="old name of --concurrency")
     parser.add_overwrite()
     add_api_flags(parser)

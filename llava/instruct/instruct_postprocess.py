@@ -1,5 +1,7 @@
 """Generated dialogues → training records: split into turns, cleaned by rule, `<image>` placed, validated.
 
+What each rule dropped or changed is counted and said.
+
 python -m llava.instruct.instruct_postprocess --input_path generated.jsonl --output_path instruct.json
 """
 
@@ -14,7 +16,7 @@ from llava.instruct.figures import DOMAINS
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input_path", required=True, help="what instruct_generate wrote (JSONL or JSON)")
     parser.add_argument("--output_path", required=True, help="training records (.json, .jsonl or .parquet)")
     parser.add_argument("--seed", type=int, default=0, help="of the side on which <image> is put")

@@ -1,5 +1,7 @@
 """Rewrite a checkpoint as one whole folder: safetensors, complete config, tokenizer, vision tower inside.
 
+Tensor by tensor, so that memory for the largest is enough; what was written is read again and compared.
+
 python -m llava.model.consolidate --src CHECKPOINT --dst FOLDER
 """
 
@@ -7,7 +9,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Rewrite a checkpoint as one whole folder of safetensors.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--src", required=True, help="checkpoint of any layout: folder or hub id")
     parser.add_argument("--dst", required=True, help="folder for the result")
     parser.add_argument("--model-base", help="base model of a LoRA or projector folder")

@@ -1,5 +1,7 @@
 """Take the projector out of a checkpoint: `mm_projector.bin`, to start another training from.
 
+Only its tensors are read, and the rows of the image tokens where they were trained.
+
 python -m llava.model.extract_mm_projector --model-path CHECKPOINT --output mm_projector.bin
 """
 
@@ -7,7 +9,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Take the projector out of a checkpoint.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--model-path", "--model_name_or_path", required=True, help="checkpoint of any layout: folder or hub id"
     )

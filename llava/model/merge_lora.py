@@ -1,5 +1,7 @@
 """Merge a LoRA folder (adapter, projector and whatever else was trained) into its base: one whole checkpoint.
 
+Without --model-base it is the base that the adapter was trained on, as recorded with it.
+
 python -m llava.model.merge_lora --model-path LORA --model-base BASE --save-model-path FOLDER
 """
 
@@ -7,7 +9,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Merge a LoRA folder into its base model.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", required=True, help="the LoRA folder or hub id")
     parser.add_argument("--model-base", help="the model that it was trained over (default: as the adapter records)")
     parser.add_argument("--save-model-path", "--output", required=True, help="folder for the result")

@@ -1,5 +1,7 @@
 """Write an 8- or 4-bit version of a checkpoint (bitsandbytes), a quarter to a half of its size.
 
+Vision tower, projector and head stay as they are. To load a model so, without writing it: --load-8bit of the commands.
+
 python -m llava.model.quantize --model-path CHECKPOINT --output FOLDER --bits 8
 """
 
@@ -7,7 +9,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Write an 8- or 4-bit version of a checkpoint.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint of any layout: folder or hub id")
     parser.add_argument("--model-base", help="base model of a LoRA or projector folder")
     parser.add_argument("--output", "--save-model-path", required=True, help="folder for the result")

@@ -1,5 +1,7 @@
 """Chat about images in the terminal: streaming, several turns, several images.
 
+/image adds one, /save writes the conversation, /help lists the rest. For research only.
+
 python -m llava.serve.cli --model-path CHECKPOINT --image-file scan.png
 """
 
@@ -22,7 +24,7 @@ HELP = """\
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", "--model-name", dest="model_path", required=True, help="folder or hub id")
     parser.add_argument("--model-base", help="what an adapter or projector folder was trained over")
     parser.add_argument("--image-file", action="append", default=[], help="an image to begin with; may be repeated")

@@ -4,6 +4,9 @@ Takes the flags of a training command. Where `--data_path` exists lengths and nu
 full batches of random records with an image each are taken, and how many there are is told by `--records` or the file's
 name. Models by name: llama-7b, llama-13b, mistral-7b, openai/clip-vit-large-patch14,
 openai/clip-vit-large-patch14-336; else their folders, of which only the configuration and the tokenizer are read.
+
+python -m llava.train.estimate_memory --gpu a100-40g --gpus 8 --model_name_or_path llama-7b \\
+    --vision_tower openai/clip-vit-large-patch14 --data_path train.json --bf16 True --gradient_checkpointing True
 """
 
 from dataclasses import replace

@@ -1,4 +1,9 @@
-"""Draw the built-in set of images with their captions, conversations and questions."""
+"""Draw the built-in set of images with their captions, conversations and questions.
+
+Simple shapes that stand for findings: no image is of a patient, and any number of them takes a few seconds.
+
+python -m llava.data.phantoms --output-dir data/phantoms --train 500 --test 50 --conversations 100 --vqa 100 --text 500
+"""
 
 from llava.commandline import ArgumentParser, run, write_line
 

@@ -2,6 +2,8 @@
 
 Captions may span lines. Each record keeps its licence. `dlinks.txt` holds shell commands: the address is parsed out
 of each, and nothing is ever run.
+
+python -m llava.data.convert roco --folder roco-dataset/data/train/radiology --output-dir data/roco
 """
 
 import csv

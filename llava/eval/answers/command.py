@@ -19,8 +19,8 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--mm-projector", help="projector file over the language model --model-name")
     parser.add_argument("--vision-tower", help="vision tower's folder or hub id in place of the checkpoint's")
     parser.add_argument("--image-folder", default="", help="where the questions' images lie")
-    parser.add_argument("--question-file", required=True)
-    parser.add_argument("--answers-file", default="answer.jsonl")
+    parser.add_argument("--question-file", required=True, help="questions: JSON, JSONL or Parquet")
+    parser.add_argument("--answers-file", default="answer.jsonl", help="where answers go, a line each")
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's own)")
     parser.add_argument("--num-chunks", type=int, default=1, help="parts of the questions")
     parser.add_argument(
