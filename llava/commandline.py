@@ -64,7 +64,8 @@ class ArgumentParser(argparse.ArgumentParser):
         purpose, self.example = split_example(kwargs.pop("description", None) or "")
         if self.example:
             kwargs.setdefault("epilog", f"example:\n  {self.example}")
-        super().__init__(*args, description=purpose, **kwargs)
+        kwargs["description"] = purpose
+        super().__init__(*args, **kwargs)
         self.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
 
     def add_bool(self, *flags: str, default: bool = False, help: str | None = None, **kwargs):
@@ -91,7 +92,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         places = {title: place for place, title in enumerate(_ORDER)}
-        self._action_groups.sort(key=lambda group: places.get(group.title, places[_OPTIONS]))
+        self._action_groups.sort(key=lambda group: places.get(group.title or "", places[_OPTIONS]))
         return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):

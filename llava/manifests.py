@@ -143,4 +143,4 @@ def _differing(settings: Settings, kept: Settings | None) -> str:
     if not kept:
         return "nothing says which settings it was made with"
     as_json = json.loads(json.dumps(settings, default=str))
-    return ", ".join(sorted(key for key, value in as_json.items() if kept.get(key) != value)) or "all"
+    return ", ".join(sorted(key for key, value in as_json.items() if kept.get(key) != value)) or "flags not given now"

@@ -121,8 +121,7 @@ def test_flags_are_defaults_and_are_recorded(model, data, tmp_path):
     # The lung's preset is the same window as the flag, which the last question took.
     assert [a["text"] == b["text"] for a, b in zip(found, plain)][:2] == [True, True]
     with pytest.raises(LlavaError, match=r"different: .*image_options"):
-        (tmp_path / "c.jsonl.part").write_text('{"question_id": "q0"}\n')
-        answers(model, data, tmp_path / "c.jsonl", "--preset", "bone")
+        answers(model, data, tmp_path / "a.jsonl", "--preset", "bone")
     several = ("--num-chunks", "2", "--preset", "bone")
     joined = answers(model, data, tmp_path / "d.jsonl", *several, command=run_med_datasets_eval_batch)
     assert joined[5]["metadata"]["image_options"] == [{"preset": "bone"}]
