@@ -101,7 +101,9 @@ class Clone:
             text=True,
             timeout=500,
         )
-        assert done.returncode == 0 and "Traceback" not in done.stderr, f"{line}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (
+            f"{line}\n{done.stderr[:3000]}\n…\n{done.stderr[-3000:]}"
+        )
         return done
 
     def start(self, until: str, *words: str) -> subprocess.Popen:
