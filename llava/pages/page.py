@@ -41,13 +41,16 @@ class Card:
         return None if self.image is None else data_url(self.image)
 
 
-def write_page(path: str | Path, title: str, summary: str, sections: Sequence[tuple[str, Markup]]) -> Path:
-    """Write the page; sections that are empty are left out. The research notice stands on top."""
+def write_page(
+    path: str | Path, title: str, summary: str, sections: Sequence[tuple[str, Markup]], *, overwrite: bool = True
+) -> Path:
+    """Write the page as `llava.records.atomic_path` does; sections that are empty are left out. The research notice
+    stands on top."""
     sections = [(heading, body) for heading, body in sections if body]
     page = _environment().get_template("page.html")
     text = page.render(title=title, summary=summary, sections=sections, notice=RESEARCH_NOTICE)
     path = Path(path)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, overwrite=overwrite) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 

@@ -1,6 +1,8 @@
 """The web page: ask about images, with any model that a controller knows. Loads no model.
 
-python -m llava.serve.gradio_web_server [--controller http://localhost:21001] [--port 7860]
+On this machine alone unless --host says otherwise; --api-key-file then asks visitors for a key.
+
+python -m llava.serve.gradio_web_server --controller http://localhost:21001 --port 7860
 """
 
 import asyncio
@@ -39,10 +41,12 @@ PREFIX, LOCK = "llava-web-", ".lock"
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--controller-url", "--controller", default="http://localhost:21001")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument(
+        "--controller-url", "--controller", default="http://localhost:21001", help="who knows the models"
+    )
     parser.add_argument("--concurrency-count", type=int, default=16, help="questions answered at the same time")
     parser.add_argument(
         "--model-list-mode", choices=("once", "reload"), default="reload", help="look for models once, or all the time"

@@ -1,8 +1,8 @@
 """A worker: one model on one machine, answering for the controller.
 
-    python -m llava.serve.model_worker --model-path CHECKPOINT [--controller http://localhost:21001]
-
 SIGTERM lets running answers finish; what waits or comes new is sent elsewhere.
+
+python -m llava.serve.model_worker --model-path CHECKPOINT --controller http://localhost:21001
 """
 
 import logging
@@ -26,13 +26,15 @@ SWITCH_SECONDS = 0.0005
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=21002)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
+    parser.add_argument("--port", type=int, default=21002, help="port to listen on")
     parser.add_argument(
         "--worker-address", "--worker", help="where others reach this worker; by default this machine and --port"
     )
-    parser.add_argument("--controller-address", "--controller", default="http://localhost:21001")
+    parser.add_argument(
+        "--controller-address", "--controller", default="http://localhost:21001", help="whom to tell of the model"
+    )
     parser.add_argument("--no-register", action="store_true", help="don't tell any controller")
     model = parser.add_argument_group("model")
     model.add_argument("--model-path", help="a checkpoint's folder, or a hub id")
@@ -66,7 +68,7 @@ def build_parser() -> ArgumentParser:
         help="seconds between two chunks of a stream; 1 and more are the old flag's tokens, about 0.02 s each",
     )
     load.add_argument("--drain-seconds", type=int, default=60, help="time for running answers after SIGTERM")
-    load.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    load.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="largest request that is read")
     load.add_argument(
         "--speed", type=float, default=1.0, help="share of requests relative to other workers of the same model"
     )
@@ -131,6 +133,9 @@ def _load(args):
         raise LlavaError("give --model-path (a checkpoint), or --api-base and --api-model (a server)")
     if args.api_base:
         return _connect(args)
+    from llava.model.weights.locate import locate_model
+
+    locate_model(args.model_path)  # before torch is imported, which takes seconds
     import torch
 
     from llava.generation import Engine

@@ -42,7 +42,9 @@ def write_model_card(
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     lines = ["---", "tags:", "- llava", "- medical", "- research-only"]
     lines += ["- delta-weights"] if is_delta else []
-    if (folder / "config.json").is_file() and not is_delta:
+    is_adapter = (folder / "adapter_config.json").is_file()
+    lines += ["- lora"] if is_adapter else []
+    if (folder / "config.json").is_file() and not is_delta and not is_adapter:
         lines += ["pipeline_tag: image-text-to-text"]
     lines += ["---", "", f"# {final_name(folder)}", "", f"**{RESEARCH_NOTICE}**", "", description, ""]
     origin = [("Base", base), ("Made from", source)]
