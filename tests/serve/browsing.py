@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from llava.data.phantoms import ABOUT
 from tests.serve.processes import Process
 
 CHROMIUM = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -73,8 +74,9 @@ def open_page(browser, web):
     assert seen["hosts"] <= {"127.0.0.1", None, ""}
 
 
-def worker(controller, name, pause="0.05"):
-    words = ["--controller", controller.url, "--model-name", name, "--pause", pause]
+def worker(controller, name, pause="0.05", trained_on=ABOUT):
+    """A scripted worker; by its card it is a model of the demo, so that the page has examples."""
+    words = ["--controller", controller.url, "--model-name", name, "--pause", pause, "--trained-on", trained_on]
     return Process("tests.serve.scripted_worker", *words, env=ENV)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from llava.commandline import ArgumentParser, run
 from llava.images import open_uploaded_image, png_data_url
 from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.request_models import ModelCard
 from llava.serve.worker.answering import Piece
 
 REFUSED = {
@@ -110,12 +111,14 @@ def main(argv=None):
     parser.add_argument("--model-name", default="scripted")
     parser.add_argument("--pause", type=float, default=0.01)
     parser.add_argument("--timeout", type=float, default=60)
+    parser.add_argument("--trained-on", help="what the model's card says")
     add_secret_flags(parser)
     args = parser.parse_args(argv)
 
     async def go():
         secret = secret_from_args(args)
-        worker = WorkerApp(ScriptedBackend(args.pause), [args.model_name], secret, timeout=args.timeout)
+        card = ModelCard(template="scripted", context="2,048 tokens", trained_on=args.trained_on)
+        worker = WorkerApp(ScriptedBackend(args.pause), [args.model_name], secret, timeout=args.timeout, card=card)
         member = None
         if args.controller:
             member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava.serve.web.examples import draw_example
+from llava.serve.web.parts.examples import draw_example
 from tests.images.test_medical import PATIENT, dicom
 from tests.serve.browsing import ENV, PATIENCE, ask, choose, expect, last_answer, running, screenshot, worker
 from tests.serve.processes import Process, wait_until
