@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from llava.data.phantoms import ABOUT
-from tests.serve.processes import Process
+from tests.serve.processes import Process, wait_until
 
 CHROMIUM = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -107,3 +107,27 @@ def running(process):
 def choose(page, dropdown, name):
     page.locator(f"{dropdown} input").click()
     page.get_by_role("option", name=name).click()
+
+
+def accept(page, model=None):
+    """Past the notice, to the question's box; `model` is waited for."""
+    page.locator("#accept").click()
+    expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
+    if model:
+        wait_until(lambda: page.locator("#model input").input_value() == model, 120)
+
+
+def add_files(page, paths, images):
+    """Through the paper clip, until the strip has so many images."""
+    page.locator("#box input[type=file]").set_input_files(paths)
+    expect(page.locator("#viewer [data-image]")).to_have_count(images, timeout=PATIENCE)
+
+
+def save(page, form="export") -> str:
+    """The text of an export."""
+    if not page.locator(f"#{form}").is_visible():
+        page.locator("#open-files").click()
+    with page.expect_download(timeout=PATIENCE) as download:
+        page.locator(f"#{form}").click()
+    page.keyboard.press("Escape")
+    return Path(download.value.path()).read_text()

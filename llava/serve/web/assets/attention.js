@@ -23,7 +23,7 @@ function textsOf(answer) {
   return texts;
 }
 
-// Each token's text is looked for after the one before it; marks of Markdown are in no text and are passed over.
+// Each token's text is looked for after the one before it; marks of Markdown and HTML are in no text: passed over.
 function wrap(side) {
   const answer = lastAnswer(side);
   const {tokens, shares} = maps.found[side];
@@ -32,7 +32,7 @@ function wrap(side) {
   node = rest.shift();
   const most = Math.max(...shares) || 1;
   tokens.forEach((token, number) => {
-    const said = token.trim();
+    const said = token.replace(/<[^>]*>|[*_`#]/g, "").trim();
     if (!said) { return; }
     let ahead = node, from = at, queue = [...rest];
     while (ahead) {
