@@ -29,6 +29,7 @@ from llava.serve.web.parts.scan_view import ScanPart, draft_of
 from llava.serve.web.parts.settings import SettingsPanel
 from llava.serve.web.parts.viewer import Viewer
 from llava.serve.web.parts.votes import Votes
+from llava.serve.web.uploads import MAX_FILE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ KEYS = """<h2>Keys</h2><dl><dt>Enter</dt><dd>send the question</dd><dt>Escape</d
 
 _ASSETS = Path(__file__).parent / "assets"
 CSS = (_ASSETS / "page.css").read_text("utf-8")
-HEAD = f"<script>{(_ASSETS / 'desk.js').read_text('utf-8')}</script>"
+HEAD = f"<script>const MOST_BYTES = {MAX_FILE_BYTES};\n{(_ASSETS / 'desk.js').read_text('utf-8')}</script>"
 
 
 def page_theme() -> gr.themes.Base:

@@ -55,9 +55,8 @@
   const tell = (words) => window.dispatchEvent(new CustomEvent("llava-refused", {detail: words.slice(0, 300)}));
   function checkSizes(files) {
     if (files?.length) { document.body.dataset.uploading = ""; }
-    const most = Number(find("[data-most]")?.dataset.most ?? 0);
     for (const file of files ?? []) {
-      if (most && file.size > most) { refuse(`${file.name}: a file is larger than ${most >> 20} MiB.`); }
+      if (file.size > MOST_BYTES) { refuse(`${file.name}: larger than ${MOST_BYTES >> 20} MiB.`); }
     }
   }
   document.addEventListener("change", (event) => {

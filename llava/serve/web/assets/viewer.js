@@ -43,7 +43,10 @@ element.addEventListener("click", (event) => {
   if (button.dataset.image) { trigger("select", {index: Number(button.dataset.image), value: "show"}); }
   if (button.dataset.remove) { trigger("select", {index: Number(button.dataset.remove), value: "remove"}); }
 });
-element.addEventListener("dblclick", (event) => { if (event.target.closest(".sheet, .maps")) { zoomTo(1); } });
+element.addEventListener("dblclick", (event) => {
+  // A captured pointer's events name the capturer.
+  if (document.elementFromPoint(event.clientX, event.clientY)?.closest(".sheet, .maps")) { zoomTo(1); }
+});
 element.addEventListener("wheel", (event) => {
   if (!event.target.closest(".stage") || !element.querySelector("img.large")) { return; }
   event.preventDefault();
