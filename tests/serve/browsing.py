@@ -57,8 +57,8 @@ def open_page(browser, web):
     seen = {"errors": [], "hosts": set()}
     pages = []
 
-    def opened(width=1280, height=900):
-        page = browser.new_page(viewport={"width": width, "height": height})
+    def opened(width=1280, height=900, scheme="light"):
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: seen["errors"].append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: seen["errors"].append(str(error)))
@@ -77,6 +77,7 @@ def open_page(browser, web):
 def worker(controller, name, pause="0.05", trained_on=ABOUT):
     """A scripted worker; by its card it is a model of the demo, so that the page has examples."""
     words = ["--controller", controller.url, "--model-name", name, "--pause", pause, "--trained-on", trained_on]
+    words += ["--names-images", "False"]
     return Process("tests.serve.scripted_worker", *words, env=ENV)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from llava.commandline import ArgumentParser, run
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.images import open_uploaded_image, png_data_url
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import ModelCard
@@ -29,13 +30,18 @@ REFUSED = {
 
 
 class ScriptedBackend:
-    def __init__(self, pause: float):
-        self.pause = pause
+    def __init__(self, pause: float, names_images: bool = True):
+        self.pause, self.names_images = pause, names_images
         self.running = 0
         self.cancelled = 0
 
-    def submit(self, job, put):
+    def _asked(self, job) -> str:
+        """The question, with or without the places of its images, which no model would say."""
         text = job.prompt or job.messages[-1].text
+        return text if self.names_images else text.replace(DEFAULT_IMAGE_TOKEN, "")
+
+    def submit(self, job, put):
+        text = self._asked(job)
         word = text.split()[-1] if text.strip() else ""
         if word in REFUSED:
             raise ServeError(REFUSED[word], retry_after=2.0 if word == "full" else None)
@@ -80,7 +86,7 @@ class ScriptedBackend:
             image = png_data_url(Image.new("RGB", (32, 32), (90, 90, 90)))
             content = base64.b64encode(weights.tobytes()).decode()
             views.append({"number": number, "image": image, "side": 4, "weights": content})
-        words = ["echo:", *(job.prompt or job.messages[-1].text).split()]
+        words = ["echo:", *self._asked(job).split()]
         return {
             "tokens": [words[token % len(words)] + " " for token in token_ids],
             "shares": [0.5] * len(token_ids),
@@ -111,6 +117,7 @@ def main(argv=None):
     parser.add_argument("--model-name", default="scripted")
     parser.add_argument("--pause", type=float, default=0.01)
     parser.add_argument("--timeout", type=float, default=60)
+    parser.add_bool("--names-images", default=True, help="False: the echo leaves out the places of images")
     parser.add_argument("--trained-on", help="what the model's card says")
     add_secret_flags(parser)
     args = parser.parse_args(argv)
@@ -118,7 +125,9 @@ def main(argv=None):
     async def go():
         secret = secret_from_args(args)
         card = ModelCard(template="scripted", context="2,048 tokens", trained_on=args.trained_on)
-        worker = WorkerApp(ScriptedBackend(args.pause), [args.model_name], secret, timeout=args.timeout, card=card)
+        worker = WorkerApp(
+            ScriptedBackend(args.pause, args.names_images), [args.model_name], secret, timeout=args.timeout, card=card
+        )
         member = None
         if args.controller:
             member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)

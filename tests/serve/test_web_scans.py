@@ -97,7 +97,6 @@ def set_slider(page, name: str, value: float):
     field.blur()
 
 
-
 def test_a_ct_series(open_page, controller, web, tmp_path):
     with worker(controller, "scan-model") as process:
         process.wait()

@@ -21,8 +21,8 @@ from llava.serve import gradio_web_server
 from llava.serve.api.keys import read_keys
 from llava.serve.gradio_web_server import build_parser
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
-from llava.serve.web.parts.examples import EXAMPLES, draw_example
 from llava.serve.web.page import Page, PageOptions
+from llava.serve.web.parts.examples import EXAMPLES, draw_example
 from tests.serve.processes import Process
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret"}

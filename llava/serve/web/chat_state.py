@@ -84,7 +84,8 @@ class Reply:
             return ""
         said = f"{self.first_seconds:.2f} s to the first word"
         spent = self.seconds - self.first_seconds
-        return said + (f", {(len(self.token_ids) - 1) / spent:.1f} tokens/s" if len(self.token_ids) > 1 and spent else "")
+        more = len(self.token_ids) - 1
+        return f"{said}, {more / spent:.1f} tokens/s" if more > 0 and spent > 0 else said
 
 
 @dataclass

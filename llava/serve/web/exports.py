@@ -38,7 +38,7 @@ class _Answer(Fields):
 class _Turn(Fields):
     question: Text
     asked: Annotated[str, Field(max_length=40)] = ""
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, Any] = Field({})
     images: list[Digest] = Field([], max_length=MAX_IMAGES)
     image_options: list[dict[str, Any] | None] = Field([], max_length=MAX_IMAGES)
     answers: list[_Answer] = Field([], max_length=SIDES)

@@ -70,6 +70,16 @@ def page_theme() -> gr.themes.Base:
         font_mono=["ui-monospace", "monospace"],
         radius_size="sm",
         spacing_size="sm",
+    ).set(
+        # Contrast of 4.5 and more, also of what is said by the way.
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
     )
 
 
@@ -136,21 +146,26 @@ class Page:
                 with gr.Column(elem_id="ask", min_width=0):
                     self._lay_out_ask()
         with gr.Column(elem_id="drawer-settings", elem_classes="drawer"):
+            self._close()
             self.settings = SettingsPanel()
             gr.HTML(KEYS)
         with gr.Column(elem_id="drawer-about", elem_classes="drawer"):
+            self._close()
             self.about = gr.HTML("")
         with gr.Column(elem_id="drawer-files", elem_classes="drawer"):
+            self._close()
             self.saving = SavingPart()
+
+    @staticmethod
+    def _close() -> None:
+        gr.Button("Close", size="sm", elem_classes="close", min_width=0)
 
     def _lay_out_bar(self, kept: str | None) -> None:
         with gr.Row(elem_id="bar"):
             if not self.options.embed:
                 gr.HTML(HEADING, elem_id="heading")
             self.model = gr.Dropdown([], label="Model", elem_id="model", min_width=120)
-            self.other = gr.Dropdown(
-                [NO_SECOND], value=NO_SECOND, label="Compare with", elem_id="other", min_width=120
-            )
+            self.other = gr.Dropdown([NO_SECOND], value=NO_SECOND, label="Compare with", elem_id="other", min_width=120)
             gr.Button("About the model", size="sm", elem_id="open-about", min_width=0)
             gr.Button("Settings", size="sm", elem_id="open-settings", min_width=0)
         if kept:
@@ -189,9 +204,7 @@ class Page:
                 self.edit = gr.Button("Edit", size="sm", elem_id="edit", min_width=0)
                 self.attention = AttentionPart(self.client, self.viewer)
                 self.clear = gr.Button("Clear", size="sm", elem_id="clear", min_width=0)
-                self.stop = gr.Button(
-                    "Stop", variant="stop", size="sm", elem_id="stop", interactive=False, min_width=0
-                )
+                self.stop = gr.Button("Stop", variant="stop", size="sm", elem_id="stop", interactive=False, min_width=0)
             self.votes = None if self.options.feedback is None else Votes(self.options.feedback)
 
     def _connect(self) -> None:

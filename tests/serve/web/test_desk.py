@@ -5,16 +5,9 @@ import pytest
 from PIL import Image
 
 from tests.images.test_medical import dicom
-from tests.serve.browsing import PATIENCE, accept, add_files, ask, choose, expect, last_answer, worker
+from tests.serve.browsing import PATIENCE, accept, add_files, ask, choose, expect, last_answer
 from tests.serve.processes import wait_until
 from tests.serve.test_web_scans import series
-
-
-@pytest.fixture(scope="module")
-def models(controller):
-    """Two scripted workers; the first is a model of the demo."""
-    with worker(controller, "demo-model") as first, worker(controller, "other-model", trained_on="PMC figures") as other:
-        yield first.wait(), other.wait()
 
 
 def zoom(page) -> float:

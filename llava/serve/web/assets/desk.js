@@ -16,7 +16,8 @@
   document.addEventListener("click", (event) => {
     const opener = event.target.closest("#open-settings, #open-about, #open-files");
     if (opener) { openDrawer(opener.id.slice(5)); return; }
-    if (document.body.dataset.drawer && !event.target.closest(".drawer, .options")) {
+    const isOutside = !event.target.closest(".drawer, .options, .wrap-inner");
+    if (document.body.dataset.drawer && (isOutside || event.target.closest(".close"))) {
       openDrawer(document.body.dataset.drawer);
     }
   });

@@ -34,5 +34,7 @@ def _one(name: str, card: ModelCard) -> str:
     )
     warned = ""
     if knows_drawn_only(card):
-        warned = '<p class="warned"><b>It knows drawn images only.</b> What it says of any other image means nothing.</p>'
+        warned = (
+            '<p class="warned"><b>It knows drawn images only.</b> What it says of any other image means nothing.</p>'
+        )
     return f"<h2>{html.escape(name)}</h2>{warned}<dl>{rows}</dl><p>{html.escape(RESEARCH_NOTICE)}</p>"

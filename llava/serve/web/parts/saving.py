@@ -11,8 +11,9 @@ from llava.serve.web.exports import as_json, as_page
 
 DOWNLOAD = (Path(__file__).parents[1] / "assets/download.js").read_text("utf-8")
 CHOOSE = '() => document.querySelector("#box input[type=file]").click()'
-ABOUT = """<h2>Save the conversation</h2><p>With the date, the models, how answers were made, slices and windows, and the
-SHA-256 of each image. The page holds the images as they were looked at and needs nothing else; the JSON holds none.</p>"""
+ABOUT = """<h2>Save the conversation</h2><p>With the date, the models, how answers were made, slices and windows, and
+the SHA-256 of each image. The page holds the images as they were looked at and needs nothing else; the JSON holds
+none.</p>"""
 FORMS = {
     "export": ("Export as JSON", "conversation.json", "application/json", as_json),
     "export-page": ("Export as a page", "conversation.html", "text/html", as_page),

@@ -29,7 +29,9 @@ TOOLS = (
     ("larger", "+", "Larger (+)"),
     ("fit", "Fit", "Whole image (0)"),
 )
-EMPTY = "Add images with the paper clip, or drop them on the question: photographs, DICOM files and series, NIfTI volumes."
+EMPTY = (
+    "Add images with the paper clip, or drop them on the question: photographs, DICOM files and series, NIfTI volumes."
+)
 
 
 class Viewer:
@@ -75,7 +77,9 @@ class Viewer:
             image = await in_thread(functools.partial(image.view, self.pool), seconds=LOOK_SECONDS)
         message = {"role": "user", "content": [image.part(), {"type": "text", "text": "?"}]}
         try:
-            return await self.client.seen_images({"model": model, "messages": [message]}), f"Beside it: what {model} sees"
+            return await self.client.seen_images(
+                {"model": model, "messages": [message]}
+            ), f"Beside it: what {model} sees"
         except ServeError as error:
             logger.info("what %s sees isn't known: %s", model, error)
             return [], f"What {model} sees isn't known: {error}"
@@ -101,8 +105,9 @@ def page_of(shown: list[tuple[str, str]], words: str, strip: str, is_compared: b
     hint = "" if shown else f'<p class="hint">{EMPTY}</p>'
     return (
         f'<div class="stage{"" if shown else " empty"}"><div class="tools" role="group" aria-label="Image">{buttons}'
-        f'</div><div class="sheet">{figures}</div><div class="maps"></div>{hint}<p class="looked" aria-live="polite"></p>'
-        f'</div><p class="words">{html.escape(words)}</p><div class="strip" role="group" aria-label="Images">{strip}</div>'
+        f'</div><div class="sheet">{figures}</div><div class="maps"></div>{hint}'
+        f'<p class="looked" aria-live="polite"></p></div><p class="words">{html.escape(words)}</p>'
+        f'<div class="strip" role="group" aria-label="Images">{strip}</div>'
     )
 
 
