@@ -12,7 +12,6 @@ import threading
 import time
 
 import numpy as np
-from PIL import Image
 
 from llava.commandline import ArgumentParser, run
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -78,12 +77,12 @@ class ScriptedBackend:
         put(Piece(finish_reason=reason, usage=usage))
 
     def attention_map(self, job, token_ids):
-        """Token n looks at patch n alone, with half of its attention; every image is grey."""
+        """Token n looks at patch n alone, with half of its attention."""
         views = []
         for number in range(len(job.images)):
             weights = np.zeros((len(token_ids), 4, 4), "<f2")
             weights.reshape(-1, 16)[np.arange(len(token_ids)), np.array(token_ids) % 16] = 0.5 / len(job.images)
-            image = png_data_url(Image.new("RGB", (32, 32), (90, 90, 90)))
+            image = png_data_url(open_uploaded_image(job.images[number]).convert("RGB").resize((224, 224)))
             content = base64.b64encode(weights.tobytes()).decode()
             views.append({"number": number, "image": image, "side": 4, "weights": content})
         words = ["echo:", *self._asked(job).split()]
