@@ -330,8 +330,9 @@ def test_flags_of_the_older_scripts(checkpoint, caplog):
     words = ["--model-path", str(checkpoint), "--device", "cpu"]
     for more, aspect_ratio, spread in ([], None, False), (["--keep-aspect-ratio", "--num-gpus", "2"], "keep", True):
         caplog.clear()
-        backend = model_worker._load(model_worker.build_parser().parse_args([*words, *more]))
+        backend, card = model_worker._load(model_worker.build_parser().parse_args([*words, *more]))
         try:
+            assert card.context.endswith(" tokens") and card.trained_on is None
             assert backend.engine.model.config.image_aspect_ratio == aspect_ratio
             assert ("spread over" in caplog.text) is spread
         finally:

@@ -226,9 +226,9 @@ class Page:
         self.stop.click(self.on_stop, self.chat, self.chat, queue=False, **quiet)
         self.edit.click(self.on_edit, [self.chat, self.model], self.view, **quiet)
         self.clear.click(self.on_clear, [self.chat, self.model], self.view, **quiet)
-        for each in self.views:
+        for chatbot in self.views:
             # The component's own bin empties only what is seen.
-            each.clear(self.on_clear, [self.chat, self.model], self.view, **quiet)
+            chatbot.clear(self.on_clear, [self.chat, self.model], self.view, **quiet)
         self.examples.select(self.on_example, [self.chat, self.model], self.view, **quiet)
         self.viewer.view.select(self.on_look, [self.chat, self.model], [self.draft, *self.scan.controls], **quiet)
         self.settings.speed.input(self.on_speed, [self.chat, self.settings.speed], self.views, **quiet)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from llava.model import LlavaForCausalLM
 from llava.model.convert.model_card import shown_name
+from llava.model.language_model import LlavaForCausalLM
 from llava.records import read_json
 from llava.serve.request_models import ModelCard
 

@@ -73,9 +73,12 @@ class Viewer:
         """(images as data: URLs, what they are)."""
         if not model:
             return [], "No model is chosen"
-        if isinstance(image, Scan):
-            image = await in_thread(functools.partial(image.view, self.pool), seconds=LOOK_SECONDS)
-        message = {"role": "user", "content": [image.part(), {"type": "text", "text": "?"}]}
+        view: UploadedImage = (
+            await in_thread(functools.partial(image.view, self.pool), seconds=LOOK_SECONDS)
+            if isinstance(image, Scan)
+            else image
+        )
+        message = {"role": "user", "content": [view.part(), {"type": "text", "text": "?"}]}
         try:
             return await self.client.seen_images(
                 {"model": model, "messages": [message]}
