@@ -216,9 +216,9 @@ class Page:
         places = [self.known, self.waiting, self.main, self.model, self.other]
         self.accept.click(self.on_accept, self.known, [self.notice, self.waiting, self.main, self.accepted], **quiet)
         self.timer.tick(self.on_tick, [self.known, self.accepted, self.model, self.other], places, **quiet)
-        self.other.change(self.on_other, [self.other, self.chat], [self.views[1], self.panes[1]], **quiet)
-        for each in (self.model, self.other):
-            each.change(self.on_models, [self.chat, self.model, self.other], named, **quiet)
+        second = self.other.change(self.on_other, [self.other, self.chat], [self.views[1], self.panes[1]], **quiet)
+        for changed in (self.model.change, second.then):
+            changed(self.on_models, [self.chat, self.model, self.other], named, **quiet)
         # "multiple": otherwise gradio drops, without a word, what is asked while an answer is being made.
         asking = {**quiet, "trigger_mode": "multiple"}
         self.box.submit(self.on_ask, [self.chat, self.box, *chosen], self.view, **asking)
