@@ -5,7 +5,6 @@ import json
 from contextlib import ExitStack
 
 import numpy as np
-from PIL import Image
 
 from llava.serve.web.parts.examples import draw_example
 from tests.images.test_medical import PATIENT, dicom
@@ -41,7 +40,7 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         second = stack.enter_context(worker(controller, "second-model")).wait()
         expect(page.locator("#waiting")).to_have_count(0, timeout=PATIENCE)
 
-        Image.new("RGB", (200, 160), (180, 180, 180)).save(tmp_path / "photo.png")
+        (tmp_path / "photo.png").write_bytes(draw_example("chest"))
         (tmp_path / "slice.dcm").write_bytes(dicom(np.arange(160 * 200, dtype=np.uint16).reshape(160, 200)))
         add_files(page, [tmp_path / "photo.png", tmp_path / "slice.dcm"], 2)
         expect(page.locator("#draft")).to_contain_text("With your next question: 2 images")

@@ -46,7 +46,6 @@ def test_a_conversation(open_page, models, tmp_path, width, scheme):
     expect(page.locator("#examples [data-example]")).to_have_count(3, timeout=PATIENCE)
     composer = Composer(page)
     assert findings(page) == []
-    screenshot(page, f"web_empty_{width}_{scheme}")
 
     add_files(page, [tmp_path / "photo.png", *series(tmp_path)], 2)
     expect(page.locator("#scan-place input[type=number]")).to_have_value(str(SLICES // 2), timeout=PATIENCE)
