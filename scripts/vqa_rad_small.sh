@@ -1,5 +1,6 @@
 #!/bin/sh
-# VQA-RAD with small released weights: SmolLM2-135M and DINOv2-small (scripts/fetch_small_models.sh), on two cores.
+# VQA-RAD with small released weights: SmolLM2-135M and DINOv2-small (scripts/fetch_small_models.sh), on two cores, or on
+# a GPU where there is one: the trainings run beside each other there.
 # Both splits: the official one, and `clean`, whose training has no image of the test. Models: seeing, blind (grey images,
 # trained as long), the language model before any fine-tuning, and answers from memory. Scores in both metric sets with
 # intervals, paired tests, the image taken away. It goes on where it was stopped: what is complete isn't made again.
@@ -12,13 +13,28 @@ set -eu
 : "${STEPS:=-1}"                    # of each training; -1: by epochs
 : "${STAGE_1_EPOCHS:=8}"
 : "${EPOCHS:=6}"
+: "${TURNS:=8}"                     # questions about an image in one conversation, at most
+: "${PIXELS:=224}"                  # height and width of what the tower sees
+: "${RATE:=2e-4}"                   # learning rate of fine-tuning
 : "${TOKENS:=2048}"                 # of a batch, packed
+: "${SAVE_STEPS:=100}"              # between checkpoints
 : "${RESAMPLES:=10000}"
 : "${SPLITS:=official clean}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 say() { echo "== $*"; }
+compute="--use_cpu True --dataloader_num_workers 0" background=
+if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    compute="--bf16 True --dataloader_num_workers 2" background=1
+fi
 OUT="$MODELS" scripts/fetch_small_models.sh
+tower="$MODELS/dinov2-small"
+if [ "$PIXELS" != 224 ]; then
+    tower="$OUT/tower_$PIXELS"
+    mkdir -p "$tower"
+    cp "$MODELS"/dinov2-small/* "$tower/"
+    sed -i "s/224/$PIXELS/" "$tower/preprocessor_config.json"
+fi
 
 # Once: grey images under the same names, the sets, and the training questions that are on no image of the test.
 if [ ! -f "$OUT/data/audit.json" ]; then
@@ -46,9 +62,8 @@ train() { # output folder, flags …: nothing if it is complete; else from its l
     say "$folder"
     python llava/train/train.py --output_dir "$folder" --image_aspect_ratio pad --packing True \
         --max_tokens_per_batch "$TOKENS" --model_max_length 1024 --lr_scheduler_type cosine --warmup_steps 0.03 \
-        --logging_steps 10 --save_strategy steps --save_steps 100 --save_total_limit 1 --report_to none --use_cpu True \
-        --dataloader_num_workers 0 --cache_vision_features True --vision_cache_dir "$OUT/features" \
-        --max_steps "$STEPS" --seed "$SEED" "$@"
+        --logging_steps 10 --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1 --report_to none $compute \
+        --cache_vision_features True --vision_cache_dir "$OUT/features" --max_steps "$STEPS" --seed "$SEED" "$@"
 }
 
 answer() { # checkpoint, images, answer file, flags …
@@ -58,33 +73,56 @@ answer() { # checkpoint, images, answer file, flags …
         --image-folder "$images" --answers-file "$file" --max_new_tokens 32 "$@"
 }
 
+one_run() { # split, seeing or blind: both stages and answers
+    here="$OUT/$1" run="$2" images="$RAD/images"
+    if [ "$run" = blind ]; then images="$OUT/grey"; fi
+    train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
+        --vision_tower "$tower" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
+        --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$images" \
+        --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
+    train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
+        --data_path "$here/data/joined.json" --image_folder "$images" \
+        --num_train_epochs "$EPOCHS" --learning_rate "$RATE"
+    answer "$here/$run" "$images" "$here/$run.jsonl" --yes-no-probabilities
+    if [ "$run" = blind ]; then
+        # The language model before training: stage 1's projector is all that it has learned.
+        answer "$here/blind_stage_1" "$OUT/grey" "$here/language_model.jsonl" --conv-mode smollm2
+        return
+    fi
+    for ablation in blank noise shuffle; do
+        answer "$here/seeing" "$RAD/images" "$here/seeing_$ablation.jsonl" --ablate-image "$ablation"
+    done
+}
+
 for split in $SPLITS; do
     here="$OUT/$split"
     questions="$OUT/data/train.json"
     if [ "$split" = clean ]; then questions="$OUT/data/clean_train.json"; fi
     if [ ! -f "$here/data/joined.json" ]; then
         python -m llava.data.convert qa-captions --records "$questions" \
-            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns 8
+            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns "$TURNS"
     fi
     python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" \
         --image-folder "$RAD/images" --vision-tower "$MODELS/dinov2-small" --output-dir "$here/memory" --device cpu
+done
+
+started=
+for split in $SPLITS; do
     for run in seeing blind; do
-        images="$RAD/images"
-        if [ "$run" = blind ]; then images="$OUT/grey"; fi
-        train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
-            --vision_tower "$MODELS/dinov2-small" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
-            --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$images" \
-            --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
-        train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
-            --data_path "$here/data/joined.json" --image_folder "$images" \
-            --num_train_epochs "$EPOCHS" --learning_rate 2e-4
-        answer "$here/$run" "$images" "$here/$run.jsonl" --yes-no-probabilities
+        if [ -n "$background" ]; then
+            mkdir -p "$OUT/$split"
+            one_run "$split" "$run" >"$OUT/$split/$run.log" 2>&1 &
+            started="$started $!"
+            echo "$split, $run: $OUT/$split/$run.log"
+        else
+            one_run "$split" "$run"
+        fi
     done
-    # The language model before training: stage 1's projector is all that it has learned.
-    answer "$here/blind_stage_1" "$OUT/grey" "$here/language_model.jsonl" --conv-mode smollm2
-    for ablation in blank noise shuffle; do
-        answer "$here/seeing" "$RAD/images" "$here/seeing_$ablation.jsonl" --ablate-image "$ablation"
-    done
+done
+for process in $started; do wait "$process"; done
+
+for split in $SPLITS; do
+    here="$OUT/$split"
     say "$split: seeing against memory and against blind"
     for other in blind seeing_shuffle language_model; do
         python -m llava.eval.run_eval --gt "$OUT/data/test.json" --pred "$here/seeing.jsonl" --group-by \
