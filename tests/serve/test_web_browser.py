@@ -72,6 +72,7 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         page.keyboard.press("Enter")
 
         ask(page, "go on and be slow")
+        expect(page.locator(".tok")).to_have_count(0, timeout=PATIENCE)
         expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
         expect(last_answer(page)).to_contain_text("slow", timeout=PATIENCE)
         page.keyboard.press("Escape")

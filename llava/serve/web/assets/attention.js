@@ -131,6 +131,7 @@ document.addEventListener("keydown", (event) => {
 watch("attention", () => {
   maps.found = props.attention ? JSON.parse(props.attention) : {};
   maps.chosen = null;
+  for (const mark of document.querySelectorAll(`.${PICKED}`)) { mark.replaceWith(...mark.childNodes); }
   for (const side of Object.keys(maps.found)) { wrap(side); }
   hide();
 });
