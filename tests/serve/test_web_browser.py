@@ -109,7 +109,7 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         screenshot(page, "web_error")
 
         page.locator("#vote-left").click()
-        wait_until(lambda: any(web.votes.glob("*.jsonl")), 60)
+        wait_until(lambda: any(path.stat().st_size for path in web.votes.glob("*.jsonl")), 60)
         (file,) = web.votes.glob("*.jsonl")
         assert file.stat().st_mode & 0o777 == 0o600
         vote = json.loads(file.read_text())

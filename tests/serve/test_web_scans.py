@@ -136,7 +136,7 @@ def test_a_ct_series(open_page, controller, web, tmp_path):
         expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
         text = save(page)
         page.locator("#vote-good").click()
-        wait_until(lambda: any(web.votes.glob("*.jsonl")), 60)
+        wait_until(lambda: any(path.stat().st_size for path in web.votes.glob("*.jsonl")), 60)
         page.locator("#clear").click()
         expect(page.locator("#scan")).to_have_count(0, timeout=PATIENCE)
 
