@@ -328,7 +328,7 @@ class Page:
         box: dict[str, Any] | None = {"text": "", "files": []}
         *controls, seen = await self._desk(chat, model)
         # The attention map is the last answer's.
-        desk = [*controls, seen if isinstance(seen, dict) else gr.HTML(seen, attention="")]
+        desk = [*controls, gr.HTML(seen, attention="")]
         chat.running = True
         try:
             async for _ in answer(self.client, chat, models, sampling):

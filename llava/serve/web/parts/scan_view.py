@@ -51,8 +51,9 @@ class ScanPart:
         everything = [*self.controls, draft]
         self.axis.input(self.on_axis, [chat, self.axis, model], everything, **quiet)
         self.preset.input(self.on_preset, [chat, self.preset, self.centre, self.width, model], everything, **quiet)
-        # Of a slider that is drawn along only the last place matters.
-        drawn = {**quiet, "trigger_mode": "always_last"}
+        # Of a slider that is drawn along only the last place matters. Gradio's queue looks for work 20 times a second,
+        # which is as often as slices are to change.
+        drawn = {**quiet, "trigger_mode": "always_last", "queue": False}
         self.place.input(self.on_place, [chat, self.place, model], seen, **drawn)
         for slider in (self.centre, self.width):
             slider.input(self.on_window, [chat, self.centre, self.width, model], [self.preset, *seen], **drawn)
@@ -141,13 +142,12 @@ class ScanPart:
             seen,
         ]
 
-    async def seen(self, chat: Chat, model: str | None) -> Any:
-        """What the viewer shows; as it was, with a warning, if the view can't be opened."""
+    async def seen(self, chat: Chat, model: str | None) -> str:
+        """What the viewer shows: words if the view can't be opened."""
         try:
             return await self.viewer.html(chat, model)
         except (LlavaError, ServeError) as error:
-            gr.Warning(f"The view can't be shown. {error}")
-            return gr.skip()
+            return self.viewer.fault(chat, f"The view can't be shown: {error}")
 
 
 def draft_of(chat: Chat) -> str:

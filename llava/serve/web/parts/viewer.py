@@ -69,6 +69,10 @@ class Viewer:
             words += f". {more}"
         return page_of(shown, words, strip, chat.is_compared)
 
+    def fault(self, chat: Chat, words: str) -> str:
+        """What the component shows where an image can't be."""
+        return page_of([], words, _strip(chat, chat.images()), chat.is_compared)
+
     async def _as_model_sees(self, image: UploadedImage | Scan, model: str | None) -> tuple[list[str], str]:
         """(images as data: URLs, what they are)."""
         if not model:
@@ -105,7 +109,7 @@ def page_of(shown: list[tuple[str, str]], words: str, strip: str, is_compared: b
         f'<button type="button" data-do="compare" aria-pressed="{pressed}" '
         'title="The image beside what the model gets of it (m)">As the model sees it</button>'
     )
-    hint = "" if shown else f'<p class="hint">{EMPTY}</p>'
+    hint = "" if shown or strip else f'<p class="hint">{EMPTY}</p>'
     return (
         f'<div class="stage{"" if shown else " empty"}"><div class="tools" role="group" aria-label="Image">{buttons}'
         f'</div><div class="sheet">{figures}</div><div class="maps"></div>{hint}'
