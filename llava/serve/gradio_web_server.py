@@ -101,7 +101,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     with _no_stub_files():
         gradio = require("gradio", "serve")
     from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
-    from llava.serve.web.page import CSS, HEAD, PageOptions, build_page, page_theme
+    from llava.serve.web.page import PageOptions, build_page
+    from llava.serve.web.theme import CSS, HEAD, page_theme
 
     _steady_sessions()
     client = new_client(args.controller_url, secret, log_from_args(args))

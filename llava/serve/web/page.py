@@ -4,7 +4,6 @@ import asyncio
 import html
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -29,7 +28,6 @@ from llava.serve.web.parts.scan_view import ScanPart, draft_of
 from llava.serve.web.parts.settings import SettingsPanel
 from llava.serve.web.parts.viewer import Viewer
 from llava.serve.web.parts.votes import Votes
-from llava.serve.web.uploads import MAX_FILE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -55,32 +53,6 @@ KEYS = """<h2>Keys</h2><dl><dt>Enter</dt><dd>send the question</dd><dt>Escape</d
 <dt>↑ / ↓ outside the question, or the wheel</dt><dd>slices of a scan</dd>
 <dt>+ / − / 0 outside the question, or Ctrl and the wheel</dt><dd>zoom, fit; drag to move, double click to fit</dd>
 <dt>m</dt><dd>the image as the model sees it</dd></dl>"""
-
-_ASSETS = Path(__file__).parent / "assets"
-CSS = (_ASSETS / "page.css").read_text("utf-8")
-HEAD = f"<script>const MOST_BYTES = {MAX_FILE_BYTES};\n{(_ASSETS / 'desk.js').read_text('utf-8')}</script>"
-
-
-def page_theme() -> gr.themes.Base:
-    """Quiet colours, and the fonts that the reader's system has: nothing is fetched."""
-    return gr.themes.Base(
-        primary_hue="blue",
-        neutral_hue="slate",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-        radius_size="sm",
-        spacing_size="sm",
-    ).set(
-        # Contrast of 4.5 and more, also of what is said by the way.
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_400",
-        block_info_text_color="*neutral_600",
-        block_info_text_color_dark="*neutral_300",
-        input_placeholder_color="*neutral_600",
-        input_placeholder_color_dark="*neutral_300",
-        button_primary_background_fill="*primary_700",
-        button_primary_background_fill_hover="*primary_800",
-    )
 
 
 @dataclass(frozen=True)
