@@ -12,21 +12,23 @@ set -eu
 : "${SEED:=0}"
 : "${STEPS:=-1}"                    # of each training; -1: by epochs
 : "${STAGE_1_EPOCHS:=8}"
-: "${EPOCHS:=6}"
-: "${TURNS:=8}"                     # questions about an image in one conversation, at most
-: "${PIXELS:=224}"                  # height and width of what the tower sees
-: "${RATE:=2e-4}"                   # learning rate of fine-tuning
-: "${TOKENS:=2048}"                 # of a batch, packed
+: "${RATE:=5e-4}"                   # learning rate of fine-tuning
 : "${SAVE_STEPS:=100}"              # between checkpoints
 : "${RESAMPLES:=10000}"
 : "${SPLITS:=official clean}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 say() { echo "== $*"; }
-compute="--use_cpu True --dataloader_num_workers 0" background=
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     compute="--bf16 True --dataloader_num_workers 2" background=1
+    : "${EPOCHS:=10}" "${TURNS:=1}" "${PIXELS:=224}" "${TOKENS:=8192}"
+else
+    # Several questions of an image in one conversation, and fewer patches: a sixth of the tokens.
+    compute="--use_cpu True --dataloader_num_workers 0" background=
+    : "${EPOCHS:=6}" "${TURNS:=8}" "${PIXELS:=112}" "${TOKENS:=2048}"
 fi
+# EPOCHS of fine-tuning; TURNS: questions of a conversation, at most; PIXELS: height and width of what the tower sees;
+# TOKENS of a batch, packed.
 OUT="$MODELS" scripts/fetch_small_models.sh
 tower="$MODELS/dinov2-small"
 if [ "$PIXELS" != 224 ]; then
@@ -73,26 +75,18 @@ answer() { # checkpoint, images, answer file, flags …
         --image-folder "$images" --answers-file "$file" --max_new_tokens 32 "$@"
 }
 
-one_run() { # split, seeing or blind: both stages and answers
-    here="$OUT/$1" run="$2" images="$RAD/images"
-    if [ "$run" = blind ]; then images="$OUT/grey"; fi
+both_stages() { # split, seeing or blind
+    here="$OUT/$1" run="$2"
     train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
         --vision_tower "$tower" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
-        --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$images" \
+        --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$(images_of "$run")" \
         --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
     train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
-        --data_path "$here/data/joined.json" --image_folder "$images" \
+        --data_path "$here/data/joined.json" --image_folder "$(images_of "$run")" \
         --num_train_epochs "$EPOCHS" --learning_rate "$RATE"
-    answer "$here/$run" "$images" "$here/$run.jsonl" --yes-no-probabilities
-    if [ "$run" = blind ]; then
-        # The language model before training: stage 1's projector is all that it has learned.
-        answer "$here/blind_stage_1" "$OUT/grey" "$here/language_model.jsonl" --conv-mode smollm2
-        return
-    fi
-    for ablation in blank noise shuffle; do
-        answer "$here/seeing" "$RAD/images" "$here/seeing_$ablation.jsonl" --ablate-image "$ablation"
-    done
 }
+
+images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }
 
 for split in $SPLITS; do
     here="$OUT/$split"
@@ -110,12 +104,11 @@ started=
 for split in $SPLITS; do
     for run in seeing blind; do
         if [ -n "$background" ]; then
-            mkdir -p "$OUT/$split"
-            one_run "$split" "$run" >"$OUT/$split/$run.log" 2>&1 &
+            both_stages "$split" "$run" >"$OUT/$split/$run.log" 2>&1 &
             started="$started $!"
             echo "$split, $run: $OUT/$split/$run.log"
         else
-            one_run "$split" "$run"
+            both_stages "$split" "$run"
         fi
     done
 done
@@ -123,6 +116,14 @@ for process in $started; do wait "$process"; done
 
 for split in $SPLITS; do
     here="$OUT/$split"
+    for run in seeing blind; do
+        answer "$here/$run" "$(images_of "$run")" "$here/$run.jsonl" --yes-no-probabilities
+    done
+    # The language model before training: stage 1's projector is all that it has learned.
+    answer "$here/blind_stage_1" "$OUT/grey" "$here/language_model.jsonl" --conv-mode smollm2
+    for ablation in blank noise shuffle; do
+        answer "$here/seeing" "$RAD/images" "$here/seeing_$ablation.jsonl" --ablate-image "$ablation"
+    done
     say "$split: seeing against memory and against blind"
     for other in blind seeing_shuffle language_model; do
         python -m llava.eval.run_eval --gt "$OUT/data/test.json" --pred "$here/seeing.jsonl" --group-by \
