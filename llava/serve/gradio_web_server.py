@@ -29,10 +29,10 @@ from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
 from llava.serve.transport.server import require_serving, run_server
 from llava.serve.web.browser import BrowserHeaders, visitor_check
+from llava.serve.web.uploads import MAX_FILE_BYTES, Uploads
 
 logger = logging.getLogger(__name__)
 
-MAX_FILE_BYTES = 32 << 20
 MAX_BODY_BYTES = 8 * MAX_FILE_BYTES
 SWEEP_SECONDS = 60
 MEMORY_FOLDER = Path("/dev/shm")
@@ -105,8 +105,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     with _no_stub_files():
         gradio = require("gradio", "serve")
     from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
-    from llava.serve.web.page import CSS, HEAD, PageOptions, build_page, page_theme
-    from llava.serve.web.uploads import Uploads
+    from llava.serve.web.page import PageOptions, build_page
+    from llava.serve.web.theme import CSS, HEAD, page_theme
 
     _steady_sessions()
     client = new_client(args.controller_url, secret, log_from_args(args))

@@ -9,11 +9,13 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.serve.protocol import check_address
+from llava.serve.request_models import ModelCard
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES
@@ -93,13 +95,13 @@ def main(argv=None) -> None:
         logger.warning("--worker-address names another machine, but --host 127.0.0.1 listens on this one alone")
     # The model's thread gives the interpreter away only when told to; each request changes threads several times.
     sys.setswitchinterval(SWITCH_SECONDS)
-    backend = _load(args)
+    backend, card = _load(args)
     # uvloop where it is installed, as uvicorn.run would take it: the model's thread waits for every turn of the loop.
     with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-        runner.run(_serve(args, backend, secret, address))
+        runner.run(_serve(args, backend, card, secret, address))
 
 
-async def _serve(args, backend, secret: str | None, address: str) -> None:
+async def _serve(args, backend, card: ModelCard, secret: str | None, address: str) -> None:
     from llava.serve.worker.app import WorkerApp, serve
     from llava.serve.worker.heartbeat import Membership
 
@@ -114,6 +116,7 @@ async def _serve(args, backend, secret: str | None, address: str) -> None:
         timeout=args.request_timeout,
         max_body=args.max_body_bytes,
         hosts=Hosts.from_args(args, urlsplit(address).hostname),
+        card=card,
     )
     member = None if args.no_register else Membership(args.controller_address, address, worker.status, secret)
     logger.info("serving %s on port %d", name, args.port)
@@ -128,11 +131,12 @@ def model_name(path: str) -> str:
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
 
-def _load(args):
+def _load(args) -> tuple[Any, ModelCard]:
+    """(the backend, what is told of its model)."""
     if bool(args.model_path) == bool(args.api_base and args.api_model):
         raise LlavaError("give --model-path (a checkpoint), or --api-base and --api-model (a server)")
     if args.api_base:
-        return _connect(args)
+        return _connect(args), ModelCard(language_model=f"{model_name(args.api_model)}, on a server of another make")
     from llava.model.weights.locate import locate_model
 
     locate_model(args.model_path)  # before torch is imported, which takes seconds
@@ -140,6 +144,7 @@ def _load(args):
 
     from llava.generation import Engine
     from llava.model import load_pretrained_model
+    from llava.serve.worker.card import card_of
     from llava.serve.worker.engine_backend import EngineBackend
 
     if args.num_gpus > torch.cuda.device_count() and args.num_gpus > 1:
@@ -162,7 +167,7 @@ def _load(args):
         max_waiting=args.max_queue,
         cache_bytes=None if args.cache_mb is None else args.cache_mb << 20,
     )
-    return EngineBackend(engine)
+    return EngineBackend(engine), card_of(args.model_path, loaded.model)
 
 
 def _connect(args):

@@ -75,6 +75,9 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     data_path: str = _flag(None, "records: JSON, JSONL or Parquet")
+    data_description: str | None = _flag(
+        None, "a line on what the records are; the checkpoint keeps it, and the web page shows it (default: unchanged)"
+    )
     image_folder: str | None = _flag(None, "folder that the records' image names are relative to")
     lazy_preprocess: bool | None = _flag(
         None, "tokenise each record when it is needed (default: only if there are more than 50,000)"

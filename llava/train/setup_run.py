@@ -226,6 +226,7 @@ def summarise(
     peak = peak_tflops(training.peak_tflops)
     return {
         "output_dir": str(training.output_dir),
+        "base": arguments.model.model_name_or_path,
         "resumed_from": str(checkpoint) if checkpoint else None,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
