@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from transformers import AutoModelForCausalLM
 
 from llava.conversation import get_template
 from llava.generation import Engine, Request, SamplingParams
 from llava.model import build_model_from_llm, load_pretrained_model, save_model
+from llava.model.gguf.reader import import_gguf
 from llava.model.gguf.writer import export_gguf
+from llava.tokenization import encode_prompt
 from tests.real.llama_cpp import LlamaCpp, load_or_skip
 from tests.tiny import make_clip, make_llava, make_tower
 
@@ -25,15 +28,10 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-def prompts(loaded) -> list[list[int]]:
-    from llava.tokenization import encode_prompt
-
-    found = []
-    for question in QUESTIONS:
-        conversation = get_template("smollm2")
-        conversation.append_message(conversation.roles[0], question)
-        found.append(encode_prompt(conversation, loaded.tokenizer))
-    return found
+def prompt(question: str, tokenizer) -> list[int]:
+    conversation = get_template("smollm2")
+    conversation.append_message(conversation.roles[0], question)
+    return encode_prompt(conversation, tokenizer)
 
 
 def first_sentence(text: str) -> str:
@@ -46,7 +44,7 @@ def test_text(kind, greatest, relative, same, llava, tmp_path):
     loaded = load_pretrained_model(llava, device="cpu")
     theirs = LlamaCpp(export_gguf(llava, tmp_path / "gguf", kind=kind) / f"model-{kind}.gguf")
     ends, decode, equal = {loaded.tokenizer.eos_token_id}, loaded.tokenizer.decode, 0
-    for ids in prompts(loaded):
+    for ids in (prompt(question, loaded.tokenizer) for question in QUESTIONS):
         assert theirs.model.tokenize(decode(ids), add_special=True, parse_special=True) == ids
         with torch.inference_mode():
             ours = loaded.model(input_ids=torch.tensor([ids])).logits[0].numpy()
@@ -56,6 +54,30 @@ def test_text(kind, greatest, relative, same, llava, tmp_path):
         answer = answer[: next((place for place, token in enumerate(answer) if token in ends), None)]
         equal += first_sentence(decode(theirs.greedy(ids, 24, ends))) == first_sentence(decode(answer))
     assert equal >= same
+
+
+@pytest.mark.parametrize(("kind", "relative", "same"), [("q8_0", 0.06, 14), ("q4_0", 0.12, 8)])
+def test_quantized_text(kind, relative, same, llava, tmp_path):
+    """llama.cpp multiplies with activations in 8 bits: logits are near those of the file's own weights, read back in
+    float32, and answers are sentences.
+    """
+    load_or_skip()
+    tokenizer = load_pretrained_model(llava, device="cpu").tokenizer
+    file = export_gguf(llava, tmp_path / "gguf", kind=kind) / f"model-{kind}.gguf"
+    ours = AutoModelForCausalLM.from_pretrained(import_gguf(file, tmp_path / "back"), dtype=torch.float32).eval()
+    theirs = LlamaCpp(file)
+    end, equal, greatest, answers = tokenizer.eos_token_id, 0, 0.0, []
+    for question in QUESTIONS:
+        ids = prompt(question, tokenizer)
+        with torch.inference_mode():
+            expected = ours(torch.tensor([ids])).logits[0].numpy()
+        greatest = max(greatest, np.abs(theirs.logits(ids) - expected).max() / np.abs(expected).max())
+        answer = ours.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
+        answers.append(tokenizer.decode(theirs.greedy(ids, 24, {end})))
+        equal += first_sentence(answers[-1]) == first_sentence(tokenizer.decode(answer, skip_special_tokens=True))
+    assert greatest <= relative and equal >= same, (greatest, equal)
+    assert "Paris" in answers[QUESTIONS.index("What is the capital of France?")]
+    assert np.mean([len(answer.split()) for answer in answers]) >= 8
 
 
 def images(side: int, count: int) -> list[Image.Image]:
