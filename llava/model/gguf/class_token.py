@@ -133,7 +133,7 @@ class Widening:
     def positions(self, table: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden]` to `[tokens, width]`, with the rows' numbers."""
         wide = self.embedding(table.T).T.contiguous()
-        before, before_sum, own, own_sum, one, *_ = self._places
+        before, before_sum, own, own_sum, one = self._places[:5]
         unit = self._unit * (1 if self.pre_norm is None else _DAMPED * self.spread)
         digits = self._digits(torch.arange(self.tokens)) * unit
         previous = digits.roll(1, 0)
