@@ -10,7 +10,7 @@ set -eu
 OUT="$MODELS" scripts/fetch_small_models.sh
 
 if [ ! -d "$OUT/data" ]; then
-    python -m llava.data.phantoms --output-dir "$OUT/data" --train "$IMAGES" --test 40 --conversations "$IMAGES" \
+    python -m llava.data.phantoms --output-dir "$OUT/data" --train "$IMAGES" --test 8 --conversations "$IMAGES" \
         --vqa "$IMAGES" --text 100
 fi
 

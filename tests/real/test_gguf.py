@@ -18,7 +18,7 @@ from llava.tokenization import encode_prompt
 from tests.real.llama_cpp import LlamaCpp, load_or_skip
 from tests.tiny import make_clip, make_llava, make_tower
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
 
 QUESTIONS = (
     "What is a lung?", "Name three colours.", "12 + 30 = ?", "Is the heart a muscle?", "What does an X-ray show?",

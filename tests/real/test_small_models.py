@@ -13,7 +13,7 @@ from llava.tokenization import encode_prompt
 from tests.real.test_gguf import QUESTIONS
 from tests.tiny_serving import serving
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
 
 MORE = (
     "Schreib einen Satz auf Deutsch über Lungen.",

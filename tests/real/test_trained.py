@@ -22,7 +22,7 @@ from tests.model import test_hf_layout_files as by_transformers
 from tests.real.llama_cpp import LlamaCpp, load_or_skip
 from tests.tiny_serving import serving
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
 
 QUESTION = "What does the picture show?"
 NEW = 12
