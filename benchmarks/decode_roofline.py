@@ -183,7 +183,9 @@ def fake_runner(model: LlavaLlamaForCausalLM, batch: int, context: int) -> Runne
                     held[name] = torch.nn.Parameter(new, requires_grad=False) if held is module._parameters else new
     position = 2 * 2 * model.config.num_hidden_layers * SIZES["hidden_size"]
     kernel = next(one for one in signatures() if one.name.startswith("torch"))
-    with mock.patch("llava.generation.runner.working_kernel", lambda *_: kernel):
+    # By torch's operators, which can be counted.
+    choices = {"working_kernel": lambda *_: kernel, "working_fused": lambda *_: None}
+    with mock.patch.multiple("llava.generation.runner", **choices):
         runner = Runner(model, None, batch * (context + 16) * position, 4096, max_rows=batch)
     assert isinstance(runner.cache, PageCache) and runner.decoder is not None
     return runner

@@ -9,6 +9,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from llava.errors import LlavaError, one_line
 
 EXIT_BAD_INPUT = 2
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC}
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 MOST_TRACEBACK_LINES = 200
 
 
@@ -116,6 +118,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if debug or error.errno not in _REFUSED or error.filename is None:
             raise
         complain(f"error: {error.filename}: {error.strerror}; choose another place")
+        sys.exit(EXIT_BAD_INPUT)
+    except (RuntimeError, MemoryError) as error:  # torch's are RuntimeErrors, of the GPU and of the CPU
+        if debug or not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+            raise
+        reason = str(error).split("\n")[0] or "the machine's memory is used up"
+        complain(
+            f"error: out of memory: {reason[:300]}; end what else uses the device, or take smaller batches "
+            "(`python -m llava.train.estimate_memory` tells what a training needs)"
+        )
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# VQA-RAD with small released weights: SmolLM2-135M and DINOv2-small (scripts/fetch_small_models.sh), on two cores.
+# VQA-RAD with small released weights: SmolLM2-135M and DINOv2-small (scripts/fetch_small_models.sh), on two cores, or on
+# a GPU where there is one: the trainings run beside each other there.
 # Both splits: the official one, and `clean`, whose training has no image of the test. Models: seeing, blind (grey images,
 # trained as long), the language model before any fine-tuning, and answers from memory. Scores in both metric sets with
 # intervals, paired tests, the image taken away. It goes on where it was stopped: what is complete isn't made again.
@@ -11,14 +12,31 @@ set -eu
 : "${SEED:=0}"
 : "${STEPS:=-1}"                    # of each training; -1: by epochs
 : "${STAGE_1_EPOCHS:=8}"
-: "${EPOCHS:=6}"
-: "${TOKENS:=2048}"                 # of a batch, packed
+: "${RATE:=5e-4}"                   # learning rate of fine-tuning
+: "${SAVE_STEPS:=100}"              # between checkpoints
 : "${RESAMPLES:=10000}"
 : "${SPLITS:=official clean}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 say() { echo "== $*"; }
+if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    compute="--bf16 True --dataloader_num_workers 2" background=1
+    : "${EPOCHS:=10}" "${TURNS:=1}" "${PIXELS:=224}" "${TOKENS:=8192}"
+else
+    # Several questions of an image in one conversation, and fewer patches: a sixth of the tokens.
+    compute="--use_cpu True --dataloader_num_workers 0" background=
+    : "${EPOCHS:=6}" "${TURNS:=8}" "${PIXELS:=112}" "${TOKENS:=2048}"
+fi
+# EPOCHS of fine-tuning; TURNS: questions of a conversation, at most; PIXELS: height and width of what the tower sees;
+# TOKENS of a batch, packed.
 OUT="$MODELS" scripts/fetch_small_models.sh
+tower="$MODELS/dinov2-small"
+if [ "$PIXELS" != 224 ]; then
+    tower="$OUT/tower_$PIXELS"
+    mkdir -p "$tower"
+    cp "$MODELS"/dinov2-small/* "$tower/"
+    sed -i "s/224/$PIXELS/" "$tower/preprocessor_config.json"
+fi
 
 # Once: grey images under the same names, the sets, and the training questions that are on no image of the test.
 if [ ! -f "$OUT/data/audit.json" ]; then
@@ -46,9 +64,8 @@ train() { # output folder, flags …: nothing if it is complete; else from its l
     say "$folder"
     python llava/train/train.py --output_dir "$folder" --image_aspect_ratio pad --packing True \
         --max_tokens_per_batch "$TOKENS" --model_max_length 1024 --lr_scheduler_type cosine --warmup_steps 0.03 \
-        --logging_steps 10 --save_strategy steps --save_steps 100 --save_total_limit 1 --report_to none --use_cpu True \
-        --dataloader_num_workers 0 --cache_vision_features True --vision_cache_dir "$OUT/features" \
-        --max_steps "$STEPS" --seed "$SEED" "$@"
+        --logging_steps 10 --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1 --report_to none $compute \
+        --cache_vision_features True --vision_cache_dir "$OUT/features" --max_steps "$STEPS" --seed "$SEED" "$@"
 }
 
 answer() { # checkpoint, images, answer file, flags …
@@ -58,27 +75,49 @@ answer() { # checkpoint, images, answer file, flags …
         --image-folder "$images" --answers-file "$file" --max_new_tokens 32 "$@"
 }
 
+both_stages() { # split, seeing or blind
+    here="$OUT/$1" run="$2"
+    train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
+        --vision_tower "$tower" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
+        --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$(images_of "$run")" \
+        --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
+    train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
+        --data_path "$here/data/joined.json" --image_folder "$(images_of "$run")" \
+        --num_train_epochs "$EPOCHS" --learning_rate "$RATE"
+}
+
+images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }
+
 for split in $SPLITS; do
     here="$OUT/$split"
     questions="$OUT/data/train.json"
     if [ "$split" = clean ]; then questions="$OUT/data/clean_train.json"; fi
     if [ ! -f "$here/data/joined.json" ]; then
         python -m llava.data.convert qa-captions --records "$questions" \
-            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns 8
+            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns "$TURNS"
     fi
     python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" \
         --image-folder "$RAD/images" --vision-tower "$MODELS/dinov2-small" --output-dir "$here/memory" --device cpu
+done
+
+started=
+for split in $SPLITS; do
     for run in seeing blind; do
-        images="$RAD/images"
-        if [ "$run" = blind ]; then images="$OUT/grey"; fi
-        train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
-            --vision_tower "$MODELS/dinov2-small" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
-            --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$images" \
-            --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
-        train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
-            --data_path "$here/data/joined.json" --image_folder "$images" \
-            --num_train_epochs "$EPOCHS" --learning_rate 2e-4
-        answer "$here/$run" "$images" "$here/$run.jsonl" --yes-no-probabilities
+        if [ -n "$background" ]; then
+            both_stages "$split" "$run" >"$OUT/$split/$run.log" 2>&1 &
+            started="$started $!"
+            echo "$split, $run: $OUT/$split/$run.log"
+        else
+            both_stages "$split" "$run"
+        fi
+    done
+done
+for process in $started; do wait "$process"; done
+
+for split in $SPLITS; do
+    here="$OUT/$split"
+    for run in seeing blind; do
+        answer "$here/$run" "$(images_of "$run")" "$here/$run.jsonl" --yes-no-probabilities
     done
     # The language model before training: stage 1's projector is all that it has learned.
     answer "$here/blind_stage_1" "$OUT/grey" "$here/language_model.jsonl" --conv-mode smollm2

@@ -71,7 +71,10 @@ def test_every_benchmark_is_run_here():
     assert names == {*SMALL, *LONG, "gpu"}
 
 
-GPU_PARTS = {"small": ["ceilings", "decode"], "long": ["attention", "training", "layers", "layers_compiled"]}
+GPU_PARTS = {
+    "small": ["ceilings", "decode"],
+    "long": ["attention", "training", "layers", "layers_compiled", "whole_7b"],
+}
 
 
 @pytest.mark.parametrize("parts", ["small", pytest.param("long", marks=pytest.mark.long)])

@@ -52,3 +52,24 @@ def test_bad_input_is_one_line_and_exit_code_2():
     assert done.stderr.strip().splitlines() == ["error: record 17: image not found run something"]
     debug = subprocess.run([sys.executable, "-c", COMMAND, "--debug"], capture_output=True, text=True)
     assert "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB\\nmore')",
+        "torch.AcceleratorError('CUDA error: out of memory\\nSearch for it', 2)",
+        "MemoryError()",
+    ],
+)
+def test_no_memory_is_one_line(raised):
+    code = f"import torch; from llava.commandline import run\ndef main(): raise {raised}\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: out of memory: ") and "estimate_memory" in done.stderr
+
+
+def test_other_errors_keep_their_traceback():
+    code = "from llava.commandline import run\ndef main(): raise RuntimeError('shapes differ')\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr

@@ -3,8 +3,10 @@
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -108,27 +110,73 @@ def ceilings(miniature: bool) -> dict:
         right = torch.randn(columns // scale, inner // scale, device=device).bfloat16()
         spent = milliseconds(partial(torch.nn.functional.linear, left, right), miniature=miniature)
         products[name] = 2 * rows * inner * columns / scale**3 / spent / 1e9
-    source = torch.randn((1 << 16 if miniature else 1 << 30), device=device)
+    return {"product_tflops": products, "copy_tb_per_s": copy_rate(miniature)}
+
+
+def copy_rate(miniature: bool) -> float:
+    """TB/s of a large copy, bytes read and written."""
+    source = torch.randn((1 << 16 if miniature else 1 << 30), device=device_of(miniature))
     target = torch.empty_like(source)
     spent = milliseconds(lambda: target.copy_(source), miniature=miniature)
-    return {"product_tflops": products, "copy_tb_per_s": 2 * source.nbytes / spent / 1e9}
+    return 2 * source.nbytes / spent / 1e9
+
+
+VARIANTS = {"": {}, "torch's kernels, ": {"working_fused": None}, "gathered pages, ": {"working_kernel": None}}
+"""What stands in for the runner's choices: nothing, no kernels of this project between products, none over pages."""
 
 
 def decode(miniature: bool) -> dict:
-    """The engine's milliseconds per step and tokens per second at three batch sizes, 7B in bf16, prompts of 300."""
-    from llava.generation import Engine
-
+    """The engine's milliseconds per step, tokens per second and share of the memory's bandwidth (weights, keys and
+    values read once, at the rate of copies), 7B in bf16, prompts of 300; also without the project's own kernels."""
     loaded = answering_model(miniature)
     steps, batches = (4, (1, 2)) if miniature else (64, (1, 32, 64))
-    numbers = {}
-    for batch in batches:
-        engine = Engine(loaded, max_batch_size=batch, cache_bytes=1 << 28 if miniature else 24 << 30, prefix_bytes=0)
-        generate(engine, batch, 4)
-        first = min(generate(engine, batch, 1) for _ in range(2))
-        whole = min(generate(engine, batch, steps + 1) for _ in range(2))
-        step = (whole - first) / steps
-        numbers[f"batch {batch}"] = {"step_ms": step * 1e3, "tokens_per_second": batch / step, "prefill_s": first}
+    rate = copy_rate(miniature)
+    numbers: dict = {"copy_tb_per_s": rate}
+    for variant, changes in VARIANTS.items():
+        for batch in batches if not changes else batches[:2]:
+            numbers[f"{variant}batch {batch}"] = decoding(loaded, batch, steps, changes, rate)
     return numbers
+
+
+def decoding(loaded, batch: int, steps: int, changes: dict, rate: float) -> dict:
+    """Of one batch size; the cache's memory is free again at the end."""
+    from llava.generation import Engine
+    from llava.generation.attention.kernels import GATHERED
+
+    stand_ins = {"working_fused": lambda _: None, "working_kernel": lambda *_: GATHERED}
+    with ExitStack() as stack:
+        for name in changes:
+            stack.enter_context(mock.patch(f"llava.generation.runner.{name}", stand_ins[name]))
+        engine = Engine(
+            loaded, max_batch_size=batch, cache_bytes=batch * 400 * 2**20 + 2**28, prefix_bytes=0, max_prefill=1 << 15
+        )
+    runner = engine.scheduler.runner
+    generate(engine, batch, steps + 1)  # kernels are compiled, graphs captured
+    first = min(generate(engine, batch, 1) for _ in range(2))
+    whole = min(generate(engine, batch, steps + 1) for _ in range(2))
+    step = (whole - first) / steps
+    model = loaded.model
+    read = sum(one.nbytes for one in (*model.get_model().layers.parameters(), model.lm_head.weight))
+    read += batch * (min(300, engine.context_len // 2) + steps / 2) * runner.bytes_per_position
+    found = {
+        "step_ms": step * 1e3, "tokens_per_second": batch / step, "prefill_s": first,
+        "bandwidth_share": read / step / (rate * 1e12),
+        "kernel": runner.kernel.name if runner.kernel else "rows",
+    }  # fmt: skip
+    captured = runner.decoder._captured if runner.decoder is not None else {}
+    if captured:
+        _, graph, _ = captured[max(captured)]
+        found |= {"graph_ms": milliseconds(graph.replay), "kernels": kernels_of(graph.replay)}
+    return found
+
+
+def kernels_of(work, most: int = 9) -> list[str]:
+    """The kernels that take most of the GPU's time in one run."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
+    return [f"{row.self_device_time_total / 1e3:8.3f} ms {row.count:5} x {row.key[:90]}" for row in rows[:most]]
 
 
 def generate(engine, batch: int, tokens: int) -> float:

@@ -128,6 +128,10 @@ def losses_of(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+WHOLE = ("--torch_compile", "True", "--optim", "adamw_torch_8bit", "--master_weights", "False")
+"""Flags of scripts/one_80gb_gpu.sh, with which all layers of a 7B fit."""
+
+
 def layers(miniature: bool, *flags: str) -> dict:
     """The real training of 7B-shaped layers, as many as fit, packed to 4096, four micro-batches a step."""
     from train_throughput import Features, make_model
@@ -148,8 +152,10 @@ def layers(miniature: bool, *flags: str) -> dict:
         arguments = read_flags(words)
         checkpointed = arguments.training.recomputes_activations
         hidden, middle, heads, vocabulary = (64, 128, 4, 500) if miniature else (4096, 11008, 32, 32003)
-        count = layers_that_fit(device, checkpointed)
+        count = 32 if flags == WHOLE and not miniature else layers_that_fit(device, checkpointed)
         model = make_model(hidden, count, middle, heads, vocabulary, device, seed=0)
+        if arguments.training.master_weights is False:
+            model.bfloat16()
         model.config.use_cache = False
         per_token = flops_per_token(model)
         packs = make_packs(24, pack, model.config.vocab_size)

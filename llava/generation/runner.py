@@ -6,11 +6,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm
 
 from llava.errors import LlavaError
 from llava.generation.attention.joined import Tables, has_fixed_tables, join_layers
-from llava.generation.attention.kernels import PagedKernel, working_kernel
+from llava.generation.attention.kernels import PagedKernel, working_fused, working_kernel
 from llava.generation.attention.passes import DecodingPass, PagedPass
 from llava.generation.cache.pages import PageCache
 from llava.generation.cache.rows import RowCache
@@ -63,12 +62,13 @@ class Runner:
             self.cache = RowCache(layers, self.bytes_per_position, cache_bytes, context_len)
             return
         self.kernel = working_kernel(self.device, self.dtype, config.num_attention_heads, heads, self.head_dim)
-        self.cache = PageCache(layers, self.bytes_per_position, cache_bytes, context_len, self.kernel.page)
+        self.cache = PageCache(layers, heads, self.bytes_per_position, cache_bytes, context_len, self.kernel.page)
         is_one_device = {*self.devices, self.norm_device, self.head_device} == {self.device}
-        joined = join_layers(core.layers) if is_one_device and has_fixed_tables(core.rotary_emb) else None
+        fused = working_fused(self.device)
+        joined = join_layers(core.layers, fused) if is_one_device and has_fixed_tables(core.rotary_emb) else None
         if joined is not None:
             self.joined = joined
-            self.tables = Tables(core.rotary_emb, context_len, embedding, config.num_attention_heads, heads)
+            self.tables = Tables(core.rotary_emb, context_len, embedding, config.num_attention_heads, heads, fused)
             self.decoder = Decoder(self.cache, self._decode, self.device, max_rows)
 
     def _decode(self, state: DecodingState) -> torch.Tensor:
@@ -76,12 +76,12 @@ class Runner:
         assert isinstance(self.cache, PageCache) and self.kernel is not None
         core: Any = self.model.get_model()
         hidden = self.model.get_input_embeddings()(state.tokens)
-        cos, sin = self.tables.of(state.positions)
+        turn = self.tables.of(state.positions)
         decoding = DecodingPass(self.cache, self.kernel, state.positions, state.table, state.starts, self.window)
         for layer in self.joined:
-            hidden = layer(hidden, cos, sin, decoding)
+            hidden = layer(hidden, turn, decoding)
         state.positions.add_(1)
-        return self.logits(rms_norm(hidden, core.norm.weight.shape, core.norm.weight, core.norm.variance_epsilon))
+        return self.logits(self.joined[0].kernels.normed(hidden, core.norm.weight, core.norm.variance_epsilon))
 
     def run(self, rows: Sequence[Row], tokens: Sequence[int], prompts: Sequence[Prompt]) -> torch.Tensor:
         """Compute `rows` in one pass: the first take a token each, of the others each takes its part of a prompt.
@@ -134,9 +134,9 @@ class Runner:
         """
         core = self.model.get_model()
         if self.decoder is not None and isinstance(packed, PagedPass):
-            cos, sin = self.tables.of(packed.positions)
+            turn = self.tables.of(packed.positions)
             for joined in self.joined:
-                hidden = joined(hidden, cos, sin, packed)
+                hidden = joined(hidden, turn, packed)
             return hidden, packed
         hidden = hidden[None]
         rotary = core.rotary_emb(hidden, packed.positions[None])

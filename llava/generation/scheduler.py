@@ -62,6 +62,7 @@ class Scheduler:
         self.counts = Counts()
         self.is_patient = False
         """Take requests in by the half batch, not one by one: more throughput, later first tokens."""
+        self._is_filling = False
         self._cancelled: set[Generation] = set()
         self._expected: Counter[bytes] = Counter()
         """How many requests are announced or waiting for each beginning."""
@@ -125,7 +126,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Move the waiting requests that are taken in now to `starting`, in order of arrival."""
         free = self.max_batch_size - len(self.running)
-        if not self.waiting or not free or (self.is_patient and self.running and free < self.max_batch_size // 2):
+        is_early = self.is_patient and not self._is_filling and self.running and free < self.max_batch_size // 2
+        if not self.waiting or not free or is_early:
             return
         positions, lengths = 0, self._next_lengths()
         while self.waiting and len(self.starting) < free:
@@ -144,6 +146,8 @@ class Scheduler:
                 break
             self.announce([first.prompt], -1)
             self.starting.append(self.waiting.popleft())
+        # What one pass doesn't hold follows in the next, not when half the batch is free again.
+        self._is_filling = bool(self.starting) and len(self.starting) < free
 
     def _put_back(self) -> None:
         """Have those wait who were taken in and neither started nor failed: something else went wrong."""

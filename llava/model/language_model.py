@@ -82,7 +82,8 @@ class LlavaForCausalLM(_LanguageModel):
         self.model = cast("Core", self.core_class(config))
         self.vocab_size = config.vocab_size
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
-        self._no_split_modules = {*(self._no_split_modules or ()), LanguageHead.__name__}
+        if not config.tie_word_embeddings:  # else it has to be sharded with the embedding
+            self._no_split_modules = {*(self._no_split_modules or ()), LanguageHead.__name__}
         self.post_init()
         # Tower and projector come last and keep their own initialisation.
         if config.mm_vision_config:

@@ -104,7 +104,7 @@ class LlavaTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        set_policy(self.accelerator)
+        set_policy(self.accelerator, is_tied=bool(getattr(self.model.config, "tie_word_embeddings", False)))
 
     def train(self, *args, **kwargs):
         self._began = time.monotonic()

@@ -81,7 +81,7 @@ def test_little_memory_means_waiting_and_the_same_answers(llama, images):
 
 def test_a_model_in_other_modules_goes_through_them(llama, images, monkeypatch):
     """As quantized ones do: pages without joined layers."""
-    monkeypatch.setattr("llava.generation.runner.join_layers", lambda blocks: None)
+    monkeypatch.setattr("llava.generation.runner.join_layers", lambda *_: None)
     engine = paged(llama)
     assert engine.scheduler.runner.decoder is None
     requests = mixed_requests(images)
@@ -125,7 +125,7 @@ def test_a_row_that_grows_copies_nothing(llama):
 
 def test_rows_of_mixed_lengths_waste_less_than_a_twentieth():
     lengths = [int(length) for length in np.random.default_rng(0).integers(200, 1200, 64)]
-    cache = PageCache(1, 4, 4 * 64 * 1300, 2000)
+    cache = PageCache(1, 1, 4, 4 * 64 * 1300, 2000)
     assert cache.holds(lengths)
     cache.prepare([length // 2 for length in lengths], 0)
     for row, length in enumerate(lengths):

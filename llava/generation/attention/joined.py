@@ -5,7 +5,7 @@ of another form goes through the library's modules. The joined weights are the m
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -25,24 +25,32 @@ PARTS = {
 }
 
 
+class Turn(Protocol):
+    """The positions of a pass's tokens, as rotary embeddings."""
+
+    def put(self, projected: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Turn queries and keys of `projected` `[tokens, heads + 2 kv_heads, head_dim]`, put keys and values into the
+        slots (int64 `[tokens]`) of `pages`, and return the queries `[tokens, heads, head_dim]`."""
+        ...
+
+
 class Attending(Protocol):
     """A pass (`PagedPass`, say)."""
 
-    def attend_joined(
-        self, layer: Layer, queries: torch.Tensor, states: torch.Tensor, scale: float
-    ) -> torch.Tensor: ...
+    def attend_projected(self, layer: Layer, projected: torch.Tensor, turn: Turn, scale: float) -> torch.Tensor: ...
 
 
 class JoinedLayer:
-    """One block, as its modules but for rounding."""
+    """One block, as its modules but for rounding; `kernels` are torch's (`Plain`), or do the same."""
 
-    def __init__(self, block: Any):
+    def __init__(self, block: Any, kernels: "Kernels"):
         attention, mlp = block.self_attn, block.mlp
+        self.kernels = kernels
         self.layer_idx: int = attention.layer_idx
         self.scale: float = attention.scaling
         size = attention.head_dim
         self.qkv, self.qkv_bias = _joined((attention.q_proj, attention.k_proj, attention.v_proj))
-        self.queries, self.keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
+        self.heads = self.qkv.shape[0] // size
         self.out, self.out_bias = attention.o_proj.weight.T, attention.o_proj.bias
         self.gate_up, self.gate_up_bias = _joined((mlp.gate_proj, mlp.up_proj))
         self.down, self.down_bias = mlp.down_proj.weight.T, mlp.down_proj.bias
@@ -50,25 +58,40 @@ class JoinedLayer:
             (norm.weight, norm.variance_epsilon) for norm in (block.input_layernorm, block.post_attention_layernorm)
         ]
 
-    def __call__(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attending: Attending
-    ) -> torch.Tensor:
-        """`hidden` `[tokens, hidden]` is changed in place; `cos` and `sin` are `Tables.of`'s."""
+    def __call__(self, hidden: torch.Tensor, turn: Turn, attending: Attending) -> torch.Tensor:
+        """`hidden` `[tokens, hidden]` is changed in place."""
         (first, epsilon), (second, other) = self.norms
-        projected = linear(rms_norm(hidden, first.shape, first, epsilon), self.qkv, self.qkv_bias)
-        projected = projected.unflatten(1, (self.queries + 2 * self.keys, -1))
-        if cos.shape[1] > 1:
-            turned = rotated(projected, cos, sin)
-            states = turned.narrow(1, self.queries, 2 * self.keys).unflatten(1, (2, self.keys))
-        else:
-            turned = rotated(projected.narrow(1, 0, self.queries + self.keys), cos, sin)
-            values = projected.narrow(1, self.queries + self.keys, self.keys)
-            states = torch.stack([turned.narrow(1, self.queries, self.keys), values], 1)
-        attended = attending.attend_joined(self, turned.narrow(1, 0, self.queries), states, self.scale)
-        _add_product(hidden, attended, self.out, self.out_bias)
-        gate, up = linear(rms_norm(hidden, second.shape, second, other), self.gate_up, self.gate_up_bias).chunk(2, 1)
-        _add_product(hidden, silu(gate).mul_(up), self.down, self.down_bias)
+        projected = linear(self.kernels.normed(hidden, first, epsilon), self.qkv, self.qkv_bias)
+        projected = projected.unflatten(1, (self.heads, -1))
+        _add_product(hidden, attending.attend_projected(self, projected, turn, self.scale), self.out, self.out_bias)
+        gate_up = linear(self.kernels.normed(hidden, second, other), self.gate_up, self.gate_up_bias)
+        _add_product(hidden, self.kernels.gated(gate_up), self.down, self.down_bias)
         return hidden
+
+
+class Kernels(Protocol):
+    """What lies between products."""
+
+    def normed(self, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """RMSNorm of `[tokens, hidden]`."""
+        ...
+
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of `[tokens, 2 * inner]`."""
+        ...
+
+
+class Plain:
+    """Torch's."""
+
+    @staticmethod
+    def normed(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return rms_norm(hidden, weight.shape, weight, epsilon)
+
+    @staticmethod
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, 1)
+        return silu(gate).mul_(up)
 
 
 class Tables:
@@ -80,7 +103,8 @@ class Tables:
 
     FEW = 256
 
-    def __init__(self, rotary: Any, positions: int, like: torch.Tensor, queries: int, keys: int):
+    def __init__(self, rotary: Any, positions: int, like: torch.Tensor, queries: int, keys: int, fused: Any = None):
+        self.fused = fused
         frequencies = rotary.inv_freq.to(like.device, torch.float32)
         angles = torch.arange(positions, device=like.device).unsqueeze(1) * frequencies
         cos, sin = (one.mul(rotary.attention_scaling).to(like.dtype) for one in (angles.cos(), angles.sin()))
@@ -91,12 +115,46 @@ class Tables:
         heads = torch.arange(queries + 2 * keys, device=like.device)
         self.kinds = (heads >= queries + keys).long()
 
-    def of(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both `[tokens, heads, 2, head_dim / 2]`, for queries, keys and values; of many tokens `[tokens, 1, …]`."""
+    def of(self, positions: torch.Tensor) -> Turn:
+        """For tokens at `positions`, int64 `[tokens]`."""
+        if self.fused is not None:
+            return FusedTurn(self.fused, self.cos[:, 0, 0], self.sin[:, 0, 1], positions)
         cos, sin = (table.index_select(0, positions) for table in (self.cos, self.sin))
         if len(positions) > self.FEW:
-            return cos.narrow(1, 0, 1), sin.narrow(1, 0, 1)
-        return cos.index_select(1, self.kinds), sin.index_select(1, self.kinds)
+            return LookedUp(cos.narrow(1, 0, 1), sin.narrow(1, 0, 1))
+        return LookedUp(cos.index_select(1, self.kinds), sin.index_select(1, self.kinds))
+
+
+class LookedUp(NamedTuple):
+    """A `Turn`: both `[tokens, heads, 2, head_dim / 2]`, for queries, keys and values, or `[tokens, 1, …]` of many."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def put(self, projected: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        keys = pages.shape[3]
+        queries = projected.shape[1] - 2 * keys
+        if self.cos.shape[1] > 1:
+            turned = rotated(projected, self.cos, self.sin)
+            states = turned.narrow(1, queries, 2 * keys).unflatten(1, (2, keys))
+        else:
+            turned = rotated(projected.narrow(1, 0, queries + keys), self.cos, self.sin)
+            states = torch.stack([turned.narrow(1, queries, keys), projected.narrow(1, queries + keys, keys)], 1)
+        pages.flatten(0, 1).index_copy_(0, slots, states)
+        return turned.narrow(1, 0, queries)
+
+
+class FusedTurn(NamedTuple):
+    """A `Turn` in one kernel, `fused.put_rotated`."""
+
+    fused: Any
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor
+
+    def put(self, projected: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        queries: torch.Tensor = self.fused.put_rotated(projected, self.cos, self.sin, self.positions, slots, pages)
+        return queries
 
 
 def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -106,11 +164,12 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return turned.flatten(2)
 
 
-def join_layers(blocks: Sequence[Any]) -> list[JoinedLayer] | None:
-    """The blocks as joined layers, None if one can't be."""
+def join_layers(blocks: Sequence[Any], fused: Any = None) -> list[JoinedLayer] | None:
+    """The blocks as joined layers, None if one can't be; `fused` is the module of kernels, where they run."""
     if not all(_is_plain(block) for block in blocks):
         return None
-    return [JoinedLayer(block) for block in blocks]
+    kernels = Plain() if fused is None else fused
+    return [JoinedLayer(block, kernels) for block in blocks]
 
 
 def has_fixed_tables(rotary: nn.Module) -> bool:

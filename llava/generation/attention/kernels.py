@@ -122,10 +122,16 @@ def flash_3_kernel(function: Callable[..., Any]) -> PagedKernel | None:
     return PagedKernel("flash_attn_interface.flash_attn_with_kvcache", attend, 16)
 
 
+def triton_kernel(function: Callable[..., Any]) -> PagedKernel:
+    """This project's own, which runs wherever Triton does."""
+    return PagedKernel("llava.generation.attention.triton_kernel", function, 16)
+
+
 CANDIDATES = (
     ("flash_attn_interface", "flash_attn_with_kvcache", flash_3_kernel),
     ("torch.nn.attention.varlen", "varlen_attn", torch_kernel),
     ("flash_attn", "flash_attn_varlen_func", flash_2_kernel),
+    ("llava.generation.attention.triton_kernel", "attend", triton_kernel),
 )
 
 
@@ -154,6 +160,19 @@ def working_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_head
                 return kernel
     log.info("attention over pages: %s", GATHERED.name)
     return GATHERED
+
+
+def working_fused(device: torch.device) -> Any:
+    """The module `llava.generation.attention.fused` where its kernels run, else None."""
+    if device.type != "cuda":
+        return None
+    try:
+        fused = importlib.import_module("llava.generation.attention.fused")
+        fused.gated(torch.ones(2, 16, device=device))
+    except (ImportError, RuntimeError) as error:
+        log.info("no kernels of Triton here (%s)", " ".join(str(error).split())[:200])
+        return None
+    return fused
 
 
 def _try(kernel: PagedKernel, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int) -> None:

@@ -12,6 +12,7 @@ from llava.generation.cache.pages import PageCache, copy_slots
 from llava.generation.forward_pass import Row, _copies
 
 if TYPE_CHECKING:
+    from llava.generation.attention.joined import Turn
     from llava.model.language_model import Attention
 
 
@@ -68,17 +69,20 @@ class PagedPass:
     def attend(
         self, layer: "Layer | Attention", queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Put keys and values into the pages and attend; all `[tokens, heads, head_dim]`, as `attend_joined`."""
-        return self.attend_joined(layer, queries, torch.stack([keys, values], 1), scale)
-
-    def attend_joined(
-        self, layer: "Layer | Attention", queries: torch.Tensor, states: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """As `attend`, of keys and values in one tensor `[tokens, 2, kv_heads, head_dim]`.
+        """Put keys and values into the pages and attend; all `[tokens, heads, head_dim]`.
 
         Returns `[tokens, heads * head_dim]`.
         """
-        pages = self.cache.write(layer.layer_idx, self.slots, states)
+        pages = self.cache.layer(layer.layer_idx, keys)
+        pages.flatten(0, 1).index_copy_(0, self.slots, torch.stack([keys, values], 1))
+        return self._attended(pages, queries, scale)
+
+    def attend_projected(self, layer: "Layer", projected: torch.Tensor, turn: "Turn", scale: float) -> torch.Tensor:
+        """As `attend`, of `[tokens, heads + 2 kv_heads, head_dim]` that `turn` turns."""
+        pages = self.cache.layer(layer.layer_idx, projected)
+        return self._attended(pages, turn.put(projected, pages, self.slots), scale)
+
+    def _attended(self, pages: torch.Tensor, queries: torch.Tensor, scale: float) -> torch.Tensor:
         for slots in self.copies:
             copy_slots(pages, slots)
         keys, values = pages.unbind(2)

@@ -29,7 +29,10 @@ class PageCache:
     room = 1
     """Positions that a row gets beyond its prompt at once."""
 
-    def __init__(self, num_layers: int, bytes_per_position: int, max_bytes: int, max_width: int, page: int = 16):
+    def __init__(
+        self, num_layers: int, kv_heads: int, bytes_per_position: int, max_bytes: int, max_width: int, page: int = 16
+    ):
+        self.kv_heads = kv_heads
         self.layers: list[torch.Tensor | None] = [None] * num_layers
         self.page = page
         self.page_bytes = page * bytes_per_position
@@ -105,17 +108,13 @@ class PageCache:
         weakref.finalize(kept, self._give_back, numbers)
         return kept
 
-    def write(self, index: int, slots: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Put keys and values `[tokens, 2, kv_heads, head_dim]` where `slots` (int64 `[tokens]`) say.
-
-        Returns the layer's whole tensor.
-        """
+    def layer(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """A layer's whole tensor; at the first use it is made, with the dtype and on the device of `like`."""
         layer = self.layers[index]
         if layer is None:
             # Zeros, not empty: what a mask hides may be anything but NaN.
-            shape = (self.num_pages + 1, self.page, *states.shape[1:])
-            layer = self.layers[index] = torch.zeros(shape, dtype=states.dtype, device=states.device)
-        layer.flatten(0, 1).index_copy_(0, slots, states)
+            shape = (self.num_pages + 1, self.page, 2, self.kv_heads, like.shape[-1])
+            layer = self.layers[index] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return layer
 
     def table(self, rows: Sequence[int], width: int = 0) -> np.ndarray:

@@ -85,9 +85,10 @@ def join_group_of_one(flags: Namespace) -> None:
         atexit.register(torch.distributed.destroy_process_group)
 
 
-def set_policy(accelerator) -> None:
+def set_policy(accelerator, *, is_tied: bool) -> None:
     """Give an accelerator that shards with FSDP 2 this project's precision and units.
 
+    The head is a unit of its own, unless its weight is the embedding's (`is_tied`): one weight can't be in two units.
     Compute in half precision (or in the weights' own), reduce in float32, outputs (the loss) as they are; accelerate's
     own policy reduces in half precision and rounds the loss.
     """
@@ -99,7 +100,7 @@ def set_policy(accelerator) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     names = plugin.transformer_cls_names_to_wrap
-    if names is not None and HEAD not in names:
+    if names is not None and HEAD not in names and not is_tied:
         plugin.transformer_cls_names_to_wrap = [*names, HEAD]
 
 

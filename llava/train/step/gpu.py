@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
 from llava.model.varlen_attention import HALVES, Kernel, installed_kernel, torch_kernel
 from llava.train.step.hardware import GB, Gpu, peak_of
 
-_described: ContextVar[Gpu | None] = ContextVar("described GPU", default=None)
-_compiler: ContextVar[Callable] = ContextVar("compiler", default=torch.compile)
+# Plain variables: compiled layers ask too, and torch up to 2.11 compiles no call of a ContextVar.
+_described: Gpu | None = None
+_compiler: Callable = torch.compile
 
 
 @contextmanager
@@ -19,17 +19,18 @@ def describe(gpu: Gpu, compiler: Callable) -> Iterator[None]:
 
     `compiler` is called as torch.compile.
     """
-    tokens = _described.set(gpu), _compiler.set(compiler)
+    global _described, _compiler
+    before = _described, _compiler
+    _described, _compiler = gpu, compiler
     try:
         yield
     finally:
-        _described.reset(tokens[0])
-        _compiler.reset(tokens[1])
+        _described, _compiler = before
 
 
 def is_described() -> bool:
     """Whether this is a dry run."""
-    return _described.get() is not None
+    return _described is not None
 
 
 def has_gpu() -> bool:
@@ -47,28 +48,25 @@ def has_bf16() -> bool:
 
 
 def name() -> str:
-    gpu = _described.get()
-    return torch.cuda.get_device_name() if gpu is None else gpu.name
+    return torch.cuda.get_device_name() if _described is None else _described.name
 
 
 def memory_bytes(device: torch.device) -> int:
-    gpu = _described.get()
-    if gpu is None:
+    if _described is None:
         return torch.cuda.get_device_properties(device).total_memory
-    return int(gpu.memory_gb * GB)
+    return int(_described.memory_gb * GB)
 
 
 def peak_tflops() -> float | None:
     """The GPU's peak in half precision, TFLOP/s; None without one, or if it isn't known."""
-    gpu = _described.get()
-    if gpu is not None:
-        return gpu.peak_tflops
+    if _described is not None:
+        return _described.peak_tflops
     return peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def compiler() -> Callable:
     """torch.compile, or what stands for it in a dry run."""
-    return _compiler.get()
+    return _compiler
 
 
 def attention_kernel() -> Kernel | None:
