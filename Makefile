@@ -78,9 +78,11 @@ $(CLIENTS)/.installed: $(STAMP)
 test-all: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL) $(CLIENTS)/.installed  ## all tests, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
-# A build of llama.cpp's library; where it can't be loaded, the tests that need it say so and are skipped.
+# Two builds of llama.cpp's library, for newer and older libcs; where neither can be loaded, the tests that need it say so
+# and are skipped.
 $(LLAMA_CPP): $(STAMP)
-	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llama-cpp-py-sync==0.11739 cffi==2.1.1 pycparser==3.12
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llama-cpp-py-sync==0.11739 cffi==2.1.1 pycparser==3.12 \
+		xllamacpp==2026.10.11549
 	touch $@
 
 test-real: $(STAMP) $(LLAMA_CPP)  ## load, train, answer, serve and export small released models (190 MB, minutes)

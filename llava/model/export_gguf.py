@@ -20,8 +20,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--class-token",
         choices=["first", "last"],
-        default="first",
-        help="where the position of the tower's class token stands: last for the llama.cpp of today",
+        default="last",
+        help="where the program that loads the files puts the tower's class token: last is the llama.cpp of today",
     )
     parser.add_overwrite()
     return parser

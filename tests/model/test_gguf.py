@@ -175,8 +175,9 @@ def test_dinov2_is_written_as_a_plain_vit(tmp_path):
     np.testing.assert_allclose(first["v.blk.0.attn_out.weight"].data, 0.3 * found.numpy(), rtol=1e-6)
     positions = [file["v.position_embd.weight"].data for file in files]
     assert positions[0].shape == (5, 24)  # 28 px of 14, and the class token
-    np.testing.assert_array_equal(np.roll(positions[0], -1, axis=0), positions[1])
-    assert first.keys() == last.keys()
+    # Wider, with a block more, where the class token is behind (tests/model/test_gguf_tower.py).
+    np.testing.assert_array_equal(np.roll(positions[0], -1, axis=0), positions[1][:, :24])
+    assert first.keys() < last.keys()
 
 
 @pytest.mark.parametrize(

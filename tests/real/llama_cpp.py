@@ -7,13 +7,20 @@ import pytest
 
 
 def load_or_skip():
-    """The package, or a skip that says why its library can't be used here."""
+    """The package; with xllamacpp's library of the same structures where its own is built for a newer libc. A skip
+    that says why where neither can be used.
+    """
     package = pytest.importorskip("llama_cpp_py_sync", reason="llama_cpp_py_sync is not installed")
+    bindings = package._cffi_bindings
     try:
-        package._cffi_bindings.get_lib()
-        package._cffi_bindings.get_mtmd_lib()
+        bindings.get_lib()
+        bindings.get_mtmd_lib()
     except (RuntimeError, OSError) as error:
-        pytest.skip(f"llama.cpp's library can't be loaded here: {str(error)[:200]}")
+        other = pytest.importorskip("xllamacpp.xllamacpp", reason=f"llama.cpp can't be loaded: {str(error)[:200]}")
+        bindings._lib = bindings._mtmd_lib = bindings.get_ffi().dlopen(other.__file__)
+        settings = bindings._lib.llama_context_default_params()
+        if (settings.n_batch, settings.n_ubatch, settings.n_seq_max) != (2048, 512, 1):
+            pytest.skip("xllamacpp has another release of llama.cpp than llama_cpp_py_sync declares")
     return package
 
 

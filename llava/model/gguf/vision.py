@@ -1,12 +1,10 @@
 """A vision tower and its projector as llama.cpp's `clip` file: CLIP and SigLIP as they are, DINOv2 as a plain ViT.
 
-llama.cpp as it is (from May 2025 to this day) puts the class token behind the patches, where its own files have it
-before them, and drops the first row: position embeddings are one place off, the first patch is lost. A file with the
-class token's position last gives right features there, each one place early. SigLIP has no class token.
+The llama.cpp of today misplaces class tokens (CLIP, DINOv2): llava.model.gguf.class_token. SigLIP has none.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -16,12 +14,14 @@ from torch.nn.functional import interpolate
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.model.checkpoint.resolved import ResolvedCheckpoint
+from llava.model.gguf.class_token import Tensor, Widening, spread_of
 from llava.model.towers import CLIP, VisionTower
 from llava.model.towers.base import TOWER_PREFIX
 
 DINOV2, SIGLIP = "dinov2", "siglip_vision_model"
 FIRST, LAST = "first", "last"
 PROJECTOR = "mlp"
+POSITIONS = "v.position_embd.weight"
 _SHIFT = 256.0
 """What a linear projector's values are shifted by, so that GELU leaves them as they are."""
 
@@ -42,8 +42,8 @@ _WHOLE = {
     "embeddings.patch_embedding.bias": "v.patch_embd.bias",
     "embeddings.patch_embeddings.projection.weight": "v.patch_embd.weight",
     "embeddings.patch_embeddings.projection.bias": "v.patch_embd.bias",
-    "embeddings.position_embedding.weight": "v.position_embd.weight",
-    "embeddings.position_embeddings": "v.position_embd.weight",
+    "embeddings.position_embedding.weight": POSITIONS,
+    "embeddings.position_embeddings": POSITIONS,
     "pre_layrnorm.weight": "v.pre_ln.weight",
     "pre_layrnorm.bias": "v.pre_ln.bias",
 }
@@ -52,31 +52,51 @@ _LEFT_OUT = ("embeddings.mask_token", "embeddings.position_ids")
 """Of pretraining alone, or counted by whoever reads the file."""
 _SCALES = {"attn_out.": "layer_scale1.lambda1", "ffn_down.": "layer_scale2.lambda1"}
 
-Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
-"""Name in the file, shape, and what gives it."""
 
-
-def add_vision_fields(writer: GGUFWriter, checkpoint: ResolvedCheckpoint, processor: ImageProcessor) -> None:
+def add_vision_fields(
+    writer: GGUFWriter, checkpoint: ResolvedCheckpoint, processor: ImageProcessor, widening: Widening | None
+) -> None:
     """What llama.cpp wants to know of tower and projector."""
     tower, vision = checkpoint.model.get_vision_tower(), checkpoint.config.mm_vision_config
-    patches, hidden = tower.patches_per_side, tower.hidden_size
+    hidden, blocks, epsilon = tower.hidden_size, tower.used_blocks, vision["layer_norm_eps"]
     writer.add_type("mmproj")
     writer.add_clip_has_vision_encoder(True)
     writer.add_bool("clip.has_llava_projector", True)
     writer.add_clip_projector_type(PROJECTOR)
     writer.add_vision_projection_dim(checkpoint.config.hidden_size)
     writer.add_vision_image_size(tower.image_size)
-    writer.add_vision_patch_size(tower.image_size // patches)
-    writer.add_vision_embedding_length(hidden)
+    writer.add_vision_patch_size(tower.image_size // tower.patches_per_side)
+    writer.add_vision_embedding_length(widening.width if widening else hidden)
     writer.add_vision_feed_forward_length(vision.get("intermediate_size") or int(hidden * vision["mlp_ratio"]))
-    writer.add_vision_block_count(tower.used_blocks)
+    writer.add_vision_block_count(blocks + bool(widening))
     # The output of that many blocks, whatever the file holds.
-    writer.add_array("clip.vision.feature_layer", [tower.used_blocks])
+    writer.add_array("clip.vision.feature_layer", [blocks, blocks + 1] if widening else [blocks])
     writer.add_vision_head_count(vision["num_attention_heads"])
-    writer.add_vision_attention_layernorm_eps(vision["layer_norm_eps"])
+    writer.add_vision_attention_layernorm_eps(widening.epsilon(epsilon) if widening else epsilon)
     writer.add_vision_image_mean(list(processor.image_mean))
     writer.add_vision_image_std(list(processor.image_std))
     writer.add_vision_use_gelu(vision["hidden_act"] in _GELU)
+
+
+def widening_of(checkpoint: ResolvedCheckpoint) -> Widening | None:
+    """How the tower is written for a llama.cpp that puts class tokens last; None for a tower without."""
+    tower, vision = checkpoint.model.get_vision_tower(), checkpoint.config.mm_vision_config
+    if not tower.prefix_tokens:
+        return None
+    if not tower.used_blocks:
+        raise LlavaError(f"{checkpoint.folder}: features of no block of the tower; serve the native folder")
+    known = {name: make for name, _, make in vision_tensors(checkpoint, LAST)}
+    norm = [known[name]().float() for name in ("v.pre_ln.weight", "v.pre_ln.bias") if name in known]
+    bias = known.get("v.patch_embd.bias")
+    positions = known[POSITIONS]()
+    return Widening(
+        hidden=tower.hidden_size,
+        heads=vision["num_attention_heads"],
+        blocks=tower.used_blocks,
+        tokens=len(positions),
+        pre_norm=(norm[0], norm[1]) if norm else None,
+        spread=spread_of(known["v.patch_embd.weight"](), bias and bias(), positions),
+    )
 
 
 def vision_tensors(checkpoint: ResolvedCheckpoint, class_token: str = FIRST) -> Iterator[Tensor]:
@@ -104,7 +124,7 @@ def vision_tensors(checkpoint: ResolvedCheckpoint, class_token: str = FIRST) -> 
             stored = _WHOLE.get(name.removeprefix(prefix))
             if stored is None:
                 raise _without_place(checkpoint, name)
-            if stored == "v.position_embd.weight":
+            if stored == POSITIONS:
                 positions = _positions(checkpoint.read(name), tower, class_token)
                 yield stored, tuple(positions.shape), partial(torch.Tensor.float, positions)
             else:

@@ -21,7 +21,7 @@ from llava.model.convert.chat_template import chat_template
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import EMBEDDING, HEAD, family_of
 from llava.model.gguf.names import ARCHITECTURE, ROPE_FREQS, language_names, rotary_pairs
-from llava.model.gguf.vision import FIRST, add_vision_fields, vision_tensors
+from llava.model.gguf.vision import LAST, POSITIONS, add_vision_fields, vision_tensors, widening_of
 from llava.model.gguf.vocabulary import add_vocabulary
 from llava.model.loader import load_image_processor
 from llava.model.tokenizer import load_tokenizer_of
@@ -73,14 +73,15 @@ def export_gguf(
     *,
     vision_tower: str | Path | None = None,
     kind: str = "f16",
-    class_token: str = FIRST,
+    class_token: str = LAST,
     overwrite: bool = False,
 ) -> Path:
     """Write `model-KIND.gguf` and `mmproj-f16.gguf` (f32 for f32) into the folder `output`.
 
     Args:
         kind: of the language model's matrices, one of `TYPES`; with q4_0 embedding and head are q8_0.
-        class_token: where the position of the tower's class token stands, `first` or `last` (llava.model.gguf.vision).
+        class_token: where llama.cpp puts the tower's: `last` (every one of today), or `first`, as it should
+            (llava.model.gguf.class_token).
 
     Raises:
         LlavaError: what llama.cpp's LLaVA has no place for (another family, tower or projector, several tiles), and
@@ -94,15 +95,13 @@ def export_gguf(
     half = "f32" if kind == "f32" else "f16"
     language = _language_tensors(checkpoint, kind)
     # A linear projector's second layer moves large values back: they have to stay as they are.
-    exact = "mm." if checkpoint.config.mm_projector_type == "linear" else None
+    exact = ("mm.", POSITIONS) if checkpoint.config.mm_projector_type == "linear" else POSITIONS
+    tensors = vision_tensors(checkpoint, class_token)
+    widening = widening_of(checkpoint) if class_token == LAST else None
     seen = [
-        Stored(name, shape, _own_type(shape, "f32" if exact and name.startswith(exact) else half), make)
-        for name, shape, make in vision_tensors(checkpoint, class_token)
+        Stored(name, shape, _own_type(shape, "f32" if name.startswith(exact) else half), make)
+        for name, shape, make in (widening.tensors(tensors) if widening else tensors)
     ]
-    if checkpoint.model.get_vision_tower().prefix_tokens and class_token == FIRST:
-        log.warning(
-            "llama.cpp's LLaVA misplaces class tokens at present; --class-token last suits it (docs/checkpoints.md)"
-        )
     check_space(output, sum(tensor.nbytes for tensor in (*language, *seen)))
     with stage(output, overwrite=overwrite) as folder:
         writer = GGUFWriter(folder / f"model-{kind}.gguf", ARCHITECTURE)
@@ -111,7 +110,7 @@ def export_gguf(
         writer = GGUFWriter(folder / f"mmproj-{half}.gguf", "clip")
         processor = load_image_processor([*checkpoint.parts.folders, checkpoint.parts.tower_folder], checkpoint.model)
         writer.add_file_type(_FILE_TYPES[half])
-        add_vision_fields(writer, checkpoint, processor)
+        add_vision_fields(writer, checkpoint, processor, widening)
         _write(writer, seen)
         write_model_card(
             folder,
