@@ -139,8 +139,8 @@ class Widening:
         previous = digits.roll(1, 0)
         for place, values in ((before, previous), (own, digits)):
             wide[:, place] += values
-        for place, values in ((before_sum, previous), (own_sum, digits)):
-            wide[:, place] += (values / unit).square().sum(1) / 4 * unit
+        for column, values in ((before_sum, previous), (own_sum, digits)):
+            wide[:, column] += (values / unit).square().sum(1) / 4 * unit
         wide[:, one] += unit
         return wide
 
