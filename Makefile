@@ -10,7 +10,7 @@ LLAMA_CPP := $(VENV)/.llama-cpp
 CLIENTS := $(VENV)/clients
 OLDEST := $(VENV)/oldest
 
-.PHONY: help install lock audit sbom demo serve chat clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format docs clean
+.PHONY: help install lock audit sbom demo serve chat clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format images docs clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -123,6 +123,9 @@ lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeate
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/pylint llava
+
+images: $(STAMP)  ## draw the logo and the pipeline in images/
+	PYTHONPATH=. $(BIN)/python scripts/images.py
 
 docs: $(STAMP)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -259,10 +259,10 @@ def read_questions(args) -> list[dict]:
         items = json.loads(args.questions.read_text())[: args.distinct]
         pairs = [(item["question"], (args.image_folder / item["image_name"]).read_bytes()) for item in items]
     else:
-        from llava.serve.web.examples import EXAMPLES, draw_example
+        from llava.serve.web.parts.examples import EXAMPLES, draw_example
 
-        print(f"no questions at {args.questions}: two drawn images instead", file=sys.stderr)
-        pairs = [(f"{question} ({n})", draw_example(name)) for n in range(100) for name, question in EXAMPLES]
+        print(f"no questions at {args.questions}: a few drawn images instead", file=sys.stderr)
+        pairs = [(f"{question} ({n})", draw_example(name)) for n in range(100) for name, _, question in EXAMPLES]
     bodies = []
     for question, image in pairs:
         url = "data:application/octet-stream;base64," + base64.b64encode(image).decode()

@@ -6,6 +6,10 @@ time.
 
 import lazy_loader
 
+from llava.library_logs import silence
+
 __version__ = "2.0.0"
+
+silence()
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,7 +6,9 @@ A command module holds `build_parser() -> ArgumentParser` and `main(argv=None) -
 """
 
 import argparse
+import copy
 import errno
+import inspect
 import logging
 import os
 import re
@@ -21,6 +23,7 @@ EXIT_BAD_INPUT = 2
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC}
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 MOST_TRACEBACK_LINES = 200
+_LAUNCHERS = ("python -m llava", "llava-med ", "torchrun ")
 
 
 def parse_bool(text: str | bool) -> bool:
@@ -36,23 +39,34 @@ def parse_bool(text: str | bool) -> bool:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps a description's lines, and names a default where it tells something."""
+    """Keeps a description's lines, names a default where it tells something, and a flag by one of two spellings."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = list({name.replace("_", "-"): name for name in action.option_strings[::-1]}.values())
+        shown.option_strings.reverse()
+        return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, [], "") else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse where underscores and dashes in flags are the same and no flag may be shortened.
 
     `add_bool` adds a flag that takes True/False and also stands alone. `--debug` is always there: it shows
-    tracebacks.
+    tracebacks. The description is a docstring; its paragraph that begins with a command is shown last, as the example.
+    Flags stand in groups by what they are for (`group_of`), unless a command gives a group itself.
     """
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("prog", command_name())
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", HelpFormatter)
+        purpose, self.example = split_example(kwargs.pop("description", None) or "")
+        if self.example:
+            kwargs.setdefault("epilog", f"example:\n  {self.example}")
+        kwargs["description"] = purpose
         super().__init__(*args, **kwargs)
         self.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
 
@@ -67,6 +81,21 @@ class ArgumentParser(argparse.ArgumentParser):
             help=help,
             **kwargs,
         )
+
+    def add_overwrite(self):
+        return self.add_bool("--overwrite", help="replace output that is there already and differs")
+
+    def _add_action(self, action):
+        if not action.option_strings:
+            return super()._add_action(action)
+        title = group_of(action)
+        group = next((one for one in self._action_groups if one.title == title), None)
+        return (group or self.add_argument_group(title))._add_action(action)
+
+    def format_help(self) -> str:
+        places = {title: place for place, title in enumerate(_ORDER)}
+        self._action_groups.sort(key=lambda group: places.get(group.title or "", places[_OPTIONS]))
+        return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -84,6 +113,37 @@ class ArgumentParser(argparse.ArgumentParser):
             if known.replace("_", "-") == wanted:
                 return known + equals + value
         return arg
+
+
+_REQUIRED, _OPTIONS, _WRITTEN, _DEVICE, _GENERAL = (
+    "required",
+    "options",
+    "what is written",
+    "device and speed",
+    "general",
+)
+_ORDER = ("positional arguments", _REQUIRED, _OPTIONS, _WRITTEN, _DEVICE, _GENERAL)
+_OF_GROUPS = {
+    _WRITTEN: "output output_dir answers_file scores_file save json report fix clean_train per_item summary "
+    "missing_list title pdf format name_files write_urls max_shard_size",
+    _DEVICE: "device dtype load_8bit load_4bit batch_size workers processes num_workers threads num_gpus connections",
+    _GENERAL: "help debug overwrite",
+}
+
+
+def group_of(action: argparse.Action) -> str:
+    """The title of the group in which a flag is shown."""
+    if action.required:
+        return _REQUIRED
+    return next((title for title, names in _OF_GROUPS.items() if action.dest in names.split()), _OPTIONS)
+
+
+def split_example(docstring: str) -> tuple[str, str]:
+    """(what a docstring says, the command that one of its paragraphs is, or "")."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    commands = [text for text in paragraphs if text.lstrip().startswith(_LAUNCHERS)]
+    example = inspect.cleandoc(commands[0]) if commands else ""
+    return "\n\n".join(text for text in paragraphs if text not in commands), example
 
 
 def command_name() -> str:
@@ -143,11 +203,6 @@ def setup_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("httpx", "httpx2", "httpcore", "PIL", "matplotlib", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It advises a package for AVX512-BF16 at every import; llava.model.weights.linear4bit has no use for it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # transformers imports torchao wherever it is installed; it speaks of CUDA libraries and of its own old calls.
-    for noisy in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 class SafeFormatter(logging.Formatter):

@@ -8,6 +8,7 @@ several processes use the two steps themselves: `publish_folder` and `publish_fi
 
 import contextlib
 import errno
+import filecmp
 import logging
 import os
 import shutil
@@ -92,18 +93,24 @@ def stage(target: str | Path, *, overwrite: bool = False, resume: Iterable[str] 
 
 
 @contextmanager
-def stage_files(folder: str | Path, *, last: str, stale: Iterable[str] = ()) -> Iterator[Path]:
+def stage_files(folder: str | Path, *, last: str, stale: Iterable[str] = (), overwrite: bool = True) -> Iterator[Path]:
     """A folder in which to put files together that are moved into `folder` when the block ends well.
 
     Args:
         last, stale: as for `publish_files`.
+        overwrite: replace files of other content; `last` may always be.
 
     Raises:
-        LlavaError: `folder` is a file, another process is writing to it, the disk is full.
+        LlavaError: `folder` is a file or holds other content that may not be replaced, another process is writing to
+            it, the disk is full.
     """
     folder = check_target(folder, overwrite=True)
     with _part(part_in(folder), folder) as part:
         yield part
+        if not overwrite:
+            for path in part.iterdir():
+                if path.name not in (last, _LOCK):
+                    refuse_other_content(path, folder / path.name)
         publish_files(part, folder, last=last, stale=stale)
 
 
@@ -143,6 +150,16 @@ def publish_files(part: Path, folder: Path, *, last: str, stale: Iterable[str] =
     sync(folder)
 
 
+def refuse_other_content(new: Path, there: Path) -> None:
+    """Fail if the file `there` exists and holds anything else than `new`.
+
+    Raises:
+        LlavaError: what to do about it.
+    """
+    if there.exists() and not (there.is_file() and filecmp.cmp(new, there, shallow=False)):
+        raise LlavaError(f"{there} is there and holds something else; give another name, or --overwrite to replace it")
+
+
 def remove_stale(folder: Path, patterns: Iterable[str], keep: Iterable[str] = ()) -> None:
     """Remove the files of `folder` that match a pattern, except those named in `keep`."""
     keep = set(keep)
@@ -161,9 +178,18 @@ def remove_parts(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush `folder`, all files below it and their names to the disk."""
+    """Flush `folder`, all files below it and their names to the disk, each as readable as the user's files are."""
     for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            open_to_others(path)
         sync(path)
+
+
+def open_to_others(path: Path) -> None:
+    """Give a file the mode that the umask lets new files have; some libraries write private ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError, library_errors
-from llava.folders import PART, sync, writing
+from llava.folders import PART, open_to_others, refuse_other_content, sync, writing
 
 Record = dict[str, Any]
 
@@ -99,19 +99,19 @@ def read_json(path: str | Path) -> Any:
         return replaced.mend(value)
 
 
-def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
-    """Write JSON atomically, keys in the order given, non-ASCII text as it is."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+def write_json(path: str | Path, content: Any, indent: int | None = 2, *, overwrite: bool = True) -> None:
+    """Write JSON as `atomic_path` does, keys in the order given, non-ASCII text as it is."""
+    with atomic_path(path, overwrite=overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(_dumps(content, path, indent) + "\n")
 
 
-def write_records(path: str | Path, records: Iterable[Record]) -> int:
-    """Write records atomically as the suffix says (.json, .jsonl, .parquet); returns how many."""
+def write_records(path: str | Path, records: Iterable[Record], *, overwrite: bool = True) -> int:
+    """Write records as `atomic_path` does; the suffix says the form (.json, .jsonl, .parquet). Returns how many."""
     path = Path(path)
     writers = {".json": _write_json_list, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
     if path.suffix not in writers:
         raise LlavaError(f"{path}: unknown kind of record file; use one of {', '.join(writers)}")
-    with atomic_path(path) as temporary:
+    with atomic_path(path, overwrite=overwrite) as temporary:
         return writers[path.suffix](temporary, records, path)
 
 
@@ -183,29 +183,31 @@ def _dumps(content: Any, path: str | Path, indent: int | None = None) -> str:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes if it fails.
 
+    Args:
+        overwrite: replace a file of other content; the same content again is never refused.
+
     Raises:
-        LlavaError: the system refuses to write it.
+        LlavaError: the system refuses to write it, or other content is there that may not be replaced.
     """
     path = Path(path)
     with writing(path):
-        yield from _atomic_path(path)
+        yield from _atomic_path(path, overwrite)
 
 
-def _atomic_path(path: Path) -> Iterator[Path]:
+def _atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
+        if not overwrite:
+            refuse_other_content(temporary, path)
         sync(temporary)
-        # mkstemp makes private files; a result is as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        open_to_others(temporary)  # mkstemp makes private files
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

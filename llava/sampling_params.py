@@ -177,11 +177,12 @@ def sliders() -> dict[str, tuple[FieldInfo, Slider]]:
 
 def add_sampling_flags(parser: ArgumentParser, **defaults: Any) -> None:
     """A flag for each parameter marked FLAG; `defaults` are the command's own. A default of None is "not given"."""
+    group = parser.add_argument_group("decoding", "how answers are drawn")
     for name in _flags():
         field = SamplingParams.model_fields[name]
         kind = next(part for part in (float, int) if part in (field.annotation, *get_args(field.annotation)))
         default = defaults.get(name, field.default)
-        parser.add_argument(f"--{name}", type=kind, default=default, help=field.description)
+        group.add_argument(f"--{name}", type=kind, default=default, help=field.description)
 
 
 def sampling_from_args(args: Namespace, **more: Any) -> SamplingParams:

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Fine-tuning without a GPU: for small models, and to try a recipe before renting machines.
+# Fine-tuning without a GPU: for small models, and to try a recipe before renting machines. By default the demo's model
+# and questions, which `make demo` leaves.
 set -eu
-: "${MODEL:=runs/demo/stage2}"
-: "${DATA:=data/eval/vqa_rad/train.json}"
-: "${IMAGES:=data/eval/vqa_rad/images}"
+: "${MODEL:=runs/demo/stage_2}"
+: "${DATA:=runs/demo/data/vqa_train.json}"
+: "${IMAGES:=runs/demo/data/images}"
 : "${OUT:=runs/cpu}"
 
 python llava/train/train.py \

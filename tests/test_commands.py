@@ -1,12 +1,18 @@
 """Every command: it has a parser, says what it does without loading torch, and knows --debug."""
 
+import argparse
 import ast
 import importlib
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.documented_commands import module_and_flags, unknown_flags
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llava"
 LOADS_TORCH = {"llava.train.train", "llava.train.train_mem"}  # their flags are the Trainer's own dataclass
@@ -66,3 +72,59 @@ def test_modules_do_not_shadow_the_standard_library():
         # The thin files at the root are the same commands.
         is_ours = found is not None and found.origin is not None and Path(found.origin).parent == PACKAGE.parent
         assert found is None or is_ours, f"{path} would shadow the package {name}"
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its sub-commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+def parser_of(module: str) -> argparse.ArgumentParser:
+    if module in LOADS_TORCH:
+        module = "llava.train.arguments"
+    package = (PACKAGE.parent / module.replace(".", "/")).is_dir()
+    return importlib.import_module(f"{module}.__main__" if package else module).build_parser()
+
+
+@pytest.mark.parametrize("module", sorted({*command_modules()} - {"llava"}))
+def test_help_says_what_a_command_is_for_with_an_example_and_a_text_for_every_flag(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--help-all"])
+    for parser in parsers(parser_of(module)):
+        text = parser.format_help()
+        assert len([line for line in parser.description.splitlines() if line.strip()]) >= 2, parser.description
+        silent = [action.dest for action in parser._actions if not action.help]
+        assert not silent, f"no text: {', '.join(silent)}"
+        assert "default: None" not in text and "(default: )" not in text
+        flags = [action for action in parser._actions if action.option_strings]
+        if not any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):
+            assert len([group for group in parser._action_groups if group._group_actions]) >= 2 or len(flags) < 5
+        assert "example:" in text
+
+
+@pytest.mark.parametrize("module", sorted({*command_modules()} - {"llava"}))
+def test_the_example_of_the_help_is_a_command_line_of_it(module, monkeypatch):
+    parser = parser_of(module)
+    for one in parsers(parser):
+        example = one.epilog.removeprefix("example:\n").strip()
+        words = shlex.split(example.replace("\\\n", " "))
+        found, flags = module_and_flags(words)
+        assert found == module or module in LOADS_TORCH
+        assert not unknown_flags(found, flags)
+        if module not in LOADS_TORCH:
+            parser.parse_known_args(flags)  # what is required is there, and values are of their kind
+
+
+def test_training_shows_the_flags_that_people_use_and_all_when_asked(monkeypatch):
+    few, many = (
+        len(re.findall(r"^  --", help_of(flag, monkeypatch), re.MULTILINE)) for flag in ("--help", "--help-all")
+    )
+    assert 18 <= few <= 27 and many > 150
+
+
+def help_of(flag: str, monkeypatch) -> str:
+    monkeypatch.setattr(sys, "argv", ["x", flag])
+    return parser_of("llava.train.train").format_help()

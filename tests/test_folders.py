@@ -147,3 +147,21 @@ def test_unfinished_folders_are_removed_and_named(tmp_path, caplog):
     write(part_of(tmp_path / "checkpoint-4"), weights="new")
     publish_folder(part_of(tmp_path / "checkpoint-4"), tmp_path / "checkpoint-4")
     assert (tmp_path / "checkpoint-4" / "weights").read_text() == "new"
+
+
+def test_published_files_have_the_umasks_mode(tmp_path):
+    """safetensors writes private files."""
+    import torch
+    from safetensors.torch import save_file
+
+    old = os.umask(0o027)
+    try:
+        for name, opened in (
+            ("whole", stage(tmp_path / "whole")),
+            ("files", stage_files(tmp_path / "files", last="x")),
+        ):
+            with opened as part:
+                save_file({"a": torch.zeros(1)}, part / "x")
+            assert (tmp_path / name / "x").stat().st_mode & 0o777 == 0o640, name
+    finally:
+        os.umask(old)

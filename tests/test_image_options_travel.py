@@ -10,8 +10,8 @@ from llava.data import audit, filter_missing, validate
 from llava.data.stats_count import collect
 from llava.errors import LlavaError
 from llava.eval import model_vqa_med, run_llava, run_med_datasets_eval_batch
-from llava.eval.answers.manifest import read_manifest
 from llava.images import ImageOptions, ImageWithOptions, open_image
+from llava.manifests import read_manifest
 from llava.records import read_json, read_records, write_records
 from llava.train.train import train
 from tests.images.test_medical import dicom
@@ -121,8 +121,7 @@ def test_flags_are_defaults_and_are_recorded(model, data, tmp_path):
     # The lung's preset is the same window as the flag, which the last question took.
     assert [a["text"] == b["text"] for a, b in zip(found, plain)][:2] == [True, True]
     with pytest.raises(LlavaError, match=r"different: .*image_options"):
-        (tmp_path / "c.jsonl.part").write_text('{"question_id": "q0"}\n')
-        answers(model, data, tmp_path / "c.jsonl", "--preset", "bone")
+        answers(model, data, tmp_path / "a.jsonl", "--preset", "bone")
     several = ("--num-chunks", "2", "--preset", "bone")
     joined = answers(model, data, tmp_path / "d.jsonl", *several, command=run_med_datasets_eval_batch)
     assert joined[5]["metadata"]["image_options"] == [{"preset": "bone"}]

@@ -17,6 +17,7 @@ from llava.pages import (
     folded,
     gallery,
     note,
+    picture,
     preformatted,
     print_page,
     printing_browser,
@@ -26,6 +27,7 @@ from llava.pages import (
     write_page,
 )
 from llava.pages.charts import INK, Line, bars, curves, reliability
+from tests.serve.web.accessibility import findings
 
 EVIL = '<script>alert("1")</script> & <img src="http://outside/x.png">'
 
@@ -49,6 +51,7 @@ def everything(path):
         gallery([card, Card(None, "q", "r", "a", right=True)]),
         gallery([card, Card(None, "q", "r", "a", right=True, kind=EVIL), Card(None, "q", "r", "a", True, "k")]),
         warning(EVIL),
+        picture("data:image/png;base64,iVBORw0KGgo=", EVIL),
         preformatted(["a", "  " + EVIL]),
         note(EVIL),
         folded(EVIL, preformatted([EVIL])),
@@ -115,6 +118,17 @@ def test_a_page_fits_every_width_and_asks_for_nothing(tmp_path, browser):
         )
         dark = media == "screen" and scheme == "dark"
         assert (brightness(ink) > 128) == dark and (brightness(paper) < 128) == dark
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(tmp_path, browser, scheme):
+    everything(tmp_path / "page.html")
+    for width in (390, 1200):
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.goto((tmp_path / "page.html").as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        assert findings(page) == []
+        page.close()
 
 
 def test_a_gallery_is_narrowed_to_right_or_wrong_and_to_a_kind(tmp_path, browser):

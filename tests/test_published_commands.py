@@ -11,8 +11,8 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.eval import run_eval_batch
-from llava.eval.answers.manifest import write_manifest
 from llava.eval.summarize_gpt_review import newest_scores
+from llava.manifests import write_manifest
 from llava.openai_api import settings_from_args
 from llava.train.derived_flags import _set_wandb
 from tests.documented_commands import ROOT
@@ -101,6 +101,11 @@ def test_without_a_login_and_a_terminal_wandb_stays_offline(monkeypatch, tmp_pat
     _set_wandb(training)
     assert os.environ["WANDB_MODE"] == "offline"
     assert "there is no login: the run stays in wandb/" in caplog.text
+    import wandb
+
+    wandb.init(project="x", dir=tmp_path).finish()
+    assert list(tmp_path.glob("wandb/offline-run-*")), "it starts so, though it was asked for a login before"
+    wandb.teardown()
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     _set_wandb(training)

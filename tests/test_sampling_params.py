@@ -79,7 +79,7 @@ def test_a_manifest_names_what_is_not_at_its_default():
 
 def test_the_page_has_a_control_for_each_slider():
     gr = pytest.importorskip("gradio")
-    from llava.serve.web.settings import SettingsPanel
+    from llava.serve.web.parts.settings import SettingsPanel
 
     with gr.Blocks():
         panel = SettingsPanel()

@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 
 import httpx
-import openai
 import pytest
 
 from tests.serve.processes import TINY_ENV, Process, wait_until
@@ -24,6 +23,7 @@ def serving(checkpoint, name):
 
 @contextmanager
 def _processes(checkpoint, name):
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     with Process("llava.serve.controller", env=TINY_ENV) as controller:
         controller.wait()
         words = ["--model-path", str(checkpoint), "--model-name", name, "--device", "cpu", "--max-queue", "8"]
@@ -38,6 +38,7 @@ def _processes(checkpoint, name):
 
 
 def _client(api):
+    openai = pytest.importorskip("openai", reason="the extra openai is not installed")
     return openai.OpenAI(base_url=api.url + "/v1", api_key="none", max_retries=0)
 
 

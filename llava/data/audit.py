@@ -1,8 +1,9 @@
 """Is the test set clean? Images, questions and answers that training has already seen.
 
-`python -m llava.data.audit --train FILE --test FILE --image-folder DIR` reads raw VQA-RAD or SLAKE rows or
-LLaVA-Med records. Images count as the same by name, by their pixels, or nearly (hash and thumbnail);
-cropped or turned copies are not found.
+Reads raw VQA-RAD or SLAKE rows or LLaVA-Med records. Images count as the same by name, by their pixels, or nearly
+(hash and thumbnail); cropped or turned copies are not found.
+
+python -m llava.data.audit --train train.json --test test.json --image-folder images
 """
 
 from pathlib import Path
@@ -20,6 +21,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--jaccard", type=float, default=0.5, help="from here two questions are near duplicates")
     parser.add_argument("--output", help="write everything here (JSON), for run_eval --audit and the report")
     parser.add_argument("--clean-train", help="write training's records here, those on an image of the test left out")
+    parser.add_overwrite()
     return parser
 
 
@@ -43,12 +45,15 @@ def main(argv: list[str] | None = None) -> None:
         jaccard=args.jaccard,
     )
     if args.output:
-        write_json(Path(args.output), {"train_file": str(train), "test_file": str(test), **audit})
+        write_json(
+            Path(args.output), {"train_file": str(train), "test_file": str(test), **audit}, overwrite=args.overwrite
+        )
     write_line("\n".join(audit_lines(audit)))
     if args.clean_train:
         left_out = {str(key) for key in audit["train_on_test_images"]}
         items = zip(iter_records(train), read_vqa_items(train), strict=True)
-        kept = write_records(args.clean_train, (record for record, item in items if str(item.id) not in left_out))
+        clean = (record for record, item in items if str(item.id) not in left_out)
+        kept = write_records(args.clean_train, clean, overwrite=args.overwrite)
         write_line(f"{args.clean_train}: {kept:,} training records, {len(left_out):,} on an image of the test left out")
 
 

@@ -54,12 +54,14 @@ def _answer_lines(kind: str, found: dict[str, Any]) -> list[str]:
     def share(key: str) -> str:
         return f"{found[key]:,} ({100 * found[key] / total:.1f} %)"
 
-    f'"{found["majority_answer"]}"' if found["majority_answer"] else "none in training"
+    commonest = found["majority_answer"]
+    if commonest is None:
+        return [f"{kind} answers (of {total:,}): none in training"]
     priors = ", ".join(f"{answer} {count:,}" for answer, count in found["test_priors"][:4])
     return [
         f"{kind} answers (of {total:,}), without a look at the image:",
         f"  {share('in_training')} are among training's answers",
-        f'  {share("majority")} are training\'s commonest, "{found["majority_answer"]}"',
+        f'  {share("majority")} are training\'s commonest, "{commonest}"',
         f"  {share('same_question')} are the commonest answer to the same question on any training image "
         f"({found['same_question_known']:,} are asked there)",
         f"  commonest in test: {priors}",

@@ -4,7 +4,6 @@ A converter (llava/data/sources/) yields records and counts what it leaves out; 
 split, the candidate answers of the training split, and a manifest with sources, counts and checksums.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
 from llava.folders import stage_files
+from llava.manifests import sha256_of
 from llava.record_content import as_text
 from llava.records import Record, write_json, write_records
 
@@ -131,13 +131,16 @@ def is_inside(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
 
 
-def write_conversion(conversion: Conversion, output_dir: str | Path, file_format: str = "json") -> dict[str, Any]:
+def write_conversion(
+    conversion: Conversion, output_dir: str | Path, file_format: str = "json", *, overwrite: bool = True
+) -> dict[str, Any]:
     """Write `<split>.<format>` per split, `candidates.json` and `manifest.json`; returns the manifest.
 
     Nothing appears in `output_dir` before everything is written; the manifest comes last.
 
     Raises:
-        LlavaError: an id occurs twice in a split, a split is empty, or images are missing and may not be.
+        LlavaError: an id occurs twice in a split, a split is empty, images are missing and may not be, or
+            `output_dir` holds other records that may not be replaced.
     """
     manifest: dict[str, Any] = {
         "data_set": conversion.name,
@@ -145,7 +148,7 @@ def write_conversion(conversion: Conversion, output_dir: str | Path, file_format
         "sources": [_describe(path, path.name) for path in conversion.sources],
         "splits": {},
     }
-    with stage_files(output_dir, last=MANIFEST_FILE) as temporary:
+    with stage_files(output_dir, last=MANIFEST_FILE, overwrite=overwrite) as temporary:
         tallies: list[Tally] = []
         for split, records in conversion.splits.items():
             path = temporary / f"{split}.{file_format}"
@@ -208,14 +211,6 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         return {"records": self.records, "images": len(self.images), "answer_types": dict(self.answer_types)}
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def summary_lines(manifest: dict[str, Any]) -> list[str]:

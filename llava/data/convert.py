@@ -1,7 +1,9 @@
 """Bring a medical data set into LLaVA-Med's record form, by its name.
 
-Each data set is a module of llava/data/sources/ with `NAME`, `add_arguments(parser)` and `convert(args, image_folder)`,
-found by being there; what is written, and how, is in llava/data/conversion.py.
+`python -m llava.data.convert NAME --help` lists the flags of a set. Each is a module of llava/data/sources/, found by
+being there; what is written, and how, is in llava/data/conversion.py.
+
+python -m llava.data.convert csv --input table.csv --image-folder images --output-dir data/own
 """
 
 import importlib
@@ -24,8 +26,10 @@ SOURCES = find_sources()
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME", title="data sets")
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(
+        dest="name", required=True, metavar="NAME", title="data sets", help="see NAME --help"
+    )
     for name, source in SOURCES.items():
         command = commands.add_parser(name, description=source.__doc__, help=str(source.__doc__).splitlines()[0])
         source.add_arguments(command)
@@ -38,6 +42,7 @@ def build_parser() -> ArgumentParser:
             default=getattr(source, "MISSING_DEFAULT", "error"),
             help="what to do with records whose image isn't in the image folder",
         )
+        command.add_overwrite()
     return parser
 
 
@@ -50,7 +55,7 @@ def main(argv=None) -> int:
     if folder is not None:
         folder = existing_dir(folder, "--image-folder")
     conversion = source.convert(args, ImageFolder(folder, args.missing))
-    manifest = write_conversion(conversion, args.output_dir, args.format)
+    manifest = write_conversion(conversion, args.output_dir, args.format, overwrite=args.overwrite)
     for line in summary_lines(manifest):
         write_line(line)
     return 0

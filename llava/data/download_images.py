@@ -22,7 +22,7 @@ MEAN_IMAGE_BYTES = 96_000
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input_path", required=True, help="llava_med_image_urls.jsonl, or a list like it")
     parser.add_argument("--images_output_path", required=True, help="gets <pair_id>.jpg and the list of failures")
     parser.add_argument("--pmc_output_path", help="where whole archives go with --keep-archives; else not used")

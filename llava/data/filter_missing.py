@@ -34,11 +34,12 @@ class Missing:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("input", help="JSON, JSONL or Parquet")
-    parser.add_argument("--image-folder", required=True)
+    parser.add_argument("--image-folder", required=True, help="where the images are looked for")
     parser.add_argument("--output", required=True, help=".json, .jsonl or .parquet")
     parser.add_argument("--missing-list", metavar="PATH", help="write the names of the missing images as JSON")
+    parser.add_overwrite()
     return parser
 
 
@@ -48,9 +49,9 @@ def main(argv=None) -> int:
     if Path(args.output).resolve() == path.resolve():
         raise LlavaError(f"--output {args.output}: give another name than the input's")
     missing = Missing(existing_dir(args.image_folder, "--image-folder"))
-    kept = write_records(args.output, with_images(path, missing))
+    kept = write_records(args.output, with_images(path, missing), overwrite=args.overwrite)
     if args.missing_list:
-        write_json(args.missing_list, list(missing.images))
+        write_json(args.missing_list, list(missing.images), overwrite=args.overwrite)
     write_line(
         f"{args.output}: {kept:,} of {missing.records:,} records ({missing.text_only:,} of text alone); "
         f"{missing.dropped:,} dropped for {len(missing.images):,} missing images"

@@ -33,7 +33,7 @@ class Counts:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--in-file", required=True, help="JSON, JSONL or Parquet")
     parser.add_argument("--out-file", required=True, help=".json, .jsonl or .parquet")
     parser.add_argument("--begin", type=int, default=0, help="first record to take")
@@ -42,6 +42,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--max-length", type=int, default=2048, help="positions, images included")
     parser.add_argument("--template", "--version", default="v1", help="the prompt template that training will use")
     parser.add_argument("--features-per-image", type=int, default=256, help="256 for ViT-L/14 at 224, 576 at 336")
+    parser.add_overwrite()
     return parser
 
 
@@ -56,7 +57,8 @@ def main(argv=None) -> int:
     length_of = _length_function(args)
     counts = Counts()
     records = islice(iter_records(path), args.begin, end)
-    write_records(args.out_file, split_all(records, length_of, args.max_length, counts))
+    pieces = split_all(records, length_of, args.max_length, counts)
+    write_records(args.out_file, pieces, overwrite=args.overwrite)
     write_line(
         f"{args.out_file}: {counts.records:,} records became {counts.pieces:,}; {counts.split:,} were split, "
         f"{counts.too_long:,} pieces are one question and answer longer than {args.max_length:,} positions, "

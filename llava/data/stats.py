@@ -12,10 +12,11 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("input", help="training records (JSON, JSONL or Parquet)")
     parser.add_argument("--output-dir", required=True, help="gets stats.png, stats.html and stats.json")
     parser.add_argument("--max-records", type=int, help="number of records to read from the start")
+    parser.add_overwrite()
     return parser
 
 
@@ -28,7 +29,7 @@ def main(argv=None) -> int:
     stats = collect(args.input, args.max_records)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "stats.json", stats.as_json())
+    write_json(folder / "stats.json", stats.as_json(), overwrite=args.overwrite)
     page = write_figures(stats, folder, Path(args.input).name)
     write_line(f"{stats.records} records, {sum(stats.turns)} turns, domains {dict(stats.domains.most_common())}")
     for name, pairs in stats.verbs.items():

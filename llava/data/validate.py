@@ -105,7 +105,7 @@ class Report:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("input", help="JSON, JSONL or Parquet")
     parser.add_argument("--image-folder", help="open every image; without it images aren't looked at")
     parser.add_argument("--tokenizer", help="a model folder; tokenise every record as training would")
@@ -118,6 +118,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--report", metavar="PATH", help="write the report as JSON")
     parser.add_argument("--first", type=int, default=5, help="cases to show of each kind")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for images and tokens")
+    parser.add_overwrite()
     return parser
 
 
@@ -129,14 +130,14 @@ def main(argv=None) -> int:
         raise LlavaError(f"--fix {args.fix}: give another name than the file that is checked")
     report = Report(args.first)
     if args.fix:
-        write_records(args.fix, validate(path, report, options, args.workers, fix=True))
+        write_records(args.fix, validate(path, report, options, args.workers, fix=True), overwrite=args.overwrite)
     else:
         deque(validate(path, report, options, args.workers), maxlen=0)
     if not report.records:
         raise LlavaError(f"{path}: there are no records in it")
     content = {"file": str(path), **report.as_json()}
     if args.report:
-        write_json(args.report, content)
+        write_json(args.report, content, overwrite=args.overwrite)
     _show(content, args.fix)
     return EXIT_FAULTS if report.faulty else 0
 

@@ -3,6 +3,8 @@
 A language model and a vision tower are made from scratch, then come stage 1, stage 2 and VQA fine-tuning by the
 training command, answers and scores, the same without seeing the images, and a page of all of it.
 For research only, never for clinical use.
+
+python -m llava.demo --small --output-dir runs/demo-small
 """
 
 import time
@@ -16,6 +18,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--output-dir", default="runs/demo", help="a rerun goes on at the first unfinished step")
     parser.add_argument("--seed", type=int, default=0, help="of images, models and training")
     parser.add_bool("--small", help="every step once, on 500 images in about a minute, learning next to nothing")
+    parser.add_overwrite()
     return parser
 
 
@@ -29,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.records import write_json
 
     output, settings = Path(args.output_dir), SMALL if args.small else FULL
+    write_json(output / "demo.json", {"seed": args.seed, "small": args.small}, overwrite=args.overwrite)
     pipeline = run_steps(output, settings, args.seed)
     started = time.monotonic()
     scores = score_runs(output)

@@ -2,12 +2,14 @@
 
 It learns to say what notes say and to answer from them; the projector later puts an image in their place. All is
 read once, from beginning to end: the demo's text gets harder.
+
+python -m llava.demo.language_model --data-path text.json --tokenizer TOKENIZER --output-dir language_model
 """
 
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
-from llava.folders import WEIGHTS, stage_files
+from llava.folders import WEIGHTS, check_target, stage_files
 
 IGNORED = -100
 HEAD_SIZE = 16
@@ -23,18 +25,20 @@ def build_parser() -> ArgumentParser:
         "--data-path", action="append", required=True, help="records, read one file after the other; may be repeated"
     )
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
-    parser.add_argument("--template", default="mistral_instruct")
-    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--template", default="mistral_instruct", help="prompt template of its conversations")
+    parser.add_argument("--output-dir", required=True, help="folder of the model")
     parser.add_argument("--batch-tokens", type=int, default=3600, help="of one step, padding included")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=3, help="of the model")
+    parser.add_argument("--hidden-size", type=int, default=128, help="of the model")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order")
+    parser.add_overwrite()
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    check_target(args.output_dir, args.overwrite)
     from llava.demo.fitting import in_processes
 
     in_processes(train_language_model, args, args.processes)

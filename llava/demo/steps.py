@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava import __version__
-from llava.data.phantoms import write_phantoms
+from llava.data.phantoms import ABOUT, write_phantoms
 from llava.demo.baselines import answer_by_nearest
 from llava.demo.pipeline import Job, Pipeline
 from llava.demo.settings import Settings, Stage
@@ -125,6 +125,7 @@ def _training(output: Path, settings: Settings, seed: int, stage: str, prefix: s
     else:
         argv += ["--version", settings.template]
     argv += ["--data_path", str(records_of(output, prefix, dict(STAGES)[stage]))]
+    argv += ["--data_description", ABOUT]
     argv += ["--image_folder", f"{output}/data/images", "--output_dir", str(folder)]
     argv += ["--cache_vision_features", "True", "--vision_cache_dir", f"{output}/features"]
     argv += ["--max_steps", str(how.steps), "--learning_rate", str(how.learning_rate)]

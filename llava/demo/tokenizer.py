@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
-from llava.folders import stage_files
+from llava.folders import check_target, stage_files
 
 MARKS = ("[INST]", "[/INST]")
 
@@ -20,15 +20,17 @@ LEARNED = 500
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data-path", action="append", required=True, help="records to learn from; may be repeated")
-    parser.add_argument("--output-dir", required=True)
+    parser.add_argument("--output-dir", required=True, help="folder of the tokenizer")
     parser.add_argument("--learned", type=int, default=LEARNED, help="tokens to learn, with the three special ones")
+    parser.add_overwrite()
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    check_target(args.output_dir, args.overwrite)
     make_tokenizer(texts_of(args.data_path), args.output_dir, args.learned)
 
 

@@ -2,34 +2,38 @@
 
 A caption is a few sentences, a fact in each. Each token of the tower learns to tell one of them from those that
 never stand with it in one caption.
+
+python -m llava.demo.tower --data-path captions.json --image-folder images --language-model LLM --output-dir tower
 """
 
 import re
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run
-from llava.folders import WEIGHTS, stage_files
+from llava.folders import WEIGHTS, check_target, stage_files
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data-path", required=True, help="records with image and caption")
-    parser.add_argument("--image-folder", required=True)
+    parser.add_argument("--image-folder", required=True, help="where the images lie")
     parser.add_argument("--language-model", required=True, help="folder of the one whose words captions are made of")
-    parser.add_argument("--output-dir", required=True)
-    parser.add_argument("--steps", type=int, default=1900)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--image-size", type=int, default=96)
-    parser.add_argument("--patch-size", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--output-dir", required=True, help="folder of the tower")
+    parser.add_argument("--steps", type=int, default=1900, help="of training")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at once")
+    parser.add_argument("--image-size", type=int, default=96, help="pixels per side")
+    parser.add_argument("--patch-size", type=int, default=16, help="pixels per side")
+    parser.add_argument("--layers", type=int, default=3, help="of the tower")
+    parser.add_argument("--hidden-size", type=int, default=128, help="of the tower")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order")
+    parser.add_overwrite()
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    check_target(args.output_dir, args.overwrite)
     from llava.demo.fitting import in_processes
 
     in_processes(train_tower, args, args.processes)

@@ -1,6 +1,8 @@
 """Answer test questions from memory: the commonest answer, and the nearest training questions by text and images.
 
 No model is asked. The answer files are like a model's: run_eval scores and compares them, reports show them.
+
+python -m llava.eval.baselines --train train.json --test test.json --output-dir memory
 """
 
 from pathlib import Path
@@ -23,6 +25,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--image-weight", type=float, default=8.0, help="of the cosine of the images' features")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once")
     parser.add_argument("--device", help="where the tower runs: cpu, cuda, … (default: the best there is)")
+    parser.add_overwrite()
     return parser
 
 
@@ -46,7 +49,15 @@ def main(argv: list[str] | None = None) -> None:
         likeness["nearest_text_and_image"] = (both, args.neighbours)
     for name, (function, neighbours) in likeness.items():
         path = output / f"{name}.jsonl"
-        empty = write_memory_answers(train, test, path, function, neighbours, f"memory: {name.replace('_', ' ')}")
+        empty = write_memory_answers(
+            train,
+            test,
+            path,
+            function,
+            neighbours,
+            f"memory: {name.replace('_', ' ')}",
+            overwrite=args.overwrite,
+        )
         unknown = f", {empty} without an answer (training has no question of their type)" if empty else ""
         write_line(f"{path}: complete{unknown}")
 

@@ -1,10 +1,13 @@
 """Have a language model judge chat answers against the stored reference answers, one row a question.
 
-    python -m llava.eval.eval_multimodal_chat_gpt_score --question-file llava_med_eval_qa50_qa.jsonl \\
-        --answers-file answers.jsonl --scores-file scores.jsonl --api-model gpt-4o
+Every reply is on disk at once; killed, the same command asks for the rest. --dry-run shows a prompt and the cost.
+
+python -m llava.eval.eval_multimodal_chat_gpt_score --question-file llava_med_eval_qa50_qa.jsonl \\
+    --answers-file answers.jsonl --scores-file scores.jsonl --api-model gpt-4o
 """
 
 import logging
+from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
@@ -16,17 +19,33 @@ DEFAULT_SCORES = "gpt4-eval-for-individual-answers.jsonl"
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--question-file", "--question_input_path", dest="question_file", required=True)
-    parser.add_argument("--answers-file", "--input_path", dest="answers_file", required=True)
-    parser.add_argument("--scores-file", "--output_path", dest="scores_file", default=DEFAULT_SCORES)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--question-file",
+        "--question_input_path",
+        dest="question_file",
+        required=True,
+        help="questions with the reference answers",
+    )
+    parser.add_argument(
+        "--answers-file", "--input_path", dest="answers_file", required=True, help="the model's answers"
+    )
+    parser.add_argument(
+        "--scores-file",
+        "--output_path",
+        dest="scores_file",
+        default=DEFAULT_SCORES,
+        help="where judgements go, a line each",
+    )
     parser.add_bool("--swap", help="ask in both orders, and report how far they agree")
+    parser.add_overwrite()
     add_api_flags(parser)
     return parser
 
 
 def main(argv=None) -> int:
     from llava.eval.chat.judge import build_job, repair_job
+    from llava.manifests import claim, fingerprint_of, finished, sha256_of, write_manifest
     from llava.openai_api import print_dry_run, run_jobs, settings_from_args
     from llava.records import ResumableJsonl
 
@@ -38,18 +57,30 @@ def main(argv=None) -> int:
     if args.dry_run:
         print_dry_run(jobs, settings)
         return 0
+    about = {
+        "questions_sha256": sha256_of(Path(args.question_file)),
+        "answers_sha256": sha256_of(Path(args.answers_file)),
+        "both_orders": args.swap,
+        "judge_model": settings.model,
+    }
+    scores = Path(args.scores_file)
+    if not args.overwrite and finished(scores, "fingerprint", fingerprint_of(about)):
+        write_line(f"{scores} is complete already; --overwrite judges again")
+        return 0
+    claim(scores, about, overwrite=args.overwrite)
     pair_of = {build_job(*pair, swapped).key: (*pair, swapped) for pair in pairs for swapped in orders}
 
     def to_record(job, result):
         return score_row(*pair_of[job.key], result)
 
-    with ResumableJsonl(args.scores_file, key="judgement") as output:
+    with ResumableJsonl(scores, key="judgement") as output:
         summary = run_jobs(jobs, settings, output, to_record, follow_up=repair_job, progress="judging")
         write_line(str(summary))
         if not summary.complete:
             write_line(f"not complete: {output.part} holds what was done; run the command again to go on")
             return 1
         output.finish([job.key for job in jobs])
+    write_manifest(scores, **about, fingerprint=fingerprint_of(about))
     write_line(f"wrote {args.scores_file}; sum it up with: python -m llava.eval.summarize_gpt_review")
     return 0
 

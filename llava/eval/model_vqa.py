@@ -1,6 +1,9 @@
 """Answer a JSONL file of questions (`question_id`, `image`, `text`): batched, greedy by default, resumable.
 
 Answers go to --answers-file in the order of the questions, with a manifest of what made them next to it.
+
+python -m llava.eval.model_vqa --model-path CHECKPOINT --question-file questions.jsonl --image-folder images \\
+    --answers-file answers.jsonl
 """
 
 from llava.commandline import ArgumentParser, run, write_line

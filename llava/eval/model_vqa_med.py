@@ -1,6 +1,9 @@
 """Answer the first question of each LLaVA-Med record: batched, greedy by default, resumable after a kill.
 
 Answers go to --answers-file in the order of the questions, with a manifest of what made them next to it.
+
+python -m llava.eval.model_vqa_med --model-path CHECKPOINT --question-file test.json --image-folder images \\
+    --answers-file answers.jsonl
 """
 
 from llava.commandline import ArgumentParser, run, write_line

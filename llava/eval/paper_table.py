@@ -2,6 +2,8 @@
 
 The tolerance is one standard error of a score on that number of questions: the published decoding was random and
 its seed unknown.
+
+python -m llava.eval.paper_table --results fine-tuned:vqa-rad=scores.json --output table.md
 """
 
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--output", help="write the table here too (Markdown)")
     parser.add_bool("--fail-when-off", help="exit code 1 if a cell is outside its tolerance")
+    parser.add_overwrite()
     return parser
 
 
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int | None:
     rows = [[row, DATASET_NAMES[name], *(cell.text() for cell in pair)] for (row, name), pair in by_row.items()]
     table = markdown_table(header, rows)
     if args.output:
-        with atomic_path(Path(args.output)) as temporary:
+        with atomic_path(Path(args.output), overwrite=args.overwrite) as temporary:
             temporary.write_text(table + "\n", encoding="utf-8")
     write_line(table)
     within = sum(cell.is_within for cell in cells)

@@ -2,6 +2,8 @@
 
 Writes a self-contained HTML page and the score table as Markdown. Answers of the same checkpoint with
 --ablate-image are put next to those with images by their manifests.
+
+python -m llava.eval.report --pred ours=answers.jsonl grey=answers-blank.jsonl --output report.html
 """
 
 from pathlib import Path
@@ -15,16 +17,24 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files")
     parser.add_argument("--gt", nargs="+", help="questions: one file, or one per --pred (default: the manifests')")
     parser.add_argument("--output", default="report.html", help="the page; the table goes next to it as .md")
-    parser.add_argument("--title", default="Medical visual question answering")
+    parser.add_argument("--title", default="Medical visual question answering", help="heading of the page")
     parser.add_argument("--image-folder", help="images, for the examples")
     parser.add_argument("--candidate", help="open answers of the training split")
     parser.add_argument("--audit", help="JSON of llava.data.audit")
     parser.add_argument("--examples", type=int, default=4, help="right and wrong ones of each answer file")
-    parser.add_argument("--on-missing", choices=("error", "skip", "wrong"), default="error")
-    parser.add_argument("--bootstrap-samples", type=int, default=10_000)
-    parser.add_argument("--bootstrap-unit", choices=("question", "image"), default="question")
+    parser.add_argument(
+        "--on-missing",
+        choices=("error", "skip", "wrong"),
+        default="error",
+        help="a question without answer: stop, leave it out, or count it as an empty answer",
+    )
+    parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
+    parser.add_argument(
+        "--bootstrap-unit", choices=("question", "image"), default="question", help="what the bootstrap draws"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the examples")
     parser.add_bool("--pdf", help="write the page as a PDF too, by a browser that is installed")
+    parser.add_overwrite()
     return parser
 
 
@@ -59,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         audit=args.audit and existing_file(args.audit, "--audit"),
         examples=args.examples,
         seed=args.seed,
+        overwrite=args.overwrite,
     )
     write_line(f"{page}\n{markdown}")
     if browser is not None:
@@ -74,11 +85,13 @@ def write_report(
     audit: str | Path | None = None,
     examples: int = 4,
     seed: int = 0,
+    overwrite: bool = True,
 ) -> tuple[Path, Path]:
     """Write the page and the Markdown table of `Entry`s; returns the two paths.
 
     Args:
         audit: JSON of `llava.data.audit`, for the files that answer its questions.
+        overwrite: replace another page that is there.
     """
     from llava.eval.reports import sections
     from llava.eval.reports.clean_subset import score_clean_subset
@@ -107,10 +120,11 @@ def write_report(
             ("Examples", sections.examples_section(plain, image_folder, examples, seed)),
             ("What produced the answers", sections.provenance_section(entries)),
         ],
+        overwrite=overwrite,
     )
     header, rows, _ = sections.score_rows(entries)
     markdown = output.with_suffix(".md")
-    with atomic_path(markdown) as temporary:
+    with atomic_path(markdown, overwrite=overwrite) as temporary:
         temporary.write_text(f"# {title}\n\n{markdown_table(header, rows)}\n", encoding="utf-8")
     return output, markdown
 

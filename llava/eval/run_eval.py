@@ -1,6 +1,8 @@
 """Score an answer file: the *paper* and *strict* metric sets side by side, with intervals and what made it.
 
 docs/metrics.md defines the numbers. Input that doesn't fit together is an error and prints no number.
+
+python -m llava.eval.run_eval --gt test.json --pred answers.jsonl --output scores.json
 """
 
 from pathlib import Path
@@ -49,6 +51,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--train", help="training questions, to audit against")
     parser.add_argument("--image-folder", help="images of both splits, for the audit")
+    parser.add_overwrite()
     return parser
 
 
@@ -89,11 +92,11 @@ def main(argv: list[str] | None = None) -> None:
             comparison = compare_with_memory(result, existing_file(args.memory, "--memory"))
             sections.append(comparison.text())
             content["memory"] = comparison.as_dict()
-    if args.output:
-        write_json(Path(args.output), content)
-    if args.per_item:
-        write_records(Path(args.per_item), result.scores.rows)
     write_line("\n\n".join(sections))
+    if args.output:
+        write_json(Path(args.output), content, overwrite=args.overwrite)
+    if args.per_item:
+        write_records(Path(args.per_item), result.scores.rows, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

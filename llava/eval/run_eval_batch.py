@@ -3,6 +3,8 @@
 The questions of an answer file are those that its manifest names. Or --gt scores all files against one; or
 --gt_parent_path holds a folder for each data set, which a part of the answer file's path names (`data_RAD`, `vqa_rad`,
 `pvqa`, `Slake1.0`).
+
+python -m llava.eval.run_eval_batch --pred_file_parent_path runs --target_test_type test-answer-file
 """
 
 from pathlib import Path
@@ -29,9 +31,15 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--pred", help="one answer file, in place of --pred_file_parent_path")
     parser.add_argument("--candidate", help="open answers of the training split (default: next to the questions)")
     parser.add_argument("--output", default=RESULTS_FILE, help="results, one line per answer file")
-    parser.add_argument("--on-missing", choices=("error", "skip", "wrong"), default="error")
+    parser.add_argument(
+        "--on-missing",
+        choices=("error", "skip", "wrong"),
+        default="error",
+        help="a question without answer: stop, leave it out, or count it as an empty answer",
+    )
     parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_overwrite()
     return parser
 
 
@@ -57,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         results.append((dataset, result))
     rows = [{"dataset": dataset, **result.as_dict()} for dataset, result in results]
-    write_records(Path(args.output).with_suffix(".jsonl"), rows)
+    output = Path(args.output).with_suffix(".jsonl")
+    # Scores of the same answer files may be new; those of others would be lost.
+    write_records(output, rows, overwrite=args.overwrite or _files_in(output) <= {row["pred"] for row in rows})
     shown = headlines(result.scores for _, result in results)
     header = ["answers", "data set", "open", "closed", *(metric.heading for metric in shown)]
     lines = []
@@ -66,7 +76,16 @@ def main(argv: list[str] | None = None) -> None:
         cells = [number_cell(scores.number(metric)) for metric in shown]
         lines.append([str(result.pred), dataset, str(scores.open), str(scores.closed), *cells])
     write_line(text_table(header, lines))
-    write_line(f"\n{len(rows)} answer files scored; all numbers: {Path(args.output).with_suffix('.jsonl')}")
+    write_line(f"\n{len(rows)} answer files scored; all numbers: {output}")
+
+
+def _files_in(results: Path) -> set[str | None]:
+    """The answer files that a file of results is about; None where it is no such file."""
+    from llava.records import iter_records
+
+    if not results.is_file() or not results.stat().st_size:
+        return set()
+    return {record.get("pred") for record in iter_records(results)}
 
 
 def answer_files(pred: str | None, parent: str | None, test_type: str | None) -> list[Path]:

@@ -1,5 +1,7 @@
 """Ask one question about one or several images.
 
+Greedy unless a flag says otherwise; DICOM and NIfTI files are shown as --window, --frame and the like say.
+
 python -m llava.eval.run_llava --model-path CHECKPOINT --image-file scan.png --query "What is shown?"
 """
 
@@ -13,7 +15,7 @@ from llava.sampling_params import add_sampling_flags, sampling_from_args
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", "--model-name", dest="model_path", required=True, help="folder or hub id")
     parser.add_argument("--model-base", help="what an adapter or projector folder was trained over")
     parser.add_argument("--image-file", help="an image, or several separated by --sep")
@@ -43,6 +45,9 @@ def eval_model(args: Namespace) -> None:
     paths = [path for path in (args.image_file or "").split(args.sep) if path]
     images = [open_image(image) for image in with_default_options(paths, image_options_from_args(args))]
 
+    from llava.model.weights.locate import locate_model
+
+    locate_model(args.model_path)  # a name that leads nowhere is said before torch is imported, which takes seconds
     from llava.assistant import load
 
     assistant = load(

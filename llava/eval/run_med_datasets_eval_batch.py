@@ -3,6 +3,9 @@
 Each process answers a part of the questions into a file of its own; the last one joins the parts in the order of the
 questions. Killed and started again, it goes on where each part was. On several machines, `--shard i/n` (or torchrun)
 says which part each of them has, and the last one of all joins them.
+
+python -m llava.eval.run_med_datasets_eval_batch --num-chunks 8 --model-path CHECKPOINT --question-file test.json \\
+    --image-folder images --answers-file answers.jsonl
 """
 
 import os
@@ -32,9 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_flags(args)
     from llava.eval.answers.ablation import QuestionImages
-    from llava.eval.answers.manifest import manifest_path
     from llava.eval.answers.questions import read_med_questions
     from llava.eval.answers.shards import Shard, discard, shard_of
+    from llava.manifests import manifest_path
 
     shards = (shard_of(args) or Shard(0, 1)).split(args.num_chunks)
     questions = read_med_questions(existing_file(args.question_file, "--question-file"))

@@ -1,8 +1,8 @@
 """Sum up judged chat answers: relative scores by question type and domain, of one or several scores files.
 
-python -m llava.eval.summarize_gpt_review --scores-file scores.jsonl [--scores-file other.jsonl]
-
 Without --scores-file it is the newest one below the current folder.
+
+python -m llava.eval.summarize_gpt_review --scores-file scores.jsonl --scores-file other.jsonl
 """
 
 import logging
@@ -20,7 +20,7 @@ _FIRST_LINE = 1 << 16
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--scores-file",
         action="append",
@@ -28,6 +28,7 @@ def build_parser() -> ArgumentParser:
         help="what the scorer wrote; several stand side by side (default: the newest below this folder)",
     )
     parser.add_argument("--json", help="also write the numbers here")
+    parser.add_overwrite()
     return parser
 
 
@@ -39,7 +40,7 @@ def main(argv=None) -> int:
     judged = [read_scores_file(path) for path in args.scores_file or [newest_scores(Path.cwd())]]
     write_line(summary_table(judged))
     if args.json:
-        write_json(args.json, [one.as_dict() for one in judged])
+        write_json(args.json, [one.as_dict() for one in judged], overwrite=args.overwrite)
     return 0
 
 

@@ -6,6 +6,7 @@ that belongs to nobody.
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,43 @@ class DecodingState:
         """Whose tokens the first rows make."""
 
 
+class Arriving:
+    """Tokens, int64 `[rows]`, on their way to the host; what is started after this doesn't delay them."""
+
+    def __init__(self, chosen: torch.Tensor):
+        self._event: torch.cuda.Event | None = None
+        self._tokens = chosen
+        if chosen.device.type == "cuda":
+            self._tokens = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+            self._tokens.copy_(chosen, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def tokens(self) -> list[int]:
+        """Waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[int] = self._tokens.tolist()
+        return found
+
+
+class Ahead(NamedTuple):
+    """The logits of a step that was started before its rows were asked for."""
+
+    owners: list[object]
+    logits: torch.Tensor
+
+    def of(self, owners: Sequence[object]) -> torch.Tensor | None:
+        """The rows of those who are left; None if somebody else is among them."""
+        if self.owners == owners:
+            return self.logits
+        places = {id(one): place for place, one in enumerate(self.owners)}
+        if any(id(one) not in places for one in owners):
+            return None
+        rows = torch.tensor([places[id(one)] for one in owners]).to(self.logits.device)
+        return self.logits.index_select(0, rows)
+
+
 class Decoder:
     """Runs decoding steps.
 
@@ -44,6 +82,8 @@ class Decoder:
         self.max_rows = max_rows
         self.captures = device.type == "cuda" and torch.cuda.is_available()
         """Whether steps are captured."""
+        self.runs_ahead = self.captures
+        """Whether the next step is started before the host has read the tokens of the last."""
         self._captured: dict[tuple[int, int], tuple[DecodingState, torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._state: DecodingState | None = None
         self._changes = -1
@@ -78,9 +118,18 @@ class Decoder:
                 return logits.narrow(0, 0, len(owners))
         return self.step(state)
 
+    def is_at(self, owners: Sequence[object]) -> bool:
+        """Whether these rows' tokens and positions are on the device."""
+        return self._state is not None and self._state.owners == list(owners)
+
+    def goes_on(self, owners: Sequence[object], lengths: Sequence[int]) -> bool:
+        """Whether the next step of these rows needs nothing of the host but their pages."""
+        room = 0 if self._state is None else self._state.table.shape[1] * self.cache.page
+        return self.is_at(owners) and max(lengths) < room
+
     def follow(self, owners: Sequence[object], tokens: torch.Tensor) -> None:
         """The rows' next tokens, int64 `[rows]`, as they were chosen on the device."""
-        if self._state is not None and self._state.owners == list(owners):
+        if self._state is not None and self.is_at(owners):
             self._state.tokens.narrow(0, 0, len(owners)).copy_(tokens)
 
     def forget(self) -> None:

@@ -215,6 +215,17 @@ def attention_by_passes(config: PreTrainedConfig) -> Iterator[None]:
             config._attn_implementation = before
 
 
+def split_into_passes(lengths: Sequence[int], max_positions: int) -> Iterator[tuple[int, int]]:
+    """Slices of rows, one for each pass of about `max_positions` at most."""
+    first, used = 0, 0
+    for place, length in enumerate(lengths):
+        if place > first and used + length > max_positions:
+            yield first, place
+            first, used = place, 0
+        used += length
+    yield first, len(lengths)
+
+
 def split_into_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Slices of neighbouring rows for which padding and the number of groups together cost least."""
     runs = [0, *(place for place in range(1, len(lengths)) if lengths[place] != lengths[place - 1]), len(lengths)]

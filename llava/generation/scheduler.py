@@ -7,7 +7,7 @@ common only once), and makes one token for every running request.
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +15,14 @@ import torch
 
 from llava.errors import LlavaError
 from llava.generation.beam import beam_search
-from llava.generation.cache.prefix_store import Prefix, PrefixStore
-from llava.generation.decoding import Decoder
+from llava.generation.cache.prefix_store import PrefixStore
+from llava.generation.decoding import Ahead, Arriving, Decoder
 from llava.generation.detokenize import Detokenizer
-from llava.generation.forward_pass import Row
+from llava.generation.forward_pass import Row, split_into_passes
 from llava.generation.prompts import Prompt
 from llava.generation.runner import Runner
 from llava.generation.sampling import SamplingTable
-from llava.generation.state import Generation
+from llava.generation.state import Generation, Plan
 from llava.generation.types import OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Scheduler:
         """How many requests are announced or waiting for each beginning."""
         self._table: SamplingTable | None = None
         """Of the rows that got the last tokens."""
+        self._ahead: Ahead | None = None
         self._lock = threading.Lock()
 
     def announce(self, prompts: Iterable[Prompt], sign: int = 1) -> None:
@@ -119,6 +120,7 @@ class Scheduler:
             self.waiting.clear()
             self._expected.clear()
         self.running.clear()
+        self._ahead = None
         self.runner.cache.release()
         for generation in generations:
             generation.finish("error", error)
@@ -226,7 +228,7 @@ class Scheduler:
         prompts = [plan.prompt for plan in plans]
         hidden = [
             self.runner.run(rows[i:j], tokens[i:j], prompts[max(i - decoding, 0) : max(j - decoding, 0)])
-            for i, j in _passes([row.end - row.begin for row in rows], self.max_prefill)
+            for i, j in split_into_passes([row.end - row.begin for row in rows], self.max_prefill)
         ]
         # What may fail for want of memory comes before anything is noted down.
         logits = self.runner.logits(torch.cat(hidden))
@@ -236,16 +238,37 @@ class Scheduler:
             self._started(plan, row)
         if self.runner.decoder is not None:
             self.runner.decoder.forget()
+            self._ahead = None
         self._take_tokens(running - decoding, logits)
 
     def _decode(self, decoder: Decoder) -> None:
         """One more token of every running request, from what is on the device."""
-        running = self.running
-        self._prepare_rows(self._next_lengths())
-        logits = decoder.logits(running, lambda: [one.tokens[-1] for one in running], [one.length for one in running])
+        running, ahead, self._ahead = self.running, self._ahead, None
+        logits = None if ahead is None else ahead.of(running)
+        if logits is None:
+            self._prepare_rows(self._next_lengths())
+            logits = decoder.logits(running, lambda: [one.tokens[-1] for one in running], self._lengths())
         for one in running:
             one.length += 1
         self._take_tokens(0, logits)
+
+    def _run_ahead(self, decoder: Decoder) -> None:
+        """Start the next step of the same rows while the host still works on this one's tokens.
+
+        Not if one of them ends for sure, others are about to join, or memory is short. Whoever ends or joins otherwise
+        changes nothing: the rows that stay keep their logits, and what is computed again is written again.
+        """
+        lengths = self._lengths()
+        is_whole = len(lengths) == self.max_batch_size or not self.waiting
+        ends = any(one.left <= 1 for one in self.running)
+        if ends or not is_whole or not decoder.goes_on(self.running, lengths):
+            return
+        if self.runner.cache.holds(self._next_lengths()):
+            self._prepare_rows(self._next_lengths())
+            self._ahead = Ahead(list(self.running), decoder.logits(self.running, list, lengths))
+
+    def _lengths(self) -> list[int]:
+        return [one.length for one in self.running]
 
     def _prepare_rows(self, lengths: list[int]) -> None:
         """Have room for rows of so many positions; kept beginnings are given up for it."""
@@ -256,7 +279,7 @@ class Scheduler:
                 if not self.prefixes.drop_oldest():
                     raise
 
-    def _plan(self, admitted: list[Generation]) -> list["Plan"]:
+    def _plan(self, admitted: list[Generation]) -> list[Plan]:
         """What to compute of each prompt: not what was kept, and not what another one begins with too."""
         if not admitted:
             return []
@@ -275,7 +298,7 @@ class Scheduler:
         # Sources first; then by length, so that attention's groups are of like ones.
         return sorted(plans, key=lambda plan: (plan.depth, plan.begin - len(plan.prompt)))
 
-    def _started(self, plan: "Plan", row: int) -> None:
+    def _started(self, plan: Plan, row: int) -> None:
         one = plan.generation
         one.length = len(one.prompt)
         one.cached = max(one.cached, plan.begin)
@@ -310,7 +333,10 @@ class Scheduler:
         if self.runner.decoder is not None:
             self.runner.decoder.follow(generations, chosen)
         logprobs = self._table.logprobs(logits, chosen, self.detokenizer)
-        tokens = chosen.cpu().tolist()
+        arriving = Arriving(chosen)
+        if self.runner.decoder is not None and self.runner.decoder.runs_ahead and start == 0:
+            self._run_ahead(self.runner.decoder)
+        tokens = arriving.tokens()
         self.counts.generated_tokens += len(tokens)
         finished: dict[int, str] = {}
         for row, (one, token, logprob) in enumerate(zip(generations, tokens, logprobs, strict=True), start):
@@ -361,37 +387,7 @@ class Scheduler:
             one.finish(reason)
 
 
-class Plan:
-    """What is computed of one prompt: positions from `begin` on."""
-
-    def __init__(self, generation: Generation, prefix: Prefix | None, begin: int):
-        self.generation = generation
-        self.prompt = generation.prompt
-        self.begin = begin
-        self.prefix = prefix
-        """Where the positions before come from; or"""
-        self.source: Plan | None = None
-        """another prompt of this step, which computes them."""
-        self.kept_length = 0
-        """How much of the beginning is kept for requests that are still to come."""
-
-    @property
-    def depth(self) -> int:
-        return 0 if self.source is None else self.source.depth + 1
-
-
 def _for_user(error: Exception) -> LlavaError:
     if isinstance(error, LlavaError):
         return error
     return OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer images")
-
-
-def _passes(lengths: Sequence[int], max_positions: int) -> Iterator[tuple[int, int]]:
-    """Slices of rows, one for each pass of about `max_positions` at most."""
-    first, used = 0, 0
-    for place, length in enumerate(lengths):
-        if place > first and used + length > max_positions:
-            yield first, place
-            first, used = place, 0
-        used += length
-    yield first, len(lengths)

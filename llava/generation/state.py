@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from llava.errors import LlavaError
+from llava.generation.cache.prefix_store import Prefix
 from llava.generation.detokenize import Detokenizer, TextStream
 from llava.generation.prompts import Prompt
 from llava.generation.sampling import TokenChooser
@@ -96,3 +97,22 @@ class Generation:
         if self.is_streamed and (text or (is_last and self._told < len(self.tokens))):
             start, self._told = self._told, len(self.tokens)
             self.listener(Piece(text, self.tokens[start:], None if self.logprobs is None else self.logprobs[start:]))
+
+
+class Plan:
+    """What is computed of one prompt: positions from `begin` on."""
+
+    def __init__(self, generation: Generation, prefix: Prefix | None, begin: int):
+        self.generation = generation
+        self.prompt = generation.prompt
+        self.begin = begin
+        self.prefix = prefix
+        """Where the positions before come from; or"""
+        self.source: Plan | None = None
+        """another prompt of this step, which computes them."""
+        self.kept_length = 0
+        """How much of the beginning is kept for requests that are still to come."""
+
+    @property
+    def depth(self) -> int:
+        return 0 if self.source is None else self.source.depth + 1

@@ -1,5 +1,7 @@
 """Turn a folder of DICOM series and NIfTI volumes into images and a records file that name no patient.
 
+Which slices of a series are taken, and with which window, the flags say; what is left out is listed with its reason.
+
 python -m llava.images.convert /data/hospital --output-dir data/scans --slices 'montage 3x3'
 """
 
@@ -27,7 +29,7 @@ _EVERY = re.compile(r"every (\d{1,4})")
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="DICOM files and NIfTI volumes, at any depth")
     parser.add_argument("--output-dir", required=True, help="gets images/, records.json and left_out.jsonl")
     parser.add_argument(
@@ -45,7 +47,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_bool("--keep-burned-in", help="use images that say that text is burnt into their pixels")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that open images")
-    parser.add_bool("--overwrite", help="replace what the output folder holds")
+    parser.add_overwrite()
     return parser
 
 

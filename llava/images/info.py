@@ -1,5 +1,7 @@
 """Look into image files: what they hold, what a model would see of them, and why. Never who they are of.
 
+--save writes what a model would see; with --model-path cropped and resized as that one's tower gets it.
+
 python -m llava.images.info scan.dcm volume.nii.gz --save seen/
 """
 
@@ -15,7 +17,7 @@ from llava.images.facts import ImageFacts
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, TIFF, DICOM, NIfTI, …")
     parser.add_argument("--json", metavar="PATH", help="write what was found here; - is the terminal")
     parser.add_argument("--save", metavar="PATH", help="write what a model would see: a PNG, or a folder of them")
@@ -25,6 +27,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--axis", type=int, default=2, help="of a volume: 0 sagittal, 1 coronal, 2 axial")
     parser.add_argument("--window", help=f"CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}")
     parser.add_argument("--model-path", help="with --save: crop and size as this checkpoint's tower gets it")
+    parser.add_overwrite()
     return parser
 
 
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.json:
         from llava.records import write_json
 
-        write_json(Path(args.json), found)
+        write_json(Path(args.json), found, overwrite=args.overwrite)
     return EXIT_BAD_INPUT if failed else 0
 
 
@@ -70,7 +73,7 @@ class _Saver:
         self.is_file = self.place.suffix.lower() == ".png"
         if self.is_file and len(args.files) > 1:
             raise LlavaError(f"--save {args.save}: several files need a folder")
-        self.processor, self.ratio = None, None
+        self.processor, self.ratio, self.overwrite = None, None, args.overwrite
         if args.model_path:
             from llava.images import ImageProcessor
             from llava.records import read_json
@@ -80,14 +83,15 @@ class _Saver:
 
     def __call__(self, file: str, options: dict[str, Any]) -> Path:
         from llava.images import open_image
+        from llava.records import atomic_path
 
         image = open_image(file, **options)
         if self.processor is not None:
             pixels = self.processor([image], self.ratio)[0]
             image = self.processor.restore(pixels if pixels.ndim == 3 else pixels[0])
         path = self.place if self.is_file else self.place / f"{Path(file).name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, "PNG")
+        with atomic_path(path, overwrite=self.overwrite) as temporary:
+            image.save(temporary, "PNG")
         return path
 
 

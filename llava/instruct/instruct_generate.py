@@ -1,10 +1,13 @@
 """Write visual conversations from figure captions with a language model that never sees the images.
 
-    python -m llava.instruct.instruct_generate --input_path captions.json --output_path generated.jsonl \\
-        --max-size 60000 --use_inline_mentions True --api-model gpt-4o
+Every reply is on disk at once; killed, the same command asks for the rest. --dry-run shows a prompt and the cost.
+
+python -m llava.instruct.instruct_generate --input_path captions.json --output_path generated.jsonl \\
+    --max-size 60000 --use_inline_mentions True --api-model gpt-4o
 """
 
 import logging
+from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
 
@@ -16,15 +19,16 @@ ROUNDS = 3  # failed items are asked again after the rest, as in the reference
 def build_parser() -> ArgumentParser:
     from llava.openai_api import add_api_flags
 
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input_path", required=True, help="figure captions (JSON, JSONL or Parquet)")
     parser.add_argument("--output_path", required=True, help="JSONL: one line a figure, resumed if interrupted")
     parser.add_bool("--use_inline_mentions", help="also give the sentences of the article that mention the figure")
     parser.add_argument("--max-size", type=int, help="figures at most, from the domains in turn")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of figures")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max-answer-tokens", type=int, default=1000)
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the language model")
+    parser.add_argument("--max-answer-tokens", type=int, default=1000, help="longest reply")
     parser.add_argument("--batch_size", type=int, help="old name of --concurrency")
+    parser.add_overwrite()
     add_api_flags(parser)
     return parser
 
@@ -32,6 +36,7 @@ def build_parser() -> ArgumentParser:
 def main(argv=None) -> int:
     from llava.instruct.figures import in_turn, read_figures
     from llava.instruct.prompts import build_messages
+    from llava.manifests import claim, fingerprint_of, finished, sha256_of, write_manifest
     from llava.openai_api import ChatJob, print_dry_run, run_jobs, settings_from_args
     from llava.records import ResumableJsonl
 
@@ -52,6 +57,20 @@ def main(argv=None) -> int:
     if args.dry_run:
         print_dry_run(jobs, settings)
         return 0
+    about = {
+        "figures_sha256": sha256_of(Path(args.input_path)),
+        "figures": len(figures),
+        "use_inline_mentions": args.use_inline_mentions,
+        "seed": args.seed,
+        "temperature": args.temperature,
+        "max_answer_tokens": args.max_answer_tokens,
+        "model": settings.model,
+    }
+    generated = Path(args.output_path)
+    if not args.overwrite and finished(generated, "fingerprint", fingerprint_of(about)):
+        write_line(f"{generated} is complete already; --overwrite asks again")
+        return 0
+    claim(generated, about, overwrite=args.overwrite)
     by_key = {figure.key: figure for figure in figures}
 
     def to_record(job, result):
@@ -67,7 +86,7 @@ def main(argv=None) -> int:
             "model": result.model,
         }
 
-    with ResumableJsonl(args.output_path, key="pair_id") as output:
+    with ResumableJsonl(generated, key="pair_id") as output:
         for number in range(ROUNDS):
             summary = run_jobs(jobs, settings, output, to_record, progress="writing conversations")
             logger.info("round %d: %s", number + 1, summary)
@@ -78,6 +97,7 @@ def main(argv=None) -> int:
             write_line(f"not complete: {output.part} holds what was done; run the command again to go on")
             return 1
         output.finish([job.key for job in jobs])
+    write_manifest(generated, **about, fingerprint=fingerprint_of(about))
     write_line(f"wrote {args.output_path}")
     return 0
 

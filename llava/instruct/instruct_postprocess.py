@@ -1,5 +1,7 @@
 """Generated dialogues → training records: split into turns, cleaned by rule, `<image>` placed, validated.
 
+What each rule dropped or changed is counted and said.
+
 python -m llava.instruct.instruct_postprocess --input_path generated.jsonl --output_path instruct.json
 """
 
@@ -14,11 +16,12 @@ from llava.instruct.figures import DOMAINS
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input_path", required=True, help="what instruct_generate wrote (JSONL or JSON)")
     parser.add_argument("--output_path", required=True, help="training records (.json, .jsonl or .parquet)")
     parser.add_argument("--seed", type=int, default=0, help="of the side on which <image> is put")
     parser.add_argument("--summary", help="also write the counts here (JSON)")
+    parser.add_overwrite()
     return parser
 
 
@@ -34,9 +37,9 @@ def main(argv=None) -> int:
             records.append(record)
     if not records:
         raise LlavaError(f"{args.input_path}: no dialogue is left after cleaning ({dict(counts)})")
-    write_records(args.output_path, records)
+    write_records(args.output_path, records, overwrite=args.overwrite)
     if args.summary:
-        write_json(args.summary, dict(counts))
+        write_json(args.summary, dict(counts), overwrite=args.overwrite)
     write_line(summarise(counts))
     write_line(f"wrote {len(records)} records to {args.output_path}")
     return 0

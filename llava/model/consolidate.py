@@ -1,5 +1,7 @@
 """Rewrite a checkpoint as one whole folder: safetensors, complete config, tokenizer, vision tower inside.
 
+Tensor by tensor, so that memory for the largest is enough; what was written is read again and compared.
+
 python -m llava.model.consolidate --src CHECKPOINT --dst FOLDER
 """
 
@@ -7,13 +9,13 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Rewrite a checkpoint as one whole folder of safetensors.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--src", required=True, help="checkpoint of any layout: folder or hub id")
     parser.add_argument("--dst", required=True, help="folder for the result")
     parser.add_argument("--model-base", help="base model of a LoRA or projector folder")
     parser.add_argument("--vision-tower", help="folder or hub id in place of the config's mm_vision_tower")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: each tensor's own")
-    parser.add_bool("--overwrite", help="replace a folder that is there")
+    parser.add_overwrite()
     return parser
 
 

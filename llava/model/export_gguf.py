@@ -1,5 +1,7 @@
 """Write a LLaVA checkpoint as the two GGUF files that llama.cpp, Ollama and LM Studio load.
 
+One holds the language model, whole or quantized, the other vision tower and projector.
+
 python -m llava.model.export_gguf --model-path CHECKPOINT --output FOLDER --type q8_0
 """
 
@@ -7,7 +9,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Write a LLaVA checkpoint as GGUF: language model, and tower with projector.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", "--src", required=True, help="checkpoint: folder or hub id")
     parser.add_argument("--model-base", help="base model of a LoRA or projector folder")
     parser.add_argument("--output", "--dst", "--save-model-path", required=True, help="folder for the two files")
@@ -21,7 +23,7 @@ def build_parser() -> ArgumentParser:
         default="last",
         help="where the program that loads the files puts the tower's class token: last is the llama.cpp of today",
     )
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

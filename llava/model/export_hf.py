@@ -1,5 +1,7 @@
 """Write a LLaVA checkpoint of any layout as transformers' `LlavaForConditionalGeneration`.
 
+vLLM and llama.cpp's converter read that too; prompt template and image processing go along.
+
 python -m llava.model.export_hf --model-path CHECKPOINT --output FOLDER
 """
 
@@ -7,7 +9,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Write a LLaVA checkpoint in the layout of transformers, vLLM and llama.cpp.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", "--src", required=True, help="checkpoint: folder or hub id")
     parser.add_argument("--model-base", help="base model of a LoRA or projector folder")
     parser.add_argument("--output", "--dst", "--save-model-path", required=True, help="folder for the result")
@@ -15,7 +17,7 @@ def build_parser() -> ArgumentParser:
         "--vision-tower", help="vision tower (folder or hub id) in place of the config's mm_vision_tower"
     )
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: each tensor's own")
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -1,5 +1,7 @@
 """Write a language model's GGUF file as a folder that training, loading and answering take.
 
+Of LLaMA's architecture; quantized weights are unpacked. Tokenizer and prompt template come from the file.
+
 python -m llava.model.import_gguf --model-path FILE.gguf --output FOLDER
 """
 
@@ -7,9 +9,7 @@ from llava.commandline import ArgumentParser, existing_file, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Write a language model's GGUF file (LLaMA's architecture) as a folder with tokenizer and template."
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", "--src", required=True, help="the file, whole or quantized (.gguf)")
     parser.add_argument("--output", "--dst", "--save-model-path", required=True, help="folder for the result")
     parser.add_argument(
@@ -17,7 +17,7 @@ def build_parser() -> ArgumentParser:
         choices=["float16", "bfloat16", "float32"],
         help="default: the file's own, float32 if it is quantized",
     )
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -1,4 +1,6 @@
-"""Import transformers' `LlavaForConditionalGeneration` layout.
+"""Write transformers' `LlavaForConditionalGeneration` folder in the layout of LLaVA.
+
+For tools that know LLaVA's layout alone: the commands here load either.
 
 python -m llava.model.import_hf --model-path FOLDER --output FOLDER
 """
@@ -7,12 +9,10 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Write a transformers LlavaForConditionalGeneration folder in the layout of LLaVA."
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", "--src", required=True, help="checkpoint: folder or hub id")
     parser.add_argument("--output", "--dst", "--save-model-path", required=True, help="folder for the result")
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

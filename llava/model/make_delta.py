@@ -1,5 +1,7 @@
 """Write the difference of a model to its base: what may be published where the base may not.
 
+Whoever has the base adds both up again with llava.model.apply_delta, and gets the model bit for bit.
+
 python -m llava.model.make_delta --base-model-path LLAMA --target-model-path MODEL --delta-path DELTA
 """
 
@@ -7,7 +9,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Write the difference of a model to its base.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--base-model-path", "--base", required=True, help="plain language model: folder or hub id")
     parser.add_argument("--target-model-path", "--target", required=True, help="the trained model: folder or hub id")
     parser.add_argument("--delta-path", "--delta", required=True, help="folder for the delta")
@@ -15,7 +17,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], help="default: the target's if 16-bit, else float16"
     )
-    parser.add_bool("--overwrite", help="replace a delta folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -1,5 +1,7 @@
 """Merge a LoRA folder (adapter, projector and whatever else was trained) into its base: one whole checkpoint.
 
+Without --model-base it is the base that the adapter was trained on, as recorded with it.
+
 python -m llava.model.merge_lora --model-path LORA --model-base BASE --save-model-path FOLDER
 """
 
@@ -7,13 +9,13 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Merge a LoRA folder into its base model.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", required=True, help="the LoRA folder or hub id")
     parser.add_argument("--model-base", help="the model that it was trained over (default: as the adapter records)")
     parser.add_argument("--save-model-path", "--output", required=True, help="folder for the result")
     parser.add_argument("--vision-tower", help="folder or hub id in place of the config's mm_vision_tower")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the base's")
-    parser.add_bool("--overwrite", help="replace a folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -1,5 +1,7 @@
 """Write an 8- or 4-bit version of a checkpoint (bitsandbytes), a quarter to a half of its size.
 
+Vision tower, projector and head stay as they are. To load a model so, without writing it: --load-8bit of the commands.
+
 python -m llava.model.quantize --model-path CHECKPOINT --output FOLDER --bits 8
 """
 
@@ -7,7 +9,7 @@ from llava.commandline import ArgumentParser, run, write_line
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Write an 8- or 4-bit version of a checkpoint.")
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint of any layout: folder or hub id")
     parser.add_argument("--model-base", help="base model of a LoRA or projector folder")
     parser.add_argument("--output", "--save-model-path", required=True, help="folder for the result")
@@ -16,7 +18,7 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--double-quant", default=True, help="quantize the scales of 4 bits too")
     parser.add_argument("--device", help="where to quantize: cpu, cuda, ... (default: the best there is)")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="of what stays unquantized")
-    parser.add_bool("--overwrite", help="replace an output folder that is there")
+    parser.add_overwrite()
     return parser
 
 

@@ -41,15 +41,22 @@ class Card:
         return None if self.image is None else data_url(self.image)
 
 
-def write_page(path: str | Path, title: str, summary: str, sections: Sequence[tuple[str, Markup]]) -> Path:
-    """Write the page; sections that are empty are left out. The research notice stands on top."""
+def write_page(
+    path: str | Path, title: str, summary: str, sections: Sequence[tuple[str, Markup]], *, overwrite: bool = True
+) -> Path:
+    """Write the page as `llava.records.atomic_path` does; sections that are empty are left out. The research notice
+    stands on top."""
+    path = Path(path)
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        temporary.write_text(page_text(title, summary, sections), encoding="utf-8")
+    return path
+
+
+def page_text(title: str, summary: str, sections: Sequence[tuple[str, Markup]]) -> str:
+    """What `write_page` writes."""
     sections = [(heading, body) for heading, body in sections if body]
     page = _environment().get_template("page.html")
-    text = page.render(title=title, summary=summary, sections=sections, notice=RESEARCH_NOTICE)
-    path = Path(path)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    return path
+    return page.render(title=title, summary=summary, sections=sections, notice=RESEARCH_NOTICE) + "\n"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> Markup:
@@ -61,6 +68,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequenc
 def figure(chart: Markup, caption: str) -> Markup:
     """A chart of `llava.pages.charts` with its caption; figures are numbered by the page."""
     return _part("figure", chart, caption)
+
+
+def picture(url: str, words: str) -> Markup:
+    """An image inside a data: URL, in its own size where there is space, with words below it."""
+    return _part("picture", url, words)
 
 
 def figures(*shown: Markup) -> Markup:

@@ -1,6 +1,8 @@
 """All of the serving with one command: controller, workers, API and web page; Ctrl-C stops them.
 
-python -m llava.serve --model-path CHECKPOINT [--model-path ANOTHER]
+A worker that dies is started again. Each part can also be started by itself, on machines of their own.
+
+python -m llava.serve --model-path CHECKPOINT --model-path ANOTHER
 """
 
 import asyncio
@@ -34,7 +36,7 @@ HEALTH_SECONDS = 5.0
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", action="append", required=True, help="a checkpoint; several times for several")
     parser.add_argument("--model-base", help="for all of them: what a LoRA or projector folder was trained over")
     parser.add_argument("--model-name", action="append", help="names in the order of --model-path")
@@ -42,10 +44,10 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
     parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
     parser.add_argument("--host", default="127.0.0.1", help="of API and web page; the rest stays on this machine")
-    parser.add_argument("--controller-port", type=int, default=21001)
+    parser.add_argument("--controller-port", type=int, default=21001, help="port of the controller")
     parser.add_argument("--worker-port", type=int, default=21002, help="of the first worker; the next ones follow")
-    parser.add_argument("--api-port", type=int, default=8000)
-    parser.add_argument("--web-port", type=int, default=7860)
+    parser.add_argument("--api-port", type=int, default=8000, help="port of the API")
+    parser.add_argument("--web-port", type=int, default=7860, help="port of the web page")
     parser.add_argument("--cache-mb", type=int, help="of each worker, for keys and values: model_worker's --cache-mb")
     parser.add_argument("--api-key-file", help="keys of API and page, one per line: name key [requests per minute]")
     parser.add_bool("--web", default=True, help="False: no web page")

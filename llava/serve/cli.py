@@ -1,5 +1,7 @@
 """Chat about images in the terminal: streaming, several turns, several images.
 
+/image adds one, /save writes the conversation, /help lists the rest. For research only.
+
 python -m llava.serve.cli --model-path CHECKPOINT --image-file scan.png
 """
 
@@ -22,7 +24,7 @@ HELP = """\
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", "--model-name", dest="model_path", required=True, help="folder or hub id")
     parser.add_argument("--model-base", help="what an adapter or projector folder was trained over")
     parser.add_argument("--image-file", action="append", default=[], help="an image to begin with; may be repeated")
@@ -40,6 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     sampling, shown = sampling_from_args(args), image_options_from_args(args)
     images = [_open(path, shown) for path in args.image_file]
 
+    from llava.model.weights.locate import locate_model
+
+    locate_model(args.model_path)  # before torch is imported, which takes seconds
     from llava.generation import Engine
     from llava.model import load_pretrained_model
 
@@ -73,6 +78,7 @@ class Chat:
 
     def __init__(self, engine, template: str | None, sampling, shown: ImageOptions = NO_OPTIONS):
         self.engine, self.template, self.sampling, self.shown = engine, template, sampling, shown
+        self.saved: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -116,7 +122,9 @@ class Chat:
         names = dict(zip(self.conversation.roles, ("human", "gpt"), strict=False))
         start = self.conversation.offset
         turns = [{"from": names.get(role, role), "value": text} for role, text in self.conversation.messages[start:]]
-        write_json(path, {"images": self.entries, "conversations": turns, "notice": RESEARCH_NOTICE})
+        content = {"images": self.entries, "conversations": turns, "notice": RESEARCH_NOTICE}
+        write_json(path, content, overwrite=path in self.saved)
+        self.saved.add(path)
         write_line(f"[saved to {path}]")
 
 

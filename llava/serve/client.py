@@ -13,6 +13,7 @@ from typing import Any
 
 from llava.serve.daily_log import DailyLog
 from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
+from llava.serve.request_models import ModelCard
 from llava.serve.transport.bodies import JSON_HEADERS, written
 from llava.serve.transport.session import open_session
 from llava.serve.worker_answers import MOST_PENDING_BYTES, Answered, AttentionMap, Chunk, ReportedStatus, SeenImages
@@ -69,6 +70,15 @@ class ServingClient:
                 status = await self._post(f"{worker['address']}/worker_get_status", {})
                 checked = ReportedStatus.model_validate(status).model_dump()
                 found.append({"address": worker["address"], **checked})
+        return found
+
+    async def cards(self) -> dict[str, ModelCard | None]:
+        """What is known of each model; of several workers' the first one's words count."""
+        found: dict[str, ModelCard | None] = {}
+        for worker in (await self._ask_controller("/list_workers"))["workers"]:
+            card = ModelCard.model_validate(worker["card"]) if worker.get("card") else None
+            for name in worker["model_names"]:
+                found[name] = found.get(name) or card
         return found
 
     async def address(self, model: str, exclude: set[str] | frozenset[str] = frozenset()) -> str | None:

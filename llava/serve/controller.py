@@ -30,11 +30,16 @@ READ_TIMEOUT = 120.0  # between two pieces of an answer
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=21001)
-    parser.add_argument("--dispatch-method", choices=DISPATCH_METHODS, default="shortest_queue")
-    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
+    parser.add_argument("--port", type=int, default=21001, help="port to listen on")
+    parser.add_argument(
+        "--dispatch-method",
+        choices=DISPATCH_METHODS,
+        default="shortest_queue",
+        help="which worker of a model gets a request",
+    )
+    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="largest request that is read")
     add_host_flags(parser)
     add_secret_flags(parser)
     return parser

@@ -1,6 +1,8 @@
 """The web page: ask about images, with any model that a controller knows. Loads no model.
 
-python -m llava.serve.gradio_web_server [--controller http://localhost:21001] [--port 7860]
+On this machine alone unless --host says otherwise; --api-key-file then asks visitors for a key.
+
+python -m llava.serve.gradio_web_server --controller http://localhost:21001 --port 7860
 """
 
 import asyncio
@@ -27,10 +29,10 @@ from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
 from llava.serve.transport.server import require_serving, run_server
 from llava.serve.web.browser import BrowserHeaders, visitor_check
+from llava.serve.web.uploads import MAX_FILE_BYTES, Uploads
 
 logger = logging.getLogger(__name__)
 
-MAX_FILE_BYTES = 32 << 20
 MAX_BODY_BYTES = 8 * MAX_FILE_BYTES
 SWEEP_SECONDS = 60
 MEMORY_FOLDER = Path("/dev/shm")
@@ -39,10 +41,12 @@ PREFIX, LOCK = "llava-web-", ".lock"
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--controller-url", "--controller", default="http://localhost:21001")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument(
+        "--controller-url", "--controller", default="http://localhost:21001", help="who knows the models"
+    )
     parser.add_argument("--concurrency-count", type=int, default=16, help="questions answered at the same time")
     parser.add_argument(
         "--model-list-mode", choices=("once", "reload"), default="reload", help="look for models once, or all the time"
@@ -101,8 +105,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     with _no_stub_files():
         gradio = require("gradio", "serve")
     from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
-    from llava.serve.web.page import CSS, HEAD, PageOptions, build_page, page_theme
-    from llava.serve.web.uploads import Uploads
+    from llava.serve.web.page import PageOptions, build_page
+    from llava.serve.web.theme import CSS, HEAD, page_theme
 
     _steady_sessions()
     client = new_client(args.controller_url, secret, log_from_args(args))

@@ -1,19 +1,21 @@
 """A worker: one model on one machine, answering for the controller.
 
-    python -m llava.serve.model_worker --model-path CHECKPOINT [--controller http://localhost:21001]
-
 SIGTERM lets running answers finish; what waits or comes new is sent elsewhere.
+
+python -m llava.serve.model_worker --model-path CHECKPOINT --controller http://localhost:21001
 """
 
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.serve.protocol import check_address
+from llava.serve.request_models import ModelCard
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES
@@ -26,13 +28,15 @@ SWITCH_SECONDS = 0.0005
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=21002)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
+    parser.add_argument("--port", type=int, default=21002, help="port to listen on")
     parser.add_argument(
         "--worker-address", "--worker", help="where others reach this worker; by default this machine and --port"
     )
-    parser.add_argument("--controller-address", "--controller", default="http://localhost:21001")
+    parser.add_argument(
+        "--controller-address", "--controller", default="http://localhost:21001", help="whom to tell of the model"
+    )
     parser.add_argument("--no-register", action="store_true", help="don't tell any controller")
     model = parser.add_argument_group("model")
     model.add_argument("--model-path", help="a checkpoint's folder, or a hub id")
@@ -66,7 +70,7 @@ def build_parser() -> ArgumentParser:
         help="seconds between two chunks of a stream; 1 and more are the old flag's tokens, about 0.02 s each",
     )
     load.add_argument("--drain-seconds", type=int, default=60, help="time for running answers after SIGTERM")
-    load.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    load.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="largest request that is read")
     load.add_argument(
         "--speed", type=float, default=1.0, help="share of requests relative to other workers of the same model"
     )
@@ -91,13 +95,13 @@ def main(argv=None) -> None:
         logger.warning("--worker-address names another machine, but --host 127.0.0.1 listens on this one alone")
     # The model's thread gives the interpreter away only when told to; each request changes threads several times.
     sys.setswitchinterval(SWITCH_SECONDS)
-    backend = _load(args)
+    backend, card = _load(args)
     # uvloop where it is installed, as uvicorn.run would take it: the model's thread waits for every turn of the loop.
     with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-        runner.run(_serve(args, backend, secret, address))
+        runner.run(_serve(args, backend, card, secret, address))
 
 
-async def _serve(args, backend, secret: str | None, address: str) -> None:
+async def _serve(args, backend, card: ModelCard, secret: str | None, address: str) -> None:
     from llava.serve.worker.app import WorkerApp, serve
     from llava.serve.worker.heartbeat import Membership
 
@@ -112,6 +116,7 @@ async def _serve(args, backend, secret: str | None, address: str) -> None:
         timeout=args.request_timeout,
         max_body=args.max_body_bytes,
         hosts=Hosts.from_args(args, urlsplit(address).hostname),
+        card=card,
     )
     member = None if args.no_register else Membership(args.controller_address, address, worker.status, secret)
     logger.info("serving %s on port %d", name, args.port)
@@ -126,15 +131,20 @@ def model_name(path: str) -> str:
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
 
-def _load(args):
+def _load(args) -> tuple[Any, ModelCard]:
+    """(the backend, what is told of its model)."""
     if bool(args.model_path) == bool(args.api_base and args.api_model):
         raise LlavaError("give --model-path (a checkpoint), or --api-base and --api-model (a server)")
     if args.api_base:
-        return _connect(args)
+        return _connect(args), ModelCard(language_model=f"{model_name(args.api_model)}, on a server of another make")
+    from llava.model.weights.locate import locate_model
+
+    locate_model(args.model_path)  # before torch is imported, which takes seconds
     import torch
 
     from llava.generation import Engine
     from llava.model import load_pretrained_model
+    from llava.serve.worker.card import card_of
     from llava.serve.worker.engine_backend import EngineBackend
 
     if args.num_gpus > torch.cuda.device_count() and args.num_gpus > 1:
@@ -157,7 +167,7 @@ def _load(args):
         max_waiting=args.max_queue,
         cache_bytes=None if args.cache_mb is None else args.cache_mb << 20,
     )
-    return EngineBackend(engine)
+    return EngineBackend(engine), card_of(args.model_path, loaded.model)
 
 
 def _connect(args):

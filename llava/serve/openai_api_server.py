@@ -1,6 +1,8 @@
 """An OpenAI-compatible API in front of a controller's workers. Loads no model.
 
-python -m llava.serve.openai_api_server [--controller http://localhost:21001] [--port 8000]
+Chat completions with images, streamed or not; any client of that protocol can ask it.
+
+python -m llava.serve.openai_api_server --controller http://localhost:21001 --port 8000
 """
 
 import contextlib
@@ -30,16 +32,18 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--controller-address", "--controller", default="http://localhost:21001")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument(
+        "--controller-address", "--controller", default="http://localhost:21001", help="who knows the models"
+    )
     parser.add_argument(
         "--api-key-file", help=f"keys, one per line: name key [requests per minute] (default: ${VARIABLE})"
     )
     parser.add_argument("--requests-per-minute", type=float, help="of each key that has no limit of its own")
     parser.add_bool("--no-api-key", help="take requests without a key also from other machines")
-    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="largest request that is read")
     parser.add_bool("--openapi", help="print the API's description (OpenAPI) and end")
     add_log_flags(parser)
     add_host_flags(parser)

@@ -1,5 +1,7 @@
 """Tell a controller of a worker by hand, for one that doesn't register by itself (--no-register).
 
+It stays known until the controller is stopped, or with --check-heart-beat as long as its heartbeats come.
+
 python -m llava.serve.register_worker --controller-address http://localhost:21001 --worker-name http://HOST:21002
 """
 
@@ -13,8 +15,8 @@ READ_TIMEOUT = 15.0
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--controller-address", "--controller", default="http://localhost:21001")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--controller-address", "--controller", default="http://localhost:21001", help="whom to tell")
     parser.add_argument("--worker-name", required=True, help="the worker's address, http://HOST:PORT")
     parser.add_bool("--check-heart-beat", help="drop the worker when its heartbeats stop")
     add_secret_flags(parser)

@@ -24,6 +24,8 @@ class Worker:
     queue_length: int = 0
     check_heart_beat: bool = True
     seen: float = 0.0
+    card: dict[str, str | None] | None = None
+    """What it says of its model (`llava.serve.request_models.ModelCard`)."""
 
 
 @dataclass
@@ -117,7 +119,8 @@ class Registry:
 def to_worker(address: str, status: WorkerStatus, check_heart_beat: bool, now: float) -> Worker:
     """A Worker from what it says of itself; an address that isn't one is a LlavaError."""
     names = tuple(status.model_names)
-    return Worker(check_address(address), names, status.speed, status.queue_length, check_heart_beat, now)
+    card = None if status.card is None else status.card.model_dump()
+    return Worker(check_address(address), names, status.speed, status.queue_length, check_heart_beat, now, card)
 
 
 def refreshed(worker: Worker, status: WorkerStatus, now: float) -> Worker:

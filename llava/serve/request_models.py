@@ -163,12 +163,28 @@ class AttentionMapRequest(GenerateRequest):
 Address = Annotated[str, Field(max_length=512)]
 
 
+Line = Annotated[str, Field(max_length=500)]
+
+
+class ModelCard(Fields):
+    """What a worker says of its model, each in a line; None: its checkpoint doesn't tell."""
+
+    base: Line | None = None
+    language_model: Line | None = None
+    tower: Line | None = None
+    template: Line | None = None
+    context: Line | None = None
+    trained_on: Line | None = None
+    training: Line | None = None
+
+
 class WorkerStatus(Fields):
     """What a worker says of itself."""
 
     model_names: list[Annotated[ModelName, Field(min_length=1)]] = Field(min_length=1, max_length=64)
     speed: float = Field(1.0, ge=0)
     queue_length: int = Field(0, ge=0)
+    card: ModelCard | None = None
 
 
 class WorkerEntry(Fields):

@@ -1,6 +1,8 @@
 """Ask a worker one question and write its answer as it comes: is the serving up?
 
-python -m llava.serve.test_message --model-name NAME [--controller http://localhost:21001]
+Through the controller, as a page or an API would ask, or straight to --worker-address.
+
+python -m llava.serve.test_message --model-name NAME --controller http://localhost:21001
 """
 
 import sys
@@ -14,12 +16,14 @@ DEFAULT_MESSAGE = "Tell me a story with more than 1000 words."
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--controller-address", "--controller", default="http://localhost:21001")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--controller-address", "--controller", default="http://localhost:21001", help="who knows the models"
+    )
     parser.add_argument("--worker-address", help="ask this worker instead of one that the controller names")
     parser.add_argument("--model-name", default="", help="default: the first model that the controller knows")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--message", default=DEFAULT_MESSAGE)
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--message", default=DEFAULT_MESSAGE, help="what to ask")
     add_secret_flags(parser)
     return parser
 

@@ -4,20 +4,23 @@
 a model is loaded.
 """
 
+import argparse
 import logging
 import os
+import sys
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast, get_args
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import DataClassType
 
-from llava.commandline import command_name
+from llava.commandline import HelpFormatter, command_name
 from llava.errors import LlavaError
 from llava.train.checks import check, check_distribution
 from llava.train.derived_flags import choose_workers, derive_flags, is_main_process
 from llava.train.legacy_flags import translate_flags
+from llava.train.progress import MOST_LOGGING_STEPS
 from llava.train.step import gpu
 from llava.train.step.compute import flags_of_the_path, half_precision_of, join_group_of_one
 from llava.train.validation.flags import ValidationArguments
@@ -33,6 +36,8 @@ def _flag(default: Any, help: str) -> Any:
 @dataclass
 class ModelArguments:
     """Which model to start from and what of it to train."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str = _flag(None, "language model or LLaVA checkpoint to start from")
     version: str | None = _flag(
@@ -67,7 +72,12 @@ class ModelArguments:
 class DataArguments:
     """Records and images."""
 
+    _argument_group_name: ClassVar[str] = "data"
+
     data_path: str = _flag(None, "records: JSON, JSONL or Parquet")
+    data_description: str | None = _flag(
+        None, "a line on what the records are; the checkpoint keeps it, and the web page shows it (default: unchanged)"
+    )
     image_folder: str | None = _flag(None, "folder that the records' image names are relative to")
     lazy_preprocess: bool | None = _flag(
         None, "tokenise each record when it is needed (default: only if there are more than 50,000)"
@@ -95,6 +105,8 @@ class DataArguments:
 class LlavaTrainingArguments(TrainingArguments):
     """The Trainer's own flags and those of this family of scripts."""
 
+    _argument_group_name: ClassVar[str] = "training"
+
     if TYPE_CHECKING:
         output_dir: str  # the Trainer fills it in
 
@@ -104,6 +116,9 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     cache_dir: str | None = _flag(None, "where hub ids are downloaded to (default: the hub's cache)")
     remove_unused_columns: bool = _flag(False, "the collator decides what the model gets")
+    logging_steps: float | None = _flag(  # type: ignore[assignment]  # filled in below
+        None, "steps between two logged losses (default: a fiftieth of the run, at most 500)"
+    )
     logging_nan_inf_filter: bool = _flag(False, "off: a loss that isn't a number stops the run")
     model_max_length: int = _flag(2048, "longest sample in tokens, image positions included; longer ones are cut")
     loss_normalisation: Literal["micro_batches", "tokens"] | None = _flag(
@@ -157,6 +172,8 @@ class LlavaTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.fsdp == "True":
             self.fsdp = cast(str, True)  # the Trainer's own value for it, by its code
+        self.logs_by_length = self.logging_steps is None
+        self.logging_steps = self.logging_steps or MOST_LOGGING_STEPS
         choose_workers(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         if self.accelerator_config is None:
             # Copies to the GPU don't wait; sharded gradients are reduced in each micro-batch, or every process would
@@ -203,22 +220,71 @@ class Arguments:
         return replace(self, data=replace(data, data_path=held.eval_data_path, image_folder=folder))
 
 
+COMMON = (
+    *("model_name_or_path", "version", "vision_tower", "tune_mm_mlp_adapter", "pretrain_mm_mlp_adapter"),
+    *("data_path", "image_folder", "eval_data_path", "output_dir", "num_train_epochs", "max_steps", "learning_rate"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length", "packing", "bf16"),
+    *("gradient_checkpointing", "lora_enable", "bits", "save_steps", "resume_from_checkpoint", "report_to", "use_cpu"),
+)
+"""The flags that `--help` shows."""
+_HELP = ("help", "help_all", "debug")
+_PLAINER = {
+    "output_dir": "folder of the model and its checkpoints",
+    "num_train_epochs": "times over all records",
+    "max_steps": "optimizer steps in place of epochs",
+    "per_device_train_batch_size": "samples at once on each device",
+    "gradient_accumulation_steps": "batches of each optimizer step",
+    "learning_rate": "at its highest",
+    "bf16": "compute in bfloat16, weights and sums in float32",
+    "gradient_checkpointing": "compute activations again in the backward pass: less memory, more time",
+    "save_steps": "optimizer steps between two checkpoints, or a share of the run",
+    "report_to": "tensorboard, wandb or none",
+    "use_cpu": "train without a GPU",
+    "debug": "show the traceback of an error (the Trainer's values: underflow_overflow, tpu_metrics_debug)",
+}
+"""Help in place of the library's."""
+DESCRIPTION = """Train a LLaVA: stage 1 (projector), stage 2, VQA fine-tuning, LoRA and QLoRA.
+
+Killed, the same command goes on at the newest whole checkpoint; the folder then holds model, summary and loss curve.
+These are the flags that people use; --help-all shows every one."""
+EXAMPLE = """llava-med train --model_name_or_path CHECKPOINT --data_path train.json --image_folder images \\
+    --output_dir runs/own --num_train_epochs 3 --learning_rate 2e-5"""
+
+
 class _Parser(HfArgumentParser):
-    """HfArgumentParser whose errors are one line."""
+    """HfArgumentParser whose errors are one line, and whose help shows the flags that people use."""
 
     def error(self, message: str) -> NoReturn:
         raise LlavaError(f"{message}; see --help")
 
+    def format_help(self) -> str:
+        shown = (
+            {action.dest for action in self._actions}
+            if {"--help-all", "--help_all"} & set(sys.argv)
+            else {*COMMON, *_HELP}
+        )
+        for action in self._actions:
+            if action.dest not in shown:
+                action.help = argparse.SUPPRESS
+        return super().format_help()
+
 
 def build_parser() -> HfArgumentParser:
-    """The parser of every flag; `--help` lists ours first, then the Trainer's."""
+    """The parser of every flag. `--help` shows those of `COMMON`, `--help-all` all: ours, then the Trainer's."""
     classes = (ModelArguments, DataArguments, LlavaTrainingArguments, ValidationArguments)
-    return _Parser(
+    parser = _Parser(
         [DataClassType(one) for one in classes],
         prog=command_name(),
+        usage="%(prog)s --model_name_or_path MODEL --data_path RECORDS --output_dir FOLDER [FLAGS]",
         allow_abbrev=False,
-        description="Train a LLaVA: stage 1 (projector), stage 2, VQA fine-tuning, LoRA and QLoRA.",
+        formatter_class=HelpFormatter,
+        description=DESCRIPTION,
+        epilog=f"example:\n  {EXAMPLE}",
     )
+    parser.add_argument("--help-all", "--help_all", action="help", help="show every flag, the library's own too")
+    for action in parser._actions:
+        action.help = _PLAINER.get(action.dest, action.help)
+    return parser
 
 
 def parse_arguments(argv: list[str], *, keep_fsdp: bool = False) -> Arguments:

@@ -37,9 +37,16 @@ def derive_flags(data: Any, training: Any) -> None:
 
 def _set_wandb(training: Any) -> None:
     """Without a login, and nobody to ask for one, a run is kept on disk."""
-    if "wandb" not in (training.report_to or []) or "WANDB_MODE" in os.environ or sys.stdin.isatty():
+    told = "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ or sys.stdin.isatty()
+    if "wandb" not in (training.report_to or []) or told:
         return
-    if require("wandb", "tracking").api.api_key is None:
+    wandb = require("wandb", "tracking")
+    try:
+        logged_in = wandb.login(prompt=False)
+    except wandb.errors.Error:  # a login that its server can't be asked about
+        logged_in = False
+    if not logged_in:
+        wandb.teardown()  # it has read its settings by now, and reads the environment anew
         os.environ["WANDB_MODE"] = "offline"
         if is_main_process():
             logger.warning("--report_to wandb: there is no login: the run stays in wandb/; wandb sync sends it later")

@@ -4,6 +4,9 @@ Takes the flags of a training command. Where `--data_path` exists lengths and nu
 full batches of random records with an image each are taken, and how many there are is told by `--records` or the file's
 name. Models by name: llama-7b, llama-13b, mistral-7b, openai/clip-vit-large-patch14,
 openai/clip-vit-large-patch14-336; else their folders, of which only the configuration and the tokenizer are read.
+
+python -m llava.train.estimate_memory --gpu a100-40g --gpus 8 --model_name_or_path llama-7b \\
+    --vision_tower openai/clip-vit-large-patch14 --data_path train.json --bf16 True --gradient_checkpointing True
 """
 
 from dataclasses import replace
@@ -18,6 +21,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, one process each, eight to a machine")
     parser.add_argument("--records", type=int, help="how many there are, where --data_path is missing: for the hours")
     parser.add_argument("--json", help="also write the figures to this file, as one flat object")
+    parser.add_overwrite()
     return parser
 
 
@@ -35,12 +39,19 @@ def main(argv: list[str] | None = None) -> int:
             raise LlavaError(f"{flag} {number}: expected at least 1")
     ranks = by_ranks(flags, gpu, args.gpus, args.records)
     worst = max((one for _, one in ranks), key=lambda one: one.peak_gb)
-    prediction = replace(worst, mfu_eager=ranks[0][1].mfu_eager)
+    first = ranks[0][1]  # it alone writes what is gathered
+    prediction = replace(
+        worst,
+        mfu_eager=first.mfu_eager,
+        checkpoint_gb=first.checkpoint_gb,
+        checkpoint_host_gb=first.checkpoint_host_gb,
+    )
     for line in lines_of(prediction, ranks):
         write_line(line)
     if args.json:
         each = [{"ranks": list(of), "peak_gb": one.peak_gb, "parts_gb": one.parts_gb} for of, one in ranks]
-        write_json(args.json, prediction.flat() | ({"ranks": each} if len(each) > 1 else {}))
+        figures = prediction.flat() | ({"ranks": each} if len(each) > 1 else {})
+        write_json(args.json, figures, overwrite=args.overwrite)
     if prediction.fits:
         return 0
     found = False

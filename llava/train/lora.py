@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llava.errors import LlavaError
+from llava.model.convert.model_card import write_model_card
 from llava.model.language_model import LlavaForCausalLM
 from llava.train.arguments import Arguments
 
@@ -92,6 +93,14 @@ def save_adapter(peft_model: "PeftModel", folder: Path, state_dict: dict[str, to
     ]
     torch.save({name: state[name].detach().to("cpu", copy=True) for name in names if name in state}, folder / NON_LORA)
     cast(LlavaForCausalLM, peft_model.get_base_model()).config.save_pretrained(str(folder))
+    settings: Any = peft_model.peft_config["default"]
+    write_model_card(  # in place of peft's, which is a form to fill in
+        folder,
+        f"A LoRA adapter of a LLaVA (rank {settings.r}, scale {settings.lora_alpha / settings.r:g}), with what was "
+        f"trained beside it. It is loaded over its base, which adapter_config.json names and `--model-base` where that "
+        f"is elsewhere; `llava-med merge-lora` makes one model of both.",
+        base=settings.base_model_name_or_path,
+    )
 
 
 def load_non_lora(peft_model: nn.Module, folder: Path) -> None:

@@ -204,6 +204,8 @@ def _settings(model: LlavaForCausalLM, arguments: Arguments, chat_template: str 
     for name in ("mm_use_im_start_end", "mm_use_im_patch_token", "mm_image_token_scheme"):
         if getattr(flags, name) is not None:
             setattr(config, name, getattr(flags, name))
+    if arguments.data.data_description is not None:
+        config.trained_on = arguments.data.data_description
     if arguments.data.image_aspect_ratio is not None:
         config.image_aspect_ratio = arguments.data.image_aspect_ratio
     config.unfreeze_mm_vision_tower = flags.unfreeze_mm_vision_tower or config.unfreeze_mm_vision_tower

@@ -9,6 +9,11 @@ from transformers import TrainerCallback
 from llava.bars import tqdm
 from llava.train.step import gpu
 
+MOST_LOGGING_STEPS = 500
+"""The library's default."""
+LOGGED_LOSSES = 50
+"""At least so many in a run, if it has as many steps."""
+
 
 def flops_per_token(model: torch.nn.Module) -> int:
     """Operations per token of one training step, the way MFU is counted.
@@ -43,6 +48,14 @@ def memory_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class LogInterval(TrainerCallback):
+    """Where no --logging_steps is given: often enough for a curve, however short the run."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.logs_by_length and args.logging_steps == MOST_LOGGING_STEPS:
+            state.logging_steps = max(1, min(MOST_LOGGING_STEPS, state.max_steps // LOGGED_LOSSES))
 
 
 class ProgressBar(TrainerCallback):

@@ -25,7 +25,7 @@ from llava.train.lora import add_adapters, save_adapter
 from llava.train.output.projector_file import FILE_NAME as PROJECTOR_FILE
 from llava.train.output.projector_file import save_projector
 from llava.train.prepare_model import padding_id, start_end_ids
-from llava.train.progress import ProgressBar, flops_per_token, memory_mb, peak_tflops
+from llava.train.progress import LogInterval, ProgressBar, flops_per_token, memory_mb, peak_tflops
 from llava.train.step import gpu
 from llava.train.step.liger import use_liger_kernels
 from llava.train.step.packing import fill_batches, training_attention
@@ -154,6 +154,7 @@ def build_trainer(
     callbacks = trainer.callback_handler.callbacks
     callbacks.insert(0, callbacks.pop())  # what it adds to the logs is for TensorBoard and wandb too
     trainer.progress = bar
+    trainer.add_callback(LogInterval())
     if arguments.validation.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(arguments.validation.early_stopping_patience))
     return trainer
@@ -225,6 +226,7 @@ def summarise(
     peak = peak_tflops(training.peak_tflops)
     return {
         "output_dir": str(training.output_dir),
+        "base": arguments.model.model_name_or_path,
         "resumed_from": str(checkpoint) if checkpoint else None,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,

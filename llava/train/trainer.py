@@ -15,10 +15,12 @@ import torch
 import torch.distributed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, ShardedOptimStateDictConfig, ShardedStateDictConfig, StateDictType
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
+from llava.model.weights.assemble import tied_weights
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.data.collator import META_KEYS
 from llava.train.data.dataset import LlavaDataset, Report
@@ -29,7 +31,14 @@ from llava.train.output.checkpoints import publish, remove_old, staged
 from llava.train.progress import ProgressBar
 from llava.train.step import gpu
 from llava.train.step.compute import activation_budget, compile_layers, set_policy
-from llava.train.step.group_of_one import KeptCopies, add_gradients_at_once, is_group_of_one, keep_copies, set_up_alone
+from llava.train.step.group_of_one import (
+    KeptCopies,
+    add_gradients_at_once,
+    is_group_of_one,
+    keep_copies,
+    replicate_frozen,
+    set_up_alone,
+)
 from llava.train.step.loss_watch import LossWatch
 from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes, on_own_parts, with_float32_moments
 from llava.train.validation.held_out import Validation
@@ -132,6 +141,8 @@ class LlavaTrainer(Trainer):
             set_up_alone(self.accelerator.state.fsdp_plugin, self.model, self.args)
         elif self.args.keep_half_weights is not None:
             logger.warning("--keep_half_weights has no effect: this isn't one GPU in half precision (or it offloads)")
+        if not is_alone:
+            replicate_frozen(self.accelerator, self.model, self.args)
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if is_alone and not self._adds_gradients_at_once:
             self._adds_gradients_at_once = True
@@ -320,6 +331,17 @@ class LlavaTrainer(Trainer):
             super()._load_best_model()
         if self.args.lora_enable:
             load_non_lora(self.model, best)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Say what a checkpoint has too much or too little, but for where ours differ from what the model holds: they
+        have the tower's last layers, which aren't run, and tied weights once."""
+        model: Any = self.model
+        expected = model.get_vision_tower().unused_layer_names | tied_weights(model).keys()
+        unexpected, missing = (
+            [name for name in names if name not in expected]
+            for names in (load_result.unexpected_keys, load_result.missing_keys)
+        )
+        super()._issue_warnings_after_load(_IncompatibleKeys(missing, unexpected))
 
     def _best_checkpoint(self) -> Path | None:
         """Where the best checkpoint lies, found by its step: the folder may have been moved since."""

@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance
 
 from llava.data import audit
 from llava.data.audit_checks import audit_splits, question_words
+from llava.data.audit_text import audit_lines
 from llava.data.image_likeness import alike, fingerprint
 from llava.data.vqa_items import VqaItem, read_vqa_items
 from llava.errors import LlavaError
@@ -50,6 +51,15 @@ def test_the_same_question_on_another_image_is_no_duplicate():
     found = audit_of([item(1, "p2.png", "Where is the lesion?", "left lobe")])
     assert found["questions"]["identical"] == 0 and found["questions"]["near_duplicates"] == 0
     assert found["answers"]["OPEN"]["same_question"] == 1
+
+
+@pytest.mark.parametrize(("train", "test"), [("OPEN", "CLOSED"), ("CLOSED", "OPEN"), ("OPEN", "OPEN")])
+def test_splits_without_answers_of_a_type_are_said(train, test):
+    answer = {"OPEN": "left", "CLOSED": "no"}
+    known, asked = (item(1, f"{kind}.png", "Where?", answer[kind], kind) for kind in (train, test))
+    text = "\n".join(audit_lines(audit_splits([known], [asked])))
+    assert '"None"' not in text
+    assert ("none in training" in text) == (train != test) and "answers: none in the test split" in text
 
 
 def test_half_of_the_words_shared_is_near_enough():
@@ -194,7 +204,7 @@ def test_training_images_may_lie_elsewhere_and_near_is_as_near_as_asked(tmp_path
     with pytest.raises(LlavaError, match=r"not found: .*old\.png"):
         audit.main(words)
     for jaccard, near in (("0.8", 1), ("0.9", 0)):
-        audit.main([*words, "--train-image-folder", str(tmp_path / "old"), "--jaccard", jaccard])
+        audit.main([*words, "--train-image-folder", str(tmp_path / "old"), "--jaccard", jaccard, "--overwrite"])
         found = json.loads((tmp_path / "audit.json").read_text())
         assert found["images"]["identical_pixels"] == 1
         assert found["questions"]["near_duplicates"] == near, "4 of 5 words"

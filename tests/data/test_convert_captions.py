@@ -142,7 +142,7 @@ def test_pmc_all_questions_are_used_and_own_ones_can_be_given(tmp_path):
     assert len({row["conversations"][0]["value"] for row in run_pmc(tmp_path, pairs)}) == 11
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"brief": ["Short?"], "detailed": ["Long?"]}))
-    rows = run_pmc(tmp_path, pairs, "--questions", str(own))
+    rows = run_pmc(tmp_path, pairs, "--questions", str(own), "--overwrite")
     assert {row["conversations"][0]["value"] for row in rows} == {"Short?\n<image>"}
 
 

@@ -83,7 +83,7 @@ def test_missing_images_stop_or_are_counted(work):
     vqa_rad(work, "--train", train, "--missing", "drop")
     assert len(read_records(work / "out" / "train.json")) == 2
     assert read_json(work / "out" / "manifest.json")["missing_images"]["records"] == 1
-    vqa_rad(work, "--train", train, "--missing", "keep")
+    vqa_rad(work, "--train", train, "--missing", "keep", "--overwrite")
     assert len(read_records(work / "out" / "train.json")) == 3
 
 

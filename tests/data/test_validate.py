@@ -55,7 +55,7 @@ def images(tmp_path):
 def run(tmp_path, records, *flags, name="in.json"):
     write_records(tmp_path / name, records)
     report = tmp_path / "report.json"
-    code = validate.main([str(tmp_path / name), "--report", str(report), *flags])
+    code = validate.main([str(tmp_path / name), "--report", str(report), "--overwrite", *flags])
     return code, read_json(report)
 
 

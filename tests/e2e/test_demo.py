@@ -1,12 +1,14 @@
 """The demo at its smallest size, through the real commands as processes."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from llava.records import read_records
+from tests.documented_commands import ROOT
 from tests.openai_server import OpenAIServer
 
 
@@ -36,6 +38,13 @@ def test_a_small_demo_ends_with_results_and_a_page_and_claims_no_score(demo):
     assert "no score is given" in page and "<img" in page and "data:image/jpeg;base64" in page
     assert "research only" in page and page.count("<svg ") == page.count("<figcaption>") >= 5
     assert 'src="http' not in page and "<script" not in page
+
+
+def test_what_the_script_for_a_cpu_begins_with_is_there(demo):
+    output, _ = demo
+    script = (ROOT / "scripts" / "cpu.sh").read_text()
+    named = re.findall(r":=runs/demo/(\S+)}", script)
+    assert len(named) == 3 and all((output / name).exists() for name in named)
 
 
 def test_scores_of_a_whole_demo_are_shown(demo, tmp_path):

@@ -149,7 +149,7 @@ def stop_after(count, model, data, path):
 def test_answers_of_another_run_are_not_continued(model, data, tmp_path):
     path = tmp_path / "answers.jsonl"
     stop_after(3, model, data, path)
-    with pytest.raises(LlavaError, match=r"of another run \(different: decoding\)"):
+    with pytest.raises(LlavaError, match=r"another run began \(different: decoding\)"):
         model_vqa_med.main(flags(model, data, path, "--temperature", "0.5"))
     assert len(answer(model, data, path, "--temperature", "0.5", "--overwrite")) == NUMBER
 
@@ -242,6 +242,33 @@ def test_yes_no_probabilities_are_written_for_closed_questions(model, data, tmp_
     one_by_one = answer(model, data, tmp_path / "b.jsonl", "--yes-no-probabilities", "--batch-size", "1")
     again = [row["metadata"].get("p_yes") for row in one_by_one]
     assert [c for c in known if c] == pytest.approx([c for c in again if c], abs=1e-5)
+
+
+def words_of(monkeypatch, **ids):
+    """What `_answer_tokens` finds where the four words have these ids."""
+    from llava.eval.answers import yes_no
+
+    monkeypatch.setattr(yes_no, "_target_ids", lambda word, *_: ids[word])
+    return yes_no._answer_tokens(None, None, None)
+
+
+def test_tokens_that_tell_yes_from_no_are_found_whatever_the_words_begin_with(monkeypatch):
+    blank = {"yes": [3, 5, 2], "no": [3, 6, 2]}
+    assert words_of(monkeypatch, **blank, Yes=[3, 7, 2], No=[3, 8, 2]) == ([3], {5, 7}, {6, 8})
+    # Upper case has a token with its blank, lower case has none.
+    assert words_of(monkeypatch, **blank, Yes=[9, 2], No=[10, 2]) == ([3], {5}, {6})
+    assert words_of(monkeypatch, yes=[0, 2], no=[0, 2], Yes=[9, 2], No=[10, 2]) == ([], {9}, {10})
+    with pytest.raises(LlavaError, match="no token that tells yes from no; leave the flag out"):
+        words_of(monkeypatch, yes=[0, 2], no=[0, 2], Yes=[0, 2], No=[0, 2])
+
+
+def test_a_tokenizer_without_such_tokens_is_found_out_before_the_model_is_loaded(model, data, tmp_path, monkeypatch):
+    from llava.eval.answers import yes_no
+
+    monkeypatch.setattr(yes_no, "_target_ids", lambda *_: [0, 2])
+    monkeypatch.setattr("llava.eval.answers.local.LocalModel.load", lambda self: pytest.fail("loaded the model"))
+    with pytest.raises(LlavaError, match="no token that tells yes from no"):
+        answer(model, data, tmp_path / "a.jsonl", "--yes-no-probabilities")
 
 
 def test_likelihoods_of_options_are_the_models_own(model, data, tmp_path):

@@ -42,7 +42,8 @@ def files(tmp_path):
 
 
 def answer(files, *more):
-    flags = ["--train", str(files / "train.json"), "--test", str(files / "test.json"), "--output-dir", str(files / "m")]
+    flags = ["--train", str(files / "train.json"), "--test", str(files / "test.json"), "--output-dir"]
+    flags += [str(files / "m"), "--overwrite"]
     baselines.main([*flags, *more])
     return {path.stem: [line["text"] for line in read_records(path)] for path in sorted((files / "m").glob("*.jsonl"))}
 
@@ -113,7 +114,7 @@ def test_report_shows_what_a_model_adds(files):
     report.main(["--pred", *preds, *flags])
     html = (files / "page.html").read_text()
     assert "What does it add to memory?" in html and "+50.00" in html
-    report.main(["--pred", preds[0], *flags])
+    report.main(["--pred", preds[0], *flags, "--overwrite"])
     assert "What does it add to memory?" not in (files / "page.html").read_text()
 
 

@@ -55,6 +55,7 @@ def score(tmp_path, records, answers, *flags):
     write_records(tmp_path / "a.jsonl", rows)
     output = tmp_path / "o.json"
     files = ["--gt", str(tmp_path / "gt.json"), "--pred", str(tmp_path / "a.jsonl"), "--output", str(output)]
+    files.append("--overwrite")
     run_eval.main([*files, *flags])
     content = read_json(output)
     return content, {name: number["value"] for name, number in content["further"].items()}
@@ -122,7 +123,7 @@ def sets(tmp_path):
 
 
 def make(sets, *flags):
-    convert(["mcq", "--output-dir", str(sets / "out"), *flags])
+    convert(["mcq", "--output-dir", str(sets / "out"), "--overwrite", *flags])
     return read_records(sets / "out" / "test.json"), read_json(sets / "out" / "manifest.json")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from llava.data import audit
 from llava.errors import LlavaError
 from llava.eval import report, run_eval
-from llava.eval.answers.manifest import write_manifest
+from llava.manifests import write_manifest
 from llava.pages.printing import BROWSERS
 
 
@@ -49,7 +49,7 @@ def files(tmp_path):
 def make(files, *more):
     output = files / "page.html"
     flags = ["--pred", f"m={files / 'seen.jsonl'}", f"m, grey={files / 'blank.jsonl'}", "--output", str(output)]
-    report.main([*flags, "--bootstrap-samples", "200", *more])
+    report.main([*flags, "--overwrite", "--bootstrap-samples", "200", *more])
     return output.read_text(), (files / "page.md").read_text()
 
 

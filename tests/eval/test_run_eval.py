@@ -42,7 +42,7 @@ def files(tmp_path):
 
 def run_json(flags, tmp_path, *more):
     output = tmp_path / "out.json"
-    run_eval.main([*flags, "--output", str(output), *more])
+    run_eval.main([*flags, "--output", str(output), "--overwrite", *more])
     return json.loads(output.read_text())
 
 

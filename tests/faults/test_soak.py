@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from llava.serve.protocol import ErrorType
+from llava.serve.web.page import MOST_SESSIONS
+from tests.faults.soak.__main__ import FILLING
 from tests.faults.soak.figures import answers, memory, missed, wrong_in
 from tests.faults.soak.load import Request
 from tests.faults.soak.stack import Sample
@@ -21,6 +23,8 @@ def test_a_minute_of_it(tmp_path):
     assert done.returncode == 0 and figures["missed"] == [], done.stderr[-2000:]
     assert json.loads(done.stdout) == figures and "requests" in done.stderr
     assert sum(figures["faults"].values()) >= 8
+    filled = figures["filled_before_the_load"]
+    assert filled["requests"]["page conversation"] > 0 and filled["is_full"] == (filled["requests"] == filled["of"])
     assert all(kind["as it has to be"] > 0 for kind in figures["requests"].values()) and len(figures["requests"]) == 9
 
 
@@ -43,6 +47,11 @@ def test_what_grows_after_it_has_settled_is_seen():
     figures = memory(life + other)["api"]
     assert figures["is_judged"] and figures["seconds"] == 1190
     assert figures["rss_growth"] == 0.0 and figures["pss_growth"] > 0.4
+    assert figures["baseline_seconds"] == [400, 490]
+
+
+def test_before_the_load_the_page_gets_more_visitors_than_it_remembers():
+    assert FILLING["page conversation"] > MOST_SESSIONS
 
 
 GOOD = {

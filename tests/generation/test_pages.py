@@ -9,6 +9,7 @@ from llava.generation import Engine, Request
 from llava.generation.attention.kernels import GATHERED, Batch, flash_2_kernel, flash_3_kernel, torch_kernel
 from llava.generation.cache.pages import PageCache
 from llava.generation.cache.rows import RowCache
+from llava.generation.decoding import Decoder
 from tests.generation.conftest import answer_alone, ask, assert_same, mixed_requests
 
 
@@ -16,11 +17,24 @@ def paged(loaded, **options):
     return Engine(loaded, paged=True, **options)
 
 
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def ahead(request, monkeypatch):
+    """As on a GPU: the next step is started before the tokens of the last are read."""
+    made = Decoder.__init__
+
+    def init(self, *args):
+        made(self, *args)
+        self.runs_ahead = request.param
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    return request.param
+
+
 def pages_in_use(engine) -> int:
     return engine.scheduler.runner.cache.pages_in_use
 
 
-def test_answers_are_those_of_single_generation(loaded, images):
+def test_answers_are_those_of_single_generation(loaded, images, ahead):
     """All families, batched: token by token as transformers, up to a close call."""
     engine = paged(loaded, prefix_bytes=0)
     assert engine.scheduler.runner.decoder is not None, "the layers weren't joined"
@@ -30,14 +44,16 @@ def test_answers_are_those_of_single_generation(loaded, images):
     assert pages_in_use(engine) == 0, "pages of finished rows are free at once"
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.9, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.3}])
-def test_sampled_answers_are_those_of_rows(llama, images, sampling):
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.9, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.3}, {"logprobs": 2}]
+)
+def test_sampled_answers_are_those_of_rows(llama, images, sampling, ahead):
     requests = mixed_requests(images, **sampling)
     expected = [answer.text for answer in Engine(llama).generate(requests)]
     assert [answer.text for answer in paged(llama, max_batch_size=5).generate(requests)] == expected
 
 
-def test_a_request_that_joins_changes_nothing(llama, images):
+def test_a_request_that_joins_changes_nothing(llama, images, ahead):
     engine = paged(llama)
     first, second = ask("One?", max_new_tokens=30, ignore_eos=True), ask("Two?", [images[0]], max_new_tokens=9)
     with engine.submit(first) as handle:
@@ -50,7 +66,7 @@ def test_a_request_that_joins_changes_nothing(llama, images):
     assert [handle.answer.token_ids, other.answer.token_ids] == alone
 
 
-def test_the_next_turn_shares_the_pages_of_the_last(llama, images):
+def test_the_next_turn_shares_the_pages_of_the_last(llama, images, ahead):
     """By reference: of a beginning that is kept, only a page in part is copied."""
     engine = paged(llama)
     request = ask("What is it? " * 6, [images[0]], max_new_tokens=4)
@@ -69,7 +85,7 @@ def run_kept(engine, request):
     return handle.answer
 
 
-def test_little_memory_means_waiting_and_the_same_answers(llama, images):
+def test_little_memory_means_waiting_and_the_same_answers(llama, images, ahead):
     requests = mixed_requests(images, max_new_tokens=40, ignore_eos=True)
     expected = [answer.token_ids for answer in Engine(llama).generate(requests)]
     longest = max(len(Engine(llama).prompts.build(request)) for request in requests) + 40
@@ -87,6 +103,30 @@ def test_a_model_in_other_modules_goes_through_them(llama, images, monkeypatch):
     requests = mixed_requests(images)
     expected = [answer.token_ids for answer in Engine(llama).generate(requests)]
     assert [answer.token_ids for answer in engine.generate(requests)] == expected
+
+
+def test_steps_are_started_ahead_and_rows_that_leave_disturb_nobody(llama, images, monkeypatch):
+    """Answers of many lengths, one of them given up: of each step the others' tokens are those of an engine alone."""
+    requests = [ask(f"What is {n}?", max_new_tokens=3 + 5 * n, ignore_eos=True, id=n) for n in range(6)]
+    expected = [answer.token_ids for answer in Engine(llama).generate(requests)]
+    engine = paged(llama, prefix_bytes=0)
+    engine.scheduler.runner.decoder.runs_ahead = True
+    computed = []
+    step = engine.scheduler.runner.decoder.step
+    monkeypatch.setattr(engine.scheduler.runner.decoder, "step", lambda state: computed.append(1) or step(state))
+    handles = [engine.submit(request) for request in requests]
+    for _ in range(6):
+        engine._advance()
+    assert engine.scheduler._ahead is not None
+    handles[4].cancel()
+    while not engine.scheduler.is_idle:
+        engine._advance()
+    answers = [list(handle) and handle.answer.token_ids for handle in handles]
+    assert [answers[n] for n in (0, 1, 2, 3, 5)] == [expected[n] for n in (0, 1, 2, 3, 5)]
+    assert answers[4] == expected[4][: len(answers[4])] and 5 < len(answers[4]) < 9
+    assert pages_in_use(engine) == 0
+    # Nothing is computed twice but what follows a row that left: 28 steps after the first, a few more at most.
+    assert 27 <= len(computed) <= 27 + 5
 
 
 class Copied(TorchDispatchMode):

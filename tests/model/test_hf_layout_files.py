@@ -221,6 +221,8 @@ def test_import_without_our_note(exported, tmp_path):
 
 def test_served_by_transformers(tmp_path):
     """`transformers serve` answers greedily as this project does, about an image that has to be padded."""
+    for package in ("requests", "fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="`transformers serve` needs it")
     kind, fields = VARIANTS["mistral_pad"]
     native = make_llava(tmp_path, kind, **fields)
     hf = export_hf(native, tmp_path / "hf")

@@ -121,7 +121,11 @@ def test_features_are_the_librarys_hidden_states_and_nothing_more_is_held(case, 
 
 
 def test_pixels_are_those_of_the_towers_own_processor(tower, loaded, trained):
-    expected = AutoImageProcessor.from_pretrained(tower)(image(), return_tensors="np")["pixel_values"]
+    try:
+        processor = AutoImageProcessor.from_pretrained(tower)
+    except ImportError as error:
+        pytest.skip(f"this release of transformers has none without torchvision: {' '.join(str(error).split())[:60]}")
+    expected = processor(image(), return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(pixels_of(loaded), expected, atol=1e-6)
     kind = read_json(tower / "preprocessor_config.json")["image_processor_type"]
     assert read_json(trained / "preprocessor_config.json")["image_processor_type"] == kind
@@ -269,6 +273,10 @@ def test_folder_with_a_text_half(llm, tmp_path):
 )
 def test_what_cannot_be_a_tower_is_refused_in_words(llm, tmp_path, kind, fields, mm_fields, words):
     tower = make_tower(tmp_path, kind, DINO, **fields)
+    if words.startswith("joined") and any(
+        "weights_in" in name for name in AutoModel.from_pretrained(tower).state_dict()
+    ):
+        pytest.skip("this release of transformers computes with joined weights")
     with pytest.raises(LlavaError, match=words):
         build_model_from_llm(llm, tower, device="cpu", **mm_fields)
 

@@ -1,5 +1,9 @@
 """Folders and hub ids: where a name is looked for, and what is downloaded."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -8,9 +12,11 @@ import torch
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
+from llava.model.weights import locate
 from llava.model.weights.files import WeightFiles
 from llava.model.weights.locate import locate_model
 from llava.records import read_json, write_json
+from tests.documented_commands import ROOT
 from tests.model.checkpoints import save
 from tests.tiny import hub_cache, make_llava
 
@@ -43,15 +49,56 @@ def test_file_in_place_of_a_folder(tmp_path):
         locate_model(path)
 
 
-def test_hub_that_can_not_be_reached(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", _offline)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", _offline)
-    with pytest.raises(LlavaError, match="model not found: some/model is no folder here, and the hub"):
+def test_a_hub_that_has_no_such_model(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(locate, "_answers", lambda address: True)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", _unknown)
+    with pytest.raises(LlavaError, match=r"some/model is no folder here, .* \(no such repository\)\); give its"):
         locate_model("some/model")
 
 
-def _offline(*_, **__):
-    raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+def _unknown(*_, **__):
+    raise huggingface_hub.errors.OfflineModeIsEnabled("no such repository")
+
+
+class Silent:
+    """A server that takes connections and never answers."""
+
+    def __enter__(self) -> str:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+
+    def __exit__(self, *_) -> None:
+        self.socket.close()
+
+
+def asked(cache, **environment) -> subprocess.CompletedProcess:
+    """What a process of its own says that looks for some/model; the hub's own retries would take 28 s."""
+    code = "from llava.commandline import run; from llava.model.weights.locate import locate_model\n"
+    code += "run(lambda: print(locate_model('some/model')))"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(cache)} | environment
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=15)
+
+
+@pytest.mark.parametrize("how", ["refused", "silent", "no such name", "offline"])
+def test_without_a_network_the_cache_is_used_at_once(how, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    cache = hub_cache(tmp_path / "cache", {"some/model": folder})
+    with Silent() as address:
+        environment = {
+            "refused": {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "silent": {"HF_ENDPOINT": address},
+            "no such name": {"HF_ENDPOINT": "https://hub.invalid"},
+            "offline": {"HF_HUB_OFFLINE": "1"},
+        }[how]
+        done = asked(cache, **environment)
+        assert str(cache) in done.stdout and "some/model is taken from the cache" in done.stderr, done.stderr
+        done = asked(tmp_path / "empty", **environment)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "isn't in the cache" in line and "hf download some/model" in line
+    assert ("HF_HUB_OFFLINE is set" if how == "offline" else "can't be reached") in line
 
 
 @pytest.mark.parametrize(
@@ -69,6 +116,8 @@ def test_one_format_is_downloaded(monkeypatch, tmp_path, files, ignored):
         asked.update(kwargs, repo_id=repo_id)
         return str(tmp_path)
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(locate, "_answers", lambda address: True)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo_id: files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate_model("some/model") == tmp_path

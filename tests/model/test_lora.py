@@ -60,7 +60,12 @@ def randomise(wrapped):
     ids=repr,
 )
 def test_sum_is_that_of_peft(tiny, tmp_path, settings):
-    expected = make_adapter(tiny, tmp_path / "a", **settings)
+    try:
+        expected = make_adapter(tiny, tmp_path / "a", **settings)
+    except ValueError as error:
+        if "Unknown initialization" in str(error):
+            pytest.skip("this release of peft doesn't have it")
+        raise
     loaded = load_pretrained_model(tmp_path / "a", tiny.folder, device="cpu")
     assert not torch.allclose(expected, logits(load_pretrained_model(tiny.folder, device="cpu").model), atol=1e-2)
     assert torch.allclose(logits(loaded.model), expected, atol=1e-5)

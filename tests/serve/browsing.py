@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.serve.processes import Process
+from llava.data.phantoms import ABOUT
+from tests.serve.processes import Process, wait_until
 
 CHROMIUM = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -56,8 +57,8 @@ def open_page(browser, web):
     seen = {"errors": [], "hosts": set()}
     pages = []
 
-    def opened(width=1280, height=900):
-        page = browser.new_page(viewport={"width": width, "height": height})
+    def opened(width=1280, height=900, scheme="light"):
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: seen["errors"].append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: seen["errors"].append(str(error)))
@@ -73,8 +74,10 @@ def open_page(browser, web):
     assert seen["hosts"] <= {"127.0.0.1", None, ""}
 
 
-def worker(controller, name, pause="0.05"):
-    words = ["--controller", controller.url, "--model-name", name, "--pause", pause]
+def worker(controller, name, pause="0.05", trained_on=ABOUT):
+    """A scripted worker; by its card it is a model of the demo, so that the page has examples."""
+    words = ["--controller", controller.url, "--model-name", name, "--pause", pause, "--trained-on", trained_on]
+    words += ["--names-images", "False"]
     return Process("tests.serve.scripted_worker", *words, env=ENV)
 
 
@@ -105,3 +108,27 @@ def running(process):
 def choose(page, dropdown, name):
     page.locator(f"{dropdown} input").click()
     page.get_by_role("option", name=name).click()
+
+
+def accept(page, model=None):
+    """Past the notice, to the question's box; `model` is waited for."""
+    page.locator("#accept").click()
+    expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
+    if model:
+        wait_until(lambda: page.locator("#model input").input_value() == model, 120)
+
+
+def add_files(page, paths, images):
+    """Through the paper clip, until the strip has so many images."""
+    page.locator("#box input[type=file]").set_input_files(paths)
+    expect(page.locator("#viewer [data-image]")).to_have_count(images, timeout=PATIENCE)
+
+
+def save(page, form="export") -> str:
+    """The text of an export."""
+    if not page.locator(f"#{form}").is_visible():
+        page.locator("#open-files").click()
+    with page.expect_download(timeout=PATIENCE) as download:
+        page.locator(f"#{form}").click()
+    page.keyboard.press("Escape")
+    return Path(download.value.path()).read_text()

@@ -12,11 +12,12 @@ import threading
 import time
 
 import numpy as np
-from PIL import Image
 
 from llava.commandline import ArgumentParser, run
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.images import open_uploaded_image, png_data_url
 from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.request_models import ModelCard
 from llava.serve.worker.answering import Piece
 
 REFUSED = {
@@ -28,13 +29,18 @@ REFUSED = {
 
 
 class ScriptedBackend:
-    def __init__(self, pause: float):
-        self.pause = pause
+    def __init__(self, pause: float, names_images: bool = True):
+        self.pause, self.names_images = pause, names_images
         self.running = 0
         self.cancelled = 0
 
-    def submit(self, job, put):
+    def _asked(self, job) -> str:
+        """The question, with or without the places of its images, which no model would say."""
         text = job.prompt or job.messages[-1].text
+        return text if self.names_images else text.replace(DEFAULT_IMAGE_TOKEN, "")
+
+    def submit(self, job, put):
+        text = self._asked(job)
         word = text.split()[-1] if text.strip() else ""
         if word in REFUSED:
             raise ServeError(REFUSED[word], retry_after=2.0 if word == "full" else None)
@@ -71,15 +77,15 @@ class ScriptedBackend:
         put(Piece(finish_reason=reason, usage=usage))
 
     def attention_map(self, job, token_ids):
-        """Token n looks at patch n alone, with half of its attention; every image is grey."""
+        """Token n looks at patch n alone, with half of its attention."""
         views = []
         for number in range(len(job.images)):
             weights = np.zeros((len(token_ids), 4, 4), "<f2")
             weights.reshape(-1, 16)[np.arange(len(token_ids)), np.array(token_ids) % 16] = 0.5 / len(job.images)
-            image = png_data_url(Image.new("RGB", (32, 32), (90, 90, 90)))
+            image = png_data_url(open_uploaded_image(job.images[number]).convert("RGB").resize((224, 224)))
             content = base64.b64encode(weights.tobytes()).decode()
             views.append({"number": number, "image": image, "side": 4, "weights": content})
-        words = ["echo:", *(job.prompt or job.messages[-1].text).split()]
+        words = ["echo:", *self._asked(job).split()]
         return {
             "tokens": [words[token % len(words)] + " " for token in token_ids],
             "shares": [0.5] * len(token_ids),
@@ -110,12 +116,17 @@ def main(argv=None):
     parser.add_argument("--model-name", default="scripted")
     parser.add_argument("--pause", type=float, default=0.01)
     parser.add_argument("--timeout", type=float, default=60)
+    parser.add_bool("--names-images", default=True, help="False: the echo leaves out the places of images")
+    parser.add_argument("--trained-on", help="what the model's card says")
     add_secret_flags(parser)
     args = parser.parse_args(argv)
 
     async def go():
         secret = secret_from_args(args)
-        worker = WorkerApp(ScriptedBackend(args.pause), [args.model_name], secret, timeout=args.timeout)
+        card = ModelCard(template="scripted", context="2,048 tokens", trained_on=args.trained_on)
+        worker = WorkerApp(
+            ScriptedBackend(args.pause, args.names_images), [args.model_name], secret, timeout=args.timeout, card=card
+        )
         member = None
         if args.controller:
             member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)

@@ -1,5 +1,6 @@
 """The controller as a process, over real sockets: registering, dispatch, forwarding, and strangers kept out."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from itertools import pairwise
 import httpx
 import pytest
 
+from llava.serve.client import ServingClient
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
 from tests.serve.fake_worker import FakeWorker
@@ -92,6 +94,24 @@ def test_a_client_cannot_name_an_address(controller):
         assert chunk["error_code"] != 0
         assert "none-such" in chunk["text"]
         assert worker.requests == []
+
+
+def test_the_card_of_a_model_is_passed_on(controller):
+    with FakeWorker(models=("carded",)) as worker:
+        worker.status["card"] = {"trained_on": "x", "context": "2,048 tokens", "unknown": "field"}
+        assert register(controller, worker).status_code == 200
+
+        async def cards():
+            client = ServingClient(controller.url, SECRET[HEADER])
+            try:
+                return await client.cards()
+            finally:
+                await client.close()
+
+        card = asyncio.run(cards())["carded"]
+        assert (card.trained_on, card.context, card.base) == ("x", "2,048 tokens", None)
+        worker.status["card"] = {"trained_on": "x" * 501}
+        assert register(controller, worker).status_code == 400
 
 
 def test_a_dead_worker_is_passed_over(controller):

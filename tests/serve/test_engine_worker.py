@@ -17,7 +17,7 @@ from llava.images import png_data_url
 from llava.serve import model_worker
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
-from llava.serve.web.attention_view import Shown
+from llava.serve.web.parts.attention_view import Shown
 from tests.serve.processes import TINY_ENV, Process, wait_until
 
 SECRET = {HEADER: "s3cret"}
@@ -139,7 +139,12 @@ def test_where_the_model_looked(tiny_serving):
     assert [image for image, _, _ in shown.views] == [0, 1]
     sums = sum(weights.sum((1, 2)) for _, _, weights in shown.views)
     np.testing.assert_allclose(sums, shown.shares, atol=2e-3)
-    assert shown.drawn(5).count("<img") == 4
+    packed = shown.packed()
+    for number, (_, _, weights) in enumerate(shown.views):
+        view = packed["views"][number]
+        assert view["url"].startswith("data:image/png") and view["side"] == weights.shape[1]
+        drawn = np.frombuffer(base64.b64decode(view["weights"]), np.uint8).reshape(weights.shape) / 255
+        np.testing.assert_allclose(drawn * np.array(packed["brightest"])[:, None, None], weights, atol=2e-3)
     for wrong in ([], "5", [1.5], [True], [10**9]):
         reply = post("/worker_attention_map", token_ids=wrong)
         assert reply.status_code == 400 and "token_ids" in reply.json()["error"]["message"]
@@ -325,8 +330,9 @@ def test_flags_of_the_older_scripts(checkpoint, caplog):
     words = ["--model-path", str(checkpoint), "--device", "cpu"]
     for more, aspect_ratio, spread in ([], None, False), (["--keep-aspect-ratio", "--num-gpus", "2"], "keep", True):
         caplog.clear()
-        backend = model_worker._load(model_worker.build_parser().parse_args([*words, *more]))
+        backend, card = model_worker._load(model_worker.build_parser().parse_args([*words, *more]))
         try:
+            assert card.context.endswith(" tokens") and card.trained_on is None
             assert backend.engine.model.config.image_aspect_ratio == aspect_ratio
             assert ("spread over" in caplog.text) is spread
         finally:

@@ -3,14 +3,25 @@
 import hashlib
 import json
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from llava.serve.web.examples import draw_example
+from llava.serve.web.parts.examples import draw_example
 from tests.images.test_medical import PATIENT, dicom
-from tests.serve.browsing import ENV, PATIENCE, ask, choose, expect, last_answer, running, screenshot, worker
+from tests.serve.browsing import (
+    ENV,
+    PATIENCE,
+    accept,
+    add_files,
+    ask,
+    choose,
+    expect,
+    last_answer,
+    running,
+    save,
+    screenshot,
+    worker,
+)
 from tests.serve.processes import Process, wait_until
 
 
@@ -29,12 +40,11 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         second = stack.enter_context(worker(controller, "second-model")).wait()
         expect(page.locator("#waiting")).to_have_count(0, timeout=PATIENCE)
 
-        Image.new("RGB", (200, 160), (180, 180, 180)).save(tmp_path / "photo.png")
+        (tmp_path / "photo.png").write_bytes(draw_example("chest"))
         (tmp_path / "slice.dcm").write_bytes(dicom(np.arange(160 * 200, dtype=np.uint16).reshape(160, 200)))
-        page.locator("#box input[type=file]").set_input_files([tmp_path / "photo.png", tmp_path / "slice.dcm"])
-        # The scan is taken out of the box, since a view of it can be chosen.
-        expect(page.locator("#scan-preview img.scan")).to_be_visible(timeout=PATIENCE)
-        expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(1, timeout=PATIENCE)
+        add_files(page, [tmp_path / "photo.png", tmp_path / "slice.dcm"], 2)
+        expect(page.locator("#draft")).to_contain_text("With your next question: 2 images")
+        expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(0, timeout=PATIENCE)
         ask(page, "What is <b>shown</b> here?")
         expect(last_answer(page)).to_contain_text("echo:", timeout=PATIENCE)
         expect(last_answer(page)).to_contain_text("here?", timeout=PATIENCE)
@@ -42,19 +52,27 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         expect(page.locator("#chat0 [data-testid=user]").last).to_contain_text("<b>shown</b>", timeout=PATIENCE)
         screenshot(page, "web_answer")
 
-        page.get_by_text("Where the model looked").click()
         page.locator("#attention").click()
-        expect(page.locator("#attention-tokens .token")).to_have_count(7, timeout=PATIENCE)
-        expect(page.locator("#attention-views img.attention")).to_have_count(4, timeout=PATIENCE)
-        expect(page.locator("#attention-views")).to_contain_text("Token 1 of 7, echo:", timeout=PATIENCE)
-        expect(page.locator("#attention-views")).to_contain_text("50.0% of its attention", timeout=PATIENCE)
-        page.locator("#attention-tokens .token").nth(5).click()
-        expect(page.locator("#attention-views")).to_contain_text("Token 6 of 7, <b>shown</b>", timeout=PATIENCE)
-        page.locator("#attention-number input[type=range]").press("ArrowRight")
-        expect(page.locator("#attention-views")).to_contain_text("Token 7 of 7, here?", timeout=PATIENCE)
+        tokens = last_answer(page).locator(".tok")
+        expect(tokens).to_have_count(5, timeout=PATIENCE)
+        expect(page.locator(".looked")).to_contain_text("Point at a word")
+        tokens.nth(3).hover()
+        expect(page.locator(".looked")).to_contain_text("Token 4 of 5, “<b>shown</b>”: 50.0% of its attention")
+        expect(page.locator(".looked")).to_contain_text("the brightest patch got 25.00%")
+        expect(page.locator(".maps canvas")).to_have_count(2)
+        page.locator("#box").hover()
+        expect(page.locator(".maps canvas")).to_have_count(0)
+        tokens.nth(3).click()
+        page.locator("#box").hover()
+        expect(page.locator(".looked")).to_contain_text("Token 4 of 5")
+        page.keyboard.press("ArrowRight")
+        expect(page.locator(".looked")).to_contain_text("Token 5 of 5, “here?”")
         screenshot(page, "web_look")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("Enter")
 
         ask(page, "go on and be slow")
+        expect(page.locator(".tok")).to_have_count(0, timeout=PATIENCE)
         expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
         expect(last_answer(page)).to_contain_text("slow", timeout=PATIENCE)
         page.keyboard.press("Escape")
@@ -91,16 +109,14 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         screenshot(page, "web_error")
 
         page.locator("#vote-left").click()
-        wait_until(lambda: any(web.votes.glob("*.jsonl")), 60)
+        wait_until(lambda: any(path.stat().st_size for path in web.votes.glob("*.jsonl")), 60)
         (file,) = web.votes.glob("*.jsonl")
         assert file.stat().st_mode & 0o777 == 0o600
         vote = json.loads(file.read_text())
         assert vote["vote"] == "left" and vote["turns"][0]["images"][0].startswith("sha256:")
         assert "base64" not in file.read_text() and "127.0.0.1" not in file.read_text()
 
-        with page.expect_download(timeout=PATIENCE) as download:
-            page.locator("#export").click()
-        exported = json.loads(Path(download.value.path()).read_text())
+        exported = json.loads(save(page))
         assert [turn["question"] for turn in exported["turns"]][-1] == "now oom"
         assert [answer["model"] for answer in exported["turns"][3]["answers"]] == ["first-model", "second-model"]
 
@@ -113,13 +129,11 @@ def test_a_phone(open_page, controller):
     with worker(controller, "phone-model") as process:
         process.wait()
         page = open_page(width=390, height=844)
-        page.locator("#accept").click()
-        expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
-        wait_until(lambda: page.locator("#model input").input_value() == "phone-model", 120)
+        accept(page, "phone-model")
         page.locator("#example-chest").click()
-        expect(page.locator("#draft img.thumb")).to_have_count(1, timeout=PATIENCE)
+        expect(page.locator("#viewer img.large")).to_have_count(1, timeout=PATIENCE)
         page.locator("#box textarea").press("Enter")
-        expect(last_answer(page)).to_contain_text("half", timeout=PATIENCE)
+        expect(last_answer(page)).to_contain_text("finding?", timeout=PATIENCE)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "scrolls sideways"
         expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
         expect(page.locator("#exported")).to_be_hidden()
@@ -149,7 +163,7 @@ def test_a_visitor_is_told_of_the_conversation_log(browser, controller, tmp_path
         expect(page.locator("#kept")).to_be_visible()
         wait_until(lambda: page.locator("#model input").input_value() == "some-model", 120)
         page.locator("#example-chest").click()
-        expect(page.locator("#draft img.thumb")).to_have_count(1, timeout=PATIENCE)
+        expect(page.locator("#viewer img.large")).to_have_count(1, timeout=PATIENCE)
         ask(page, "Is it kept?")
         expect(last_answer(page)).to_contain_text("kept?", timeout=PATIENCE)
         wait_until(lambda: list(kept.glob("*.jsonl")), 60)

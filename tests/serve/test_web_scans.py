@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava.images import ImageOptions, ImageWithOptions, open_image
 from tests.images.test_medical import dicom
-from tests.serve.browsing import PATIENCE, ask, choose, expect, last_answer, screenshot, worker
+from tests.serve.browsing import PATIENCE, accept, add_files, ask, choose, expect, last_answer, save, screenshot, worker
 from tests.serve.processes import wait_until
 
 pytest.importorskip("pydicom")
@@ -60,7 +60,7 @@ def series(folder: Path) -> list[Path]:
 
 def shown(page) -> np.ndarray:
     """The preview's pixels, grey."""
-    source = page.locator("#scan-preview img.scan").get_attribute("src")
+    source = page.locator("#viewer img.large").last.get_attribute("src")
     image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
     return np.asarray(image.convert("L"))
 
@@ -71,16 +71,18 @@ def as_worker_sees(place: int, options: ImageOptions) -> np.ndarray:
     return np.asarray(open_image(ImageWithOptions(content, options)).resize((64, 64)).convert("L"))
 
 
-def opened(open_page, page=None):
-    page = open_page(height=1500)
-    page.locator("#accept").click()
-    expect(page.locator("#box textarea")).to_be_visible(timeout=PATIENCE)
+def opened(open_page, model):
+    page = open_page(height=1000)
+    accept(page, model)
     return page
 
 
-def upload(page, paths):
-    page.locator("#box input[type=file]").set_input_files(paths)
-    expect(page.locator("#scan-preview img.scan").first).to_be_visible(timeout=PATIENCE)
+def upload(page, paths, images=1):
+    """Add a scan; what the model sees of it is shown last."""
+    add_files(page, paths, images)
+    if page.locator("[data-do=compare]").get_attribute("aria-pressed") == "false":
+        page.locator("[data-do=compare]").click()
+    expect(page.locator("#viewer img.large")).to_have_count(2, timeout=PATIENCE)
 
 
 def wait_for_view(page, place: int, **options):
@@ -95,23 +97,16 @@ def set_slider(page, name: str, value: float):
     field.blur()
 
 
-def export(page) -> str:
-    with page.expect_download(timeout=PATIENCE) as download:
-        page.locator("#export").click()
-    return Path(download.value.path()).read_text()
-
-
 def test_a_ct_series(open_page, controller, web, tmp_path):
     with worker(controller, "scan-model") as process:
         process.wait()
-        page = opened(open_page)
-        wait_until(lambda: page.locator("#model input").input_value() == "scan-model", 120)
+        page = opened(open_page, "scan-model")
         expect(page.locator("#scan")).to_have_count(0)
         upload(page, series(tmp_path))
         expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(0, timeout=PATIENCE)
         wait_for_view(page, 20)
-        expect(page.locator("#scan-preview")).to_contain_text("window 40/400 (centre/width), the file's own")
-        expect(page.locator("#scan-preview")).to_contain_text("What scan-model sees")
+        expect(page.locator("#viewer")).to_contain_text("window 40/400 (centre/width), the file's own")
+        expect(page.locator("#viewer")).to_contain_text("Beside it: what scan-model sees")
         expect(page.locator("#scan-axis")).to_have_count(0)
 
         set_slider(page, "scan-place", 27)
@@ -120,12 +115,12 @@ def test_a_ct_series(open_page, controller, web, tmp_path):
         wait_for_view(page, 27, preset="lung")
         expect(page.locator("#scan-centre input[type=number]")).to_have_value("-600", timeout=PATIENCE)
         expect(page.locator("#scan-width input[type=number]")).to_have_value("1500", timeout=PATIENCE)
-        expect(page.locator("#scan-state")).to_contain_text("goes with your next question")
+        expect(page.locator("#draft")).to_contain_text("With your next question: 1 image.")
         screenshot(page, "web_scan")
         ask(page, "Is there a nodule?")
         expect(last_answer(page)).to_contain_text("nodule?", timeout=PATIENCE)
         expect(page.locator("#chat0 [data-testid=user] img.thumb")).to_have_count(1, timeout=PATIENCE)
-        expect(page.locator("#scan-state")).to_contain_text("is added already", timeout=PATIENCE)
+        expect(page.locator("#draft")).to_contain_text("is added already", timeout=PATIENCE)
 
         set_slider(page, "scan-width", 1000)
         wait_for_view(page, 27, window=(-600, 1000))
@@ -139,9 +134,9 @@ def test_a_ct_series(open_page, controller, web, tmp_path):
         ask(page, "Without another image?")
         expect(last_answer(page)).to_contain_text("image?", timeout=PATIENCE)
         expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
-        text = export(page)
+        text = save(page)
         page.locator("#vote-good").click()
-        wait_until(lambda: any(web.votes.glob("*.jsonl")), 60)
+        wait_until(lambda: any(path.stat().st_size for path in web.votes.glob("*.jsonl")), 60)
         page.locator("#clear").click()
         expect(page.locator("#scan")).to_have_count(0, timeout=PATIENCE)
 
@@ -168,24 +163,21 @@ def test_a_volume_and_a_photograph(open_page, controller, tmp_path):
     Image.new("RGB", (40, 40), (120, 10, 10)).save(tmp_path / "photo.png")
     with worker(controller, "volume-model") as process:
         process.wait()
-        page = opened(open_page)
-        wait_until(lambda: page.locator("#model input").input_value() == "volume-model", 120)
+        page = opened(open_page, "volume-model")
         page.locator("#box input[type=file]").set_input_files([tmp_path / "photo.png"])
-        thumbnails = page.locator("#box").get_by_role("listitem", name="File thumbnail")
-        expect(thumbnails).to_have_count(1, timeout=PATIENCE)
+        expect(page.locator("#viewer img.large")).to_have_count(1, timeout=PATIENCE)
         page.locator("#box textarea").fill("typed before the")
-        upload(page, [tmp_path / "volume.nii.gz"])
-        expect(thumbnails).to_have_count(1, timeout=PATIENCE)
+        upload(page, [tmp_path / "volume.nii.gz"], 2)
         expect(page.locator("#box textarea")).to_have_value("typed before the")
-        expect(page.locator("#scan-preview")).to_contain_text("axial slice 8 of 16", timeout=PATIENCE)
+        expect(page.locator("#viewer")).to_contain_text("axial slice 8 of 16", timeout=PATIENCE)
         page.locator("#scan-axis").get_by_text("sagittal").click()
-        expect(page.locator("#scan-preview")).to_contain_text("sagittal slice 6 of 12", timeout=PATIENCE)
+        expect(page.locator("#viewer")).to_contain_text("sagittal slice 6 of 12", timeout=PATIENCE)
         set_slider(page, "scan-place", 2)
-        expect(page.locator("#scan-preview")).to_contain_text("sagittal slice 2 of 12", timeout=PATIENCE)
+        expect(page.locator("#viewer")).to_contain_text("sagittal slice 2 of 12", timeout=PATIENCE)
         ask(page, "What is it?")
         expect(last_answer(page)).to_contain_text("it?", timeout=PATIENCE)
-        (turn,) = json.loads(export(page))["turns"]
-    volume, photo = turn["image_options"]
+        (turn,) = json.loads(save(page))["turns"]
+    photo, volume = turn["image_options"]
     assert photo is None and (volume["axis"], volume["slice"], volume["of"]) == (0, 2, 12)
 
 
@@ -195,17 +187,17 @@ def test_a_broken_file_and_one_taken_back(open_page, controller, tmp_path):
     (tmp_path / "whole").write_bytes(dicom(body(1), SeriesInstanceUID="1.2"))
     with worker(controller, "some-model") as process:
         process.wait()
-        page = opened(open_page)
-        wait_until(lambda: page.locator("#model input").input_value() == "some-model", 120)
+        page = opened(open_page, "some-model")
         page.locator("#box input[type=file]").set_input_files([tmp_path / "broken.dcm"])
-        expect(page.get_by_text("The image can't be used")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#refused")).to_contain_text("Refused", timeout=PATIENCE)
         expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(0, timeout=PATIENCE)
         expect(page.locator("#scan")).to_have_count(0)
         upload(page, [tmp_path / "whole"])
         expect(page.locator("#scan-place")).to_have_count(0)
-        page.locator("#scan-remove").click()
+        expect(page.locator("#refused [role=alert]")).to_have_count(0)
+        page.locator("#viewer .remove").click()
         expect(page.locator("#scan")).to_have_count(0, timeout=PATIENCE)
         ask(page, "Is there an image?")
         expect(last_answer(page)).to_contain_text("image?", timeout=PATIENCE)
-        (turn,) = json.loads(export(page))["turns"]
+        (turn,) = json.loads(save(page))["turns"]
         assert turn["images"] == []

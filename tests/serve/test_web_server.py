@@ -19,10 +19,11 @@ from starlette.routing import Mount
 from llava.errors import LlavaError
 from llava.serve import gradio_web_server
 from llava.serve.api.keys import read_keys
+from llava.serve.client import ServingClient
 from llava.serve.gradio_web_server import build_parser
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
-from llava.serve.web.examples import EXAMPLES, draw_example
-from llava.serve.web.page import Page, PageOptions
+from llava.serve.web.page import CALLS_NOTED, MOST_SESSIONS, Page, PageOptions, build_page
+from llava.serve.web.parts.examples import EXAMPLES, draw_example
 from tests.serve.processes import Process
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
@@ -155,7 +156,7 @@ def test_images_are_checked_before_they_are_sent():
     assert UploadedImage.from_bytes(buffer.getvalue()).thumbnail.startswith("data:image/png;base64,")
     with pytest.raises(LlavaError, match="not an image"):
         UploadedImage.from_bytes(b"no image at all")
-    for name, _ in EXAMPLES:
+    for name, *_ in EXAMPLES:
         assert Image.open(io.BytesIO(draw_example(name))).size == (336, 336)
 
 
@@ -172,18 +173,27 @@ def test_what_the_page_is_made_of_is_decided_by_flags(tmp_path):
         return middleware, found, json.dumps(found.config, default=str)
 
     middleware, page, text = pages()
-    assert "# LLaVA-Med" in text and "kept on this server" not in text
+    assert "<strong>LLaVA-Med</strong>" in text and "kept on this server" not in text
     assert page._queue.default_concurrency_limit == 16 and not middleware.embed
     words = ["--concurrency-count", "3", "--embed", "--feedback-dir", str(tmp_path / "votes"), "--feedback-days", "9"]
     middleware, page, text = pages(*words)
-    assert "# LLaVA-Med" not in text and "are kept on this server for 9 days" in text
+    assert "<strong>LLaVA-Med</strong>" not in text and "are kept on this server for 9 days" in text
     assert page._queue.default_concurrency_limit == 3 and middleware.embed
+
+
+def test_of_visitors_who_have_gone_little_is_kept():
+    queue = build_page(ServingClient("http://127.0.0.1:1", None), PageOptions())._queue
+    for number in range(MOST_SESSIONS + 40):
+        queue.pending_messages_per_session[str(number)] = asyncio.Queue()
+    assert len(queue.pending_messages_per_session) == MOST_SESSIONS
+    with gr.Blocks() as other:
+        pass
+    assert other.queue()._queue.ANALYTICS_MAX_EVENTS > queue.ANALYTICS_MAX_EVENTS == CALLS_NOTED
 
 
 @pytest.mark.parametrize(("mode", "asked"), [("reload", 2), ("once", 1)])
 def test_models_are_looked_for_once_or_all_the_time(monkeypatch, tmp_path, mode, asked):
     pytest.importorskip("gradio", reason="gradio is in the extra serve")
-    from llava.serve.client import ServingClient
     from llava.serve.web.page import Page
 
     made, calls, start = [], [], Page.__init__
@@ -209,6 +219,9 @@ def test_the_model_that_is_named_is_chosen_first_and_a_choice_stays():
 
         async def models(self):
             return ["a", "b", "c"]
+
+        async def cards(self):
+            return {}
 
     with gr.Blocks():
         page = Page(Client(), PageOptions(first_model=args.first_model))

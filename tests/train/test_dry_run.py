@@ -107,12 +107,43 @@ def test_parts_are_what_arithmetic_says(base):
     assert four.parts_gb["moments"] == pytest.approx(moments / 4, rel=0.02)
 
 
+def test_a_checkpoint_is_gathered_and_not_written(base, monkeypatch):
+    """Four bytes a weight for the model, and for resuming as many again and eight for moments."""
+
+    def written(*args, **kwargs):
+        raise AssertionError("something was written")
+
+    monkeypatch.setattr(torch, "save", written)
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", written)
+    sharded = (*base, *SMALL, *SHARDED)
+    whole, model_alone = (dry_run([*sharded, *more], H100, 4) for more in ((), ("--save_strategy", "no")))
+    numbers = 4 * whole.parts_gb["moments"] / 8
+    assert whole.checkpoint_gb == pytest.approx(16 * numbers, rel=0.02)
+    assert whole.checkpoint_host_gb == pytest.approx(8 * numbers, rel=0.02)
+    assert model_alone.checkpoint_gb == pytest.approx(4 * numbers, rel=0.02) == model_alone.checkpoint_host_gb
+    largest = 2000 * 256 * 4 / 1e9  # is gathered beside weights and moments, and leaves for the host
+    kept = whole.parts_gb["moments"] + whole.parts_gb["weights"]
+    assert kept + largest < whole.checkpoint_peak_gb < kept + 2.5 * largest < whole.peak_gb
+    of_last = dry_run(sharded, H100, 4, rank=3)
+    assert of_last.checkpoint_gb == of_last.checkpoint_host_gb == 0
+
+
+def test_an_adapters_checkpoint_holds_what_is_trained(base):
+    lora = dry_run([*base, *SMALL, *SHARDED, "--lora_enable", "True"], H100, 4)
+    trained = 4 * lora.parts_gb["moments"] / 8
+    assert lora.checkpoint_gb == pytest.approx(16 * trained, rel=0.02)
+    # The frozen weights are gathered with the others, and left out of the file.
+    assert lora.checkpoint_host_gb == pytest.approx(4 * lora.parts_gb["weights"], rel=0.02)
+
+
 def test_frozen_weights_are_held_once(base):
     """Two bytes each in half precision; only what is trained has masters, and copies."""
     whole, lora = (dry_run([*base, *SMALL, *more], H100, 1).parts_gb for more in ((), ("--lora_enable", "True")))
     trained, frozen = lora["moments"] / 8, whole["moments"] / 8
     assert lora["weights"] == pytest.approx(2 * frozen + 4 * trained, rel=0.05)
     assert lora["gathered weights"] == pytest.approx(2 * trained, rel=0.1)
+    sharded = dry_run([*base, *SMALL, *SHARDED, "--lora_enable", "True"], H100, 4).parts_gb
+    assert sharded["weights"] == pytest.approx(lora["weights"] / 4, rel=0.05)
 
 
 def test_without_sharding_each_gpu_holds_all_and_the_gradients_once_more(base):
@@ -202,10 +233,12 @@ def test_the_command_writes_flat_figures(base, tmp_path, capsys):
     assert main([*base, *SMALL, "--gpu", "a100-40g", "--json", str(path), "--records", "100"]) == 0
     figures = json.loads(path.read_text())
     names = {"peak_gb", "parts_gb", "fits", "mfu", "mfu_eager", "step_seconds", "tokens_per_second", "attention",
-             "host_syncs_per_micro_batch", "reduce_dtype", "flops_per_step", "bytes_per_step", "hours"}  # fmt: skip
+             "host_syncs_per_micro_batch", "reduce_dtype", "flops_per_step", "bytes_per_step", "hours",
+             "checkpoint_gb", "checkpoint_host_gb", "checkpoint_peak_gb"}  # fmt: skip
     assert names <= set(figures)
     assert isinstance(figures["host_syncs_per_micro_batch"], int) and figures["fits"] is True
-    assert "peak of each GPU" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "peak of each GPU" in out and "0.1 GB on disk" in out
 
 
 def test_what_does_not_fit_comes_with_flags_that_do(base, capsys, monkeypatch):

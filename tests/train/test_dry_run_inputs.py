@@ -142,8 +142,9 @@ def test_processes_are_listed_where_they_differ(base, tmp_path, capsys):
     assert first["ranks"] == [0, 1, 2] and last["ranks"] == [3]
     assert figures["peak_gb"] == first["peak_gb"] > last["peak_gb"]
     assert first["parts_gb"]["moments"] > last["parts_gb"]["moments"]
+    assert figures["checkpoint_gb"] > 0  # which the first process writes
     assert "processes 0 to 2" in capsys.readouterr().out
-    assert main([*base, *SMALL, "--json", str(path)]) == 0
+    assert main([*base, *SMALL, "--json", str(path), "--overwrite"]) == 0
     assert "ranks" not in json.loads(path.read_text())
 
 

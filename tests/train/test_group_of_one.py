@@ -23,7 +23,7 @@ from llava.train.step.group_of_one import (
 from tests.tiny import make_llava
 from tests.train.helpers import flags, losses, make_records
 from tests.train.test_distributed import FSDP, FSDP_ON_CPU, launch
-from tests.train.test_master_weights import resumed
+from tests.train.test_master_weights import RUN, resumed
 
 MICRO_BATCHES = 3
 STEPS = 4
@@ -101,6 +101,24 @@ def test_adapters_in_half_precision_resume_bit_equal(tmp_path, processes):
     assert first and all(torch.equal(first[name], second[name]) for name in first)
     first, second = (torch.load(folder / NON_LORA, weights_only=True) for folder in (whole, killed))
     assert first and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_on_several_gpus_frozen_weights_are_whole_where_they_would_be_gathered(tmp_path):
+    """The same losses as with sharded ones, after a resume too."""
+    base, data = make_llava(tmp_path / "base"), make_records(tmp_path / "data", 24, text_only_every=3)
+    seen = {}
+
+    def start(folder, *more):
+        done = launch(2, FSDP_ON_CPU, *flags(folder, data, base, *more, "--bf16", "True", "--lora_enable", "True"))
+        seen[folder.name] = json.loads(done.stdout.strip().splitlines()[-1])
+
+    start(tmp_path / "sharded", *FSDP, *RUN, "--max_steps", "6", "--save_strategy", "no")
+    gathered = ("--fsdp", "True", "--fsdp_config", '{"reshard_after_forward": false}')
+    whole, killed = resumed(start, tmp_path, *gathered)
+    assert losses(killed) == losses(whole) == pytest.approx(losses(tmp_path / "sharded"), abs=1e-6)
+    assert len(losses(whole)) == 6
+    assert seen["sharded"]["sharded"] == seen["sharded"]["parameters"]
+    assert seen["whole"]["large_trained"] <= seen["whole"]["sharded"] < seen["whole"]["parameters"]
 
 
 @pytest.mark.parametrize("cast", [True, False])

@@ -42,6 +42,15 @@ def test_adapters_and_projector_are_trained_written_and_loaded(tmp_path, base, d
     names = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("q_proj" in name for name in names) and any("mm_projector" in name for name in names)
     assert not any("vision_tower" in name or "embed" in name or "lm_head" in name for name in names)
+    alone = load_pretrained_model(out, device="cpu").model.state_dict()  # over the base that it records
+    assert all(torch.equal(alone[name], after[name]) for name in after)
+    card = (out / "README.md").read_text()
+    assert "LoRA adapter of a LLaVA (rank 4, scale 4)" in card and "research only" in card.lower()
+    assert "More Information Needed" not in card and f"| Base | {base.name} |" in card
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in out.glob("*.safetensors"))
+    (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/away"}))
+    with pytest.raises(LlavaError, match="is a LoRA adapter, not a whole model; add --model-base gone/away"):
+        load_pretrained_model(out, device="cpu")
 
 
 def test_the_merged_model_computes_what_the_adapter_did(tmp_path, base, data):

@@ -1,9 +1,16 @@
 """The page of a training run says what the JSON beside it says."""
 
 import json
+from types import SimpleNamespace
+
+import pytest
 
 from llava.records import write_records
 from llava.train.output.summary import add_losses, write_summary
+from llava.train.progress import MOST_LOGGING_STEPS, LogInterval
+from llava.train.train import train
+from tests.tiny import make_llava
+from tests.train.helpers import flags, losses, make_records
 
 COUNTED = {"count": 0, "first": []}
 
@@ -53,3 +60,22 @@ def test_what_was_cut_is_named(tmp_path):
     page, _ = run(tmp_path)
     assert "training records cut at the length limit" in page and "record 1, &lt;b&gt;" in page
     assert "held-out records" not in page.partition("Cut or left out</h2>")[2]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(3, 1), (120, 2), (100_000, 500)])
+def test_short_runs_log_enough_for_a_curve(steps, every):
+    args = SimpleNamespace(logs_by_length=True, logging_steps=MOST_LOGGING_STEPS)
+    state = SimpleNamespace(max_steps=steps, logging_steps=500)
+    LogInterval().on_train_begin(args, state, None)
+    assert state.logging_steps == every
+
+
+def test_every_step_of_a_short_run_is_logged_unless_told_otherwise(tmp_path):
+    base, data = make_llava(tmp_path / "base"), make_records(tmp_path / "data")
+    words = flags(tmp_path / "out", data, base, "--max_steps", "4")
+    place = words.index("--logging_steps")
+    del words[place : place + 2]
+    train(words)
+    assert len(losses(tmp_path / "out")) == 4
+    train([*flags(tmp_path / "two", data, base, "--max_steps", "4"), "--logging_steps", "2"])
+    assert len(losses(tmp_path / "two")) == 2

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
+from llava.serve.worker.card import card_of
 from llava.train.progress import flops_per_token
 from llava.train.train import train
 from tests.tiny import hub_cache
@@ -30,6 +31,7 @@ def stage1(tmp_path_factory, bases, data):
     output_dir = tmp_path_factory.mktemp("runs") / "stage1"
     llm, clip = bases
     more = ("--vision_tower", str(clip), "--tune_mm_mlp_adapter", "--version", "plain", "--num_train_epochs", "2")
+    more += ("--data_description", "a dozen made-up records")
     return output_dir, train(flags(output_dir, data, llm, *more))
 
 
@@ -51,6 +53,16 @@ def test_stage_1_trains_the_projector_alone_and_writes_model_and_projector(stage
     assert all(torch.equal(projector[name], found[name]) for name in projector)
     assert summary["trainable_parameters"] == sum(tensor.numel() for tensor in projector.values())
     load_pretrained_model(output_dir)
+
+
+def test_the_checkpoint_says_what_it_was_made_from(stage1, bases):
+    output_dir, summary = stage1
+    model = load_pretrained_model(output_dir).model
+    assert model.config.trained_on == "a dozen made-up records" and summary["base"] == str(bases[0])
+    card = card_of(str(output_dir), model)
+    assert card.trained_on == "a dozen made-up records" and card.training == "12 steps over 12 samples"
+    assert card.base == bases[0].name and card.template == "plain" and card.context.endswith(" tokens")
+    assert str(output_dir.parent) not in card.model_dump_json() and str(bases[0].parent) not in card.model_dump_json()
 
 
 def test_the_summary_and_the_curve_are_written(stage1):

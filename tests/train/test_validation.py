@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from torch.nn.modules.module import _IncompatibleKeys
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
@@ -203,6 +205,21 @@ def test_the_best_adapter_is_loaded_with_its_projector(tmp_path, base, data):
     assert kept and all(torch.equal(kept[key], final[key]) for key in kept)
     kept, final = (load_file(folder / "adapter_model.safetensors") for folder in (best, tmp_path))
     assert all(torch.equal(kept[key], final[key]) for key in kept)
+
+
+def test_loading_the_best_tells_only_what_is_wrong(tmp_path, base, data, monkeypatch):
+    """A checkpoint has the tower's last layers, which the model doesn't hold."""
+    said, trainers = [], []
+    load = LlavaTrainer._load_best_model
+    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+    monkeypatch.setattr(LlavaTrainer, "_load_best_model", lambda self: (trainers.append(self), load(self)))
+    more = (*RUN, *held_out(data), "--save_strategy", "best", "--load_best_model_at_end", "True")
+    assert train(flags(tmp_path, data, base, *more))["validation"]["best_was_loaded"]
+    assert not [text for text in said if "keys" in text]
+    held = set(trainers[0].model.state_dict())
+    assert set(load_file(tmp_path / "model.safetensors")) - held, "nothing is there that could be told"
+    trainers[0]._issue_warnings_after_load(_IncompatibleKeys(["model.norm.weight"], ["model.another"]))
+    assert len([text for text in said if "model.norm.weight" in text or "model.another" in text]) == 2
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -8,4 +8,7 @@ from llava.data.phantoms.build import Counts, write_phantoms
 from llava.data.phantoms.findings import DOMAINS, Phantom, draw_facts, is_held_out
 from llava.data.phantoms.questions import TEMPLATES
 
-__all__ = ["DOMAINS", "TEMPLATES", "Counts", "Phantom", "draw_facts", "is_held_out", "write_phantoms"]
+ABOUT = "drawn images alone: the built-in set of llava.data.phantoms"
+"""What a checkpoint says that was trained on it (`--data_description`)."""
+
+__all__ = ["ABOUT", "DOMAINS", "TEMPLATES", "Counts", "Phantom", "draw_facts", "is_held_out", "write_phantoms"]

@@ -1,4 +1,9 @@
-"""Draw the built-in set of images with their captions, conversations and questions."""
+"""Draw the built-in set of images with their captions, conversations and questions.
+
+Simple shapes that stand for findings: no image is of a patient, and any number of them takes a few seconds.
+
+python -m llava.data.phantoms --output-dir data/phantoms --train 500 --test 50 --conversations 100 --vqa 100 --text 500
+"""
 
 from llava.commandline import ArgumentParser, run, write_line
 
@@ -15,6 +20,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--rounds", type=int, default=1, help="versions of each conversation")
     parser.add_argument("--size", type=int, default=96, help="pixels per side")
     parser.add_argument("--processes", type=int, default=2, help="how many draw")
+    parser.add_overwrite()
     return parser
 
 
@@ -23,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     from llava.data.phantoms.build import Counts, write_phantoms
 
     counts = Counts(args.train, args.test, args.conversations, args.vqa, args.text, args.rounds)
-    written = write_phantoms(args.output_dir, args.seed, counts, size=args.size, processes=args.processes)
+    written = write_phantoms(
+        args.output_dir, args.seed, counts, size=args.size, processes=args.processes, overwrite=args.overwrite
+    )
     write_line(f"wrote {args.output_dir}: " + ", ".join(f"{count} in {name}" for name, count in written.items()))
 
 

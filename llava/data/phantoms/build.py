@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,8 +22,9 @@ from llava.data.phantoms.findings import Phantom, draw_facts
 from llava.data.phantoms.questions import TEMPLATES, Dealer
 from llava.errors import LlavaError
 from llava.processes import process_pool
-from llava.records import write_json, write_records
+from llava.records import read_json, write_json, write_records
 
+ABOUT = "phantoms.json"
 CHUNK = 256
 NORMAL_SHARE = 0.1
 TEST_NORMALS = 48
@@ -48,7 +50,13 @@ class Counts:
 
 
 def write_phantoms(
-    folder: str | Path, seed: int = 0, counts: Counts | None = None, *, size: int = 96, processes: int = 2
+    folder: str | Path,
+    seed: int = 0,
+    counts: Counts | None = None,
+    *,
+    size: int = 96,
+    processes: int = 2,
+    overwrite: bool = True,
 ) -> dict[str, int]:
     """Write the set into `folder`: `images/*.png`, `captions.json`, `conversations.json`, `vqa_train.json`,
     `vqa_test.json`, `text.json` and, last, `phantoms.json` with seed and counts. Returns records per file.
@@ -56,10 +64,17 @@ def write_phantoms(
     Args:
         size: pixels per side of an image.
         processes: how many draw.
+        overwrite: replace another set that is there.
+
+    Raises:
+        LlavaError: such sets can't be drawn, or another one is there that may not be replaced.
     """
     counts = counts or Counts()
     _check(counts, size)
     folder = Path(folder)
+    about = {"seed": seed, "size": size, **asdict(counts), "templates": len(TEMPLATES)}
+    if not overwrite:
+        _refuse_another(folder, about)
     train = draw_facts(counts.train, seed, held_out=False, normal_share=NORMAL_SHARE, stream=TRAIN)
     normal_share = min(TEST_NORMALS / max(counts.test, 1), 0.3)
     test = draw_facts(counts.test, seed, held_out=True, normal_share=normal_share, stream=TEST)
@@ -75,11 +90,19 @@ def write_phantoms(
         "text.json": _texts(text, seed),
     }
     written = {name: write_records(folder / name, records) for name, records in files.items()}
-    write_json(
-        folder / "phantoms.json",
-        {"seed": seed, "size": size, **asdict(counts), "templates": len(TEMPLATES), "records": written},
-    )
+    write_json(folder / ABOUT, {**about, "records": written})
     return written
+
+
+def _refuse_another(folder: Path, about: dict[str, Any]) -> None:
+    kept = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else None
+    if kept is None and (folder / "captions.json").exists():
+        kept = {}
+    if kept is not None and (other := [name for name, value in about.items() if kept.get(name) != value]):
+        raise LlavaError(
+            f"{folder} holds another set (different: {', '.join(other)}); "
+            "give another folder, or --overwrite to replace it"
+        )
 
 
 def _check(counts: Counts, size: int) -> None:

@@ -1,6 +1,8 @@
 """Your own data: a CSV (or TSV) table with a column each for image, question and answer.
 
 With --test-fraction a part of the images, and all their questions, is kept apart for testing.
+
+python -m llava.data.convert csv --input table.csv --image-folder images --output-dir data/own
 """
 
 import hashlib
@@ -28,8 +30,8 @@ COLUMN_FLAGS = "--image-column, --question-column, --answer-column and --delimit
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--input", required=True, help="the table, UTF-8, with a line of column names")
     parser.add_argument("--image-column", default="image", help="file name in the image folder; may be empty")
-    parser.add_argument("--question-column", default="question")
-    parser.add_argument("--answer-column", default="answer")
+    parser.add_argument("--question-column", default="question", help="column of the question")
+    parser.add_argument("--answer-column", default="answer", help="column of the answer")
     parser.add_argument("--id-column", help="unique name of each row; without it the line number serves")
     parser.add_argument("--answer-type-column", help="OPEN or CLOSED; without it yes and no are CLOSED, all else OPEN")
     parser.add_argument("--keep-columns", help="further columns to keep in the records, by comma")

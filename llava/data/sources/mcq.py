@@ -2,6 +2,8 @@
 
 The answer is the right option's letter (or its text, --answer text). With --orders N each question is asked N times
 with its options in another order, for the metric of consistency; the right letter then moves with its option.
+
+python -m llava.data.convert mcq --input PMC-VQA/test_2.csv --image-folder PMC-VQA/images --output-dir data/pmc_vqa
 """
 
 import math

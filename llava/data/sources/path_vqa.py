@@ -2,6 +2,8 @@
 
 Reads the original folder (pickled questions, read without running anything in them) or the hub's Parquet copy. The set
 has no answer types: yes and no are CLOSED, all else is OPEN.
+
+python -m llava.data.convert pathvqa --folder PathVQA --output-dir data/path_vqa
 """
 
 from collections.abc import Iterator

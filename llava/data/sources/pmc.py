@@ -2,6 +2,9 @@
 
 Reads LLaVA-Med's llava_med_instruct_fig_captions.json, or any list of objects with pair_id (or image) and fig_caption
 (or caption). Captions under 30 words are asked for briefly, longer ones in detail (LLaVA-Med paper, section 3).
+
+python -m llava.data.convert pmc --captions llava_med_instruct_fig_captions.json \\
+    --image-folder data/images --output-dir data/pmc
 """
 
 import hashlib

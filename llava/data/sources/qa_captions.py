@@ -4,6 +4,8 @@ For training small base models on a set that has no captions. `captions` holds i
 same questions asked about the caption in place of the image, for a language model that sees no images yet; `blind`
 holds them without image and caption, for the baseline that only knows what is usually answered; `joined` holds several
 questions of an image in one conversation about it, so that its features are computed once for all of them.
+
+python -m llava.data.convert qa-captions --records train.json --image-folder images --output-dir data/captions
 """
 
 import re
@@ -23,7 +25,7 @@ NAME = "qa-captions"
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--records", required=True, help="LLaVA-Med records with images (of the training split only)")
-    parser.add_argument("--question", default="Describe the picture.")
+    parser.add_argument("--question", default="Describe the picture.", help="asked about every image")
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation of the split joined")
     parser.add_argument("--min-images", type=int, default=1, help="least number of images that share a kept sentence")
     parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")

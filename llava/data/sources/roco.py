@@ -2,6 +2,8 @@
 
 Captions may span lines. Each record keeps its licence. `dlinks.txt` holds shell commands: the address is parsed out
 of each, and nothing is ever run.
+
+python -m llava.data.convert roco --folder roco-dataset/data/train/radiology --output-dir data/roco
 """
 
 import csv
@@ -59,7 +61,7 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
     if args.write_urls:
         dlinks = existing_file(folder / "dlinks.txt", "download links")
         conversion.sources.append(dlinks)
-        write_records(Path(args.output_dir) / URLS_FILE, _url_records(dlinks, licences))
+        write_records(Path(args.output_dir) / URLS_FILE, _url_records(dlinks, licences), overwrite=args.overwrite)
     conversion.splits = {args.split: _records(captions, licences, wanted, args.question, image_folder, conversion)}
     return conversion
 

@@ -1,6 +1,8 @@
 """SLAKE: 642 radiology images with questions in English and Chinese (Liu et al. 2021).
 
 Papers report the English questions. CLOSED is not only yes and no there: the file's own answer_type is kept.
+
+python -m llava.data.convert slake --folder Slake1.0 --output-dir data/slake
 """
 
 from collections.abc import Iterator

@@ -2,6 +2,8 @@
 
 Reads lines `image|question|answer` of the training and validation sets (by category where the files are there) and
 `image|category|question|answer` of the test set. Yes and no are CLOSED, all else is OPEN.
+
+python -m llava.data.convert vqa-med --folder VQA-Med-2019 --output-dir data/vqa_med
 """
 
 import re

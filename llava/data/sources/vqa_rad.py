@@ -2,6 +2,9 @@
 
 Reads the two files most papers use (3,064 training and 451 test questions) or the one list of the original release,
 whose `phrase_type` says what is test.
+
+python -m llava.data.convert vqa-rad --train trainset.json --test testset.json \\
+    --image-folder images --output-dir data/vqa_rad
 """
 
 from collections.abc import Iterator

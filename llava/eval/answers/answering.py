@@ -4,7 +4,6 @@
 with what is missing, and puts it under its name when every question has an answer.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -13,18 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.data.conversion import sha256_of
-from llava.errors import LlavaError
-from llava.eval.answers.manifest import manifest_path, read_dataset_manifest, read_manifest, write_manifest
+from llava.eval.answers.manifest import read_dataset_manifest
 from llava.eval.answers.questions import Question
-from llava.folders import PART
-from llava.records import Record, ResumableJsonl, read_json, write_json
+from llava.manifests import claim, fingerprint_of, finished, refuse_another, sha256_of, write_manifest
+from llava.records import Record, ResumableJsonl
 
 log = logging.getLogger(__name__)
 
 
 _OF_A_PART = {"chunk", "asked"}
 """The settings in which parts of one run differ."""
+_WHOLE = [0, 1]
+"""The setting `chunk` of a run in one part."""
 
 Fill = Callable[[Sequence[Question], ResumableJsonl], dict[str, Any]]
 """Answers what the file doesn't hold yet; returns what the manifest is to say about who answered."""
@@ -49,18 +48,24 @@ def answer_questions(
         whole: the file that this one is a part of; where it is complete, the part isn't answered again.
 
     Raises:
-        LlavaError: the unfinished file belongs to other settings, or whatever `fill` raises.
+        LlavaError: the file, finished or not, is of other settings, or whatever `fill` raises.
     """
     answers_file = Path(answers_file)
-    fingerprint = _fingerprint(settings)
-    if whole is not None:
-        settings = settings | {"run": _fingerprint({key: settings[key] for key in settings.keys() - _OF_A_PART})}
+    fingerprint = fingerprint_of(settings)
+    of_the_run = {key: settings[key] for key in settings.keys() - _OF_A_PART}
+    run = fingerprint_of(of_the_run)
+    is_part = whole is not None or settings.get("chunk", _WHOLE) != _WHOLE
     if not overwrite:
-        for path, mark, value in ((answers_file, "fingerprint", fingerprint), (whole, "run", settings.get("run"))):
-            if path is not None and (finished := _finished(path, mark, value)):
-                log.info("%s is complete already; --overwrite answers again", path)
-                return finished
-    _claim(answers_file, settings, fingerprint, overwrite)
+        found = None if is_part else _finished_whole(answers_file, run)
+        found = found or finished(answers_file, "fingerprint", fingerprint)
+        if whole is not None and not found:
+            found = _finished_whole(whole, run)
+            if not found:
+                refuse_another(whole, of_the_run)
+        if found:
+            log.info("%s is complete already; --overwrite answers again", whole or answers_file)
+            return found
+    claim(answers_file, settings, overwrite=overwrite)
     started = time.monotonic()
     with ResumableJsonl(answers_file) as output:
         resumed = len(output.done)
@@ -68,11 +73,10 @@ def answer_questions(
         about = fill(questions, output) if missing else {}
         records = list(output.done.values())
         output.finish(question.id for question in questions)
-    _claim_path(answers_file).unlink(missing_ok=True)
     about = about or _kept_about(records)
     return write_manifest(
         answers_file,
-        **(settings | about),
+        **(settings | {"run": run} | about),
         fingerprint=fingerprint,
         counts={
             "questions": len(questions),
@@ -114,42 +118,7 @@ def _kept_about(records: Sequence[Record]) -> dict[str, Any]:
     return {"model_id": records[0]["model_id"]} if records else {}
 
 
-def _fingerprint(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _finished(answers_file: Path, mark: str, value: str | None) -> dict[str, Any] | None:
-    """The manifest of a file that is complete and whose `mark` has this value."""
-    manifest = read_manifest(answers_file) if answers_file.is_file() else None
-    if manifest is None or manifest.get(mark) != value:
-        return None
-    return manifest if manifest.get("sha256") == sha256_of(answers_file) else None
-
-
-def _claim_path(answers_file: Path) -> Path:
-    return answers_file.with_name(f"{answers_file.name}{PART}.json")
-
-
-def _claim(answers_file: Path, settings: dict[str, Any], fingerprint: str, overwrite: bool) -> None:
-    """Note whose answers the unfinished file holds, or make sure that they are ours."""
-    part, claim = answers_file.with_name(f"{answers_file.name}{PART}"), _claim_path(answers_file)
-    if overwrite:
-        part.unlink(missing_ok=True)
-    elif part.is_file() and part.stat().st_size:
-        kept = read_json(claim) if claim.is_file() else {}
-        if kept.get("fingerprint") != fingerprint:
-            other = {key for key, value in settings.items() if kept.get("settings", {}).get(key) != _as_json(value)}
-            differs = ", ".join(sorted(other)) or "all"
-            raise LlavaError(
-                f"{part} holds answers of another run (different: {differs}); "
-                f"finish that one, or start anew with --overwrite"
-            )
-    # The old answers and their manifest stay until the new ones are complete; a manifest never outlives its file.
-    answers_file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(claim, {"fingerprint": fingerprint, "settings": settings})
-    if answers_file.is_file():
-        manifest_path(answers_file).unlink(missing_ok=True)
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+def _finished_whole(path: Path, run: str) -> dict[str, Any] | None:
+    """The manifest of all answers of a run, in how many parts ever they were made."""
+    manifest = finished(path, "run", run)
+    return manifest if manifest and manifest.get("chunk", _WHOLE) == _WHOLE else None

@@ -19,8 +19,8 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--mm-projector", help="projector file over the language model --model-name")
     parser.add_argument("--vision-tower", help="vision tower's folder or hub id in place of the checkpoint's")
     parser.add_argument("--image-folder", default="", help="where the questions' images lie")
-    parser.add_argument("--question-file", required=True)
-    parser.add_argument("--answers-file", default="answer.jsonl")
+    parser.add_argument("--question-file", required=True, help="questions: JSON, JSONL or Parquet")
+    parser.add_argument("--answers-file", default="answer.jsonl", help="where answers go, a line each")
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's own)")
     parser.add_argument("--num-chunks", type=int, default=1, help="parts of the questions")
     parser.add_argument(
@@ -45,7 +45,7 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     parser.add_bool("--answer-prompter", help="ask a second time for the answer alone")
     parser.add_bool("--yes-no-probabilities", help="write the probability of yes for closed questions too")
     parser.add_bool("--option-likelihoods", help="write how likely each option of a multiple-choice question is too")
-    parser.add_bool("--overwrite", help="start anew even if there are answers already")
+    parser.add_overwrite()
     add_image_flags(parser)
 
 
@@ -76,6 +76,10 @@ def check_flags(args: Namespace) -> None:
         raise LlavaError(
             "--yes-no-probabilities, --option-likelihoods and --answer-prompter need a checkpoint on this machine"
         )
+    if not remote:
+        from llava.model.weights.locate import locate_model
+
+        locate_model(args.model_path)  # before torch is imported, which takes seconds
 
 
 def answer_file(

@@ -79,6 +79,10 @@ class LocalAnswers:
     def __call__(self, questions: Sequence[Question], output: ResumableJsonl) -> dict[str, Any]:
         from llava.generation import Engine
 
+        if self.yes_no_probabilities:
+            from llava.eval.answers.yes_no import check_tokens
+
+            check_tokens(self.model.path, self.model.base, self.model.vision_tower, self.model.template)
         loaded = self.model.load()
         engine = Engine(loaded, max_batch_size=self.batch_size)
         template = get_template(self.model.template or loaded.model.config.conversation_template)

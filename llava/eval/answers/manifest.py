@@ -1,34 +1,20 @@
-"""What made an answer file: the manifest next to it, written with it and repeated by every result.
+"""What the manifest of an answer file says: on a line, and of the questions that it names.
 
-`FILE.manifest.json` lies next to FILE. It says which checkpoint, template and decoding gave the answers, to
-which questions, with which versions; `describe` puts the main points on a line.
+`FILE.manifest.json` lies next to FILE (`llava.manifests`). It says which checkpoint, template and decoding gave the
+answers, to which questions, with which versions.
 """
 
-import platform
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llava.commandline import existing_file
-from llava.data.conversion import MANIFEST_FILE, sha256_of
+from llava.data.conversion import MANIFEST_FILE
 from llava.errors import LlavaError
-from llava.records import read_json, write_json
+from llava.manifests import read_manifest, sha256_of
+from llava.records import read_json
 from llava.sampling_params import SamplingParams
 
 _ALWAYS_NAMED = ("temperature", "top_p", "num_beams", "max_new_tokens", "seed")
-_PACKAGES = ("llava-med", "torch", "transformers", "tokenizers", "numpy", "pillow")
-
-
-def manifest_path(file: str | Path) -> Path:
-    """Where the manifest of a file stands."""
-    return Path(f"{file}.manifest.json")
-
-
-def read_manifest(file: str | Path) -> dict[str, Any] | None:
-    """The manifest of a file, or None if it has none."""
-    path = manifest_path(file)
-    return read_json(path) if path.is_file() else None
 
 
 def questions_of(file: str | Path) -> Path:
@@ -41,18 +27,6 @@ def questions_of(file: str | Path) -> Path:
     if not questions:
         raise LlavaError(f"{file}: no manifest says which questions it answers; give --gt")
     return existing_file(questions, "questions of the manifest")
-
-
-def write_manifest(file: str | Path, **content: Any) -> dict[str, Any]:
-    """Write the manifest of `file`, which must be complete: its checksum and the versions go in too."""
-    manifest = content | {
-        "file": Path(file).name,
-        "sha256": sha256_of(Path(file)),
-        "versions": versions(),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_json(manifest_path(file), manifest)
-    return manifest
 
 
 def decoding_entry(sampling: SamplingParams) -> dict[str, Any]:
@@ -105,14 +79,3 @@ def read_dataset_manifest(questions: str | Path) -> dict[str, Any] | None:
             about = {key: manifest[key] for key in ("data_set", "sources", "left_out", "corrected") if key in manifest}
             return about | {"split": name, **split, "changed": sha256_of(questions) != split.get("sha256")}
     return None
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' that bear on an answer."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

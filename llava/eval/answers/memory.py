@@ -18,8 +18,8 @@ from llava.bars import tqdm
 from llava.data.conversion import clean_text, yes_no_type
 from llava.data.vqa_items import VqaItem, plain_question, read_vqa_items, vqa_item
 from llava.eval.answers.answering import answer_record, question_settings
-from llava.eval.answers.manifest import write_manifest
 from llava.eval.answers.questions import Question
+from llava.manifests import write_manifest
 from llava.record_content import image_key, question_answer_pairs, read_named, record_images
 from llava.records import iter_records, write_records
 
@@ -58,13 +58,21 @@ def read_known(path: str | Path) -> list[Known]:
 
 
 def write_memory_answers(
-    train: str | Path, test: str | Path, answers: str | Path, likeness: Likeness, neighbours: int, name: str
+    train: str | Path,
+    test: str | Path,
+    answers: str | Path,
+    likeness: Likeness,
+    neighbours: int,
+    name: str,
+    *,
+    overwrite: bool = True,
 ) -> int:
     """Answer the questions of `test` by those of `train`, with a manifest; returns how many have no answer ("").
 
     Args:
         likeness: of questions; only the `neighbours` most like ones vote.
         name: what the manifest calls this memory.
+        overwrite: replace other answers that are there.
     """
     known, asked = read_known(train), read_vqa_items(test)
     texts = [one.answer for one in known]
@@ -75,6 +83,7 @@ def write_memory_answers(
             answer_record(Question(item.id, item.question), text, name, {"memory": name})
             for item, text in zip(asked, found, strict=True)
         ),
+        overwrite=overwrite,
     )
     settings: dict[str, Any] = question_settings(test, [Question(item.id, item.question) for item in asked])
     write_manifest(answers, **settings, checkpoint=name, memory={"train": str(train), "neighbours": neighbours})

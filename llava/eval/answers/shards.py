@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.eval.answers.manifest import manifest_path, read_manifest, write_manifest
 from llava.folders import PART, writing
+from llava.manifests import give_up, manifest_path, read_manifest, write_manifest
 from llava.records import read_records, write_records
 
 log = logging.getLogger(__name__)
@@ -130,10 +130,10 @@ def join_parts(parts: Sequence[Path], answers_file: Path, order: Sequence[Any]) 
 
 
 def discard(answers_file: Path, shards: Sequence[Shard]) -> None:
-    """Forget that there were answers: the parts go, and the whole's manifest, so that it counts as unfinished."""
+    """Forget that there were answers: the parts go, and the whole may be replaced."""
     for shard in shards:
         path = shard.path(answers_file)
         begun = path.with_name(path.name + PART)
         for one in (path, manifest_path(path), begun, begun.with_name(f"{begun.name}.json")):
             one.unlink(missing_ok=True)
-    manifest_path(answers_file).unlink(missing_ok=True)
+    give_up(answers_file)

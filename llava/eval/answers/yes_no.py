@@ -6,9 +6,13 @@ from typing import Any
 import torch
 
 from llava.constants import IGNORE_INDEX
-from llava.conversation import Conversation
+from llava.conversation import Conversation, get_template
 from llava.errors import LlavaError
 from llava.images import open_image
+from llava.model.checkpoint.layouts import open_checkpoint
+from llava.model.loader import add_missing_image_tokens
+from llava.model.tokenizer import load_tokenizer_of
+from llava.model.weights.locate import locate_model
 from llava.tokenization import (
     ImageTokens,
     conversation_from_record,
@@ -73,14 +77,36 @@ def _answer_tokens(template, tokenizer, image_tokens) -> tuple[list[int], set[in
 
     Many tokenizers have a token for each word, others begin all of them with a blank.
     """
-    words = {word: _target_ids(word, template, tokenizer, image_tokens) for word in (*YES, *NO)}
-    length = 0
-    while len({ids[length] if length < len(ids) else None for ids in words.values()}) == 1:
-        length += 1
-    yes, no = ({words[word][length] for word in group if length < len(words[word])} for group in (YES, NO))
-    if not yes or not no or yes & no:
-        raise LlavaError("this tokenizer doesn't tell yes from no by a token; --yes-no-probabilities can't work")
-    return words[YES[0]][:length], yes, no
+    found: dict[tuple[int, ...], tuple[set[int], set[int]]] = {}
+    for words in zip(YES, NO):
+        said, other = (_target_ids(word, template, tokenizer, image_tokens) for word in words)
+        length = next((place for place, pair in enumerate(zip(said, other)) if pair[0] != pair[1]), None)
+        if length is not None:
+            yes, no = found.setdefault(tuple(said[:length]), (set(), set()))
+            yes.add(said[length])
+            no.add(other[length])
+    # Where upper case begins with other ids than lower case, the first in YES that differs counts alone.
+    for opening, (yes, no) in found.items():
+        if not yes & no:
+            return list(opening), yes, no
+    raise LlavaError(
+        "--yes-no-probabilities: this tokenizer has no token that tells yes from no; leave the flag out for this model"
+    )
+
+
+def check_tokens(model_path: str, model_base: str | None, vision_tower: str | None, template: str | None) -> None:
+    """Fail before a model is loaded if its tokenizer doesn't tell yes from no.
+
+    Raises:
+        LlavaError: as `yes_probabilities`.
+    """
+    folder = locate_model(model_path)
+    base = None if model_base is None else locate_model(model_base, "base model", relative_to=folder)
+    parts = open_checkpoint(folder, base, vision_tower)
+    tokenizer = load_tokenizer_of(parts.folders, folder)
+    add_missing_image_tokens(tokenizer, parts.config, folder)
+    named = get_template(template or parts.config.conversation_template)
+    _answer_tokens(named, tokenizer, ImageTokens.from_config(parts.config, tokenizer))
 
 
 def _target_ids(word: str, template: Conversation, tokenizer: Any, image_tokens: ImageTokens) -> list[int]:

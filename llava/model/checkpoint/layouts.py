@@ -27,7 +27,7 @@ from llava.model.towers.base import TOWER_PREFIX, in_unused_layer
 from llava.model.towers.clip import known_vision_config
 from llava.model.weights.assemble import Source, tied_weights
 from llava.model.weights.files import WeightFiles, find_weight_files, is_harmless
-from llava.model.weights.locate import locate_model
+from llava.model.weights.locate import find_model, locate_model
 from llava.records import read_json
 
 log = logging.getLogger(__name__)
@@ -72,12 +72,15 @@ def open_checkpoint(
             has the command that helps.
     """
     with library_errors(f"{folder}: no checkpoint that can be opened; a file of settings in it is wrong"):
-        return _open(folder, base_folder, partial(_find_tower, override=vision_tower, cache_dir=cache_dir))
+        find_tower = partial(_find_tower, override=vision_tower, cache_dir=cache_dir)
+        return _open(folder, base_folder, find_tower, cache_dir)
 
 
-def _open(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
+def _open(
+    folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None], cache_dir: str | Path | None
+) -> Parts:
     if (folder / ADAPTER_CONFIG).is_file():
-        return _open_adapter(folder, base_folder, find_tower)
+        return _open_adapter(folder, base_folder, find_tower, cache_dir)
     if not find_weight_files(folder):
         return _open_projector(folder, base_folder, find_tower)
     if base_folder is not None:
@@ -155,8 +158,14 @@ def _open_hf(folder: Path) -> Parts:
     return Parts(config, weights, lambda model: [hf_source(weights, model)], [folder])
 
 
-def _open_adapter(folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None]) -> Parts:
+def _open_adapter(
+    folder: Path, base_folder: Path | None, find_tower: Callable[..., Path | None], cache_dir: str | Path | None
+) -> Parts:
     adapter = LoraAdapter(folder)
+    if base_folder is None and adapter.base_name:
+        base_folder = find_model(adapter.base_name, folder, cache_dir)
+        if base_folder is not None:
+            log.info("%s: over its recorded base %s; --model-base names another", folder, base_folder)
     if base_folder is None:
         base = adapter.base_name or "BASE_MODEL"
         raise LlavaError(

@@ -42,11 +42,13 @@ def write_model_card(
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     lines = ["---", "tags:", "- llava", "- medical", "- research-only"]
     lines += ["- delta-weights"] if is_delta else []
-    if (folder / "config.json").is_file() and not is_delta:
+    is_adapter = (folder / "adapter_config.json").is_file()
+    lines += ["- lora"] if is_adapter else []
+    if (folder / "config.json").is_file() and not is_delta and not is_adapter:
         lines += ["pipeline_tag: image-text-to-text"]
     lines += ["---", "", f"# {final_name(folder)}", "", f"**{RESEARCH_NOTICE}**", "", description, ""]
     origin = [("Base", base), ("Made from", source)]
-    facts = [(words, _name(value)) for words, value in origin if value]
+    facts = [(words, shown_name(value)) for words, value in origin if value]
     facts += [
         (words, str(_value(config, field))) for field, words in _FACTS.items() if _value(config, field) is not None
     ]
@@ -62,7 +64,7 @@ def write_model_card(
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _name(path: str) -> str:
+def shown_name(path: str) -> str:
     """A hub id as it is, of a folder its last part: a path would tell of the machine that it was on."""
     as_path = Path(path).expanduser()
     return as_path.name or str(as_path.absolute().name) if as_path.exists() or as_path.is_absolute() else path
@@ -70,4 +72,4 @@ def _name(path: str) -> str:
 
 def _value(config: dict[str, Any], field: str) -> Any:
     value = config.get(field, (config.get("text_config") or {}).get(field))
-    return _name(value) if isinstance(value, str) and field == "mm_vision_tower" else value
+    return shown_name(value) if isinstance(value, str) and field == "mm_vision_tower" else value

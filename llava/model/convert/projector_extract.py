@@ -24,7 +24,7 @@ FILE_NAME = "mm_projector.bin"
 _PROJECTOR = re.compile(r"(?:.*\.)?(mm_projector\..+)")
 
 
-def extract_projector(model_path: str | Path, output: str | Path) -> tuple[Path, list[str]]:
+def extract_projector(model_path: str | Path, output: str | Path, *, overwrite: bool = True) -> tuple[Path, list[str]]:
     """Write `model.mm_projector.*` of a checkpoint; returns the file and the names in it.
 
     Where images stand between <im_start> and <im_end>, the embedding's rows of the image tokens go along: they
@@ -35,16 +35,18 @@ def extract_projector(model_path: str | Path, output: str | Path) -> tuple[Path,
             its language model (`load_pretrained_model(folder, model_base)`).
 
     Raises:
-        LlavaError: no projector in the checkpoint.
+        LlavaError: no projector in the checkpoint, or a file is there that may not be replaced.
     """
     folder, output = locate_model(model_path), Path(output).expanduser()
-    tensors = _projector(folder) | _image_rows(folder)
     if output.suffix in {".bin", ".safetensors"}:
         path = output
     elif output.suffix == "" or output.is_dir():
         path = output / FILE_NAME
     else:
         raise LlavaError(f"--output {output}: give a .bin or .safetensors file, or a folder")
+    if path.exists() and not overwrite:
+        raise LlavaError(f"{path} is there already; give another name, or --overwrite to replace it")
+    tensors = _projector(folder) | _image_rows(folder)
     with atomic_path(path) as temporary:
         if path.suffix == ".bin":
             torch.save(tensors, temporary)

@@ -183,6 +183,11 @@ class VisionTower(nn.Module):
         """
         self._unused_layers.update((name, (weights.file_of(key), key)) for name, key in names.items())
 
+    @property
+    def unused_layer_names(self) -> frozenset[str]:
+        """Names in a checkpoint of the tensors after the selected layer."""
+        return frozenset(self._unused_layers)
+
     def unused_layer_weights(self) -> dict[str, torch.Tensor]:
         """The tensors after the selected layer, memory mapped from where the tower was loaded.
 

@@ -1,14 +1,21 @@
 """From what the user names (a folder or a hub id) to a folder on this machine."""
 
+import functools
+import http.client
 import logging
 import os
 import re
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 1.5
+"""Seconds for the hub to answer anything."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
@@ -16,7 +23,8 @@ _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 def locate_model(
     name: str | Path, what: str = "model", relative_to: Path | None = None, *, cache_dir: str | Path | None = None
 ) -> Path:
-    """The folder of a model given as a local folder or a hub id (downloaded into `cache_dir`, else the hub's cache).
+    """The folder of a model given as a local folder or a hub id (downloaded into `cache_dir`, else the hub's cache,
+    and taken from there as it is where the hub can't be reached, or HF_HUB_OFFLINE is set).
 
     A relative folder is looked for in the working directory, then in `relative_to` (a checkpoint that names it) and
     in the folder that holds `relative_to`.
@@ -38,32 +46,80 @@ def locate_model(
     return _download(str(name), what, cache_dir)
 
 
+def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None) -> Path | None:
+    """`locate_model` of what is on this machine already, the hub's cache included; None if it isn't."""
+    path = Path(name).expanduser()
+    for candidate in (path, relative_to / path, relative_to.parent / path):
+        if candidate.is_dir():
+            return candidate
+    if not _looks_like_hub_id(name):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def _looks_like_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and os.sep != name[:1]
 
 
 def _download(repo_id: str, what: str, cache_dir: str | Path | None) -> Path:
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import constants, list_repo_files, snapshot_download
 
     cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
-    unreachable = (HfHubHTTPError, OfflineModeIsEnabled, OSError)
-    ignored = []
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo_id, what, cache_dir, "HF_HUB_OFFLINE is set")
+    if not _answers(constants.ENDPOINT):
+        return _cached(repo_id, what, cache_dir, f"{constants.ENDPOINT} can't be reached")
     try:
-        files = list_repo_files(repo_id)
-    except HFValidationError as error:
-        raise LlavaError(f"{what} not found: {repo_id} is neither a folder nor a hub id") from error
-    except unreachable as error:
-        log.info("hub not asked for %s (%s); using the local cache", repo_id, type(error).__name__)
-    else:
-        # Both kinds of one model would be downloaded otherwise: twice the bytes.
-        if any(re.fullmatch(r"model.*\.safetensors", file) for file in files):
-            ignored = ["pytorch_model*.bin"]
+        with library_errors(constants.ENDPOINT):
+            files = list_repo_files(repo_id)
+            # Both kinds of one model would be downloaded otherwise: twice the bytes.
+            both = any(re.fullmatch(r"model.*\.safetensors", file) for file in files)
+            ignored = ["pytorch_model*.bin"] if both else []
+            return Path(
+                snapshot_download(repo_id, cache_dir=cache_dir, allow_patterns=_WANTED, ignore_patterns=ignored)
+            )
+    except LlavaError as error:
+        return _cached(repo_id, what, cache_dir, str(error))
+
+
+def _cached(repo_id: str, what: str, cache_dir: Path | None, why: str) -> Path:
+    """The model as it lies in the cache; `why` the hub isn't asked, or what it said."""
+    from huggingface_hub import constants, snapshot_download
+
     try:
-        return Path(snapshot_download(repo_id, cache_dir=cache_dir, allow_patterns=_WANTED, ignore_patterns=ignored))
-    except (*unreachable, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
+        folder = Path(snapshot_download(repo_id, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError) as error:
+        place = cache_dir or constants.HF_HUB_CACHE
         raise LlavaError(
-            f"{what} not found: {repo_id} is no folder here, and the hub has no such model or can't be "
-            f"reached; download it and give the folder ({reason})"
+            f"{what} not found: {repo_id} is no folder here, isn't in the cache ({place}), and can't be had from "
+            f"the hub ({why}); give its folder, or fill the cache where there is a network: hf download {repo_id}"
         ) from error
+    log.warning("%s %s is taken from the cache as it is (%s)", what, repo_id, why)
+    return folder
+
+
+@functools.cache
+def _answers(address: str) -> bool:
+    """Whether a server answers at all, through a proxy if one is set; known within `_PATIENCE` seconds."""
+    answered: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_PATIENCE).close()
+        except urllib.error.HTTPError:
+            answered.append(True)
+        except (OSError, http.client.HTTPException, ValueError):
+            answered.append(False)
+        else:
+            answered.append(True)
+
+    # In a thread: looking up a name knows no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    return bool(answered and answered[0])

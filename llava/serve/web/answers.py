@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 from llava.sampling_params import SamplingParams
@@ -25,6 +27,8 @@ async def answer(
     `chat.stopping` ends it; so does closing the iterator. Errors become words in the reply.
     """
     exchange = chat.exchanges[-1]
+    exchange.asked = datetime.now(UTC).isoformat(timespec="seconds")
+    exchange.sampling = {**sampling.common(), "max_new_tokens": sampling.max_new_tokens}
     chat.stopping = False
     changed = asyncio.Event()
     tasks = []
@@ -63,11 +67,15 @@ async def _fill(
         "request_id": reply.request_id,
         "return_token_ids": True,
     }
+    began = time.monotonic()
     try:
         async with contextlib.aclosing(client.generate(body)) as chunks:
             async for chunk in chunks:
                 reply.text = chunk["text"].lstrip()
                 reply.token_ids += chunk.get("token_ids", ())
+                reply.seconds = time.monotonic() - began
+                if reply.first_seconds is None and reply.text:
+                    reply.first_seconds = reply.seconds
                 changed.set()
         reply.is_whole = True
     except ServeError as error:

@@ -6,13 +6,14 @@ It is in the server's memory alone. Needs neither torch nor gradio.
 import base64
 import hashlib
 import html
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from llava.image_options import NO_OPTIONS, ImageOptions, ImageWithOptions
-from llava.images import open_uploaded_image
+from llava.images import open_uploaded_image, png_data_url
 
 if TYPE_CHECKING:
     from gradio.components.chatbot import Message, MessageDict
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
 
 SIDES = 2
 THUMBNAIL = 320  # pixels of the longer side
+LARGE = 1024  # of the image that is looked at
 
 
 @dataclass(frozen=True)
 class UploadedImage:
-    """`url` is the file as it came, `thumbnail` a small PNG; both data: URLs. Of a DICOM or NIfTI file also how it is
-    shown: `options`, and `said`, what of it is written down beside the answer."""
+    """`url` is the file as it came, `large` and `thumbnail` PNGs of it; all data: URLs. Of a DICOM or NIfTI file also
+    how it is shown: `options`, and `said`, what of it is written down beside the answer."""
 
     url: str
+    large: str
     thumbnail: str
     sha256: str
     options: ImageOptions = NO_OPTIONS
@@ -44,12 +47,14 @@ class UploadedImage:
     ) -> "UploadedImage":
         """`open_upload` opens it; raises an ImageError for what is no image, or is too large."""
         image = open_upload(ImageWithOptions(content, options) if options else content)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
         digest = hashlib.sha256(content).hexdigest()
-        thumbnail = _data_url("image/png", buffer.getvalue())
-        return cls(_data_url("application/octet-stream", content), thumbnail, digest, options, said)
+        url = f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+        return cls(url, reduced_url(image, LARGE), reduced_url(image, THUMBNAIL), digest, options, said)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in memory."""
+        return len(self.url) + len(self.large) + len(self.thumbnail)
 
     def part(self) -> dict[str, Any]:
         """As a message to a worker has it."""
@@ -68,6 +73,19 @@ class Reply:
     is_whole: bool = False
     token_ids: list[int] = field(default_factory=list)
     """What was said so far, where the worker tells."""
+    first_seconds: float | None = None
+    """From the question to the first word; `seconds` to the last one."""
+    seconds: float | None = None
+
+    @property
+    def speed(self) -> str:
+        """Both in words, for who asks; "" where nothing is known."""
+        if self.first_seconds is None or self.seconds is None:
+            return ""
+        said = f"{self.first_seconds:.2f} s to the first word"
+        spent = self.seconds - self.first_seconds
+        more = len(self.token_ids) - 1
+        return f"{said}, {more / spent:.1f} tokens/s" if more > 0 and spent > 0 else said
 
 
 @dataclass
@@ -75,13 +93,18 @@ class Exchange:
     text: str
     images: tuple[UploadedImage, ...] = ()
     replies: list[Reply | None] = field(default_factory=lambda: [None] * SIDES)
+    asked: str = ""
+    """When, UTC."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """How the last answers were decoded."""
 
 
 @dataclass
 class Chat:
     """`draft` are the images of the question being written; `stopping` asks a `running` answer to end.
 
-    `scans` are the DICOM and NIfTI files of which a view is chosen, `taken` the uploads that were read.
+    `scans` are the DICOM and NIfTI files of which a view is chosen, `taken` the uploads that were read, `refused`
+    lines on those that couldn't be: no question goes before these were read.
     """
 
     exchanges: list[Exchange] = field(default_factory=list)
@@ -90,26 +113,54 @@ class Chat:
     current: int = 0
     """Which of the scans is shown."""
     taken: set[str] = field(default_factory=set)
+    refused: list[str] = field(default_factory=list)
+    looked: int | None = None
+    """Which of `images` is shown large; None: the view of the current scan, else the last image."""
+    is_compared: bool = False
+    """Whether the image as the model sees it stands beside it."""
     reading: int = 0
     """How many uploads are being read."""
     running: bool = False
     stopping: bool = False
+    shows_speed: bool = False
+
+    def images(self) -> list[UploadedImage]:
+        """Those of all questions and of the one being written."""
+        return [image for exchange in self.exchanges for image in exchange.images] + self.draft
+
+    def remove(self, number: int) -> None:
+        """Take away one of `images` that isn't asked about yet, or, with a higher number, a scan."""
+        images = self.images()
+        asked = len(images) - len(self.draft)
+        if asked <= number < len(images):
+            del self.draft[number - asked]
+        elif 0 <= number - len(images) < len(self.scans):
+            del self.scans[number - len(images)]
+            self.current = max(0, min(self.current, len(self.scans) - 1))
+        self.looked = None
 
     def messages(self, side: int) -> list[dict[str, Any]]:
         """What a worker gets: the conversation so far and the last question. What this side hasn't answered, as a model
         that was chosen later, stands there with the other side's answer."""
         messages = []
-        for exchange in self.exchanges:
-            texts = [reply.text for reply in (exchange.replies[side], *exchange.replies) if reply and reply.text]
-            said = texts[0] if texts else ""
+        for exchange, said in self._told(side):
             is_last = exchange is self.exchanges[-1]
-            if not is_last and not said:
-                continue
             content = [*(image.part() for image in exchange.images), {"type": "text", "text": exchange.text}]
             messages.append({"role": "user", "content": content})
             if not is_last:
                 messages.append({"role": "assistant", "content": said})
         return messages
+
+    def sent(self, side: int) -> list[UploadedImage]:
+        """The images of `messages`."""
+        return [image for exchange, _ in self._told(side) for image in exchange.images]
+
+    def _told(self, side: int) -> Iterator[tuple[Exchange, str]]:
+        """What a worker is told of, with the answer that stands for its own."""
+        for exchange in self.exchanges:
+            texts = [reply.text for reply in (exchange.replies[side], *exchange.replies) if reply and reply.text]
+            if texts or exchange is self.exchanges[-1]:
+                yield exchange, texts[0] if texts else ""
 
     def shown(self, side: int) -> "list[MessageDict | Message]":
         """What the page shows on one side, as the chat component takes it."""
@@ -120,6 +171,8 @@ class Chat:
                 continue
             shown.append({"role": "user", "content": f"{thumbnails(exchange.images)}{_plain(exchange.text)}"})
             parts = [reply.text or ("" if reply.error or reply.is_whole else "…")]
+            if self.shows_speed and reply.speed:
+                parts.append(f"*{reply.speed}*")
             if reply.error:
                 parts.append(f"**{html.escape(reply.error)}** (request {reply.request_id})")
             shown.append({"role": "assistant", "content": "\n\n".join(part for part in parts if part)})
@@ -131,6 +184,8 @@ class Chat:
         turns = [
             {
                 "question": exchange.text,
+                "asked": exchange.asked,
+                "sampling": exchange.sampling,
                 "images": [f"sha256:{image.sha256}" for image in exchange.images],
                 **_said(exchange.images),
                 "answers": [
@@ -162,5 +217,8 @@ def _plain(text: str) -> str:
     return html.escape(text).replace("\n", "<br>")
 
 
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def reduced_url(image: Image.Image, side: int) -> str:
+    """The image as a PNG of at most `side` pixels, as a data: URL."""
+    reduced = image.copy()
+    reduced.thumbnail((side, side))
+    return png_data_url(reduced)

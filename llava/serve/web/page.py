@@ -1,11 +1,9 @@
 """The web page: its parts and what they do. `build_page(client, options)` gives gradio's Blocks."""
 
 import asyncio
-import functools
-import json
+import html
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,16 +11,23 @@ import gradio as gr
 from llava.errors import LlavaError
 from llava.serve.conversation_log import notice
 from llava.serve.daily_log import DailyLog
-from llava.serve.decoding.pool import DecodingPool, in_thread
+from llava.serve.decoding.pool import DecodingPool
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
+from llava.serve.request_models import ModelCard
 from llava.serve.web.answers import answer
-from llava.serve.web.attention_view import AttentionPart
-from llava.serve.web.chat_state import SIDES, THUMBNAIL, Chat, Exchange, UploadedImage, thumbnails
-from llava.serve.web.examples import EXAMPLES, draw_example
+from llava.serve.web.chat_state import SIDES, Chat, Exchange, UploadedImage
 from llava.serve.web.memory_budget import MemoryBudget
-from llava.serve.web.scan_view import ScanPart, is_scan, said_of, take_file
-from llava.serve.web.settings import SettingsPanel
+from llava.serve.web.parts.attention_view import AttentionPart
+from llava.serve.web.parts.card import card_html, knows_drawn_only
+from llava.serve.web.parts.examples import EXAMPLES, draw_example, examples_html
+from llava.serve.web.parts.examples import SCRIPT as EXAMPLES_SCRIPT
+from llava.serve.web.parts.incoming import Incoming, all_read, refusal_of
+from llava.serve.web.parts.saving import SavingPart
+from llava.serve.web.parts.scan_view import ScanPart, draft_of
+from llava.serve.web.parts.settings import SettingsPanel
+from llava.serve.web.parts.viewer import Viewer
+from llava.serve.web.parts.votes import Votes
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +36,8 @@ POLL_SECONDS = 3
 NO_SECOND = "none"
 MOST_SESSIONS = 500
 """Conversations that are kept; beyond, the one that was used least recently is forgotten."""
-UPLOAD_SECONDS = 60.0
-"""For the images of one question, with waiting for those of others."""
+CALLS_NOTED = 100
+"""Of which gradio tells itself how long they took."""
 NOTICE = """## Before you begin
 
 This is a research demonstration. **It is not a medical device.** Answers can be wrong, incomplete or invented, also
@@ -44,20 +49,12 @@ WAITING = """## No model is ready yet
 The page looks for one every few seconds and opens by itself. Whoever runs this server starts a model with
 
     python -m llava.serve.model_worker --model-path CHECKPOINT"""
-LOGGED = "Votes and flags, with the conversation's text, are kept on this server for {days:g} days. Images aren't."
-
-_ASSETS = Path(__file__).parent / "assets"
-CSS, HEAD, DOWNLOAD = ((_ASSETS / name).read_text("utf-8") for name in ("page.css", "head.html", "download.js"))
-
-
-def page_theme() -> gr.themes.Base:
-    """Quiet colours, and the fonts that the reader's system has: nothing is fetched."""
-    return gr.themes.Soft(
-        primary_hue="blue",
-        neutral_hue="slate",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )
+HEADING = f"<strong>{TITLE}</strong> <span>Research only, never for clinical use.</span>"
+KEYS = """<h2>Keys</h2><dl><dt>Enter</dt><dd>send the question</dd><dt>Escape</dt><dd>stop the answer; close this</dd>
+<dt>Alt ← / →, or ← / → outside the question</dt><dd>previous, next image</dd>
+<dt>↑ / ↓ outside the question, or the wheel</dt><dd>slices of a scan</dd>
+<dt>+ / − / 0 outside the question, or Ctrl and the wheel</dt><dd>zoom, fit; drag to move, double click to fit</dd>
+<dt>m</dt><dd>the image as the model sees it</dd></dl>"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,9 @@ def build_page(client, options: PageOptions) -> gr.Blocks:
     page.queue(default_concurrency_limit=options.concurrency)
     # `launch` would take it; this page is mounted.
     page.state_session_capacity = MOST_SESSIONS
+    # gradio holds messages for 2,000 visitors and notes on 10,000 calls, 4 KB more with each visitor.
+    page._queue.pending_messages_per_session.max_size = MOST_SESSIONS
+    page._queue.ANALYTICS_MAX_EVENTS = CALLS_NOTED
     return page
 
 
@@ -92,19 +92,15 @@ class Page:
         self.client, self.options = client, options
         self.pool = DecodingPool()
         self.image_budget = MemoryBudget(options.image_bytes)
+        self.cards: dict[str, ModelCard | None] = {}
         self._lay_out()
         self._connect()
 
     def _lay_out(self) -> None:
-        feedback = self.options.feedback
         self.chat = gr.State(Chat(), time_to_live=3600)
         self.known = gr.State([], time_to_live=3600)
         self.accepted = gr.State(False)
         self.timer = gr.Timer(POLL_SECONDS)
-        if not self.options.embed:
-            gr.Markdown(f"# {TITLE}\nAsk about medical images. *For research only, never for clinical use.*")
-        if feedback is not None:
-            gr.Markdown(f"**{LOGGED.format(days=feedback.keep_days)}**", elem_id="logged")
         kept = f"**{notice(self.client.log.keep_days)}**" if self.client.log else None
         with gr.Column(elem_id="notice") as self.notice:
             gr.Markdown(f"{NOTICE}\n\n{kept}" if kept else NOTICE)
@@ -112,98 +108,113 @@ class Page:
         with gr.Column(visible=False, elem_id="waiting") as self.waiting:
             gr.Markdown(WAITING)
         with gr.Column(visible=False, elem_id="main") as self.main:
-            if kept:
-                gr.Markdown(kept, elem_id="kept")
-            with gr.Row():
-                self.model = gr.Dropdown([], label="Model", elem_id="model")
-                self.other = gr.Dropdown([NO_SECOND], value=NO_SECOND, label="Compare with", elem_id="other")
+            self._lay_out_bar(kept)
             with gr.Row(elem_id="desk"):
-                self.scan = ScanPart(self.client, self.pool, self.image_budget)
-                with gr.Column(scale=2, min_width=300), gr.Row():
-                    self.views = [
-                        gr.Chatbot(
-                            label=("Answers", "Answers of the second model")[side],
-                            visible=side == 0,
-                            min_height=150,
-                            max_height=560,
-                            allow_tags=False,
-                            buttons=["copy"],
-                            feedback_options=None,
-                            min_width=300,
-                            placeholder="Add one or more images and ask.",
-                            elem_id=f"chat{side}",
-                        )
-                        for side in range(SIDES)
-                    ]
-            self.draft = gr.HTML(elem_id="draft")
-            self.box = gr.MultimodalTextbox(
-                file_count="multiple",
-                sources=["upload"],
-                placeholder="Ask about the images; drop files here",
-                label="Question",
-                show_label=False,
-                elem_id="box",
-                autofocus=True,
-            )
-            with gr.Row(elem_id="actions"):
-                self.stop = gr.Button("Stop", variant="stop", size="sm", elem_id="stop", interactive=False)
-                self.again = gr.Button("Regenerate", size="sm", elem_id="again")
-                self.edit = gr.Button("Edit question", size="sm", elem_id="edit")
-                self.clear = gr.Button("Clear", size="sm", elem_id="clear")
-                self.export = gr.Button("Export", size="sm", elem_id="export")
-            with gr.Row(elem_id="votes", visible=feedback is not None):
-                self.votes = {
-                    vote: gr.Button(words, size="sm", elem_id=f"vote-{vote}")
-                    for vote, words in {
-                        "good": "Good answer",
-                        "bad": "Bad answer",
-                        "left": "First is better",
-                        "right": "Second is better",
-                        "tie": "Equal",
-                        "flag": "Flag",
-                    }.items()
-                }
-            with gr.Accordion("Examples", open=True):
-                self.examples = [
-                    (
-                        gr.Button(f"{name.capitalize()}: {question}", size="sm", elem_id=f"example-{name}"),
-                        name,
-                        question,
-                    )
-                    for name, question in EXAMPLES
-                ]
-            self.attention = AttentionPart(self.client)
+                with gr.Column(elem_id="reading", min_width=0):
+                    with gr.Column(elem_id="panel", min_width=0):
+                        self.viewer = Viewer(self.client, self.pool)
+                        self.scan = ScanPart(self.viewer, self.pool, self.image_budget)
+                    self.panes, self.views, self.names = [], [], []
+                    for side in range(SIDES):
+                        with gr.Column(elem_id=f"pane{side}", min_width=0, visible=side == 0) as pane:
+                            self.panes.append(pane)
+                            self.names.append(gr.HTML("", elem_id=f"name{side}", elem_classes="name"))
+                            self.views.append(self._chatbot(side))
+                with gr.Column(elem_id="ask", min_width=0):
+                    self._lay_out_ask()
+        with gr.Column(elem_id="drawer-settings", elem_classes="drawer"):
+            self._close()
             self.settings = SettingsPanel()
-            self.exported = gr.Textbox(visible="hidden", elem_id="exported")
+            gr.HTML(KEYS)
+        with gr.Column(elem_id="drawer-about", elem_classes="drawer"):
+            self._close()
+            self.about = gr.HTML("")
+        with gr.Column(elem_id="drawer-files", elem_classes="drawer"):
+            self._close()
+            self.saving = SavingPart()
+
+    @staticmethod
+    def _close() -> None:
+        gr.Button("Close", size="sm", elem_classes="close", min_width=0)
+
+    def _lay_out_bar(self, kept: str | None) -> None:
+        with gr.Row(elem_id="bar"):
+            if not self.options.embed:
+                gr.HTML(HEADING, elem_id="heading")
+            self.model = gr.Dropdown([], label="Model", elem_id="model", min_width=120)
+            self.other = gr.Dropdown([NO_SECOND], value=NO_SECOND, label="Compare with", elem_id="other", min_width=120)
+            gr.Button("About the model", size="sm", elem_id="open-about", min_width=0)
+            gr.Button("Settings", size="sm", elem_id="open-settings", min_width=0)
+        if kept:
+            gr.Markdown(kept, elem_id="kept")
+        if self.options.feedback is not None:
+            gr.Markdown(Votes.notice(self.options.feedback), elem_id="logged")
+
+    def _chatbot(self, side: int) -> gr.Chatbot:
+        return gr.Chatbot(
+            label=("Answers", "Answers of the second model")[side],
+            show_label=False,
+            allow_tags=False,
+            buttons=["copy"],
+            feedback_options=None,
+            placeholder=" ",
+            elem_id=f"chat{side}",
+        )
+
+    def _lay_out_ask(self) -> None:
+        self.examples = gr.HTML("", elem_id="examples", js_on_load=EXAMPLES_SCRIPT, apply_default_css=False)
+        self.incoming = Incoming(self.scan, self.pool, self.image_budget)
+        self.draft = gr.HTML(elem_id="draft", apply_default_css=False)
+        self.box = gr.MultimodalTextbox(
+            file_count="multiple",
+            sources=["upload"],
+            placeholder="Ask about the images; drop files here",
+            label="Question",
+            show_label=False,
+            elem_id="box",
+            autofocus=True,
+        )
+        with gr.Row(elem_id="tools"):
+            with gr.Row(elem_id="actions"):
+                gr.Button("Save", size="sm", elem_id="open-files", min_width=0)
+                self.again = gr.Button("Regenerate", size="sm", elem_id="again", min_width=0)
+                self.edit = gr.Button("Edit", size="sm", elem_id="edit", min_width=0)
+                self.attention = AttentionPart(self.client, self.viewer)
+                self.clear = gr.Button("Clear", size="sm", elem_id="clear", min_width=0)
+                self.stop = gr.Button("Stop", variant="stop", size="sm", elem_id="stop", interactive=False, min_width=0)
+            self.votes = None if self.options.feedback is None else Votes(self.options.feedback)
 
     def _connect(self) -> None:
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        view = [self.chat, *self.views, self.box, self.draft, self.stop, self.scan.part, self.scan.state]
+        state = [self.chat, *self.views, self.box, self.draft, self.stop, self.incoming.refused, self.examples]
+        self.view = [*state, *self.scan.controls]
         chosen = [self.model, self.other, *self.settings.controls]
+        named = [*self.names, self.about, self.examples, self.viewer.view]
         places = [self.known, self.waiting, self.main, self.model, self.other]
         self.accept.click(self.on_accept, self.known, [self.notice, self.waiting, self.main, self.accepted], **quiet)
         self.timer.tick(self.on_tick, [self.known, self.accepted, self.model, self.other], places, **quiet)
-        self.other.change(self.on_other, [self.other, self.chat], [self.views[1], self.attention.side], **quiet)
+        second = self.other.change(self.on_other, [self.other, self.chat], [self.views[1], self.panes[1]], **quiet)
+        for changed in (self.model.change, second.then):
+            changed(self.on_models, [self.chat, self.model, self.other], named, **quiet)
         # "multiple": otherwise gradio drops, without a word, what is asked while an answer is being made.
         asking = {**quiet, "trigger_mode": "multiple"}
-        self.box.submit(self.on_ask, [self.chat, self.box, *chosen], view, **asking)
-        self.again.click(self.on_again, [self.chat, self.box, *chosen], view, **asking)
+        self.box.submit(self.on_ask, [self.chat, self.box, *chosen], self.view, **asking)
+        self.again.click(self.on_again, [self.chat, self.box, *chosen], self.view, **asking)
         self.stop.click(self.on_stop, self.chat, self.chat, queue=False, **quiet)
-        self.edit.click(self.on_edit, self.chat, view, **quiet)
-        self.clear.click(self.on_clear, self.chat, view, **quiet)
-        for each in self.views:
+        self.edit.click(self.on_edit, [self.chat, self.model], self.view, **quiet)
+        self.clear.click(self.on_clear, [self.chat, self.model], self.view, **quiet)
+        for chatbot in self.views:
             # The component's own bin empties only what is seen.
-            each.clear(self.on_clear, self.chat, view, **quiet)
-        self.export.click(self.on_export, self.chat, self.exported, **quiet).success(
-            None, self.exported, None, js=DOWNLOAD, **quiet
-        )
-        for button, name, question in self.examples:
-            button.click(self._example(name, question), self.chat, [self.chat, self.box, self.draft], **quiet)
+            chatbot.clear(self.on_clear, [self.chat, self.model], self.view, **quiet)
+        self.examples.select(self.on_example, [self.chat, self.model], self.view, **quiet)
+        self.viewer.view.select(self.on_look, [self.chat, self.model], [self.draft, *self.scan.controls], **quiet)
+        self.settings.speed.input(self.on_speed, [self.chat, self.settings.speed], self.views, **quiet)
+        self.incoming.connect(self.chat, self.box, self.draft, self.model, self.views, quiet)
+        self.scan.connect(self.chat, self.draft, self.model, quiet)
         self.attention.connect(self.chat, quiet)
-        self.scan.connect(self.chat, self.box, self.draft, self.model, quiet)
-        if self.options.feedback is not None:
-            for vote, button in self.votes.items():
-                button.click(self._vote(vote, self.options.feedback), self.chat, None, **quiet)
+        self.saving.connect(self.chat, quiet)
+        if self.votes is not None:
+            self.votes.connect(self.chat, quiet)
 
     async def on_accept(self, known: list[str]):
         return gr.Column(visible=False), gr.Column(visible=not known), gr.Column(visible=bool(known)), True
@@ -219,6 +230,10 @@ class Page:
             models = []
         if models == known:
             return [gr.skip()] * 5
+        try:
+            self.cards = await self.client.cards()
+        except ServeError as error:
+            logger.info("no cards of models: %s", error)
         # While an answer is being made or read, a worker that has gone only leaves the list.
         keeps_open = bool(known or models)
         preferred = [model, self.options.first_model, *models]
@@ -232,28 +247,36 @@ class Page:
 
     async def on_other(self, other: str, chat: Chat):
         has_second = other != NO_SECOND
-        return gr.Chatbot(value=chat.shown(1), visible=has_second), gr.Radio(visible=has_second, value=0)
+        return gr.Chatbot(value=chat.shown(1)), gr.Column(visible=has_second)
+
+    async def on_models(self, chat: Chat, model: str | None, other: str):
+        """The names over the answers, the cards, the examples, and the image as the model sees it."""
+        models = [one for one in (model, other) if one and one != NO_SECOND]
+        names = [f"<h2>{html.escape(one)}</h2>" for one in models]
+        seen = await self.scan.seen(chat, model) if chat.is_compared else gr.skip()
+        about = card_html({one: self.cards.get(one) for one in models})
+        return [*names, *[""] * (SIDES - len(names)), about, self._examples(chat, model), seen]
 
     async def on_ask(self, chat: Chat, box: dict, *chosen):
         if await _is_busy(chat):
-            yield [gr.skip()] * 8
+            yield self._unchanged()
             return
         text = (box["text"] or "").strip()
-        try:
-            others = await self._take_files(chat, box["files"] or [])
-            images = [*chat.draft, *await self.scan.views(chat), *others]
-        except (LlavaError, ServeError) as error:
-            raise _error(str(error), "The image can't be used") from error
-        already = sum(len(exchange.images) for exchange in chat.exchanges)
-        if already + len(images) > MAX_IMAGES:
-            raise _error(f"A conversation holds at most {MAX_IMAGES} images. Clear it first.", "Too many images")
-        if not text:
-            chat.draft += others
-            gr.Warning("Write a question too.")
-            yield self._show(chat, box={"text": "", "files": []})
+        await self.incoming.take(chat, box["files"] or [])
+        await all_read(chat)
+        await self.incoming.on_taken(chat)
+        if chat.refused or not text:
+            gr.Warning("A file was refused: add another one, or go on without it." if text else "Write a question too.")
+            yield [*self._show(chat, chosen[0], box={"text": text, "files": []}), *await self._desk(chat, chosen[0])]
             return
         if not chosen[0]:
             raise _error("No model is ready. The list of models shows when there is one.", "Not now")
+        try:
+            images = [*chat.draft, *await self.scan.views(chat)]
+        except (LlavaError, ServeError) as error:
+            raise _error(str(error), "The image can't be used") from error
+        if sum(len(exchange.images) for exchange in chat.exchanges) + len(images) > MAX_IMAGES:
+            raise _error(f"A conversation holds at most {MAX_IMAGES} images. Clear it first.", "Too many images")
         chat.draft = []
         for scan in chat.scans:
             scan.is_wanted = False
@@ -263,11 +286,11 @@ class Page:
 
     async def on_again(self, chat: Chat, box: dict, *chosen):
         if await _is_busy(chat):
-            yield [gr.skip()] * 8
+            yield self._unchanged()
             return
         if not chat.exchanges or not chosen[0]:
             gr.Info("There is no question yet.")
-            yield self._show(chat)
+            yield self._unchanged()
             return
         async for update in self._answer(chat, *chosen):
             yield update
@@ -280,88 +303,86 @@ class Page:
             raise _error(str(error), "Settings") from error
         # The box is emptied once: the next question may be typed while this one is answered.
         box: dict[str, Any] | None = {"text": "", "files": []}
+        *controls, seen = await self._desk(chat, model)
+        # The attention map is the last answer's.
+        desk = [*controls, gr.HTML(seen, attention="")]
         chat.running = True
         try:
             async for _ in answer(self.client, chat, models, sampling):
-                yield self._show(chat, box, running=True)
-                box = None
+                yield [*self._show(chat, model, box, running=True), *desk]
+                box, desk = None, self._unchanged()[-len(desk) :]
         finally:
             chat.running = False
-        yield self._show(chat)
+        yield [*self._show(chat, model), *desk]
 
     async def on_stop(self, chat: Chat):
         chat.stopping = True
         return chat
 
-    async def on_edit(self, chat: Chat):
+    async def on_edit(self, chat: Chat, model: str | None):
         """The last question goes back into the box, with its images."""
         if not chat.exchanges:
             gr.Info("There is no question yet.")
-            return self._show(chat)
+            return self._unchanged()
         chat.stopping = True
         last = chat.exchanges.pop()
-        chat.draft = list(last.images)
-        return self._show(chat, box={"text": last.text, "files": []})
+        chat.draft, chat.looked = list(last.images), None
+        return [*self._show(chat, model, box={"text": last.text, "files": []}), *await self._desk(chat, model)]
 
-    async def on_clear(self, chat: Chat):
+    async def on_clear(self, chat: Chat, model: str | None):
         chat.stopping = True
-        return self._show(Chat(), box={"text": "", "files": []})
+        new = Chat(is_compared=chat.is_compared, shows_speed=chat.shows_speed)
+        return [*self._show(new, model, box={"text": "", "files": []}), *await self._desk(new, model)]
 
-    async def on_export(self, chat: Chat):
-        if not chat.exchanges:
-            raise _error("There is nothing to export yet.", "Export")
-        return json.dumps(chat.record(), indent=1)
+    async def on_example(self, chat: Chat, model: str | None, event: gr.SelectData):
+        if event.index not in range(len(EXAMPLES)):
+            return self._unchanged()
+        name, _, question = EXAMPLES[event.index]
+        chat.draft, chat.looked = [UploadedImage.from_bytes(draw_example(name))], None
+        return [*self._show(chat, model, box={"text": question, "files": []}), *await self._desk(chat, model)]
 
-    async def _take_files(self, chat: Chat, files: list[str]) -> list[UploadedImage]:
-        """The images among the uploaded files; scans, of which a view is chosen, go into the chat."""
-        new = [file for file in files if file not in chat.taken]
-        scans = [file for file in new if is_scan(file)]
-        others = [file for file in new if file not in scans]
-        chat.taken.update(others)
-        await self.scan.take(chat, scans)
-        while chat.reading:
-            await asyncio.sleep(0.02)
-        return await in_thread(self._read_images, others, seconds=UPLOAD_SECONDS)
+    async def on_look(self, chat: Chat, model: str | None, event: gr.SelectData):
+        """Another image of the strip, one less, or the image as the model sees it beside it."""
+        chosen = event.index if isinstance(event.index, int) else -1
+        count = len(chat.images())
+        if event.value == "compare":
+            chat.is_compared = not chat.is_compared
+        elif not 0 <= chosen < count + len(chat.scans):
+            return [gr.skip()] * (1 + len(self.scan.controls))
+        elif event.value == "remove":
+            chat.remove(chosen)
+        elif chosen < count:
+            chat.looked = chosen
+        else:
+            chat.current, chat.looked = chosen - count, None
+        return [draft_of(chat), *await self._desk(chat, model)]
 
-    def _read_images(self, files: list[str]) -> list[UploadedImage]:
-        contents = [take_file(file) for file in files]
-        small = functools.partial(self.pool.open, longest=THUMBNAIL)
-        images = [UploadedImage.from_bytes(content, small) for content in contents]
-        for image in images:
-            self.image_budget.take(image, len(image.url) + len(image.thumbnail))
-        return images
+    async def on_speed(self, chat: Chat, shows_speed: bool):
+        chat.shows_speed = bool(shows_speed)
+        return [chat.shown(side) for side in range(SIDES)]
 
-    def _example(self, name: str, question: str):
-        async def on_example(chat: Chat):
-            chat.draft = [UploadedImage.from_bytes(draw_example(name))]
-            return chat, {"text": question, "files": []}, thumbnails(chat.draft)
+    def _examples(self, chat: Chat, model: str | None) -> str:
+        is_new = not chat.exchanges and not chat.draft and not chat.scans
+        return examples_html() if is_new and knows_drawn_only(self.cards.get(model or "")) else ""
 
-        return on_example
-
-    def _vote(self, vote: str, feedback: DailyLog):
-        async def on_vote(chat: Chat):
-            if not chat.exchanges:
-                gr.Info("There is no answer yet.")
-                return
-            if await asyncio.to_thread(feedback.write, {"vote": vote, **chat.record()}):
-                gr.Info("Thank you, kept.")
-            else:
-                gr.Warning("The server can't keep this just now.")
-
-        return on_vote
-
-    def _show(self, chat: Chat, box: dict | None = None, running: bool = False):
-        """Values of all that changes with a conversation, in the order of `view`."""
-        return (
+    def _show(self, chat: Chat, model: str | None, box: dict | None = None, running: bool = False) -> list[Any]:
+        """Values of all that changes with a conversation but for the images, in the order of `view`."""
+        return [
             chat,
-            chat.shown(0),
-            chat.shown(1),
+            *(chat.shown(side) for side in range(SIDES)),
             gr.skip() if box is None else box,
-            thumbnails(chat.draft),
+            draft_of(chat),
             gr.Button(interactive=running),
-            gr.skip() if chat.scans else gr.Column(visible=False),
-            said_of(chat),
-        )
+            refusal_of(chat),
+            self._examples(chat, model),
+        ]
+
+    async def _desk(self, chat: Chat, model: str | None) -> list[Any]:
+        """Values of the images' part of `view`."""
+        return await self.scan.shown(chat, model)
+
+    def _unchanged(self) -> list[Any]:
+        return [gr.skip()] * len(self.view)
 
 
 async def _is_busy(chat: Chat) -> bool:

@@ -12,7 +12,9 @@ from PIL import Image
 from llava.image_options import ImageOptions, ImageWithOptions
 from llava.images.opening import image_kind
 from llava.serve.decoding.pool import DecodingPool
-from llava.serve.web.chat_state import THUMBNAIL, UploadedImage
+from llava.serve.web.chat_state import LARGE, UploadedImage, reduced_url
+
+ICON = 96  # pixels
 
 Window = str | tuple[float, float] | None
 """A preset's name, (centre, width), or what the file says."""
@@ -33,6 +35,8 @@ class Scan:
     """What the pool's `describe` says of the view that is shown."""
     is_wanted: bool = True
     """Whether the view goes with the next question."""
+    icon: str = ""
+    """Its first view, tiny, as a data: URL."""
 
     @property
     def is_grey(self) -> bool:
@@ -88,7 +92,7 @@ class Scan:
         file, _ = self.slices[self.place]
 
         def small(source: Any) -> Image.Image:
-            return pool.open(source, longest=THUMBNAIL)
+            return pool.open(source, longest=LARGE)
 
         return UploadedImage.from_bytes(self.files[file], small, self.options, self.said())
 
@@ -115,7 +119,7 @@ def read_scans(contents: Sequence[bytes], pool: DecodingPool) -> list[Scan]:
         ]
         scans.append(Scan("dicom", [content for *_, content in members], slices, len(slices) // 2))
     for scan in scans:
-        scan.look(pool)
+        scan.icon = reduced_url(scan.look(pool), ICON)
     return scans
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MAX_FILE_BYTES = 32 << 20
 KEEP_SECONDS = 600.0
 SMALLEST_BYTES = 256 << 10  # what a file counts for at least, so that tiny ones can't fill the file system's table
 

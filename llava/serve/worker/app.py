@@ -6,6 +6,7 @@ import logging
 from llava.serve.decoding.pool import in_thread
 from llava.serve.job import Job, read_attention_map_request, read_job
 from llava.serve.protocol import ErrorType, ServeError, encode_error
+from llava.serve.request_models import ModelCard
 from llava.serve.transport.bodies import read_json
 from llava.serve.transport.hosts import Hosts
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, secret_check, unless_gone
@@ -27,6 +28,7 @@ class WorkerApp:
     Args:
         interval: seconds between two chunks of a stream; with more than `USUAL_STREAMS` of them, more.
         timeout: seconds for a whole answer.
+        card: what is told of the model.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class WorkerApp:
         timeout: float = 300.0,
         max_body: int = MAX_BODY_BYTES,
         hosts: Hosts | None = None,
+        card: ModelCard | None = None,
     ):
-        self.backend, self.model_names, self.speed = backend, model_names, speed
+        self.backend, self.model_names, self.speed, self.card = backend, model_names, speed, card
         self.interval, self.timeout = interval, timeout
         self.draining = False
         self._streams = 0
@@ -54,6 +57,7 @@ class WorkerApp:
             "model_names": self.model_names,
             "speed": self.speed,
             "queue_length": queue_length,
+            "card": None if self.card is None else self.card.model_dump(),
             "draining": self.draining,
             "stats": stats,
         }

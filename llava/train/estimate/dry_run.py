@@ -1,9 +1,12 @@
-"""A training command on tensors without content, from its flags to its optimizer step, and what follows from it."""
+"""A training command on tensors without content, from its flags to its optimizer step and checkpoint, and what follows
+from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any, cast
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from llava.errors import LlavaError
 from llava.records import read_json
@@ -20,7 +23,7 @@ from llava.train.estimate.inputs.names import present_model
 from llava.train.estimate.inputs.shapes import forget_content, shaped_model
 from llava.train.estimate.tracker import Tracker
 from llava.train.estimate.uneven import unlike_ranks
-from llava.train.estimate.world import shard_as_on_gpus, world
+from llava.train.estimate.world import shapes_uncounted, shard_as_on_gpus, world
 from llava.train.progress import flops_per_token
 from llava.train.setup_run import build_trainer
 from llava.train.step.hardware import GB, Gpu
@@ -76,6 +79,12 @@ class Prediction:
     size; () where all are alike."""
     operators_per_micro_batch: int
     micro_batches: int
+    checkpoint_gb: float
+    """On disk, of all processes: the model, and what resuming needs."""
+    checkpoint_host_gb: float
+    """Of this process's host memory, while a checkpoint is written."""
+    checkpoint_peak_gb: float
+    """Of this GPU's memory, while a checkpoint is written."""
 
     @property
     def fits(self) -> bool:
@@ -90,7 +99,7 @@ class Prediction:
 def dry_run(
     argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None, *, rank: int = 0, compiled: bool = True
 ) -> Prediction:
-    """Carry out one optimizer step of a training command on tensors without content.
+    """Carry out one optimizer step of a training command, and its checkpoint, on tensors without content.
 
     Args:
         argv: the flags of the training command; `--data_path`, `--image_folder` and `--output_dir` may be missing.
@@ -128,7 +137,13 @@ def dry_run(
         trainer.watch(mode, tracker)
         per_token = flops_per_token(trainer.model)
         trained = [parameter.shape for parameter in trainer.model.parameters() if parameter.requires_grad]
-        with steps_carried_out(tracker.fused), mode, tracker, multiplied_as_on_gpus():
+        with (
+            steps_carried_out(tracker.fused),
+            shapes_uncounted(tracker.paused),
+            mode,
+            tracker,
+            multiplied_as_on_gpus(),
+        ):
             trainer.train()
         others = unlike_ranks(trained, gpus) if training.fsdp else ()
     return _prediction(tracker, trainer, plan, gpu, gpus, per_token, batches, lengths.records, notes, others)
@@ -171,15 +186,18 @@ def without_deepspeed(argv: list[str], gpus: int) -> tuple[list[str], list[str]]
 
 
 def _shorten(arguments: Arguments) -> None:
-    """One step that writes nothing, of few micro-batches."""
+    """One step of few micro-batches, and a checkpoint; where none is asked for, only what a finished run writes."""
     training = arguments.training
+    training.save_only_model = training.save_only_model or training.save_strategy == SaveStrategy.NO
+    training.eval_strategy = IntervalStrategy.NO
+    training.load_best_model_at_end = False
     training.gradient_accumulation_steps = min(training.gradient_accumulation_steps, SIMULATED)
     training.max_steps = 1
     training.logging_steps = 10**9
     training.logging_first_step = False
     training.report_to = []
     training.disable_tqdm = True
-    training.save_strategy = "no"
+    training.save_strategy = SaveStrategy.NO  # the only one is written at the step's end
     training.push_to_hub = False
 
 
@@ -207,6 +225,9 @@ def _prediction(
         gpu=gpu,
         gpus=gpus,
         peak_gb=tracker.memory.peak / GB,
+        checkpoint_gb=trainer.checkpoint.disk / GB,
+        checkpoint_host_gb=trainer.checkpoint.host / GB,
+        checkpoint_peak_gb=trainer.checkpoint.peak / GB,
         parts_gb={name: size / GB for name, size in sorted(tracker.memory.parts().items(), key=lambda one: -one[1])},
         mfu=mfu,
         mfu_eager=None if trainer.args.compile_layers else mfu,

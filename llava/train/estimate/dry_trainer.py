@@ -9,6 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import TrainerCallback
 
+from llava.model.weights.assemble import tied_weights
+from llava.train.estimate.checkpoint import Checkpoint, written_nowhere
 from llava.train.estimate.costs import Work
 from llava.train.estimate.tracker import Tracker, note_all
 from llava.train.estimate.world import tell_parameters_apart, without_content
@@ -60,13 +62,14 @@ def _pairs(batch: dict[str, Any]) -> int:
 
 
 class DryTrainer(LlavaTrainer):
-    """One optimizer step of the real Trainer; nothing is written.
+    """One optimizer step of the real Trainer, and its checkpoint; nothing is written.
 
     Attributes:
         micro_batches: what each took.
         rest: what came after them: clipping, the optimizer.
         attention_name: what transformers knows the language model's attention by.
         gradient_dtypes: of the sums that the optimizer gets.
+        checkpoint: what writing one took.
     """
 
     def watch(self, mode: FakeTensorMode, tracker: Tracker) -> None:
@@ -74,6 +77,7 @@ class DryTrainer(LlavaTrainer):
         self.mode, self.tracker = mode, tracker
         self.micro_batches: list[Taken] = []
         self.rest: Taken | None = None
+        self.checkpoint = Checkpoint()
         self.loss_watch = UncheckedLosses(self.loss_watch.describe)
         self.add_callback(_Phases(self))
 
@@ -117,7 +121,24 @@ class DryTrainer(LlavaTrainer):
         return self.args.learning_rate
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Checkpoints would have no content."""
+        """Gather what a checkpoint holds, as for a real one; the folder is a passing one and gets no file."""
+        folder = str(self.args.output_dir)
+        with written_nowhere(self.checkpoint, self.tracker, self.args.world_size):
+            self.save_model(folder, _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Count the model's own files: of adapters only what is trained."""
+        if not self.args.should_save:
+            return
+        model: Any = self.model
+        state = model.state_dict() if state_dict is None else state_dict
+        if self.args.lora_enable:
+            left_out = {name for name, one in model.named_parameters() if not one.requires_grad}
+        else:
+            left_out = set(tied_weights(model))
+        self.checkpoint.add(state, self.args.world_size, left_out)
 
 
 class UncheckedLosses(LossWatch):
@@ -158,6 +179,7 @@ class _Phases(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.rest = self.trainer.after_micro_batches.passed()
+        control.should_save = True
 
 
 def allocate_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tracker: Tracker) -> None:
@@ -166,8 +188,6 @@ def allocate_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tracker
     with tracker.paused():
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        # Sharded tensors work out once for each operator, on whole tensors, what its result's shape is.
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     note_all(tracker.memory, model.parameters(), "weights")

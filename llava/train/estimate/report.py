@@ -30,6 +30,8 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
         "arithmetic, memory traffic": f"{p.flops_per_step / 1e12:.1f} TFLOP, {p.bytes_per_step / 1e9:.0f} GB a step",
         "tokens": f"{p.tokens_per_second:,.0f} a second on all GPUs",
         "MFU": f"{p.mfu:.1%} of {gpu.peak_tflops:g} TFLOP/s" + eager,
+        "a checkpoint": f"{p.checkpoint_gb:.1f} GB on disk; it takes {p.checkpoint_host_gb:.1f} GB of the first "
+        f"process's host memory and {p.checkpoint_peak_gb:.1f} GB of the GPU's",
         "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
     }
     unknown = p.records is None and p.max_steps <= 0

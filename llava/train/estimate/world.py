@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 from torch.utils._pytree import tree_map_only
 
@@ -73,6 +74,24 @@ def _sum_bucket(_, bucket: torch.distributed.GradBucket) -> torch.futures.Future
     torch.distributed.all_reduce(bucket.buffer())
     summed.set_result(bucket.buffer())
     return summed
+
+
+@contextmanager
+def shapes_uncounted(paused: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Within, nothing is counted (`paused`) while sharded tensors work out the shape of an operator's result: they do
+    so on whole tensors without content, which a run has no memory of."""
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    work_out = propagator._propagate_tensor_meta_non_cached
+
+    def uncounted(*args):
+        with paused():
+            return work_out(*args)
+
+    propagator._propagate_tensor_meta_non_cached = uncounted
+    try:
+        yield
+    finally:
+        del propagator._propagate_tensor_meta_non_cached
 
 
 def shard_as_on_gpus(training) -> None:

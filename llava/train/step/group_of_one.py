@@ -33,9 +33,7 @@ def is_group_of_one(accelerator) -> bool:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.fsdp_version != 2 or accelerator.num_processes > 1:
         return False
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    return accelerator.mixed_precision in {"bf16", "fp16"} and not isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    return accelerator.mixed_precision in {"bf16", "fp16"} and not is_offloaded(plugin)
 
 
 def set_up_alone(plugin, model: nn.Module, training) -> None:
@@ -44,6 +42,24 @@ def set_up_alone(plugin, model: nn.Module, training) -> None:
     dtype = plugin.mixed_precision_policy.param_dtype
     # Adapters are saved without the weights that they are on.
     plugin.ignored_modules = frozen_as_computed(model, dtype, training.device, cast=training.lora_enable)
+
+
+def replicate_frozen(accelerator, model: nn.Module, training) -> None:
+    """Tell accelerate's FSDP 2 to leave frozen weights whole on each of several GPUs, where it would gather them for
+    every micro-batch and keep the copies until its end: in half precision without `reshard_after_forward`."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2 or plugin.reshard_after_forward or is_offloaded(plugin):
+        return
+    dtype = plugin.mixed_precision_policy.param_dtype
+    if dtype is not None:
+        plugin.ignored_modules = frozen_as_computed(model, dtype, training.device, cast=training.lora_enable)
+
+
+def is_offloaded(plugin) -> bool:
+    """Whether accelerate's FSDP plugin keeps weights on the CPU."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return isinstance(plugin.cpu_offload, CPUOffloadPolicy)
 
 
 def frozen_as_computed(model: nn.Module, dtype: torch.dtype, device: torch.device, *, cast: bool) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llava.errors import LlavaError
 
@@ -20,6 +20,8 @@ def _flag(default, help: str):
 @dataclass
 class ValidationArguments:
     """Held-out records."""
+
+    _argument_group_name: ClassVar[str] = "held-out records"
 
     eval_data_path: str | None = _flag(None, "held-out records, whose loss is measured as --eval_strategy says")
     eval_image_folder: str | None = _flag(None, "folder of their images (default: --image_folder)")

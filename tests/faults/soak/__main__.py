@@ -2,10 +2,11 @@
 
     python -m tests.faults.soak --minutes 60 --json runs/soak.json
 
-`llava.serve` starts controller, two workers with a tiny model, API and page. First their capacity for the mixture is
-measured, then the load comes at random times. Figures are JSON; the exit code is 1 if an aim is missed: of all
-well-formed requests 99.9 % answered (those in flight on a killed worker are counted apart), every refusal and error of
-the right type, no process that lives through grows by 2 %, and none keeps files open.
+`llava.serve` starts controller, two workers with a tiny model, API and page. First what they may keep in memory is
+filled and their capacity for the mixture is measured, then the load comes at random times. Figures are JSON; the exit
+code is 1 if an aim is missed: of all well-formed requests 99.9 % answered (those in flight on a killed worker are
+counted apart), every refusal and error of the right type, no process that lives through grows by 2 %, and none keeps
+files open.
 """
 
 import argparse
@@ -31,6 +32,9 @@ CLIENTS = 32
 LOAD = 0.8
 SAMPLE_SECONDS = 5.0
 QUIET_SECONDS = 60.0  # idle connections between the servers are closed after 25 to 50
+FILLING = {"with an image": 700, "with images, streamed": 700, "text": 2000, "page conversation": 520}
+"""Requests after which both workers' stores (`CACHE_MB`) and the page's conversations take what they may take."""
+FILLING_SHARE = 0.25  # of the load's time at most
 
 
 class Soak:
@@ -50,6 +54,10 @@ class Soak:
         showing = asyncio.create_task(self._show(seconds))
         try:
             await self.load.each_kind(2)
+            self.phase = "filling"
+            began = time.monotonic()
+            filled = await self.load.fill(FILLING, CLIENTS, FILLING_SHARE * seconds)
+            filling = time.monotonic() - began
             self.phase = "capacity"
             await self.load.closed_loop(CLIENTS, measuring / 2)
             capacity = await self.load.closed_loop(CLIENTS, measuring)
@@ -82,6 +90,12 @@ class Soak:
             "requests": by_kind(requests),
             "faults": dict(sorted(self.faults.done.items())),
             "faults_wrong": dict(self.faults.wrong),
+            "filled_before_the_load": {
+                "seconds": round(filling),
+                "requests": filled,
+                "of": FILLING,
+                "is_full": filled == FILLING,
+            },
             "memory": memory(self.samples),
             "files": files(self.samples, files_before, files_after),
             "health_ms": latencies(in_order(health.looks, self.faults.outages)),

@@ -40,7 +40,8 @@ def answers(requests: list[Request], kills: list[float]) -> dict:
 
 
 def memory(samples: list[Sample]) -> dict[str, dict]:
-    """Of each server's longest life: MB when it had warmed up (after a third of it) and at its end, and the growth."""
+    """Of each server's longest life under the load: MB after a third of it, which is the baseline (its seconds are
+    given), and at its end, and the growth."""
     lives: dict[tuple[str, int], list[Sample]] = {}
     for sample in samples:
         lives.setdefault((sample.name, sample.pid), []).append(sample)
@@ -60,6 +61,7 @@ def memory(samples: list[Sample]) -> dict[str, dict]:
         found[name] = {
             "seconds": round(seconds),
             "is_judged": seconds >= JUDGED_SECONDS,
+            "baseline_seconds": [round(settled[end].when - life[0].when) for end in (0, -1)],
             **{f"{what}_mb": [round(size / 1e6, 1) for size in pair] for what, pair in sizes.items()},
             **{f"{what}_growth": round(pair[1] / pair[0] - 1, 4) for what, pair in sizes.items()},
             "rss_mb_over_time": [round(sample.rss / 1e6, 1) for sample in life[:: max(1, len(life) // 24)]],

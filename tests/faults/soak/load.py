@@ -76,6 +76,21 @@ class Load:
         await asyncio.gather(*(client() for _ in range(clients)))
         return (len(self.over) - before) / (time.monotonic() - began)
 
+    async def fill(self, wanted: dict[str, int], clients: int, seconds: float) -> dict[str, int]:
+        """Ask requests of these kinds, by name, until so many of each have ended, `seconds` at most; how many have."""
+        kinds = {kind.name: kind for kind in KINDS}
+        left = Counter(wanted)
+        until = time.monotonic() + seconds
+
+        async def client() -> None:
+            while time.monotonic() < until and (names := [name for name in left if left[name] > 0]):
+                name = max(names, key=lambda one: left[one] / wanted[one])
+                left[name] -= 1
+                await self._ask(kinds[name])
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return {name: count - left[name] for name, count in wanted.items()}
+
     async def poisson(self, rate: float, seconds: float) -> None:
         """`rate` per second on average, whoever is still waiting; returns once all have ended."""
         dice = random.Random(f"times {self.seed}")

@@ -20,7 +20,8 @@ SHARED_MEMORY = Path("/dev/shm")
 PRIVATE = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=128m tmpfs {SHARED_MEMORY} && exec "$@"', "sh"]
 """A command with a file system of its own where the page keeps uploads, so that it can be filled without harm."""
 STOP_SECONDS = 90.0
-CACHE_MB = 64
+CACHE_MB = 16
+"""Of a worker, so that what it keeps of earlier questions and images is soon as much as it may be."""
 
 
 @dataclass(frozen=True)

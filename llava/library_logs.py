@@ -1,0 +1,24 @@
+"""What libraries say at their import that means nothing here: kept away in one place, before any is imported.
+
+Each has a logger of its own, or a warning known by its words; whatever else they say is said.
+"""
+
+import logging
+import warnings
+
+_SAYS_NOTHING = (
+    # It advises a package for 4-bit products on CPUs; llava.model.weights.linear4bit has no use for it.
+    "bitsandbytes.backends.cpu.ops",
+    # transformers imports torchao wherever it is installed; it speaks of CUDA libraries and of its own old calls.
+    "torchao",
+    "torch.utils._pytree",
+)
+_OLD_CALLS = r"`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
+"""transformers' own, and peft's, of names that both still have."""
+
+
+def silence() -> None:
+    """Raise the loggers' levels and leave out the warnings."""
+    for name in _SAYS_NOTHING:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=_OLD_CALLS, category=FutureWarning)

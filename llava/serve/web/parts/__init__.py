@@ -1,0 +1,1 @@
+"""Parts of the web page: components with their handlers."""

@@ -1,0 +1,151 @@
+"""The large image of the page, with its tools and a strip of all images. What is shown of which is in the chat.
+
+Zoom, shift, keys and the attention map drawn over it are the browser's (assets/viewer.js).
+"""
+
+import functools
+import html
+import logging
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from llava.serve.client import ServingClient
+from llava.serve.decoding.pool import DecodingPool, in_thread
+from llava.serve.protocol import ServeError
+from llava.serve.web.chat_state import LARGE, Chat, UploadedImage, reduced_url
+from llava.serve.web.scans import Scan
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 20.0
+_ASSETS = Path(__file__).parents[1] / "assets"
+SCRIPT = "".join((_ASSETS / name).read_text("utf-8") for name in ("viewer.js", "attention.js"))
+TOOLS = (
+    ("previous", "‹", "Previous image (←)"),
+    ("next", "›", "Next image (→)"),
+    ("smaller", "−", "Smaller (−)"),
+    ("larger", "+", "Larger (+)"),
+    ("fit", "Fit", "Whole image (0)"),
+)
+EMPTY = (
+    "Add images with the paper clip, or drop them on the question: photographs, DICOM files and series, NIfTI volumes."
+)
+
+
+class Viewer:
+    """`view` is the component; it triggers `select` with what was clicked: a number of the strip, or a tool."""
+
+    def __init__(self, client: ServingClient, pool: DecodingPool):
+        self.client, self.pool = client, pool
+        self.view = gr.HTML(
+            page_of([], "", "", False), elem_id="viewer", js_on_load=SCRIPT, apply_default_css=False, attention=""
+        )
+
+    async def html(self, chat: Chat, model: str | None) -> str:
+        """What the component shows.
+
+        Raises:
+            LlavaError, ServeError: the current scan's view can't be opened.
+        """
+        images, scan = chat.images(), current_scan(chat)
+        strip = _strip(chat, images)
+        if scan is not None:
+            opened = await in_thread(scan.look, self.pool, seconds=LOOK_SECONDS)
+            url = await in_thread(reduced_url, opened, LARGE, seconds=LOOK_SECONDS)
+            words = f"{scan.title}: {_shown(scan.facts)}"
+            shown = [(url, scan.title)]
+        elif images:
+            number = len(images) - 1 if chat.looked is None else chat.looked
+            image = images[number]
+            words = f"Image {number + 1} of {len(images)}" + (f": {_shown(image.said)}" if image.said else "")
+            shown = [(image.large, f"Image {number + 1}")]
+        else:
+            return page_of([], "", "", False)
+        if chat.is_compared:
+            seen, more = await self._as_model_sees(scan or image, model)
+            shown += [(url, more) for url in seen]
+            words += f". {more}"
+        return page_of(shown, words, strip, chat.is_compared)
+
+    def fault(self, chat: Chat, words: str) -> str:
+        """What the component shows where an image can't be."""
+        return page_of([], words, _strip(chat, chat.images()), chat.is_compared)
+
+    async def _as_model_sees(self, image: UploadedImage | Scan, model: str | None) -> tuple[list[str], str]:
+        """(images as data: URLs, what they are)."""
+        if not model:
+            return [], "No model is chosen"
+        view: UploadedImage = (
+            await in_thread(functools.partial(image.view, self.pool), seconds=LOOK_SECONDS)
+            if isinstance(image, Scan)
+            else image
+        )
+        message = {"role": "user", "content": [view.part(), {"type": "text", "text": "?"}]}
+        try:
+            return await self.client.seen_images(
+                {"model": model, "messages": [message]}
+            ), f"Beside it: what {model} sees"
+        except ServeError as error:
+            logger.info("what %s sees isn't known: %s", model, error)
+            return [], f"What {model} sees isn't known: {error}"
+
+
+def current_scan(chat: Chat) -> Scan | None:
+    """The scan of which a view is shown large."""
+    return chat.scans[chat.current] if chat.scans and chat.looked is None else None
+
+
+def page_of(shown: list[tuple[str, str]], words: str, strip: str, is_compared: bool) -> str:
+    """HTML of the tools, the images (data: URL, what it is), a line on them and the strip."""
+    figures = "".join(
+        f'<figure><img class="large" draggable="false" alt="{html.escape(said)}" src="{url}"></figure>'
+        for url, said in shown
+    )
+    buttons = "".join(_tool(*tool) for tool in TOOLS)
+    pressed = "true" if is_compared else "false"
+    buttons += (
+        f'<button type="button" data-do="compare" aria-pressed="{pressed}" '
+        'title="The image beside what the model gets of it (m)">As the model sees it</button>'
+    )
+    hint = "" if shown or strip else f'<p class="hint">{EMPTY}</p>'
+    return (
+        f'<div class="stage{"" if shown else " empty"}"><div class="tools" role="group" aria-label="Image">{buttons}'
+        f'</div><div class="sheet">{figures}</div><div class="maps"></div>{hint}'
+        f'<p class="looked" aria-live="polite"></p></div><p class="words">{html.escape(words)}</p>'
+        f'<div class="strip" role="group" aria-label="Images">{strip}</div>'
+    )
+
+
+def _tool(name: str, sign: str, words: str) -> str:
+    return f'<button type="button" data-do="{name}" aria-label="{words}" title="{words}">{sign}</button>'
+
+
+def _strip(chat: Chat, images: list[UploadedImage]) -> str:
+    """A button for each image, then for each scan."""
+    scan = current_scan(chat)
+    looked = len(images) - 1 if chat.looked is None else chat.looked
+    items = [(image.thumbnail, f"Image {number}") for number, image in enumerate(images, 1)]
+    items += [(each.icon, each.title) for each in chat.scans]
+    place = len(images) + chat.current if scan is not None else looked
+    asked = len(images) - len(chat.draft)
+    parts = []
+    for number, (url, words) in enumerate(items):
+        words = html.escape(words)
+        parts.append(
+            f'<span class="item"><button type="button" data-image="{number}" title="{words}" '
+            f'aria-pressed="{"true" if number == place else "false"}"><img alt="{words}" src="{url}"></button>'
+        )
+        if asked <= number:
+            parts.append(
+                f'<button type="button" class="remove" data-remove="{number}" aria-label="Remove {words}" '
+                f'title="Remove {words}">×</button>'
+            )
+        parts.append("</span>")
+    return "".join(parts)
+
+
+def _shown(facts: dict[str, Any]) -> str:
+    """How a scan is shown, in words."""
+    return "; ".join(str(line) for line in facts.get("shown", ()))
