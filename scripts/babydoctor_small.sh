@@ -7,10 +7,11 @@ set -eu
 : "${OUT:=runs/babydoctor_small}"
 : "${STEPS:=60}"
 : "${IMAGES:=400}"
+: "${TEST:=8}"                       # images that questions are asked about
 OUT="$MODELS" scripts/fetch_small_models.sh
 
 if [ ! -d "$OUT/data" ]; then
-    python -m llava.data.phantoms --output-dir "$OUT/data" --train "$IMAGES" --test 8 --conversations "$IMAGES" \
+    python -m llava.data.phantoms --output-dir "$OUT/data" --train "$IMAGES" --test "$TEST" --conversations "$IMAGES" \
         --vqa "$IMAGES" --text 100
 fi
 

@@ -138,7 +138,9 @@ def test_babydoctor_in_small(small_models, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder = tmp_path / "babydoctor"
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    settings = {"MODELS": str(small_models), "OUT": str(folder), "STEPS": "2", "IMAGES": "12", "PATH": path}
+    settings = {"MODELS": str(small_models), "OUT": str(folder), "STEPS": "2", "IMAGES": "12", "TEST": "1"} | {
+        "PATH": path
+    }
     subprocess.run(["sh", "scripts/babydoctor_small.sh"], cwd=ROOT, env=os.environ | settings, check=True)
     assert read_json(folder / "3-4bit" / "config.json")["quantization_config"]["load_in_4bit"]
     sizes = [sum(path.stat().st_size for path in (folder / name).glob("*.safetensors")) for name in ("3", "3-4bit")]
