@@ -78,6 +78,7 @@ def calls_of(script: Path, folder: Path) -> list[list[str]]:
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_NNODES": "2",
         "SLURM_JOB_ID": "7",
+        "BESIDE": "",  # one line at a time
     }
     subprocess.run(["sh", str(script)], cwd=SCRIPTS.parent, env=environment, check=True)
     lines = [line.strip("\0").split("\0") for line in log.read_text().split("\n") if line]

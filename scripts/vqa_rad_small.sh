@@ -20,11 +20,12 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 say() { echo "== $*"; }
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    compute="--bf16 True --dataloader_num_workers 2" background=1
+    compute="--bf16 True --dataloader_num_workers 2"
+    : "${BESIDE=1}"                 # the trainings run beside each other; BESIDE= is one after the other
     : "${EPOCHS:=10}" "${TURNS:=1}" "${PIXELS:=224}" "${TOKENS:=8192}"
 else
     # Several questions of an image in one conversation, and fewer patches: a sixth of the tokens.
-    compute="--use_cpu True --dataloader_num_workers 0" background=
+    compute="--use_cpu True --dataloader_num_workers 0" BESIDE=
     : "${EPOCHS:=6}" "${TURNS:=8}" "${PIXELS:=112}" "${TOKENS:=2048}"
 fi
 # EPOCHS of fine-tuning; TURNS: questions of a conversation, at most; PIXELS: height and width of what the tower sees;
@@ -103,7 +104,8 @@ done
 started=
 for split in $SPLITS; do
     for run in seeing blind; do
-        if [ -n "$background" ]; then
+        if [ -n "$BESIDE" ]; then
+            mkdir -p "$OUT/$split"
             both_stages "$split" "$run" >"$OUT/$split/$run.log" 2>&1 &
             started="$started $!"
             echo "$split, $run: $OUT/$split/$run.log"

@@ -40,13 +40,16 @@ from llava.train.step.group_of_one import (
     set_up_alone,
 )
 from llava.train.step.loss_watch import LossWatch
-from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes, on_own_parts, with_float32_moments
+from llava.train.step.optimizers import (
+    TORCHAO,
+    is_of_bitsandbytes,
+    on_own_parts,
+    parameter_groups,
+    with_float32_moments,
+)
 from llava.train.validation.held_out import Validation
 
 logger = logging.getLogger(__name__)
-
-PROJECTOR = "mm_projector"
-TOWER = "vision_tower"
 
 
 class LlavaTrainer(Trainer):
@@ -380,34 +383,3 @@ class LlavaTrainer(Trainer):
         """A barrier, where there are other processes."""
         if self.args.world_size > 1:
             torch.distributed.barrier()
-
-
-def parameter_groups(
-    model: nn.Module,
-    *,
-    decayed: set[str],
-    weight_decay: float,
-    projector_lr: float | None,
-    tower_lr: float | None,
-) -> list[dict]:
-    """Optimizer groups of the trainable parameters: (own learning rate or the common one) × (decay or not).
-
-    Groups come in the order language model, projector, tower, each with decay first; empty ones are left out.
-    """
-    rates = {"": None, PROJECTOR: projector_lr, TOWER: tower_lr}
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {
-        (part, decay): [] for part in rates for decay in (True, False)
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = next((key for key in (PROJECTOR, TOWER) if key in name and rates[key] is not None), "")
-            members[part, name in decayed].append(parameter)
-    groups = []
-    for (part, decay), parameters in members.items():
-        if not parameters:
-            continue
-        group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
-        if rates[part] is not None:
-            group["lr"] = rates[part]
-        groups.append(group)
-    return groups

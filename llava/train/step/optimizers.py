@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
 """The Trainer's names of torchao's optimizers."""
+PROJECTOR, TOWER = "mm_projector", "vision_tower"
 _BITSANDBYTES = ("bnb", "adamw_8bit", "ademamix", "lion", "paged")
 """Parts of the Trainer's names of bitsandbytes' optimizers."""
 
@@ -17,6 +19,37 @@ _BITSANDBYTES = ("bnb", "adamw_8bit", "ademamix", "lion", "paged")
 def is_of_bitsandbytes(name: str) -> bool:
     """Whether the Trainer takes the optimizer of this name from bitsandbytes, whose kernels take no sharded tensors."""
     return any(part in name for part in _BITSANDBYTES)
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    decayed: set[str],
+    weight_decay: float,
+    projector_lr: float | None,
+    tower_lr: float | None,
+) -> list[dict]:
+    """Optimizer groups of the trainable parameters: (own learning rate or the common one) × (decay or not).
+
+    Groups come in the order language model, projector, tower, each with decay first; empty ones are left out.
+    """
+    rates = {"": None, PROJECTOR: projector_lr, TOWER: tower_lr}
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {
+        (part, decay): [] for part in rates for decay in (True, False)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = next((key for key in (PROJECTOR, TOWER) if key in name and rates[key] is not None), "")
+            members[part, name in decayed].append(parameter)
+    groups = []
+    for (part, decay), parameters in members.items():
+        if not parameters:
+            continue
+        group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
+        if rates[part] is not None:
+            group["lr"] = rates[part]
+        groups.append(group)
+    return groups
 
 
 def on_own_parts(optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
