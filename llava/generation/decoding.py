@@ -40,7 +40,7 @@ class Arriving:
             self._tokens = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
             self._tokens.copy_(chosen, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(chosen.device))  # the head may be on another GPU
 
     def tokens(self) -> list[int]:
         """Waits for them."""
