@@ -127,10 +127,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move the waiting requests that are taken in now to `starting`, in order of arrival."""
-        free = self.max_batch_size - len(self.running)
-        is_early = self.is_patient and not self._is_filling and self.running and free < self.max_batch_size // 2
-        if not self.waiting or not free or is_early:
+        if not self._takes_in():
             return
+        free = self.max_batch_size - len(self.running)
         positions, lengths = 0, self._next_lengths()
         while self.waiting and len(self.starting) < free:
             first = self.waiting[0]
@@ -150,6 +149,12 @@ class Scheduler:
             self.starting.append(self.waiting.popleft())
         # What one pass doesn't hold follows in the next, not when half the batch is free again.
         self._is_filling = bool(self.starting) and len(self.starting) < free
+
+    def _takes_in(self) -> bool:
+        """Whether requests wait and there are rows for them now."""
+        free = self.max_batch_size - len(self.running)
+        is_early = self.is_patient and not self._is_filling and self.running and free < self.max_batch_size // 2
+        return bool(self.waiting and free and not is_early)
 
     def _put_back(self) -> None:
         """Have those wait who were taken in and neither started nor failed: something else went wrong."""
@@ -259,9 +264,8 @@ class Scheduler:
         changes nothing: the rows that stay keep their logits, and what is computed again is written again.
         """
         lengths = self._lengths()
-        is_whole = len(lengths) == self.max_batch_size or not self.waiting
         ends = any(one.left <= 1 for one in self.running)
-        if ends or not is_whole or not decoder.goes_on(self.running, lengths):
+        if ends or self._takes_in() or not decoder.goes_on(self.running, lengths):
             return
         if self.runner.cache.holds(self._next_lengths()):
             self._prepare_rows(self._next_lengths())
