@@ -35,8 +35,9 @@ class Arriving:
 
     def __init__(self, chosen: torch.Tensor):
         self._event: torch.cuda.Event | None = None
-        self._tokens = chosen
-        if chosen.device.type == "cuda":
+        if chosen.device.type != "cuda":
+            self._tokens = chosen.cpu()
+        else:
             self._tokens = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
             self._tokens.copy_(chosen, non_blocking=True)
             self._event = torch.cuda.Event()

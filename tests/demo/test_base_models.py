@@ -146,7 +146,7 @@ def test_the_commands_one_after_the_other(tmp_path):
     words = [*data, *sizes, "--tokenizer", folder["many"], "--output-dir", folder["language"], "--processes", "1"]
     steps = {}
     for tokens in (200, 4000):
-        language_model.main([*words, "--batch-tokens", str(tokens)])
+        language_model.main([*words, "--batch-tokens", str(tokens), "--overwrite"])
         steps[tokens] = len(read_json(tmp_path / "language" / LOSSES))
     assert steps[200] > steps[4000] == 1
     words = [*data, *sizes, "--image-folder", str(tmp_path), "--language-model", folder["language"], "--steps", "3"]
