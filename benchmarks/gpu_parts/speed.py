@@ -3,13 +3,15 @@
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+
+from llava.generation.attention.kernels import GATHERED
 
 LENGTHS = (1, 585, 2, 1200, 129, 640, 63, 900, 575, 1)
 """Of the samples of one pack, 4096 tokens in all."""
@@ -121,7 +123,11 @@ def copy_rate(miniature: bool) -> float:
     return 2 * source.nbytes / spent / 1e9
 
 
-VARIANTS = {"": {}, "torch's kernels, ": {"working_fused": None}, "gathered pages, ": {"working_kernel": None}}
+VARIANTS: dict[str, dict] = {
+    "": {},
+    "torch's kernels, ": {"working_fused": lambda _: None},
+    "gathered pages, ": {"working_kernel": lambda *_: GATHERED},
+}
 """What stands in for the runner's choices: nothing, no kernels of this project between products, none over pages."""
 
 
@@ -141,12 +147,8 @@ def decode(miniature: bool) -> dict:
 def decoding(loaded, batch: int, steps: int, changes: dict, rate: float) -> dict:
     """Of one batch size; the cache's memory is free again at the end."""
     from llava.generation import Engine
-    from llava.generation.attention.kernels import GATHERED
 
-    stand_ins = {"working_fused": lambda _: None, "working_kernel": lambda *_: GATHERED}
-    with ExitStack() as stack:
-        for name in changes:
-            stack.enter_context(mock.patch(f"llava.generation.runner.{name}", stand_ins[name]))
+    with mock.patch.multiple("llava.generation.runner", **changes) if changes else nullcontext():
         engine = Engine(
             loaded, max_batch_size=batch, cache_bytes=batch * 400 * 2**20 + 2**28, prefix_bytes=0, max_prefill=1 << 15
         )
