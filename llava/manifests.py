@@ -90,6 +90,14 @@ def claim(file: Path, settings: Settings, *, overwrite: bool = False) -> None:
         manifest_path(file).unlink(missing_ok=True)
 
 
+def to_be_made(file: Path, settings: Settings, *, overwrite: bool = False) -> bool:
+    """Whether a file of these settings has still to be made; then it is claimed (errors: see `claim`)."""
+    if not overwrite and finished(file, "fingerprint", fingerprint_of(settings)):
+        return False
+    claim(file, settings, overwrite=overwrite)
+    return True
+
+
 def refuse_another(file: Path, settings: Settings) -> None:
     """Fail if `file` is there, unless it was to be replaced already by a run of these settings (`claim`, `give_up`).
 

@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv=None) -> int:
     from llava.eval.chat.judge import build_job, repair_job
-    from llava.manifests import claim, fingerprint_of, finished, sha256_of, write_manifest
+    from llava.manifests import fingerprint_of, sha256_of, to_be_made, write_manifest
     from llava.openai_api import print_dry_run, run_jobs, settings_from_args
     from llava.records import ResumableJsonl
 
@@ -64,10 +64,9 @@ def main(argv=None) -> int:
         "judge_model": settings.model,
     }
     scores = Path(args.scores_file)
-    if not args.overwrite and finished(scores, "fingerprint", fingerprint_of(about)):
+    if not to_be_made(scores, about, overwrite=args.overwrite):
         write_line(f"{scores} is complete already; --overwrite judges again")
         return 0
-    claim(scores, about, overwrite=args.overwrite)
     pair_of = {build_job(*pair, swapped).key: (*pair, swapped) for pair in pairs for swapped in orders}
 
     def to_record(job, result):

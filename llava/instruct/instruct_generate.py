@@ -36,7 +36,7 @@ def build_parser() -> ArgumentParser:
 def main(argv=None) -> int:
     from llava.instruct.figures import in_turn, read_figures
     from llava.instruct.prompts import build_messages
-    from llava.manifests import claim, fingerprint_of, finished, sha256_of, write_manifest
+    from llava.manifests import fingerprint_of, sha256_of, to_be_made, write_manifest
     from llava.openai_api import ChatJob, print_dry_run, run_jobs, settings_from_args
     from llava.records import ResumableJsonl
 
@@ -67,10 +67,9 @@ def main(argv=None) -> int:
         "model": settings.model,
     }
     generated = Path(args.output_path)
-    if not args.overwrite and finished(generated, "fingerprint", fingerprint_of(about)):
+    if not to_be_made(generated, about, overwrite=args.overwrite):
         write_line(f"{generated} is complete already; --overwrite asks again")
         return 0
-    claim(generated, about, overwrite=args.overwrite)
     by_key = {figure.key: figure for figure in figures}
 
     def to_record(job, result):
