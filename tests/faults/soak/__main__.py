@@ -29,7 +29,6 @@ from tests.faults.soak.stack import SERVERS, Sample, Stack
 from tests.serve.health import HealthWatch, latencies
 
 CLIENTS = 32
-LOAD = 0.8
 SAMPLE_SECONDS = 5.0
 QUIET_SECONDS = 60.0  # idle connections between the servers are closed after 25 to 50
 FILLING = {"with an image": 700, "with images, streamed": 700, "text": 2000, "page conversation": 520}
@@ -69,7 +68,7 @@ class Soak:
             sampling = asyncio.create_task(self._sample_for_ever())
             with HealthWatch({name: self.stack.url(name) for name in SERVERS}) as health:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self.load.poisson(LOAD * capacity, seconds))
+                    tasks.create_task(self.load.poisson(self.args.load * capacity, seconds))
                     tasks.create_task(self.faults.run(self.args.fault_seconds, seconds))
             took = time.monotonic() - began
             sampling.cancel()
@@ -83,6 +82,7 @@ class Soak:
         return {
             "minutes": round(took / 60, 2),
             "seed": self.args.seed,
+            "load": self.args.load,
             "capacity_per_second": round(capacity, 2),
             "load_per_second": round(len(requests) / took, 2),
             "held_back_seconds": round(self.load.held_back, 1),
@@ -151,6 +151,7 @@ def soak(args: argparse.Namespace) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60, help="of the load")
+    parser.add_argument("--load", type=float, default=0.8, help="share of the capacity that the requests take")
     parser.add_argument("--fault-seconds", type=float, default=30, help="between two faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here too")
