@@ -101,6 +101,23 @@ def browser():
         yield driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
 
 
+def text_of(browser, path) -> str:
+    """What the page shows, folded parts open."""
+    for scheme in ("light", "dark"):
+        page = browser.new_page(viewport={"width": 500, "height": 800}, color_scheme=scheme)
+        asked, said = [], []
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.on("console", lambda message, said=said: said.append(message.text))
+        page.on("pageerror", lambda error, said=said: said.append(str(error)))
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 500
+        assert [url for url in asked if not url.startswith(("file:", "data:"))] == said == []
+        text = page.evaluate("document.body.innerText")
+        page.close()
+    return text
+
+
 def test_a_page_fits_every_width_and_asks_for_nothing(tmp_path, browser):
     everything(tmp_path / "page.html")
     for width, media, scheme in ((500, "screen", "dark"), (1200, "screen", "light"), (700, "print", "dark")):

@@ -14,23 +14,6 @@ from tests.train import test_summary as trainings
 files, browser = reports.files, pages.browser
 
 
-def text_of(browser, path) -> str:
-    """What the page shows, folded parts open."""
-    for scheme in ("light", "dark"):
-        page = browser.new_page(viewport={"width": 500, "height": 800}, color_scheme=scheme)
-        asked, said = [], []
-        page.on("request", lambda request, asked=asked: asked.append(request.url))
-        page.on("console", lambda message, said=said: said.append(message.text))
-        page.on("pageerror", lambda error, said=said: said.append(str(error)))
-        page.goto(path.as_uri())
-        page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 500
-        assert [url for url in asked if not url.startswith(("file:", "data:"))] == said == []
-        text = page.evaluate("document.body.innerText")
-        page.close()
-    return text
-
-
 def test_a_report_shows_the_scores_of_run_eval(files, browser, tmp_path):
     reports.make(files, "--image-folder", str(files))
     scores = tmp_path / "scores.json"
@@ -45,7 +28,7 @@ def test_a_report_shows_the_scores_of_run_eval(files, browser, tmp_path):
         "200",
     ]
     run_eval.main([str(word) for word in words])
-    strict, text = json.loads(scores.read_text())["strict"], text_of(browser, files / "page.html")
+    strict, text = json.loads(scores.read_text())["strict"], pages.text_of(browser, files / "page.html")
     for name in ("open recall", "closed accuracy"):
         assert f"{strict[name]['value']:.1f}" in text, name
     assert RESEARCH_NOTICE in text
@@ -53,7 +36,7 @@ def test_a_report_shows_the_scores_of_run_eval(files, browser, tmp_path):
 
 def test_a_training_page_shows_its_summary(browser, tmp_path):
     _, summary = trainings.run(tmp_path)
-    text = text_of(browser, tmp_path / "training_report.html")
+    text = pages.text_of(browser, tmp_path / "training_report.html")
     assert f"{summary['first_loss']:.4f}, {summary['last_loss']:.4f}" in text
 
 
@@ -61,5 +44,6 @@ def test_a_page_of_statistics_shows_its_counts(browser, tmp_path):
     turns = [{"from": "human", "value": "Describe the image."}, {"from": "gpt", "value": "It shows a lung."}]
     write_json(tmp_path / "data.json", [{"id": str(n), "conversations": turns} for n in range(3)])
     stats = collect(tmp_path / "data.json")
-    text = text_of(browser, write_figures(stats, tmp_path, "Records"))
+    text = pages.text_of(browser, write_figures(stats, tmp_path, "Records", {"input": "data.json"}))
+    assert '"input": "data.json"' in text
     assert f"{stats.records:,} records" in text

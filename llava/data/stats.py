@@ -23,6 +23,7 @@ def build_parser() -> ArgumentParser:
 def main(argv=None) -> int:
     from llava.data.stats_count import collect
     from llava.data.stats_figure import write_figures
+    from llava.manifests import sha256_of, versions
     from llava.records import write_json
 
     args = build_parser().parse_args(argv)
@@ -30,7 +31,8 @@ def main(argv=None) -> int:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "stats.json", stats.as_json(), overwrite=args.overwrite)
-    page = write_figures(stats, folder, Path(args.input).name)
+    read = {"input": args.input, "sha256": sha256_of(Path(args.input)), "max_records": args.max_records}
+    page = write_figures(stats, folder, Path(args.input).name, {**read, "versions": versions()})
     write_line(f"{stats.records} records, {sum(stats.turns)} turns, domains {dict(stats.domains.most_common())}")
     for name, pairs in stats.verbs.items():
         top = ", ".join(f"{verb} {noun} ({count})" for (verb, noun), count in pairs.most_common(5))

@@ -1,7 +1,7 @@
 """The figures of `llava.data.stats`: sunbursts of verb and object, domains, lengths, turns; as PNG and as a page."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from llava.data.stats_count import InstructStats
-from llava.pages import figure, figures, note, table, write_page
+from llava.pages import figure, figures, note, table, what_was_run, write_page
 from llava.pages.charts import COLORS, INK, PAPER, chart, style
 from llava.records import atomic_path
 
@@ -19,8 +19,8 @@ LONGEST = 200
 """Words from which on texts are counted together."""
 
 
-def write_figures(stats: InstructStats, folder: Path, title: str) -> Path:
-    """Write stats.png and stats.html into `folder`; returns the page's path."""
+def write_figures(stats: InstructStats, folder: Path, title: str, run: Mapping[str, Any]) -> Path:
+    """Write stats.png and stats.html into `folder`; returns the page's path. `run`: what the page says was run."""
     with atomic_path(folder / "stats.png") as temporary:
         _write_png(stats, temporary, f"{title}: {stats.records:,} records, {sum(stats.turns):,} turns")
     names = ("instructions", "responses")
@@ -34,6 +34,7 @@ def write_figures(stats: InstructStats, folder: Path, title: str) -> Path:
             ("What is asked and answered", figures(*bursts)),
             ("Domains, lengths, turns", figures(*counts)),
             *((f"{name.capitalize()}: verb and object", _pairs(stats, name)) for name in names),
+            what_was_run(run),
         ],
     )
 

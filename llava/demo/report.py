@@ -7,7 +7,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from llava.demo.scores import RUNS, RunScores, table
-from llava.pages import Card, figure, figures, gallery, note, subheading, write_page
+from llava.manifests import versions
+from llava.pages import Card, figure, figures, gallery, note, subheading, what_was_run, write_page
 from llava.pages import table as html_table
 from llava.pages.charts import Line, bars, curves, smoothed
 from llava.records import read_json
@@ -43,6 +44,7 @@ def write_report(
             ("Loss curves", _curves(output)),
             ("Some answers", gallery([*_examples(output, rows, right=True), *_examples(output, rows, right=False)])),
             ("Time", html_table(["step", "seconds"], times)),
+            what_was_run({**read_json(output / "demo.json"), "versions": versions()}),
         ],
     )
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
@@ -108,7 +109,8 @@ def start_embeddings(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None
     embeddings = tower.embeddings
     weight = embeddings.patch_embedding.weight
     width, channels, patch, _ = weight.shape
-    patches = functional.unfold(pixel_values, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()
+    cut = "image channel (row height) (column width) -> (image row column) (channel height width)"
+    patches = rearrange(pixel_values, cut, height=patch, width=patch).double()
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
     whitening = (vectors / (values + 0.02 * values[min(5, width - 1)]).sqrt()).T.float()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from einops import rearrange
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -108,10 +109,10 @@ class PackedPass:
         for group in self.groups:
             own = queries[group.tokens]
             own = own if group.spread is None else own[group.spread]
-            own = own.view(*group.shape, *own.shape[1:]).transpose(1, 2)
+            own = rearrange(own, "(row query) head width -> row head query width", row=group.shape[0])
             known, seen = layer[:, group.rows, :, : group.width]
             output, _ = sdpa_attention_forward(attention, own, known, seen, group.mask, scaling=scaling)
-            output = output.reshape(group.shape[0] * group.shape[1], -1)
+            output = rearrange(output, "row query head width -> (row query) (head width)")
             outputs.append(output if group.collect is None else output[group.collect])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -173,7 +174,7 @@ class WatchedPass(PackedPass):
         assert layer is not None, "the pass has just written it"
         seen = layer[0, group.rows.start, :, : group.width]
         # Key head by key head: all at once would be heads x positions x positions.
-        own = queries[-self.count :].unflatten(1, (len(seen), -1)).movedim(0, 2)
+        own = rearrange(queries[-self.count :], "query (key group) width -> key group query width", key=len(seen))
         for watching, known in zip(own, seen, strict=True):
             scores = watching @ known.T * scaling
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask

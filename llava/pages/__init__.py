@@ -13,6 +13,7 @@ from llava.pages.page import (
     subheading,
     table,
     warning,
+    what_was_run,
     write_page,
 )
 from llava.pages.printing import print_page, printing_browser
@@ -32,5 +33,6 @@ __all__ = [
     "subheading",
     "table",
     "warning",
+    "what_was_run",
     "write_page",
 ]

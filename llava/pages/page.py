@@ -6,8 +6,9 @@ A page is a list of sections, each a heading and what the functions here return.
 
 import base64
 import io
+import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -98,6 +99,12 @@ def preformatted(lines: Sequence[str]) -> Markup:
 def folded(title: str, body: Markup) -> Markup:
     """What is shown once its title is clicked, and in print."""
     return _part("folded", title, body)
+
+
+def what_was_run(run: Mapping[str, Any]) -> tuple[str, Markup]:
+    """The last section of a page: the settings, files and versions of the run that it shows, as JSON."""
+    lines = json.dumps(run, indent=2, ensure_ascii=False, default=str).splitlines()
+    return "What was run", folded("Settings, files, versions", preformatted(lines))
 
 
 def warning(text: str) -> Markup:

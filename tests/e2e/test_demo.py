@@ -7,9 +7,13 @@ import sys
 
 import pytest
 
+from llava.constants import RESEARCH_NOTICE
 from llava.records import read_records
+from tests import test_pages as pages
 from tests.documented_commands import ROOT
 from tests.openai_server import OpenAIServer
+
+browser, text_of = pages.browser, pages.text_of
 
 
 def _python(*words) -> subprocess.CompletedProcess:
@@ -47,8 +51,8 @@ def test_what_the_script_for_a_cpu_begins_with_is_there(demo):
     assert len(named) == 3 and all((output / name).exists() for name in named)
 
 
-def test_scores_of_a_whole_demo_are_shown(demo, tmp_path):
-    """Those of the small run, shown as the whole one shows its own."""
+def test_scores_of_a_whole_demo_are_shown(demo, browser):
+    """Those of the small run, shown as the whole one shows its own, in Chromium at 500 px."""
     from llava.demo.report import write_report
     from llava.demo.scores import results, score_runs, table
 
@@ -60,7 +64,10 @@ def test_scores_of_a_whole_demo_are_shown(demo, tmp_path):
     assert [row[0] for row in table(scores)][1:] and "with images" in str(table(scores))
     page = (output / "report.html").read_bytes()
     shown = write_report(output, scores, summary, {"scores": 1.0}, claims_scores=True).read_text()
+    text = text_of(browser, output / "report.html")
     (output / "report.html").write_bytes(page)
+    assert all(cell in text for row in table(scores) for cell in row)
+    assert RESEARCH_NOTICE in text and '"seed": 4' in text
     assert "95 % bootstrap intervals" in shown and shown.count("<svg ") == shown.count("<figcaption>") >= 7
 
 

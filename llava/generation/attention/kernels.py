@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch.nn.functional import scaled_dot_product_attention
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,13 @@ def gathered(
     column = places - batch.starts.index_select(0, row_of)
     slot = row_of * batch.longest + column
     padded = queries.new_zeros(rows * batch.longest, *queries.shape[1:]).index_copy_(0, slot, queries)
-    padded = padded.unflatten(0, (rows, batch.longest)).transpose(1, 2)
+    padded = rearrange(padded, "(row query) head width -> row head query width", row=rows)
     known, seen = (
-        states.index_select(0, batch.table.flatten()).unflatten(0, batch.table.shape).flatten(1, 2).transpose(1, 2)
+        rearrange(
+            states.index_select(0, batch.table.flatten()),
+            "(row page) place head width -> row head (page place) width",
+            row=rows,
+        )
         for states in (keys, values)
     )
     new = batch.starts.diff()
@@ -64,7 +69,7 @@ def gathered(
     out = scaled_dot_product_attention(
         padded, known, seen, mask.unsqueeze(1), scale=scale, enable_gqa=padded.shape[1] != known.shape[1]
     )
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, slot)
+    return rearrange(out, "row head query width -> (row query) head width").index_select(0, slot)
 
 
 GATHERED = PagedKernel("pages gathered for scaled_dot_product_attention", gathered, 16)

@@ -1,6 +1,7 @@
 """llama.cpp's names of a language model's tensors, and what its files do to them."""
 
 import torch
+from einops import rearrange
 
 from llava.model.families import EMBEDDING, FINAL_NORM, HEAD
 
@@ -36,8 +37,7 @@ def language_names(layers: int) -> dict[str, str]:
 
 def rotary_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a query or key projection as llama.cpp has them: the two values that a rotation mixes side by side."""
-    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return rows.transpose(1, 2).reshape(weight.shape)
+    return rearrange(weight, "(head two pair) ... -> (head pair two) ...", head=heads, two=2)
 
 
 def known_cuts() -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from einops import rearrange
 from gguf import GGUFWriter
 from torch.nn.functional import interpolate
 
@@ -169,9 +170,9 @@ def _positions(table: torch.Tensor, tower: VisionTower, class_token: str) -> tor
     first, grid = table[:tokens], table[tokens:]
     old = round(len(grid) ** 0.5)
     if old != side:
-        square = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+        square = rearrange(grid, "(row column) width -> 1 width row column", row=old)
         square = interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
-        grid = square.permute(0, 2, 3, 1).reshape(side * side, -1)
+        grid = rearrange(square, "1 width row column -> (row column) width")
     return torch.cat([grid, first] if class_token == LAST else [first, grid])
 
 

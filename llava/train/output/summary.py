@@ -1,6 +1,5 @@
 """The end of a run: `training_summary.json`, a page with curves and answers, and an image of the loss."""
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,7 @@ def _draw(path: Path, log_history: list[dict]) -> None:
 
 
 def _write_page(folder: Path, summary: dict[str, Any], log_history: list[dict]) -> None:
-    from llava.pages import figure, figures, folded, preformatted, table, write_page
+    from llava.pages import figure, figures, table, what_was_run, write_page
     from llava.pages.charts import curves
 
     drawn = [
@@ -132,7 +131,7 @@ def _write_page(folder: Path, summary: dict[str, Any], log_history: list[dict]) 
             ("Held-out records", _evaluations(summary.get("validation"))),
             ("Answers to held-out questions", _answers(folder)),
             ("Cut or left out", _left_out(summary)),
-            ("What was run", folded("Folder, versions", preformatted(json.dumps(run, indent=2).splitlines()))),
+            what_was_run(run),
         ],
     )
 
