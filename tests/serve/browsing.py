@@ -53,14 +53,21 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, web):
-    """Open the page with a given width; afterwards no error was on the console and nothing outside was asked for."""
+    """Open the page with a given width; afterwards no error was on the console and nothing outside was asked for.
+
+    `refusals`: HTTP statuses that the browser may report as errors, as it does for every refused request.
+    """
     seen = {"errors": [], "hosts": set()}
     pages = []
 
-    def opened(width=1280, height=900, scheme="light"):
+    def opened(width=1280, height=900, scheme="light", refusals=()):
+        def note(message):
+            if message.type == "error" and not any(f"status of {status} " in message.text for status in refusals):
+                seen["errors"].append(message.text)
+
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         page.set_default_timeout(PATIENCE)
-        page.on("console", lambda message: seen["errors"].append(message.text) if message.type == "error" else None)
+        page.on("console", note)
         page.on("pageerror", lambda error: seen["errors"].append(str(error)))
         page.on("request", lambda request: seen["hosts"].add(urlsplit(request.url).hostname))
         page.goto(web.url)

@@ -78,6 +78,38 @@ def test_zoom_shift_and_keys(open_page, models, tmp_path):
     expect(page.locator("#viewer .words")).to_contain_text("Beside it: what demo-model sees")
 
 
+def test_two_fingers_zoom_and_one_moves(open_page, models, tmp_path):
+    """At a phone's width, with the browser's own touches."""
+    Image.new("RGB", (300, 200), (90, 90, 90)).save(tmp_path / "one.png")
+    page = open_page(390, 844)
+    accept(page, "demo-model")
+    add_files(page, [tmp_path / "one.png"], 1)
+    expect(page.locator("#viewer img.large")).to_have_count(1)
+    stage, whole = page.locator("#viewer .stage").bounding_box(), place(page)
+    x, y = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2
+    touches = page.context.new_cdp_session(page)
+    touches.send("Emulation.setTouchEmulationEnabled", {"enabled": True, "maxTouchPoints": 2})
+
+    def touch(kind, *points):
+        places = [{"x": px, "y": py, "id": number} for number, (px, py) in enumerate(points)]
+        touches.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+
+    touch("touchStart", (x - 20, y), (x + 20, y))
+    for apart in (25, 30, 35, 40):
+        touch("touchMove", (x - apart, y), (x + apart, y))
+    touch("touchEnd")
+    wait_until(lambda: zoom(page) > 1, 20)
+    assert zoom(page) == pytest.approx(2, abs=0.05) and place(page)[2] == pytest.approx(2 * whole[2], rel=0.03)
+    assert page.evaluate("window.visualViewport.scale") == 1, "the page itself isn't zoomed"
+    before = place(page)
+    touch("touchStart", (x, y))
+    touch("touchMove", (x + 10, y + 5))
+    touch("touchMove", (x + 30, y + 20))
+    touch("touchEnd")
+    wait_until(lambda: place(page) != before, 20)
+    assert place(page)[:2] == pytest.approx([before[0] + 30, before[1] + 20], abs=1)
+
+
 def test_slices_by_keys_and_wheel(open_page, models, tmp_path):
     page = open_page()
     accept(page, "demo-model")
@@ -128,6 +160,25 @@ def test_a_refused_file_holds_the_question(open_page, models, tmp_path):
     expect(last_answer(page)).to_contain_text("now?", timeout=PATIENCE)
     expect(page.locator("#chat0 [data-testid=user] img.thumb")).to_have_count(1, timeout=PATIENCE)
     page.wait_for_timeout(300)
+
+
+def test_files_that_the_server_refuses_hold_the_question(open_page, models, tmp_path):
+    """Each is small enough; together they are more than a visitor may have there."""
+    for number in range(5):
+        with (tmp_path / f"{number}.png").open("wb") as file:
+            file.truncate(30 << 20)
+    page = open_page(refusals=[413])
+    accept(page, "demo-model")
+    page.locator("#box input[type=file]").set_input_files([tmp_path / f"{number}.png" for number in range(5)])
+    refused = page.locator("#refused [role=alert]")
+    expect(refused).to_contain_text("You have more than 128 MiB of files here.", timeout=PATIENCE)
+    ask(page, "What is in them?")
+    expect(page.get_by_text("A file was refused: add another one, or go on without it.").last).to_be_visible()
+    expect(page.locator("#chat0 [data-testid=user]")).to_have_count(0)
+    page.locator("#refused button").click()
+    expect(refused).to_have_count(0, timeout=PATIENCE)
+    ask(page, "And without them?")
+    expect(last_answer(page)).to_contain_text("without them?", timeout=PATIENCE)
 
 
 def test_the_card_of_the_chosen_model(open_page, models):
