@@ -31,10 +31,10 @@ IDENTIFIERS = {
 }
 
 
-def body(place: int) -> np.ndarray:
+def body(place: int, side: int = 160) -> np.ndarray:
     """A slice of a made-up chest in Hounsfield units + 1024: lungs that grow, a spot in slices 25 to 30."""
-    y, x = np.mgrid[-1:1:160j, -1:1:160j]
-    values = np.full((160, 160), -1000.0)
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    values = np.full((side, side), -1000.0)
     values[(x / 0.85) ** 2 + (y / 0.6) ** 2 < 1] = 40
     size = 0.18 + 0.004 * place
     for side in (-0.4, 0.4):
@@ -45,7 +45,7 @@ def body(place: int) -> np.ndarray:
     return (values + 1024).astype(np.uint16)
 
 
-def series(folder: Path) -> list[Path]:
+def series(folder: Path, side: int = 160) -> list[Path]:
     """40 files whose names and numbers say nothing of their places in the body."""
     paths = []
     for place in range(SLICES):
@@ -53,7 +53,7 @@ def series(folder: Path) -> list[Path]:
         tags = IDENTIFIERS | {"InstanceNumber": str(place * 7 % SLICES + 1), "Modality": "CT"}
         tags |= {"ImagePositionPatient": [0, 0, 2.5 * place], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
         tags |= {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": 40, "WindowWidth": 400}
-        path.write_bytes(dicom(body(place), **tags))
+        path.write_bytes(dicom(body(place, side), **tags))
         paths.append(path)
     return sorted(paths)
 
