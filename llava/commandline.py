@@ -206,16 +206,26 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 class SafeFormatter(logging.Formatter):
-    """Log lines that no one else can write: what a client named, as a model, may hold line ends, or megabytes."""
+    """Log lines that no one else can write: what a client named, as a model, may hold line ends, or megabytes.
+
+    The module that was started is called by its name, not `__main__`.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = one_line(record.message)
+        if record.name == "__main__":
+            record.name = _started_module()
         return super().formatMessage(record)
 
     def formatException(self, ei) -> str:
         lines = super().formatException(ei).splitlines()
         # The last lines say what happened; indented, none of them looks like the beginning of a record.
         return "\n".join("  " + one_line(line) for line in lines[-MOST_TRACEBACK_LINES:])
+
+
+def _started_module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return Path(sys.argv[0]).stem if spec is None else spec.name.removesuffix(".__main__")
 
 
 def write_line(text: str = "") -> None:

@@ -39,6 +39,10 @@ def stream(controller, **body):
     return chunks
 
 
+def test_its_log_names_the_module(controller):
+    assert "INFO llava.serve.controller: controller ready" in controller.log.read_text().splitlines()
+
+
 def test_starts_without_torch():
     script = (
         "import sys, llava.serve.controller as c; c.build_parser(); import fastapi; assert 'torch' not in sys.modules"
