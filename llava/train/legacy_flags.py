@@ -185,10 +185,10 @@ def _fsdp(flags: dict, warnings: list[str], possible: bool) -> None:
 def _without_gpu(flags: dict, warnings: list[str]) -> None:
     if not is_true(flags.get("use_cpu", ["False"])):
         flags["use_cpu"] = ["True"]
+        if is_true(flags.get("bf16", ["False"])):
+            warnings.append("--bf16 without a GPU: training on the CPU (--use_cpu) with bfloat16 autocast")
     if "tf32" in flags and is_true(flags.pop("tf32")):
         warnings.append("--tf32 is ignored: it is a number format of NVIDIA GPUs, and there is none")
-    if is_true(flags.get("bf16", ["False"])):
-        warnings.append("--bf16 without a GPU: training on the CPU (--use_cpu) with bfloat16 autocast")
     if is_true(flags.get("fp16", ["False"])):
         flags.pop("fp16")
         warnings.append("--fp16 is ignored: half precision needs a GPU; training in float32 on the CPU")

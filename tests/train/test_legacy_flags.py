@@ -95,3 +95,8 @@ def test_flags_that_change_nothing_without_a_gpu_are_silent():
     flags, warnings = translate("--tf32 False --bf16 False --fsdp ''", has_gpu=False)
     assert flags == {"bf16": ["False"], "use_cpu": ["True"]}
     assert [w for w in warnings if "fsdp" not in w] == []
+
+
+def test_what_was_asked_for_is_no_surprise():
+    flags, warnings = translate("--use_cpu True --bf16 True", has_gpu=False)
+    assert flags == {"bf16": ["True"], "use_cpu": ["True"]} and warnings == []
