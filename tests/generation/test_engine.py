@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llava.errors import LlavaError
 from llava.generation import ContextTooLong, Engine, OutOfMemory, Request, SamplingParams
