@@ -70,7 +70,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
 
-    def add_bool(self, *flags: str, default: bool = False, help: str | None = None, **kwargs):
+    def add_bool(self, *flags: str, default: bool | None = False, help: str | None = None, **kwargs):
         return self.add_argument(
             *flags,
             nargs="?",

@@ -183,21 +183,22 @@ def _dumps(content: Any, path: str | Path, indent: int | None = None) -> str:
 
 
 @contextmanager
-def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, overwrite: bool = True, private: bool = False) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes if it fails.
 
     Args:
         overwrite: replace a file of other content; the same content again is never refused.
+        private: only its user may read it (mode 0600).
 
     Raises:
         LlavaError: the system refuses to write it, or other content is there that may not be replaced.
     """
     path = Path(path)
     with writing(path):
-        yield from _atomic_path(path, overwrite)
+        yield from _atomic_path(path, overwrite, private)
 
 
-def _atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
+def _atomic_path(path: Path, overwrite: bool, private: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     os.close(handle)
@@ -207,7 +208,8 @@ def _atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
         if not overwrite:
             refuse_other_content(temporary, path)
         sync(temporary)
-        open_to_others(temporary)  # mkstemp makes private files
+        if not private:
+            open_to_others(temporary)  # mkstemp makes private files
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

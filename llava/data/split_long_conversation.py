@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.sample_form import add_form_flags, form_of
 from llava.errors import LlavaError
 from llava.record_content import plain_entries, with_entries
 from llava.records import Record, iter_records, write_records
@@ -40,8 +41,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--end", type=int, help="first record not to take any more")
     parser.add_argument("--model-name-or-path", required=True, help="folder with the tokenizer")
     parser.add_argument("--max-length", type=int, default=2048, help="positions, images included")
-    parser.add_argument("--template", "--version", default="v1", help="the prompt template that training will use")
-    parser.add_argument("--features-per-image", type=int, default=256, help="256 for ViT-L/14 at 224, 576 at 336")
+    add_form_flags(parser)
     parser.add_overwrite()
     return parser
 
@@ -137,16 +137,19 @@ def _piece(record: Record, opening: list[dict], pairs: list[Pair], start: int, e
 
 
 def _length_function(args) -> Callable[[Record], int]:
-    from llava.conversation import get_template
     from llava.model.tokenizer import load_tokenizer
     from llava.tokenization import encode_conversation
 
-    template = get_template(args.template)
-    tokenizer = load_tokenizer(existing_dir(args.model_name_or_path, "--model-name-or-path"))
+    folder = existing_dir(args.model_name_or_path, "--model-name-or-path")
+    form = form_of(folder, args.template, args.features_per_image)
+    tokenizer = load_tokenizer(folder)
+    form.image_tokens.check(tokenizer)
 
     def length_of(record: Record) -> int:
         try:
-            encoded = encode_conversation(record, template, tokenizer, features_per_image=args.features_per_image)
+            encoded = encode_conversation(
+                record, form.template, tokenizer, form.image_tokens, features_per_image=form.features_per_image
+            )
         except LlavaError as error:
             raise LlavaError(
                 f'{args.in_file} id "{record.get("id")}": {error}; see llava.data.validate --fix'

@@ -11,15 +11,17 @@ import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.data.sample_form import SampleForm, add_form_flags, form_of
 from llava.errors import LlavaError
 from llava.processes import process_pool
 from llava.records import Record, iter_records, write_json, write_records
+from llava.tokenization.image_tokens import SCHEMES
 
 EXIT_FAULTS = 1
 _CHUNK = 128
@@ -33,12 +35,9 @@ class Options:
     """What to check apart from the form."""
 
     image_folder: Path | None = None
-    tokenizer: str | None = None
-    template: str = "v1"
+    tokenizer: Path | None = None
+    form: SampleForm = field(default_factory=SampleForm)
     max_length: int = 2048
-    features_per_image: int = 256
-    use_start_end: bool = False
-    scheme: str = "placeholder"
 
     @property
     def is_heavy(self) -> bool:
@@ -109,11 +108,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("input", help="JSON, JSONL or Parquet")
     parser.add_argument("--image-folder", help="open every image; without it images aren't looked at")
     parser.add_argument("--tokenizer", help="a model folder; tokenise every record as training would")
-    parser.add_argument("--template", "--version", default="v1", help="the prompt template that training will use")
+    add_form_flags(parser)
     parser.add_argument("--model-max-length", type=int, default=2048, help="positions, images included")
-    parser.add_argument("--features-per-image", type=int, default=256, help="256 for ViT-L/14 at 224, 576 at 336")
-    parser.add_bool("--mm-use-im-start-end", help="<im_start> and <im_end> stand around images")
-    parser.add_argument("--image-tokens", choices=("placeholder", "patch"), default="placeholder", help="patch: v1.0")
+    parser.add_bool(
+        "--mm-use-im-start-end", default=None, help="<im_start> and <im_end> stand around images; default: as the model"
+    )
+    parser.add_argument("--image-tokens", choices=SCHEMES, help="patch: v1.0; default: as the model, else placeholder")
     parser.add_argument("--fix", metavar="PATH", help="write a copy without faults (.json, .jsonl or .parquet)")
     parser.add_argument("--report", metavar="PATH", help="write the report as JSON")
     parser.add_argument("--first", type=int, default=5, help="cases to show of each kind")
@@ -136,6 +136,8 @@ def main(argv=None) -> int:
     if not report.records:
         raise LlavaError(f"{path}: there are no records in it")
     content = {"file": str(path), **report.as_json()}
+    if options.tokenizer:
+        content["tokenised_with"] = str(options.form)
     if args.report:
         write_json(args.report, content, overwrite=args.overwrite)
     _show(content, args.fix)
@@ -221,12 +223,10 @@ def _make_checker(options: Options) -> Callable[[list[Record]], list]:
     lengths = None
     if options.tokenizer:
         from llava.model.tokenizer import load_tokenizer
-        from llava.tokenization import ImageTokens
 
-        tokenizer = load_tokenizer(options.tokenizer)
-        image_tokens = ImageTokens(options.scheme, options.use_start_end)
-        image_tokens.check(tokenizer)
-        lengths = LengthCheck(tokenizer, options.template, image_tokens, options.max_length, options.features_per_image)
+        tokenizer, form = load_tokenizer(options.tokenizer), options.form
+        form.image_tokens.check(tokenizer)
+        lengths = LengthCheck(tokenizer, form.template, form.image_tokens, options.max_length, form.features_per_image)
 
     def check(records: list[Record]) -> list:
         results = []
@@ -246,23 +246,19 @@ def _make_checker(options: Options) -> Callable[[list[Record]], list]:
 
 
 def _options(args) -> Options:
-    from llava.conversation import get_template
-
-    if args.tokenizer:
-        get_template(args.template)  # an unknown name is an error now, not once per record
-        existing_dir(args.tokenizer, "--tokenizer")
     for name in ("model_max_length", "features_per_image", "workers"):
-        if getattr(args, name) < 1:
-            raise LlavaError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
-    return Options(
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise LlavaError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    options = Options(
         image_folder=existing_dir(args.image_folder, "--image-folder") if args.image_folder else None,
-        tokenizer=args.tokenizer,
-        template=args.template,
         max_length=args.model_max_length,
-        features_per_image=args.features_per_image,
-        use_start_end=args.mm_use_im_start_end,
-        scheme=args.image_tokens,
     )
+    if not args.tokenizer:
+        return options
+    folder = existing_dir(args.tokenizer, "--tokenizer")
+    form = form_of(folder, args.template, args.features_per_image, args.image_tokens, args.mm_use_im_start_end)
+    return replace(options, tokenizer=folder, form=form)
 
 
 def _spread(lengths: Counter) -> dict[str, float]:
@@ -296,6 +292,7 @@ def _show(report: dict[str, Any], fixed: str | None) -> None:
                 detail = f": {case['detail']}" if case["detail"] else ""
                 write_line(f"    record {case['record']} (id {case['id']!r}){detail}")
     if "positions" in report:
+        write_line(f"  tokenised with {report['tokenised_with']}")
         write_line("  positions: " + ", ".join(f"{name} {value}" for name, value in report["positions"].items()))
     if fixed:
         left_out = report["faulty"] - report["repaired"]

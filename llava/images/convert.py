@@ -5,6 +5,7 @@ Which slices of a series are taken, and with which window, the flags say; what i
 python -m llava.images.convert /data/hospital --output-dir data/scans --slices 'montage 3x3'
 """
 
+import csv
 import hashlib
 import io
 import os
@@ -42,6 +43,12 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="of volumes: sagittal, coronal, axial")
     parser.add_argument("--question", help="give each record a conversation that begins with this question")
+    parser.add_argument(
+        "--sources",
+        metavar="PATH",
+        help="write which file each image was made of (CSV: image, file, frame), to join it with a table of yours; "
+        "patients' names may stand in paths, so it is kept out of --output-dir and readable for you alone",
+    )
     parser.add_bool(
         "--name-files", help="name files in left_out.jsonl by their paths, in which patients' names may stand"
     )
@@ -60,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     choose = parse_slices(args.slices)
     window = None if args.window == "auto" else parse_window(args.window)
     target = check_target(args.output_dir, args.overwrite)
+    sources = args.sources and Sources(Path(args.sources), Path(args.folder), target, args.overwrite)
     found = survey(existing_dir(args.folder, "folder of scans"), axis=args.axis, keep_burned_in=args.keep_burned_in)
     jobs = [Job(series, choose, window) for series in found.series]
     left_out = LeftOut(Path(args.folder).expanduser(), args.name_files)
@@ -79,14 +87,45 @@ def main(argv: list[str] | None = None) -> None:
                 left_out.add("the same images as another series", job.series.slices[0].path)
                 continue
             records[name] = _write(part / "images", name, drawn, args.question)
+            if sources:
+                sources.add(records[name]["images"], drawn, job.series)
         if not records:
             raise LlavaError(f"{args.folder}: no series that can be used ({len(left_out.entries)} files left out)")
         write_records(part / "records.json", [records[name] for name in sorted(records)])
         write_records(part / "left_out.jsonl", left_out.entries)
+        if sources:
+            sources.write()
     count = sum(len(record["images"]) for record in records.values())
     write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
     for why, number in Counter(entry["why"] for entry in left_out.entries).most_common():
         write_line(f"left out: {number} × {why}")
+
+
+class Sources:
+    """The rows of --sources: one for each slice in an image."""
+
+    def __init__(self, path: Path, folder: Path, target: Path, overwrite: bool):
+        self.path, self.folder, self.overwrite = path.expanduser().absolute(), folder.expanduser(), overwrite
+        if self.path.resolve().is_relative_to(target.resolve()):
+            raise LlavaError(f"--sources {path}: would name patients in the set; give a path outside --output-dir")
+        self.rows: list[tuple[str, str, int | str]] = []
+
+    def add(self, images: list[str], drawn: "Drawn", series: Series) -> None:
+        for image, (said, _) in zip(images, drawn, strict=True):
+            for one in (series.slices[place] for place in said["slices"]):
+                frame = "" if one.frame is None else one.frame
+                self.rows.append((image, str(one.path.relative_to(self.folder)), frame))
+
+    def write(self) -> None:
+        from llava.records import atomic_path
+
+        with (
+            atomic_path(self.path, overwrite=self.overwrite, private=True) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
+            table = csv.writer(file)
+            table.writerow(("image", "file", "frame"))
+            table.writerows(sorted(self.rows, key=lambda row: row[:2]))
 
 
 class LeftOut:

@@ -7,6 +7,7 @@ python -m llava.images.info scan.dcm volume.nii.gz --save seen/
 
 import json
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--json", metavar="PATH", help="write what was found here; - is the terminal")
     parser.add_argument("--save", metavar="PATH", help="write what a model would see: a PNG, or a folder of them")
     parser.add_argument(
-        "--frame", type=int, help="of a multi-frame file, or slice of a volume; default: the middle one"
+        "--frame", "--slice", type=int, help="of a multi-frame file, or slice of a volume; default: the middle one"
     )
     parser.add_argument("--axis", type=int, default=2, help="of a volume: 0 sagittal, 1 coronal, 2 axial")
-    parser.add_argument("--window", help=f"CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}")
+    parser.add_argument("--window", "--preset", help=f"CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}")
     parser.add_argument("--model-path", help="with --save: crop and size as this checkpoint's tower gets it")
     parser.add_overwrite()
     return parser
@@ -70,6 +71,7 @@ class _Saver:
 
     def __init__(self, args: Namespace):
         self.place = Path(args.save)
+        self.saved: Counter[str] = Counter()
         self.is_file = self.place.suffix.lower() == ".png"
         if self.is_file and len(args.files) > 1:
             raise LlavaError(f"--save {args.save}: several files need a folder")
@@ -89,10 +91,16 @@ class _Saver:
         if self.processor is not None:
             pixels = self.processor([image], self.ratio)[0]
             image = self.processor.restore(pixels if pixels.ndim == 3 else pixels[0])
-        path = self.place if self.is_file else self.place / f"{Path(file).name}.png"
+        path = self.place if self.is_file else self.place / self._name(file)
         with atomic_path(path, overwrite=self.overwrite) as temporary:
             image.save(temporary, "PNG")
         return path
+
+    def _name(self, file: str) -> str:
+        """Of the file's own name, which others of the same call may have too: 0001.dcm.png, then 0001.dcm-2.png."""
+        name = Path(file).name
+        self.saved[name] += 1
+        return f"{name}.png" if self.saved[name] == 1 else f"{name}-{self.saved[name]}.png"
 
 
 def _text(file: str, facts: ImageFacts, saved: Path | None) -> str:

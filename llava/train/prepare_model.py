@@ -11,7 +11,8 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.model import LoadedModel, add_image_tokens, build_model_from_llm, load_pretrained_model
-from llava.model.families import family_of, find_family
+from llava.model.checkpoint.config import template_for_training
+from llava.model.families import find_family
 from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import token_id
 from llava.model.weights.locate import locate_model
@@ -21,8 +22,6 @@ from llava.train.output.projector_file import load_projector
 from llava.train.step import gpu
 
 logger = logging.getLogger(__name__)
-
-STAGE_1_TEMPLATE = "plain"
 
 
 def prepare_model(arguments: Arguments) -> LoadedModel:
@@ -120,19 +119,6 @@ def start_end_ids(model: LlavaForCausalLM, tokenizer: PreTrainedTokenizerBase) -
     return [token_id(tokenizer, token) for token in (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)]
 
 
-def template_name(model: LlavaForCausalLM, arguments: Arguments, chat_template: str | None = None) -> str:
-    """The template of this run's samples: --version, else the checkpoint's own, else that of the language model's
-    `chat_template` where it is known, else the family's.
-    """
-    if arguments.model.version:
-        return arguments.model.version
-    own = getattr(model.config, "conversation_template", None)
-    if own and own != STAGE_1_TEMPLATE:
-        return own
-    family = family_of(model.config)
-    return family.recognise_chat(chat_template or "") or family.training_template
-
-
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that pads batches; masked everywhere, so any will do."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -209,6 +195,6 @@ def _settings(model: LlavaForCausalLM, arguments: Arguments, chat_template: str 
     if arguments.data.image_aspect_ratio is not None:
         config.image_aspect_ratio = arguments.data.image_aspect_ratio
     config.unfreeze_mm_vision_tower = flags.unfreeze_mm_vision_tower or config.unfreeze_mm_vision_tower
-    name = template_name(model, arguments, chat_template)
+    name = arguments.model.version or template_for_training(config, chat_template)
     get_template(name)
     config.conversation_template = name

@@ -10,8 +10,10 @@ from PIL import Image
 from llava.data import filter_missing, split_long_conversation, validate
 from llava.data.record_checks import FAULTS, _is_plainly_good, check_form
 from llava.errors import LlavaError
+from llava.model import load_pretrained_model
 from llava.records import read_json, read_records, write_records
-from tests.tiny import make_tokenizer
+from llava.tokenization import ImageTokens, encode_conversation
+from tests.tiny import make_llava, make_tokenizer
 
 
 def turns(*texts):
@@ -118,6 +120,34 @@ def test_tokens_are_counted_as_in_training(tmp_path):
 
     length = len(encode_conversation(GOOD, "v1", load_tokenizer(tmp_path / "llm"), features_per_image=16).input_ids)
     assert report["positions"]["smallest"] == length
+
+
+@pytest.mark.parametrize("fields", [{}, {"mm_vision_select_feature": "cls_patch", "mm_use_im_start_end": True},
+                                    {"conversation_template": "plain"}])  # fmt: skip
+def test_the_form_of_samples_is_the_models_own(tmp_path, capsys, fields):
+    """Whoever validates with a checkpoint gets the lengths of training from it, without naming anything."""
+    model = load_pretrained_model(make_llava(tmp_path, "mistral", **fields))
+    patches = 5 if "mm_vision_select_feature" in fields else 4
+    # Stage 1's template isn't that of the next stage.
+    template = "v0" if fields.get("conversation_template") else "mistral_instruct"
+    code, report = run(tmp_path, [GOOD], "--tokenizer", str(tmp_path / "llava"))
+    assert code == 0 and f"tokenised with template {template}, {patches} positions an image" in capsys.readouterr().out
+    tokens = ImageTokens.from_config(model.model.config, model.tokenizer)
+    encoded = encode_conversation(GOOD, template, model.tokenizer, tokens, features_per_image=patches)
+    assert model.model.num_patches == patches and report["positions"]["largest"] == len(encoded.input_ids)
+    code, report = run(tmp_path, [GOOD], "--tokenizer", str(tmp_path / "llava"), "--template", "v1",
+                       "--features-per-image", "30", "--mm-use-im-start-end", "False")  # fmt: skip
+    encoded = encode_conversation(GOOD, "v1", model.tokenizer, features_per_image=30)
+    assert report["positions"]["largest"] == len(encoded.input_ids)
+    long = record("long", "<image>\nq0", "a0 " * 30, "q1", "a1 " * 30)
+    write_records(tmp_path / "long.json", [long])
+    length = len(encode_conversation(long, template, model.tokenizer, tokens, features_per_image=patches).input_ids)
+    for limit, pieces in ((length, 1), (length - 1, 2)):
+        out = tmp_path / f"{limit}.json"
+        split_long_conversation.main(["--in-file", str(tmp_path / "long.json"), "--out-file", str(out),
+                                      "--model-name-or-path", str(tmp_path / "llava"),
+                                      "--max-length", str(limit)])  # fmt: skip
+        assert len(read_records(out)) == pieces
 
 
 def test_bad_flags_are_one_clear_error(tmp_path):

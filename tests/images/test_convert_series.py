@@ -1,5 +1,6 @@
 """`python -m llava.images.convert`: series found and sorted, slices chosen, nobody named."""
 
+import csv
 import hashlib
 import json
 import subprocess
@@ -155,6 +156,31 @@ def test_nobody_is_named(hospital, tmp_path):
         assert secret not in done.stdout + done.stderr
         for path, content in written.items():
             assert secret.encode() not in content and secret not in str(path.relative_to(tmp_path))
+
+
+@pytest.mark.parametrize("slices", ["every 3", "montage 1x2"])
+def test_each_image_can_be_joined_with_a_table_of_ones_own(hospital, tmp_path, slices):
+    """By the path of its file; the list is private, and not in the set."""
+    path = tmp_path / "sources.csv"
+    records = convert(hospital, tmp_path / "out", "--slices", slices, "--sources", str(path))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert path.stat().st_mode & 0o777 == 0o600 and not (tmp_path / "out" / path.name).exists()
+    assert {row["image"] for row in rows} == {image for record in records for image in record["images"]}
+    assert len(rows) == sum(len(places) for record in records for places in record["scan"]["slices"])
+    for row in rows:
+        assert (hospital / row["file"]).is_file() and (row["frame"] != "") == row["file"].endswith(".nii.gz")
+    chest = next(record for record in records if record["scan"]["of"] == 9)
+    places = [place for image in chest["scan"]["slices"] for place in image]
+    files = [row["file"] for row in rows if row["image"] in chest["images"]]
+    heights = sorted(float(pydicom.dcmread(hospital / file).ImagePositionPatient[2]) for file in files)
+    assert heights == sorted(map(float, places))
+    convert(hospital, tmp_path / "again", "--slices", slices, "--sources", str(path))  # the same again is fine
+    with pytest.raises(LlavaError, match=r"sources\.csv is there and holds something else"):
+        convert(hospital, tmp_path / "other", "--slices", "all", "--sources", str(path))
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(LlavaError, match="would name patients in the set; give a path outside --output-dir"):
+        convert(hospital, tmp_path / "inside", "--sources", str(tmp_path / "inside" / "sources.csv"))
 
 
 def test_choices():

@@ -132,6 +132,25 @@ def test_the_command(tmp_path, volume, capsys):
         main([ct(), str(volume), "--save", str(tmp_path / "one.png")])
 
 
+def test_files_of_one_name_lose_nothing(tmp_path):
+    """As in a hospital's folders, where each series has its 0001.dcm."""
+    files = [tmp_path / series / "0001.png" for series in "abc"]
+    for grey, file in enumerate(files):
+        file.parent.mkdir()
+        Image.new("L", (4, 4), grey).save(file)
+    names = [*map(str, files), str(files[0])]
+    for _ in range(2):  # the same again is fine
+        assert main([*names, "--save", str(tmp_path / "seen")]) == 0
+    seen = {file.name: Image.open(file).getpixel((0, 0))[0] for file in (tmp_path / "seen").iterdir()}
+    assert seen == {"0001.png.png": 0, "0001.png-2.png": 1, "0001.png-3.png": 2, "0001.png-4.png": 0}
+
+
+def test_presets_and_slices_have_the_names_of_the_other_commands(volume, capsys):
+    assert main([ct(), "--preset", "bone"]) == 0 and main([str(volume), "--slice", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "window 400/1800" in said and "axial slice 1 of 6, as asked" in said
+
+
 def test_a_folder(tmp_path, capsys):
     (tmp_path / "scans").mkdir()
     assert main([str(tmp_path / "scans"), ct()]) == 2

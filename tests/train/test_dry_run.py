@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 from collections import Counter
 from dataclasses import replace
 from typing import ClassVar
@@ -248,6 +249,20 @@ def test_what_does_not_fit_comes_with_flags_that_do(base, capsys, monkeypatch):
     assert main([*base, *SMALL]) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "--gradient_checkpointing True" in out and ", fits" in out
+
+
+def test_what_helps_is_half_precision_first_and_nothing_is_said_of_a_run_that_isnt(base, capsys, caplog, monkeypatch):
+    """Nobody gave --keep_half_weights, and no file is saved: a log that says so would only raise questions."""
+    flags = [*SMALL[2:]]
+    assert SMALL[:2] == ("--bf16", "True")
+    monkeypatch.setitem(GPUS, "h100", replace(H100, memory_gb=1.3))
+    with caplog.at_level(logging.INFO):
+        assert main([*base, *flags]) == 1
+    said = capsys.readouterr()
+    assert "does not fit" in said.out
+    assert said.out.split("leave to tensors\n")[1].split()[:2] == ["--bf16", "True"]
+    logged = caplog.text + said.err
+    assert not any(word in logged for word in ("keep_half_weights", "Saving", "saved", "FSDP")), logged
 
 
 def test_refusals(base):

@@ -12,6 +12,8 @@ from llava.records import read_json
 
 log = logging.getLogger(__name__)
 
+STAGE_1_TEMPLATE = "plain"
+
 _FIELDS_SINCE_PLACEHOLDER = ("mm_projector_type", "mm_use_im_patch_token", "mm_vision_select_feature")
 """Fields that came with the one-placeholder scheme; a v1.0 config has none of them."""
 
@@ -45,6 +47,20 @@ def infer_template(config, folder: Path) -> str:
         return "simple"
     family = family_of(config)
     return family.recognise_template(config, _chat_template(folder)) or family.default_template
+
+
+def training_template(config: Any, folder: Path) -> str:
+    """The template of a training run from `folder` without `--version`."""
+    return template_for_training(config, _chat_template(folder))
+
+
+def template_for_training(config: Any, chat_template: str | None) -> str:
+    """The checkpoint's own, but stage 1's; else that of `chat_template` where it is known; else the family's."""
+    own = getattr(config, "conversation_template", None)
+    if own and own != STAGE_1_TEMPLATE:
+        return own
+    family = family_of(config)
+    return family.recognise_chat(chat_template or "") or family.training_template
 
 
 def _config_class(content: dict[str, Any], path: Path):

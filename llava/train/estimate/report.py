@@ -53,6 +53,7 @@ def short(hours: float) -> str:
 def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) -> Iterator[tuple[str, Prediction]]:
     """Flags that lower the peak, gentlest first, each with those before it, until it fits; predicted like the rest."""
     steps = [
+        [] if _is_half(flags) else ["--bf16", "True"],
         ["--gradient_checkpointing", "True"],
         ["--keep_half_weights", "False"] if prediction.gpus == 1 else [],
         ["--per_device_train_batch_size", "1"],
@@ -64,6 +65,8 @@ def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) 
     for step in steps:
         if not step or (step[0] == "--lora_enable" and "--tune_mm_mlp_adapter" in flags):
             continue
+        if step[0] == "--keep_half_weights" and not _is_half(flags):
+            continue
         changed = dry_run([*flags, *step], prediction.gpu, prediction.gpus, records)
         if changed.peak_gb >= 0.99 * best:
             continue
@@ -71,3 +74,7 @@ def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) 
         yield " ".join(f'"{word}"' if " " in word else word for word in step), changed
         if changed.fits:
             return
+
+
+def _is_half(flags: Sequence[str]) -> bool:
+    return "--bf16" in flags or "--fp16" in flags

@@ -1,6 +1,7 @@
 """A run's surroundings without hardware: process groups of any size, and tensors with shapes but no content."""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,13 +26,16 @@ if importlib.util.find_spec("torch.distributed._meta_registrations") is None:
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
               "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "ACCELERATE_TORCH_DEVICE")  # fmt: skip
+_LEVELS = {"accelerate": logging.WARNING, "transformers": logging.ERROR, "llava.train.step": logging.WARNING}
+"""From which level on these are heard of a run that isn't one."""
 
 
 @contextmanager
 def world(described: Gpu, processes: int, compiler: Callable, rank: int = 0) -> Iterator[FakeTensorMode]:
     """Within, this process is number `rank` of `processes`, each with one GPU as described.
 
-    Collectives take part in nothing and return at once. Gives the mode under which tensors have no content.
+    Collectives take part in nothing and return at once. Gives the mode under which tensors have no content. What
+    the Trainer would say of a real run (files saved, weights kept) isn't logged.
     """
     before = {name: os.environ.pop(name, None) for name in _VARIABLES}
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not "cpu:0", another device to tensors without content
@@ -45,12 +49,17 @@ def world(described: Gpu, processes: int, compiler: Callable, rank: int = 0) -> 
         )
     parallel: Any = nn.parallel
     of_torch, parallel.DistributedDataParallel = parallel.DistributedDataParallel, Replicated
+    levels = {name: logging.getLogger(name).level for name in _LEVELS}
+    for name, level in _LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with gpu.describe(described, compiler):
             # Counts of samples and the like have content, and mix with tensors that have none.
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
         parallel.DistributedDataParallel = of_torch
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
