@@ -12,7 +12,6 @@ set -eu
 : "${SEED:=0}"
 : "${STEPS:=-1}"                    # of each training; -1: by epochs
 : "${STAGE_1_EPOCHS:=4}"
-: "${RATE:=5e-4}"                   # learning rate of fine-tuning
 : "${SAVE_STEPS:=100}"              # between checkpoints
 : "${RESAMPLES:=10000}"
 : "${SPLITS:=official clean}"
@@ -22,16 +21,17 @@ say() { echo "== $*"; }
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     compute="--bf16 True --dataloader_num_workers 2"
     : "${BESIDE=1}"                 # the trainings run beside each other; BESIDE= is one after the other
-    : "${EPOCHS:=10}" "${TURNS:=1}" "${PIXELS:=224}" "${TOKENS:=8192}" "${STAGE_1_TOKENS:=8192}"
+    : "${PIXELS:=224}" "${TURNS:=1}" "${EPOCHS:=10}" "${RATE:=5e-4}" "${TOKENS:=8192}"
 else
-    # Several questions of an image in one conversation, and fewer patches: a sixth of the tokens.
+    # Fewer patches, and most epochs with several questions of an image in one conversation: a sixth of the tokens.
     compute="--use_cpu True --dataloader_num_workers 0" BESIDE=
     # Where the processor multiplies bfloat16, twice as fast.
     if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then compute="$compute --bf16 True"; fi
-    : "${EPOCHS:=6}" "${TURNS:=8}" "${PIXELS:=112}" "${TOKENS:=1024}" "${STAGE_1_TOKENS:=2048}"
+    : "${PIXELS:=112}" "${TURNS:=8}" "${EPOCHS:=1}" "${RATE:=2e-4}" "${TOKENS:=2048}"
 fi
-# EPOCHS of fine-tuning; TURNS: questions of a conversation, at most; PIXELS: height and width of what the tower sees;
-# (STAGE_1_)TOKENS of a batch, packed.
+: "${TURN_EPOCHS:=6}" "${TURN_RATE:=5e-4}" "${TURN_TOKENS:=1024}"
+# PIXELS: height and width of what the tower sees. Fine-tuning: TURN_EPOCHS with up to TURNS questions in a conversation
+# (none if that is 1), then EPOCHS with one, as the test asks. TOKENS of a batch, packed.
 OUT="$MODELS" scripts/fetch_small_models.sh
 tower="$MODELS/dinov2-small"
 if [ "$PIXELS" != 224 ]; then
@@ -78,15 +78,23 @@ answer() { # checkpoint, images, answer file, flags …
         --image-folder "$images" --answers-file "$file" --max_new_tokens 32 "$@"
 }
 
-both_stages() { # split, seeing or blind
+every_stage() { # split, seeing or blind
     here="$OUT/$1" run="$2"
     train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
         --vision_tower "$tower" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
         --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$(images_of "$run")" \
-        --max_tokens_per_batch "$STAGE_1_TOKENS" --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
-    train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
-        --data_path "$here/data/joined.json" --image_folder "$(images_of "$run")" \
-        --max_tokens_per_batch "$TOKENS" --num_train_epochs "$EPOCHS" --learning_rate "$RATE"
+        --max_tokens_per_batch "$TOKENS" --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
+    before="$here/${run}_stage_1"
+    if [ "$TURNS" != 1 ]; then
+        fine_tune "$before" "$here/${run}_turns" "$here/data/joined.json" "$TURN_EPOCHS" "$TURN_RATE" "$TURN_TOKENS"
+        before="$here/${run}_turns"
+    fi
+    fine_tune "$before" "$here/$run" "$here/single/joined.json" "$EPOCHS" "$RATE" "$TOKENS"
+}
+
+fine_tune() { # model, output folder, records, epochs, learning rate, tokens of a batch
+    train "$2" --model_name_or_path "$1" --version smollm2 --data_path "$3" --image_folder "$(images_of "$run")" \
+        --num_train_epochs "$4" --learning_rate "$5" --max_tokens_per_batch "$6"
 }
 
 images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }
@@ -95,10 +103,13 @@ for split in $SPLITS; do
     here="$OUT/$split"
     questions="$OUT/data/train.json"
     if [ "$split" = clean ]; then questions="$OUT/data/clean_train.json"; fi
-    if [ ! -f "$here/data/joined.json" ]; then
+    for folder in single data; do
+        turns="$TURNS"
+        if [ "$folder" = single ]; then turns=1; fi
+        if [ -f "$here/$folder/joined.json" ]; then continue; fi
         python -m llava.data.convert qa-captions --records "$questions" \
-            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns "$TURNS"
-    fi
+            --image-folder "$RAD/images" --output-dir "$here/$folder" --field image_organ --turns "$turns"
+    done
     python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" \
         --image-folder "$RAD/images" --vision-tower "$MODELS/dinov2-small" --output-dir "$here/memory" --device cpu
 done
@@ -108,11 +119,11 @@ for split in $SPLITS; do
     for run in seeing blind; do
         if [ -n "$BESIDE" ]; then
             mkdir -p "$OUT/$split"
-            both_stages "$split" "$run" >"$OUT/$split/$run.log" 2>&1 &
+            every_stage "$split" "$run" >"$OUT/$split/$run.log" 2>&1 &
             started="$started $!"
             echo "$split, $run: $OUT/$split/$run.log"
         else
-            both_stages "$split" "$run"
+            every_stage "$split" "$run"
         fi
     done
 done
