@@ -1,4 +1,4 @@
-"""Special tokens and indices: the one place where each is defined."""
+"""Special tokens, indices and names that several packages share: the one place where each is defined."""
 
 IGNORE_INDEX = -100
 """Label of a position that is not a training target (torch's cross entropy skips it)."""
@@ -10,8 +10,13 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
+SCHEME_PLACEHOLDER, SCHEME_PATCH = "placeholder", "patch"
+"""How an image stands in the text (llava.tokenization.image_tokens): one placeholder, or v1.0's run of <im_patch>."""
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 """What LLaVA's scripts write in a question where an image belongs; it becomes DEFAULT_IMAGE_TOKEN."""
+
+FIGURE_DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
+"""The kinds of figure that LLaVA-Med's files tell apart."""
 
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
 """Seconds without a heartbeat after which the controller takes a worker for dead."""

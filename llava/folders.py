@@ -45,6 +45,14 @@ def final_name(folder: Path) -> str:
     return folder.name.removeprefix(".").removesuffix(PART)
 
 
+def model_name(path: str | Path) -> str:
+    """What a checkpoint is called: its path's or hub id's last part; of a run's `checkpoint-N` with the run's name."""
+    parts = [part for part in Path(path).expanduser().parts if part not in ("/", ".", "..")]
+    if not parts:
+        parts = list(Path(path).resolve().parts[-2:])
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
 def check_target(target: str | Path, overwrite: bool = False) -> Path:
     """`target` as an absolute path that may be written.
 

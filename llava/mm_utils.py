@@ -9,6 +9,7 @@ from transformers import StoppingCriteria
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
+from llava.folders import model_name
 from llava.images import ImageProcessor, open_uploaded_image
 from llava.images.anyres import best_pinpoint, read_pinpoints
 from llava.images.modes import pad_to_square
@@ -72,8 +73,7 @@ def tokenizer_image_token(
 
 def get_model_name_from_path(model_path: str) -> str:
     """A folder's or hub id's last part; of a run's `checkpoint-N` with the run's name before it."""
-    *parents, name = str(model_path).strip("/").split("/")
-    return f"{parents[-1]}_{name}" if parents and name.startswith("checkpoint-") else name
+    return model_name(model_path)
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):

@@ -329,12 +329,13 @@ def _iter_json(path: Path) -> Iterator[Record]:
                 place, index = end, index + 1
         except UnicodeDecodeError:
             # Halves of pairs written out, perhaps; so rare that such a file may be read whole.
-            yield from islice(_read_list(path), index, None)
+            yield from islice(read_json_list(path), index, None)
         except _NOT_JSON as error:
             raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
 
 
-def _read_list(path: Path) -> list[Record]:
+def read_json_list(path: Path) -> list[Record]:
+    """The objects of a JSON list, read whole; errors name the file and the record."""
     records: list[Record] = read_json(path)
     for index, record in enumerate(records):
         if not isinstance(record, dict):

@@ -167,6 +167,8 @@ class Server:
         else:
             name = parts[1]
             self.batches[name]["polls"] += 1
+            if self.batches[name]["polls"] <= self.args.poll_faults:
+                return self.send(writer, 503, {"error": {"message": "busy"}})
         done = self.batches[name]["polls"] >= self.args.polls
         return self.send(writer, 200, batch_object(name, "completed" if done else "in_progress", done))
 
@@ -228,6 +230,7 @@ async def main():
     parser.add_argument("--key", default="")
     parser.add_argument("--mode", default="echo")
     parser.add_argument("--polls", type=int, default=2)
+    parser.add_argument("--poll-faults", type=int, default=0)
     server = Server(parser.parse_args())
     listener = await asyncio.start_server(server.handle, "127.0.0.1", 0, limit=2**24)
     print(listener.sockets[0].getsockname()[1], flush=True)

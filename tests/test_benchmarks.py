@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.serve.browsing import CHROMIUM
 from tests.tiny import make_llava, make_llm
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -18,6 +19,7 @@ SMALL = {
     "decode_roofline": [],
     "images": ["--slices", "4", "--rounds", "1", "--jpegs", "1"],
     "download": ["--articles", "20", "--rounds", "1", "--sequential-articles", "5"],
+    "page": ["--loads", "1", "--images", "5", "--sides", "64"],
     "validate": ["--records", "1000"],
     "vqa_throughput": ["--limit", "2", "--repeat", "1", "--max-new-tokens", "2"],
 }
@@ -36,6 +38,8 @@ def test_a_benchmark_runs_in_miniature(name, tmp_path, shared_dir):
         if not (shared_dir / "vqa_rad").is_dir():
             pytest.skip(f"no VQA-RAD at {shared_dir}")
         flags = ["--model-path", str(make_llava(tmp_path / "model")), *flags]
+    if name == "page" and CHROMIUM is None:
+        pytest.skip("no Chromium here")
     if name == "peers":
         flags = ["--model-path", str(make_llm(tmp_path / "model")), *flags]
     # From elsewhere and without PYTHONPATH: the benchmark finds the code beside it.

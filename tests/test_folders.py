@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from llava.errors import LlavaError
+from llava.eval.answers.local import LocalModel
 from llava.folders import (
     PART,
     final_name,
+    model_name,
     part_in,
     part_of,
     publish_files,
@@ -32,6 +34,16 @@ def write(folder: Path, **contents: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         (folder / name).write_text(content)
+
+
+def test_a_checkpoint_is_called_by_its_folder_however_it_is_named(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "vqa" / "checkpoint-40"
+    checkpoint.mkdir(parents=True)
+    monkeypatch.chdir(checkpoint)
+    for path in (".", "./", checkpoint, f"{checkpoint}/", "runs/vqa/checkpoint-40"):
+        assert model_name(path) == "vqa_checkpoint-40"
+    assert model_name("microsoft/llava-med-7b") == "llava-med-7b"
+    assert LocalModel(".").model_id == "vqa_checkpoint-40"
 
 
 def test_a_staged_folder_replaces_the_whole_target(tmp_path):

@@ -216,6 +216,25 @@ def test_a_killed_batch_is_waited_for_not_submitted_again(tmp_path):
     assert not state.exists()
 
 
+def test_a_batch_is_waited_for_though_the_server_fails(tmp_path):
+    with OpenAIServer("--polls", "3", "--poll-faults", "2") as server:
+        assert ask(jobs(5), settings(server, batch_api=True, poll_seconds=0.01), tmp_path / "out.jsonl").done == 5
+
+
+def test_a_server_that_takes_no_batch_is_one_line(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with (
+        OpenAIServer("--key", "another") as server,
+        pytest.raises(LlavaError, match=r"wrong key.*no batch was submitted$"),
+    ):
+        ask(jobs(5), settings(server, batch_api=True), path)
+    with OpenAIServer("--poll-faults", "100") as server:
+        config = settings(server, batch_api=True, poll_seconds=0.01, max_retries=1)
+        with pytest.raises(LlavaError, match=r"busy.*out\.jsonl\.batch\.json is asked for again$"):
+            ask(jobs(5), config, path)
+    assert json.loads((tmp_path / "out.jsonl.batch.json").read_text())["id"] == "batch-0"
+
+
 def test_azure(tmp_path):
     with OpenAIServer("--key", "azure-key") as server:
         config = ApiSettings(

@@ -36,7 +36,6 @@ class Cell:
 
     row: str
     dataset: str
-    kind: str
     expected: float
     ours: float | None
     questions: int
@@ -102,7 +101,6 @@ def read_cells(text: str) -> list[Cell]:
         Cell(
             row=row,
             dataset=dataset,
-            kind=kind,
             expected=getattr(published, kind),
             ours=content["paper"][headline_name("paper", kind)]["value"],
             questions=content[kind],

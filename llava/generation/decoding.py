@@ -27,7 +27,7 @@ class DecodingState:
         self.table = torch.zeros(rows, pages, dtype=torch.int32, device=device)
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.owners: list[object] = []
-        """Whose tokens the first rows make."""
+        """The generations that the first rows belong to, in order; further rows only fill the batch up."""
 
 
 class Arriving:
@@ -58,7 +58,7 @@ class Ahead(NamedTuple):
     logits: torch.Tensor
 
     def of(self, owners: Sequence[object]) -> torch.Tensor | None:
-        """The rows of those who are left; None if somebody else is among them."""
+        """The rows of `owners`, in their order; None if one of them wasn't in that step."""
         if self.owners == owners:
             return self.logits
         places = {id(one): place for place, one in enumerate(self.owners)}
@@ -88,7 +88,7 @@ class Decoder:
         self._captured: dict[tuple[int, int], tuple[DecodingState, torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._state: DecodingState | None = None
         self._changes = -1
-        """Of the cache's tables, when the state's was copied."""
+        """The cache's `changes` when its tables were copied into the state."""
 
     def logits(
         self, owners: Sequence[object], tokens: Callable[[], Sequence[int]], lengths: Sequence[int]

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
-_UNFINISHED = "\ufffd"
-_LONGEST_WAIT = 32
-"""Tokens after which what has come is shown, broken characters too."""
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_UNFINISHED = "\ufffd"
+"""What a tokenizer gives for a character whose last bytes are missing."""
+_LONGEST_WAIT = 32
+"""Tokens after which what has come is shown, broken characters too."""
 _FEW, _REMEMBERED = 3, 1 << 16
 """Texts of up to `_FEW` tokens are cached; the cache holds `_REMEMBERED` of them."""
 
@@ -27,7 +28,7 @@ class Detokenizer:
         self._few = lru_cache(_REMEMBERED)(self._decode)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        # A stream decodes the same pairs of tokens again and again, each time at the price of a small layer.
+        # A stream decodes the same pairs of tokens again and again, and each takes as long as a small model's layer.
         return self._few(*token_ids) if len(token_ids) <= _FEW else self._decode(*token_ids)
 
     def _decode(self, *token_ids: int) -> str:

@@ -6,8 +6,10 @@ A caller that waits for an answer runs the engine's steps, unless `start` has be
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any, cast
@@ -105,7 +107,7 @@ class Engine:
                     self._advance()
         finally:
             self.scheduler.announce([prompts[index] for index in announced], -1)
-            for generation in underway:
+            for generation in list(underway):  # the engine's thread may take some out meanwhile
                 self.scheduler.cancel(generation)
             if underway and self._thread is None:
                 self._advance()
@@ -245,7 +247,7 @@ class Engine:
     def _advance(self) -> None:
         """One step, made here or by the engine's thread."""
         if self._thread is not None:
-            threading.Event().wait(0.002)
+            time.sleep(0.002)
             return
         with self._stepping:
             self.scheduler.step()
@@ -317,28 +319,23 @@ class Handle:
         return self._news.get()
 
 
-class _patient:
+@contextmanager
+def _patient(engine: Engine) -> Iterator[None]:
     """The scheduler takes requests in by the half batch while a `generate` runs and nobody else waits."""
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-
-    def __enter__(self) -> None:
-        self.engine.scheduler.is_patient = self.engine._thread is None
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.scheduler.is_patient = False
+    engine.scheduler.is_patient = engine._thread is None
+    try:
+        yield
+    finally:
+        engine.scheduler.is_patient = False
 
 
 def _batch_order(prompts: Sequence[Prompt]) -> list[int]:
     """Indices, longest first, but requests that share a beginning (an image) one after the other."""
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[bytes | int, list[int]] = {}
+    """By the beginning's digest; a prompt that shares none is alone, under its index."""
     for index, prompt in enumerate(prompts):
         shared = prompt.beginnings[1] or prompt.beginnings[2]
-        groups.setdefault(shared.digest if shared else bytes(index), []).append(index)
-    longest = {digest: max(len(prompts[index]) for index in members) for digest, members in groups.items()}
-    return [
-        index
-        for digest in sorted(groups, key=lambda digest: -longest[digest])
-        for index in sorted(groups[digest], key=lambda index: -len(prompts[index]))
-    ]
+        groups.setdefault(shared.digest if shared else index, []).append(index)
+    longest_first = [sorted(group, key=lambda index: -len(prompts[index])) for group in groups.values()]
+    longest_first.sort(key=lambda group: -len(prompts[group[0]]))
+    return [index for group in longest_first for index in group]

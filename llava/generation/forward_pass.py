@@ -84,7 +84,7 @@ class PackedPass:
         self.groups = [self._group(rows[start:end], int(firsts[start])) for start, end in split_into_groups(lengths)]
         self.copies = [
             (torch.tensor(sources).to(device), torch.tensor(targets).to(device), length)
-            for sources, targets, length in _copies(rows)
+            for sources, targets, length in copies_in_order(rows)
         ]
 
     def to(self, device: torch.device) -> Self:
@@ -110,8 +110,8 @@ class PackedPass:
             own = queries[group.tokens]
             own = own if group.spread is None else own[group.spread]
             own = rearrange(own, "(row query) head width -> row head query width", row=group.shape[0])
-            known, seen = layer[:, group.rows, :, : group.width]
-            output, _ = sdpa_attention_forward(attention, own, known, seen, group.mask, scaling=scaling)
+            row_keys, row_values = layer[:, group.rows, :, : group.width]
+            output, _ = sdpa_attention_forward(attention, own, row_keys, row_values, group.mask, scaling=scaling)
             output = rearrange(output, "row query head width -> (row query) (head width)")
             outputs.append(output if group.collect is None else output[group.collect])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -172,11 +172,11 @@ class WatchedPass(PackedPass):
         mask = group.mask[0, 0, -self.count :]
         layer = self.cache.layers[attention.layer_idx]
         assert layer is not None, "the pass has just written it"
-        seen = layer[0, group.rows.start, :, : group.width]
+        row_keys = layer[0, group.rows.start, :, : group.width]
         # Key head by key head: all at once would be heads x positions x positions.
-        own = rearrange(queries[-self.count :], "query (key group) width -> key group query width", key=len(seen))
-        for watching, known in zip(own, seen, strict=True):
-            scores = watching @ known.T * scaling
+        own = rearrange(queries[-self.count :], "query (key group) width -> key group query width", key=len(row_keys))
+        for head_queries, head_keys in zip(own, row_keys, strict=True):
+            scores = head_queries @ head_keys.T * scaling
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
             self.weights += scores.float().softmax(-1).sum(0) / queries.shape[1]
         return output
@@ -247,7 +247,7 @@ def split_into_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return groups[::-1]
 
 
-def _copies(rows: Sequence[Row]) -> list[tuple[list[int], list[int], int]]:
+def copies_in_order(rows: Sequence[Row]) -> list[tuple[list[int], list[int], int]]:
     """(sources, targets, length) in an order in which every source is complete before it is copied."""
     copies: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
     depth: dict[int, int] = {}

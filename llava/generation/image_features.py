@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llava.errors import LlavaError
 from llava.image_options import ImageWithOptions
@@ -28,7 +28,7 @@ _ENTRY_BYTES = 1500
 
 
 class RequestImage:
-    """An image of a request: a digest (16 bytes) of what it is, and where it comes from."""
+    """An image of a request: a digest (16 bytes) of what is shown, and the source that `open_image` takes."""
 
     def __init__(self, source: Any, digest: bytes):
         self.source = source
@@ -161,7 +161,10 @@ def _digest(source: Any) -> bytes:
     if isinstance(source, ImageWithOptions):
         digest.update(_digest(source.source) + str(source.options).encode())
     elif isinstance(source, Image.Image):
-        digest.update(f"{source.mode} {source.size}".encode())
+        # All that `open_image` looks at: the same pixels with other colours or turned otherwise are another image.
+        colours = source.getpalette(None), source.info.get("transparency")
+        orientation = source.getexif().get(ExifTags.Base.Orientation)
+        digest.update(f"{source.mode} {source.size} {colours} {orientation}".encode())
         digest.update(source.tobytes())
     elif isinstance(source, np.ndarray):
         digest.update(np.ascontiguousarray(source).tobytes())

@@ -38,7 +38,7 @@ class Prompt:
     images: list[RequestImage]
     spans: list[tuple[int, int]]
     """Where each image begins and ends."""
-    beginnings: list["Beginning | None"]
+    beginnings: list[Beginning | None]
     """What other prompts may have in common with this one: the text before the first image, all up to the last
     image's end, all but the last position. None where too short to be worth it."""
     max_new_tokens: int
@@ -103,7 +103,7 @@ class PromptBuilder:
         starts = where[np.cumsum([0, *lengths])[:-1]].tolist() if lengths else []
         spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         ends = (spans[0][0], spans[-1][1]) if spans else (0, 0)
-        stops = self._stops(request)
+        stop_ids, stop_strings = self._stops(request)
         schema = request.sampling.json_schema
         return Prompt(
             request,
@@ -113,8 +113,9 @@ class PromptBuilder:
             spans,
             beginnings=[_beginning(key, end) for end in (*ends, len(ids) - 1)],
             max_new_tokens=min(request.sampling.max_new_tokens, left),
-            constraint=None if schema is None else self.constraints.of_schema(schema, stops["stop_ids"]),
-            **stops,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            constraint=None if schema is None else self.constraints.of_schema(schema, stop_ids),
         )
 
     def _check(self, request: Request) -> None:
@@ -149,11 +150,12 @@ class PromptBuilder:
             image = known[id(source)] = self.encoder.identify(source)
         return image
 
-    def _stops(self, request: Request) -> dict[str, Any]:
+    def _stops(self, request: Request) -> tuple[frozenset[int], tuple[str, ...]]:
+        """(ids, texts) that end the answer: the request's own, the template's and the model's."""
         strings = list(request.sampling.stop)
         own = frozenset(request.sampling.stop_token_ids)
         if request.sampling.ignore_eos:
-            return {"stop_ids": own, "stop_strings": tuple(strings)}
+            return own, tuple(strings)
         template = request.conversation if isinstance(request.conversation, Conversation) else None
         end = template.stop_str if template else ""
         if end not in self._stop_ids:
@@ -161,7 +163,7 @@ class PromptBuilder:
             self._stop_ids[end] = (frozenset(ids) | self._ends) - {None}
         if end and end not in self._special:
             strings.append(end)
-        return {"stop_ids": self._stop_ids[end] | own, "stop_strings": tuple(dict.fromkeys(strings))}
+        return self._stop_ids[end] | own, tuple(dict.fromkeys(strings))
 
 
 def _beginning(key: np.ndarray, length: int) -> Beginning | None:

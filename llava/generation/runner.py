@@ -76,10 +76,10 @@ class Runner:
         assert isinstance(self.cache, PageCache) and self.kernel is not None
         core: Any = self.model.get_model()
         hidden = self.model.get_input_embeddings()(state.tokens)
-        turn = self.tables.of(state.positions)
+        rotation = self.tables.of(state.positions)
         decoding = DecodingPass(self.cache, self.kernel, state.positions, state.table, state.starts, self.window)
         for layer in self.joined:
-            hidden = layer(hidden, turn, decoding)
+            hidden = layer(hidden, rotation, decoding)
         state.positions.add_(1)
         return self.logits(self.joined[0].kernels.normed(hidden, core.norm.weight, core.norm.variance_epsilon))
 
@@ -129,14 +129,14 @@ class Runner:
     def _forward(self, hidden: torch.Tensor, packed: Pass) -> tuple[torch.Tensor, Pass]:
         """Embeddings `[tokens, hidden]` through all blocks; the pass is the one of the last block's device.
 
-        Their parts are called, not they: those that training has compiled would be compiled again for each pass.
+        A block's parts are called, not the block: one that training has compiled would be compiled again for each pass.
         What a layer reads goes to its device first, where that is another than the last layer's.
         """
         core = self.model.get_model()
         if self.decoder is not None and isinstance(packed, PagedPass):
-            turn = self.tables.of(packed.positions)
+            rotation = self.tables.of(packed.positions)
             for joined in self.joined:
-                hidden = joined(hidden, turn, packed)
+                hidden = joined(hidden, rotation, packed)
             return hidden, packed
         hidden = hidden[None]
         rotary = core.rotary_emb(hidden, packed.positions[None])

@@ -197,9 +197,3 @@ class SamplingTable:
 
     def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device)
-
-
-def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
-    """One token for each row of `logits` `[rows, vocabulary]`, which stay as they are."""
-    tokens: list[int] = SamplingTable(choosers, logits.shape[-1], logits.device).choose(logits).tolist()
-    return tokens

@@ -67,7 +67,7 @@ class Scheduler:
         self._expected: Counter[bytes] = Counter()
         """How many requests are announced or waiting for each beginning."""
         self._table: SamplingTable | None = None
-        """Of the rows that got the last tokens."""
+        """Made for the rows that got the last tokens."""
         self._ahead: Ahead | None = None
         self._lock = threading.Lock()
 
@@ -88,7 +88,8 @@ class Scheduler:
 
     def cancel(self, generation: Generation) -> None:
         """End it with the next step, whether it waits or runs; nothing happens if it is done."""
-        self._cancelled.add(generation)
+        with self._lock:
+            self._cancelled.add(generation)
 
     @property
     def is_idle(self) -> bool:
@@ -360,7 +361,8 @@ class Scheduler:
     def _drop_cancelled(self) -> None:
         if not self._cancelled:
             return
-        cancelled, self._cancelled = self._cancelled, set()
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, set()
         self._leave({row: "cancelled" for row, one in enumerate(self.running) if one in cancelled})
         for one in cancelled.intersection(self._waiting()):
             self._leave_queue(one).finish("cancelled")

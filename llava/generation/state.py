@@ -100,19 +100,22 @@ class Generation:
 
 
 class Plan:
-    """What is computed of one prompt: positions from `begin` on."""
+    """What is computed of one prompt: positions from `begin` on.
+
+    Those before come from `prefix` (kept since an earlier step) or from `source` (another prompt of this step, which
+    computes them); at most one of the two is there.
+    """
 
     def __init__(self, generation: Generation, prefix: Prefix | None, begin: int):
         self.generation = generation
         self.prompt = generation.prompt
         self.begin = begin
         self.prefix = prefix
-        """Where the positions before come from; or"""
         self.source: Plan | None = None
-        """another prompt of this step, which computes them."""
         self.kept_length = 0
-        """How much of the beginning is kept for requests that are still to come."""
+        """How many of the first positions are kept for requests that are still to come."""
 
     @property
     def depth(self) -> int:
+        """How many sources lie behind each other: 0 without one."""
         return 0 if self.source is None else self.source.depth + 1

@@ -120,13 +120,14 @@ class Sources:
     def write(self) -> None:
         from llava.records import atomic_path
 
+        rows = sorted(self.rows, key=lambda row: row[:2])
         with (
             atomic_path(self.path, overwrite=self.overwrite, private=True) as temporary,
             temporary.open("w", encoding="utf-8", newline="") as file,
         ):
             table = csv.writer(file)
             table.writerow(("image", "file", "frame"))
-            table.writerows(sorted(self.rows, key=lambda row: row[:2]))
+            table.writerows(rows)
 
 
 class LeftOut:

@@ -16,7 +16,7 @@ from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer
 from llava.images.headers.dicom_frames import frame_groups, geometry, grey_module, own_window
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands, scale_range
-from llava.images.windows import apply_window, percentile_range, read_window, value_range
+from llava.images.windows import apply_window, percentile_range, read_window, usable, value_range
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def describe_dicom(
         stored = stored[:: max(1, stored.size >> 24)]
         facts.values = value_range(_rescaled(pydicom, stored, module), _is_padding(stored, _padding(header)))
         facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
-        if meaning == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
+        if _is_inverse(header):
             facts.shown.append(f"inverted, since low values are white ({meaning})")
         if _padding(header) is not None:
             facts.shown.append("padding is black")
@@ -287,10 +287,7 @@ def _grey(pydicom, values: np.ndarray, header, module, chosen: tuple[float, floa
     table = module.VOILUTSequence[0] if chosen is None and "VOILUTSequence" in module else None
     if chosen is None:
         function = str(module.get("VOILUTFunction") or "LINEAR").upper()
-    is_inverse = (
-        header.get("PhotometricInterpretation") == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE"
-    )
-    padding = _padding(header)
+    is_inverse, padding = _is_inverse(header), _padding(header)
     is_ranged = table is None and window is None
     if is_ranged:
         # All that counts in a few rows at a time, or the largest images would take a gigabyte of doubles.
@@ -304,14 +301,13 @@ def _grey(pydicom, values: np.ndarray, header, module, chosen: tuple[float, floa
         if table is not None:
             grey = scale_range(pydicom.pixels.apply_voi(real, module), 0, (1 << int(table.LUTDescriptor[2])) - 1)
         elif window is None:
-            usable = np.isfinite(real) if is_padding is None else np.isfinite(real) & ~is_padding
-            grey = scale_range(np.where(usable, real, low), low, high)
+            grey = scale_range(np.where(usable(real, is_padding), real, low), low, high)
         else:
             grey = apply_window(real, window, function)
         if is_inverse:
             grey = 255 - grey
-            if is_padding is not None:
-                grey[is_padding] = 0
+        if is_padding is not None:
+            grey[is_padding] = 0
         return grey
 
     return in_bands(show, values)
@@ -324,6 +320,11 @@ def _rescaled(pydicom, values: np.ndarray, module) -> np.ndarray:
     slope, intercept = module.get("RescaleSlope"), module.get("RescaleIntercept")
     slope, intercept = (1.0 if slope is None else float(slope)), float(intercept or 0)
     return values if (slope, intercept) == (1, 0) else values * slope + intercept
+
+
+def _is_inverse(header) -> bool:
+    """Whether low values are white."""
+    return header.get("PhotometricInterpretation") == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE"
 
 
 def _padding(header) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from llava.errors import ImageError, LlavaError
 from llava.image_options import NO_OPTIONS, ImageOptions, ImageWithOptions
@@ -155,23 +155,24 @@ def _describe_slide(path: Path, name: str, how: _How) -> ImageFacts | None:
 
 
 def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
-    limits, frame, window, axis = how[:4]
     frames = 1
-    is_content = isinstance(source, (bytes, bytearray, memoryview))
-    name = "image" if is_content else str(source)
-    if not is_content and (facts := _describe_slide(Path(source).expanduser(), name, how)) is not None:
+    path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source).expanduser()
+    name = "image" if path is None else str(source)
+    if path is not None and (facts := _describe_slide(path, name, how)) is not None:
         return facts
-    content = bytes(source) if is_content else Path(source).expanduser().read_bytes()
-    kind = _kind(content[:_HEAD], name)
-    if kind == "nifti":
-        from llava.images.nifti import describe_nifti
+    with io.BytesIO(source) if path is None else path.open("rb") as file:
+        kind = _kind(file.read(_HEAD), name)
+        file.seek(0)
+        if kind == "nifti":
+            from llava.images.nifti import describe_nifti
 
-        return describe_nifti(io.BytesIO(content), name, limits, image.size, index=frame, axis=axis, window=window)
+            return describe_nifti(file, name, how.limits, image.size, index=how.frame, axis=how.axis, window=how.window)
+        content = file.read()
     if kind == "dicom":
         from llava.images.dicom import describe_dicom
 
-        return describe_dicom(content, name, limits, frame=frame, window=window)
-    container = read_container(content, name, limits)
+        return describe_dicom(content, name, how.limits, frame=how.frame, window=how.window)
+    container = read_container(content, name, how.limits)
     assert container is not None, "it has just been opened"
     with plain_errors(name, "the image is damaged or cut off"):
         # The container holds the first frame alone.
@@ -381,7 +382,14 @@ def _unknown(name: str, limits: Limits) -> ImageError:
 
 
 def png_data_url(image: Image.Image) -> str:
-    """The image without loss as a data: URL, which every OpenAI-compatible server and browser can read."""
+    """The image without loss as a data: URL, which every OpenAI-compatible server and browser can read.
+
+    Three equal channels are written as one, and packed lightly: a noisy grey image takes a tenth of the time.
+    """
+    if image.mode == "RGB":
+        red, green, blue = image.split()
+        if not any(ImageChops.difference(red, other).getbbox() for other in (green, blue)):
+            image = red
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -46,12 +46,9 @@ def percentile_range(values: np.ndarray, ignore: np.ndarray | None = None) -> tu
     `ignore` marks values that take no part in it (padding). (0, 0) without any value. Of more than 16 million
     values every n-th row counts.
     """
-    step = -(-values.size // _MAX_COUNTED)
+    step = max(1, -(-values.size // _MAX_COUNTED))
     values = values[::step]
-    usable = np.isfinite(values)
-    if ignore is not None:
-        usable &= ~ignore[::step]
-    values = values[usable]
+    values = values[usable(values, None if ignore is None else ignore[::step])]
     if not values.size:
         return 0.0, 0.0
     low, high = np.percentile(values, _PERCENTILES)
@@ -60,17 +57,16 @@ def percentile_range(values: np.ndarray, ignore: np.ndarray | None = None) -> tu
 
 def value_range(values: np.ndarray, ignore: np.ndarray | None = None) -> tuple[float, float]:
     """The least and the largest of the values that are finite and not ignored."""
-    usable = np.isfinite(values)
-    if ignore is not None:
-        usable &= ~ignore
-    values = values[usable]
+    values = values[usable(values, ignore)]
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
 def percentile_window(values: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
     """uint8; `percentile_range` spread over the whole range. What isn't finite, or is ignored, becomes black."""
     low, high = percentile_range(values, ignore)
-    usable = np.isfinite(values)
-    if ignore is not None:
-        usable &= ~ignore
-    return scale_range(np.where(usable, values, low), low, high)
+    return scale_range(np.where(usable(values, ignore), values, low), low, high)
+
+
+def usable(values: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
+    """bool: which of the values are finite and not ignored."""
+    return np.isfinite(values) if ignore is None else np.isfinite(values) & ~ignore

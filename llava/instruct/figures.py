@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.constants import FIGURE_DOMAINS
 from llava.errors import LlavaError
 from llava.record_content import ASSISTANT, first_given, has_turns, images_of, read_turns
 from llava.records import Record, iter_records, read_json
-
-DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
 
 
 @dataclass(frozen=True)
@@ -121,5 +120,5 @@ def _mentions(value: Any) -> Iterable[str]:
 
 def _domain(value: Any) -> str | None:
     if isinstance(value, dict):
-        return next((name for name in DOMAINS if value.get(name)), None)
+        return next((name for name in FIGURE_DOMAINS if value.get(name)), None)
     return value if isinstance(value, str) else None

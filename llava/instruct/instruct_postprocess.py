@@ -9,10 +9,9 @@ import random
 from collections import Counter
 
 from llava.commandline import ArgumentParser, run, write_line
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, FIGURE_DOMAINS
 from llava.errors import LlavaError
 from llava.instruct.cleaning import RULES, clean_turns, split_turns
-from llava.instruct.figures import DOMAINS
 
 
 def build_parser() -> ArgumentParser:
@@ -75,7 +74,7 @@ def to_training_record(row: dict, seed: int, counts: Counter, where: str) -> dic
     record = {"id": str(key), "image": row.get("image") or f"{key}.jpg", "conversations": conversations}
     domain = row.get("domain")
     if domain:
-        flags = domain if isinstance(domain, dict) else {name: name == domain for name in DOMAINS}
+        flags = domain if isinstance(domain, dict) else {name: name == domain for name in FIGURE_DOMAINS}
         record["domain"] = flags
     return record
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, SCHEME_PATCH
 from llava.errors import LlavaError
-from llava.model.configuration import SCHEME_PATCH
 from llava.model.families import family_of_llm, model_class_of
 from llava.model.language_model import LlavaForCausalLM
 from llava.model.loader import LoadedModel, context_length, load_image_processor
@@ -18,6 +17,7 @@ from llava.model.weights.assemble import Source, build_empty, fill_model
 from llava.model.weights.files import WeightFiles, is_harmless
 from llava.model.weights.locate import locate_model
 from llava.model.weights.placement import best_device
+from llava.tokenization import ImageTokens
 
 
 def build_model_from_llm(
@@ -65,11 +65,9 @@ def add_image_tokens(model: LlavaForCausalLM, tokenizer: PreTrainedTokenizerBase
     `mm_use_im_start_end`. New rows of both embedding matrices start as the mean of the old ones.
     """
     config = model.config
-    tokens = []
-    if config.mm_use_im_patch_token or config.mm_image_token_scheme == SCHEME_PATCH:
-        tokens.append(DEFAULT_IMAGE_PATCH_TOKEN)
-    if config.mm_use_im_start_end:
-        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    tokens = ImageTokens.from_config(config).needed
+    if config.mm_use_im_patch_token and DEFAULT_IMAGE_PATCH_TOKEN not in tokens:
+        tokens = [DEFAULT_IMAGE_PATCH_TOKEN, *tokens]
     added = add_tokens(tokenizer, tokens, strip_blanks=config.mm_image_token_scheme == SCHEME_PATCH)
     resize_embeddings(model, len(tokenizer))
     return added

@@ -6,6 +6,8 @@ A checkpoint's config.json carries all that is needed to run the model; nothing 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llava.constants import SCHEME_PLACEHOLDER
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
         tie_word_embeddings: bool
 else:
     _LanguageModelConfig = object
-
-SCHEME_PLACEHOLDER = "placeholder"
-SCHEME_PATCH = "patch"
 
 
 @dataclass(kw_only=True)

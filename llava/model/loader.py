@@ -8,12 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.images import ImageProcessor
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
-from llava.model.configuration import SCHEME_PATCH, LlavaConfigFields
+from llava.model.configuration import LlavaConfigFields
 from llava.model.families import model_class_of
 from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import add_tokens, load_tokenizer_of
@@ -27,6 +26,7 @@ from llava.model.weights.quantized import (
     split_quantization_state,
     stored_quantization,
 )
+from llava.tokenization import ImageTokens
 
 log = logging.getLogger(__name__)
 
@@ -144,13 +144,8 @@ def add_missing_image_tokens(tokenizer: PreTrainedTokenizerBase, config: LlavaCo
     Raises:
         LlavaError: it has none; the tokenizer belongs to another model.
     """
-    tokens = []
-    if config.mm_image_token_scheme == SCHEME_PATCH:
-        tokens.append(DEFAULT_IMAGE_PATCH_TOKEN)
-    if config.mm_use_im_start_end:
-        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
     known = tokenizer.get_vocab()
-    missing = [token for token in tokens if token not in known]
+    missing = [token for token in ImageTokens.from_config(config).needed if token not in known]
     if not missing:
         return
     if len(tokenizer) + len(missing) > config.vocab_size:

@@ -22,8 +22,8 @@ from llava.records import read_json, write_json
 
 SENTENCEPIECE = "tokenizer.model"
 
-_NORMAL, _USER_DEFINED = 1, 4
-"""Piece types of the SentencePiece model proto that take part in merges, or are matched whole."""
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+"""Kinds of pieces in a SentencePiece model: normal ones take part in merges, user-defined ones are matched whole."""
 
 _NOTES_OF_LOADING = ("backend", "is_local", "local_files_only")
 """What transformers 5 writes into tokenizer_config.json about how it came by the tokenizer."""
@@ -160,7 +160,7 @@ def _convert(path: Path, legacy: bool) -> Tokenizer:
     scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}
     unmergeable = {piece.piece for piece in pieces if piece.type != _NORMAL}
     merges = generate_merges(vocab, scores, skip_tokens=unmergeable)
-    unknown = next((piece.piece for piece in pieces if piece.type == 2), "<unk>")
+    unknown = next((piece.piece for piece in pieces if piece.type == _UNKNOWN), "<unk>")
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     if legacy:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -174,7 +174,7 @@ def _convert(path: Path, legacy: bool) -> Tokenizer:
             decoders.Strip(content=" ", left=1, right=0),
         ]
     )
-    special = [piece.piece for piece in pieces if piece.type in (2, 3)]
+    special = [piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     own = [piece.piece for piece in pieces if piece.type == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in own])

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, require
 from llava.openai_client.client import NoAnswer, make_client, read_completion, wants_other_fields
 from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
 from llava.openai_client.settings import ApiSettings
@@ -32,7 +32,24 @@ def run_batch(
 
 
 async def _run(todo, settings, output, to_record, summary) -> None:
+    openai = require("openai", "openai")
     state_path = output.path.with_name(output.path.name + ".batch.json")
+    try:
+        batch = await _answered(state_path, todo, settings, output, to_record, summary)
+    except openai.APIError as error:
+        kept = f"the batch in {state_path} is asked for again" if state_path.exists() else "no batch was submitted"
+        raise LlavaError(f"{settings.where}: {error}; mend that and run again: {kept}") from error
+    # The batch is spent: what it didn't answer goes into a new one on the next run.
+    state_path.unlink()
+    if batch.status != "completed":
+        logger.warning("batch %s ended as %s", batch.id, batch.status)
+    for job in todo:
+        if job.key not in output.done and job.key not in summary.failed:
+            summary.failed[job.key] = f"not answered by the batch ({batch.status}); run again"
+
+
+async def _answered(state_path, todo, settings, output, to_record, summary):
+    """The batch in its final state, what it answered written to `output`."""
     async with make_client(settings) as client:
         if state_path.exists():
             state = read_json(state_path)
@@ -40,6 +57,8 @@ async def _run(todo, settings, output, to_record, summary) -> None:
         else:
             state = await _submit(client, todo, settings, summary)
             write_json(state_path, state)
+        # What only asks may be asked again; a batch that is submitted twice is paid twice.
+        client = client.with_options(max_retries=settings.max_retries)
         batch = await _wait(client, state["id"], settings.poll_seconds)
         jobs = {job.key: job for job in todo}
         keys = state["keys"]
@@ -48,13 +67,7 @@ async def _run(todo, settings, output, to_record, summary) -> None:
                 text = (await client.files.content(file_id)).text
                 for line in filter(None, text.splitlines()):
                     _take(json.loads(line), keys, jobs, settings, output, to_record, summary)
-    # The batch is spent: what it didn't answer goes into a new one on the next run.
-    state_path.unlink()
-    if batch.status != "completed":
-        logger.warning("batch %s ended as %s", batch.id, batch.status)
-    for job in todo:
-        if job.key not in output.done and job.key not in summary.failed:
-            summary.failed[job.key] = f"not answered by the batch ({batch.status}); run again"
+    return batch
 
 
 async def _submit(client, todo, settings, summary) -> dict:

@@ -78,7 +78,7 @@ async def _run_concurrently(todo, settings, output, to_record, follow_up, progre
         try:
             await asyncio.gather(*workers)
         except RefusedByServer as error:
-            raise LlavaError(f"{settings.base_url or settings.azure_endpoint or 'OpenAI'}: {error}") from error
+            raise LlavaError(f"{settings.where}: {error}") from error
         finally:
             for task in workers:
                 task.cancel()

@@ -37,6 +37,11 @@ class ApiSettings:
     reasoning_model: bool = False  # takes max_completion_tokens in place of max_tokens, and no temperature
     poll_seconds: float = 30.0
 
+    @property
+    def where(self) -> str:
+        """Who is asked, for messages."""
+        return self.base_url or self.azure_endpoint or "OpenAI"
+
     def account(self) -> Account:
         """An empty account at this model's prices (half of them through the Batch API)."""
         listed = LIST_PRICES.get(self.model, (None, None))

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
+from llava.folders import model_name
 from llava.serve.conversation_log import add_log_flags
-from llava.serve.model_worker import model_name
 from llava.serve.secret import VARIABLE, add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import add_host_flags
 from llava.serve.transport.server import require_serving

@@ -1,8 +1,7 @@
 """What is asked and answered, kept on disk: only with --conversation-log, and said to everyone who asks.
 
 A record has the time, the request's id, the model, the messages (images by the SHA-256 of their content, with how they
-were shown), the answer
-and how it ended. Nothing says who asked.
+were shown), the answer and how it ended. Nothing says who asked.
 """
 
 import asyncio

@@ -25,7 +25,7 @@ from llava.serve.api.keys import VARIABLE, Keys, read_keys
 from llava.serve.conversation_log import add_log_flags, log_from_args, new_client
 from llava.serve.daily_log import DailyLog, tidied
 from llava.serve.secret import add_secret_flags, secret_from_args
-from llava.serve.transport.hosts import Hosts, add_host_flags
+from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
 from llava.serve.transport.server import require_serving, run_server
 from llava.serve.web.browser import BrowserHeaders, visitor_check
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 8 * MAX_FILE_BYTES
 SWEEP_SECONDS = 60
 MEMORY_FOLDER = Path("/dev/shm")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PREFIX, LOCK = "llava-web-", ".lock"
 
 

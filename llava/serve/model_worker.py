@@ -8,16 +8,16 @@ python -m llava.serve.model_worker --model-path CHECKPOINT --controller http://l
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
+from llava.folders import model_name
 from llava.serve.protocol import check_address
 from llava.serve.request_models import ModelCard
 from llava.serve.secret import add_secret_flags, secret_from_args
-from llava.serve.transport.hosts import Hosts, add_host_flags
+from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES
 from llava.serve.transport.server import require_serving
 
@@ -90,8 +90,7 @@ def main(argv=None) -> None:
     if args.multi_modal:
         logger.warning("--multi-modal is ignored: the checkpoint says so itself")
     address = check_address(args.worker_address or f"http://localhost:{args.port}")
-    host = args.host
-    if urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1") and host == "127.0.0.1":
+    if urlsplit(address).hostname not in LOOPBACK and args.host == "127.0.0.1":
         logger.warning("--worker-address names another machine, but --host 127.0.0.1 listens on this one alone")
     # The model's thread gives the interpreter away only when told to; each request changes threads several times.
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -121,14 +120,6 @@ async def _serve(args, backend, card: ModelCard, secret: str | None, address: st
     member = None if args.no_register else Membership(args.controller_address, address, worker.status, secret)
     logger.info("serving %s on port %d", name, args.port)
     await serve(worker, args.host, args.port, member, args.drain_seconds)
-
-
-def model_name(path: str) -> str:
-    """The last part of a path or hub id; with its parent's where it is only a training run's `checkpoint-N`."""
-    parts = [part for part in Path(path).expanduser().parts if part not in ("/", ".", "..")]
-    if not parts:
-        parts = list(Path(path).resolve().parts[-2:])
-    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
 
 def _load(args) -> tuple[Any, ModelCard]:

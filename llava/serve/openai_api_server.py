@@ -18,7 +18,7 @@ from llava.serve.conversation_log import HEADER, add_log_flags, log_from_args, n
 from llava.serve.daily_log import tidied
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
-from llava.serve.transport.hosts import Hosts, add_host_flags
+from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, unless_gone
 from llava.serve.transport.server import require_serving, run_server
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def build_parser() -> ArgumentParser:

@@ -108,9 +108,10 @@ class Registry:
 
     def status(self) -> dict:
         """All workers as if they were one."""
-        workers = list(self.workers.values())
+        models = self.models()  # first, as it drops the workers that are overdue
+        workers = self.workers.values()
         return {
-            "model_names": self.models(),
+            "model_names": models,
             "speed": sum(worker.speed for worker in workers),
             "queue_length": sum(worker.queue_length for worker in workers),
         }

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import Metaspace
 
-from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX, SCHEME_PATCH
 from llava.records import sound_text
 from llava.tokenization.image_tokens import ImageTokens
 
@@ -29,7 +29,7 @@ def encode_segments(segments: Sequence[str], tokenizer: Any, image_tokens: Image
     tokenizer takes, becomes U+FFFD (records are mended as they are read; a request may hold one too).
     """
     encoder = _Encoder(tokenizer)
-    encode = _encode_patches if image_tokens.scheme == "patch" else _encode_placeholders
+    encode = _encode_patches if image_tokens.scheme == SCHEME_PATCH else _encode_placeholders
     encoded = [encode(encoder, sound_text(segment).split(DEFAULT_IMAGE_TOKEN), image_tokens) for segment in segments]
     if encoded:
         encoded[0] = encoder.begin_ids() + encoded[0]

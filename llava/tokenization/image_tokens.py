@@ -8,10 +8,12 @@ from llava.constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
     DEFAULT_IMAGE_TOKEN,
+    SCHEME_PATCH,
+    SCHEME_PLACEHOLDER,
 )
 from llava.errors import LlavaError
 
-SCHEMES = ("placeholder", "patch")
+SCHEMES = (SCHEME_PLACEHOLDER, SCHEME_PATCH)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class ImageTokens:
     In the ids both are one IMAGE_TOKEN_INDEX per image, and `expand_images` makes as many as there are features.
     """
 
-    scheme: str = "placeholder"
+    scheme: str = SCHEME_PLACEHOLDER
     use_start_end: bool = False
     """Whether `<im_start>` and `<im_end>` stand around each image."""
 
@@ -37,7 +39,7 @@ class ImageTokens:
         Raises:
             LlavaError: the tokenizer lacks a token that the scheme needs.
         """
-        scheme = getattr(config, "mm_image_token_scheme", None) or "placeholder"
+        scheme = getattr(config, "mm_image_token_scheme", None) or SCHEME_PLACEHOLDER
         image_tokens = cls(scheme, bool(getattr(config, "mm_use_im_start_end", False)))
         if tokenizer is not None:
             image_tokens.check(tokenizer)
@@ -46,13 +48,13 @@ class ImageTokens:
     @property
     def needed(self) -> list[str]:
         """The tokens that a tokenizer must have for this scheme."""
-        patch = [DEFAULT_IMAGE_PATCH_TOKEN] if self.scheme == "patch" else []
+        patch = [DEFAULT_IMAGE_PATCH_TOKEN] if self.scheme == SCHEME_PATCH else []
         return patch + ([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if self.use_start_end else [])
 
     @property
     def text(self) -> str:
         """What stands in the text for one `<image>`."""
-        inner = DEFAULT_IMAGE_PATCH_TOKEN if self.scheme == "patch" else DEFAULT_IMAGE_TOKEN
+        inner = DEFAULT_IMAGE_PATCH_TOKEN if self.scheme == SCHEME_PATCH else DEFAULT_IMAGE_TOKEN
         return f"{DEFAULT_IM_START_TOKEN}{inner}{DEFAULT_IM_END_TOKEN}" if self.use_start_end else inner
 
     def check(self, tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
 from llava.train.arguments import Arguments, LlavaTrainingArguments
 from llava.train.data.collator import Collator
-from llava.train.data.dataset import LlavaDataset, PackedDataset, distinct_images
+from llava.train.data.dataset import LlavaDataset, PackedDataset, Report, distinct_images
 from llava.train.data.feature_cache import FeatureCache, build_feature_cache, fingerprint
 from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
@@ -242,10 +242,7 @@ def summarise(
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "processes": training.world_size,
         "samples_per_step": training.train_batch_size * training.world_size * training.gradient_accumulation_steps,
-        "truncated": _named(dataset, sorted(report.truncated)),
-        "without_target": _named(dataset, sorted(report.targetless)),
-        "answers_without_question": _named(dataset, sorted(report.dropped_turns)),
-        "left_out": _named(dataset, sorted(report.skipped)),
+        **_cut(dataset, report),
         "loss_normalisation": training.loss_normalisation,
         "validation": _validated(trainer),
         "conversation_template": model.config.conversation_template,
@@ -266,9 +263,7 @@ def _validated(trainer: LlavaTrainer) -> dict[str, Any] | None:
         "metric": metric_name(trainer.args) if trainer.args.metric_for_best_model else None,
         "best_step": trainer.state.best_global_step,
         "best_was_loaded": bool(trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint),
-        "truncated": _named(validation.dataset, sorted(report.truncated)),
-        "without_target": _named(validation.dataset, sorted(report.targetless)),
-        "left_out": _named(validation.dataset, sorted(report.skipped)),
+        **_cut(validation.dataset, report),
     }
 
 
@@ -335,5 +330,15 @@ def _tell(dataset: LlavaDataset) -> None:
                            " …" if len(numbers) > 3 else "")  # fmt: skip
 
 
-def _named(dataset: LlavaDataset, numbers: list[int]) -> dict[str, Any]:
-    return {"count": len(numbers), "first": [dataset.describe(number) for number in numbers[:20]]}
+def _cut(dataset: LlavaDataset, report: Report) -> dict[str, dict[str, Any]]:
+    """What of the samples was cut or left out: how many, and the first of them by name."""
+    found = {
+        "truncated": report.truncated,
+        "without_target": report.targetless,
+        "answers_without_question": report.dropped_turns,
+        "left_out": report.skipped,
+    }
+    return {
+        name: {"count": len(numbers), "first": [dataset.describe(number) for number in sorted(numbers)[:20]]}
+        for name, numbers in found.items()
+    }

@@ -65,6 +65,13 @@ class LlavaTrainer(Trainer):
     args: LlavaTrainingArguments
     model: nn.Module
     progress: ProgressBar
+    kept_copies: KeptCopies | None = None
+    _is_compiled = False
+    _adds_gradients_at_once = False
+    _held_step = -1
+    """The step at whose end a checkpoint was due that waits for the epoch's evaluation."""
+    _staging_dir: str | None = None
+    """Where a checkpoint is being written, until it gets its name."""
 
     def __init__(
         self,
@@ -153,10 +160,6 @@ class LlavaTrainer(Trainer):
             self.kept_copies = keep_copies(self.args, model)
         return model, loader
 
-    _is_compiled = False
-    _adds_gradients_at_once = False
-    kept_copies: KeptCopies | None = None
-
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         meta = {key: inputs.pop(key) for key in META_KEYS}
         if self.kept_copies is not None:
@@ -165,7 +168,7 @@ class LlavaTrainer(Trainer):
         self.loss_watch.note(loss, self.state.global_step + 1, meta["sample_numbers"])
         self.tokens_seen += meta["num_tokens"]
         self.samples_seen += len(meta["sample_numbers"])
-        self._note(meta["report"])
+        self.report.add_batch(meta["report"])
         return loss
 
     def get_batch_samples(self, *args, **kwargs):
@@ -238,9 +241,6 @@ class LlavaTrainer(Trainer):
         if holds:
             self.control.should_save = True
 
-    _held_step = -1
-    """At its end a checkpoint was due that waits for the epoch's evaluation."""
-
     def _is_saved_after_evaluation(self) -> bool:
         """Whether the checkpoint of an epoch's last step waits for the epoch's evaluation, which follows at once.
 
@@ -249,13 +249,6 @@ class LlavaTrainer(Trainer):
         at_end = self.args.eval_strategy == IntervalStrategy.EPOCH and float(self.state.epoch or 0.5).is_integer()
         is_due = self.control.should_save and not self.control.should_evaluate
         return at_end and is_due and self._held_step != self.state.global_step
-
-    def _note(self, report: Report) -> None:
-        """Count what was cut, has no target or was left out; an image that is left out is said at once."""
-        for number, message in report.skipped.items():
-            if number not in self.report.skipped:
-                logger.warning("left out: %s", message)
-        self.report.add(report)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -355,8 +348,6 @@ class LlavaTrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
-
-    _staging_dir: str | None = None
 
     def _save_checkpoint(self, model, trial) -> None:
         """The Trainer's checkpoint, written aside and renamed when every process is done."""

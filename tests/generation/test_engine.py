@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llava.errors import LlavaError
 from llava.generation import ContextTooLong, Engine, OutOfMemory, Request, SamplingParams
@@ -107,6 +107,20 @@ def test_another_image_in_the_same_place_is_another_prompt(llama, images):
         list(handle)
         expected, margins = answer_alone(llama, Engine(llama), request)
         assert_same(expected, margins, handle.answer.token_ids)
+
+
+def test_the_same_pixels_in_other_colours_or_turned_are_another_image(llama):
+    def drawn(palette=(0, 0, 0, 255, 0, 0), orientation=1, **info):
+        image = Image.new("P", (8, 4), 1)
+        image.putpalette(palette)
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image.info.update(info)
+        return image
+
+    others = [drawn(), drawn((0, 0, 0, 0, 0, 255)), drawn(orientation=6), drawn(transparency=1)]
+    encoder = Engine(llama).encoder
+    assert len({encoder.identify(image).digest for image in others}) == len(others)
+    assert encoder.identify(drawn()).digest == encoder.identify(others[0]).digest
 
 
 def test_prompts_as_text_and_as_ids(llama, images):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llava.generation.cache.prefix_store import BLOCK, PrefixStore, common_length
 from llava.generation.cache.rows import RowCache
-from llava.generation.forward_pass import Row, _copies, split_into_groups
+from llava.generation.forward_pass import Row, copies_in_order, split_into_groups
 
 HEADS, SIZE = 2, 4
 
@@ -36,7 +36,7 @@ def test_groups_cost_least(lengths):
 
 def test_copies_come_in_order_of_dependence():
     rows = [Row(3, 0, 9), Row(4, 5, 9, source=3), Row(5, 7, 9, source=4), Row(6, 5, 8, source=3)]
-    assert _copies(rows) == [([3, 3], [4, 6], 5), ([4], [5], 7)]
+    assert copies_in_order(rows) == [([3, 3], [4, 6], 5), ([4], [5], 7)]
 
 
 def test_rows_are_written_moved_grown_and_kept():

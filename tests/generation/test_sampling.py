@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from llava.generation import SamplingParams
-from llava.generation.sampling import TokenChooser, choose_tokens
+from llava.generation.sampling import SamplingTable, TokenChooser
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -30.0])
+
+
+def choose_tokens(logits, choosers) -> list[int]:
+    return SamplingTable(choosers, logits.shape[-1], logits.device).choose(logits).tolist()
 
 
 def draw(count=4000, **settings):

@@ -64,8 +64,10 @@ def test_turning_and_putting_is_that_of_torch(heads, kv_heads, size):
     for is_fused in (True, False):
         pages = torch.zeros(4, 16, 2, kv_heads, size)
         cos, sin = (one[positions].unsqueeze(1) for one in tables)
-        turn = joined.FusedTurn(fused, tables[0][:, 0], tables[1][:, 1], positions)
-        results.append(((turn if is_fused else joined.LookedUp(cos, sin)).put(projected.clone(), pages, slots), pages))
+        rotation = joined.FusedRotation(fused, tables[0][:, 0], tables[1][:, 1], positions)
+        results.append(
+            ((rotation if is_fused else joined.TabledRotation(cos, sin)).put(projected.clone(), pages, slots), pages)
+        )
     torch.testing.assert_close(*results)
     assert results[0][1].count_nonzero() == projected[:, heads:].count_nonzero(), "other slots were written"
 

@@ -11,9 +11,9 @@ from llava.constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
     IMAGE_TOKEN_INDEX,
+    SCHEME_PATCH,
 )
 from llava.model import load_pretrained_model, load_tokenizer
-from llava.model.configuration import SCHEME_PATCH
 from tests.conftest import golden_cases
 from tests.golden.recorded_logits import Case, batch_logits, greedy, logits_of
 

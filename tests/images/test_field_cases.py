@@ -118,6 +118,13 @@ def test_padding_is_black_where_low_values_are_white(window, limit):
     assert shown[HOUNSFIELD == -990][0] > 250 and shown[HOUNSFIELD == 990][0] < 5
 
 
+@pytest.mark.parametrize("window", [{}, WINDOW])
+def test_padding_of_a_high_value_is_black_where_high_values_are_white(window):
+    shown = grey(dicom(HOUNSFIELD, PixelPaddingValue=int(HOUNSFIELD.max()), **window))
+    assert (shown[HOUNSFIELD.max() == HOUNSFIELD] == 0).all()
+    assert shown[HOUNSFIELD == 990][0] > 250
+
+
 @pytest.mark.parametrize("is_implicit", [True, False])
 @pytest.mark.parametrize("has_meta", [True, False])
 def test_dicom_without_preamble_is_known_by_its_content(is_implicit, has_meta, tmp_path):

@@ -1,6 +1,7 @@
 """`python -m llava.images.info`: what is in a file and what is shown of it, and nothing of whom it is of."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,21 @@ def volume(tmp_path):
     path = tmp_path / "volume.nii.gz"
     nibabel.save(nibabel.Nifti1Image(values, np.diag([-1.0, 2.0, 3.0, 1.0])), path)
     return path
+
+
+def test_a_volume_is_described_where_it_lies(tmp_path):
+    path = tmp_path / "large.nii"
+    empty = nibabel.Nifti1Image(np.zeros((256, 256, 1), np.uint8), np.eye(4))
+    empty.header.set_data_shape((256, 256, 2048))
+    with path.open("wb") as file:
+        file.write(empty.header.binaryblock + bytes(4))
+        file.truncate(352 + 256 * 256 * 2048)
+    tracemalloc.start()
+    try:
+        assert describe_image(path).frames == 2048
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20, "it has 128 MiB"
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_ct_slice():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.images import Limits, open_image, open_uploaded_image
+from llava.images import Limits, open_image, open_uploaded_image, png_data_url
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (32, 1))
 
@@ -221,3 +221,11 @@ def test_formats_can_be_restricted():
     for format in ("ICO", "EPS", "PCX", "SGI", "TGA", "JPEG2000"):
         with pytest.raises(LlavaError):
             open_image(encoded(Image.fromarray(RAMP), format))
+
+
+def test_a_data_url_loses_nothing_and_grey_is_one_channel():
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    for values, channels in ((noise, 3), (noise[..., :1].repeat(3, 2), 1)):
+        url = png_data_url(Image.fromarray(values))
+        assert np.array_equal(pixels(url), values)
+        assert len(url) * 3 / 4 == pytest.approx(40 * 50 * channels, rel=0.25)

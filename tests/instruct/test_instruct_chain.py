@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 
+from llava.constants import FIGURE_DOMAINS
 from llava.errors import LlavaError
-from llava.instruct.figures import DOMAINS, Figure, in_turn, read_figures
+from llava.instruct.figures import Figure, in_turn, read_figures
 from llava.instruct.instruct_postprocess import to_training_record
 from llava.instruct.prompts import build_messages
 from llava.records import read_records, write_json
@@ -24,7 +25,7 @@ FIGURES = {
         }
         for n in range(4)
     ]
-    for domain in DOMAINS
+    for domain in FIGURE_DOMAINS
 }
 
 
@@ -58,7 +59,7 @@ def test_domains_are_taken_in_turn_and_seeded(tmp_path):
     write_json(tmp_path / "f.json", FIGURES)
     figures = read_figures(tmp_path / "f.json")
     taken = in_turn(figures, 10, seed=1)
-    assert Counter(figure.domain for figure in taken) == dict.fromkeys(DOMAINS, 2)
+    assert Counter(figure.domain for figure in taken) == dict.fromkeys(FIGURE_DOMAINS, 2)
     assert taken == in_turn(figures[::-1], 10, seed=1), "the order of the file must not matter"
     assert taken != in_turn(figures, 10, seed=2)
     assert len(in_turn(figures, None, 0)) == 20
@@ -103,7 +104,7 @@ def test_chain_through_the_commands(tmp_path):
     records = read_records(final)
     assert len(records) == 12
     assert sum(turn["value"].count("<image>") for record in records for turn in record["conversations"]) == 12
-    assert {tuple(record["domain"]) for record in records} == {DOMAINS}
+    assert {tuple(record["domain"]) for record in records} == {FIGURE_DOMAINS}
 
 
 def test_nothing_left_is_an_error(tmp_path):

@@ -17,9 +17,9 @@ if os.path.isdir(os.environ.get("LLAVA_OPENCLIP_DIR", "")):
 
 from open_clip.timm_model import TimmModel
 
+from llava.constants import SCHEME_PATCH
 from llava.errors import LlavaError
 from llava.model import build_model_from_llm, load_pretrained_model
-from llava.model.configuration import SCHEME_PATCH
 from llava.tokenization import ImageTokens, expand_images, tokenize_prompt
 from llava.train.train import train
 from tests.model.checkpoints import save

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from llava.constants import SCHEME_PATCH, SCHEME_PLACEHOLDER
 from llava.errors import LlavaError
 from llava.model import LlavaMistralForCausalLM, load_pretrained_model
-from llava.model.configuration import SCHEME_PATCH, SCHEME_PLACEHOLDER
 from llava.model.towers.clip import CLIP_PREFIX
 from tests.model.checkpoints import PROJECTOR, TOWER, Tiny, logits, save, write
 

@@ -231,6 +231,8 @@ def test_expiry_and_dispatch_without_network():
     now[0] = 31.0
     assert registry.choose("m") == "http://h:1"
     assert list(registry.workers) == ["http://h:1"]
+    now[0] = 62.0
+    assert registry.status() == {"model_names": [], "speed": 0, "queue_length": 0}, "of those that are left"
     lottery = Registry("lottery", clock=lambda: 0.0, dice=Random(0))
     for port, speed in ((1, 1), (2, 3)):
         lottery.register(f"http://h:{port}", WorkerStatus(model_names=["m"], speed=speed))

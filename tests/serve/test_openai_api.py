@@ -248,11 +248,12 @@ def test_rate_limits_are_per_key(serving, tmp_path):
         ("a short", 0o600, "at least 8"),
         ("a key-of-slow x", 0o600, "no number"),
         ("a", 0o600, "line 1"),
+        ("é key-of-slow", 0o600, "UTF-8"),
     ],
 )
 def test_bad_key_files_stop_the_server(tmp_path, text, mode, words):
     path = tmp_path / "keys"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     path.chmod(mode)
     command = [sys.executable, "-m", "llava.serve.openai_api_server", "--api-key-file", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)

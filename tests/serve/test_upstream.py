@@ -1,7 +1,10 @@
 """A worker in front of an OpenAI-compatible server, over real sockets: our own API is the server behind it."""
 
 import dataclasses
+import queue
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from llava.serve.job import Message, read_job
 from llava.serve.protocol import ErrorType, split_chunks
 from llava.serve.secret import HEADER
-from llava.serve.worker.upstream_backend import to_request
+from llava.serve.worker.upstream_backend import UpstreamBackend, to_request
 from tests.serve.processes import Process, wait_until
 from tests.serve.test_openai_api import data_url, get
 
@@ -109,6 +112,25 @@ def test_nobody_there_and_a_wrong_key(upstream, tmp_path):
         with Process("llava.serve.model_worker", *FLAGS, "--api-base", base, env=env, log=tmp_path / "log") as process:
             assert ask(process.wait(), "hello")[-1]["error_type"] == error_type.value
         assert key not in (tmp_path / "log").read_text()
+
+
+def test_a_chunk_of_another_form_is_an_error_not_a_cancel(caplog):
+    class Strange(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.end_headers()
+            self.wfile.write(b'data: {"id": "1", "choices": null}\n\ndata: [DONE]\n\n')
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Strange) as server:
+        threading.Thread(target=server.serve_forever).start()
+        backend = UpstreamBackend(f"http://127.0.0.1:{server.server_port}/v1", "m")
+        pieces = queue.Queue()
+        backend.submit(read_job({"messages": [{"role": "user", "content": "x"}]}), pieces.put)
+        assert pieces.get(timeout=30).error.error_type is ErrorType.INTERNAL
+        assert "the server that runs the model failed" in caplog.text
+        backend.close()
+        server.shutdown()
 
 
 def test_images_go_on_as_png_in_their_places():

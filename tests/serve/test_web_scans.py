@@ -31,8 +31,11 @@ IDENTIFIERS = {
 }
 
 
-def body(place: int, side: int = 160) -> np.ndarray:
-    """A slice of a made-up chest in Hounsfield units + 1024: lungs that grow, a spot in slices 25 to 30."""
+def body(place: int, side: int = 160, noise: float = 0.0) -> np.ndarray:
+    """A slice of a made-up chest in Hounsfield units + 1024: lungs that grow, a spot in slices 25 to 30.
+
+    `noise`: its standard deviation in Hounsfield units.
+    """
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     values = np.full((side, side), -1000.0)
     values[(x / 0.85) ** 2 + (y / 0.6) ** 2 < 1] = 40
@@ -42,10 +45,11 @@ def body(place: int, side: int = 160) -> np.ndarray:
     values[(x / 0.12) ** 2 + ((y - 0.4) / 0.12) ** 2 < 1] = 700
     if 25 <= place <= 30:
         values[(x + 0.4) ** 2 + (y - 0.1) ** 2 < 0.004] = 60
-    return (values + 1024).astype(np.uint16)
+    values += noise * np.random.default_rng(place).normal(size=values.shape)
+    return (values + 1024).clip(0).astype(np.uint16)
 
 
-def series(folder: Path, side: int = 160) -> list[Path]:
+def series(folder: Path, side: int = 160, noise: float = 0.0) -> list[Path]:
     """40 files whose names and numbers say nothing of their places in the body."""
     paths = []
     for place in range(SLICES):
@@ -53,7 +57,7 @@ def series(folder: Path, side: int = 160) -> list[Path]:
         tags = IDENTIFIERS | {"InstanceNumber": str(place * 7 % SLICES + 1), "Modality": "CT"}
         tags |= {"ImagePositionPatient": [0, 0, 2.5 * place], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
         tags |= {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": 40, "WindowWidth": 400}
-        path.write_bytes(dicom(body(place, side), **tags))
+        path.write_bytes(dicom(body(place, side, noise), **tags))
         paths.append(path)
     return sorted(paths)
 

@@ -304,6 +304,15 @@ def test_an_unreadable_image_is_an_error_or_counted(tmp_path, stage1, cached):
     assert summary["left_out"]["count"] == 3
 
 
+def test_no_readable_image_at_all_is_an_error(tmp_path, stage1):
+    data = make_records(tmp_path)
+    for image in (tmp_path / "images").iterdir():
+        image.write_bytes(b"not an image")
+    more = ("--version", "v1", "--cache_vision_features", "--skip_unreadable_images")
+    with pytest.raises(LlavaError, match=r"train\.json: no record is left.*--image_folder"):
+        train(flags(tmp_path / "out", data, stage1[0], *more))
+
+
 def test_a_record_without_conversations_is_named(tmp_path, stage1):
     data = make_records(tmp_path)
     records = json.loads(data.read_text())

@@ -86,6 +86,8 @@ def test_the_held_out_loss_is_the_mean_over_all_targets_and_changes_nothing(tmp_
     wanted, count = loss_by_hand(tmp_path / "with", words)
     assert len(found) == 3 and found[-1] == pytest.approx(wanted, rel=1e-5)
     measured = summary["validation"]
+    for kind in ("truncated", "without_target", "answers_without_question", "left_out"):
+        assert measured[kind] == {"count": 0, "first": []}, kind
     assert measured["samples"] == 13 and measured["curve"][-1]["target_tokens"] == count
     assert measured["last_loss"] == found[-1] and measured["lowest_loss"] == min(found)
     train(flags(tmp_path / "without", data, base, "--max_steps", "6", *more))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.commandline import ArgumentParser, existing_file
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, FIGURE_DOMAINS
 from llava.data.conversion import Conversion, ImageFolder
 from llava.errors import LlavaError
 from llava.record_content import first_given
@@ -22,7 +22,6 @@ from llava.records import Record, iter_records, read_json
 NAME = "pmc"
 
 MISSING_DEFAULT = "drop"
-DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
 
 BRIEF = (
     "Describe this image briefly.",
@@ -137,7 +136,7 @@ def _domain(own: Any, listed: str | None) -> dict[str, bool] | None:
     if isinstance(own, dict):
         return {name: bool(value) for name, value in own.items()}
     name = own if isinstance(own, str) else listed
-    return {known: known == name for known in DOMAINS} if name in DOMAINS else None
+    return {known: known == name for known in FIGURE_DOMAINS} if name in FIGURE_DOMAINS else None
 
 
 def _read_questions(path: str | None) -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
 """How likely a model finds each of several answers to a question: what multiple-choice scores by likelihood rest on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,27 +71,39 @@ def answer_likelihoods(
     return found
 
 
-def _likelihoods(loaded: Any, batch: Sequence[_Candidate]) -> list[Likelihood]:
+def last_logits(loaded: Any, sequences: Sequence[np.ndarray], images: Iterable[Any], kept: int) -> torch.Tensor:
+    """float64 `[batch, kept, vocabulary]`: the logits at the last `kept` positions of each of several sequences.
+
+    Args:
+        loaded: a `llava.model.LoadedModel`.
+        sequences: ids, int64 `[length]`, with IMAGE_TOKEN_INDEX at each position of an image.
+        images: those of all sequences in their order, whatever `open_image` takes.
+    """
     tokenizer, model, processor, _ = loaded
-    device = model.device
-    samples = [(candidate.input_ids, candidate.labels) for candidate in batch]
-    padded = pad_batch(samples, tokenizer.pad_token_id or 0, side="left")
-    images = [open_image(image) for candidate in batch for image in candidate.images]
-    pixels = torch.from_numpy(processor(images, model.config.image_aspect_ratio)).to(device) if images else None
+    padded = pad_batch([(ids, ids) for ids in sequences], tokenizer.pad_token_id or 0, side="left")
+    opened = [open_image(image) for image in images]
+    pixels = torch.from_numpy(processor(opened, model.config.image_aspect_ratio)) if opened else None
+    logits: torch.Tensor = model(
+        input_ids=torch.from_numpy(padded["input_ids"]).to(model.device),
+        attention_mask=torch.from_numpy(padded["attention_mask"]).long().to(model.device),
+        pixel_values=None if pixels is None else pixels.to(model.device),
+        logits_to_keep=kept,
+    ).logits
+    return logits.double()
+
+
+def _likelihoods(loaded: Any, batch: Sequence[_Candidate]) -> list[Likelihood]:
     # Padded on the left, all answers end at the last position; each token is predicted one position before it.
     kept = max(len(candidate.input_ids) - candidate.start for candidate in batch)
-    logits = model(
-        input_ids=torch.from_numpy(padded["input_ids"]).to(device),
-        attention_mask=torch.from_numpy(padded["attention_mask"]).long().to(device),
-        pixel_values=pixels,
-        logits_to_keep=kept + 1,
-    ).logits[:, :-1]
-    labels = padded["labels"][:, -kept:].copy()
-    for row, candidate in enumerate(batch):
-        labels[row, : kept - (len(candidate.input_ids) - candidate.start)] = IGNORE_INDEX
-    targets = torch.from_numpy(labels).to(device)
+    images = [image for candidate in batch for image in candidate.images]
+    logits = last_logits(loaded, [candidate.input_ids for candidate in batch], images, kept + 1)[:, :-1]
+    labels = np.full((len(batch), kept), IGNORE_INDEX)
+    for row, candidate in zip(labels, batch, strict=True):
+        own = candidate.labels[candidate.start :]
+        row[kept - len(own) :] = own
+    targets = torch.from_numpy(labels).to(logits.device)
     losses = torch.nn.functional.cross_entropy(
-        logits.double().transpose(1, 2),  # [batch, vocabulary, length]
+        logits.transpose(1, 2),  # [batch, vocabulary, length]
         targets,
         ignore_index=IGNORE_INDEX,
         reduction="none",

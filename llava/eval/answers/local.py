@@ -10,6 +10,7 @@ from llava.conversation import get_template
 from llava.eval.answers.ablation import QuestionImages
 from llava.eval.answers.answering import answer_record
 from llava.eval.answers.questions import Question
+from llava.folders import model_name
 from llava.record_content import OPTION_LETTERS
 from llava.records import ResumableJsonl
 from llava.sampling_params import SamplingParams
@@ -37,9 +38,8 @@ class LocalModel:
 
     @property
     def model_id(self) -> str:
-        """The checkpoint's short name: the last part of its path, with the one above for `checkpoint-100`."""
-        parts = [part for part in self.path.rstrip("/").split("/") if part]
-        return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
+        """What answers say of who gave them."""
+        return model_name(self.path)
 
     def load(self):
         """The loaded model (llava.model.LoadedModel)."""

@@ -8,7 +8,7 @@ import torch
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, get_template
 from llava.errors import LlavaError
-from llava.images import open_image
+from llava.eval.answers.likelihood import last_logits
 from llava.model.checkpoint.layouts import open_checkpoint
 from llava.model.loader import add_missing_image_tokens
 from llava.model.tokenizer import load_tokenizer_of
@@ -19,7 +19,6 @@ from llava.tokenization import (
     encode_conversation,
     encode_prompt,
     expand_images,
-    pad_batch,
 )
 
 YES, NO = ("yes", "Yes"), ("no", "No")
@@ -44,29 +43,20 @@ def yes_probabilities(
     """
     if not asked:
         return []
-    tokenizer, model, processor, _ = loaded
+    tokenizer, model, _, _ = loaded
     image_tokens = ImageTokens.from_config(model.config, tokenizer)
     opening, yes, no = _answer_tokens(template, tokenizer, image_tokens)
     chances = []
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
-        encoded = []
+        prompts = []
         for turns, images in batch:
             prompt = conversation_from_record(turns, template)
             unexpanded = encode_prompt(prompt, tokenizer, image_tokens) + opening
             ids, _ = expand_images(unexpanded, None, [model.num_patches] * len(images))
-            encoded.append((ids, ids))
-        padded = pad_batch(encoded, tokenizer.pad_token_id or 0, side="left")
-        opened = [open_image(image) for _, images in batch for image in images]
-        pixels = torch.from_numpy(processor(opened, model.config.image_aspect_ratio)) if opened else None
-        device = model.device
-        logits = model(
-            input_ids=torch.from_numpy(padded["input_ids"]).to(device),
-            attention_mask=torch.from_numpy(padded["attention_mask"]).long().to(device),
-            pixel_values=None if pixels is None else pixels.to(device),
-            logits_to_keep=1,
-        ).logits[:, -1]
-        logs = torch.log_softmax(logits.double(), dim=-1)
+            prompts.append(ids)
+        logits = last_logits(loaded, prompts, [image for _, images in batch for image in images], 1)[:, -1]
+        logs = torch.log_softmax(logits, dim=-1)
         said_yes, said_no = (torch.logsumexp(logs[:, sorted(tokens)], dim=1) for tokens in (yes, no))
         chances += torch.sigmoid(said_yes - said_no).tolist()
     return chances

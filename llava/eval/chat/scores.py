@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
+from llava.constants import FIGURE_DOMAINS
 from llava.records import Record
 
 UNREADABLE = (-1.0, -1.0)
-DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
 QUESTION_TYPES = ("conversation", "detailed_description")
 OVERALL = "overall"
 JUDGE_KEYS = ("gpt_eval", "result")
@@ -83,7 +83,7 @@ def summarize_chat(rows: Iterable[Record]) -> ChatSummary:
         for group in (row.get("type"), domain, OVERALL):
             if group is not None:
                 scores[group].append(pair)
-    known = [*QUESTION_TYPES, *DOMAINS]
+    known = [*QUESTION_TYPES, *FIGURE_DOMAINS]
     order = [*known, *(name for name in scores if name not in known and name != OVERALL), OVERALL]
     groups = {name: _group_scores(scores[name]) for name in order if scores.get(name)}
     return ChatSummary(groups, count, unreadable, zero, without_domain, left_out)
@@ -104,7 +104,7 @@ def judge_reply(row: Record) -> str | None:
 def domain_of(row: Record) -> str | None:
     """The first true of the five domains, or None."""
     flags = row.get("domain") or {}
-    return next((name for name in DOMAINS if flags.get(name)), None)
+    return next((name for name in FIGURE_DOMAINS if flags.get(name)), None)
 
 
 def _group_scores(pairs: list[tuple[float, float]]) -> GroupScores:

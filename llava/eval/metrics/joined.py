@@ -4,6 +4,7 @@ The published scripts join by order, so one lost line shifts every score.
 """
 
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,3 +74,9 @@ def join(
         elif on_missing == "wrong":
             joined.append(JoinedItem(item, ""))
     return joined
+
+
+def clusters_of(joined: Sequence[JoinedItem], unit: str) -> list[Hashable] | None:
+    """What the bootstrap is to draw: of "image" a key for each question, the same for all about one image; of
+    "question" None, which is each question by itself."""
+    return [entry.item.image or entry.item.id for entry in joined] if unit == "image" else None

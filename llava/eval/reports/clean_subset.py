@@ -8,6 +8,7 @@ from llava.data.audit_checks import audit_splits
 from llava.data.audit_text import audit_lines
 from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
+from llava.eval.metrics.joined import clusters_of
 from llava.eval.metrics.score import Scores, headlines, score_items
 from llava.eval.reports.evaluation import Evaluation, read_candidates
 from llava.eval.reports.tables import number_cell, text_table
@@ -71,21 +72,19 @@ def score_clean_subset(
             f"{len(unknown)} are not in it (first {unknown[0]!r})"
         )
     settings = evaluation.settings
-    candidates = settings["candidate"] and read_candidates(settings["candidate"])
+    candidates = None if settings["candidate"] is None else read_candidates(settings["candidate"])
     subsets: dict[str, Scores | None] = {}
     for name, ids in audit["subsets"].items():
         wanted = {str(key) for key in ids}
         part = [entry for entry in evaluation.joined if str(entry.item.id) in wanted]
-        by_image = settings["unit"] == "image"
-        subsets[name] = (
-            part
-            and score_items(
+        subsets[name] = None
+        if part:
+            subsets[name] = score_items(
                 part,
-                candidates or None,
+                candidates,
                 script=settings["script"],
-                clusters=[entry.item.image or entry.item.id for entry in part] if by_image else None,
+                clusters=clusters_of(part, settings["unit"]),
                 resamples=settings["resamples"],
                 seed=settings["bootstrap_seed"],
             )
-        ) or None
     return CleanScores(audit, evaluation.scores, subsets)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llava.eval.metrics.intervals import Comparison, compare_paired
+from llava.eval.metrics.joined import clusters_of
 from llava.eval.metrics.registry import Metric
 from llava.eval.metrics.score import headlines
 from llava.eval.reports.evaluation import Evaluation, evaluate
@@ -59,8 +60,7 @@ def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
     )
     places = {str(entry.item.id): index for index, entry in enumerate(other.joined)}
     shared = [(i, places[str(e.item.id)]) for i, e in enumerate(first.joined) if str(e.item.id) in places]
-    by_image = settings["unit"] == "image"
-    clusters = [first.joined[i].item.image or first.joined[i].item.id for i, _ in shared] if by_image else None
+    clusters = clusters_of([first.joined[i] for i, _ in shared], settings["unit"])
     numbers = {}
     for metric in headlines([first.scores]):
         ours = first.scores.values[metric.metric_set][metric.name]

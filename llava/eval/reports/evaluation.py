@@ -11,7 +11,7 @@ from llava.errors import LlavaError
 from llava.eval.answers.manifest import describe, read_dataset_manifest
 from llava.eval.metrics.calibration import Calibration, calibrate
 from llava.eval.metrics.intervals import RESAMPLES
-from llava.eval.metrics.joined import JoinedItem, join, read_answers
+from llava.eval.metrics.joined import JoinedItem, clusters_of, join, read_answers
 from llava.eval.metrics.score import Scores, group_keys, score_items
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.tables import calibration_line, group_table, score_table
@@ -99,7 +99,7 @@ def evaluate(
         None if candidate is None else read_candidates(candidate),
         script=script,
         group_by=group_keys(joined) if group_by is None else group_by,
-        clusters=[entry.item.image or entry.item.id for entry in joined] if unit == "image" else None,
+        clusters=clusters_of(joined, unit),
         resamples=resamples,
         seed=seed,
         progress=lambda entries: tqdm(entries, desc="scoring", unit="answer", leave=False, disable=None),

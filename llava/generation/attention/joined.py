@@ -25,7 +25,7 @@ PARTS = {
 }
 
 
-class Turn(Protocol):
+class Rotation(Protocol):
     """The positions of a pass's tokens, as rotary embeddings."""
 
     def put(self, projected: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,9 @@ class Turn(Protocol):
 class Attending(Protocol):
     """A pass (`PagedPass`, say)."""
 
-    def attend_projected(self, layer: Layer, projected: torch.Tensor, turn: Turn, scale: float) -> torch.Tensor: ...
+    def attend_projected(
+        self, layer: Layer, projected: torch.Tensor, rotation: Rotation, scale: float
+    ) -> torch.Tensor: ...
 
 
 class JoinedLayer:
@@ -58,12 +60,12 @@ class JoinedLayer:
             (norm.weight, norm.variance_epsilon) for norm in (block.input_layernorm, block.post_attention_layernorm)
         ]
 
-    def __call__(self, hidden: torch.Tensor, turn: Turn, attending: Attending) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, rotation: Rotation, attending: Attending) -> torch.Tensor:
         """`hidden` `[tokens, hidden]` is changed in place."""
         (first, epsilon), (second, other) = self.norms
         projected = linear(self.kernels.normed(hidden, first, epsilon), self.qkv, self.qkv_bias)
         projected = projected.unflatten(1, (self.heads, -1))
-        _add_product(hidden, attending.attend_projected(self, projected, turn, self.scale), self.out, self.out_bias)
+        _add_product(hidden, attending.attend_projected(self, projected, rotation, self.scale), self.out, self.out_bias)
         gate_up = linear(self.kernels.normed(hidden, second, other), self.gate_up, self.gate_up_bias)
         _add_product(hidden, self.kernels.gated(gate_up), self.down, self.down_bias)
         return hidden
@@ -103,7 +105,12 @@ class Tables:
 
     FEW = 256
 
-    def __init__(self, rotary: Any, positions: int, like: torch.Tensor, queries: int, keys: int, fused: Any = None):
+    def __init__(self, rotary: Any, positions: int, like: torch.Tensor, heads: int, kv_heads: int, fused: Any = None):
+        """
+        Args:
+            like: a tensor of the model's dtype, on its device.
+            fused: the module of kernels, where they run.
+        """
         self.fused = fused
         frequencies = rotary.inv_freq.to(like.device, torch.float32)
         angles = torch.arange(positions, device=like.device).unsqueeze(1) * frequencies
@@ -112,40 +119,41 @@ class Tables:
         self.cos = torch.stack([cos, torch.ones_like(cos)], 1)
         """`[positions, 2, 2, head_dim / 2]`: of what is turned and of what isn't, both halves."""
         self.sin = torch.stack([sin, torch.zeros_like(sin)], 1)
-        heads = torch.arange(queries + 2 * keys, device=like.device)
-        self.kinds = (heads >= queries + keys).long()
+        self.kinds = (torch.arange(heads + 2 * kv_heads, device=like.device) >= heads + kv_heads).long()
+        """Of each projected head, 0 if it is turned (queries and keys), 1 if not (values)."""
 
-    def of(self, positions: torch.Tensor) -> Turn:
+    def of(self, positions: torch.Tensor) -> Rotation:
         """For tokens at `positions`, int64 `[tokens]`."""
         if self.fused is not None:
-            return FusedTurn(self.fused, self.cos[:, 0, 0], self.sin[:, 0, 1], positions)
+            return FusedRotation(self.fused, self.cos[:, 0, 0], self.sin[:, 0, 1], positions)
         cos, sin = (table.index_select(0, positions) for table in (self.cos, self.sin))
         if len(positions) > self.FEW:
-            return LookedUp(cos.narrow(1, 0, 1), sin.narrow(1, 0, 1))
-        return LookedUp(cos.index_select(1, self.kinds), sin.index_select(1, self.kinds))
+            return TabledRotation(cos.narrow(1, 0, 1), sin.narrow(1, 0, 1))
+        return TabledRotation(cos.index_select(1, self.kinds), sin.index_select(1, self.kinds))
 
 
-class LookedUp(NamedTuple):
-    """A `Turn`: both `[tokens, heads, 2, head_dim / 2]`, for queries, keys and values, or `[tokens, 1, …]` of many."""
+class TabledRotation(NamedTuple):
+    """A `Rotation`: both `[tokens, heads + 2 kv_heads, 2, head_dim / 2]`, or `[tokens, 1, …]` for many tokens."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     def put(self, projected: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        keys = pages.shape[3]
-        queries = projected.shape[1] - 2 * keys
+        kv_heads = pages.shape[3]
+        heads = projected.shape[1] - 2 * kv_heads
         if self.cos.shape[1] > 1:
             turned = rotated(projected, self.cos, self.sin)
-            states = turned.narrow(1, queries, 2 * keys).unflatten(1, (2, keys))
+            states = turned.narrow(1, heads, 2 * kv_heads).unflatten(1, (2, kv_heads))
         else:
-            turned = rotated(projected.narrow(1, 0, queries + keys), self.cos, self.sin)
-            states = torch.stack([turned.narrow(1, queries, keys), projected.narrow(1, queries + keys, keys)], 1)
+            turned = rotated(projected.narrow(1, 0, heads + kv_heads), self.cos, self.sin)
+            keys, values = turned.narrow(1, heads, kv_heads), projected.narrow(1, heads + kv_heads, kv_heads)
+            states = torch.stack([keys, values], 1)
         pages.flatten(0, 1).index_copy_(0, slots, states)
-        return turned.narrow(1, 0, queries)
+        return turned.narrow(1, 0, heads)
 
 
-class FusedTurn(NamedTuple):
-    """A `Turn` in one kernel, `fused.put_rotated`."""
+class FusedRotation(NamedTuple):
+    """A `Rotation` in one kernel, `fused.put_rotated`."""
 
     fused: Any
     cos: torch.Tensor

@@ -52,7 +52,7 @@ def gathered(
     slot = row_of * batch.longest + column
     padded = queries.new_zeros(rows * batch.longest, *queries.shape[1:]).index_copy_(0, slot, queries)
     padded = rearrange(padded, "(row query) head width -> row head query width", row=rows)
-    known, seen = (
+    row_keys, row_values = (
         rearrange(
             states.index_select(0, batch.table.flatten()),
             "(row page) place head width -> row head (page place) width",
@@ -62,12 +62,12 @@ def gathered(
     )
     new = batch.starts.diff()
     position = (batch.used - new).unsqueeze(1) + torch.arange(batch.longest, device=queries.device)
-    key = torch.arange(known.shape[2], device=queries.device)
+    key = torch.arange(row_keys.shape[2], device=queries.device)
     mask = key <= position.unsqueeze(2)
     if window is not None:
         mask &= key > position.unsqueeze(2) - window
     out = scaled_dot_product_attention(
-        padded, known, seen, mask.unsqueeze(1), scale=scale, enable_gqa=padded.shape[1] != known.shape[1]
+        padded, row_keys, row_values, mask.unsqueeze(1), scale=scale, enable_gqa=padded.shape[1] != row_keys.shape[1]
     )
     return rearrange(out, "row head query width -> (row query) head width").index_select(0, slot)
 

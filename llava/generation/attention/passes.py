@@ -9,10 +9,10 @@ import torch
 
 from llava.generation.attention.kernels import Batch, PagedKernel
 from llava.generation.cache.pages import PageCache, copy_slots
-from llava.generation.forward_pass import Row, _copies
+from llava.generation.forward_pass import Row, copies_in_order
 
 if TYPE_CHECKING:
-    from llava.generation.attention.joined import Turn
+    from llava.generation.attention.joined import Rotation
     from llava.model.language_model import Attention
 
 
@@ -36,7 +36,7 @@ class PagedPass:
         self.cache, self.kernel, self.window = cache, kernel, window
         copies = [
             [pair for one in zip(sources, targets, strict=True) for pair in cache.share(*one, length)]
-            for sources, targets, length in _copies(rows)
+            for sources, targets, length in copies_in_order(rows)
         ]
         lengths = np.array([row.end - row.begin for row in rows])
         ends = np.cumsum(lengths)
@@ -77,10 +77,12 @@ class PagedPass:
         pages.flatten(0, 1).index_copy_(0, self.slots, torch.stack([keys, values], 1))
         return self._attended(pages, queries, scale)
 
-    def attend_projected(self, layer: "Layer", projected: torch.Tensor, turn: "Turn", scale: float) -> torch.Tensor:
-        """As `attend`, of `[tokens, heads + 2 kv_heads, head_dim]` that `turn` turns."""
+    def attend_projected(
+        self, layer: "Layer", projected: torch.Tensor, rotation: "Rotation", scale: float
+    ) -> torch.Tensor:
+        """As `attend`, of `[tokens, heads + 2 kv_heads, head_dim]` that `rotation` turns."""
         pages = self.cache.layer(layer.layer_idx, projected)
-        return self._attended(pages, turn.put(projected, pages, self.slots), scale)
+        return self._attended(pages, rotation.put(projected, pages, self.slots), scale)
 
     def _attended(self, pages: torch.Tensor, queries: torch.Tensor, scale: float) -> torch.Tensor:
         for slots in self.copies:

@@ -4,9 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
+from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, SCHEME_PATCH, SCHEME_PLACEHOLDER
 from llava.errors import LlavaError, library_errors
-from llava.model.configuration import SCHEME_PATCH, SCHEME_PLACEHOLDER, LlavaConfigFields
+from llava.model.configuration import LlavaConfigFields
 from llava.model.families import family_names, family_of, find_family
 from llava.records import read_json
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from llava.constants import SCHEME_PATCH
 from llava.errors import LlavaError
 from llava.model.checkpoint.adapter import non_lora_file
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
@@ -103,7 +104,7 @@ def _image_rows(folder: Path) -> dict[str, torch.Tensor]:
         return {}
     tokenizer = load_tokenizer(folder)
     vocabulary = tokenizer.get_vocab()
-    ids = sorted(vocabulary[token] for token in ImageTokens("patch", True).needed if token in vocabulary)
+    ids = sorted(vocabulary[token] for token in ImageTokens(SCHEME_PATCH, True).needed if token in vocabulary)
     weights = WeightFiles.of_folder(folder)
     rows = weights.shape(EMBEDDING)[0]
     if not ids or ids != list(range(rows - len(ids), rows)):

@@ -9,7 +9,7 @@ and attention can do that. So the tower is written wider, and with one block mor
 - Each head is some values wider. The values that this adds to the hidden state hold the mean of the others, so that a
   layer norm finds the same mean (its weights and epsilon make up for the larger width); in some of them stand, small
   enough to change nothing, the digits of the row's number and those of the row before.
-- The block more looks from each row at the row before it: the score is minus the squared distance of the digits, zero
+- The added block looks from each row at the row before it: the score is minus the squared distance of the digits, zero
   there and far below elsewhere. Two values of +-16384, which the last block before it adds, make its layer norm a mere
   scaling by a known factor, so that its values are the other row's hidden state.
 - The projector is given the state before that block and behind it (`clip.vision.feature_layer`), and subtracts.
@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 
@@ -39,6 +40,25 @@ _MULTIPLE = 8
 _UNUSED_FFN = 32
 
 Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
+
+
+class _Added(NamedTuple):
+    """Where each of the added values stands in the hidden state."""
+
+    before: slice
+    """The digits of the row before."""
+    before_sum: int
+    """A quarter of their squares' sum."""
+    own: slice
+    """The digits of this row."""
+    own_sum: int
+    """A quarter of their squares' sum."""
+    one: int
+    mean: int
+    """Nothing but the mean, which all others but `zero` hold too."""
+    zero: int
+    large: slice
+    """The two large values that the last block adds."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +95,21 @@ class Widening:
     def digits(self) -> int:
         return next(count for count in range(1, 20) if _BASE**count >= self.tokens)
 
-    @property
-    def _places(self) -> tuple[slice, int, slice, int, int, int, int, slice]:
-        """Of the added values: digits of the row before, a quarter of their squares' sum; the same of this row's own;
-        one; nothing but the mean; zero, without the mean; the two large ones.
-        """
+    @cached_property
+    def _added(self) -> "_Added":
         start, count = self.hidden, self.digits
         own = start + count + 1
         rest = own + count + 1
-        return (
-            slice(start, start + count), own - 1, slice(own, own + count), rest - 1,
-            rest, rest + 1, rest + 2, slice(rest + 3, rest + 5),
-        )  # fmt: skip
+        return _Added(
+            before=slice(start, start + count),
+            before_sum=own - 1,
+            own=slice(own, own + count),
+            own_sum=rest - 1,
+            one=rest,
+            mean=rest + 1,
+            zero=rest + 2,
+            large=slice(rest + 3, rest + 5),
+        )
 
     @cached_property
     def _shrink(self) -> float:
@@ -119,7 +142,7 @@ class Widening:
         row = torch.tensordot(functional, values, 1)
         wide = row.expand(self.width, *row.shape).clone()
         wide[: self.hidden] = values
-        wide[self._places[6]] = 0
+        wide[self._added.zero] = 0
         return wide
 
     def embedding(self, values: torch.Tensor) -> torch.Tensor:
@@ -133,15 +156,15 @@ class Widening:
     def positions(self, table: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden]` to `[tokens, width]`, with the rows' numbers."""
         wide = self.embedding(table.T).T.contiguous()
-        before, before_sum, own, own_sum, one = self._places[:5]
+        added = self._added
         unit = self._unit * (1 if self.pre_norm is None else _DAMPED * self.spread)
         digits = self._digits(torch.arange(self.tokens)) * unit
         previous = digits.roll(1, 0)
-        for place, values in ((before, previous), (own, digits)):
+        for place, values in ((added.before, previous), (added.own, digits)):
             wide[:, place] += values
-        for column, values in ((before_sum, previous), (own_sum, digits)):
+        for column, values in ((added.before_sum, previous), (added.own_sum, digits)):
             wide[:, column] += (values / unit).square().sum(1) / 4 * unit
-        wide[:, one] += unit
+        wide[:, added.one] += unit
         return wide
 
     def _digits(self, rows: torch.Tensor) -> torch.Tensor:
@@ -158,12 +181,12 @@ class Widening:
         """The same of the norm before the blocks: the added values become its output's mean, and keep the digits."""
         wide = self.norm(values, leaf)
         wide[self.hidden :] = self._shrink / _DAMPED if leaf == "weight" else values.mean()
-        wide[self._places[6]] = 0
+        wide[self._added.zero] = 0
         return wide
 
     def large(self, bias: torch.Tensor) -> torch.Tensor:
         """The last block's bias `[width]` with what makes the next norm a scaling."""
-        bias[self._places[7]] += torch.tensor([_LARGE, -_LARGE])
+        bias[self._added.large] += torch.tensor([_LARGE, -_LARGE])
         return bias
 
     def rows(self, values: torch.Tensor, part: str) -> torch.Tensor:
@@ -189,29 +212,31 @@ class Widening:
         """
         before = self.columns(weight)
         behind = before.clone()
-        behind[:, self._places[6]] = -weight.sum(1)
+        behind[:, self._added.zero] = -weight.sum(1)
         return torch.cat([-before, behind], 1)
 
     def added_block(self) -> Iterator[Tensor]:
         """The block that moves rows down by one."""
-        width, hidden = self.width, self.hidden
-        before, before_sum, own, own_sum, one, mean, zero, _ = self._places
+        width, hidden, added = self.width, self.hidden, self._added
         scale = _LARGE * math.sqrt(2 / width)
         norm = torch.zeros(width)
-        norm[:hidden] = norm[zero] = scale
-        norm[hidden : mean + 1] = scale / self._unit
+        norm[:hidden] = norm[added.zero] = scale
+        norm[hidden : added.mean + 1] = scale / self._unit
         factor = math.sqrt(_SCORE * math.sqrt(self.wide_head))
         query, key = torch.zeros(2, self.heads, self.wide_head, width)
         digits = range(self.digits)
         for rows, sources in (
-            (query, [*((before.start + place, 2.0) for place in digits), (one, -4.0), (before_sum, -4.0)]),
-            (key, [*((own.start + place, 1.0) for place in digits), (own_sum, 1.0), (one, 1.0)]),
+            (
+                query,
+                [*((added.before.start + place, 2.0) for place in digits), (added.one, -4.0), (added.before_sum, -4.0)],
+            ),
+            (key, [*((added.own.start + place, 1.0) for place in digits), (added.own_sum, 1.0), (added.one, 1.0)]),
         ):
             for row, (source, times) in enumerate(sources):
                 rows[:, row, source] = factor * times
-                rows[:, row, mean] -= factor * times
+                rows[:, row, added.mean] -= factor * times
         value = torch.zeros(width, width)
-        value[range(hidden), range(hidden)] = value[hidden, zero] = 1
+        value[range(hidden), range(hidden)] = value[hidden, added.zero] = 1
         square, none = (width, width), torch.zeros(width)
         parts = {
             "ln1.weight": norm, "ln1.bias": none, "ln2.weight": none, "ln2.bias": none,

@@ -1,7 +1,10 @@
 """llama.cpp's names of a language model's tensors, and what its files do to them."""
 
+from typing import Any
+
 import torch
 from einops import rearrange
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava.model.families import EMBEDDING, FINAL_NORM, HEAD
 
@@ -38,6 +41,13 @@ def language_names(layers: int) -> dict[str, str]:
 def rotary_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a query or key projection as llama.cpp has them: the two values that a rotation mixes side by side."""
     return rearrange(weight, "(head two pair) ... -> (head pair two) ...", head=heads, two=2)
+
+
+def rope_factors(config: Any) -> torch.Tensor:
+    """`rope_freqs`: by what llama.cpp divides each frequency, of a configuration scaled as LLaMA-3.1's."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    width = 2 * len(scaled)
+    return (1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2).float() / width)) / scaled
 
 
 def known_cuts() -> dict[str, str]:

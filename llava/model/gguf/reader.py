@@ -14,13 +14,12 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava.errors import LlavaError
 from llava.folders import check_space, check_target, stage
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import HEAD
-from llava.model.gguf.names import ARCHITECTURE, DIGITS_APART, ROPE_FREQS, known_cuts, language_names
+from llava.model.gguf.names import ARCHITECTURE, DIGITS_APART, ROPE_FREQS, known_cuts, language_names, rope_factors
 from llava.model.tokenizer import save_tokenizer
 from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, planned_tensor, write_shards
 
@@ -153,9 +152,8 @@ def _rope(file: GGUFReader, source: Path) -> dict[str, Any] | None:
         "original_max_position_embeddings": _LLAMA_3_POSITIONS,
     }
     sketch = LlamaConfig(head_dim=width, rope_parameters=rope, max_position_embeddings=16 * _LLAMA_3_POSITIONS)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](sketch, torch.device("cpu"))
-    plain = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    if len(factors) != len(plain) or not np.allclose((plain / scaled).numpy(), factors, rtol=1e-4):
+    expected = rope_factors(sketch)
+    if len(factors) != len(expected) or not np.allclose(expected.numpy(), factors, rtol=1e-4):
         raise LlavaError(f"{source}: {ROPE_FREQS} aren't the factors of LLaMA-3.1's scaling, so they can't be imported")
     return rope
 

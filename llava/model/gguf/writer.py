@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava.bars import tqdm
 from llava.conversation import get_template
@@ -20,7 +19,7 @@ from llava.model.checkpoint.resolved import ResolvedCheckpoint, resolve_checkpoi
 from llava.model.convert.chat_template import chat_template
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import EMBEDDING, HEAD, family_of
-from llava.model.gguf.names import ARCHITECTURE, ROPE_FREQS, language_names, rotary_pairs
+from llava.model.gguf.names import ARCHITECTURE, ROPE_FREQS, language_names, rope_factors, rotary_pairs
 from llava.model.gguf.vision import LAST, POSITIONS, add_vision_fields, vision_tensors, widening_of
 from llava.model.gguf.vocabulary import add_vocabulary
 from llava.model.loader import load_image_processor
@@ -37,6 +36,8 @@ _FILE_TYPES = {
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
+_NUMPY: dict[GGMLQuantizationType, Any] = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+"""The types that aren't quantized."""
 _OF_IMAGES = (TOWER_PREFIX, "model.mm_projector.")
 _BLOCK = 32
 """Values that share a scale in q8_0 and q4_0."""
@@ -61,9 +62,6 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.stored_shape)) * np.dtype(_NUMPY.get(self.type, np.uint8)).itemsize
-
-
-_NUMPY: dict[GGMLQuantizationType, Any] = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 
 def export_gguf(
@@ -164,7 +162,7 @@ def _language_tensors(checkpoint: ResolvedCheckpoint, kind: str) -> list[Stored]
     if halves and kind not in ("f16", "f32"):
         log.warning("%d matrices have rows that aren't multiples of %d: they are written as f16", halves, _BLOCK)
     if _rope(config).get("rope_type") == "llama3":
-        factors = _rope_factors(config)
+        factors = rope_factors(config)
         tensors.append(Stored(ROPE_FREQS, tuple(factors.shape), GGMLQuantizationType.F32, lambda: factors))
     return tensors
 
@@ -182,19 +180,12 @@ def _rope(config: Any) -> dict[str, Any]:
     return dict(getattr(config, "rope_parameters", None) or {})
 
 
-def _rope_factors(config: Any) -> torch.Tensor:
-    """By what llama.cpp divides each frequency."""
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    width = 2 * len(scaled)
-    return (1.0 / _rope(config)["rope_theta"] ** (torch.arange(0, width, 2).float() / width)) / scaled
-
-
 def _add_language_fields(writer: GGUFWriter, checkpoint: ResolvedCheckpoint, kind: str) -> None:
     config = checkpoint.config
     folders = checkpoint.parts.folders
     tokenizer = load_tokenizer_of(folders, folders[0])
     writer.add_file_type(_FILE_TYPES[kind])
-    add_sizes(writer, config)
+    _add_sizes(writer, config)
     rope = _rope(config)
     writer.add_rope_freq_base(float(rope.get("rope_theta") or 10000.0))
     scaling = rope.get("rope_type", "default")
@@ -211,7 +202,7 @@ def _add_language_fields(writer: GGUFWriter, checkpoint: ResolvedCheckpoint, kin
     writer.add_chat_template(chat_template(template, ""))
 
 
-def add_sizes(writer: GGUFWriter, config: Any) -> None:
+def _add_sizes(writer: GGUFWriter, config: Any) -> None:
     """How large a language model and its parts are, by its transformers' configuration."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)

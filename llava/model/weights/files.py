@@ -29,6 +29,25 @@ HARMLESS = (
 )
 """Names in a file that carry no information, as patterns."""
 
+DTYPE_NAMES = MappingProxyType(
+    {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.float8_e5m2: "F8_E5M2",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.int16: "I16",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
+)
+"""What safetensors calls each dtype."""
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
 NO_VALUES = (
     "it was saved under DeepSpeed's ZeRO-3 without gathering the weights first; save it again with "
     "stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with zero_to_fp32.py"
@@ -113,23 +132,6 @@ class WeightFiles:
 
 
 class _SafetensorsFile:
-    _DTYPES = MappingProxyType(
-        {
-            "F64": torch.float64,
-            "F32": torch.float32,
-            "F16": torch.float16,
-            "BF16": torch.bfloat16,
-            "F8_E4M3": torch.float8_e4m3fn,
-            "F8_E5M2": torch.float8_e5m2,
-            "I64": torch.int64,
-            "I32": torch.int32,
-            "I16": torch.int16,
-            "I8": torch.int8,
-            "U8": torch.uint8,
-            "BOOL": torch.bool,
-        }
-    )
-
     def __init__(self, path: Path):
         self.path = path
         try:
@@ -143,7 +145,7 @@ class _SafetensorsFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._DTYPES[self._file.get_slice(name).get_dtype()]
+        return _DTYPES[self._file.get_slice(name).get_dtype()]
 
     def read(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)

@@ -21,7 +21,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
@@ -29,7 +28,7 @@ from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.folders import WEIGHTS, remove_stale
 from llava.model.weights.checksums import CHECKSUMS
-from llava.model.weights.files import WeightFiles
+from llava.model.weights.files import DTYPE_NAMES, WeightFiles
 from llava.records import write_json
 
 log = logging.getLogger(__name__)
@@ -41,23 +40,6 @@ WRITERS = 2
 JOURNAL = "journal.txt"
 RESUMABLE = (JOURNAL, "*.safetensors")
 """What a later attempt goes on with (llava.folders.stage)."""
-
-DTYPE_NAMES = MappingProxyType(
-    {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.float8_e4m3fn: "F8_E4M3",
-        torch.float8_e5m2: "F8_E5M2",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
-)
 
 Fill = Callable[[int, int, torch.Tensor], None]
 """`fill(start, stop, out)` puts elements start to stop of a flattened tensor into `out`, of its dtype."""

@@ -116,7 +116,7 @@ class Deltas:
         """Characters of the arguments."""
 
     def of(self, choice: Choice) -> Iterator[dict[str, Any]]:
-        role = {} if self.is_begun else {"role": "assistant"}
+        role: dict[str, Any] = {} if self.is_begun else {"role": "assistant"}
         if self.call is None:
             self.is_begun = True
             yield role | {"content": choice.delta}
@@ -129,7 +129,7 @@ class Deltas:
         if not self.is_begun:
             entry |= {"id": _call_id(), "type": "function"}
             entry["function"] = {"name": self.call.name or "", "arguments": new}
-            role["content"] = None  # type: ignore[assignment]
+            role["content"] = None
         self.is_begun = True
         yield role | {"tool_calls": [entry]}
 

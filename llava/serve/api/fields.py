@@ -70,13 +70,9 @@ class Tool(Fields):
     function: Function
 
 
-class NamedTool(Fields):
-    type: Literal["function"]
-    function: Function
-
-
-Tools = Annotated[list[Annotated[Tool, BeforeValidator(nested("function"))]], at_most(MOST_TOOLS)]
-ToolChoice = Literal["none", "auto", "required"] | Annotated[NamedTool, BeforeValidator(nested("function"))]
+NestedTool = Annotated[Tool, BeforeValidator(nested("function"))]
+Tools = Annotated[list[NestedTool], at_most(MOST_TOOLS)]
+ToolChoice = Literal["none", "auto", "required"] | NestedTool
 
 
 class Form(Protocol):
@@ -186,7 +182,7 @@ class ApiRequest(SamplingFields):
         functions = tuple(tool.function for tool in self.tools)
         if self.tool_choice == "required":
             return functions
-        if not isinstance(self.tool_choice, NamedTool):
+        if not isinstance(self.tool_choice, Tool):
             return ()
         name = self.tool_choice.function.name
         chosen = tuple(function for function in functions if function.name == name)

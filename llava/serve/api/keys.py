@@ -95,9 +95,11 @@ def read_keys(path: str | None, per_minute: float | None) -> Keys:
         return Keys(keys, per_minute)
     file = Path(path).expanduser()
     try:
-        mode, lines = file.stat().st_mode, file.read_text().splitlines()
+        mode, lines = file.stat().st_mode, file.read_text("utf-8").splitlines()
     except OSError as error:
         raise LlavaError(f"key file {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LlavaError(f"key file {file} is no text in UTF-8; write a line per key: name key") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise LlavaError(f"key file {file} can be read by others; run: chmod 600 {file}")
     keys = []

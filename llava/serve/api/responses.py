@@ -70,8 +70,8 @@ def _items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-class Conversation(Fields):
-    """The same in the form that a worker takes."""
+class ChatMessages(Fields):
+    """A request's input as chat messages, which is the form that a worker takes."""
 
     messages: Messages
 
@@ -106,11 +106,11 @@ class ResponsesRequest(ApiRequest):
     def worker_bodies(self, request_id: str) -> list[dict[str, Any]]:
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         messages += [item.message(place) for place, item in enumerate(self.input) if item.type != "reasoning"]
-        conversation = validated({"messages": messages}, Conversation)
+        chat = validated({"messages": messages}, ChatMessages)
         return [
             self.sampling_body()
             | {
-                "messages": [message.model_dump(exclude_none=True) for message in conversation.messages],
+                "messages": [message.model_dump(exclude_none=True) for message in chat.messages],
                 "max_new_tokens": self.max_output_tokens or DEFAULT_NEW_TOKENS,
                 "logprobs": self.top_logprobs,
                 "request_id": request_id,

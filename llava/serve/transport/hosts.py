@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from llava.serve.protocol import ErrorType, ServeError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Where a server listens that this machine alone reaches."""
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\[\]:/@?#\s]*)(:\d{1,5})?", re.IGNORECASE)
 
 

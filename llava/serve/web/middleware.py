@@ -2,8 +2,7 @@
 
 gradio has some sixty routes, of which the page needs a dozen; no other is reached, and no query that its
 own scripts don't send. Uploads are received and shown here, so that a file belongs to the visitor who sent it (a
-cookie says who that is) and to nobody else. Plain ASGI; the size of a body is capped before
-it comes here.
+cookie says who that is) and to nobody else. Plain ASGI; the size of a body is capped before it comes here.
 """
 
 import asyncio

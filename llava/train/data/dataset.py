@@ -70,6 +70,13 @@ class Report:
         for item in fields(self):
             getattr(self, item.name).update(getattr(other, item.name))
 
+    def add_batch(self, batch: "Report") -> None:
+        """What a batch's report says; what it leaves out for the first time is logged."""
+        for number, message in batch.skipped.items():
+            if number not in self.skipped:
+                logger.warning("left out: %s", message)
+        self.add(batch)
+
 
 class LlavaDataset(Dataset):
     """Samples by number.
@@ -159,18 +166,24 @@ class LlavaDataset(Dataset):
 
     def _signed_lengths(self) -> np.ndarray:
         """Lengths, negative without an image; counted once, kept in `lengths_path` if that takes tokenising."""
-        if self._lengths is None and self.lazy and self.lengths_path is not None:
-            self._lengths = load_lengths(self.lengths_path, len(self))
+        # Which records were left out isn't kept with them.
+        kept = self.lengths_path if self.lazy and len(self) == len(self.store) else None
+        if self._lengths is None and kept is not None:
+            self._lengths = load_lengths(kept, len(self))
         if self._lengths is None:
             samples = (self.sample(index) for index in self._progress("counting tokens"))
             signed = (len(sample.input_ids) * (1 if sample.images else -1) for sample in samples)
             self._lengths = np.fromiter(signed, np.int32, len(self))
-            if self.lazy and self.lengths_path is not None:
-                save_lengths(self.lengths_path, self._lengths)
+            if kept is not None:
+                save_lengths(kept, self._lengths)
         return self._lengths
 
     def drop_unreadable(self) -> None:
-        """Open every image once and leave out the samples whose image can't be read (counted in `report`)."""
+        """Open every image once and leave out the samples whose image can't be read (counted in `report`).
+
+        Raises:
+            LlavaError: none is left.
+        """
         good = []
         for index in self._progress("checking images"):
             number = int(self.numbers[index])
@@ -181,6 +194,8 @@ class LlavaDataset(Dataset):
                 self.report.skipped[number] = self.image_error(number, error).args[0]
             else:
                 good.append(index)
+        if not good:
+            raise self._nothing_left()
         if self._samples is not None:
             self._samples = [self._samples[index] for index in good]
         self.numbers = self.numbers[good]
@@ -213,7 +228,8 @@ class LlavaDataset(Dataset):
         for number in self._progress("tokenising"):
             try:
                 sample = self._tokenise(number)
-                self._look_for(sample.images)
+                for image in sample.images:
+                    self.image_source.find(image)
             except FileNotFoundError as error:
                 if not self.skip_unreadable:
                     raise self.image_error(number, error) from error
@@ -223,12 +239,13 @@ class LlavaDataset(Dataset):
             samples.append(sample)
             numbers.append(number)
         if not samples:
-            raise LlavaError(f"{self.store.path}: no record is left; every image is missing or unreadable")
+            raise self._nothing_left()
         self._samples, self.numbers = samples, np.array(numbers)
 
-    def _look_for(self, images: list[Any]) -> None:
-        for image in images:
-            self.image_source.find(image)
+    def _nothing_left(self) -> LlavaError:
+        return LlavaError(
+            f"{self.store.path}: no record is left; every image is missing or unreadable; correct --image_folder"
+        )
 
     def _tokenise(self, number: int) -> Sample:
         record = self.store[number]

@@ -16,7 +16,7 @@ import numpy as np
 
 from llava.bars import tqdm
 from llava.errors import LlavaError, library_errors
-from llava.records import Record, Replaced, atomic_path, parse_record, read_json
+from llava.records import Record, Replaced, atomic_path, parse_record, read_json_list
 from llava.train.data.kept_files import kept_path
 
 logger = logging.getLogger(__name__)
@@ -118,10 +118,7 @@ class ListRecords:
 
     def __init__(self, path: Path):
         self.path = path
-        records = read_json(path)
-        for index, record in enumerate(records):
-            if not isinstance(record, dict):
-                raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
+        records = read_json_list(path)
         self._records = records if len(records) <= KEEP_PARSED else None
         self._length = len(records)
         if self._records is None:

@@ -49,7 +49,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         manifest = _read_manifest(folder)
-    except (ValueError, UnicodeDecodeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         return f"unreadable JSON: {error}"
     if manifest is None:
         return None  # written by another program; all we can tell is that it has a state

@@ -97,8 +97,7 @@ class HeldOutAnswers:
         entries = plain_entries(record)
         asked = next(place for place, entry in enumerate(entries) if entry["from"] == "human")
         system = [entry for entry in entries[:1] if entry["from"] == "system"]
-        conversation = conversation_from_record({"conversations": [*system, entries[asked]]}, self.template)
-        return conversation
+        return conversation_from_record({"conversations": [*system, entries[asked]]}, self.template)
 
     def _show(self, trainer, rows: Sequence[tuple[str, str, str]]) -> None:
         """The answers as a file in the output folder, and as tables where the run reports to."""

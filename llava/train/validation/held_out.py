@@ -83,7 +83,7 @@ class Validation:
         batches = iter(self._batches(trainer.args))
         while (batch := _next(batches)) is not None:
             meta = {key: batch.pop(key) for key in META_KEYS}
-            self._note(meta["report"])
+            self.report.add_batch(meta["report"])
             batch = trainer._prepare_inputs(send_to_device(batch, trainer.args.device, non_blocking=True))
             with trainer.compute_loss_context_manager():
                 loss = model(**batch).loss.detach().float()
@@ -111,12 +111,6 @@ class Validation:
                 generator=torch.Generator(),  # or each pass would take a number from the training's
             )
         return self._loader
-
-    def _note(self, report: Report) -> None:
-        for number, message in report.skipped.items():
-            if number not in self.report.skipped:
-                logger.warning("left out: %s", message)
-        self.report.add(report)
 
 
 def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ element.addEventListener("click", (event) => {
 
 
 class Incoming:
-    """Its components and handlers; `most_bytes` of one file are taken."""
+    """The components that take files, and their handlers."""
 
     def __init__(self, scans: ScanPart, pool: DecodingPool, budget: MemoryBudget):
         self.scans, self.pool, self.budget = scans, pool, budget
