@@ -65,7 +65,7 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", HelpFormatter)
         purpose, self.example = split_example(kwargs.pop("description", None) or "")
         if self.example:
-            kwargs.setdefault("epilog", f"example:\n  {self.example}")
+            kwargs.setdefault("epilog", f"example:\n  {_as_called(self.example)}")
         kwargs["description"] = purpose
         super().__init__(*args, **kwargs)
         self.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
@@ -124,7 +124,7 @@ _REQUIRED, _OPTIONS, _WRITTEN, _DEVICE, _GENERAL = (
 )
 _ORDER = ("positional arguments", _REQUIRED, _OPTIONS, _WRITTEN, _DEVICE, _GENERAL)
 _OF_GROUPS = {
-    _WRITTEN: "output output_dir answers_file scores_file save json report fix clean_train per_item summary "
+    _WRITTEN: "output output_dir sources answers_file scores_file save json report fix clean_train per_item summary "
     "missing_list title pdf format name_files write_urls max_shard_size",
     _DEVICE: "device dtype load_8bit load_4bit batch_size workers processes num_workers threads num_gpus connections",
     _GENERAL: "help debug overwrite",
@@ -144,6 +144,12 @@ def split_example(docstring: str) -> tuple[str, str]:
     commands = [text for text in paragraphs if text.lstrip().startswith(_LAUNCHERS)]
     example = inspect.cleandoc(commands[0]) if commands else ""
     return "\n\n".join(text for text in paragraphs if text not in commands), example
+
+
+def _as_called(example: str) -> str:
+    """An example with the verb that was typed in place of the module that it names."""
+    name = command_name()
+    return re.sub(r"^python -m \S+", name, example) if name.startswith("llava-med ") else example
 
 
 def command_name() -> str:

@@ -50,6 +50,7 @@ script()
 def test_a_verb_takes_its_commands_flags(verb):
     done = run_script(verb, "--help")
     assert done.returncode == 0 and done.stdout.startswith(f"usage: llava-med {verb} ") and "--debug" in done.stdout
+    assert f"example:\n  llava-med {verb} " in done.stdout and "python -m" not in done.stdout.split("example:")[1]
     done = run_script(verb, "--no-such-flag")
     assert done.returncode == 2 and "Traceback" not in done.stderr
 

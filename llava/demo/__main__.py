@@ -29,10 +29,19 @@ def main(argv: list[str] | None = None) -> None:
     from llava.demo.scores import results, score_runs, table
     from llava.demo.settings import FULL, SMALL
     from llava.demo.steps import run_steps
-    from llava.records import write_json
+    from llava.errors import LlavaError
+    from llava.records import read_json, write_json
 
     output, settings = Path(args.output_dir), SMALL if args.small else FULL
-    write_json(output / "demo.json", {"seed": args.seed, "small": args.small}, overwrite=args.overwrite)
+    kind, note = {"seed": args.seed, "small": args.small}, output / "demo.json"
+    there = read_json(note) if note.is_file() else kind
+    if there != kind and not args.overwrite:
+        known = there if isinstance(there, dict) else {}
+        raise LlavaError(
+            f"{output}: holds the {'small' if known.get('small') else 'whole'} demo of seed {known.get('seed')}; name "
+            f"another folder with --output-dir, or replace it: llava-med demo --overwrite"
+        )
+    write_json(note, kind)
     pipeline = run_steps(output, settings, args.seed)
     started = time.monotonic()
     scores = score_runs(output)

@@ -38,6 +38,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--window",
+        "--preset",
         default="auto",
         help=f"auto (CT by the part of the body, else the file's own), CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}",
     )

@@ -11,7 +11,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.model import LoadedModel, add_image_tokens, build_model_from_llm, load_pretrained_model
-from llava.model.checkpoint.config import template_for_training
+from llava.model.checkpoint.config import STAGE_1_TEMPLATE, template_for_training
 from llava.model.families import find_family
 from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import token_id
@@ -195,6 +195,8 @@ def _settings(model: LlavaForCausalLM, arguments: Arguments, chat_template: str 
     if arguments.data.image_aspect_ratio is not None:
         config.image_aspect_ratio = arguments.data.image_aspect_ratio
     config.unfreeze_mm_vision_tower = flags.unfreeze_mm_vision_tower or config.unfreeze_mm_vision_tower
-    name = arguments.model.version or template_for_training(config, chat_template)
+    own, name = config.conversation_template, arguments.model.version or template_for_training(config, chat_template)
     get_template(name)
+    if own not in (None, STAGE_1_TEMPLATE, name):
+        logger.warning("--version %s: the checkpoint's own template is %s; without the flag it is kept", name, own)
     config.conversation_template = name

@@ -4,8 +4,10 @@ import sys
 
 import pytest
 
+from llava.demo.__main__ import main
 from llava.demo.pipeline import Job, Pipeline
 from llava.errors import LlavaError
+from llava.records import write_json
 
 
 def _job(folder, name: str, code: str) -> Job:
@@ -14,6 +16,15 @@ def _job(folder, name: str, code: str) -> Job:
 
 def _append(path) -> str:
     return f"open({str(path)!r}, 'a').write('x')"
+
+
+def test_a_demo_of_another_size_or_seed_is_not_mixed_into_the_one_that_is_there(tmp_path):
+    """As after `--small`, to try the installation, and then the whole one."""
+    write_json(tmp_path / "demo.json", {"seed": 3, "small": True})
+    for flags in ([], ["--small"]):
+        with pytest.raises(LlavaError, match="holds the small demo of seed 3; name another folder"):
+            main(["--output-dir", str(tmp_path), *flags])
+    assert [file.name for file in tmp_path.iterdir()] == ["demo.json"]
 
 
 def test_finished_steps_are_not_run_again_and_changed_settings_run_all_that_follows(tmp_path):

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
 from llava.serve.worker.card import card_of
+from llava.train.arguments import parse_arguments
+from llava.train.prepare_model import prepare_model
 from llava.train.progress import flops_per_token
 from llava.train.train import train
-from tests.tiny import hub_cache
+from tests.tiny import hub_cache, make_llava
 from tests.train.helpers import flags, make_bases, make_records
 
 
@@ -95,6 +97,20 @@ def test_stage_2_starts_from_either_and_trains_all_but_the_tower(tmp_path, stage
     assert "lm_head.weight" in names and not any("vision_tower" in name for name in names)
     model = load_pretrained_model(tmp_path / "out").model
     assert model.config.conversation_template == "v1"
+
+
+@pytest.mark.parametrize(
+    ("own", "version", "kept"),
+    [("llava_llama_2", (), "llava_llama_2"), ("llava_llama_2", ("--version", "v1"), "v1"), ("plain", (), "v0"),
+     ("plain", ("--version", "v1"), "v1"), ("v1", ("--version", "v1"), "v1")],
+)  # fmt: skip
+def test_another_template_than_the_checkpoints_own_is_said(tmp_path, data, caplog, own, version, kept):
+    model = make_llava(tmp_path / "model", conversation_template=own)
+    loaded = prepare_model(parse_arguments(flags(tmp_path / "out", data, model, *version)))
+    assert loaded.model.config.conversation_template == kept
+    said = [line for line in caplog.messages if line.startswith("--version")]
+    other = own == "llava_llama_2" and kept == "v1"
+    assert said == ["--version v1: the checkpoint's own template is llava_llama_2; without the flag it is kept"] * other
 
 
 def test_hub_ids_are_looked_for_in_the_cache_that_is_named(tmp_path, bases, data):

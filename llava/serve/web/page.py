@@ -191,8 +191,9 @@ class Page:
         chosen = [self.model, self.other, *self.settings.controls]
         named = [*self.names, self.about, self.examples, self.viewer.view]
         places = [self.known, self.waiting, self.main, self.model, self.other]
-        self.accept.click(self.on_accept, self.known, [self.notice, self.waiting, self.main, self.accepted], **quiet)
-        self.timer.tick(self.on_tick, [self.known, self.accepted, self.model, self.other], places, **quiet)
+        models = [self.known, self.model, self.other]
+        self.accept.click(self.on_accept, models, [self.notice, self.accepted, *places], **quiet)
+        self.timer.tick(self.on_tick, [*models, self.accepted], places, **quiet)
         second = self.other.change(self.on_other, [self.other, self.chat], [self.views[1], self.panes[1]], **quiet)
         for changed in (self.model.change, second.then):
             changed(self.on_models, [self.chat, self.model, self.other], named, **quiet)
@@ -216,20 +217,26 @@ class Page:
         if self.votes is not None:
             self.votes.connect(self.chat, quiet)
 
-    async def on_accept(self, known: list[str]):
-        return gr.Column(visible=False), gr.Column(visible=not known), gr.Column(visible=bool(known)), True
+    async def on_accept(self, known: list[str], model: str | None, other: str):
+        """Looks for models at once, or a visitor would read until the next tick that there is none."""
+        places = await self._look(known, model, other, accepted=True)
+        unchanged = [gr.skip(), gr.Column(visible=not known), gr.Column(visible=bool(known)), gr.skip(), gr.skip()]
+        return [gr.Column(visible=False), True, *(places or unchanged)]
 
-    async def on_tick(self, known: list[str], accepted: bool, model: str | None, other: str):
-        """Look which models there are; nothing on the page moves unless that has changed."""
+    async def on_tick(self, known: list[str], model: str | None, other: str, accepted: bool):
+        return await self._look(known, model, other, accepted) or [gr.skip()] * 5
+
+    async def _look(self, known: list[str], model: str | None, other: str, accepted: bool) -> list | None:
+        """Which models there are, and what the page shows of that; None if that hasn't changed: nothing moves then."""
         if known and not self.options.reload_models:
-            return [gr.skip()] * 5
+            return None
         try:
             models = await self.client.models()
         except ServeError as error:
             logger.info("no models: %s", error)
             models = []
         if models == known:
-            return [gr.skip()] * 5
+            return None
         try:
             self.cards = await self.client.cards()
         except ServeError as error:
@@ -237,13 +244,14 @@ class Page:
         # While an answer is being made or read, a worker that has gone only leaves the list.
         keeps_open = bool(known or models)
         preferred = [model, self.options.first_model, *models]
-        return (
+        # A look that began before the notice was accepted may end after it: it hides nothing.
+        return [
             models,
-            gr.Column(visible=accepted and not keeps_open),
-            gr.Column(visible=accepted and keeps_open),
+            gr.Column(visible=not keeps_open) if accepted else gr.skip(),
+            gr.Column(visible=keeps_open) if accepted else gr.skip(),
             gr.Dropdown(choices=models, value=next((one for one in preferred if one in models), None)),
             gr.Dropdown(choices=[NO_SECOND, *models], value=other if other in models else NO_SECOND),
-        )
+        ]
 
     async def on_other(self, other: str, chat: Chat):
         has_second = other != NO_SECOND

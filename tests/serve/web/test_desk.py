@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava.serve.web.page import POLL_SECONDS
 from tests.images.test_medical import dicom
 from tests.serve.browsing import PATIENCE, accept, add_files, ask, choose, expect, last_answer
 from tests.serve.processes import wait_until
@@ -202,3 +203,17 @@ def test_the_card_of_the_chosen_model(open_page, models):
     page.locator("#open-about").click()
     expect(about).to_contain_text("PMC figures")
     expect(about).not_to_contain_text("drawn images only")
+
+
+def test_a_ready_model_is_found_when_the_notice_is_accepted(open_page, models):
+    """Not only at the next look, until which the page would say that there is none."""
+    page = open_page()
+    page.add_init_script(
+        "const every = window.setInterval;"
+        f"window.setInterval = (what, ms, ...words) => every(what, ms === {POLL_SECONDS * 1000} ? 1e9 : ms, ...words);"
+    )
+    page.reload()
+    page.locator("#accept").click()
+    expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+    expect(page.locator("#model input")).to_have_value("demo-model", timeout=60_000)
+    assert page.locator("#waiting").count() == 0
