@@ -1,6 +1,7 @@
 """What every benchmark shares: this checkout's code, where models and data are, and how results are shown.
 
-Imported first, it puts the checkout on the path: `python benchmarks/NAME.py` measures the code next to it.
+Imported first, it puts the checkout on the path, also of processes that are started: `python benchmarks/NAME.py`
+measures the code next to it.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 SHARED = Path(os.environ.get("LLAVA_SHARED_DIR", ROOT.parent / "shared"))
 DEMO_MODEL = ROOT / "runs" / "demo" / "vqa"

@@ -223,7 +223,7 @@ def test_the_images_as_the_model_sees_them(tiny_serving, checkpoint, scan):
     processor = ImageProcessor.from_pretrained(checkpoint)
     ratio = read_json(checkpoint / "config.json").get("image_aspect_ratio")
     expected = processor.restore(np.asarray(processor([lung], ratio)[0]))
-    found = Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2])))
+    found = Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))).convert("RGB")
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
