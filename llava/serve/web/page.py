@@ -28,33 +28,16 @@ from llava.serve.web.parts.scan_view import ScanPart, draft_of
 from llava.serve.web.parts.settings import SettingsPanel
 from llava.serve.web.parts.viewer import Viewer
 from llava.serve.web.parts.votes import Votes
+from llava.serve.web.texts import HEADING, KEYS, NOTICE, TITLE, WAITING
 
 logger = logging.getLogger(__name__)
 
-TITLE = "LLaVA-Med"
 POLL_SECONDS = 3
 NO_SECOND = "none"
 MOST_SESSIONS = 500
 """Conversations that are kept; beyond, the one that was used least recently is forgotten."""
 CALLS_NOTED = 100
 """Of which gradio tells itself how long they took."""
-NOTICE = """## Before you begin
-
-This is a research demonstration. **It is not a medical device.** Answers can be wrong, incomplete or invented, also
-where they sound certain. Don't use them for diagnosis, treatment or any other clinical decision.
-
-Don't upload images or texts that could identify a patient."""
-WAITING = """## No model is ready yet
-
-The page looks for one every few seconds and opens by itself. Whoever runs this server starts a model with
-
-    python -m llava.serve.model_worker --model-path CHECKPOINT"""
-HEADING = f"<strong>{TITLE}</strong> <span>Research only, never for clinical use.</span>"
-KEYS = """<h2>Keys</h2><dl><dt>Enter</dt><dd>send the question</dd><dt>Escape</dt><dd>stop the answer; close this</dd>
-<dt>Alt ← / →, or ← / → outside the question</dt><dd>previous, next image</dd>
-<dt>↑ / ↓ outside the question, or the wheel</dt><dd>slices of a scan</dd>
-<dt>+ / − / 0 outside the question, or Ctrl and the wheel</dt><dd>zoom, fit; drag to move, double click to fit</dd>
-<dt>m</dt><dd>the image as the model sees it</dd></dl>"""
 
 
 @dataclass(frozen=True)
@@ -191,9 +174,10 @@ class Page:
         chosen = [self.model, self.other, *self.settings.controls]
         named = [*self.names, self.about, self.examples, self.viewer.view]
         places = [self.known, self.waiting, self.main, self.model, self.other]
-        models = [self.known, self.model, self.other]
-        self.accept.click(self.on_accept, models, [self.notice, self.accepted, *places], **quiet)
-        self.timer.tick(self.on_tick, [*models, self.accepted], places, **quiet)
+        self.accept.click(
+            self.on_accept, [self.known, self.model, self.other], [self.notice, self.accepted, *places], **quiet
+        )
+        self.timer.tick(self.on_tick, [self.known, self.accepted, self.model, self.other], places, **quiet)
         second = self.other.change(self.on_other, [self.other, self.chat], [self.views[1], self.panes[1]], **quiet)
         for changed in (self.model.change, second.then):
             changed(self.on_models, [self.chat, self.model, self.other], named, **quiet)
@@ -223,7 +207,7 @@ class Page:
         unchanged = [gr.skip(), gr.Column(visible=not known), gr.Column(visible=bool(known)), gr.skip(), gr.skip()]
         return [gr.Column(visible=False), True, *(places or unchanged)]
 
-    async def on_tick(self, known: list[str], model: str | None, other: str, accepted: bool):
+    async def on_tick(self, known: list[str], accepted: bool, model: str | None, other: str):
         return await self._look(known, model, other, accepted) or [gr.skip()] * 5
 
     async def _look(self, known: list[str], model: str | None, other: str, accepted: bool) -> list | None:
