@@ -55,7 +55,7 @@ class DrawnViews:
         budget.make_way = self._forget_oldest
 
     def keep(self, view: DrawnView, scan: Scan, scans: Iterable[Scan]) -> None:
-        """Keep a view of `scan` that was just used; `scans` are those of its conversation. One that finds no space isn't
+        """Keep a view of `scan` that was just used; `scans` are its conversation's. One that finds no space isn't
         kept."""
         with self.budget.lock:
             view.used = next(self._uses)
