@@ -101,8 +101,10 @@ for split in $SPLITS; do
         python -m llava.data.convert qa-captions --records "$questions" \
             --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns 1
     fi
-    python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" \
-        --image-folder "$RAD/images" --vision-tower "$MODELS/dinov2-small" --output-dir "$here/memory" --device cpu
+    if [ ! -f "$here/memory/nearest_text_and_image.jsonl" ]; then
+        python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" --device cpu \
+            --image-folder "$RAD/images" --vision-tower "$MODELS/dinov2-small" --output-dir "$here/memory"
+    fi
 done
 
 started=
