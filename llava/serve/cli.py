@@ -154,6 +154,8 @@ def command(chat: Chat, line: str) -> None:
     """Carry out a line that starts with a slash."""
     name, _, value = line.partition(" ")
     value = value.strip()
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]  # as terminals write a path that is dropped on them
     if name == "/image" and value:
         chat.add_image(*_open(value, chat.shown))
     elif name == "/save" and value:
