@@ -60,8 +60,8 @@ class Comparison:
     """Two models on the same questions: fractions, `difference` is the second's mean less the first's.
 
     `low`, `high` and `p_value` are None where a single question (or cluster) is compared; else `p_value` is the paired
-    bootstrap's (two-sided). For right/wrong scores `only_first` and `only_second` count the questions that one alone has
-    right and `mcnemar_p` is McNemar's exact test; else they are None.
+    bootstrap's (two-sided). For right/wrong scores `only_first` and `only_second` count the questions that one alone
+    has right and `mcnemar_p` is McNemar's exact test; else they are None.
     """
 
     questions: int
