@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+from llava.serve.cli import build_parser
 from tests import tiny
 
 
@@ -51,6 +52,12 @@ def test_paths_may_stand_in_quotes(model):
     done = chat(model, [*lines, "/exit"])
     assert done.stdout.count("[left eye.png, 60 × 40; ask about it]") == 3, done.stdout
     assert json.loads((folder / "the chat.json").read_text())["images"][1:] == [str(folder / "left eye.png")] * 3
+
+
+def test_that_answers_are_drawn_is_said_where_it_is_so():
+    parser = build_parser()
+    temperature = parser.parse_args(["--model-path", "m"]).temperature
+    assert f"drawn at temperature {temperature}, as" in parser.format_help()
 
 
 def test_a_image_that_is_not_there_is_one_line(model):
