@@ -78,7 +78,7 @@ ELSEWHERE = {
     "llava.serve.test_message": "drop_in/test_seed_commands.py",
     "llava.train.estimate_memory": "train/test_dry_run_inputs.py",
     "llava.train.train": "train/test_scripts.py",
-    "llava.train.train_mem": "train/test_legacy_flags.py",
+    "llava.train.train_mem": "drop_in/test_seed_commands.py",
 }
 """The test that runs the command."""
 

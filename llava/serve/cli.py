@@ -1,7 +1,8 @@
 """Chat about images in the terminal: streaming, several turns, several images.
 
-/image adds one, /save writes the conversation, /help lists the rest. Answers are drawn at temperature 0.2, as by LLaVA's
-chat, so the same question may be answered otherwise; --temperature 0 always gives the likeliest. For research only.
+/image adds one, /save writes the conversation, /help lists the rest. Answers are drawn at temperature 0.2, as in
+LLaVA's chat, so the same question may be answered otherwise; --temperature 0 always gives the likeliest. For research
+only.
 
 python -m llava.serve.cli --model-path CHECKPOINT --image-file scan.png
 """
