@@ -1,5 +1,6 @@
 """The real Trainer on tensors without content, watched."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,9 +73,9 @@ class DryTrainer(LlavaTrainer):
         checkpoint: what writing one took.
     """
 
-    def watch(self, mode: FakeTensorMode, tracker: Tracker) -> None:
+    def watch(self, mode: FakeTensorMode, tracker: Tracker, micro_batch_done: Callable[[], object]) -> None:
         """Set up before `train()`, which is to be called inside both modes."""
-        self.mode, self.tracker = mode, tracker
+        self.mode, self.tracker, self.micro_batch_done = mode, tracker, micro_batch_done
         self.micro_batches: list[Taken] = []
         self.rest: Taken | None = None
         self.checkpoint = Checkpoint()
@@ -116,6 +117,7 @@ class DryTrainer(LlavaTrainer):
         self.gradient_dtypes = {gradient.dtype for gradient in gradients}
         self.micro_batches.append(replace(begun.passed(), tokens=tokens, samples=samples))
         self.after_micro_batches = Mark(self.tracker)
+        self.micro_batch_done()
         return loss
 
     def _get_learning_rate(self) -> float:
