@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -10,11 +10,14 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, get_template
 from llava.errors import LlavaError
-from llava.generation import Answer, Engine, Request, SamplingParams
+from llava.generation import Answer, Request, SamplingParams
 from llava.image_options import ImageWithOptions, read_image_entry
 from llava.images import open_image
 from llava.images.modes import grey_to_rgb, scale_grey
-from llava.model import load_pretrained_model
+from llava.model.weights.locate import locate_model
+
+if TYPE_CHECKING:
+    from llava.generation import Engine
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any] | ImageWithOptions
 """A path (PNG, JPEG, DICOM, NIfTI, …), a file's content, a data: URL, a Pillow image, or an array: grey
@@ -36,7 +39,11 @@ def load(
     Raises:
         LlavaError: what is missing or unreadable, and where.
     """
-    return Assistant(Engine(load_pretrained_model(model_path, model_base, **options)), system)
+    folder = locate_model(model_path, cache_dir=options.get("cache_dir"))  # before torch is imported, for seconds
+    from llava.generation import Engine
+    from llava.model import load_pretrained_model
+
+    return Assistant(Engine(load_pretrained_model(folder, model_base, **options)), system)
 
 
 class Assistant:
@@ -46,7 +53,7 @@ class Assistant:
     `llava.generation.SamplingParams`: greedy by default.
     """
 
-    def __init__(self, engine: Engine, system: str | None = None):
+    def __init__(self, engine: "Engine", system: str | None = None):
         self.engine = engine
         self.system = system
 

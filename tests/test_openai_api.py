@@ -138,6 +138,20 @@ def test_follow_up_is_asked_once(tmp_path):
     assert texts[:2] == ["answer to item 0", "answer to again 1"]
 
 
+@pytest.mark.parametrize("second", ["INVALID", "SPENT", "FORBIDDEN"])
+def test_where_the_follow_up_fails_the_first_reply_stands(tmp_path, second):
+    def repair(job, result):
+        return ChatJob(job.key, [{"role": "user", "content": f"{second} {job.key}"}]) if job.key % 2 else None
+
+    with OpenAIServer() as server:
+        summary = ask(jobs(10), settings(server), tmp_path / "out.jsonl", follow_up=repair)
+        assert sum(server.stats()["requests"].values()) == 15
+    rows = read_records(tmp_path / "out.jsonl")
+    assert [(row["text"], row["refused"]) for row in rows] == [(f"answer to item {n}", None) for n in range(10)]
+    assert summary.complete and (summary.done, summary.refused, summary.first_kept) == (10, 0, 5)
+    assert "5 first replies kept as they are" in str(summary)
+
+
 def test_cost_limit_holds(tmp_path):
     path = tmp_path / "out.jsonl"
     config = {"price_in": 1e3, "price_out": 1e3, "concurrency": 4}

@@ -45,9 +45,6 @@ def eval_model(args: Namespace) -> None:
     paths = [path for path in (args.image_file or "").split(args.sep) if path]
     images = [open_image(image) for image in with_default_options(paths, image_options_from_args(args))]
 
-    from llava.model.weights.locate import locate_model
-
-    locate_model(args.model_path)  # a name that leads nowhere is said before torch is imported, which takes seconds
     from llava.assistant import load
 
     assistant = load(

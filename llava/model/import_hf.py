@@ -2,7 +2,7 @@
 
 For tools that know LLaVA's layout alone: the commands here load either.
 
-python -m llava.model.import_hf --model-path FOLDER --output FOLDER
+python -m llava.model.import_hf --model-path HF_CHECKPOINT --output FOLDER
 """
 
 from llava.commandline import ArgumentParser, run, write_line

@@ -64,6 +64,8 @@ class RunSummary:
     retries: int = 0
     failed: dict[Any, str] = field(default_factory=dict)
     over_budget: int = 0
+    first_kept: int = 0
+    """Results that a second request was to better, and didn't."""
 
     @property
     def complete(self) -> bool:
@@ -77,6 +79,8 @@ class RunSummary:
             f"{len(self.failed)} failed, {self.account.requests} requests ({self.retries} retries), "
             f"{self.account.prompt_tokens} + {self.account.completion_tokens} tokens, {money}"
         )
+        if self.first_kept:
+            text += f"; {self.first_kept} first replies kept as they are: asking for better ones failed"
         if self.over_budget:
             text += f"; stopped at the cost limit with {self.over_budget} items left"
         if self.failed:

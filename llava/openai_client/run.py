@@ -28,7 +28,8 @@ def run_jobs(
 
     Args:
         to_record: the line to write; it must carry the job's key under `output.key`.
-        follow_up: a second request for a result that isn't good enough (asked once), or None.
+        follow_up: a second request for a result that isn't good enough (asked once), or None. Where it fails or is
+            refused, the first result stands, and the summary counts it.
         progress: title of a progress bar.
 
     Returns:
@@ -60,9 +61,9 @@ async def _run_concurrently(todo, settings, output, to_record, follow_up, progre
                 if result is None:
                     summary.over_budget += 1 + sum(1 for _ in queue)
                     return
-                better = follow_up(job, result) if follow_up else None
-                if better is not None:
-                    result = await _ask(client, better, settings, gate, summary) or result
+                second = follow_up(job, result) if follow_up else None
+                if second is not None:
+                    result = await _better(client, second, result, settings, gate, summary)
             except FailedItem as error:
                 summary.failed[job.key] = str(error)
             else:
@@ -84,6 +85,18 @@ async def _run_concurrently(todo, settings, output, to_record, follow_up, progre
                 task.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
             bar.close()
+
+
+async def _better(client, job: ChatJob, first: ChatResult, settings, gate, summary: RunSummary) -> ChatResult:
+    """The answer to a second request, or what the first one gave, which is paid for."""
+    try:
+        result = await _ask(client, job, settings, gate, summary)
+    except FailedItem:
+        result = None
+    if result is not None and result.refused is None:
+        return result
+    summary.first_kept += 1
+    return first
 
 
 async def _ask(client, job: ChatJob, settings: ApiSettings, gate: RateGate, summary: RunSummary) -> ChatResult | None:

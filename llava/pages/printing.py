@@ -26,18 +26,17 @@ def printing_browser() -> str:
 
 
 def print_page(page: str | Path, browser: str) -> Path:
-    """Write the PDF of `page` beside it and return its path.
+    """Write the PDF of `page` beside it and return its path, relative where that of `page` is.
 
     Raises:
         LlavaError: the browser printed nothing.
     """
-    page = Path(page).resolve()
-    pdf = page.with_suffix(".pdf")
+    pdf = Path(page).with_suffix(".pdf")
     with atomic_path(pdf) as part, tempfile.TemporaryDirectory() as profile:
         words = [browser, "--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={profile}"]
         # Its sandbox refuses to run as the superuser, in containers say.
         words += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        words += [f"--print-to-pdf={part}", page.as_uri()]
+        words += [f"--print-to-pdf={Path(part).resolve()}", Path(page).resolve().as_uri()]
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE)
         except (OSError, subprocess.TimeoutExpired) as error:

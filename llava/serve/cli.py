@@ -1,6 +1,8 @@
 """Chat about images in the terminal: streaming, several turns, several images.
 
-/image adds one, /save writes the conversation, /help lists the rest. For research only.
+/image adds one, /save writes the conversation, /help lists the rest. Answers are drawn at temperature 0.2, as in
+LLaVA's chat, so the same question may be answered otherwise; --temperature 0 always gives the likeliest. For research
+only.
 
 python -m llava.serve.cli --model-path CHECKPOINT --image-file scan.png
 """
@@ -154,6 +156,8 @@ def command(chat: Chat, line: str) -> None:
     """Carry out a line that starts with a slash."""
     name, _, value = line.partition(" ")
     value = value.strip()
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]  # as terminals write a path that is dropped on them
     if name == "/image" and value:
         chat.add_image(*_open(value, chat.shown))
     elif name == "/save" and value:

@@ -210,10 +210,16 @@ def _private_folder():
         with contextlib.suppress(OSError), FileLock(left / LOCK, timeout=0):
             shutil.rmtree(left)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    lock = FileLock(folder / LOCK)
+    # Until it is locked, another server that starts takes it for one that was left. filelock makes it anew, for all.
+    while not lock.is_locked:
+        with contextlib.suppress(FileNotFoundError):
+            lock.acquire()
+    folder.chmod(0o700)
     try:
-        with FileLock(folder / LOCK):
-            yield folder
+        yield folder
     finally:
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
 
 

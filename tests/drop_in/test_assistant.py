@@ -1,6 +1,8 @@
 """`llava.load`: the lines of README.md and docs/python.md run, and give what the engine gives."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +72,20 @@ def test_arrays_and_bytes_are_images(model, here):
     assert model.answer("Which?", ct, max_new_tokens=8) == model.answer("Which?", [eight_bit], max_new_tokens=8)
     with pytest.raises(LlavaError, match=r"an array has to be .* not float64 \[2, 30, 40\]; of a volume give a slice"):
         model.answer("Which?", np.zeros((2, 30, 40)))
+
+
+def test_a_model_that_is_not_there_is_said_before_seconds_of_imports(tmp_path):
+    program = """
+import sys
+import llava
+try:
+    llava.load("no/such/folder")
+except llava.LlavaError as error:
+    print(error)
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["model not found: no folder no/such/folder", "[]"], done.stderr
 
 
 def test_mistakes_are_said(model):

@@ -9,7 +9,7 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.eval.chat.judge import build_job, read_scores, repair_job
-from llava.eval.chat.summary import order_agreement, read_scores_file
+from llava.eval.chat.summary import order_agreement, read_scores_file, summary_table
 from llava.eval.eval_multimodal_chat_gpt_score import join_by_id
 from llava.openai_api import ChatResult
 from llava.records import read_records, write_records
@@ -134,6 +134,13 @@ def test_unreadable_rows_are_counted_and_left_out(tmp_path):
     assert (judged.summary.rows, judged.summary.unreadable) == (3, 1)
     group = judged.summary.groups["conversation"]
     assert (group.data_size, group.pred_relative_score, group.ratio_of_means) == (2, 125.0, 100.0)
+    assert "a single question gives no interval" not in summary_table([judged])
+    write_records(tmp_path / "one.jsonl", rows[:1])
+    lines = summary_table([read_scores_file(tmp_path / "one.jsonl")]).splitlines()
+    assert "a single question gives no interval" in lines
+    assert next(line.split() for line in lines if line.startswith("conversation")) == [
+        *("conversation", "200.0", "-", "200.0", "1")
+    ]
 
 
 def test_the_real_questions(shared_dir, tmp_path):

@@ -8,6 +8,8 @@ from llava.eval.metrics import OPEN, Answer, normalize_word, paper_item, paper_s
 from llava.eval.metrics.calibration import calibrate
 from llava.eval.metrics.chrf import open_chrf
 from llava.eval.metrics.intervals import bootstrap_interval, compare_paired, mcnemar, share_interval, wilson_interval
+from llava.eval.metrics.registry import all_metrics
+from llava.eval.reports.compare import comparison_cells, turned
 
 
 def test_a_repeated_word_counts_once_in_strict_recall():
@@ -144,6 +146,19 @@ def test_interval_of_clusters_is_wider_when_a_image_decides_all_its_questions():
 def test_interval_leaves_out_what_does_not_count():
     assert share_interval([None, 1.0, None, 1.0]) == wilson_interval(2, 2)
     assert bootstrap_interval([None]) is None
+
+
+def test_a_single_question_or_image_gives_no_interval():
+    assert bootstrap_interval([0.4]) is bootstrap_interval([0.4, None]) is share_interval([0.4]) is None
+    assert bootstrap_interval([0.0, 1.0], ["a", "a"]) is share_interval([0.0, 1.0], ["a", "a"]) is None
+    assert share_interval([1.0]) == wilson_interval(1, 1)
+    found = compare_paired([0.0, None], [1.0, 1.0])
+    assert (found.difference, found.low, found.high, found.p_value) == (1.0, None, None, None)
+    assert (found.only_second, found.mcnemar_p) == (1, 1.0)
+    back = turned(found)
+    assert (back.difference, back.low, back.high) == (-1.0, None, None)
+    cells = comparison_cells(next(metric for metric in all_metrics() if metric.scale == 100), found)
+    assert cells == ["0.00", "100.00", "+100.00", "-"]
 
 
 def test_mcnemar_is_the_exact_binomial_test():

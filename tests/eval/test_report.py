@@ -99,6 +99,14 @@ def test_the_page_as_a_pdf(files):
     assert (files / "page.pdf").read_bytes()[:5] == b"%PDF-"
 
 
+def test_paths_are_told_as_the_one_that_was_given(files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    words = ["--pred", "m=seen.jsonl", "--gt", "test.json", "--bootstrap-samples", "0", "--output", "short.html"]
+    printed = any(map(shutil.which, BROWSERS))
+    report.main([*words, *(["--pdf"] if printed else [])])
+    assert capsys.readouterr().out.split() == ["short.html", "short.md"] + ["short.pdf"] * printed
+
+
 def test_text_of_others_is_escaped(files):
     html, _ = make(files, "--examples", "20")
     assert "Is &lt;b&gt;1&lt;/b&gt; there?" in html and "<b>1</b>" not in html

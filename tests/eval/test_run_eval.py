@@ -58,6 +58,17 @@ def test_both_sets_with_counts_and_intervals(files, tmp_path, capsys):
     assert "paper" in shown and "strict" in shown and "4 questions (2 open, 2 closed)" in shown
 
 
+def test_a_single_question_gives_no_interval_and_that_is_said(files, tmp_path, capsys):
+    said = "a single question gives no interval"
+    for questions in (2, 4):
+        shown = QUESTIONS[:questions]
+        content = run_json(files(shown, [(one["id"], ANSWERS[one["id"]]) for one in shown]), tmp_path)
+        open_recall, closed = content["strict"]["open recall"], content["strict"]["closed accuracy"]
+        assert (open_recall["low"] is None) == (open_recall["high"] is None) == (questions == 2)
+        assert closed["low"] < closed["high"]  # Wilson's, of one that is wrong
+        assert (said in capsys.readouterr().out) == (questions == 2)
+
+
 def test_order_of_the_answers_does_not_matter(files, tmp_path):
     straight = run_json(files(), tmp_path)
     shuffled = list(ANSWERS.items())
@@ -81,9 +92,10 @@ def test_groups_and_what_the_bootstrap_draws_can_be_chosen(files, tmp_path):
     content = run_json(files(questions), tmp_path, "--group-by", "site")
     assert content["groups"].keys() == {"site"}
     assert content["strict"]["closed accuracy"]["low"] < 50
-    # All questions are about one image, so every draw of images is the same.
+    # All questions are about one image, so every draw of images would be the same.
     content = run_json(files(questions), tmp_path, "--bootstrap-unit", "image")
-    assert content["strict"]["closed accuracy"]["low"] == content["strict"]["closed accuracy"]["high"] == 50
+    found = content["strict"]["closed accuracy"]
+    assert (found["value"], found["low"], found["high"]) == (50, None, None)
 
 
 def test_candidates_and_the_rules_of_another_script(files, tmp_path):

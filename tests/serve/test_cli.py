@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+from llava.serve.cli import build_parser
 from tests import tiny
 
 
@@ -39,6 +40,24 @@ def test_several_turns_and_images(model):
     assert values[0] == "<image>\nWhat is it?"
     assert values[2] == "<image>\nAnd this?"
     assert len(content["images"]) == 2
+
+
+def test_paths_may_stand_in_quotes(model):
+    _, folder = model
+    folder = folder / "of a patient"
+    folder.mkdir()
+    Image.new("RGB", (60, 40), "gray").save(folder / "left eye.png")
+    paths = [f'"{folder / "left eye.png"}"', f"'{folder / 'left eye.png'}'", str(folder / "left eye.png")]
+    lines = [*(f"/image {path}" for path in paths), f'/save "{folder / "the chat.json"}"', '/image "']
+    done = chat(model, [*lines, "/exit"])
+    assert done.stdout.count("[left eye.png, 60 × 40; ask about it]") == 3, done.stdout
+    assert json.loads((folder / "the chat.json").read_text())["images"][1:] == [str(folder / "left eye.png")] * 3
+
+
+def test_that_answers_are_drawn_is_said_where_it_is_so():
+    parser = build_parser()
+    temperature = parser.parse_args(["--model-path", "m"]).temperature
+    assert f"drawn at temperature {temperature}, as" in parser.format_help()
 
 
 def test_a_image_that_is_not_there_is_one_line(model):

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import gradio as gr
@@ -119,6 +120,42 @@ def test_uploads_lie_in_a_private_folder(web):
     assert path.read_bytes() == b"image of a patient"
     assert uploads(web).stat().st_mode & 0o077 == 0
     assert "patient" not in web.log.read_text()
+
+
+TIDIES = """
+import shutil, sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1] + "/.lock", timeout=0):
+    print(flush=True)
+    time.sleep(float(sys.argv[2]))
+    shutil.rmtree(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3], ids=["removed", "being removed"])
+def test_servers_that_start_together_have_a_private_folder_each(seconds, tmp_path, monkeypatch):
+    """Another server tidies up just when this one's folder was made and isn't locked yet."""
+    monkeypatch.setattr(gradio_web_server, "MEMORY_FOLDER", tmp_path)
+    make, others = tempfile.mkdtemp, []
+
+    def interrupted(**options):
+        folder = make(**options)
+        others.append(subprocess.Popen([sys.executable, "-c", TIDIES, folder, str(seconds)], stdout=subprocess.PIPE))
+        others[-1].stdout.readline()
+        if not seconds:
+            others[-1].wait()
+        return folder
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "mkdtemp", interrupted)
+        folder_of = gradio_web_server._private_folder()
+        folder = folder_of.__enter__()
+    assert others[0].wait() == 0
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+    with gradio_web_server._private_folder() as other:
+        assert set(tmp_path.iterdir()) == {folder, other}
+    folder_of.__exit__(None, None, None)
+    assert not any(tmp_path.iterdir())
 
 
 def test_flags_that_would_tell_others_are_refused():

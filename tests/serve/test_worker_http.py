@@ -1,14 +1,19 @@
 """A worker's HTTP side over real sockets: the stream, its errors, cancelling, draining, being known to a controller."""
 
+import asyncio
+import signal
 import socket
 import threading
 import time
 
 import httpx
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
+from llava.serve.worker.heartbeat import Membership
 from tests.serve.processes import Process, wait_until
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
@@ -163,3 +168,54 @@ def test_a_worker_finds_a_controller_that_starts_later_or_anew(monkeypatch):
 
 def models(controller):
     return httpx.post(controller.url + "/list_models", headers=SECRET).json()["models"]
+
+
+def test_ctrl_c_stops_controller_and_worker_without_a_complaint():
+    """As a shell sends it to both: the controller has gone before the worker can take its leave."""
+    with Process("llava.serve.controller", env=ENV) as controller:
+        controller.wait()
+        with Process(MODULE, "--controller", controller.url, env=ENV) as worker:
+            worker.wait()
+            wait_until(lambda: models(controller) == ["scripted"], 10)
+            controller.kill()
+            worker.process.send_signal(signal.SIGINT)
+            assert worker.process.wait(20) in (0, 130, -signal.SIGINT)
+            assert "registered with" in worker.log.read_text()
+            assert "WARNING" not in worker.log.read_text()
+
+
+def test_a_heartbeat_outlives_answers_that_are_no_objects(caplog, monkeypatch):
+    """Another server may be on the controller's port, or a proxy before it."""
+    monkeypatch.setattr("llava.serve.worker.heartbeat.WORKER_HEART_BEAT_INTERVAL", 0.01)
+    monkeypatch.setattr("llava.serve.worker.heartbeat.RETRY_SECONDS", 0.01)
+    answers = iter([{}, [], "no", None, 3, {}, {"exist": True}])
+    asked, done = [], asyncio.Event()
+
+    async def answer(request):
+        asked.append(request.path)
+        found = next(answers, None)
+        if len(asked) == 8:
+            done.set()
+        return web.json_response({"exist": True} if len(asked) > 7 else found)
+
+    async def go():
+        app = web.Application()
+        app.router.add_post("/{path}", answer)
+        server = TestServer(app)
+        await server.start_server()
+        status = {"model_names": ["m"], "speed": 1, "queue_length": 0}
+        member = Membership(str(server.make_url("/")), "http://127.0.0.1:1", lambda: status, None)
+        member.start()
+        await asyncio.wait_for(done.wait(), 30)
+        known = member.task is not None and not member.task.done()
+        await member.leave()
+        await member.close()
+        await server.close()
+        return known
+
+    assert asyncio.run(go())
+    beat, registered = "/receive_heart_beat", "/register_worker"
+    # It registers, one heartbeat fails, it registers anew until that succeeds, and beats.
+    assert asked[:8] == [registered, beat, registered, registered, registered, registered, beat, beat]
+    assert caplog.text.count("it is no controller: []") == 1
+    assert caplog.text.count("WARNING") == 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.train.estimate import dry_run as module
 from llava.train.estimate.costs import Clock, Work
@@ -240,6 +241,25 @@ def test_the_command_writes_flat_figures(base, tmp_path, capsys):
     assert isinstance(figures["host_syncs_per_micro_batch"], int) and figures["fits"] is True
     out = capsys.readouterr().out
     assert "peak of each GPU" in out and "0.1 GB on disk" in out
+
+
+def test_what_is_being_predicted_is_shown_on_stderr(base, capsys, monkeypatch):
+    reached = []
+
+    class Watched(tqdm):
+        def close(self):
+            if not self.disable:
+                reached.append((self.desc, self.n == self.total))
+            super().close()
+
+    monkeypatch.setattr(module, "tqdm", Watched)
+    monkeypatch.setitem(GPUS, "h100", replace(H100, memory_gb=1.3))
+    assert main([*base, *SMALL, *ACCUMULATED, *COMPILED]) == 1
+    said = capsys.readouterr()
+    titles = ["predicting", "predicting, nothing compiled", "predicting what would help"]
+    assert list(dict(reached)) == titles and all(full for _, full in reached)
+    assert [title for title in titles if f"{title}:   0%" in said.err] == titles
+    assert "predicting" not in said.out
 
 
 def test_what_does_not_fit_comes_with_flags_that_do(base, capsys, monkeypatch):

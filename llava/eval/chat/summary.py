@@ -105,10 +105,12 @@ def summary_table(judged: list[Judged]) -> str:
                 cells += ["–", "", "", "0"]
                 continue
             interval = one.intervals[name]
-            cells += [f"{group.pred_relative_score:.1f}", f"{interval[0]:.1f}–{interval[1]:.1f}" if interval else ""]
+            cells += [f"{group.pred_relative_score:.1f}", f"{interval[0]:.1f}–{interval[1]:.1f}" if interval else "-"]
             cells += [f"{group.ratio_of_means:.1f}", str(group.data_size)]
         rows.append(cells)
     lines = [text_table(header, rows)]
+    if any(interval is None for one in judged for interval in one.intervals.values()):
+        lines.append("a single question gives no interval")
     for one in judged:
         summary = one.summary
         lines.append(

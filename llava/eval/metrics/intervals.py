@@ -19,7 +19,8 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """Percentile interval of the mean of `values` (None: not counted); None if nothing counts.
+    """Percentile interval of the mean of `values` (None: not counted); None if nothing counts, or a single cluster:
+    each draw would be the same one.
 
     With `clusters` (say, each question's image) whole clusters are drawn, because the questions on one
     image are not independent.
@@ -58,17 +59,18 @@ def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> tupl
 class Comparison:
     """Two models on the same questions: fractions, `difference` is the second's mean less the first's.
 
-    `p_value` is the paired bootstrap's (two-sided). For right/wrong scores `only_first` and `only_second` count
-    the questions that one alone has right and `mcnemar_p` is McNemar's exact test; else they are None.
+    `low`, `high` and `p_value` are None where a single question (or cluster) is compared; else `p_value` is the paired
+    bootstrap's (two-sided). For right/wrong scores `only_first` and `only_second` count the questions that one alone
+    has right and `mcnemar_p` is McNemar's exact test; else they are None.
     """
 
     questions: int
     first: float
     second: float
     difference: float
-    low: float
-    high: float
-    p_value: float
+    low: float | None
+    high: float | None
+    p_value: float | None
     only_first: int | None = None
     only_second: int | None = None
     mcnemar_p: float | None = None
@@ -88,19 +90,22 @@ def compare_paired(
     sums, counts = _cluster_sums(differences, clusters)
     if not len(sums):
         return None
-    means = _resampled_means(sums, counts, resamples, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
-    # The smaller tail beyond "no difference", twice; one more resample keeps it above zero.
-    tail = min((means <= 0).sum(), (means >= 0).sum())
+    low = high = p_value = None
+    if len(sums) > 1:
+        means = _resampled_means(sums, counts, resamples, seed)
+        low, high = map(float, np.percentile(means, [2.5, 97.5]))
+        # The smaller tail beyond "no difference", twice; one more resample keeps it above zero.
+        tail = min((means <= 0).sum(), (means >= 0).sum())
+        p_value = float(min(1.0, 2 * (tail + 1) / (resamples + 1)))
     scored = [pair for pair in pairs if pair is not None]
     result = Comparison(
         questions=len(scored),
         first=float(np.mean([a for a, _ in scored])),
         second=float(np.mean([b for _, b in scored])),
         difference=float(sums.sum() / counts.sum()),
-        low=float(low),
-        high=float(high),
-        p_value=float(min(1.0, 2 * (tail + 1) / (resamples + 1))),
+        low=low,
+        high=high,
+        p_value=p_value,
     )
     if not all(value in (0.0, 1.0) for pair in scored for value in pair):
         return result
@@ -118,7 +123,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def _percentiles(
     sums: np.ndarray, counts: np.ndarray, *, resamples: int, level: float, seed: int
 ) -> tuple[float, float] | None:
-    if not len(sums):
+    if len(sums) < 2:
         return None
     tail = 50 * (1 - level)
     low, high = np.percentile(_resampled_means(sums, counts, resamples, seed), [tail, 100 - tail])

@@ -23,7 +23,8 @@ from llava.eval.metrics.strict import strict_scores
 
 @dataclass(frozen=True)
 class Number:
-    """A mean in the metric's unit over `count` questions with its bootstrap interval; None where nothing counts."""
+    """A mean in the metric's unit over `count` questions with its bootstrap interval; None where nothing counts. A
+    single question (image, where images are drawn) has a mean and no interval."""
 
     value: float | None
     low: float | None
@@ -50,6 +51,12 @@ class Scores:
     def headline(self, metric_set: str, kind: str) -> Number:
         """The number that published tables show: `metric_set` "paper" or "strict", `kind` "open" or "closed"."""
         return self.numbers[metric_set][headline_name(metric_set, kind)]
+
+    @property
+    def lack_interval(self) -> bool:
+        """Whether a number has no interval."""
+        numbers = (number for part in self.numbers.values() for number in part.values())
+        return any(number.value is not None and number.low is None for number in numbers)
 
     def number(self, metric: Metric) -> Number | None:
         """A metric's number, None if it counts no question here."""

@@ -8,7 +8,7 @@ from llava.eval.metrics.joined import clusters_of
 from llava.eval.metrics.registry import Metric
 from llava.eval.metrics.score import headlines
 from llava.eval.reports.evaluation import Evaluation, evaluate
-from llava.eval.reports.tables import text_table
+from llava.eval.reports.tables import plain, text_table
 
 
 @dataclass
@@ -37,7 +37,8 @@ class AnswerComparison:
 
 def turned(found: Comparison) -> Comparison:
     """The same comparison with the difference the other way round: what the first has more than the second."""
-    return replace(found, difference=-found.difference, low=-found.high, high=-found.low)
+    low, high = (None if end is None else -end for end in (found.high, found.low))
+    return replace(found, difference=-found.difference, low=low, high=high)
 
 
 def compare_with_memory(model: Evaluation, memory: str | Path) -> AnswerComparison:
@@ -82,5 +83,7 @@ def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
 def comparison_cells(metric: Metric, found: Comparison) -> list[str]:
     """Both means, their difference with its interval, and the bootstrap's p value, in the metric's unit."""
     scale = metric.scale
-    change = f"{scale * found.difference:+.2f} [{scale * found.low:+.2f}, {scale * found.high:+.2f}]"
-    return [f"{scale * found.first:.2f}", f"{scale * found.second:.2f}", change, f"{found.p_value:.4f}"]
+    change = f"{scale * found.difference:+.2f}"
+    if found.low is not None and found.high is not None:
+        change += f" [{scale * found.low:+.2f}, {scale * found.high:+.2f}]"
+    return [f"{scale * found.first:.2f}", f"{scale * found.second:.2f}", change, plain(found.p_value, 4)]

@@ -101,9 +101,11 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
         rows_drawn = [(label, n.value, n.low, n.high) if n else (label, None, None, None) for label, n in numbers]
         shown = bars(metric.title, rows_drawn)
         drawn.append(figure(shown, f"{metric.label}, with 95 % intervals."))
-    unit = entries[0].result.settings["unit"]
+    settings = entries[0].result.settings
+    lone = settings["resamples"] and any(entry.result.scores.lack_interval for entry in entries)
     text = (
-        f"Percent with 95 % bootstrap intervals (resampled {unit}s). paper: the published scripts' numbers, open is "
+        f"Percent with 95 % bootstrap intervals (resampled {settings['unit']}s"
+        f"{'; a single one gives none' if lone else ''}). paper: the published scripts' numbers, open is "
         "recall, closed is accuracy; strict: whole words counted once, yes or no only where the answer says one of "
         "them. Published rows were made with the paper set."
     )
@@ -145,6 +147,8 @@ def differences_section(entries: Sequence[Entry]) -> Markup:
 
 
 def _direction(first: Entry, second: Entry, metric: Metric, found: Comparison) -> str:
+    if found.low is None or found.high is None:
+        return "nothing: a single one is compared"
     if found.low <= 0 <= found.high:
         return "no difference is shown"
     is_second = (found.difference > 0) == metric.higher_is_better

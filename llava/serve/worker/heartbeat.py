@@ -42,6 +42,7 @@ class Membership:
         if self.task is not None:
             self.task.cancel()
         if self.known:
+            self.complained = True  # a controller that was stopped along with this worker is missed by nobody
             await self._post("/unregister_worker", {"worker_name": self.address})
         self.known = False
 
@@ -78,10 +79,14 @@ class Membership:
             async with self.session.post(url, json=body, timeout=timeout, allow_redirects=False) as reply:
                 content = await reply.text()
             if reply.status == 200:
-                self.complained = False
-                return json.loads(content)
+                found = json.loads(content)
+                if isinstance(found, dict):
+                    self.complained = False
+                    return found
             words = f"status {reply.status}: {content[:200]}"
-            if reply.status == 401:
+            if reply.status == 200:
+                words = f"it is no controller: {content[:200]}"
+            elif reply.status == 401:
                 words = "it has another secret (see --secret-file)"
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             words = f"no answer ({type(error).__name__})"

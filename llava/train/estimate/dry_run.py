@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.records import read_json
 from llava.train.arguments import Arguments, read_flags
@@ -35,6 +36,7 @@ ASSUMED_RECORDS = 100_000
 
 ATTENTION = {
     "packed": "packed: variable-length kernel (flash-attn, or torch's varlen_attn)",
+    "branches": "packed: scaled_dot_product_attention over the whole batch, with a mask",
     "causal": "causal: fused kernel of scaled_dot_product_attention",
     "sdpa": "sdpa: fused kernel of scaled_dot_product_attention, with a mask",
     "eager": "eager: matrix products",
@@ -97,7 +99,14 @@ class Prediction:
 
 
 def dry_run(
-    argv: Sequence[str], gpu: Gpu, gpus: int, records: int | None = None, *, rank: int = 0, compiled: bool = True
+    argv: Sequence[str],
+    gpu: Gpu,
+    gpus: int,
+    records: int | None = None,
+    *,
+    rank: int = 0,
+    compiled: bool = True,
+    progress: str | None = None,
 ) -> Prediction:
     """Carry out one optimizer step of a training command, and its checkpoint, on tensors without content.
 
@@ -107,6 +116,7 @@ def dry_run(
         records: how many there are, where `--data_path` is missing.
         rank: the process to predict for.
         compiled: whether layers are compiled if the flags say so.
+        progress: title of a progress bar.
 
     Raises:
         LlavaError: flags that can't be, a model that isn't there.
@@ -114,7 +124,11 @@ def dry_run(
     argv, notes = without_deepspeed(list(argv), gpus)
     tracker = Tracker(Clock(gpu, gpus))
     compiler = DryCompiler(tracker.fused, tracker.paused)
-    with world(gpu, gpus, compiler, rank) as mode, TemporaryDirectory() as folder:
+    with (
+        tqdm(total=SIMULATED + 2, desc=progress, unit="part", leave=False, disable=progress is None) as bar,
+        world(gpu, gpus, compiler, rank) as mode,
+        TemporaryDirectory() as folder,
+    ):
         arguments = read_flags([*argv, "--output_dir", folder])
         check_values(arguments)
         derive_flags(arguments.data, arguments.training)
@@ -127,14 +141,16 @@ def dry_run(
         shard_as_on_gpus(training)
         plan = Plan(training.gradient_accumulation_steps, training.num_train_epochs, training.max_steps)
         _shorten(arguments)
+        bar.total = training.gradient_accumulation_steps + 2  # the model, its micro-batches, what ends a step
         loaded = shaped_model(arguments, mode)
+        bar.update()
         lengths = lengths_of(arguments, loaded, records)
         notes.append(lengths.note)
         batches = batches_of(arguments, loaded, lengths, SIMULATED * gpus)
         samples: Any = batches.samples
         trainer = cast(DryTrainer, build_trainer(arguments, loaded, samples, None, trainer_class=DryTrainer))
         forget_content(trainer.model, mode)
-        trainer.watch(mode, tracker)
+        trainer.watch(mode, tracker, bar.update)
         per_token = flops_per_token(trainer.model)
         trained = [parameter.shape for parameter in trainer.model.parameters() if parameter.requires_grad]
         with (
@@ -145,6 +161,7 @@ def dry_run(
             multiplied_as_on_gpus(),
         ):
             trainer.train()
+        bar.update()
         others = unlike_ranks(trained, gpus) if training.fsdp else ()
     return _prediction(tracker, trainer, plan, gpu, gpus, per_token, batches, lengths.records, notes, others)
 
@@ -155,7 +172,8 @@ def beside_eager(
     """The prediction of a compiled run with the MFU of the same run where nothing is compiled; others as they are."""
     if prediction.mfu_eager is not None:
         return prediction
-    return replace(prediction, mfu_eager=dry_run(argv, gpu, gpus, records, compiled=False).mfu)
+    eager = dry_run(argv, gpu, gpus, records, compiled=False, progress="predicting, nothing compiled")
+    return replace(prediction, mfu_eager=eager.mfu)
 
 
 @dataclass(frozen=True)

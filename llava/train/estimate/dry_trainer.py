@@ -1,5 +1,6 @@
 """The real Trainer on tensors without content, watched."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,14 +68,14 @@ class DryTrainer(LlavaTrainer):
     Attributes:
         micro_batches: what each took.
         rest: what came after them: clipping, the optimizer.
-        attention_name: what transformers knows the language model's attention by.
+        attention_name: what transformers knows the language model's attention by; branches: of shared images.
         gradient_dtypes: of the sums that the optimizer gets.
         checkpoint: what writing one took.
     """
 
-    def watch(self, mode: FakeTensorMode, tracker: Tracker) -> None:
+    def watch(self, mode: FakeTensorMode, tracker: Tracker, micro_batch_done: Callable[[], object]) -> None:
         """Set up before `train()`, which is to be called inside both modes."""
-        self.mode, self.tracker = mode, tracker
+        self.mode, self.tracker, self.micro_batch_done = mode, tracker, micro_batch_done
         self.micro_batches: list[Taken] = []
         self.rest: Taken | None = None
         self.checkpoint = Checkpoint()
@@ -108,12 +109,15 @@ class DryTrainer(LlavaTrainer):
         self.tracker.pairs = inputs.pop("dry_pairs")
         tokens, samples, begun = inputs["num_tokens"], len(inputs["sample_numbers"]), Mark(self.tracker)
         self.attention_name = self.accelerator.unwrap_model(model).config._attn_implementation
+        if self.data_collator.share_images:
+            self.attention_name = "branches"
         loss = super().training_step(model, inputs, num_items_in_batch)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         note_all(self.tracker.memory, gradients, "gradients")
         self.gradient_dtypes = {gradient.dtype for gradient in gradients}
         self.micro_batches.append(replace(begun.passed(), tokens=tokens, samples=samples))
         self.after_micro_batches = Mark(self.tracker)
+        self.micro_batch_done()
         return loss
 
     def _get_learning_rate(self) -> float:

@@ -67,7 +67,9 @@ def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) 
             continue
         if step[0] == "--keep_half_weights" and not _is_half(flags):
             continue
-        changed = dry_run([*flags, *step], prediction.gpu, prediction.gpus, records)
+        changed = dry_run(
+            [*flags, *step], prediction.gpu, prediction.gpus, records, progress="predicting what would help"
+        )
         if changed.peak_gb >= 0.99 * best:
             continue
         flags, best = [*flags, *step], changed.peak_gb
