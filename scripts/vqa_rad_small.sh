@@ -21,17 +21,18 @@ say() { echo "== $*"; }
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     compute="--bf16 True --dataloader_num_workers 2"
     : "${BESIDE=1}"                 # the trainings run beside each other; BESIDE= is one after the other
-    : "${PIXELS:=224}" "${TURNS:=1}" "${EPOCHS:=10}" "${RATE:=5e-4}" "${TOKENS:=8192}"
+    : "${PIXELS:=224}" "${EPOCHS:=10}" "${TOKENS:=8192}"
 else
-    # Fewer patches, and most epochs with several questions of an image in one conversation: a sixth of the tokens.
-    compute="--use_cpu True --dataloader_num_workers 0" BESIDE=
+    # A quarter of the patches.
+    compute="--use_cpu True --dataloader_num_workers 0"
+    : "${BESIDE=}"                  # BESIDE=1 with OMP_NUM_THREADS=1 is better where other work is done too
     # Where the processor multiplies bfloat16, twice as fast.
     if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then compute="$compute --bf16 True"; fi
-    : "${PIXELS:=112}" "${TURNS:=8}" "${EPOCHS:=1}" "${RATE:=2e-4}" "${TOKENS:=2048}"
+    : "${PIXELS:=112}" "${EPOCHS:=6}" "${TOKENS:=1024}"
 fi
-: "${TURN_EPOCHS:=6}" "${TURN_RATE:=5e-4}" "${TURN_TOKENS:=1024}"
-# PIXELS: height and width of what the tower sees. Fine-tuning: TURN_EPOCHS with up to TURNS questions in a conversation
-# (none if that is 1), then EPOCHS with one, as the test asks. TOKENS of a batch, packed.
+: "${RATE:=5e-4}" "${QUESTIONS:=8}"
+# PIXELS: height and width of what the tower sees. TOKENS of a batch, packed, in which up to QUESTIONS of an image stand
+# behind one copy of it, each as if alone.
 OUT="$MODELS" scripts/fetch_small_models.sh
 tower="$MODELS/dinov2-small"
 if [ "$PIXELS" != 224 ]; then
@@ -68,6 +69,7 @@ train() { # output folder, flags …: nothing if it is complete; else from its l
     python llava/train/train.py --output_dir "$folder" --image_aspect_ratio pad --packing True \
         --model_max_length 1024 --lr_scheduler_type cosine --warmup_steps 0.03 \
         --logging_steps 10 --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1 --report_to none $compute \
+        --questions_per_image "$QUESTIONS" --max_tokens_per_batch "$TOKENS" \
         --cache_vision_features True --vision_cache_dir "$OUT/features" --max_steps "$STEPS" --seed "$SEED" "$@"
 }
 
@@ -83,18 +85,10 @@ every_stage() { # split, seeing or blind
     train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
         --vision_tower "$tower" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
         --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$(images_of "$run")" \
-        --max_tokens_per_batch "$TOKENS" --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
-    before="$here/${run}_stage_1"
-    if [ "$TURNS" != 1 ]; then
-        fine_tune "$before" "$here/${run}_turns" "$here/data/joined.json" "$TURN_EPOCHS" "$TURN_RATE" "$TURN_TOKENS"
-        before="$here/${run}_turns"
-    fi
-    fine_tune "$before" "$here/$run" "$here/single/joined.json" "$EPOCHS" "$RATE" "$TOKENS"
-}
-
-fine_tune() { # model, output folder, records, epochs, learning rate, tokens of a batch
-    train "$2" --model_name_or_path "$1" --version smollm2 --data_path "$3" --image_folder "$(images_of "$run")" \
-        --num_train_epochs "$4" --learning_rate "$5" --max_tokens_per_batch "$6"
+        --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
+    train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
+        --data_path "$here/data/joined.json" --image_folder "$(images_of "$run")" \
+        --num_train_epochs "$EPOCHS" --learning_rate "$RATE"
 }
 
 images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }
@@ -103,15 +97,14 @@ for split in $SPLITS; do
     here="$OUT/$split"
     questions="$OUT/data/train.json"
     if [ "$split" = clean ]; then questions="$OUT/data/clean_train.json"; fi
-    for folder in single data; do
-        turns="$TURNS"
-        if [ "$folder" = single ]; then turns=1; fi
-        if [ -f "$here/$folder/joined.json" ]; then continue; fi
+    if [ ! -f "$here/data/joined.json" ]; then
         python -m llava.data.convert qa-captions --records "$questions" \
-            --image-folder "$RAD/images" --output-dir "$here/$folder" --field image_organ --turns "$turns"
-    done
-    python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" \
-        --image-folder "$RAD/images" --vision-tower "$MODELS/dinov2-small" --output-dir "$here/memory" --device cpu
+            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns 1
+    fi
+    if [ ! -f "$here/memory/nearest_text_and_image.jsonl" ]; then
+        python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" --device cpu \
+            --image-folder "$RAD/images" --vision-tower "$MODELS/dinov2-small" --output-dir "$here/memory"
+    fi
 done
 
 started=

@@ -99,6 +99,10 @@ class DataArguments:
     max_tokens_per_batch: int | None = _flag(
         None, "with --packing: tokens that each batch is filled up to, in place of a number of samples"
     )
+    questions_per_image: int = _flag(
+        1,
+        "with --max_tokens_per_batch: up to so many records of an image stand behind one copy of it, each as if alone",
+    )
 
 
 @dataclass

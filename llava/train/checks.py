@@ -141,6 +141,14 @@ def _check_pairs(arguments: "Arguments") -> None:
             "--max_tokens_per_batch fills packed batches; add --packing True",
         ),
         (
+            data.questions_per_image < 1,
+            f"--questions_per_image {data.questions_per_image}: at least 1",
+        ),
+        (
+            data.questions_per_image > 1 and not data.max_tokens_per_batch,
+            "--questions_per_image joins records in full batches; add --packing True --max_tokens_per_batch N",
+        ),
+        (
             training.remove_unused_columns,
             "--remove_unused_columns True would take from samples what their batches need; leave it out",
         ),

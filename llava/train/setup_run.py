@@ -21,6 +21,7 @@ from llava.train.data.feature_cache import FeatureCache, build_feature_cache, fi
 from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
 from llava.train.data.record_store import RecordStore
+from llava.train.data.shared_images import groups_of_one_image
 from llava.train.lora import add_adapters, save_adapter
 from llava.train.output.projector_file import FILE_NAME as PROJECTOR_FILE
 from llava.train.output.projector_file import save_projector
@@ -124,7 +125,9 @@ def build_trainer(
 
     train_dataset: Any = dataset
     if data.max_tokens_per_batch:
-        groups = fill_batches(dataset.lengths(), data.max_tokens_per_batch, training.seed)
+        units, lengths = groups_of_one_image(dataset, data.questions_per_image, training.seed)
+        batches = fill_batches(lengths, data.max_tokens_per_batch, training.seed)
+        groups = [[number for unit in batch for number in units[unit]] for batch in batches]
         train_dataset = PackedDataset(dataset, groups)
     if training.ddp_find_unused_parameters is None:
         # Tower and projector take part in every batch, so nothing trainable is ever unused.
@@ -170,6 +173,7 @@ def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCach
     return Collator(
         padding_id(loaded.tokenizer),
         packing=arguments.data.packing,
+        share_images=arguments.data.questions_per_image > 1,
         pack_length=pack_length(arguments),
         cache=cache,
     )

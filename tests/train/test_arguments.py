@@ -70,6 +70,8 @@ def test_the_global_batch_finds_the_accumulation(parse):
         ("--packing --max_tokens_per_batch 4096 --group_by_length True", "--group_by_length .* choose one"),
         ("--packing --train_sampling_strategy group_by_length", "--group_by_length .* choose one"),
         ("--max_tokens_per_batch 4096", "--packing"),
+        ("--packing --questions_per_image 4", "add --packing True --max_tokens_per_batch"),
+        ("--questions_per_image 0", "at least 1"),
         ("--remove_unused_columns True", "leave it out"),
         ("--lora_weight_path .", "--lora_enable"),
         ("--vision_tower /no/such/folder", "/no/such/folder"),

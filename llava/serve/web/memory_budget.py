@@ -1,10 +1,17 @@
-"""How much of the server's memory all visitors' images may take together."""
+"""How much of the server's memory all visitors' images may take together, and the drawn views in what is left of it."""
 
+import contextlib
+import itertools
 import threading
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llava.errors import ImageError
+from llava.serve.web.scans import DrawnView, Scan
+
+PER_CHAT = 64 << 20
+"""Bytes of drawn views that a conversation keeps: some 800 slices of 512 x 512 with noise."""
 
 
 class MemoryBudget:
@@ -17,16 +24,64 @@ class MemoryBudget:
     def __init__(self, size: int):
         self.size = size
         self.taken = 0
-        self._lock = threading.RLock()  # an object may go while another one comes
+        self.make_way: Callable[[], bool] = lambda: False
+        """Asked, while too little is left, to let go of something; False if there is nothing."""
+        self.lock = threading.RLock()  # an object may go while another one comes
 
     def take(self, thing: Any, size: int) -> None:
         """Raises an ImageError if too little is left for `size` bytes more."""
-        with self._lock:
+        with self.lock:
+            while self.taken + size > self.size and self.make_way():
+                pass
             if self.taken + size > self.size:
                 raise ImageError("The server holds too many images just now. Try again in a few minutes.")
             self.taken += size
         weakref.finalize(thing, self._give_back, size)
 
     def _give_back(self, size: int) -> None:
-        with self._lock:
+        with self.lock:
             self.taken -= size
+
+
+class DrawnViews:
+    """Keeps drawn views with their scans, so that a slice seen before isn't drawn anew. They take what a budget has
+    left; the one used least recently goes first: for another image of anybody's, or beyond `per_chat` bytes for another
+    view of the same conversation."""
+
+    def __init__(self, budget: MemoryBudget, per_chat: int = PER_CHAT):
+        self.budget, self.per_chat = budget, per_chat
+        self._kept: weakref.WeakSet[DrawnView] = weakref.WeakSet()
+        self._uses = itertools.count(1)
+        budget.make_way = self._forget_oldest
+
+    def keep(self, view: DrawnView, scan: Scan, scans: Iterable[Scan]) -> None:
+        """Keep a view of `scan` that was just used; `scans` are its conversation's. One that finds no space isn't
+        kept."""
+        with self.budget.lock:
+            view.used = next(self._uses)
+            if view in self._kept or view.size > self.per_chat:
+                return
+            own = [each for one in scans for each in one.drawn.values()]
+            while sum(each.size for each in own) + view.size > self.per_chat:
+                self._forget(own.pop(own.index(min(own, key=_used))))
+            with contextlib.suppress(ImageError):
+                self.budget.take(view, view.size)
+                scan.drawn[view.source] = view
+                view.home = scan.drawn
+                self._kept.add(view)
+
+    def _forget_oldest(self) -> bool:
+        oldest = min(self._kept, key=_used, default=None)
+        if oldest is None:
+            return False
+        self._forget(oldest)
+        return True
+
+    def _forget(self, view: DrawnView) -> None:
+        self._kept.discard(view)
+        if view.home.get(view.source) is view:  # not one that was drawn anew meanwhile
+            del view.home[view.source]
+
+
+def _used(view: DrawnView) -> int:
+    return view.used

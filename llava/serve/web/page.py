@@ -17,7 +17,7 @@ from llava.serve.protocol import ServeError
 from llava.serve.request_models import ModelCard
 from llava.serve.web.answers import answer
 from llava.serve.web.chat_state import SIDES, Chat, Exchange, UploadedImage
-from llava.serve.web.memory_budget import MemoryBudget
+from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
 from llava.serve.web.parts.attention_view import AttentionPart
 from llava.serve.web.parts.card import card_html, knows_drawn_only
 from llava.serve.web.parts.examples import EXAMPLES, draw_example, examples_html
@@ -52,7 +52,7 @@ class PageOptions:
     feedback: DailyLog | None = None
     """Where votes are kept; None shows no buttons for them."""
     image_bytes: int = 1 << 30
-    """Of the images in all conversations together."""
+    """Of the images in all conversations together, and of the drawn views in what is left."""
 
 
 def build_page(client, options: PageOptions) -> gr.Blocks:
@@ -95,7 +95,7 @@ class Page:
             with gr.Row(elem_id="desk"):
                 with gr.Column(elem_id="reading", min_width=0):
                     with gr.Column(elem_id="panel", min_width=0):
-                        self.viewer = Viewer(self.client, self.pool)
+                        self.viewer = Viewer(self.client, self.pool, DrawnViews(self.image_budget))
                         self.scan = ScanPart(self.viewer, self.pool, self.image_budget)
                     self.panes, self.views, self.names = [], [], []
                     for side in range(SIDES):
@@ -312,13 +312,13 @@ class Page:
         return chat
 
     async def on_edit(self, chat: Chat, model: str | None):
-        """The last question goes back into the box, with its images."""
+        """The last question goes back into the box, with its images before those added meanwhile."""
         if not chat.exchanges:
             gr.Info("There is no question yet.")
             return self._unchanged()
         chat.stopping = True
         last = chat.exchanges.pop()
-        chat.draft, chat.looked = list(last.images), None
+        chat.draft, chat.looked = [*last.images, *chat.draft], None
         return [*self._show(chat, model, box={"text": last.text, "files": []}), *await self._desk(chat, model)]
 
     async def on_clear(self, chat: Chat, model: str | None):

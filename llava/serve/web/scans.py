@@ -20,6 +20,28 @@ Window = str | tuple[float, float] | None
 """A preset's name, (centre, width), or what the file says."""
 
 
+Source = tuple[int, ImageOptions]
+"""What a view is drawn of: the number of the file, and how it is opened."""
+
+
+@dataclass(eq=False)
+class DrawnView:
+    """A view as the browser gets it: `url` is a PNG as a data: URL, `facts` what the pool's `describe` says of it."""
+
+    source: Source
+    url: str
+    facts: dict[str, Any]
+    used: int = 0
+    """The higher, the later."""
+    home: dict[Source, "DrawnView"] = field(default_factory=dict)
+    """Where it is kept."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in memory, nearly."""
+        return len(self.url)
+
+
 @dataclass(eq=False)
 class Scan:
     """`slices` are (file, frame within it or None), in the order of their places in the body; of a volume only the
@@ -37,6 +59,8 @@ class Scan:
     """Whether the view goes with the next question."""
     icon: str = ""
     """Its first view, tiny, as a data: URL."""
+    drawn: dict[Source, DrawnView] = field(default_factory=dict)
+    """Views that are kept (`memory_budget`)."""
 
     @property
     def is_grey(self) -> bool:
@@ -52,18 +76,20 @@ class Scan:
         return f"{modality}, {len(self.slices)} {what}"
 
     @property
-    def options(self) -> ImageOptions:
-        """Of the file that is shown."""
-        _, frame = self.slices[self.place]
-        preset = self.window if isinstance(self.window, str) else None
-        window = None if isinstance(self.window, str) else self.window
+    def source(self) -> Source:
+        """Of the view that is chosen."""
+        place, chosen = self.place, self.window
+        file, frame = self.slices[place]
+        preset = chosen if isinstance(chosen, str) else None
+        window = None if isinstance(chosen, str) else chosen
         if self.kind == "nifti":
-            return ImageOptions(window=window, preset=preset, axis=self.axis, slice=self.place)
-        return ImageOptions(window=window, preset=preset, frame=frame)
+            return file, ImageOptions(window=window, preset=preset, axis=self.axis, slice=place)
+        return file, ImageOptions(window=window, preset=preset, frame=frame)
 
     def said(self) -> dict[str, Any]:
         """What is written down of the view: the options, its place in a series, and why it looks as it does."""
-        said = self.options.as_dict()
+        _, options = self.source
+        said = options.as_dict()
         if len(self.slices) > 1:
             if len(self.files) > 1:
                 said["slice"] = self.place
@@ -71,7 +97,7 @@ class Scan:
         return said | {"shown": [str(line) for line in self.facts.get("shown", ())]}
 
     def choose_axis(self, axis: int) -> None:
-        """Cut the volume along another axis, in its middle; `look` finds how many slices there are."""
+        """Cut the volume along another axis, in its middle; `draw` finds how many slices there are."""
         self.axis, self.slices, self.place = axis, [(0, None)], 0
 
     def look(self, pool: DecodingPool) -> Image.Image:
@@ -80,21 +106,39 @@ class Scan:
         Raises:
             ImageError: it can't be opened.
         """
-        if self.kind == "nifti" and len(self.slices) == 1:
-            _, facts = pool.describe(ImageWithOptions(self.files[0], ImageOptions(axis=self.axis)))
-            self.slices, self.place = [(0, None)] * int(facts["frames"]), int(facts["frame"])
-        file, _ = self.slices[self.place]
-        image, self.facts = pool.describe(ImageWithOptions(self.files[file], self.options))
+        self._count_slices(pool)
+        image, self.facts = self._describe(pool, self.source)
         return image
+
+    def draw(self, pool: DecodingPool) -> DrawnView:
+        """The view as it is shown: one that is kept, or a new one. Raises as `look`."""
+        self._count_slices(pool)
+        source = self.source
+        view = self.drawn.get(source)
+        if view is None:
+            image, facts = self._describe(pool, source)
+            view = DrawnView(source, reduced_url(image, LARGE), facts)
+        self.facts = view.facts
+        return view
+
+    def _describe(self, pool: DecodingPool, source: Source) -> tuple[Image.Image, dict[str, Any]]:
+        file, options = source
+        return pool.describe(ImageWithOptions(self.files[file], options))
+
+    def _count_slices(self, pool: DecodingPool) -> None:
+        """Of a volume along an axis that was just chosen; the middle one is shown."""
+        if self.kind == "nifti" and len(self.slices) == 1:
+            _, facts = self._describe(pool, (0, ImageOptions(axis=self.axis)))
+            self.slices, self.place = [(0, None)] * int(facts["frames"]), int(facts["frame"])
 
     def view(self, pool: DecodingPool) -> UploadedImage:
         """The view as an image of a question."""
-        file, _ = self.slices[self.place]
+        file, options = self.source
 
         def small(source: Any) -> Image.Image:
             return pool.open(source, longest=LARGE)
 
-        return UploadedImage.from_bytes(self.files[file], small, self.options, self.said())
+        return UploadedImage.from_bytes(self.files[file], small, options, self.said())
 
 
 def read_scans(contents: Sequence[bytes], pool: DecodingPool) -> list[Scan]:

@@ -7,8 +7,9 @@ import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.tokenization import pad_batch
-from llava.train.data.dataset import Report
+from llava.train.data.dataset import Report, Sample
 from llava.train.data.feature_cache import FeatureCache
+from llava.train.data.shared_images import join, joinable
 
 META_KEYS = ("sample_numbers", "num_tokens", "report")
 """Of a batch: what is for the trainer; the model never sees it."""
@@ -19,7 +20,9 @@ class Collator:
 
     Padded: `input_ids`, `labels` int64 [batch, longest]; `attention_mask` bool of the same shape, left out when
     there is no padding (attention is faster without). Packed: [1, all tokens], `position_ids` that start anew
-    with each sample, and the sample's borders (`cu_seq_lens_q/k` int32 [samples + 1], `max_length_q/k`).
+    with each sample, and the sample's borders (`cu_seq_lens_q/k` int32 [samples + 1], `max_length_q/k`). With
+    `share_images` samples of one image are joined (llava.train.data.shared_images), and `branches` int32 [all tokens]
+    says what is shared (0) and what is of one of them alone (1, 2, …).
     Either way `image_positions` and `target_positions`, int64: where image positions, and labels that are targets,
     lie in the flattened ids. Nothing of a step then depends on values, and the GPU is never waited for.
     Images: `pixel_values` float32 [images, 3, H, W] in reading order, or `vision_features` [images,
@@ -27,12 +30,19 @@ class Collator:
     """
 
     def __init__(
-        self, pad_id: int, *, packing: bool = False, pack_length: int | None = None, cache: FeatureCache | None = None
+        self,
+        pad_id: int,
+        *,
+        packing: bool = False,
+        share_images: bool = False,
+        pack_length: int | None = None,
+        cache: FeatureCache | None = None,
     ):
         """`pack_length`: tokens that packed batches are filled up to, so that shapes never change."""
         self.pad_id = pad_id
         self.pack_length = pack_length
         self.packing = packing
+        self.share_images = share_images
         self.cache = cache
 
     def __call__(self, items: list[Any]) -> dict[str, Any]:
@@ -40,50 +50,61 @@ class Collator:
             items = [item for group in items for item in group]
         skipped = {item["number"]: item["skipped"] for item in items if item["skipped"]}
         kept = [item for item in items if not item["skipped"]]
-        samples = [item["sample"] for item in kept]
-        ids = [sample.input_ids for sample in samples] or [np.array([self.pad_id, self.pad_id], np.int32)]
-        labels = [sample.labels for sample in samples] or [np.full(2, IGNORE_INDEX, np.int32)]
-        batch = self._packed(ids, labels) if self.packing else self._padded(ids, labels)
+        samples = [item["sample"] for item in kept] or [self._padding(2)]
+        groups = joinable(samples) if self.share_images else [[place] for place in range(len(samples))]
+        if self.packing:
+            batch = self._packed([[samples[place] for place in group] for group in groups])
+        else:
+            batch = self._padded(samples)
         # Nothing comes before the first label of a row that could predict it.
         is_target = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (1, 0))
         batch["target_positions"] = is_target.flatten().nonzero()[:, 0]
         batch["image_positions"] = (batch["input_ids"].flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
-        self._add_images(batch, kept)
+        self._add_images(batch, [kept[group[0]] for group in groups if kept])
         batch["sample_numbers"] = [item["number"] for item in kept]
-        batch["num_tokens"] = sum(len(sample.input_ids) for sample in samples)
+        batch["num_tokens"] = int(batch.pop("real_tokens")) if kept else 0
         report = Report(skipped=skipped)
         for item in kept:
             report.note(item["number"], item["sample"])
         batch["report"] = report
         return batch
 
-    def _padded(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
-        padded = pad_batch(list(zip(ids, labels)), self.pad_id)
+    def _padding(self, length: int) -> Sample:
+        """A sample without a target."""
+        return Sample(np.full(length, self.pad_id, np.int32), np.full(length, IGNORE_INDEX, np.int32), [], False)
+
+    def _padded(self, samples: list[Sample]) -> dict[str, Any]:
+        padded = pad_batch([(sample.input_ids, sample.labels) for sample in samples], self.pad_id)
         batch = {"input_ids": torch.from_numpy(padded["input_ids"]), "labels": torch.from_numpy(padded["labels"])}
         if not padded["attention_mask"].all():
             batch["attention_mask"] = torch.from_numpy(padded["attention_mask"])
-        return batch
+        return {**batch, "real_tokens": padded["attention_mask"].sum()}
 
-    def _packed(self, ids: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Any]:
-        missing = (self.pack_length or 0) - sum(map(len, ids))
-        if missing > 0:  # one more sample, without a target
-            ids = [*ids, np.full(missing, self.pad_id, np.int32)]
-            labels = [*labels, np.full(missing, IGNORE_INDEX, np.int32)]
-        borders = np.cumsum([0] + [len(part) for part in ids]).astype(np.int32)
-        joined_labels = np.concatenate(labels).astype(np.int64)
+    def _packed(self, groups: list[list[Sample]]) -> dict[str, Any]:
+        joined = [join(group) for group in groups]
+        real_tokens = sum(len(ids) for ids, *_ in joined)
+        if self.pack_length and real_tokens < self.pack_length:
+            joined.append(join([self._padding(self.pack_length - real_tokens)]))
+        borders = np.cumsum([0] + [len(ids) for ids, *_ in joined]).astype(np.int32)
+        ids, labels, positions, branches = (np.concatenate(parts) for parts in zip(*joined))
+        labels = labels.astype(np.int64)
         # A sample's first token is predicted by nothing; unpacked, the shift drops it.
-        joined_labels[borders[:-1]] = IGNORE_INDEX
+        labels[borders[:-1]] = IGNORE_INDEX
         longest = int(np.diff(borders).max())
         cu_seq_lens = torch.from_numpy(borders)
-        return {
-            "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-            "labels": torch.from_numpy(joined_labels)[None],
-            "position_ids": torch.from_numpy(np.concatenate([np.arange(len(part)) for part in ids]))[None],
+        batch = {
+            "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(positions)[None],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": longest,
             "max_length_k": longest,
+            "real_tokens": real_tokens,
         }
+        if self.share_images:
+            batch["branches"] = torch.from_numpy(branches)
+        return batch
 
     def _add_images(self, batch: dict[str, Any], items: list[dict[str, Any]]) -> None:
         if self.cache is not None:

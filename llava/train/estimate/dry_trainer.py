@@ -68,7 +68,7 @@ class DryTrainer(LlavaTrainer):
     Attributes:
         micro_batches: what each took.
         rest: what came after them: clipping, the optimizer.
-        attention_name: what transformers knows the language model's attention by.
+        attention_name: what transformers knows the language model's attention by; branches: of shared images.
         gradient_dtypes: of the sums that the optimizer gets.
         checkpoint: what writing one took.
     """
@@ -109,6 +109,8 @@ class DryTrainer(LlavaTrainer):
         self.tracker.pairs = inputs.pop("dry_pairs")
         tokens, samples, begun = inputs["num_tokens"], len(inputs["sample_numbers"]), Mark(self.tracker)
         self.attention_name = self.accelerator.unwrap_model(model).config._attn_implementation
+        if self.data_collator.share_images:
+            self.attention_name = "branches"
         loss = super().training_step(model, inputs, num_items_in_batch)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         note_all(self.tracker.memory, gradients, "gradients")

@@ -17,13 +17,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava.errors import LlavaError
-from llava.model.varlen_attention import Kernel, varlen_attention
+from llava.model.varlen_attention import HALVES, Kernel, varlen_attention
 from llava.train.step import gpu
 
 logger = logging.getLogger(__name__)
 
 NAME = "packed"
 CAUSAL = "causal"
+FLOAT32_TOKENS = 512
+"""Up to so long samples attend in float32 on the CPU: the half-precision kernel's backward pass takes three times as
+long for 90 tokens, and as long as this one for 700."""
 # transformers makes no mask (and looks at no value) for attention of a name that has no mask function.
 
 
@@ -78,6 +81,7 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
+    branches: torch.Tensor | None = None,
     kernel: Kernel | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -88,6 +92,8 @@ def packed_attention(
         cu_seq_lens_q: int32 `[samples + 1]`, where each sample starts, and the end.
         max_length_q: tokens of the longest sample, or more.
         sliding_window: how many tokens back, itself included, a token sees; None: all.
+        branches: int32 `[tokens]`: 0 for tokens that all later ones of their sample see; others are seen by those of
+            the same number (llava.train.data.shared_images). None: samples have no branches.
         kernel: what computes it on a GPU in half precision; None: the installed one.
 
     Returns:
@@ -98,6 +104,10 @@ def packed_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise LlavaError("packed attention needs the samples' borders (cu_seq_lens_q, max_length_q)")
+    if gpu.is_on_gpu(query.device) and branches is not None:
+        # No kernel of variable length knows branches.
+        sees = _sees(_sample_numbers(cu_seq_lens_q, query.shape[2]), branches, sliding_window)
+        return _masked(query, key, value, sees, scaling, dropout).transpose(1, 2), None
     if gpu.takes_kernel(query, key, value):
         if dropout:
             raise LlavaError("attention dropout isn't possible in packed batches on a GPU; set attention_dropout to 0")
@@ -106,31 +116,46 @@ def packed_attention(
             q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=sliding_window, kernel=kernel
         )
         return out.unsqueeze(0), None
-    return _sample_by_sample(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
+    return _sample_by_sample(query, key, value, cu_seq_lens_q, branches, scaling, dropout, sliding_window), None
 
 
 @torch.compiler.disable
-def _sample_by_sample(query, key, value, borders, scale: float | None, dropout: float, window: int | None):
+def _sample_by_sample(query, key, value, borders, branches, scale: float | None, dropout: float, window: int | None):
     """`packed_attention` by SDPA; it reads the borders, which lie where no waiting is needed: on the CPU."""
-    grouped = key.shape[1] != query.shape[1]
     sizes = borders.diff().tolist()
+    dtype = query.dtype
+    if dtype in HALVES and max(sizes) <= FLOAT32_TOKENS:
+        query, key, value = query.float(), key.float(), value.float()
+    branches = borders.new_zeros(query.shape[2]) if branches is None else branches
     parts = []
-    for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)):
-        mask = _window_mask(q, window)
-        parts.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=grouped
-            )
-        )
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    for q, k, v, own in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), branches.split(sizes)):
+        plain = (window is None or window >= len(own)) and not own[-1]
+        sees = None if plain else _sees(torch.zeros_like(own), own, window)
+        parts.append(_masked(q, k, v, sees, scale, dropout))
+    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype)
 
 
-def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """bool `[tokens, tokens]`, True where a token sees another; None where the window holds the whole sample."""
-    tokens = query.shape[2]
-    if window is None or window >= tokens:
-        return None
-    return torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+def _masked(query, key, value, sees: torch.Tensor | None, scale: float | None, dropout: float) -> torch.Tensor:
+    """SDPA where a token sees what `sees`, bool `[tokens, tokens]`, says; None: all before it."""
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=sees, is_causal=sees is None, scale=scale, dropout_p=dropout,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
+
+
+def _sees(samples: torch.Tensor, branches: torch.Tensor, window: int | None) -> torch.Tensor:
+    """bool `[tokens, tokens]`, True where a token sees another, by their samples' and branches' numbers, [tokens]."""
+    sees = (branches == 0) | (branches == branches[:, None])
+    sees &= samples == samples[:, None]
+    sees = sees.tril()
+    if window is None or window >= len(sees):
+        return sees
+    return sees & (sees.flip(1).cumsum(1).flip(1) <= window)  # of what it sees, the last
+
+
+def _sample_numbers(borders: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Of each token the number of its sample, int64 `[tokens]`."""
+    return torch.bucketize(torch.arange(tokens, device=borders.device), borders[1:], right=True)
 
 
 def fill_batches(

@@ -1,12 +1,15 @@
 """The web page's desk in a real browser: zoom and keys, refused files, cards of models."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from llava.serve.web.page import POLL_SECONDS
 from tests.images.test_medical import dicom
-from tests.serve.browsing import PATIENCE, accept, add_files, ask, choose, expect, last_answer
+from tests.serve.browsing import PATIENCE, accept, add_files, ask, choose, expect, last_answer, save
 from tests.serve.processes import wait_until
 from tests.serve.test_web_scans import series
 
@@ -131,6 +134,40 @@ def test_slices_by_keys_and_wheel(open_page, models, tmp_path):
     page.keyboard.up("Control")
     wait_until(lambda: zoom(page) > 1, 20)
     expect(number).to_have_value("27")
+
+
+@pytest.mark.parametrize("width", [1280, 1024, 390])
+def test_the_windows_controls_fill_their_box(open_page, models, tmp_path, width):
+    page = open_page(width)
+    accept(page, "demo-model")
+    add_files(page, series(tmp_path), 1)
+    expect(page.locator("#scan-width")).to_be_visible(timeout=PATIENCE)
+    box = page.locator("#scan-window .form").bounding_box()
+    rows: dict[int, float] = {}
+    for name in ("preset", "centre", "width"):
+        one = page.locator(f"#scan-{name}").bounding_box()
+        rows[round(one["y"])] = rows.get(round(one["y"]), 0) + one["width"]
+    assert all(covered == pytest.approx(box["width"], abs=6) for covered in rows.values()), rows
+
+
+def test_editing_keeps_images_added_meanwhile(open_page, models, tmp_path):
+    for name, size in (("asked.png", 30), ("new.png", 40)):
+        Image.new("RGB", (size, size), (size, 90, 90)).save(tmp_path / name)
+    page = open_page()
+    accept(page, "demo-model")
+    add_files(page, [tmp_path / "asked.png"], 1)
+    ask(page, "What is this?")
+    expect(last_answer(page)).to_contain_text("this?", timeout=PATIENCE)
+    add_files(page, [tmp_path / "new.png"], 2)
+    page.locator("#edit").click()
+    expect(page.locator("#box textarea")).to_have_value("What is this?", timeout=PATIENCE)
+    expect(page.locator("#draft")).to_contain_text("With your next question: 2 images.", timeout=PATIENCE)
+    expect(page.locator("#viewer [data-image]")).to_have_count(2)
+    ask(page, "And both?")
+    expect(last_answer(page)).to_contain_text("both?", timeout=PATIENCE)
+    (turn,) = json.loads(save(page))["turns"]
+    digests = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("asked.png", "new.png")]
+    assert turn["images"] == [f"sha256:{digest}" for digest in digests]
 
 
 def test_a_refused_file_holds_the_question(open_page, models, tmp_path):

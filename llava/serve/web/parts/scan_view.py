@@ -95,17 +95,19 @@ class ScanPart:
         return [*await self.shown(chat, model), draft_of(chat)]
 
     async def on_window(self, chat: Chat, centre: float, width: float, model: str | None):
+        before = draft_of(chat)
         if (scan := current_scan(chat)) is not None and None not in (centre, width):
             scan.window = (float(centre), float(width))
             scan.is_wanted = True
-        return [OWN, await self.seen(chat, model), draft_of(chat)]
+        return [OWN, await self.seen(chat, model), _changed(draft_of(chat), before)]
 
     async def on_place(self, chat: Chat, place: float, model: str | None):
+        before = draft_of(chat)
         if (scan := current_scan(chat)) is not None and place is not None:
             if not 0 <= place < len(scan.slices):
                 raise _error(f"There is no slice {place:g}; the scan has {len(scan.slices)}.")
             scan.place, scan.is_wanted = int(place), True
-        return [await self.seen(chat, model), draft_of(chat)]
+        return [await self.seen(chat, model), _changed(draft_of(chat), before)]
 
     async def on_add(self, chat: Chat):
         """The view is kept as an image of the question; the next one that is chosen is another."""
@@ -162,6 +164,11 @@ def draft_of(chat: Chat) -> str:
     if scan is not None and scan.is_wanted:
         words += " The view that is shown is one of them." if count > 1 else " It is the view that is shown."
     return f"{thumbnails(chat.draft)}<span>{words}</span>"
+
+
+def _changed(now: str, before: str) -> Any:
+    """Nothing is sent of what the browser has."""
+    return gr.skip() if now == before else now
 
 
 def is_scan(path: str) -> bool:

@@ -14,7 +14,8 @@ import gradio as gr
 from llava.serve.client import ServingClient
 from llava.serve.decoding.pool import DecodingPool, in_thread
 from llava.serve.protocol import ServeError
-from llava.serve.web.chat_state import LARGE, Chat, UploadedImage, reduced_url
+from llava.serve.web.chat_state import Chat, UploadedImage
+from llava.serve.web.memory_budget import DrawnViews
 from llava.serve.web.scans import Scan
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ EMPTY = (
 class Viewer:
     """`view` is the component; it triggers `select` with what was clicked: a number of the strip, or a tool."""
 
-    def __init__(self, client: ServingClient, pool: DecodingPool):
-        self.client, self.pool = client, pool
+    def __init__(self, client: ServingClient, pool: DecodingPool, drawn: DrawnViews):
+        self.client, self.pool, self.drawn = client, pool, drawn
         self.view = gr.HTML(
             page_of([], "", "", False), elem_id="viewer", js_on_load=SCRIPT, apply_default_css=False, attention=""
         )
@@ -52,10 +53,10 @@ class Viewer:
         images, scan = chat.images(), current_scan(chat)
         strip = _strip(chat, images)
         if scan is not None:
-            opened = await in_thread(scan.look, self.pool, seconds=LOOK_SECONDS)
-            url = await in_thread(reduced_url, opened, LARGE, seconds=LOOK_SECONDS)
-            words = f"{scan.title}: {_shown(scan.facts)}"
-            shown = [(url, scan.title)]
+            view = await in_thread(scan.draw, self.pool, seconds=LOOK_SECONDS)
+            self.drawn.keep(view, scan, chat.scans)
+            words = f"{scan.title}: {_shown(view.facts)}"
+            shown = [(view.url, scan.title)]
         elif images:
             number = len(images) - 1 if chat.looked is None else chat.looked
             image = images[number]

@@ -1,0 +1,67 @@
+"""Records of one image behind one copy of it: in a packed batch its positions are computed once for all of them.
+
+Samples of the same images whose ids are equal up to the end of the last image are joined: first what they share, then
+the rest of each, a branch. A branch sees what is shared and itself, at the positions that it has alone, so losses and
+gradients are those of the samples one by one; only tokens are saved.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.record_content import image_key
+from llava.train.data.dataset import LlavaDataset, Sample
+
+
+def shared_length(sample: Sample) -> int:
+    """Tokens up to the end of the last image; 0 if there is none, or if a token up to the next one is a target."""
+    places = np.flatnonzero(sample.input_ids == IMAGE_TOKEN_INDEX)
+    if not len(places) or places[-1] + 1 == len(sample.input_ids):
+        return 0
+    length = int(places[-1]) + 1
+    # The first token of a branch follows another sample's in the batch, so it can't be a target.
+    return length if (sample.labels[: length + 1] == IGNORE_INDEX).all() else 0
+
+
+def joinable(samples: Iterable[Sample]) -> list[list[int]]:
+    """Places of samples that may be joined, lists in order of their first; a sample that shares nothing is alone."""
+    found: dict[Any, list[int]] = {}
+    for place, sample in enumerate(samples):
+        length = shared_length(sample)
+        if length:
+            beginning: Any = (sample.input_ids[:length].tobytes(), *map(image_key, sample.images))
+        else:
+            beginning = place
+        found.setdefault(beginning, []).append(place)
+    return list(found.values())
+
+
+def groups_of_one_image(dataset: LlavaDataset, most: int, seed: int) -> tuple[list[list[int]], np.ndarray]:
+    """Numbers of samples that are joined, at most `most` each, drawn by `seed`, and the lengths, int [groups]."""
+    if most == 1:
+        return [[number] for number in range(len(dataset))], dataset.lengths()
+    random = np.random.default_rng([seed, len(dataset)])
+    groups: list[list[int]] = []
+    for members in joinable(dataset.sample(number) for number in range(len(dataset))):
+        order = random.permutation(members).tolist()
+        groups.extend(order[start : start + most] for start in range(0, len(order), most))
+    lengths = dataset.lengths()
+    saved = [shared_length(dataset.sample(group[0])) * (len(group) - 1) for group in groups]
+    return groups, np.array([lengths[group].sum() for group in groups], np.int64) - np.array(saved, np.int64)
+
+
+def join(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Samples that `joinable` put together, as one.
+
+    Returns:
+        ids and labels, int32; positions, int64, that each sample has alone; branches, int32: 0 for what is shared, n
+        for what only the nth sample has. All [tokens].
+    """
+    shared = shared_length(samples[0]) if len(samples) > 1 else len(samples[0].input_ids)
+    rests = [np.arange(shared, len(sample.input_ids)) for sample in samples]
+    ids = [samples[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in samples)]
+    labels = [samples[0].labels[:shared], *(sample.labels[shared:] for sample in samples)]
+    branches = np.repeat(np.arange(len(samples) + 1), [len(part) for part in ids]).astype(np.int32)
+    return np.concatenate(ids), np.concatenate(labels), np.concatenate([np.arange(shared), *rests]), branches

@@ -1,0 +1,97 @@
+"""Views of scans that were drawn: kept within a conversation's and the server's space, and gone with their scan."""
+
+import gc
+
+import pytest
+
+from llava.errors import ImageError
+from llava.serve.decoding.pool import DecodingPool
+from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
+from llava.serve.web.scans import read_scans
+from tests.serve.test_web_scans import SLICES, series
+
+pytest.importorskip("pydicom")
+
+
+class Thing:
+    """Something else that takes memory."""
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = DecodingPool(size=1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def scan(pool, tmp_path):
+    (scan,) = read_scans([path.read_bytes() for path in series(tmp_path, 64)], pool)
+    return scan
+
+
+def draw(scan, pool, views, *places):
+    for place in places:
+        scan.place = place
+        view = scan.draw(pool)
+        views.keep(view, scan, [scan])
+    return view
+
+
+def kept(scan):
+    """The numbers of the files of the kept views."""
+    return sorted(file for file, _ in scan.drawn)
+
+
+def test_a_slice_seen_before_is_not_drawn_anew(pool, scan):
+    views = DrawnViews(MemoryBudget(1 << 30))
+    first = draw(scan, pool, views, *range(SLICES))
+    drawn = pool.opened
+    assert draw(scan, pool, views, *range(SLICES)) is first
+    assert pool.opened == drawn
+    scan.window = "lung"
+    other = draw(scan, pool, views, SLICES - 1)
+    assert pool.opened == drawn + 1 and other.url != first.url
+    assert scan.facts["shown"] == other.facts["shown"] != first.facts["shown"]
+    scan.window = None
+    draw(scan, pool, views, SLICES - 1)
+    assert scan.facts["shown"] == first.facts["shown"] and pool.opened == drawn + 1
+
+
+def test_the_views_of_a_conversation_have_a_space(pool, scan):
+    size = max(scan.draw(pool).size for scan.place in range(SLICES))
+    budget = MemoryBudget(1 << 30)
+    views = DrawnViews(budget, per_chat=4 * size)
+    draw(scan, pool, views, 0, 1, 2, 3, 0, 4)
+    assert 0 in kept(scan) and 4 in kept(scan) and 1 not in kept(scan)
+    draw(scan, pool, views, *range(SLICES))
+    assert budget.taken == sum(view.size for view in scan.drawn.values()) <= 4 * size
+    assert kept(scan)[-1] == SLICES - 1
+
+
+def test_views_make_way_for_images(pool, scan):
+    budget = MemoryBudget(1 << 20)
+    views = DrawnViews(budget)
+    draw(scan, pool, views, 5, 6, 7, 5)
+    thing = Thing()
+    budget.take(thing, budget.size - scan.drawn[scan.source].size)
+    assert kept(scan) == [5]
+    del thing
+    gc.collect()
+    everything = Thing()
+    budget.take(everything, budget.size)
+    assert kept(scan) == []
+    draw(scan, pool, views, 8)
+    assert kept(scan) == [] and budget.taken == budget.size
+    with pytest.raises(ImageError, match="too many images"):
+        budget.take(Thing(), 1)
+
+
+def test_views_go_with_their_scan(pool, tmp_path):
+    (scan,) = read_scans([path.read_bytes() for path in series(tmp_path, 64)], pool)
+    budget = MemoryBudget(1 << 30)
+    draw(scan, pool, DrawnViews(budget), 1, 2)
+    assert budget.taken > 0
+    del scan
+    gc.collect()
+    assert budget.taken == 0

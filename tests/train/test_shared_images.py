@@ -1,0 +1,103 @@
+"""Records of one image behind one copy of it train as they do one by one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.train.data.collator import Collator
+from llava.train.data.dataset import Sample
+from llava.train.data.shared_images import join, joinable
+from llava.train.step.packing import packed_attention
+from llava.train.train import train
+from tests.train.helpers import flags, losses
+
+IMAGE = [IMAGE_TOKEN_INDEX] * 2
+
+
+def sample(ids, targets=1, images=("a.png",)):
+    labels = np.full(len(ids), IGNORE_INDEX, np.int32)
+    if targets:
+        labels[-targets:] = ids[-targets:]
+    return Sample(np.array(ids, np.int32), labels, list(images), truncated=False)
+
+
+def test_what_is_joined_shares_images_and_all_that_comes_before_their_end():
+    samples = [
+        sample([1, *IMAGE, 5, 6]),
+        sample([1, *IMAGE, 7, 8, 9]),
+        sample([1, *IMAGE, 5, 6], images=("b.png",)),
+        sample([2, *IMAGE, 5, 6]),
+        sample([1, 5, 6], images=()),
+        sample([1, *IMAGE, 5, 6], targets=2),  # its first token after the image is a target
+        sample([1, *IMAGE, 3, 4], targets=0),
+    ]
+    assert joinable(samples) == [[0, 1, 6], [2], [3], [4], [5]]
+
+
+def test_a_joined_sample_keeps_each_ones_positions_and_targets():
+    ids, labels, positions, branches = join([sample([1, *IMAGE, 5, 6]), sample([1, *IMAGE, 7, 8, 9], targets=2)])
+    assert ids.tolist() == [1, *IMAGE, 5, 6, 7, 8, 9]
+    assert labels.tolist() == [-100, -100, -100, -100, 6, -100, 8, 9]
+    assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert branches.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_a_batch_has_each_image_once():
+    items = [
+        {"number": 3, "sample": sample([1, *IMAGE, 5, 6]), "skipped": None, "feature_rows": [0]},
+        {"number": 4, "sample": sample([1, 5, 6], images=()), "skipped": None},
+        {"number": 9, "sample": sample([1, *IMAGE, 7, 8]), "skipped": None, "feature_rows": [0]},
+    ]
+    cache = type("Cache", (), {"take": staticmethod(lambda rows: rows)})()
+    batch = Collator(pad_id=0, packing=True, share_images=True, pack_length=12, cache=cache)(items)
+    assert batch["vision_features"] == [0] and batch["image_positions"].tolist() == [1, 2]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 7, 10, 12]
+    assert (batch["num_tokens"], batch["sample_numbers"]) == (10, [3, 4, 9])
+
+
+@pytest.mark.parametrize("window", [None, 5, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_branch_attends_as_if_alone(window, dtype):
+    random = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 10, 8, generator=random, dtype=dtype)
+    key, value = (torch.randn(1, 2, 10, 8, generator=random, dtype=dtype) for _ in range(2))
+    branches = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 0, 0], dtype=torch.int32)
+    borders = torch.tensor([0, 8, 10], dtype=torch.int32)
+
+    def attend(places, borders, branches=None):
+        q, k, v = (tensor[:, :, places] for tensor in (query, key, value))
+        return packed_attention(
+            None, q, k, v, None, cu_seq_lens_q=borders, max_length_q=8, sliding_window=window, branches=branches
+        )[0]
+
+    joined = attend(torch.arange(10), borders, branches)
+    for alone, rest in (([0, 1, 2, 3, 4, 5], 6), ([0, 1, 2, 6, 7], 5), ([8, 9], 2)):
+        expected = attend(torch.tensor(alone), torch.tensor([0, rest], dtype=torch.int32))
+        torch.testing.assert_close(joined[:, alone], expected, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("more", [(), ("--cache_vision_features",), ("--gradient_checkpointing", "True")])
+def test_losses_and_steps_are_those_of_records_one_by_one(tmp_path, base, more):
+    records = []
+    for number in range(10):
+        name = f"{number % 3}.png"
+        Image.new("RGB", (8, 8), (80 * (number % 3), 40, 90)).save(tmp_path / name)
+        question = {"from": "human", "value": "<image>\nWhat is " + "this " * number + "?"}
+        answer = {"from": "gpt", "value": "It is " + "red " * (number + 1)}
+        records.append({"id": str(number), "image": name, "conversations": [question, answer]})
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps(records))
+    packed = ("--image_folder", str(tmp_path), "--packing", "--max_tokens_per_batch", "4000", "--max_steps", "3")
+    packed = (*packed, "--learning_rate", "1e-2", "--logging_steps", "1", *more)
+    found, tokens = [], []
+    for questions in ("1", "4"):
+        train(flags(tmp_path / questions, data, base, *packed, "--questions_per_image", questions))
+        found.append(losses(tmp_path / questions))
+        tokens.append(json.loads((tmp_path / questions / "training_summary.json").read_text())["tokens_seen"])
+    assert found[0][-1] < found[0][0] - 0.01
+    assert found[1] == pytest.approx(found[0], abs=2e-5)
+    assert tokens[1] < tokens[0]
