@@ -109,7 +109,8 @@ class DryTrainer(LlavaTrainer):
         self.tracker.pairs = inputs.pop("dry_pairs")
         tokens, samples, begun = inputs["num_tokens"], len(inputs["sample_numbers"]), Mark(self.tracker)
         self.attention_name = self.accelerator.unwrap_model(model).config._attn_implementation
-        if self.data_collator.share_images:
+        collator: Any = self.data_collator
+        if collator.share_images:
             self.attention_name = "branches"
         loss = super().training_step(model, inputs, num_items_in_batch)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
