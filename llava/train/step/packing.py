@@ -126,10 +126,10 @@ def _sample_by_sample(query, key, value, borders, branches, scale: float | None,
     dtype = query.dtype
     if dtype in HALVES and max(sizes) <= FLOAT32_TOKENS:
         query, key, value = query.float(), key.float(), value.float()
-    branches = borders.new_zeros(query.shape[2]) if branches is None else branches
+    apart = borders.new_zeros(query.shape[2]) if branches is None else branches
     parts = []
-    for q, k, v, own in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), branches.split(sizes)):
-        plain = (window is None or window >= len(own)) and not own[-1]
+    for q, k, v, own in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), apart.split(sizes)):
+        plain = branches is None and (window is None or window >= len(own))
         sees = None if plain else _sees(torch.zeros_like(own), own, window)
         parts.append(_masked(q, k, v, sees, scale, dropout))
     return torch.cat(parts, dim=2).transpose(1, 2).to(dtype)
