@@ -70,6 +70,7 @@ def _check_numbers(arguments: "Arguments") -> None:
         "lora_r": training.lora_r,
         "lora_alpha": training.lora_alpha,
         "max_tokens_per_batch": data.max_tokens_per_batch,
+        "questions_per_image": data.questions_per_image,
     }
     for flag, value in at_least_one.items():
         if value is not None and value < 1:
@@ -139,10 +140,6 @@ def _check_pairs(arguments: "Arguments") -> None:
         (
             data.max_tokens_per_batch is not None and not data.packing,
             "--max_tokens_per_batch fills packed batches; add --packing True",
-        ),
-        (
-            data.questions_per_image < 1,
-            f"--questions_per_image {data.questions_per_image}: at least 1",
         ),
         (
             data.questions_per_image > 1 and not data.max_tokens_per_batch,
