@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 NAME = "packed"
 CAUSAL = "causal"
+# transformers makes no mask (and looks at no value) for attention of a name that has no mask function.
 FLOAT32_TOKENS = 512
 """Up to so long samples attend in float32 on the CPU: the half-precision kernel's backward pass takes three times as
 long for 90 tokens, and as long as this one for 700."""
-# transformers makes no mask (and looks at no value) for attention of a name that has no mask function.
 
 
 @contextmanager
