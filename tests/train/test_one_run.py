@@ -56,6 +56,15 @@ def test_other_data_of_the_same_name_are_refused(run):
         again()
 
 
+def test_a_finished_run_that_ended_within_an_epoch_trains_no_further(run):
+    folder, _, again = run
+    weights = (folder / "model.safetensors").read_bytes()
+    summary = again()
+    assert (summary["steps"], summary["samples_seen"]) == (4, 0)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
 def test_flags_that_change_nothing_that_is_learned_may_differ(run):
     _, _, again = run
     assert again("--logging_steps", "2", "--dataloader_num_workers", "0", "--save_total_limit", "3")["resumed_from"]
