@@ -61,13 +61,14 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
 
 def finish(arguments, trainer, dataset, checkpoint: Path | None, seconds: float) -> dict[str, Any]:
     """Write the final model whole, then the summary and the loss curve."""
-    from llava.train.output.summary import add_losses, write_summary
+    from llava.train.output.summary import PAGE, add_losses, write_summary
     from llava.train.setup_run import save_final, summarise
 
     save_final(trainer)
     summary = add_losses(summarise(arguments, trainer, dataset, checkpoint, seconds), trainer.state.log_history)
     if trainer.args.should_save:
         write_summary(trainer.args.output_dir, summary, trainer.state.log_history)
+        logger.info("finished at step %d: the model and %s are in %s", summary["steps"], PAGE, trainer.args.output_dir)
     return summary
 
 
