@@ -14,7 +14,7 @@ _SAYS_NOTHING = (
     "torch.utils._pytree",
 )
 _OLD_CALLS = r"`((is_)?gradient_checkpointing(_enable|_disable)?|rope_scaling)` is deprecated"
-"""transformers' own, and peft's, of names that both still have; `rope_scaling` stands in each config.json that it reads."""
+"""transformers' own, and peft's, of names that both still have; `rope_scaling` stands in our config.json for others."""
 _OTHER_STEPS = "Warning: The following arguments do not match the ones in the `trainer_state.json`"
 """How often is logged and saved, where a run goes on: in the state as a number, in the flags also as a share. What
 matters is compared by llava.train.output.one_run."""

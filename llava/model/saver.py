@@ -52,8 +52,11 @@ def save_model(
 @contextmanager
 def _without_bar() -> Iterator[None]:
     """Within, the library draws no bar: that of its files, mostly one, would tear the training's own apart."""
-    before = library_logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **(kwargs | {"disable": True})))
+    draws = library_logging.is_progress_bar_enabled()
+    if draws:
+        library_logging.disable_progress_bar()
     try:
         yield
     finally:
-        library_logging.set_tqdm_hook(before)
+        if draws:
+            library_logging.enable_progress_bar()
