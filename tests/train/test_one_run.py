@@ -58,11 +58,10 @@ def test_other_data_of_the_same_name_are_refused(run):
 
 def test_a_finished_run_that_ended_within_an_epoch_trains_no_further(run):
     folder, _, again = run
-    weights = (folder / "model.safetensors").read_bytes()
+    before = content(folder)
     summary = again()
-    assert (summary["steps"], summary["samples_seen"]) == (4, 0)
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    assert (folder / "model.safetensors").read_bytes() == weights
+    assert summary["steps"] == 4 and summary["samples_seen"] and summary["resumed_from"]
+    assert content(folder) == before
 
 
 def test_flags_that_change_nothing_that_is_learned_may_differ(run):
