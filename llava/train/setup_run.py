@@ -142,10 +142,10 @@ def build_trainer(
         attention=partial(training_attention, config, packed=data.packing, longest=training.model_max_length),
         validation=validation,
     )
-    from transformers import ProgressCallback
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
     from transformers.trainer_callback import PrinterCallback
 
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.remove_callback(PrinterCallback)
     bar = ProgressBar(
         trainer,

@@ -26,5 +26,7 @@ def test_the_notebook_loads_asks_and_trains(tmp_path, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
     assert "answer:" in text and "steps: 20" in text and "after 20 steps:" in text
+    assert not [text for output in outputs if "Warning" in (text := output.get("text", ""))]
+    assert not [output for output in outputs if "text/html" in output.get("data", {})]  # no bar beside our own
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert (tmp_path / "out" / "adapter_config.json").is_file()
