@@ -48,7 +48,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, [], "") else super()._get_help_string(action)
+        tells = action.default not in (None, [], "") and action.default is not False  # 0 does, and equals False
+        return super()._get_help_string(action) if tells else action.help
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -13,8 +13,13 @@ _SAYS_NOTHING = (
     "torchao",
     "torch.utils._pytree",
 )
-_OLD_CALLS = r"`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
-"""transformers' own, and peft's, of names that both still have."""
+_OLD_CALLS = r"`((is_)?gradient_checkpointing(_enable|_disable)?|rope_scaling)` is deprecated"
+"""transformers' own, and peft's, of names that both still have; `rope_scaling` stands in our config.json for others."""
+_WIDGETS = "IProgress not found"
+"""tqdm's, in a notebook without ipywidgets: its bars are text then."""
+_OTHER_STEPS = "Warning: The following arguments do not match the ones in the `trainer_state.json`"
+"""How often is logged and saved, where a run goes on: in the state as a number, in the flags also as a share. What
+matters is compared by llava.train.output.one_run."""
 
 
 def silence() -> None:
@@ -22,3 +27,5 @@ def silence() -> None:
     for name in _SAYS_NOTHING:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_OLD_CALLS, category=FutureWarning)
+    warnings.filterwarnings("ignore", message=_WIDGETS)
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: _OTHER_STEPS not in record.getMessage())

@@ -99,6 +99,8 @@ def test_help_says_what_a_command_is_for_with_an_example_and_a_text_for_every_fl
         silent = [action.dest for action in parser._actions if not action.help]
         assert not silent, f"no text: {', '.join(silent)}"
         assert "default: None" not in text and "(default: )" not in text
+        zeros = [action for action in parser._actions if action.default == 0 and action.default is not False]
+        assert " ".join(text.split()).count("(default: 0") >= len(zeros), "a default of 0 isn't named"
         flags = [action for action in parser._actions if action.option_strings]
         if not any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):
             assert len([group for group in parser._action_groups if group._group_actions]) >= 2 or len(flags) < 5

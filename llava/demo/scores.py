@@ -6,7 +6,8 @@ from typing import Any
 
 from llava.data.vqa_items import read_vqa_items
 from llava.eval.metrics.joined import join, read_answers
-from llava.eval.metrics.score import Number, Scores, score_items
+from llava.eval.metrics.score import Scores, score_items
+from llava.eval.reports.tables import number_cell
 
 RUNS = {"": "with images", "blind_": "blind: trained and asked with grey images", "nearest_": "nearest image"}
 """Prefix of a run's files, and its name."""
@@ -38,10 +39,10 @@ def results(scores: dict[str, RunScores], questions: int, seconds: float, seed: 
 
 def table(scores: dict[str, RunScores]) -> list[list[str]]:
     """Rows of text, the first of them headings."""
-    rows = [["strict, finding questions", "closed accuracy", "open recall", "closed / open questions"]]
+    rows = [["strict (%), finding questions", "closed accuracy", "open recall", "closed / open questions"]]
     for prefix, run in scores.items():
         numbers = [run.finding.headline("strict", kind) for kind in ("closed", "open")]
-        rows.append([RUNS[prefix], *map(_cell, numbers), f"{run.finding.closed} / {run.finding.open}"])
+        rows.append([RUNS[prefix], *map(number_cell, numbers), f"{run.finding.closed} / {run.finding.open}"])
     return rows
 
 
@@ -56,11 +57,6 @@ def _score(output: Path, prefix: str, resamples: int) -> RunScores:
         for row, entry in zip(scores.rows, finding)
     ]
     return RunScores(RUNS[prefix], scores, score_items(other, resamples=resamples), rows)
-
-
-def _cell(number: Number) -> str:
-    interval = "" if number.low is None or number.high is None else f" [{number.low:.1f}, {number.high:.1f}]"
-    return "-" if number.value is None else f"{number.value:.1f} %{interval}"
 
 
 def _is_right(row: dict[str, Any]) -> bool:

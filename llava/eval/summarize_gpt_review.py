@@ -23,6 +23,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--scores-file",
+        dest="scores_files",
         action="append",
         default=None,
         help="what the scorer wrote; several stand side by side (default: the newest below this folder)",
@@ -37,7 +38,7 @@ def main(argv=None) -> int:
     from llava.records import write_json
 
     args = build_parser().parse_args(argv)
-    judged = [read_scores_file(path) for path in args.scores_file or [newest_scores(Path.cwd())]]
+    judged = [read_scores_file(path) for path in args.scores_files or [newest_scores(Path.cwd())]]
     write_line(summary_table(judged))
     if args.json:
         write_json(args.json, [one.as_dict() for one in judged], overwrite=args.overwrite)

@@ -1,10 +1,13 @@
 """Writing a checkpoint folder: weights as safetensors, config, tokenizer, image processor; whole or not at all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as library_logging
 
 from llava.folders import WEIGHTS, stage_files
 from llava.model.language_model import LlavaForCausalLM
@@ -36,8 +39,24 @@ def save_model(
             # A gathered state holds copies, which nothing but their names tells from weights of their own.
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied_weights(model)}
         # Names as the model has them: the library's older ones for vision models differ.
-        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size, save_original_format=False)
+        with _without_bar():
+            model.save_pretrained(
+                folder, state_dict=state_dict, max_shard_size=max_shard_size, save_original_format=False
+            )
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
         if image_processor is not None:
             image_processor.save_pretrained(folder)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Within, the library draws no bar: that of its files, mostly one, would tear the training's own apart."""
+    draws = library_logging.is_progress_bar_enabled()
+    if draws:
+        library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if draws:
+            library_logging.enable_progress_bar()

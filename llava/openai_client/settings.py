@@ -56,7 +56,7 @@ class ApiSettings:
 
 def add_api_flags(parser: ArgumentParser) -> None:
     """The flags of everything that asks a language model; each falls back on the environment."""
-    group = parser.add_argument_group("language model API")
+    group = parser.add_argument_group("language model API", "a model on a server, asked by OpenAI's protocol")
     group.add_argument("--api-model", help="model, or deployment of Azure [AZURE_OPENAI_DEPLOYMENT]")
     group.add_argument("--api-base", help="address of a compatible server [OPENAI_BASE_URL]")
     group.add_argument("--api-key", help="better given as OPENAI_API_KEY or AZURE_OPENAI_API_KEY")

@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> None:
 
     from llava.model.weights.locate import locate_model
 
-    locate_model(args.model_path)  # before torch is imported, which takes seconds
+    folder = locate_model(args.model_path)  # before torch is imported, which takes seconds
     from llava.generation import Engine
     from llava.model import load_pretrained_model
 
     loaded = load_pretrained_model(
-        args.model_path,
+        folder,
         args.model_base,
         device=args.device,
         load_8bit=args.load_8bit,

@@ -130,7 +130,7 @@ def _load(args) -> tuple[Any, ModelCard]:
         return _connect(args), ModelCard(language_model=f"{model_name(args.api_model)}, on a server of another make")
     from llava.model.weights.locate import locate_model
 
-    locate_model(args.model_path)  # before torch is imported, which takes seconds
+    folder = locate_model(args.model_path)  # before torch is imported, which takes seconds
     import torch
 
     from llava.generation import Engine
@@ -141,7 +141,7 @@ def _load(args) -> tuple[Any, ModelCard]:
     if args.num_gpus > torch.cuda.device_count() and args.num_gpus > 1:
         logger.warning("--num-gpus %d: there are %d; the model goes there", args.num_gpus, torch.cuda.device_count())
     loaded = load_pretrained_model(
-        args.model_path,
+        folder,
         args.model_base,
         device=args.device,
         dtype=args.dtype,

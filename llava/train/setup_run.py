@@ -142,10 +142,10 @@ def build_trainer(
         attention=partial(training_attention, config, packed=data.packing, longest=training.model_max_length),
         validation=validation,
     )
-    from transformers import ProgressCallback
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
     from transformers.trainer_callback import PrinterCallback
 
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.remove_callback(PrinterCallback)
     bar = ProgressBar(
         trainer,
@@ -209,10 +209,11 @@ def save_final(trainer: LlavaTrainer) -> None:
     """The finished model in the output folder: written aside, moved in when whole, config.json last."""
     output_dir = Path(trainer.args.output_dir)
     staging = part_in(output_dir)
-    trainer.save_model(str(staging / "model"))
+    model = staging / output_dir.absolute().name  # the name that an adapter's README has
+    trainer.save_model(str(model))
     trainer.wait_for_all()
     if trainer.args.should_save:
-        publish_files(staging / "model", output_dir, last="config.json", stale=WEIGHTS)
+        publish_files(model, output_dir, last="config.json", stale=WEIGHTS)
         staging.rmdir()
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
     trainer.wait_for_all()

@@ -64,14 +64,20 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
 
 
 def finish(arguments, trainer, dataset, checkpoint: Path | None, seconds: float) -> dict[str, Any]:
-    """Write the final model whole, then the summary and the loss curve."""
-    from llava.train.output.summary import add_losses, write_summary
+    """Write the final model whole, then the summary and the loss curve; a finished run that was started again keeps
+    what it has."""
+    from llava.train.output.summary import PAGE, add_losses, finished_before, write_summary
     from llava.train.setup_run import save_final, summarise
 
+    before = finished_before(trainer.args.output_dir, trainer.state.global_step)
+    if before and not trainer.samples_seen:
+        logger.info("finished before: %s is as it was", trainer.args.output_dir)
+        return before | {"resumed_from": str(checkpoint)}
     save_final(trainer)
     summary = add_losses(summarise(arguments, trainer, dataset, checkpoint, seconds), trainer.state.log_history)
     if trainer.args.should_save:
         write_summary(trainer.args.output_dir, summary, trainer.state.log_history)
+        logger.info("finished at step %d: the model and %s are in %s", summary["steps"], PAGE, trainer.args.output_dir)
     return summary
 
 

@@ -114,7 +114,8 @@ class LlavaTrainer(Trainer):
         return self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        if self.control.should_training_stop:  # resumed from the checkpoint at which the run ended early
+        # Resumed from the checkpoint at which the run ended: early, or in the middle of an epoch.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             return None
         # accelerate passes the epoch on through some wrappers of a sampler and not through others.
         if self._sampler is not None:

@@ -47,7 +47,7 @@ COMMANDS = [
     Published(
         "`python3 -m llava.model.apply_delta` (LLaVA)",
         ("apply_delta", "LLaVA-7b-delta-v0"),
-        "the same; in a few GB of memory",
+        "the same; in a few hundred MB of memory",
         "test_deltas_are_added",
     ),
     Published(

@@ -1,6 +1,7 @@
 """The terminal chat as a process: images, several turns, commands, and errors that don't end it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -18,11 +19,11 @@ def model(tmp_path_factory):
     return tiny.make_llava(folder / "model"), folder
 
 
-def chat(model, lines, *words):
+def chat(model, lines, *words, env=None):
     checkpoint, folder = model
     command = [sys.executable, "-m", "llava.serve.cli", "--model-path", str(checkpoint), "--device", "cpu"]
     command += ["--temperature", "0", "--max-new-tokens", "6", "--image-file", str(folder / "a.png"), *words]
-    return subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True)
+    return subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, env=env)
 
 
 def test_several_turns_and_images(model):
@@ -52,6 +53,14 @@ def test_paths_may_stand_in_quotes(model):
     done = chat(model, [*lines, "/exit"])
     assert done.stdout.count("[left eye.png, 60 × 40; ask about it]") == 3, done.stdout
     assert json.loads((folder / "the chat.json").read_text())["images"][1:] == [str(folder / "left eye.png")] * 3
+
+
+def test_a_hub_id_is_looked_for_once(model, tmp_path):
+    folder, images = model
+    cache = tiny.hub_cache(tmp_path / "cache", {"some/model": folder})
+    offline = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    done = chat(("some/model", images), ["What is it?", "/exit"], env=os.environ | offline)
+    assert done.returncode == 0 and done.stderr.count("some/model is taken from the cache") == 1, done.stderr
 
 
 def test_that_answers_are_drawn_is_said_where_it_is_so():

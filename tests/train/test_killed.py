@@ -16,11 +16,9 @@ from tests.train.helpers import flags, losses, make_records
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(argv):
+def start(argv, said=subprocess.DEVNULL):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "llava.train.train", *argv], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
-    )
+    return subprocess.Popen([sys.executable, "-m", "llava.train.train", *argv], cwd=ROOT, env=environment, stderr=said)
 
 
 def test_sigkill_at_three_moments(tmp_path):
@@ -47,3 +45,21 @@ def test_sigkill_at_three_moments(tmp_path):
     whole, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
     assert all(torch.equal(whole[name], found[name]) for name in whole)
     assert not [path.name for path in killed.iterdir() if "part" in path.name]
+
+
+def test_what_is_said_by_a_run_that_goes_on_is_ours(tmp_path):
+    data, base, said = make_records(tmp_path / "data"), make_llava(tmp_path / "base"), tmp_path / "said"
+    argv = flags(tmp_path / "run", data, base, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "0.5")
+    argv[argv.index("--logging_steps") : argv.index("--logging_steps") + 2] = []
+    with said.open("w") as file:
+        process = start(argv, file)
+        while not (tmp_path / "run" / "checkpoint-2").is_dir() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    for last in ("finished at step 4", "finished before"):
+        with said.open("w") as file:
+            assert start(argv, file).wait(timeout=300) == 0
+        lines = said.read_text().splitlines()
+        assert not [line for line in lines if not line.startswith("INFO llava.")]
+        assert "resuming from" in lines[-2] and last in lines[-1]

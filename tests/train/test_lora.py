@@ -46,7 +46,7 @@ def test_adapters_and_projector_are_trained_written_and_loaded(tmp_path, base, d
     assert all(torch.equal(alone[name], after[name]) for name in after)
     card = (out / "README.md").read_text()
     assert "LoRA adapter of a LLaVA (rank 4, scale 4)" in card and "research only" in card.lower()
-    assert "More Information Needed" not in card and f"| Base | {base.name} |" in card
+    assert f"\n# {out.name}\n" in card and "More Information Needed" not in card and f"| Base | {base.name} |" in card
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in out.glob("*.safetensors"))
     (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/away"}))
     with pytest.raises(LlavaError, match="is a LoRA adapter, not a whole model; add --model-base gone/away"):

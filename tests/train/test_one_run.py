@@ -56,6 +56,14 @@ def test_other_data_of_the_same_name_are_refused(run):
         again()
 
 
+def test_a_finished_run_that_ended_within_an_epoch_trains_no_further(run):
+    folder, _, again = run
+    before = content(folder)
+    summary = again()
+    assert summary["steps"] == 4 and summary["samples_seen"] and summary["resumed_from"]
+    assert content(folder) == before
+
+
 def test_flags_that_change_nothing_that_is_learned_may_differ(run):
     _, _, again = run
     assert again("--logging_steps", "2", "--dataloader_num_workers", "0", "--save_total_limit", "3")["resumed_from"]

@@ -35,11 +35,11 @@ def test_what_is_joined_shares_images_and_all_that_comes_before_their_end():
         sample([1, *IMAGE, 5, 6], targets=2),  # its first token after the image is a target
         sample([1, *IMAGE, 3, 4], targets=0),
     ]
-    assert joinable(samples) == [[0, 1, 6], [2], [3], [4], [5]]
+    assert joinable(samples) == [([0, 1, 6], 3), ([2], 3), ([3], 3), ([4], 0), ([5], 0)]
 
 
 def test_a_joined_sample_keeps_each_ones_positions_and_targets():
-    ids, labels, positions, branches = join([sample([1, *IMAGE, 5, 6]), sample([1, *IMAGE, 7, 8, 9], targets=2)])
+    ids, labels, positions, branches = join([sample([1, *IMAGE, 5, 6]), sample([1, *IMAGE, 7, 8, 9], targets=2)], 3)
     assert ids.tolist() == [1, *IMAGE, 5, 6, 7, 8, 9]
     assert labels.tolist() == [-100, -100, -100, -100, 6, -100, 8, 9]
     assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]

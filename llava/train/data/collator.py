@@ -51,16 +51,16 @@ class Collator:
         skipped = {item["number"]: item["skipped"] for item in items if item["skipped"]}
         kept = [item for item in items if not item["skipped"]]
         samples = [item["sample"] for item in kept] or [self._padding(2)]
-        groups = joinable(samples) if self.share_images else [[place] for place in range(len(samples))]
+        groups = joinable(samples) if self.share_images else [([place], 0) for place in range(len(samples))]
         if self.packing:
-            batch = self._packed([[samples[place] for place in group] for group in groups])
+            batch = self._packed([join([samples[place] for place in places], shared) for places, shared in groups])
         else:
             batch = self._padded(samples)
         # Nothing comes before the first label of a row that could predict it.
         is_target = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORE_INDEX, (1, 0))
         batch["target_positions"] = is_target.flatten().nonzero()[:, 0]
         batch["image_positions"] = (batch["input_ids"].flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
-        self._add_images(batch, [kept[group[0]] for group in groups if kept])
+        self._add_images(batch, [kept[places[0]] for places, _ in groups if kept])
         batch["sample_numbers"] = [item["number"] for item in kept]
         batch["num_tokens"] = int(batch.pop("real_tokens")) if kept else 0
         report = Report(skipped=skipped)
@@ -80,8 +80,7 @@ class Collator:
             batch["attention_mask"] = torch.from_numpy(padded["attention_mask"])
         return {**batch, "real_tokens": padded["attention_mask"].sum()}
 
-    def _packed(self, groups: list[list[Sample]]) -> dict[str, Any]:
-        joined = [join(group) for group in groups]
+    def _packed(self, joined: list[tuple[np.ndarray, ...]]) -> dict[str, Any]:
         real_tokens = sum(len(ids) for ids, *_ in joined)
         if self.pack_length and real_tokens < self.pack_length:
             joined.append(join([self._padding(self.pack_length - real_tokens)]))

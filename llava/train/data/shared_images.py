@@ -25,16 +25,17 @@ def shared_length(sample: Sample) -> int:
     return length if (sample.labels[: length + 1] == IGNORE_INDEX).all() else 0
 
 
-def joinable(samples: Iterable[Sample]) -> list[list[int]]:
-    """Places of samples that may be joined, lists in order of their first; a sample that shares nothing is alone."""
-    found: dict[Any, list[int]] = {}
+def joinable(samples: Iterable[Sample]) -> list[tuple[list[int], int]]:
+    """(places of samples that may be joined, tokens that they share), in order of their first; one that shares nothing
+    is alone, with 0."""
+    found: dict[Any, tuple[list[int], int]] = {}
     for place, sample in enumerate(samples):
         length = shared_length(sample)
         if length:
             beginning: Any = (sample.input_ids[:length].tobytes(), *map(image_key, sample.images))
         else:
             beginning = place
-        found.setdefault(beginning, []).append(place)
+        found.setdefault(beginning, ([], length))[0].append(place)
     return list(found.values())
 
 
@@ -44,22 +45,25 @@ def groups_of_one_image(dataset: LlavaDataset, most: int, seed: int) -> tuple[li
         return [[number] for number in range(len(dataset))], dataset.lengths()
     random = np.random.default_rng([seed, len(dataset)])
     groups: list[list[int]] = []
-    for members in joinable(dataset.sample(number) for number in range(len(dataset))):
+    saved: list[int] = []
+    for members, shared in joinable(dataset.sample(number) for number in range(len(dataset))):
         order = random.permutation(members).tolist()
-        groups.extend(order[start : start + most] for start in range(0, len(order), most))
+        cut = [order[start : start + most] for start in range(0, len(order), most)]
+        groups += cut
+        saved += [shared * (len(group) - 1) for group in cut]
     lengths = dataset.lengths()
-    saved = [shared_length(dataset.sample(group[0])) * (len(group) - 1) for group in groups]
     return groups, np.array([lengths[group].sum() for group in groups], np.int64) - np.array(saved, np.int64)
 
 
-def join(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Samples that `joinable` put together, as one.
+def join(samples: list[Sample], shared: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Samples that `joinable` put together, as one; `shared` is what it says of them, and nothing for one alone.
 
     Returns:
         ids and labels, int32; positions, int64, that each sample has alone; branches, int32: 0 for what is shared, n
         for what only the nth sample has. All [tokens].
     """
-    shared = shared_length(samples[0]) if len(samples) > 1 else len(samples[0].input_ids)
+    if len(samples) == 1:
+        shared = len(samples[0].input_ids)
     rests = [np.arange(shared, len(sample.input_ids)) for sample in samples]
     ids = [samples[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in samples)]
     labels = [samples[0].labels[:shared], *(sample.labels[shared:] for sample in samples)]

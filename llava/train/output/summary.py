@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from llava.pages.charts import Line, smoothed, style
-from llava.records import atomic_path, read_records, write_json
+from llava.records import atomic_path, read_json, read_records, write_json
 from llava.train.validation.flags import ANSWERS
 
 SUMMARY = "training_summary.json"
@@ -67,6 +67,15 @@ def write_summary(output_dir: str | Path, summary: dict[str, Any], log_history: 
     if any("loss" in log for log in log_history):
         _draw(folder / CURVE, log_history)
         _write_page(folder, summary, log_history)
+
+
+def finished_before(output_dir: str | Path, steps: int) -> dict[str, Any]:
+    """The summary of a whole run of so many optimizer steps that the folder holds; empty if there is none."""
+    folder = Path(output_dir)
+    if not ((folder / SUMMARY).is_file() and (folder / "config.json").is_file()):
+        return {}
+    summary: dict[str, Any] = read_json(folder / SUMMARY)
+    return summary if summary.get("steps") == steps else {}
 
 
 def versions() -> dict[str, str]:
