@@ -186,7 +186,7 @@ class Page:
         self.box.submit(self.on_ask, [self.chat, self.box, *chosen], self.view, **asking)
         self.again.click(self.on_again, [self.chat, self.box, *chosen], self.view, **asking)
         self.stop.click(self.on_stop, self.chat, self.chat, queue=False, **quiet)
-        self.edit.click(self.on_edit, [self.chat, self.model], self.view, **quiet)
+        self.edit.click(self.on_edit, [self.chat, self.box, self.model], self.view, **quiet)
         self.clear.click(self.on_clear, [self.chat, self.model], self.view, **quiet)
         for chatbot in self.views:
             # The component's own bin empties only what is seen.
@@ -311,15 +311,16 @@ class Page:
         chat.stopping = True
         return chat
 
-    async def on_edit(self, chat: Chat, model: str | None):
-        """The last question goes back into the box, with its images before those added meanwhile."""
+    async def on_edit(self, chat: Chat, box: dict, model: str | None):
+        """The last question goes back into the box, before what was typed and the images added meanwhile."""
         if not chat.exchanges:
             gr.Info("There is no question yet.")
             return self._unchanged()
         chat.stopping = True
         last = chat.exchanges.pop()
         chat.draft, chat.looked = [*last.images, *chat.draft], None
-        return [*self._show(chat, model, box={"text": last.text, "files": []}), *await self._desk(chat, model)]
+        text = "\n".join(filter(None, [last.text, (box["text"] or "").strip()]))
+        return [*self._show(chat, model, box={"text": text, "files": []}), *await self._desk(chat, model)]
 
     async def on_clear(self, chat: Chat, model: str | None):
         chat.stopping = True

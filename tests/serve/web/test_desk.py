@@ -159,8 +159,10 @@ def test_editing_keeps_images_added_meanwhile(open_page, models, tmp_path):
     ask(page, "What is this?")
     expect(last_answer(page)).to_contain_text("this?", timeout=PATIENCE)
     add_files(page, [tmp_path / "new.png"], 2)
+    page.locator("#box textarea").fill("And what is the new one?")
     page.locator("#edit").click()
-    expect(page.locator("#box textarea")).to_have_value("What is this?", timeout=PATIENCE)
+    both = "What is this?\nAnd what is the new one?"
+    expect(page.locator("#box textarea")).to_have_value(both, timeout=PATIENCE)
     expect(page.locator("#draft")).to_contain_text("With your next question: 2 images.", timeout=PATIENCE)
     expect(page.locator("#viewer [data-image]")).to_have_count(2)
     ask(page, "And both?")
