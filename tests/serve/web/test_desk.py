@@ -136,6 +136,20 @@ def test_slices_by_keys_and_wheel(open_page, models, tmp_path):
     expect(number).to_have_value("27")
 
 
+def test_a_new_answer_is_in_view_on_a_phone(open_page, models, tmp_path):
+    Image.new("RGB", (300, 200), (90, 90, 90)).save(tmp_path / "one.png")
+    page = open_page(390, 844)
+    accept(page, "demo-model")
+    add_files(page, [tmp_path / "one.png"], 1)
+    for question in ("What is this?", "And what is that, which is beside it or below it or around it or above it?"):
+        ask(page, question)
+        expect(last_answer(page)).to_contain_text(question[-7:], timeout=PATIENCE)
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        answer, image = last_answer(page).bounding_box(), page.locator("#viewer .stage").bounding_box()
+        assert image["y"] + image["height"] <= answer["y"]
+        assert answer["y"] + answer["height"] <= page.locator("#box").bounding_box()["y"]
+
+
 @pytest.mark.parametrize("width", [1280, 1024, 390])
 def test_the_windows_controls_fill_their_box(open_page, models, tmp_path, width):
     page = open_page(width)
