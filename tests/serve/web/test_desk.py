@@ -164,7 +164,7 @@ def test_the_windows_controls_fill_their_box(open_page, models, tmp_path, width)
     assert all(covered == pytest.approx(box["width"], abs=6) for covered in rows.values()), rows
 
 
-def test_editing_keeps_images_added_meanwhile(open_page, models, tmp_path):
+def test_editing_keeps_what_was_typed_and_added_meanwhile(open_page, models, tmp_path):
     for name, size in (("asked.png", 30), ("new.png", 40)):
         Image.new("RGB", (size, size), (size, 90, 90)).save(tmp_path / name)
     page = open_page()
