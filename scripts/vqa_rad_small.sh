@@ -11,7 +11,7 @@ set -eu
 : "${OUT:=runs/vqa_rad_small}"
 : "${SEED:=0}"
 : "${STEPS:=-1}"                    # of each training; -1: by epochs
-: "${STAGE_1_EPOCHS:=4}"
+: "${STAGE_1_EPOCHS:=1}" "${KIND_EPOCHS:=3}" "${PARTS:=2}" "${RATE:=2e-4}"
 : "${SAVE_STEPS:=100}"              # between checkpoints
 : "${RESAMPLES:=10000}"
 : "${SPLITS:=official clean}"
@@ -21,16 +21,16 @@ say() { echo "== $*"; }
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     compute="--bf16 True --dataloader_num_workers 2"
     : "${BESIDE=1}"                 # the trainings run beside each other; BESIDE= is one after the other
-    : "${PIXELS:=224}" "${EPOCHS:=10}" "${TOKENS:=8192}"
+    : "${PIXELS:=224}" "${TOKENS:=2048}"
 else
     # A quarter of the patches.
     compute="--use_cpu True --dataloader_num_workers 0"
     : "${BESIDE=}"                  # BESIDE=1 with OMP_NUM_THREADS=1 is better where other work is done too
     # Where the processor multiplies bfloat16, twice as fast.
     if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then compute="$compute --bf16 True"; fi
-    : "${PIXELS:=112}" "${EPOCHS:=6}" "${TOKENS:=1024}"
+    : "${PIXELS:=112}" "${TOKENS:=1024}"
 fi
-: "${RATE:=5e-4}" "${QUESTIONS:=8}"
+: "${QUESTIONS:=16}"
 # PIXELS: height and width of what the tower sees. TOKENS of a batch, packed, in which up to QUESTIONS of an image stand
 # behind one copy of it, each as if alone.
 OUT="$MODELS" scripts/fetch_small_models.sh
@@ -70,7 +70,8 @@ train() { # output folder, flags …: nothing if it is complete; else from its l
         --model_max_length 1024 --lr_scheduler_type cosine --warmup_steps 0.03 \
         --logging_steps 10 --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1 --report_to none $compute \
         --questions_per_image "$QUESTIONS" --max_tokens_per_batch "$TOKENS" \
-        --cache_vision_features True --vision_cache_dir "$OUT/features" --max_steps "$STEPS" --seed "$SEED" "$@"
+        --cache_vision_features True --vision_cache_dir "$OUT/features" --max_steps "$STEPS" --seed "$SEED" \
+        --learning_rate "$RATE" "$@"
 }
 
 answer() { # checkpoint, images, answer file, flags …
@@ -80,15 +81,19 @@ answer() { # checkpoint, images, answer file, flags …
         --image-folder "$images" --answers-file "$file" --max_new_tokens 32 "$@"
 }
 
+# The questions' words alone tell most training answers, and a model that learns these first never looks. So stage 1
+# starts from a projector whose patches stand near the words of their image (--fit_projector); then each answer is asked
+# for by its kind alone, which only the image can tell more of; then by the question, whole and with half its words.
 every_stage() { # split, seeing or blind
     here="$OUT/$1" run="$2"
     train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
         --vision_tower "$tower" --tune_mm_mlp_adapter True --mm_projector_type mlp2x_gelu \
-        --mm_vision_select_layer -1 --data_path "$here/data/captions.json" --image_folder "$(images_of "$run")" \
-        --num_train_epochs "$STAGE_1_EPOCHS" --learning_rate 1e-3
-    train "$here/$run" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
-        --data_path "$here/data/joined.json" --image_folder "$(images_of "$run")" \
-        --num_train_epochs "$EPOCHS" --learning_rate "$RATE"
+        --fit_projector True --mm_vision_select_layer -1 --data_path "$here/data/captions.json" \
+        --image_folder "$(images_of "$run")" --num_train_epochs "$STAGE_1_EPOCHS"
+    train "$here/${run}_kinds" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
+        --data_path "$here/data/kinds.json" --image_folder "$(images_of "$run")" --num_train_epochs "$KIND_EPOCHS"
+    train "$here/$run" --model_name_or_path "$here/${run}_kinds" --version smollm2 \
+        --data_path "$here/data/parts.json" --image_folder "$(images_of "$run")" --num_train_epochs 1
 }
 
 images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }
@@ -97,9 +102,10 @@ for split in $SPLITS; do
     here="$OUT/$split"
     questions="$OUT/data/train.json"
     if [ "$split" = clean ]; then questions="$OUT/data/clean_train.json"; fi
-    if [ ! -f "$here/data/joined.json" ]; then
+    if [ ! -f "$here/data/parts.json" ]; then
         python -m llava.data.convert qa-captions --records "$questions" \
-            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ --turns 1
+            --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ \
+            --kind question_type --kind answer_type --parts "$PARTS"
     fi
     if [ ! -f "$here/memory/nearest_text_and_image.jsonl" ]; then
         python -m llava.eval.baselines --train "$questions" --test "$OUT/data/test.json" --device cpu \

@@ -55,6 +55,9 @@ class ModelArguments:
         None, "with or without the class token (default: the checkpoint's, else patch)"
     )
     pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin of a stage 1 to start from")
+    fit_projector: bool = _flag(
+        False, "start from a projector solved so that an image's patches come near the words of its records"
+    )
     mm_projector_type: str | None = _flag(
         None, "linear, mlpNx_gelu or identity (default: the checkpoint's, else linear)"
     )

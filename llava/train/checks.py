@@ -113,6 +113,14 @@ def _check_pairs(arguments: "Arguments") -> None:
             f"--bits {training.bits} weights can't be trained themselves; add --lora_enable True",
         ),
         (
+            model.fit_projector and not data.cache_vision_features,
+            "--fit_projector reads the features of all images; add --cache_vision_features True",
+        ),
+        (
+            model.fit_projector and bool(model.pretrain_mm_mlp_adapter),
+            "--fit_projector solves for a projector and --pretrain_mm_mlp_adapter reads one; choose one",
+        ),
+        (
             data.cache_vision_features and model.unfreeze_mm_vision_tower,
             "--cache_vision_features keeps the output of a tower that --unfreeze_mm_vision_tower changes; choose one",
         ),

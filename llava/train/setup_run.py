@@ -284,7 +284,8 @@ def _lengths_path(arguments: Arguments, loaded: LoadedModel, store: RecordStore,
     return kept_path(store.path, Path(arguments.training.output_dir), "lengths.npy", settings)
 
 
-def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> FeatureCache:
+def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> FeatureCache | None:
+    """The features of all images of the data, None where there are none."""
     data, training = arguments.data, arguments.training
     tower = loaded.model.get_vision_tower()
     settings = {
@@ -306,10 +307,13 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
 
     if dataset.skip_unreadable:
         dataset.drop_unreadable()
+    images = distinct_images(dataset)
+    if not images:
+        return None
     tower.to(training.device)
     return build_feature_cache(
         root / fingerprint(tower, **settings),
-        distinct_images(dataset),
+        images,
         dataset.image_source.identify,
         load,
         tower,

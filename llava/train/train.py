@@ -51,6 +51,10 @@ def run_training(arguments: "Arguments") -> dict[str, Any]:
 
     loaded = prepare_model(arguments)
     dataset, cache = build_dataset(arguments, loaded, store)
+    if arguments.model.fit_projector and checkpoint is None:
+        from llava.train.fit_projector import fit_projector
+
+        fit_projector(loaded, dataset, cache)
     validation = build_validation(arguments, loaded, held_out) if held_out else None
     trainer = build_trainer(arguments, loaded, dataset, cache, validation)
     if checkpoint is not None:

@@ -82,9 +82,33 @@ def test_captions_of_other_keys_go_by_who_speaks(tmp_path):
     turns = [("system", "Be brief."), ("assistant", "Hello."), ("user", "Organ?\n<image>"), ("assistant", "Lung")]
     rows = [{"id": "1", "images": ["a.png"], "messages": [{"role": r, "content": t} for r, t in turns]}]
     write_json(tmp_path / "train.json", rows)
-    args = argparse.Namespace(records=tmp_path / "train.json", field=[], question="What?", min_images=1, turns=8)
+    args = argparse.Namespace(
+        records=tmp_path / "train.json", field=[], question="What?", min_images=1, turns=8, kind=[], parts=0
+    )
     splits = qa_captions.convert(args, ImageFolder(None)).splits
     assert [row["conversations"][1]["value"] for row in splits["captions"]] == ["organ: lung."]
     write_json(tmp_path / "train.json", [{**rows[0], "images": ["a.png", "b.png"]}])
     with pytest.raises(LlavaError, match=r"record 0 \('1'\): expected the name of one image"):
         qa_captions.convert(args, ImageFolder(None))
+
+
+def test_kinds_and_parts_stand_for_questions(tmp_path):
+    rows = [record(1, "a.png", "Which organ is it?", "Lung"), record(2, "b.png", "CT?", "no")]
+    rows = [{**row, "question_type": kind, "answer_type": "OPEN"} for row, kind in zip(rows, ("ORGAN", "MODALITY"))]
+    write_json(tmp_path / "train.json", rows)
+    flags = ["qa-captions", "--records", str(tmp_path / "train.json"), "--output-dir", str(tmp_path / "out")]
+    convert.main([*flags, "--kind", "question_type", "--kind", "answer_type", "--parts", "3"])
+    turns = {name: [[turn["value"] for turn in row["conversations"]] for row in read_records(tmp_path / "out" / name)]
+             for name in ("kinds.json", "parts.json")}  # fmt: skip
+    assert turns["kinds.json"] == [
+        ["question type: ORGAN, answer type: OPEN\n<image>", "Lung"],
+        ["question type: MODALITY, answer type: OPEN\n<image>", "no"],
+    ]
+    organ = [asked for asked, answer in turns["parts.json"] if answer == "Lung"]
+    whole, part = organ[::2], [asked.removesuffix("\n<image>").split() for asked in organ[1::2]]
+    assert len(turns["parts.json"]) == 12 and whole == ["Which organ is it?\n<image>"] * 3
+    assert all(words and set(words) < {"Which", "organ", "is", "it?"} for words in part) and part[0] != part[1]
+    assert [asked for asked, answer in turns["parts.json"] if answer == "no"] == ["CT?\n<image>"] * 6
+    for wrong, message in ((["--kind", "plane"], "record 0 .*has no 'plane'"), (["--parts", "-1"], "--parts is -1")):
+        with pytest.raises(LlavaError, match=message):
+            convert.main([*flags, *wrong, "--overwrite"])

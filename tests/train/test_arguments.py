@@ -72,6 +72,8 @@ def test_the_global_batch_finds_the_accumulation(parse):
         ("--max_tokens_per_batch 4096", "--packing"),
         ("--packing --questions_per_image 4", "add --packing True --max_tokens_per_batch"),
         ("--questions_per_image 0", "at least 1"),
+        ("--fit_projector", "add --cache_vision_features True"),
+        ("--fit_projector --cache_vision_features --pretrain_mm_mlp_adapter .", "choose one"),
         ("--remove_unused_columns True", "leave it out"),
         ("--lora_weight_path .", "--lora_enable"),
         ("--vision_tower /no/such/folder", "/no/such/folder"),

@@ -3,11 +3,14 @@
 For training small base models on a set that has no captions. `captions` holds image and caption; `text` holds the
 same questions asked about the caption in place of the image, for a language model that sees no images yet; `blind`
 holds them without image and caption, for the baseline that only knows what is usually answered; `joined` holds several
-questions of an image in one conversation about it, so that its features are computed once for all of them.
+questions of an image in one conversation about it, so that its features are computed once for all of them. `kinds` has
+fields of a record (`--kind question_type`) in place of its question; `parts` has every question whole and again with
+about half of its words. What is asked tells little there, so that the answer can't be learned without the image.
 
 python -m llava.data.convert qa-captions --records train.json --image-folder images --output-dir data/captions
 """
 
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--question", default="Describe the picture.", help="asked about every image")
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation of the split joined")
     parser.add_argument("--min-images", type=int, default=1, help="least number of images that share a kept sentence")
+    parser.add_argument("--kind", action="append", default=[], help="split kinds: a field in place of the question")
+    parser.add_argument("--parts", type=int, default=0, help="split parts: how often each question stands in it")
     parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")
 
 
@@ -35,6 +40,8 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
     path = existing_file(args.records, "--records file")
     if args.turns < 1:
         raise LlavaError(f"--turns is {args.turns}; give 1 or more")
+    if args.parts < 0:
+        raise LlavaError(f"--parts is {args.parts}; give 0 or more")
     conversion = Conversion("qa-captions", {}, [path], image_folder=image_folder, candidates=False)
     by_image, said = _read(path, image_folder, args.field)
     conversion.splits = {
@@ -43,6 +50,10 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
         "blind": _conversations(by_image, with_caption=False),
         "joined": _joined(by_image, args.turns),
     }
+    if args.kind:
+        conversion.splits["kinds"] = _kinds(path, image_folder, args.kind)
+    if args.parts:
+        conversion.splits["parts"] = _parts(by_image, args.parts)
     return conversion
 
 
@@ -55,27 +66,60 @@ def statement(question: str, answer: str) -> str:
 Pairs = dict[str, list[tuple[str, str]]]
 
 
+def _kinds(path: Path, image_folder: ImageFolder, fields: list[str]) -> Iterator[Record]:
+    for index, record in enumerate(iter_records(path)):
+        where = f"{path} record {index} ({record.get('id')!r})"
+        image, pairs = _asked(record, where)
+        missing = [field for field in fields if record.get(field) is None]
+        if missing:
+            raise LlavaError(f"{where} has no {missing[0]!r}, which --kind names; give fields that every record has")
+        if image_folder.accept(image):
+            kind = ", ".join(f"{field.replace('_', ' ')}: {clean_text(record[field])}" for field in fields)
+            for number, (_, answer) in enumerate(pairs):
+                yield _one_turn(f"{record.get('id')} kind {number}", image, kind, answer)
+
+
+def _parts(by_image: Pairs, times: int) -> Iterator[Record]:
+    draw = random.Random(0)
+    for image, pairs in by_image.items():
+        for number, (asked, answer) in enumerate(pairs):
+            words = asked.split()
+            for turn in range(times):
+                part = [word for word in words if draw.random() < 0.5] or [draw.choice(words)]
+                yield _one_turn(f"{image} {number} whole {turn}", image, asked, answer)
+                yield _one_turn(f"{image} {number} part {turn}", image, " ".join(part), answer)
+
+
+def _one_turn(id: str, image: str, asked: str, answer: str) -> Record:
+    turns = [{"from": "human", "value": f"{asked}\n{DEFAULT_IMAGE_TOKEN}"}, {"from": "gpt", "value": answer}]
+    return {"id": id, "image": image, "conversations": turns}
+
+
 def _read(path: Path, image_folder: ImageFolder, fields: list[str]) -> tuple[Pairs, Pairs]:
     """(question, answer) pairs of each image, in the order of the file; and the same with the fields before them."""
     by_image: Pairs = {}
     said: Pairs = {}
     for index, record in enumerate(iter_records(path)):
         where = f"{path} record {index} ({record.get('id')!r})"
-        try:
-            asked = question_answer_pairs(read_turns(record))
-        except LlavaError as error:
-            raise LlavaError(f"{where}: {error}") from error
-        images = images_of(record, where)
-        if not asked or len(images) != 1 or not isinstance(images[0], str):
-            raise LlavaError(f"{where}: expected the name of one image, a question and an answer")
-        image = images[0]
+        image, pairs = _asked(record, where)
         if image_folder.accept(image):
-            pairs = [(_without_image(asks), _without_image(answer)) for asks, answer in asked]
             by_image.setdefault(image, []).extend(pairs)
             given = [field for field in fields if record.get(field) is not None]
             named = [(field.replace("_", " "), clean_text(record[field])) for field in given]
             said.setdefault(image, []).extend([*named, *pairs])
     return by_image, said
+
+
+def _asked(record: Record, where: str) -> tuple[str, list[tuple[str, str]]]:
+    """The image of a record, and its questions and answers without the mark of the image."""
+    try:
+        asked = question_answer_pairs(read_turns(record))
+    except LlavaError as error:
+        raise LlavaError(f"{where}: {error}") from error
+    images = images_of(record, where)
+    if not asked or len(images) != 1 or not isinstance(images[0], str):
+        raise LlavaError(f"{where}: expected the name of one image, a question and an answer")
+    return images[0], [(_without_image(asks), _without_image(answer)) for asks, answer in asked]
 
 
 def _without_image(text: str) -> str:
@@ -88,11 +132,7 @@ def _captions(said: Pairs, question: str, min_images: int) -> Iterator[Record]:
     for image, own in sentences.items():
         caption = " ".join(sentence for sentence in own if shared[sentence] >= min_images)
         if caption:
-            turns = [
-                {"from": "human", "value": f"{question}\n{DEFAULT_IMAGE_TOKEN}"},
-                {"from": "gpt", "value": caption},
-            ]
-            yield {"id": image, "image": image, "conversations": turns}
+            yield _one_turn(image, image, question, caption)
 
 
 def _conversations(by_image: Pairs, with_caption: bool = True) -> Iterator[Record]:
