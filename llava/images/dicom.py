@@ -64,9 +64,13 @@ def read_dicom(
         index = _choose_frame(frame, frames, name)
         values = _decode(pydicom, file, index, frames, name, limits)
         with plain_errors(name, "the DICOM file's grey or colour tables can't be applied"):
-            if values.ndim == 3 and values.shape[-1] == 3:
+            has_palette = header.get("PhotometricInterpretation") == "PALETTE COLOR"
+            is_rgb = values.ndim == 3 and values.shape[-1] == 3
+            if chosen is not None and (is_rgb or has_palette):
+                log.warning("a DICOM image is in colour; the window that was chosen isn't applied to it")
+            if is_rgb:
                 return _colour(pydicom, values, header)
-            if header.get("PhotometricInterpretation") == "PALETTE COLOR":
+            if has_palette:
                 return Image.fromarray(in_bands(lambda band: _palette(pydicom, band, header), values))
             module = grey_module(pydicom, file, frame_groups(pydicom, file, index))
             return grey_to_rgb(_grey(pydicom, values, header, module, chosen))
@@ -114,7 +118,7 @@ def describe_dicom(
         if frames > 1:
             facts.shown.append(f"frame {index} of {frames}, {'as asked' if frame is not None else 'the middle one'}")
         if int(header.get("SamplesPerPixel") or 1) == 3 or meaning == "PALETTE COLOR":
-            facts.shown.append("its colours")
+            facts.shown.append("its colours" if chosen is None else "its colours, to which no window applies")
             return facts
         module = grey_module(pydicom, file, groups)
         facts.window = chosen or (None if "VOILUTSequence" in module else own_window(module))

@@ -24,6 +24,7 @@ from llava.errors import LlavaError, require
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
 from llava.serve.conversation_log import add_log_flags, log_from_args, new_client
 from llava.serve.daily_log import DailyLog, tidied
+from llava.serve.decoding.pool import DecodingPool
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
@@ -103,6 +104,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
 
     with _no_stub_files():
         gradio = require("gradio", "serve")
+    from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
     from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
     from llava.serve.web.page import PageOptions, build_page
     from llava.serve.web.theme import CSS, HEAD, page_theme
@@ -115,7 +117,6 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
         first_model=args.first_model,
         concurrency=args.concurrency_count,
         feedback=DailyLog(args.feedback_dir, args.feedback_days) if args.feedback_dir else None,
-        image_bytes=args.upload_mb << 20,
     )
 
     # All visitors together leave half of a small file system free.
@@ -136,7 +137,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     async def health() -> dict:
         return {"status": "ok"}
 
-    page = build_page(client, options)
+    drawn = DrawnViews(DecodingPool(), MemoryBudget(args.upload_mb << 20))
+    page = build_page(client, options, drawn)
     app = gradio.mount_gradio_app(
         app,
         page,
@@ -158,7 +160,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
-    checked = PageMiddleware(app, handlers, uploads, MAX_FILE_BYTES, args.embed)
+    checked = PageMiddleware(app, handlers, uploads, drawn, MAX_FILE_BYTES, args.embed)
     known = RequestMiddleware(checked, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
     return BrowserHeaders(known, args.embed)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llava.errors import LlavaError
-from llava.images import Limits, open_image
+from llava.images import Limits, describe_image, open_image
 
 pydicom = pytest.importorskip("pydicom")
 nibabel = pytest.importorskip("nibabel")
@@ -121,6 +121,17 @@ def test_window_of_the_frames_group():
 def test_colour():
     values = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     np.testing.assert_array_equal(np.asarray(open_image(dicom(values))), values)
+
+
+def test_a_window_that_a_colour_image_does_not_take_is_said(caplog):
+    content = dicom(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    plain = np.asarray(open_image(content))
+    assert not caplog.records and describe_image(content).shown == ["its colours"]
+    np.testing.assert_array_equal(np.asarray(open_image(content, window="lung")), plain)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a DICOM image is in colour; the window that was chosen isn't applied to it"
+    ]
+    assert describe_image(content, window="lung").shown == ["its colours, to which no window applies"]
 
 
 @pytest.mark.parametrize(

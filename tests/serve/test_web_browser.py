@@ -87,7 +87,7 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         expect(page.get_by_text("still being answered")).to_be_visible(timeout=PATIENCE)
         expect(page.locator("#box textarea")).to_have_value("too early", timeout=PATIENCE)
         page.locator("#edit").click()
-        expect(page.locator("#box textarea")).to_have_value("now hold", timeout=PATIENCE)
+        expect(page.locator("#box textarea")).to_have_value("now hold\ntoo early", timeout=PATIENCE)
         ask(page, "shorter now")
         expect(last_answer(page)).to_contain_text("shorter now", timeout=PATIENCE)
         expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)

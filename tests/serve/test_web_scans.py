@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from urllib.parse import urljoin
 
 import numpy as np
 import pytest
@@ -62,17 +63,19 @@ def series(folder: Path, side: int = 160, noise: float = 0.0) -> list[Path]:
     return sorted(paths)
 
 
-def shown(page) -> np.ndarray:
-    """The preview's pixels, grey."""
-    source = page.locator("#viewer img.large").last.get_attribute("src")
-    image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
-    return np.asarray(image.convert("L"))
+def shown(page, at: int = -1) -> np.ndarray:
+    """The pixels, grey, of the last of the large images, or another one."""
+    source = page.locator("#viewer img.large").nth(at).get_attribute("src")
+    if source.startswith("data:"):
+        content = base64.b64decode(source.partition(",")[2])
+    else:
+        content = page.request.get(urljoin(page.url, source)).body()
+    return np.asarray(Image.open(io.BytesIO(content)).convert("L"))
 
 
-def as_worker_sees(place: int, options: ImageOptions) -> np.ndarray:
-    """What the scripted worker makes of a slice."""
+def as_opened(place: int, **options) -> Image.Image:
     content = dicom(body(place), RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
-    return np.asarray(open_image(ImageWithOptions(content, options)).resize((64, 64)).convert("L"))
+    return open_image(ImageWithOptions(content, ImageOptions(**options))).convert("L")
 
 
 def opened(open_page, model):
@@ -90,8 +93,10 @@ def upload(page, paths, images=1):
 
 
 def wait_for_view(page, place: int, **options):
-    expected = as_worker_sees(place, ImageOptions(**options))
-    wait_until(lambda: np.array_equal(shown(page), expected), 60)
+    """Of a slice of `series`, beside what the scripted worker makes of it."""
+    slice = as_opened(place, **options)
+    wait_until(lambda: np.array_equal(shown(page), slice.resize((64, 64))), 60)
+    assert np.array_equal(shown(page, 0), slice)
 
 
 def set_slider(page, name: str, value: float):
@@ -159,6 +164,34 @@ def test_a_ct_series(open_page, controller, web, tmp_path):
     for name, value in IDENTIFIERS.items():
         assert value not in kept, name
     assert not re.search(r"IM\d{3}", kept)
+
+
+def test_slices_that_are_passed(open_page, controller, tmp_path):
+    """Asked for by their address, and only the last of those that came while one was on its way; a question that is
+    sent at once is about that one."""
+    with worker(controller, "fast-model") as process:
+        process.wait()
+        page = opened(open_page, "fast-model")
+        add_files(page, series(tmp_path), 1)
+        number, image = page.locator("#scan-place input[type=number]"), page.locator("#viewer img.large")
+        expect(number).to_have_value("20", timeout=PATIENCE)
+        expect(page.locator("#viewer .words")).to_contain_text("40 slices", timeout=PATIENCE)
+        places = []
+        page.on("request", lambda request: places.extend(re.findall(r"/slice/.*&place=(\d+)$", request.url)))
+        page.evaluate("for (let n = 0; n < 10; n += 1) { window.llavaMoveSlice(1); }")
+        expect(image).to_have_attribute("src", re.compile("place=30$"), timeout=PATIENCE)
+        expect(page.locator("#viewer[data-moving]")).to_have_count(0, timeout=PATIENCE)
+        assert np.array_equal(shown(page, 0), as_opened(30))
+        assert places[:2] == ["21", "30"] and set(places[2:]) <= {"30"}
+
+        page.locator("#box textarea").fill("Which one is it?")
+        page.evaluate("window.llavaMoveSlice(3)")
+        page.locator("#box textarea").press("Enter")
+        expect(last_answer(page)).to_contain_text("is it?", timeout=PATIENCE)
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        expect(page.locator("#draft")).to_contain_text("is added already", timeout=PATIENCE)
+        (turn,) = json.loads(save(page))["turns"]
+    assert [each["slice"] for each in turn["image_options"]] == [33]
 
 
 def test_a_volume_and_a_photograph(open_page, controller, tmp_path):

@@ -21,8 +21,10 @@ from llava.errors import LlavaError
 from llava.serve import gradio_web_server
 from llava.serve.api.keys import read_keys
 from llava.serve.client import ServingClient
+from llava.serve.decoding.pool import DecodingPool
 from llava.serve.gradio_web_server import build_parser
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
+from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
 from llava.serve.web.page import CALLS_NOTED, MOST_SESSIONS, Page, PageOptions, build_page
 from llava.serve.web.parts.examples import EXAMPLES, draw_example
 from tests.serve.processes import Process
@@ -38,6 +40,10 @@ def web(tmp_path_factory):
         folder = uploads(process)
         assert process.stop() in (0, -15)
         assert not folder.exists(), "uploads stay behind"
+
+
+def drawn_views():
+    return DrawnViews(DecodingPool(), MemoryBudget(1 << 30))
 
 
 def uploads(web):
@@ -219,7 +225,7 @@ def test_what_the_page_is_made_of_is_decided_by_flags(tmp_path):
 
 
 def test_of_visitors_who_have_gone_little_is_kept():
-    queue = build_page(ServingClient("http://127.0.0.1:1", None), PageOptions())._queue
+    queue = build_page(ServingClient("http://127.0.0.1:1", None), PageOptions(), drawn_views())._queue
     for number in range(MOST_SESSIONS + 40):
         queue.pending_messages_per_session[str(number)] = asyncio.Queue()
     assert len(queue.pending_messages_per_session) == MOST_SESSIONS
@@ -261,7 +267,7 @@ def test_the_model_that_is_named_is_chosen_first_and_a_choice_stays():
             return {}
 
     with gr.Blocks():
-        page = Page(Client(), PageOptions(first_model=args.first_model))
+        page = Page(Client(), PageOptions(first_model=args.first_model), drawn_views())
 
     def chosen(known, model):
         return asyncio.run(page.on_tick(known, True, model, "none"))[3].value

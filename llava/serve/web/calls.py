@@ -114,10 +114,10 @@ def _file(value: Any, belongs: Callable[[str], bool]) -> dict[str, Any]:
     }
 
 
-def _event(value: Any) -> dict[str, Any] | None:
-    """What was chosen: plain values by name, or flat lists of them."""
-    if value is None:
-        return None
+def _event(value: Any) -> dict[str, Any] | float | None:
+    """What was chosen: plain values by name, or flat lists of them; of a slider that was let go, its number."""
+    if value is None or isinstance(value, (int, float)):
+        return _plain(value, "event_data")
     if not isinstance(value, dict) or len(value) > MAX_ITEMS or value.keys() & {*FILE_KEYS, "files", "_type"}:
         raise _bad("event_data")
     return {

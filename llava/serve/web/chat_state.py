@@ -219,6 +219,11 @@ def _plain(text: str) -> str:
 
 def reduced_url(image: Image.Image, side: int) -> str:
     """The image as a PNG of at most `side` pixels, as a data: URL."""
-    reduced = image.copy()
-    reduced.thumbnail((side, side))
-    return png_data_url(reduced)
+    return png_data_url(reduced(image, side))
+
+
+def reduced(image: Image.Image, side: int) -> Image.Image:
+    """A copy of at most `side` pixels."""
+    copy = image.copy()
+    copy.thumbnail((side, side))
+    return copy

@@ -4,14 +4,17 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from llava.errors import ImageError
+from llava.serve.decoding.pool import DecodingPool, in_thread
 from llava.serve.web.scans import DrawnView, Scan
 
-PER_CHAT = 64 << 20
-"""Bytes of drawn views that a conversation keeps: some 800 slices of 512 x 512 with noise."""
+PER_VISITOR = 64 << 20
+"""Bytes of drawn views that are kept for a visitor: some 1,000 slices of 512 x 512 with noise."""
+LOOK_SECONDS = 20.0
+"""For a view, with waiting for those of others."""
 
 
 class MemoryBudget:
@@ -44,25 +47,46 @@ class MemoryBudget:
 
 
 class DrawnViews:
-    """Keeps drawn views with their scans, so that a slice seen before isn't drawn anew. They take what a budget has
-    left; the one used least recently goes first: for another image of anybody's, or beyond `per_chat` bytes for another
-    view of the same conversation."""
+    """Draws views of scans, and keeps them with their scans, so that a slice seen before isn't drawn anew. They take
+    what a budget has left; the one used least recently goes first: for another image of anybody's, or beyond
+    `per_visitor` bytes for another view of the same visitor's."""
 
-    def __init__(self, budget: MemoryBudget, per_chat: int = PER_CHAT):
-        self.budget, self.per_chat = budget, per_chat
+    def __init__(self, pool: DecodingPool, budget: MemoryBudget, per_visitor: int = PER_VISITOR):
+        self.pool, self.budget, self.per_visitor = pool, budget, per_visitor
+        self._scans: weakref.WeakValueDictionary[str, Scan] = weakref.WeakValueDictionary()
         self._kept: weakref.WeakSet[DrawnView] = weakref.WeakSet()
         self._uses = itertools.count(1)
         budget.make_way = self._forget_oldest
 
-    def keep(self, view: DrawnView, scan: Scan, scans: Iterable[Scan]) -> None:
-        """Keep a view of `scan` that was just used; `scans` are its conversation's. One that finds no space isn't
-        kept."""
+    def add(self, scan: Scan, visitor: str) -> None:
+        """From now on the visitor, and nobody else, finds the scan by its name, for as long as it lives."""
+        scan.visitor = visitor
+        self._scans[scan.name] = scan
+
+    def find(self, name: str, visitor: str) -> Scan | None:
+        """The scan of this name if it is this visitor's."""
+        scan = self._scans.get(name)
+        return scan if scan is not None and scan.visitor == visitor else None
+
+    async def draw(self, scan: Scan, place: int | None = None) -> DrawnView:
+        """`Scan.draw`; what is drawn anew is kept.
+
+        Raises:
+            LlavaError, ServeError: it can't be opened, or there is no such slice.
+        """
+        view = await in_thread(scan.draw, self.pool, place, seconds=LOOK_SECONDS)
+        self.keep(view, scan)
+        return view
+
+    def keep(self, view: DrawnView, scan: Scan) -> None:
+        """Keep a view of `scan`, which was added, that was just used. One that finds no space isn't kept."""
         with self.budget.lock:
             view.used = next(self._uses)
-            if view in self._kept or view.size > self.per_chat:
+            if view in self._kept or view.size > self.per_visitor:
                 return
+            scans = [each for each in self._scans.values() if each.visitor == scan.visitor]
             own = [each for one in scans for each in one.drawn.values()]
-            while sum(each.size for each in own) + view.size > self.per_chat:
+            while sum(each.size for each in own) + view.size > self.per_visitor:
                 self._forget(own.pop(own.index(min(own, key=_used))))
             with contextlib.suppress(ImageError):
                 self.budget.take(view, view.size)

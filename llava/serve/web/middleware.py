@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs, urlencode
 
+from llava.errors import LlavaError
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.web.calls import MAX_FILES, NOT_YOURS, SESSION, checked_call, checked_cancel
+from llava.serve.web.memory_budget import DrawnViews
 from llava.serve.web.uploads import Refusal, Upload, Uploads
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ FILE = f"{API}/file="
 PAGES = {"/health", "/theme.css", "/favicon.ico", "/robots.txt", f"{API}/app_id"}
 ASSET = re.compile(r"/(assets|static)(/[\w@+-][\w@+.-]*)+", re.ASCII)  # no segment begins with a dot
 HEARTBEAT = re.compile(rf"{API}/heartbeat/[A-Za-z0-9_-]{{1,64}}", re.ASCII)
+SLICE = re.compile(r"/slice/([A-Za-z0-9_-]{32})", re.ASCII)
+PLACE = re.compile(r"[0-9]{1,6}", re.ASCII)
 CANCEL = f"{API}/cancel"
 QUEUED, DIRECT = f"{API}/queue/join", f"{API}/run/predict"
 CALLS = {QUEUED, DIRECT, CANCEL}
@@ -40,6 +44,12 @@ PROGRESS_SECONDS = 0.2
 COOKIE = "llava_visitor"
 VISITOR = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
 SHOWN_INLINE = {"image/png", "image/jpeg", "image/gif", "image/webp"}
+PRIVATE = {
+    "cache-control": "no-store",
+    "content-security-policy": "sandbox; default-src 'none'",
+    "x-content-type-options": "nosniff",
+}
+"""Of what a visitor has sent: no browser keeps it on a disk, or takes it for a page."""
 UNSAFE_NAME = re.compile(r"[^\w .()+-]")
 
 
@@ -51,12 +61,22 @@ class PageMiddleware:
         handlers: how many values each handler takes, by its number, for those that go through gradio's queue (QUEUED)
             and those that don't (DIRECT); a queued one called directly would pass by the cap on answers at a time.
         uploads: the record of uploads, below the folder that gradio takes for its own.
+        drawn: the scans of all visitors, and what their slices look like.
         max_file: bytes of one uploaded file.
         embed: whether the page stands in another site's page: the cookie then has to be sent there too.
     """
 
-    def __init__(self, app, handlers: dict[str, dict[int, int]], uploads: Uploads, max_file: int, embed: bool = False):
-        self.app, self.handlers, self.uploads, self.max_file, self.embed = app, handlers, uploads, max_file, embed
+    def __init__(
+        self,
+        app,
+        handlers: dict[str, dict[int, int]],
+        uploads: Uploads,
+        drawn: DrawnViews,
+        max_file: int,
+        embed: bool = False,
+    ):
+        self.app, self.handlers, self.uploads, self.drawn = app, handlers, uploads, drawn
+        self.max_file, self.embed = max_file, embed
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -80,7 +100,7 @@ class PageMiddleware:
     async def _serve(self, scope, receive, send) -> None:
         method, path = scope["method"], scope["path"]
         reads = method in ("GET", "HEAD")
-        visitor = _visitor(scope)
+        visitor = visitor_of(scope)
         if reads and path == "/":
             await self.app(_without_query(scope), receive, self._with_cookie(scope, send, visitor))
         elif reads and (path in PAGES or ASSET.fullmatch(path) or HEARTBEAT.fullmatch(path)):
@@ -92,6 +112,8 @@ class PageMiddleware:
             await self._show_progress(scope, receive, send, visitor)
         elif reads and path.startswith(FILE):
             await self._show_file(scope, receive, send, visitor)
+        elif reads and (slice := SLICE.fullmatch(path)):
+            await self._show_slice(scope, receive, send, visitor, slice[1])
         elif method == "POST" and path == f"{API}/upload":
             await self._take_files(scope, receive, send, visitor)
         elif method == "POST" and path in CALLS:
@@ -199,14 +221,25 @@ class PageMiddleware:
             raise Refusal(403, NOT_YOURS)
         kind = mimetypes.guess_type(path)[0]
         inline = kind in SHOWN_INLINE
-        headers = {
-            "cache-control": "no-store",
-            "content-disposition": "inline" if inline else "attachment",
-            "content-security-policy": "sandbox; default-src 'none'",
-            "x-content-type-options": "nosniff",
-        }
+        headers = PRIVATE | {"content-disposition": "inline" if inline else "attachment"}
         kind = kind if inline else "application/octet-stream"
         await FileResponse(path, media_type=kind, headers=headers)(scope, receive, send)
+
+    async def _show_slice(self, scope, receive, send, visitor: str, name: str) -> None:
+        """A slice of a scan as it is to look now, to the visitor who has sent the scan."""
+        from starlette.responses import Response
+
+        scan = self.drawn.find(name, visitor)
+        if scan is None:
+            raise Refusal(403, "The scan isn't yours, or is no longer kept. Add it again.")
+        place = _query(scope, "place")
+        if not PLACE.fullmatch(place):
+            raise Refusal(400, "The address has no valid place.")
+        try:
+            view = await self.drawn.draw(scan, int(place))
+        except LlavaError as error:
+            raise Refusal(404, str(error)) from error
+        await Response(view.png, media_type="image/png", headers=PRIVATE)(scope, receive, send)
 
     def _with_cookie(self, scope, send, visitor: str):
         """`send` that gives a visitor without a cookie one, which the browser keeps until it is closed."""
@@ -250,7 +283,7 @@ def _safe_name(name: str) -> str:
     return name.strip(" .") or "file"
 
 
-def _visitor(scope) -> str:
+def visitor_of(scope) -> str:
     """The visitor's id from the cookie; a new one if there is no cookie."""
     return _cookie(scope) or secrets.token_urlsafe(32)
 

@@ -11,13 +11,12 @@ import gradio as gr
 from llava.errors import LlavaError
 from llava.serve.conversation_log import notice
 from llava.serve.daily_log import DailyLog
-from llava.serve.decoding.pool import DecodingPool
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
 from llava.serve.request_models import ModelCard
 from llava.serve.web.answers import answer
 from llava.serve.web.chat_state import SIDES, Chat, Exchange, UploadedImage
-from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
+from llava.serve.web.memory_budget import DrawnViews
 from llava.serve.web.parts.attention_view import AttentionPart
 from llava.serve.web.parts.card import card_html, knows_drawn_only
 from llava.serve.web.parts.examples import EXAMPLES, draw_example, examples_html
@@ -51,14 +50,12 @@ class PageOptions:
     concurrency: int = 16
     feedback: DailyLog | None = None
     """Where votes are kept; None shows no buttons for them."""
-    image_bytes: int = 1 << 30
-    """Of the images in all conversations together, and of the drawn views in what is left."""
 
 
-def build_page(client, options: PageOptions) -> gr.Blocks:
-    """The page over a `ServingClient`."""
+def build_page(client, options: PageOptions, drawn: DrawnViews) -> gr.Blocks:
+    """The page over a `ServingClient`; the budget of `drawn` is for the images in all conversations together."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 600), fill_width=True) as page:
-        Page(client, options)
+        Page(client, options, drawn)
     page.queue(default_concurrency_limit=options.concurrency)
     # `launch` would take it; this page is mounted.
     page.state_session_capacity = MOST_SESSIONS
@@ -71,10 +68,8 @@ def build_page(client, options: PageOptions) -> gr.Blocks:
 class Page:
     """Components as attributes, handlers as methods. What belongs to one visitor is in `chat` and `known`."""
 
-    def __init__(self, client, options: PageOptions):
-        self.client, self.options = client, options
-        self.pool = DecodingPool()
-        self.image_budget = MemoryBudget(options.image_bytes)
+    def __init__(self, client, options: PageOptions, drawn: DrawnViews):
+        self.client, self.options, self.drawn = client, options, drawn
         self.cards: dict[str, ModelCard | None] = {}
         self._lay_out()
         self._connect()
@@ -95,8 +90,8 @@ class Page:
             with gr.Row(elem_id="desk"):
                 with gr.Column(elem_id="reading", min_width=0):
                     with gr.Column(elem_id="panel", min_width=0):
-                        self.viewer = Viewer(self.client, self.pool, DrawnViews(self.image_budget))
-                        self.scan = ScanPart(self.viewer, self.pool, self.image_budget)
+                        self.viewer = Viewer(self.client, self.drawn)
+                        self.scan = ScanPart(self.viewer)
                     self.panes, self.views, self.names = [], [], []
                     for side in range(SIDES):
                         with gr.Column(elem_id=f"pane{side}", min_width=0, visible=side == 0) as pane:
@@ -146,7 +141,7 @@ class Page:
 
     def _lay_out_ask(self) -> None:
         self.examples = gr.HTML("", elem_id="examples", js_on_load=EXAMPLES_SCRIPT, apply_default_css=False)
-        self.incoming = Incoming(self.scan, self.pool, self.image_budget)
+        self.incoming = Incoming(self.scan)
         self.draft = gr.HTML(elem_id="draft", apply_default_css=False)
         self.box = gr.MultimodalTextbox(
             file_count="multiple",
@@ -186,7 +181,7 @@ class Page:
         self.box.submit(self.on_ask, [self.chat, self.box, *chosen], self.view, **asking)
         self.again.click(self.on_again, [self.chat, self.box, *chosen], self.view, **asking)
         self.stop.click(self.on_stop, self.chat, self.chat, queue=False, **quiet)
-        self.edit.click(self.on_edit, [self.chat, self.model], self.view, **quiet)
+        self.edit.click(self.on_edit, [self.chat, self.box, self.model], self.view, **quiet)
         self.clear.click(self.on_clear, [self.chat, self.model], self.view, **quiet)
         for chatbot in self.views:
             # The component's own bin empties only what is seen.
@@ -249,12 +244,12 @@ class Page:
         about = card_html({one: self.cards.get(one) for one in models})
         return [*names, *[""] * (SIDES - len(names)), about, self._examples(chat, model), seen]
 
-    async def on_ask(self, chat: Chat, box: dict, *chosen):
+    async def on_ask(self, chat: Chat, box: dict, request: gr.Request, *chosen):
         if await _is_busy(chat):
             yield self._unchanged()
             return
         text = (box["text"] or "").strip()
-        await self.incoming.take(chat, box["files"] or [])
+        await self.incoming.take(chat, box["files"] or [], request)
         await all_read(chat)
         await self.incoming.on_taken(chat)
         if chat.refused or not text:
@@ -311,15 +306,16 @@ class Page:
         chat.stopping = True
         return chat
 
-    async def on_edit(self, chat: Chat, model: str | None):
-        """The last question goes back into the box, with its images before those added meanwhile."""
+    async def on_edit(self, chat: Chat, box: dict, model: str | None):
+        """The last question goes back into the box, before what was typed and the images added meanwhile."""
         if not chat.exchanges:
             gr.Info("There is no question yet.")
             return self._unchanged()
         chat.stopping = True
         last = chat.exchanges.pop()
         chat.draft, chat.looked = [*last.images, *chat.draft], None
-        return [*self._show(chat, model, box={"text": last.text, "files": []}), *await self._desk(chat, model)]
+        text = "\n".join(filter(None, [last.text, (box["text"] or "").strip()]))
+        return [*self._show(chat, model, box={"text": text, "files": []}), *await self._desk(chat, model)]
 
     async def on_clear(self, chat: Chat, model: str | None):
         chat.stopping = True

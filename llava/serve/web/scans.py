@@ -3,16 +3,20 @@
 A scan is in the server's memory alone, as the conversation that it belongs to. Needs neither torch nor gradio.
 """
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlencode
 
 from PIL import Image
 
+from llava.errors import ImageError
 from llava.image_options import ImageOptions, ImageWithOptions
+from llava.images import png_bytes
 from llava.images.opening import image_kind
 from llava.serve.decoding.pool import DecodingPool
-from llava.serve.web.chat_state import LARGE, UploadedImage, reduced_url
+from llava.serve.web.chat_state import LARGE, UploadedImage, reduced, reduced_url
 
 ICON = 96  # pixels
 
@@ -26,10 +30,10 @@ Source = tuple[int, ImageOptions]
 
 @dataclass(eq=False)
 class DrawnView:
-    """A view as the browser gets it: `url` is a PNG as a data: URL, `facts` what the pool's `describe` says of it."""
+    """A view as the browser gets it: `png` is a file, `facts` what the pool's `describe` says of it."""
 
     source: Source
-    url: str
+    png: bytes
     facts: dict[str, Any]
     used: int = 0
     """The higher, the later."""
@@ -39,7 +43,7 @@ class DrawnView:
     @property
     def size(self) -> int:
         """Bytes that it takes in memory, nearly."""
-        return len(self.url)
+        return len(self.png)
 
 
 @dataclass(eq=False)
@@ -61,6 +65,9 @@ class Scan:
     """Its first view, tiny, as a data: URL."""
     drawn: dict[Source, DrawnView] = field(default_factory=dict)
     """Views that are kept (`memory_budget`)."""
+    name: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    """What a browser asks for its slices by; `visitor` is the only one who gets them."""
+    visitor: str = ""
 
     @property
     def is_grey(self) -> bool:
@@ -76,10 +83,27 @@ class Scan:
         return f"{modality}, {len(self.slices)} {what}"
 
     @property
+    def slices_url(self) -> str:
+        """Address of its slices but for the place's number at the end. The server draws them as they are to look now;
+        what else is in the query tells the browser that they look different."""
+        look = urlencode({"axis": self.axis, "window": str(self.window)})
+        return f"slice/{self.name}?{look}&place="
+
+    @property
     def source(self) -> Source:
         """Of the view that is chosen."""
-        place, chosen = self.place, self.window
-        file, frame = self.slices[place]
+        return self._source_at(self.place)
+
+    def choose_place(self, place: int) -> None:
+        """Raises an ImageError if there is no such slice."""
+        self._source_at(place)
+        self.place = place
+
+    def _source_at(self, place: int) -> Source:
+        slices, chosen = self.slices, self.window
+        if not 0 <= place < len(slices):
+            raise ImageError(f"There is no slice {place}; the scan has {len(slices)}.")
+        file, frame = slices[place]
         preset = chosen if isinstance(chosen, str) else None
         window = None if isinstance(chosen, str) else chosen
         if self.kind == "nifti":
@@ -110,15 +134,17 @@ class Scan:
         image, self.facts = self._describe(pool, self.source)
         return image
 
-    def draw(self, pool: DecodingPool) -> DrawnView:
-        """The view as it is shown: one that is kept, or a new one. Raises as `look`."""
+    def draw(self, pool: DecodingPool, place: int | None = None) -> DrawnView:
+        """The view of a slice: one that is kept, or a new one. Without `place` the chosen slice's, and `facts` are
+        those of it. Raises as `look`."""
         self._count_slices(pool)
-        source = self.source
+        source = self._source_at(self.place if place is None else place)
         view = self.drawn.get(source)
         if view is None:
             image, facts = self._describe(pool, source)
-            view = DrawnView(source, reduced_url(image, LARGE), facts)
-        self.facts = view.facts
+            view = DrawnView(source, png_bytes(reduced(image, LARGE)), facts)
+        if place is None:
+            self.facts = view.facts
         return view
 
     def _describe(self, pool: DecodingPool, source: Source) -> tuple[Image.Image, dict[str, Any]]:

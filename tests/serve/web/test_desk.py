@@ -136,6 +136,20 @@ def test_slices_by_keys_and_wheel(open_page, models, tmp_path):
     expect(number).to_have_value("27")
 
 
+def test_a_new_answer_is_in_view_on_a_phone(open_page, models, tmp_path):
+    Image.new("RGB", (300, 200), (90, 90, 90)).save(tmp_path / "one.png")
+    page = open_page(390, 844)
+    accept(page, "demo-model")
+    add_files(page, [tmp_path / "one.png"], 1)
+    for question in ("What is this?", "And what is that, which is beside it or below it or around it or above it?"):
+        ask(page, question)
+        expect(last_answer(page)).to_contain_text(question[-7:], timeout=PATIENCE)
+        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        answer, image = last_answer(page).bounding_box(), page.locator("#viewer .stage").bounding_box()
+        assert image["y"] + image["height"] <= answer["y"]
+        assert answer["y"] + answer["height"] <= page.locator("#box").bounding_box()["y"]
+
+
 @pytest.mark.parametrize("width", [1280, 1024, 390])
 def test_the_windows_controls_fill_their_box(open_page, models, tmp_path, width):
     page = open_page(width)
@@ -150,7 +164,7 @@ def test_the_windows_controls_fill_their_box(open_page, models, tmp_path, width)
     assert all(covered == pytest.approx(box["width"], abs=6) for covered in rows.values()), rows
 
 
-def test_editing_keeps_images_added_meanwhile(open_page, models, tmp_path):
+def test_editing_keeps_what_was_typed_and_added_meanwhile(open_page, models, tmp_path):
     for name, size in (("asked.png", 30), ("new.png", 40)):
         Image.new("RGB", (size, size), (size, 90, 90)).save(tmp_path / name)
     page = open_page()
@@ -159,8 +173,10 @@ def test_editing_keeps_images_added_meanwhile(open_page, models, tmp_path):
     ask(page, "What is this?")
     expect(last_answer(page)).to_contain_text("this?", timeout=PATIENCE)
     add_files(page, [tmp_path / "new.png"], 2)
+    page.locator("#box textarea").fill("And what is the new one?")
     page.locator("#edit").click()
-    expect(page.locator("#box textarea")).to_have_value("What is this?", timeout=PATIENCE)
+    both = "What is this?\nAnd what is the new one?"
+    expect(page.locator("#box textarea")).to_have_value(both, timeout=PATIENCE)
     expect(page.locator("#draft")).to_contain_text("With your next question: 2 images.", timeout=PATIENCE)
     expect(page.locator("#viewer [data-image]")).to_have_count(2)
     ask(page, "And both?")

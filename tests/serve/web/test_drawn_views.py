@@ -1,4 +1,4 @@
-"""Views of scans that were drawn: kept within a conversation's and the server's space, and gone with their scan."""
+"""Views of scans that were drawn: kept within a visitor's and the server's space, and gone with their scan."""
 
 import gc
 
@@ -31,10 +31,11 @@ def scan(pool, tmp_path):
 
 
 def draw(scan, pool, views, *places):
+    views.add(scan, "visitor")
     for place in places:
         scan.place = place
         view = scan.draw(pool)
-        views.keep(view, scan, [scan])
+        views.keep(view, scan)
     return view
 
 
@@ -44,24 +45,24 @@ def kept(scan):
 
 
 def test_a_slice_seen_before_is_not_drawn_anew(pool, scan):
-    views = DrawnViews(MemoryBudget(1 << 30))
+    views = DrawnViews(pool, MemoryBudget(1 << 30))
     first = draw(scan, pool, views, *range(SLICES))
     drawn = pool.opened
     assert draw(scan, pool, views, *range(SLICES)) is first
     assert pool.opened == drawn
     scan.window = "lung"
     other = draw(scan, pool, views, SLICES - 1)
-    assert pool.opened == drawn + 1 and other.url != first.url
+    assert pool.opened == drawn + 1 and other.png != first.png
     assert scan.facts["shown"] == other.facts["shown"] != first.facts["shown"]
     scan.window = None
     draw(scan, pool, views, SLICES - 1)
     assert scan.facts["shown"] == first.facts["shown"] and pool.opened == drawn + 1
 
 
-def test_the_views_of_a_conversation_have_a_space(pool, scan):
+def test_the_views_of_a_visitor_have_a_space(pool, scan):
     size = max(scan.draw(pool).size for scan.place in range(SLICES))
     budget = MemoryBudget(1 << 30)
-    views = DrawnViews(budget, per_chat=4 * size)
+    views = DrawnViews(pool, budget, per_visitor=4 * size)
     draw(scan, pool, views, 0, 1, 2, 3, 0, 4)
     assert 0 in kept(scan) and 4 in kept(scan) and 1 not in kept(scan)
     draw(scan, pool, views, *range(SLICES))
@@ -71,7 +72,7 @@ def test_the_views_of_a_conversation_have_a_space(pool, scan):
 
 def test_views_make_way_for_images(pool, scan):
     budget = MemoryBudget(1 << 20)
-    views = DrawnViews(budget)
+    views = DrawnViews(pool, budget)
     draw(scan, pool, views, 5, 6, 7, 5)
     thing = Thing()
     budget.take(thing, budget.size - scan.drawn[scan.source].size)
@@ -90,7 +91,7 @@ def test_views_make_way_for_images(pool, scan):
 def test_views_go_with_their_scan(pool, tmp_path):
     (scan,) = read_scans([path.read_bytes() for path in series(tmp_path, 64)], pool)
     budget = MemoryBudget(1 << 30)
-    draw(scan, pool, DrawnViews(budget), 1, 2)
+    draw(scan, pool, DrawnViews(pool, budget), 1, 2)
     assert budget.taken > 0
     del scan
     gc.collect()

@@ -27,7 +27,6 @@
     if (!slider) { return false; }
     slider.value = Number(slider.value) + step;
     slider.dispatchEvent(new Event("input", {bubbles: true}));
-    slider.dispatchEvent(new Event("pointerup", {bubbles: true}));
     return true;
   }
   window.llavaMoveSlice = moveSlice;
@@ -51,6 +50,20 @@
     const button = KEYS[event.key] && find(`#viewer [data-do=${KEYS[event.key]}]`);
     if (button) { event.preventDefault(); button.click(); }
   });
+
+  // On a narrow page images and answers scroll together: a new answer comes into view, and stays there while it grows
+  // unless the reader scrolls.
+  let answers = 0;
+  let follows = false;
+  for (const moved of ["wheel", "touchmove"]) {
+    document.addEventListener(moved, () => { follows = false; }, {passive: true});
+  }
+  new MutationObserver((changes) => {
+    if (!changes.some(({target}) => (target.closest ? target : target.parentElement)?.closest("#chat0"))) { return; }
+    const all = document.querySelectorAll("#chat0 [data-testid=bot]");
+    if (all.length !== answers) { follows = all.length > answers; answers = all.length; }
+    if (follows) { all[answers - 1].scrollIntoView({block: "nearest"}); }
+  }).observe(document.documentElement, {childList: true, subtree: true, characterData: true});
 
   const refuse = (words) => { delete document.body.dataset.uploading; tell(words); };
   const tell = (words) => window.dispatchEvent(new CustomEvent("llava-refused", {detail: words.slice(0, 300)}));

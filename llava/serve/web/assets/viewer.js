@@ -1,4 +1,4 @@
-// Of the component #viewer: zoom, shift, what is clicked, and attention drawn over the image.
+// Of the component #viewer: zoom, shift, slices, what is clicked, and attention drawn over the image.
 const state = {zoom: 1, x: 0, y: 0, wheel: 0};
 const stage = () => element.querySelector(".stage");
 
@@ -84,3 +84,41 @@ for (const end of ["pointerup", "pointercancel"]) {
   element.addEventListener(end, (event) => pointers.delete(event.pointerId));
 }
 place();
+
+// The slice that the slider stands at is asked for by its address; of those passed while one comes only the last. Words,
+// and what goes with the question, follow once the slider rests, or before anything else is done.
+const REST = 150; // ms
+const passed = {wanted: null, told: null, resting: 0};
+
+function showSlice() {
+  const image = element.querySelector(".stage:not([data-slices='']) img.large");
+  if (!image?.complete || passed.wanted === null) { return; }
+  const url = stage().dataset.slices + passed.wanted;
+  if (image.getAttribute("src") !== url) { image.src = url; }
+  element.toggleAttribute("data-moving", url !== passed.told);
+}
+
+function settle() {
+  if (!passed.resting) { return; }
+  clearTimeout(passed.resting);
+  passed.resting = 0;
+  document.querySelector("#scan-place input[type=range]")?.dispatchEvent(new Event("pointerup", {bubbles: true}));
+}
+
+document.addEventListener("input", ({target}) => {
+  if (!target.matches("#scan-place input") || !target.value || !target.validity.valid) { return; }
+  passed.wanted = Number(target.value);
+  clearTimeout(passed.resting);
+  passed.resting = setTimeout(settle, REST);
+  showSlice();
+});
+for (const end of ["load", "error"]) { element.addEventListener(end, showSlice, true); }
+document.addEventListener("pointerdown", settle, true);
+document.addEventListener("keydown", (event) => { if (!event.key?.startsWith("Arrow")) { settle(); } }, true);
+
+watch("value", () => {
+  passed.told = element.querySelector("img.large")?.getAttribute("src");
+  if (!passed.resting) { passed.wanted = null; }
+  element.removeAttribute("data-moving");
+  showSlice();
+});

@@ -12,12 +12,12 @@ from typing import Any
 import gradio as gr
 
 from llava.errors import LlavaError
-from llava.serve.decoding.pool import DecodingPool, in_thread
+from llava.serve.decoding.pool import in_thread
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import LARGE, SIDES, Chat, UploadedImage
 from llava.serve.web.exports import is_export, read_export
-from llava.serve.web.memory_budget import MemoryBudget
+from llava.serve.web.middleware import visitor_of
 from llava.serve.web.parts.scan_view import ScanPart, draft_of, is_scan
 
 UPLOAD_SECONDS = 60.0
@@ -45,9 +45,9 @@ element.addEventListener("click", (event) => {
 class Incoming:
     """The components that take files, and their handlers."""
 
-    def __init__(self, scans: ScanPart, pool: DecodingPool, budget: MemoryBudget):
-        self.scans, self.pool, self.budget = scans, pool, budget
-        self.open = functools.partial(pool.open, longest=LARGE)
+    def __init__(self, scans: ScanPart):
+        self.scans, self.budget = scans, scans.budget
+        self.open = functools.partial(scans.pool.open, longest=LARGE)
         self.refused = gr.HTML("", elem_id="refused", js_on_load=SCRIPT, apply_default_css=False)
         self.came = gr.Button(visible="hidden", elem_id="take")
         self.taken = gr.Textbox(visible="hidden", elem_id="taken")
@@ -62,9 +62,9 @@ class Incoming:
         ).then(self.on_taken, chat, None, **quiet)
         self.refused.select(self.on_refused, chat, self.refused, **quiet)
 
-    async def on_files(self, chat: Chat, box: dict, model: str | None):
+    async def on_files(self, chat: Chat, box: dict, model: str | None, request: gr.Request):
         files = box["files"] or []
-        await self.take(chat, files)
+        await self.take(chat, files, request)
         views = [chat.shown(side) for side in range(SIDES)]
         return ["\n".join(files), refusal_of(chat), draft_of(chat), *views, *await self.scans.shown(chat, model)]
 
@@ -80,8 +80,8 @@ class Incoming:
             chat.refused = []
         return refusal_of(chat)
 
-    async def take(self, chat: Chat, files: list[str]) -> None:
-        """Read uploads into the chat; a line of `chat.refused` says of each what is wrong."""
+    async def take(self, chat: Chat, files: list[str], request: gr.Request) -> None:
+        """Read a visitor's uploads into the chat; a line of `chat.refused` says of each what is wrong."""
         new = [file for file in files if file not in chat.taken]
         if not new:
             return
@@ -91,7 +91,7 @@ class Incoming:
             scans = [file for file in new if is_scan(file)]
             refused = [words for file in new if file not in scans if (words := await self._take_image(chat, file))]
             try:
-                await self.scans.take(chat, scans)
+                await self.scans.take(chat, scans, _visitor(request))
             except (LlavaError, ServeError) as error:
                 refused.append(str(error))
             chat.refused = []
@@ -137,6 +137,11 @@ async def all_read(chat: Chat) -> None:
     """Return once no upload of the chat is being read."""
     while chat.reading:
         await asyncio.sleep(0.02)
+
+
+def _visitor(request: gr.Request) -> str:
+    """Whose browser it came from."""
+    return visitor_of(request.request.scope if request.request else {"headers": []})
 
 
 def refusal_of(chat: Chat) -> str:

@@ -9,11 +9,11 @@ import gradio as gr
 from llava.errors import ImageError, LlavaError
 from llava.image_options import AXES, CT_WINDOWS
 from llava.images.opening import image_kind
-from llava.serve.decoding.pool import DecodingPool, in_thread
+from llava.serve.decoding.pool import in_thread
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import Chat, UploadedImage, thumbnails
-from llava.serve.web.memory_budget import MemoryBudget
-from llava.serve.web.parts.viewer import LOOK_SECONDS, Viewer, current_scan
+from llava.serve.web.memory_budget import LOOK_SECONDS
+from llava.serve.web.parts.viewer import Viewer, current_scan
 from llava.serve.web.scans import Scan, read_scans, size_of
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ READ_SECONDS = 120.0
 class ScanPart:
     """Its components and handlers; the scans of a visitor are in his chat."""
 
-    def __init__(self, viewer: Viewer, pool: DecodingPool, budget: MemoryBudget):
-        self.viewer, self.pool, self.budget = viewer, pool, budget
+    def __init__(self, viewer: Viewer):
+        self.viewer, self.pool, self.budget = viewer, viewer.drawn.pool, viewer.drawn.budget
         with gr.Column(visible=False, elem_id="scan") as self.part:
             self.place = gr.Slider(0, 1, 0, step=1, label="Slice", elem_id="scan-place")
             self.axis = gr.Radio(
@@ -51,16 +51,16 @@ class ScanPart:
         everything = [*self.controls, draft]
         self.axis.input(self.on_axis, [chat, self.axis, model], everything, **quiet)
         self.preset.input(self.on_preset, [chat, self.preset, self.centre, self.width, model], everything, **quiet)
-        # Of a slider that is drawn along only the last place matters. Gradio's queue looks for work 20 times a second,
-        # which is as often as slices are to change.
+        # Of a slider that is drawn along only the last value matters. A call of gradio takes the browser some 30 ms, so
+        # slices that are only passed are asked for by their address alone (assets/viewer.js).
         drawn = {**quiet, "trigger_mode": "always_last", "queue": False}
-        self.place.input(self.on_place, [chat, self.place, model], seen, **drawn)
+        self.place.release(self.on_place, [chat, self.place, model], seen, **drawn)
         for slider in (self.centre, self.width):
             slider.input(self.on_window, [chat, self.centre, self.width, model], [self.preset, *seen], **drawn)
         self.add.click(self.on_add, chat, draft, **quiet)
 
-    async def take(self, chat: Chat, paths: list[str]) -> None:
-        """Read uploads that are scans, which are deleted, into the chat.
+    async def take(self, chat: Chat, paths: list[str], visitor: str) -> None:
+        """Read a visitor's uploads that are scans, which are deleted, into the chat.
 
         Raises:
             LlavaError, ServeError: they can't be read.
@@ -69,6 +69,7 @@ class ScanPart:
         scans = await in_thread(read_scans, contents, self.pool, seconds=READ_SECONDS) if contents else []
         for scan in scans:
             self.budget.take(scan, size_of(scan))
+            self.viewer.drawn.add(scan, visitor)
         if scans:
             chat.current, chat.looked = len(chat.scans), None
             chat.scans += scans
@@ -104,9 +105,11 @@ class ScanPart:
     async def on_place(self, chat: Chat, place: float, model: str | None):
         before = draft_of(chat)
         if (scan := current_scan(chat)) is not None and place is not None:
-            if not 0 <= place < len(scan.slices):
-                raise _error(f"There is no slice {place:g}; the scan has {len(scan.slices)}.")
-            scan.place, scan.is_wanted = int(place), True
+            try:
+                scan.choose_place(int(place))
+            except ImageError as error:
+                raise _error(str(error)) from error
+            scan.is_wanted = True
         return [await self.seen(chat, model), _changed(draft_of(chat), before)]
 
     async def on_add(self, chat: Chat):

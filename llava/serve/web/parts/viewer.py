@@ -12,15 +12,14 @@ from typing import Any
 import gradio as gr
 
 from llava.serve.client import ServingClient
-from llava.serve.decoding.pool import DecodingPool, in_thread
+from llava.serve.decoding.pool import in_thread
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import Chat, UploadedImage
-from llava.serve.web.memory_budget import DrawnViews
+from llava.serve.web.memory_budget import LOOK_SECONDS, DrawnViews
 from llava.serve.web.scans import Scan
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 20.0
 _ASSETS = Path(__file__).parents[1] / "assets"
 SCRIPT = "".join((_ASSETS / name).read_text("utf-8") for name in ("viewer.js", "attention.js"))
 TOOLS = (
@@ -38,8 +37,8 @@ EMPTY = (
 class Viewer:
     """`view` is the component; it triggers `select` with what was clicked: a number of the strip, or a tool."""
 
-    def __init__(self, client: ServingClient, pool: DecodingPool, drawn: DrawnViews):
-        self.client, self.pool, self.drawn = client, pool, drawn
+    def __init__(self, client: ServingClient, drawn: DrawnViews):
+        self.client, self.drawn = client, drawn
         self.view = gr.HTML(
             page_of([], "", "", False), elem_id="viewer", js_on_load=SCRIPT, apply_default_css=False, attention=""
         )
@@ -52,11 +51,12 @@ class Viewer:
         """
         images, scan = chat.images(), current_scan(chat)
         strip = _strip(chat, images)
+        slices = ""
         if scan is not None:
-            view = await in_thread(scan.draw, self.pool, seconds=LOOK_SECONDS)
-            self.drawn.keep(view, scan, chat.scans)
+            view = await self.drawn.draw(scan)
             words = f"{scan.title}: {_shown(view.facts)}"
-            shown = [(view.url, scan.title)]
+            slices = scan.slices_url
+            shown = [(f"{slices}{scan.place}", scan.title)]
         elif images:
             number = len(images) - 1 if chat.looked is None else chat.looked
             image = images[number]
@@ -68,7 +68,7 @@ class Viewer:
             seen, more = await self._as_model_sees(scan or image, model)
             shown += [(url, more) for url in seen]
             words += f". {more}"
-        return page_of(shown, words, strip, chat.is_compared)
+        return page_of(shown, words, strip, chat.is_compared, slices)
 
     def fault(self, chat: Chat, words: str) -> str:
         """What the component shows where an image can't be."""
@@ -79,7 +79,7 @@ class Viewer:
         if not model:
             return [], "No model is chosen"
         view: UploadedImage = (
-            await in_thread(functools.partial(image.view, self.pool), seconds=LOOK_SECONDS)
+            await in_thread(functools.partial(image.view, self.drawn.pool), seconds=LOOK_SECONDS)
             if isinstance(image, Scan)
             else image
         )
@@ -98,10 +98,11 @@ def current_scan(chat: Chat) -> Scan | None:
     return chat.scans[chat.current] if chat.scans and chat.looked is None else None
 
 
-def page_of(shown: list[tuple[str, str]], words: str, strip: str, is_compared: bool) -> str:
-    """HTML of the tools, the images (data: URL, what it is), a line on them and the strip."""
+def page_of(shown: list[tuple[str, str]], words: str, strip: str, is_compared: bool, slices: str = "") -> str:
+    """HTML of the tools, the images (URL, what it is), a line on them and the strip. `slices` is the first image's URL
+    without the number of its slice, by which the browser asks for the others."""
     figures = "".join(
-        f'<figure><img class="large" draggable="false" alt="{html.escape(said)}" src="{url}"></figure>'
+        f'<figure><img class="large" draggable="false" alt="{html.escape(said)}" src="{html.escape(url)}"></figure>'
         for url, said in shown
     )
     buttons = "".join(_tool(*tool) for tool in TOOLS)
@@ -112,8 +113,9 @@ def page_of(shown: list[tuple[str, str]], words: str, strip: str, is_compared: b
     )
     hint = "" if shown or strip else f'<p class="hint">{EMPTY}</p>'
     return (
-        f'<div class="stage{"" if shown else " empty"}"><div class="tools" role="group" aria-label="Image">{buttons}'
-        f'</div><div class="sheet">{figures}</div><div class="maps"></div>{hint}'
+        f'<div class="stage{"" if shown else " empty"}" data-slices="{html.escape(slices)}">'
+        f'<div class="tools" role="group" aria-label="Image">{buttons}</div>'
+        f'<div class="sheet">{figures}</div><div class="maps"></div>{hint}'
         f'<p class="looked" aria-live="polite"></p></div><p class="words">{html.escape(words)}</p>'
         f'<div class="strip" role="group" aria-label="Images">{strip}</div>'
     )
