@@ -43,7 +43,7 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
     if args.parts < 0:
         raise LlavaError(f"--parts is {args.parts}; give 0 or more")
     conversion = Conversion("qa-captions", {}, [path], image_folder=image_folder, candidates=False)
-    by_image, said = _read(path, image_folder, args.field)
+    by_image, said, by_kind = _read(path, image_folder, args.field, args.kind)
     conversion.splits = {
         "captions": _captions(said, args.question, args.min_images),
         "text": _conversations(by_image),
@@ -51,7 +51,7 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
         "joined": _joined(by_image, args.turns),
     }
     if args.kind:
-        conversion.splits["kinds"] = _kinds(path, image_folder, args.kind)
+        conversion.splits["kinds"] = _kinds(by_kind)
     if args.parts:
         conversion.splits["parts"] = _parts(by_image, args.parts)
     return conversion
@@ -66,17 +66,10 @@ def statement(question: str, answer: str) -> str:
 Pairs = dict[str, list[tuple[str, str]]]
 
 
-def _kinds(path: Path, image_folder: ImageFolder, fields: list[str]) -> Iterator[Record]:
-    for index, record in enumerate(iter_records(path)):
-        where = f"{path} record {index} ({record.get('id')!r})"
-        image, pairs = _asked(record, where)
-        missing = [field for field in fields if record.get(field) is None]
-        if missing:
-            raise LlavaError(f"{where} has no {missing[0]!r}, which --kind names; give fields that every record has")
-        if image_folder.accept(image):
-            kind = ", ".join(f"{field.replace('_', ' ')}: {clean_text(record[field])}" for field in fields)
-            for number, (_, answer) in enumerate(pairs):
-                yield _one_turn(f"{record.get('id')} kind {number}", image, kind, answer)
+def _kinds(by_kind: Pairs) -> Iterator[Record]:
+    for image, pairs in by_kind.items():
+        for number, (kind, answer) in enumerate(pairs):
+            yield _one_turn(f"{image} {number} kind", image, kind, answer)
 
 
 def _parts(by_image: Pairs, times: int) -> Iterator[Record]:
@@ -95,19 +88,29 @@ def _one_turn(id: str, image: str, asked: str, answer: str) -> Record:
     return {"id": id, "image": image, "conversations": turns}
 
 
-def _read(path: Path, image_folder: ImageFolder, fields: list[str]) -> tuple[Pairs, Pairs]:
-    """(question, answer) pairs of each image, in the order of the file; and the same with the fields before them."""
+def _read(path: Path, image_folder: ImageFolder, fields: list[str], kind: list[str]) -> tuple[Pairs, Pairs, Pairs]:
+    """(question, answer) pairs of each image, in the order of the file; the same with `fields` before them; and with
+    the fields `kind` in place of the question."""
     by_image: Pairs = {}
     said: Pairs = {}
+    by_kind: Pairs = {}
     for index, record in enumerate(iter_records(path)):
         where = f"{path} record {index} ({record.get('id')!r})"
         image, pairs = _asked(record, where)
+        missing = [field for field in kind if record.get(field) is None]
+        if missing:
+            raise LlavaError(f"{where} has no {missing[0]!r}, which --kind names; give fields that every record has")
         if image_folder.accept(image):
             by_image.setdefault(image, []).extend(pairs)
-            given = [field for field in fields if record.get(field) is not None]
-            named = [(field.replace("_", " "), clean_text(record[field])) for field in given]
-            said.setdefault(image, []).extend([*named, *pairs])
-    return by_image, said
+            said.setdefault(image, []).extend([*_named(record, fields), *pairs])
+            asked = ", ".join(": ".join(pair) for pair in _named(record, kind))
+            by_kind.setdefault(image, []).extend((asked, answer) for _, answer in pairs)
+    return by_image, said, by_kind
+
+
+def _named(record: Record, fields: list[str]) -> list[tuple[str, str]]:
+    """(name, value) of the fields that a record has, as text."""
+    return [(field.replace("_", " "), clean_text(record[field])) for field in fields if record.get(field) is not None]
 
 
 def _asked(record: Record, where: str) -> tuple[str, list[tuple[str, str]]]:
