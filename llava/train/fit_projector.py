@@ -18,8 +18,8 @@ from torch import nn
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
-from llava.record_content import ASSISTANT, image_key, read_turns
-from llava.train.data.dataset import LlavaDataset, distinct_images
+from llava.record_content import ASSISTANT, read_turns
+from llava.train.data.dataset import LlavaDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +45,12 @@ def fit_projector(loaded: "LoadedModel", dataset: LlavaDataset, cache: "FeatureC
     Raises:
         LlavaError: no images, words that don't tell images apart, or a projector without weights.
     """
-    images = words_of_images(dataset)
     if cache is None:
         raise LlavaError(f"--fit_projector: no record of {dataset.store.path} has an image")
     embedding = loaded.model.get_input_embeddings().weight.detach()
+    images = words_of_images(dataset, cache)
     targets, words = word_targets(list(images.values()), loaded.tokenizer, embedding)
-    features = Features(cache, [cache.row(image) for _, image in distinct_images(dataset).values()])
+    features = Features(cache, list(images))
     found = solve(loaded.model.get_model().mm_projector, features, targets, _length(embedding))
     logger.info(
         "projector fitted to %d images and %d words: for %.1f %% of the images their own words are the nearest",
@@ -82,11 +82,11 @@ def solve(projector: nn.Module, features: "Features", targets: torch.Tensor, len
         solved = torch.linalg.solve(gram, product)
         last.weight.copy_(solved[:-1].T)
         last.bias.copy_(solved[-1])
-        lengths = torch.cat([projector(block).norm(dim=-1).mean(1) for block in features])
+        ends = [(seen.norm(dim=-1).mean(1), seen.mean(1)) for seen in map(projector, features)]
+        lengths, means = (torch.cat(each) for each in zip(*ends, strict=True))
         scale = length / float(lengths.mean())
         last.weight.mul_(scale)
         last.bias.mul_(scale)
-        means = torch.cat([projector(block).mean(1) for block in features])
     nearest = _directions(means) @ _directions(targets).T
     return float((nearest.argmax(1) == torch.arange(len(targets))).float().mean())
 
@@ -139,9 +139,9 @@ def word_targets(
     return own * _length(embedding), len(kept)
 
 
-def words_of_images(dataset: LlavaDataset) -> dict[str, Counter[str]]:
-    """{key of an image, in order of appearance: how often words stand in its records}; those of answers count twice."""
-    found: dict[str, Counter[str]] = {}
+def words_of_images(dataset: LlavaDataset, cache: "FeatureCache") -> dict[int, Counter[str]]:
+    """{row of an image in the cache: how often words stand in its records}; those of answers count twice."""
+    found: dict[int, Counter[str]] = {}
     for index in range(len(dataset)):
         said: Counter[str] = Counter()
         for turn in read_turns(dataset.store[int(dataset.numbers[index])]):
@@ -149,7 +149,7 @@ def words_of_images(dataset: LlavaDataset) -> dict[str, Counter[str]]:
             for word in re.findall(r"\w+", plain):
                 said[word] += 2 if turn.role == ASSISTANT else 1
         for image in dataset.sample(index).images:
-            found.setdefault(image_key(image), Counter()).update(said)
+            found.setdefault(cache.row(image), Counter()).update(said)
     return found
 
 
