@@ -11,7 +11,8 @@ set -eu
 : "${OUT:=runs/vqa_rad_small}"
 : "${SEED:=0}"
 : "${STEPS:=-1}"                    # of each training; -1: by epochs
-: "${STAGE_1_EPOCHS:=1}" "${KIND_EPOCHS:=3}" "${PART_EPOCHS:=3}" "${PARTS:=2}" "${RATE:=2e-4}"
+: "${STAGE_1_EPOCHS:=1}" "${KIND_EPOCHS:=3}" "${PART_EPOCHS:=4}" "${PARTS:=2}"
+: "${RATE:=2e-4}" "${PART_RATE:=3e-4}"
 : "${SAVE_STEPS:=100}"              # between checkpoints
 : "${RESAMPLES:=10000}"
 : "${SPLITS:=official clean}"
@@ -93,7 +94,7 @@ every_stage() { # split, seeing or blind
     train "$here/${run}_kinds" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
         --data_path "$here/data/kinds.json" --image_folder "$(images_of "$run")" --num_train_epochs "$KIND_EPOCHS"
     train "$here/$run" --model_name_or_path "$here/${run}_kinds" --version smollm2 \
-        --data_path "$here/data/parts.json" --image_folder "$(images_of "$run")" --num_train_epochs "$PART_EPOCHS"
+        --data_path "$here/data/parts.json" --image_folder "$(images_of "$run")" --num_train_epochs "$PART_EPOCHS" --learning_rate "$PART_RATE"
 }
 
 images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }

@@ -12,7 +12,7 @@ from llava.generation.attention.joined import Tables, has_fixed_tables, join_lay
 from llava.generation.attention.kernels import PagedKernel, working_fused, working_kernel
 from llava.generation.attention.passes import DecodingPass, PagedPass
 from llava.generation.cache.pages import PageCache
-from llava.generation.cache.rows import RowCache
+from llava.generation.cache.rows import GrowingRowCache, RowCache
 from llava.generation.decoding import Decoder, DecodingState
 from llava.generation.forward_pass import PackedPass, Row, WatchedPass, attention_by_passes
 from llava.generation.image_features import ImageEncoder
@@ -59,7 +59,9 @@ class Runner:
         self.decoder: Decoder | None = None
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         if not (self.device.type == "cuda" if paged is None else paged):
-            self.cache = RowCache(layers, self.bytes_per_position, cache_bytes, context_len)
+            is_on_cpu = {device.type for device in self.devices} == {"cpu"}
+            kind = RowCache if is_on_cpu else GrowingRowCache
+            self.cache = kind(layers, self.bytes_per_position, cache_bytes, max_rows, context_len)
             return
         self.kernel = working_kernel(self.device, self.dtype, config.num_attention_heads, heads, self.head_dim)
         self.cache = PageCache(layers, heads, self.bytes_per_position, cache_bytes, context_len, self.kernel.page)
@@ -113,8 +115,7 @@ class Runner:
         its own.
         """
         row, layers = Row(0, 0, len(prompt)), len(self.cache.layers)
-        cache = RowCache(layers, self.bytes_per_position, 0, len(prompt))
-        cache.reserve(1, len(prompt), 0)
+        cache = RowCache(layers, self.bytes_per_position, self.bytes_per_position * len(prompt), 1, len(prompt))
         ids = torch.from_numpy(prompt.ids)[None].to(self.device)
         embeds = self.model.embed_inputs(ids, image_features=self._features([prompt], [row]))
         watched = WatchedPass(cache, row, count, self.device, self.dtype, self.window)

@@ -30,7 +30,7 @@ def test_the_upper_half_on_meta_reaches_logits(fresh, images):
     engine = Engine(loaded, cache_bytes=1 << 26)
     prompts = [engine.prompts.build(request) for request in mixed_requests(images)[:3]]
     runner = engine.scheduler.runner
-    runner.cache.reserve(4, 512, 0)
+    runner.cache.prepare([512] * 4, 0)
     with torch.inference_mode():
         rows = [Row(row, 0, len(prompt)) for row, prompt in enumerate(prompts)]
         logits = runner.logits(runner.run(rows, [], prompts))

@@ -1,6 +1,9 @@
 """Packed passes, the cache's rows, and prefixes found again."""
 
 import itertools
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.generation.cache.prefix_store import BLOCK, PrefixStore, common_length
-from llava.generation.cache.rows import RowCache
+from llava.generation.cache.rows import GrowingRowCache, RowCache
 from llava.generation.forward_pass import Row, copies_in_order, split_into_groups
 
 HEADS, SIZE = 2, 4
@@ -39,30 +42,59 @@ def test_copies_come_in_order_of_dependence():
     assert copies_in_order(rows) == [([3, 3], [4, 6], 5), ([4], [5], 7)]
 
 
-def test_rows_are_written_moved_grown_and_kept():
-    cache = RowCache(1, 1, 10**9, 512)
-    cache.reserve(2, 10, 0)
+@pytest.mark.parametrize("kind", [RowCache, GrowingRowCache])
+def test_rows_are_written_moved_grown_and_kept(kind):
+    cache = kind(1, 1, 10**9, 8, 512)
+    cache.prepare([10, 10], 0)
     values = torch.randn(3, HEADS, SIZE)
     cache.write(0, torch.tensor([1, 1, 1]), torch.tensor([0, 1, 2]), values, -values)
     saved = cache.save(1, 3)
     assert torch.equal(saved[0][0], values.transpose(0, 1)) and torch.equal(saved[0][1], -saved[0][0])
     cache.move([1], [0], 3)
-    cache.reserve(5, 100, 1)
-    assert cache.layers[0].shape == (2, 5, HEADS, 128, SIZE)
+    cache.prepare([100] * 5, 1)
+    shape = (2, 8, HEADS, 512, SIZE) if kind is RowCache else (2, 5, HEADS, 128, SIZE)
+    assert cache.layers[0].shape == shape
     assert torch.equal(cache.save(0, 3)[0], saved[0])
     cache.load(3, 2, saved, 2)
     assert torch.equal(cache.save(4, 2)[0], saved[0][:, :, :2])
     cache.release()
-    assert cache.rows == cache.width == 0
+    assert cache.layers == [None]
+    assert not cache.holds([1] * 9) and not cache.holds([513]) and cache.holds([512] * 8)
 
 
-def test_memory_is_bounded():
-    cache = RowCache(1, 2, 2 * 64 * 10, 600)
-    assert cache.fits(10, 64) and not cache.fits(11, 64) and not cache.fits(10, 65)
-    assert not cache.fits(1, 601)
-    cache.reserve(10, 64, 0)
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_rows_take_the_memory_that_is_written():
+    heads, size = 8, 64
+    position = 2 * heads * size * 4
+    cache = RowCache(1, position, 2048 * position, 64, 10**6)
+    assert cache.max_width == 2048, "one row alone takes all of the limit"
+    one = torch.ones(2048, heads, size)
+    before = resident_bytes()
+    cache.prepare([2048], 0)
+    cache.write(0, torch.zeros(2048, dtype=torch.int64), torch.arange(2048), one, one)
+    assert cache.layers[0].nbytes == 64 * 2048 * position
+    assert 0.9 < (resident_bytes() - before) / (2048 * position) < 1.5
+    assert cache.holds([1024, 1024]) and cache.holds([64] * 32) and not cache.holds([1024, 1025])
+    # The first row's end belongs to nobody; it is given back when others need the memory.
+    place = cache.layers[0].data_ptr()
+    cache.prepare([64], 1)
+    assert cache.layers[0].data_ptr() == place
+    cache.prepare([64] * 32, 1)
+    assert cache.layers[0].data_ptr() != place and resident_bytes() - before < 0.5 * 2048 * position
+    assert bool((cache.layers[0][:, 0, :, :64] == 1).all()) and not cache.layers[0][:, 0, :, 64:].any()
+
+
+def test_memory_of_growing_rows_is_bounded():
+    cache = GrowingRowCache(1, 2, 2 * 64 * 10, 20, 600)
+    assert cache.holds([64] * 10) and not cache.holds([64] * 11) and not cache.holds([65, *[1] * 9])
+    assert not cache.holds([601])
+    cache.prepare([64] * 10, 0)
     cache.write(0, torch.tensor([0]), torch.tensor([0]), torch.ones(1, HEADS, SIZE), torch.ones(1, HEADS, SIZE))
-    cache.reserve(2, 300, 1)  # wider only if there are fewer
+    cache.prepare([64, 300], 1)  # wider only if there are fewer
     assert cache.layers[0].shape == (2, 2, HEADS, 320, SIZE)
     assert bool((cache.layers[0][:, 0, :, 0] == 1).all())
 
@@ -146,7 +178,7 @@ def test_hidden_states_are_transformers_own(llama, images, size):
     runner = engine.scheduler.runner
     prompts.sort(key=len, reverse=True)
     with torch.inference_mode():
-        runner.cache.reserve(size, 512, 0)
+        runner.cache.prepare([512] * size, 0)
         begun = 10
         runner.run([Row(size - 1, 0, begun)], [], prompts[-1:])
         rows = [Row(row, 0, len(prompt)) for row, prompt in enumerate(prompts[:-1])]
