@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
     "api_client": ["--items", "20", "--latency", "0.01"],
     "apply_delta": ["--layers", "0", "--rounds", "1"],
+    "cpu_products": ["--megabytes", "4", "--rounds", "1", "--rows", "2"],
     "layer_operations": [],
     "decode_roofline": [],
     "images": ["--slices", "4", "--rounds", "1", "--jpegs", "1"],

@@ -29,6 +29,7 @@ from llava.generation.scheduler import Scheduler
 from llava.generation.state import Generation, Listener
 from llava.generation.types import Answer, ContextTooLong, EngineBusy, OutOfMemory, Piece, Request
 from llava.model import LoadedModel
+from llava.model.products import use_onednn
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Engine:
         feature_bytes: for features of images; by default a quarter of `cache_bytes`, at most 512 MB.
         max_prefill: positions of prompts computed in one pass.
         paged: keys and values in pages and a layer's products joined; by default on a GPU alone. A model that is in
-            training keeps its own form with False.
+            training keeps its own form with False; else its linear modules compute by oneDNN on the CPU.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Engine:
     ):
         self.tokenizer, self.model, image_processor, self.context_len = loaded
         self.model.eval()
+        if paged is not False:
+            use_onednn(self.model)
         self.max_waiting = max_waiting
         budget = cache_budget(self.model) if cache_bytes is None else cache_bytes
         features = min(budget // 4, _MOST_FEATURES) if feature_bytes is None else feature_bytes

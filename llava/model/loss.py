@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from llava.constants import IGNORE_INDEX
+from llava.model.products import product
 
 CHUNK_ELEMENTS = 1 << 25
 """Largest block of logits that is held at once: 128 MB in float32."""
@@ -45,7 +46,7 @@ class LanguageHead(nn.Linear):
         With `targets`, int64 `[rows]`, of `hidden_states [rows, hidden]`: the sum of their cross entropies, float32.
         """
         if targets is None:
-            return super().forward(hidden_states)
+            return product(self, hidden_states)
         return sum_of_losses(self._aligned(), hidden_states, targets, self.out_features, chunk_elements)
 
     def _aligned(self) -> Callable[[torch.Tensor], torch.Tensor]:

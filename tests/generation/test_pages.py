@@ -13,8 +13,8 @@ from llava.generation.decoding import Decoder
 from tests.generation.conftest import answer_alone, ask, assert_same, mixed_requests
 
 
-def paged(loaded, **options):
-    return Engine(loaded, paged=True, **options)
+def paged(loaded, cache_bytes=1 << 26, **options):
+    return Engine(loaded, paged=True, cache_bytes=cache_bytes, **options)
 
 
 @pytest.fixture(params=[False, True], ids=["", "ahead"])

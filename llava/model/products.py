@@ -1,0 +1,45 @@
+"""Products of linear modules on the CPU, by oneDNN.
+
+torch gives float32 products to MKL, which reads weights at less than half the speed of memory on some processors
+(benchmarks/cpu_products.py). oneDNN, which torch brings along too, does not.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+_PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+"""What torch.compile makes of a linear module; None in builds without oneDNN."""
+
+
+class OneDnnLinear(nn.Linear):
+    """A linear module for answering: see `product`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return product(self, input)
+
+
+def has_onednn() -> bool:
+    return _PRODUCT is not None
+
+
+def product(module: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """What `nn.Linear` computes; of float32 on the CPU, where no gradient is asked for, by oneDNN."""
+    weight, bias = module.weight, module.bias
+    is_float32 = states.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if _PRODUCT is None or torch.is_grad_enabled() or not is_float32 or not states.is_cpu:
+        return linear(states, weight, bias)
+    made: torch.Tensor = _PRODUCT(states, weight, bias, "none", [], "")
+    return made
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Have the plain linear modules of a model compute by `product`, all but quantized and hooked ones.
+
+    Names and weights stay as they are, and so does what a training step computes.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
+            module.__class__ = OneDnnLinear

@@ -1,0 +1,83 @@
+"""Products by oneDNN: the same numbers, in answering alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava.generation import Engine
+from llava.model import load_pretrained_model
+from llava.model.products import OneDnnLinear, has_onednn, use_onednn
+from tests import tiny
+from tests.generation.conftest import ask
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="torch is built without oneDNN here")
+
+
+class Counting(TorchDispatchMode):
+    """How often oneDNN's product was taken, and torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.onednn = self.own = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.onednn += "mkldnn._linear_pointwise" in str(function)
+        self.own += any(name in str(function) for name in ("aten.linear", "aten.mm", "aten.addmm"))
+        return function(*args, **(kwargs or {}))
+
+
+@needs_onednn
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (3, 5), (2, 0)])
+def test_the_same_numbers(shape, has_bias):
+    torch.manual_seed(0)
+    module = nn.Linear(48, 33, bias=has_bias)
+    states = torch.randn(*shape, 96)[..., ::2]
+    with torch.no_grad():
+        expected = module(states)
+        use_onednn(module)
+        with Counting() as counts:
+            found = module(states)
+    assert counts.onednn == 1 and counts.own == 0 and type(module) is OneDnnLinear
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_training_is_as_before():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4, bias=False))
+    other = copy.deepcopy(plain)
+    use_onednn(other)
+    states = torch.randn(5, 8)
+    for model in (plain, other):
+        model(states).square().sum().backward()
+    assert plain.state_dict().keys() == other.state_dict().keys()
+    for one, two in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+
+
+def test_half_precision_and_hooked_modules_are_left_alone():
+    half = nn.Linear(8, 8).to(torch.bfloat16)
+    hooked = nn.Linear(8, 8)
+    hooked.forward = lambda states: states
+    use_onednn(nn.ModuleList([half, hooked]))
+    assert type(hooked) is nn.Linear
+    with torch.no_grad(), Counting() as counts:
+        half(torch.ones(2, 8, dtype=torch.bfloat16))
+    assert counts.onednn == 0
+
+
+@needs_onednn
+def test_the_engine_takes_them_and_a_model_in_training_does_not(tmp_path):
+    loaded = load_pretrained_model(tiny.make_llava(tmp_path), device="cpu")
+    requests = [ask("Is it there?", max_new_tokens=5, ignore_eos=True)]
+    with Counting() as training:
+        expected = Engine(loaded, paged=False).generate(requests)
+    assert training.onednn == 5 and training.own, "its head alone"
+    with Counting() as counts:
+        found = Engine(loaded).generate(requests)
+    assert counts.own == 0 and counts.onednn
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert Engine(loaded, paged=True).scheduler.runner.decoder is not None
