@@ -93,6 +93,11 @@ class ArgumentParser(argparse.ArgumentParser):
         group = next((one for one in self._action_groups if one.title == title), None)
         return (group or self.add_argument_group(title))._add_action(action)
 
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse prints all flags before it."""
+        complain(f"error: {message}; see --help")
+        sys.exit(EXIT_BAD_INPUT)
+
     def format_help(self) -> str:
         places = {title: place for place, title in enumerate(_ORDER)}
         self._action_groups.sort(key=lambda group: places.get(group.title or "", places[_OPTIONS]))

@@ -39,6 +39,7 @@ def test_no_abbreviations(capsys):
     with pytest.raises(SystemExit) as stop:
         parser().parse_args(["--model", "x"])
     assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --model x; see --help\n"
 
 
 def test_bad_boolean():

@@ -24,20 +24,17 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from llava.errors import LlavaError
-    from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter
+    from llava.model.checkpoint.adapter import ADAPTER_CONFIG
     from llava.model.convert.native_writer import write_native
     from llava.model.weights.locate import locate_model
 
     folder = locate_model(args.model_path, "LoRA folder")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise LlavaError(f"{folder}: no {ADAPTER_CONFIG}, so this is no LoRA folder; there is nothing to merge")
-    base = args.model_base or LoraAdapter(folder).base_name
-    if not base:
-        raise LlavaError(f"{folder / ADAPTER_CONFIG} records no base model; name it with --model-base")
     output = write_native(
         folder,
         args.save_model_path,
-        base,
+        args.model_base,
         description="A LLaVA checkpoint, its LoRA adapter merged into the base.",
         vision_tower=args.vision_tower,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
