@@ -58,8 +58,10 @@ def main(argv=None) -> None:
         write_line("llama.cpp is left out: install the extra peers")
         names.remove("llama_cpp")
     prompts = make_prompts(folder, max(args.requests))
-    pools = {name: process(name, folder) for name in names}
+    pools: dict[str, ProcessPoolExecutor] = {}
     try:
+        for name in names:
+            pools[name] = process(name, folder)
         numbers = measured(pools, prompts, args)
     finally:
         for pool in pools.values():

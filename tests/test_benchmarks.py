@@ -71,6 +71,16 @@ def test_without_the_small_model_one_line_says_how_to_get_it(tmp_path):
     assert "scripts/fetch_small_models.sh" in done.stderr
 
 
+def test_the_file_for_llama_cpp_is_written_where_its_library_is_missing_too(tmp_path):
+    pytest.importorskip("gguf")
+    code = "import sys; from peer_parts.gguf_file import write_gguf; print(write_gguf(sys.argv[1], sys.argv[2]))"
+    command = [sys.executable, "-c", code, make_llm(tmp_path / "model"), tmp_path / "model.gguf"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+    assert (tmp_path / "model.gguf").stat().st_size > 1000
+
+
 def test_every_benchmark_is_run_here():
     names = {path.stem for path in BENCHMARKS.glob("*.py")} - {"checkout"}
     assert names == {*SMALL, *LONG, "gpu"}

@@ -185,7 +185,7 @@ def _add_language_fields(writer: GGUFWriter, checkpoint: ResolvedCheckpoint, kin
     folders = checkpoint.parts.folders
     tokenizer = load_tokenizer_of(folders, folders[0])
     writer.add_file_type(_FILE_TYPES[kind])
-    _add_sizes(writer, config)
+    add_sizes(writer, config)
     rope = _rope(config)
     writer.add_rope_freq_base(float(rope.get("rope_theta") or 10000.0))
     scaling = rope.get("rope_type", "default")
@@ -202,7 +202,7 @@ def _add_language_fields(writer: GGUFWriter, checkpoint: ResolvedCheckpoint, kin
     writer.add_chat_template(chat_template(template, ""))
 
 
-def _add_sizes(writer: GGUFWriter, config: Any) -> None:
+def add_sizes(writer: GGUFWriter, config: Any) -> None:
     """How large a language model and its parts are, by its transformers' configuration."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
