@@ -115,7 +115,7 @@ class Runner:
         its own.
         """
         row, layers = Row(0, 0, len(prompt)), len(self.cache.layers)
-        cache = RowCache(layers, self.bytes_per_position, self.bytes_per_position * len(prompt), 1, len(prompt))
+        cache = RowCache(layers, self.bytes_per_position, 0, 1, len(prompt))
         ids = torch.from_numpy(prompt.ids)[None].to(self.device)
         embeds = self.model.embed_inputs(ids, image_features=self._features([prompt], [row]))
         watched = WatchedPass(cache, row, count, self.device, self.dtype, self.window)

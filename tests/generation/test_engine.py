@@ -297,6 +297,16 @@ def test_little_memory_means_waiting_not_failing(llama, images):
     assert engine.statistics()["preempted"] > 0
 
 
+def test_a_request_that_outgrows_memory_alone_goes_on(llama):
+    request = ask("Go on?", max_new_tokens=300, ignore_eos=True)
+    expected = Engine(llama).generate([request])[0].token_ids
+    engine = Engine(llama)
+    short = len(engine.prompts.build(request)) + 70
+    room = -(-short // 64) * 64 * engine.scheduler.runner.bytes_per_position
+    engine = Engine(llama, prefix_bytes=0, cache_bytes=room)
+    assert engine.generate([request])[0].token_ids == expected and len(expected) == 300
+
+
 def test_a_request_beyond_all_memory_is_refused(llama):
     per_position = Engine(llama).scheduler.runner.cache.bytes_per_position
     engine = Engine(llama, cache_bytes=per_position * 64)

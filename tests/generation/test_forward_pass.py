@@ -70,13 +70,12 @@ def resident_bytes():
 def test_rows_take_the_memory_that_is_written():
     heads, size = 8, 64
     position = 2 * heads * size * 4
-    cache = RowCache(1, position, 2048 * position, 64, 10**6)
-    assert cache.max_width == 2048, "one row alone takes all of the limit"
+    cache = RowCache(1, position, 2048 * position, 64, 10**6)  # 260 GB of addresses
     one = torch.ones(2048, heads, size)
     before = resident_bytes()
     cache.prepare([2048], 0)
     cache.write(0, torch.zeros(2048, dtype=torch.int64), torch.arange(2048), one, one)
-    assert cache.layers[0].nbytes == 64 * 2048 * position
+    assert cache.layers[0].nbytes == 64 * 10**6 * position
     assert 0.9 < (resident_bytes() - before) / (2048 * position) < 1.5
     assert cache.holds([1024, 1024]) and cache.holds([64] * 32) and not cache.holds([1024, 1025])
     # The first row's end belongs to nobody; it is given back when others need the memory.
@@ -85,7 +84,12 @@ def test_rows_take_the_memory_that_is_written():
     assert cache.layers[0].data_ptr() == place
     cache.prepare([64] * 32, 1)
     assert cache.layers[0].data_ptr() != place and resident_bytes() - before < 0.5 * 2048 * position
-    assert bool((cache.layers[0][:, 0, :, :64] == 1).all()) and not cache.layers[0][:, 0, :, 64:].any()
+    assert bool((cache.layers[0][:, 0, :, :64] == 1).all()) and not cache.layers[0][:, 0, :, 64:2048].any()
+    # Alone, a row goes beyond the limit, and isn't copied at each step.
+    cache.prepare([3000], 1)
+    place = cache.layers[0].data_ptr()
+    cache.prepare([3100], 1)
+    assert cache.layers[0].data_ptr() == place
 
 
 def test_memory_of_growing_rows_is_bounded():

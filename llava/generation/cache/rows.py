@@ -6,6 +6,7 @@ reads slices of the buffers and copies nothing. What lies past a row's length is
 
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 
 _WIDTH_STEP = 64
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+"""MAP_NORESERVE, which Python 3.11 doesn't name: addresses beyond the machine's memory are given too."""
 
 
 class RowCache:
-    """Per layer one tensor `[2, rows, kv_heads, width, head_dim]` that never moves; `[2]` is keys and values.
+    """Per layer one tensor `[2, rows, kv_heads, width, head_dim]`, made once; `[2]` is keys and values.
 
     On the CPU its addresses are reserved at once and memory is taken where rows are written, so a row grows without
     being copied. On other devices all of it is taken at the first use.
@@ -30,14 +33,13 @@ class RowCache:
         Args:
             bytes_per_position: of all layers together.
             max_bytes: of what is written.
-            rows, width: how many rows and how many positions of each there can be, at most. Addresses are reserved for
-                no wider ones than would fit `max_bytes` alone.
+            rows, width: how many rows and how many positions of each there can be, at most.
         """
         self.layers: list[torch.Tensor | None] = [None] * num_layers
         self.bytes_per_position = bytes_per_position
         self.max_bytes = max_bytes
         self.rows = rows
-        self.max_width = self.width = min(width, max_bytes // bytes_per_position)
+        self.max_width = self.width = width
         self.written: list[int] = []
         """Of each row how many positions have taken memory, by this request or by an earlier one."""
 
@@ -51,7 +53,8 @@ class RowCache:
         Only if what earlier requests have left behind takes too much memory are rows copied, to give that back.
         """
         self.written = _longer(self.written, lengths)
-        if self._bytes(self.written) > self.max_bytes:
+        # A row that runs alone may go beyond the limit.
+        if self._bytes(self.written) > max(self.max_bytes, self._bytes(lengths)):
             for index, old in enumerate(self.layers):
                 if old is not None:
                     self.layers[index] = new = _zeros(old.shape, old)
@@ -100,7 +103,7 @@ class RowCache:
         return layer
 
     def _bytes(self, lengths: Sequence[int]) -> int:
-        return sum(-(-length // _WIDTH_STEP) * _WIDTH_STEP for length in lengths) * self.bytes_per_position
+        return sum(map(_whole_steps, lengths)) * self.bytes_per_position
 
     def _layer(self, index: int, like: torch.Tensor) -> torch.Tensor:
         """The buffer of a layer; `like` is `[tokens, kv_heads, head_dim]`."""
@@ -147,7 +150,11 @@ class GrowingRowCache(RowCache):
         return rows * width * self.bytes_per_position
 
     def _rounded(self, width: int) -> int:
-        return min(-(-width // _WIDTH_STEP) * _WIDTH_STEP, max(width, self.max_width))
+        return min(_whole_steps(width), max(width, self.max_width))
+
+
+def _whole_steps(length: int) -> int:
+    return -(-length // _WIDTH_STEP) * _WIDTH_STEP
 
 
 def _longer(lengths: Sequence[int], others: Sequence[int]) -> list[int]:
@@ -163,8 +170,11 @@ def _zeros(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     if like.device.type != "cpu" or not size:
         return like.new_zeros(shape)
     # Flags that a system doesn't have change only when memory is taken.
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    space = mmap.mmap(-1, size, **private)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        space = mmap.mmap(-1, size, **private)
+    except OSError as error:
+        raise torch.OutOfMemoryError(f"the system gives no addresses for {size:,} bytes: {error.strerror}") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         space.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(space, dtype=like.dtype).view(*shape)
