@@ -12,7 +12,7 @@ from llava.generation.attention.joined import Tables, has_fixed_tables, join_lay
 from llava.generation.attention.kernels import PagedKernel, working_fused, working_kernel
 from llava.generation.attention.passes import DecodingPass, PagedPass
 from llava.generation.cache.pages import PageCache
-from llava.generation.cache.rows import GrowingRowCache, RowCache
+from llava.generation.cache.rows import GrowingRowCache, RowCache, gives_addresses
 from llava.generation.decoding import Decoder, DecodingState
 from llava.generation.forward_pass import PackedPass, Row, WatchedPass, attention_by_passes
 from llava.generation.image_features import ImageEncoder
@@ -60,7 +60,8 @@ class Runner:
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         if not (self.device.type == "cuda" if paged is None else paged):
             is_on_cpu = {device.type for device in self.devices} == {"cpu"}
-            kind = RowCache if is_on_cpu else GrowingRowCache
+            has_addresses = is_on_cpu and gives_addresses(max_rows * context_len * self.bytes_per_position)
+            kind = RowCache if has_addresses else GrowingRowCache
             self.cache = kind(layers, self.bytes_per_position, cache_bytes, max_rows, context_len)
             return
         self.kernel = working_kernel(self.device, self.dtype, config.num_attention_heads, heads, self.head_dim)

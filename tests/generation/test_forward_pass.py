@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava.generation import Engine
 from llava.generation.cache.prefix_store import BLOCK, PrefixStore, common_length
-from llava.generation.cache.rows import GrowingRowCache, RowCache
+from llava.generation.cache.rows import GrowingRowCache, RowCache, gives_addresses
 from llava.generation.forward_pass import Row, copies_in_order, split_into_groups
+from tests.generation.conftest import ask, mixed_requests
 
 HEADS, SIZE = 2, 4
 
@@ -92,6 +94,16 @@ def test_rows_take_the_memory_that_is_written():
     assert cache.layers[0].data_ptr() == place
 
 
+def test_where_addresses_count_as_memory_rows_grow(llama, monkeypatch):
+    assert not gives_addresses(1 << 62)
+    requests = [ask(f"What is {n}?", max_new_tokens=80, ignore_eos=True) for n in range(3)]
+    expected = [answer.token_ids for answer in Engine(llama).generate(requests)]
+    monkeypatch.setattr("llava.generation.runner.gives_addresses", lambda size: False)
+    engine = Engine(llama)
+    assert type(engine.scheduler.runner.cache) is GrowingRowCache
+    assert [answer.token_ids for answer in engine.generate(requests)] == expected
+
+
 def test_memory_of_growing_rows_is_bounded():
     cache = GrowingRowCache(1, 2, 2 * 64 * 10, 20, 600)
     assert cache.holds([64] * 10) and not cache.holds([64] * 11) and not cache.holds([65, *[1] * 9])
@@ -151,9 +163,6 @@ def test_no_prefix_is_kept_twice(shared):
 
 def test_an_engine_keeps_a_prompt_once(llama, images):
     """The worker's memory levels: what was answered again takes no more of it."""
-    from llava.generation import Engine
-    from tests.generation.conftest import mixed_requests
-
     engine = Engine(llama)
     requests = mixed_requests(images)[:6]
     counts = []
@@ -174,9 +183,6 @@ def test_common_length(one, other):
 @pytest.mark.parametrize("size", [1, 7])
 def test_hidden_states_are_transformers_own(llama, images, size):
     """Rows of several lengths, one of them begun before, one copied from another: the same hidden states."""
-    from llava.generation import Engine
-    from tests.generation.conftest import mixed_requests
-
     engine = Engine(llama)
     prompts = [engine.prompts.build(request) for request in mixed_requests(images)[:size]]
     runner = engine.scheduler.runner

@@ -115,7 +115,7 @@ class RowCache:
 
 
 class GrowingRowCache(RowCache):
-    """A row cache for devices that give memory only as a whole: rows × the widest of them, copied as it grows."""
+    """A row cache where memory is given only as a whole: rows × the widest of them, copied as it grows."""
 
     def __init__(self, num_layers: int, bytes_per_position: int, max_bytes: int, max_rows: int, max_width: int):
         super().__init__(num_layers, bytes_per_position, max_bytes, 0, 0)
@@ -153,6 +153,15 @@ class GrowingRowCache(RowCache):
         return min(_whole_steps(width), max(width, self.max_width))
 
 
+def gives_addresses(size: int) -> bool:
+    """Whether the system reserves addresses of so many bytes; one that counts them as memory doesn't."""
+    try:
+        _mapped(size).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
 def _whole_steps(length: int) -> int:
     return -(-length // _WIDTH_STEP) * _WIDTH_STEP
 
@@ -169,15 +178,16 @@ def _zeros(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or not size:
         return like.new_zeros(shape)
-    # Flags that a system doesn't have change only when memory is taken.
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE} if hasattr(mmap, "MAP_PRIVATE") else {}
-    try:
-        space = mmap.mmap(-1, size, **private)
-    except OSError as error:
-        raise torch.OutOfMemoryError(f"the system gives no addresses for {size:,} bytes: {error.strerror}") from error
+    space = _mapped(size)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         space.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(space, dtype=like.dtype).view(*shape)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    # Flags that a system doesn't have change only when memory is taken.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return mmap.mmap(-1, size, **private)
 
 
 def _resized(old: torch.Tensor, rows: int, width: int, used_rows: int) -> torch.Tensor:
