@@ -94,7 +94,8 @@ every_stage() { # split, seeing or blind
     train "$here/${run}_kinds" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
         --data_path "$here/data/kinds.json" --image_folder "$(images_of "$run")" --num_train_epochs "$KIND_EPOCHS"
     train "$here/$run" --model_name_or_path "$here/${run}_kinds" --version smollm2 \
-        --data_path "$here/data/parts.json" --image_folder "$(images_of "$run")" --num_train_epochs "$PART_EPOCHS" --learning_rate "$PART_RATE"
+        --data_path "$here/data/parts.json" --image_folder "$(images_of "$run")" --num_train_epochs "$PART_EPOCHS" \
+        --learning_rate "$PART_RATE"
 }
 
 images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }
