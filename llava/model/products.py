@@ -21,6 +21,10 @@ class OneDnnLinear(nn.Linear):
         return product(self, input)
 
 
+PLAIN_LINEAR = (nn.Linear, OneDnnLinear)
+"""The classes of modules that are a weight, a bias and nothing else."""
+
+
 def has_onednn() -> bool:
     return _PRODUCT is not None
 

@@ -16,7 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 
 from llava.generation.attention.passes import Layer
-from llava.model.products import OneDnnLinear
+from llava.model.products import PLAIN_LINEAR
 
 PARTS = {
     "self_attn": (LlamaAttention, MistralAttention, Qwen2Attention),
@@ -24,8 +24,6 @@ PARTS = {
     "input_layernorm": (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm),
     "post_attention_layernorm": (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm),
 }
-
-LINEAR = (nn.Linear, OneDnnLinear)
 
 
 class Rotation(Protocol):
@@ -195,7 +193,7 @@ def _is_plain(block: Any) -> bool:
     return (
         not any(hasattr(module, "_hf_hook") for module in block.modules())
         and len(linears) == 7
-        and all(type(module) in LINEAR and not is_traceable_wrapper_subclass(module.weight) for module in linears)
+        and all(type(module) in PLAIN_LINEAR and not is_traceable_wrapper_subclass(module.weight) for module in linears)
         and len({parameter.device for parameter in block.parameters()}) == 1
         and isinstance(block.mlp.act_fn, nn.SiLU | type(_silu_of_library()))
     )
