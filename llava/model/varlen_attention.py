@@ -1,4 +1,4 @@
-"""Causal attention over samples that follow each other, on a GPU: one kernel, whichever is installed.
+"""Causal attention over sequences that follow each other, on a GPU: one kernel, whichever is installed.
 
 flash-attn 3 (Hopper), flash-attn 2, or torch's own `varlen_attn`. What a kernel takes (a window, a scale, fewer
 heads for keys than for queries) is read from its signature: it changed from release to release.
@@ -23,7 +23,8 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """`attend(q, k, v, borders, longest, scale, window)`, tensors `[tokens, heads, size]`, to the same shape as q."""
+    """`attend(q, k, v, (query borders, key borders), (longest of queries, of keys), scale, window)`, tensors `[tokens,
+    heads, size]`, to the same shape as q."""
 
     attend: Callable[..., torch.Tensor]
     takes_groups: bool
@@ -39,17 +40,20 @@ def varlen_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    key_borders: torch.Tensor | None = None,
+    longest_keys: int | None = None,
     kernel: Kernel | None = None,
 ) -> torch.Tensor:
-    """Causal attention within samples.
+    """Causal attention within sequences; the last query of each sees all of its keys, the one before one less, ….
 
     Args:
-        query: `[tokens, heads, size]`; key and value may have fewer heads (grouped queries). Where one of the three
-            is in half precision all of them are brought to its dtype.
-        borders: int32 `[samples + 1]`, where each sample starts, and the end.
-        longest: tokens of the longest sample, or more.
+        query: `[tokens, heads, size]`; key and value `[keys, …]` may have fewer heads (grouped queries). Where one of
+            the three is in half precision all of them are brought to its dtype.
+        borders: int32 `[sequences + 1]`, where the queries of each sequence start, and the end.
+        longest: queries of the longest sequence, or more.
         scale: of the scores; None: 1 / sqrt(size).
         window: how many tokens back, itself included, a token sees; None: all.
+        key_borders, longest_keys: the same for keys, no fewer in a sequence than queries; None: there are as many.
         kernel: in place of the installed one.
 
     Returns:
@@ -60,13 +64,15 @@ def varlen_attention(
     """
     if borders is None or longest is None:
         raise LlavaError("attention over joined samples needs their borders (cu_seq_lens_q, max_length_q)")
+    if key_borders is None or longest_keys is None:
+        key_borders, longest_keys = borders, longest
     dtype = next((tensor.dtype for tensor in (value, query, key) if tensor.dtype in HALVES), query.dtype)
     q, k, v = (tensor.to(dtype).contiguous() for tensor in (query, key, value))
-    window = None if window is None or window >= longest else window
+    window = None if window is None or window >= longest_keys else window
     kernel = kernel or installed_kernel()
     if k.shape[1] != q.shape[1] and not kernel.takes_groups:
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
-    return kernel.attend(q, k, v, borders, longest, scale, window)
+    return kernel.attend(q, k, v, (borders, key_borders), (longest, longest_keys), scale, window)
 
 
 @cache
@@ -93,7 +99,7 @@ def flash_kernel(function: Callable) -> Kernel:
 
     def attend(q, k, v, borders, longest, scale, window):
         out = function(
-            q, k, v, borders, borders, longest, longest,
+            q, k, v, *borders, *longest,
             softmax_scale=scale, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0),
         )  # fmt: skip
         return out[0] if isinstance(out, tuple) else out  # some releases of version 3 give the scores' sums too
@@ -120,6 +126,6 @@ def torch_kernel(function: Callable) -> Kernel:
             q = q * (scale * math.sqrt(q.shape[-1]))
         if has_groups:
             options["enable_gqa"] = k.shape[1] != q.shape[1]
-        return function(q, k, v, borders, borders, longest, longest, **options)
+        return function(q, k, v, *borders, *longest, **options)
 
     return Kernel(attend, has_groups)

@@ -10,7 +10,8 @@ from PIL import Image
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import Sample
-from llava.train.data.shared_images import join, joinable
+from llava.train.data.shared_images import join, joinable, seen_by
+from llava.train.step import packing
 from llava.train.step.packing import packed_attention
 from llava.train.train import train
 from tests.train.helpers import flags, losses
@@ -39,11 +40,14 @@ def test_what_is_joined_shares_images_and_all_that_comes_before_their_end():
 
 
 def test_a_joined_sample_keeps_each_ones_positions_and_targets():
-    ids, labels, positions, branches = join([sample([1, *IMAGE, 5, 6]), sample([1, *IMAGE, 7, 8, 9], targets=2)], 3)
+    ids, labels, positions, lengths = join([sample([1, *IMAGE, 5, 6]), sample([1, *IMAGE, 7, 8, 9], targets=2)], 3)
     assert ids.tolist() == [1, *IMAGE, 5, 6, 7, 8, 9]
     assert labels.tolist() == [-100, -100, -100, -100, 6, -100, 8, 9]
     assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
-    assert branches.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert lengths == [3, 2, 3]
+    seen, places = seen_by([lengths, [2]])
+    assert seen.tolist() == [3, 5, 6, 2]
+    assert places.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9]
 
 
 def test_a_batch_has_each_image_once():
@@ -55,7 +59,9 @@ def test_a_batch_has_each_image_once():
     cache = type("Cache", (), {"take": staticmethod(lambda rows: rows)})()
     batch = Collator(pad_id=0, packing=True, share_images=True, pack_length=12, cache=cache)(items)
     assert batch["vision_features"] == [0] and batch["image_positions"].tolist() == [1, 2]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 7, 10, 12]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 7, 10, 12]
+    assert batch["cu_seq_lens_k"].tolist() == [0, 3, 8, 13, 16, 18]
+    assert (batch["max_length_q"], batch["max_length_k"], len(batch["key_places"])) == (3, 5, 18)
     assert (batch["num_tokens"], batch["sample_numbers"]) == (10, [3, 4, 9])
 
 
@@ -65,19 +71,30 @@ def test_each_branch_attends_as_if_alone(window, dtype):
     random = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 10, 8, generator=random, dtype=dtype)
     key, value = (torch.randn(1, 2, 10, 8, generator=random, dtype=dtype) for _ in range(2))
-    branches = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 0, 0], dtype=torch.int32)
-    borders = torch.tensor([0, 8, 10], dtype=torch.int32)
+    seen, places = seen_by([[3, 3, 2], [2]])
 
-    def attend(places, borders, branches=None):
-        q, k, v = (tensor[:, :, places] for tensor in (query, key, value))
+    def attend(tokens, borders, **more):
+        q, k, v = (tensor[:, :, tokens] for tensor in (query, key, value))
+        borders = torch.tensor(borders, dtype=torch.int32)
         return packed_attention(
-            None, q, k, v, None, cu_seq_lens_q=borders, max_length_q=8, sliding_window=window, branches=branches
+            None, q, k, v, None, cu_seq_lens_q=borders, max_length_q=6, sliding_window=window, **more
         )[0]
 
-    joined = attend(torch.arange(10), borders, branches)
-    for alone, rest in (([0, 1, 2, 3, 4, 5], 6), ([0, 1, 2, 6, 7], 5), ([8, 9], 2)):
-        expected = attend(torch.tensor(alone), torch.tensor([0, rest], dtype=torch.int32))
+    joined = attend(
+        torch.arange(10), [0, 3, 6, 8, 10], key_places=torch.from_numpy(places),
+        cu_seq_lens_k=torch.tensor([0, *seen.cumsum()], dtype=torch.int32), max_length_k=6,
+    )  # fmt: skip
+    for alone in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7], [8, 9]):
+        expected = attend(torch.tensor(alone), [0, len(alone)])
         torch.testing.assert_close(joined[:, alone], expected, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=0)
+
+
+def test_what_many_branches_see_gets_a_gradient_summed_in_float32():
+    """bfloat16 has 8 bits: 400 times a thousandth, added one by one, would stay near a quarter."""
+    places = torch.zeros(401, dtype=torch.int64)
+    rows = torch.zeros(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    packing._seen(rows, places).backward(torch.full((401, 1, 1), 1e-3, dtype=torch.bfloat16))
+    assert rows.grad.item() == pytest.approx(0.401, rel=0.01)
 
 
 @pytest.mark.parametrize("more", [(), ("--cache_vision_features",), ("--gradient_checkpointing", "True")])

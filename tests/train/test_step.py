@@ -16,6 +16,7 @@ from llava.model.varlen_attention import Kernel
 from llava.train import checks, setup_run
 from llava.train.arguments import parse_arguments
 from llava.train.data.record_store import open_records
+from llava.train.data.shared_images import seen_by
 from llava.train.prepare_model import prepare_model
 from llava.train.step import packing
 from llava.train.step.compute import activation_budget, compile_layers, flags_of_the_path, set_policy
@@ -85,6 +86,7 @@ def counted(monkeypatch, argv) -> list[list[str]]:
         ("llama", ("--lora_enable", "True", "--gradient_accumulation_steps", "2")),
         ("llama", ("--per_device_train_batch_size", "1", "--tune_mm_mlp_adapter")),
         ("llama", ("--packing", "--max_tokens_per_batch", "200", "--cache_vision_features")),
+        ("llama", ("--packing", "--max_tokens_per_batch", "200", "--questions_per_image", "4")),
     ],
 )
 def test_no_micro_batch_waits(tmp_path, base, data, monkeypatch, kind, more):
@@ -142,6 +144,25 @@ def test_a_compiled_layer_is_one_graph_for_all_layers_and_packs(base, monkeypatc
             cu_seq_lens_q=torch.tensor(borders, dtype=torch.int32), max_length_q=max(np.diff(borders)).item(),
         )  # fmt: skip
     assert 1 <= graphs.frame_count <= 2
+
+
+def test_a_compiled_layer_stays_one_graph_where_questions_share_an_image(base, monkeypatch):
+    """One graph, one more once the number of questions has changed, and one for a pack whose image has only one."""
+    monkeypatch.setattr(packing.gpu, "takes_kernel", lambda *tensors: True)
+    model = load_pretrained_model(base["llama"], device="cpu").model.get_model()
+    graphs = CompileCounter()
+    compile_layers(model, backend=graphs, fullgraph=True)
+    packing.use_packed_attention(model.config, ONE_SAMPLE)
+    for lengths in ([[4, 3, 5]], [[4, 3, 2, 3]], [[2, 3], [3, 2, 2]], [[4, 2, 2, 2, 2]]):
+        seen, places = seen_by(lengths)
+        sizes = np.concatenate(lengths)
+        model(
+            inputs_embeds=torch.randn(1, 12, model.config.hidden_size).requires_grad_(), use_cache=False,
+            cu_seq_lens_q=torch.from_numpy(np.cumsum([0, *sizes]).astype(np.int32)), max_length_q=int(sizes.max()),
+            cu_seq_lens_k=torch.from_numpy(np.cumsum([0, *seen]).astype(np.int32)), max_length_k=int(seen.max()),
+            key_places=torch.from_numpy(places),
+        )  # fmt: skip
+    assert 1 <= graphs.frame_count <= 3
 
 
 @pytest.mark.parametrize("more", [(), ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "1")])

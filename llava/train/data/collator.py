@@ -9,7 +9,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.tokenization import pad_batch
 from llava.train.data.dataset import Report, Sample
 from llava.train.data.feature_cache import FeatureCache
-from llava.train.data.shared_images import join, joinable
+from llava.train.data.shared_images import Joined, join, joinable, seen_by
 
 META_KEYS = ("sample_numbers", "num_tokens", "report")
 """Of a batch: what is for the trainer; the model never sees it."""
@@ -21,8 +21,8 @@ class Collator:
     Padded: `input_ids`, `labels` int64 [batch, longest]; `attention_mask` bool of the same shape, left out when
     there is no padding (attention is faster without). Packed: [1, all tokens], `position_ids` that start anew
     with each sample, and the sample's borders (`cu_seq_lens_q/k` int32 [samples + 1], `max_length_q/k`). With
-    `share_images` samples of one image are joined (llava.train.data.shared_images), and `branches` int32 [all tokens]
-    says what is shared (0) and what is of one of them alone (1, 2, …).
+    `share_images` samples of one image are joined (llava.train.data.shared_images); borders are then those of their
+    parts (`_q`) and of what each part sees (`_k`), and `key_places` int64 says which tokens these are.
     Either way `image_positions` and `target_positions`, int64: where image positions, and labels that are targets,
     lie in the flattened ids. Nothing of a step then depends on values, and the GPU is never waited for.
     Images: `pixel_values` float32 [images, 3, H, W] in reading order, or `vision_features` [images,
@@ -80,29 +80,31 @@ class Collator:
             batch["attention_mask"] = torch.from_numpy(padded["attention_mask"])
         return {**batch, "real_tokens": padded["attention_mask"].sum()}
 
-    def _packed(self, joined: list[tuple[np.ndarray, ...]]) -> dict[str, Any]:
-        real_tokens = sum(len(ids) for ids, *_ in joined)
+    def _packed(self, joined: list[Joined]) -> dict[str, Any]:
+        real_tokens = sum(len(one.input_ids) for one in joined)
         if self.pack_length and real_tokens < self.pack_length:
             joined.append(join([self._padding(self.pack_length - real_tokens)]))
-        borders = np.cumsum([0] + [len(ids) for ids, *_ in joined]).astype(np.int32)
-        ids, labels, positions, branches = (np.concatenate(parts) for parts in zip(*joined))
-        labels = labels.astype(np.int64)
-        # A sample's first token is predicted by nothing; unpacked, the shift drops it.
+        ids = np.concatenate([one.input_ids for one in joined]).astype(np.int64)
+        labels = np.concatenate([one.labels for one in joined]).astype(np.int64)
+        positions = np.concatenate([one.positions for one in joined])
+        sizes = np.concatenate([one.lengths for one in joined])
+        borders = _borders(sizes)
+        # A sample's first token is predicted by nothing; unpacked, the shift drops it. A branch's is no target.
         labels[borders[:-1]] = IGNORE_INDEX
-        longest = int(np.diff(borders).max())
-        cu_seq_lens = torch.from_numpy(borders)
         batch = {
-            "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
+            "input_ids": torch.from_numpy(ids)[None],
             "labels": torch.from_numpy(labels)[None],
             "position_ids": torch.from_numpy(positions)[None],
-            "cu_seq_lens_q": cu_seq_lens,
-            "cu_seq_lens_k": cu_seq_lens,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": int(sizes.max()),
+            "max_length_k": int(sizes.max()),
             "real_tokens": real_tokens,
         }
         if self.share_images:
-            batch["branches"] = torch.from_numpy(branches)
+            seen, places = seen_by(one.lengths for one in joined)
+            batch |= {"cu_seq_lens_k": _borders(seen), "max_length_k": int(seen.max())}
+            batch["key_places"] = torch.from_numpy(places)
         return batch
 
     def _add_images(self, batch: dict[str, Any], items: list[dict[str, Any]]) -> None:
@@ -113,3 +115,8 @@ class Collator:
         images = [item["pixel_values"] for item in items if "pixel_values" in item]
         if images:
             batch["pixel_values"] = torch.from_numpy(np.concatenate(images))
+
+
+def _borders(sizes: np.ndarray) -> torch.Tensor:
+    """int32 [sequences + 1]: where each sequence of such lengths starts, and the end."""
+    return torch.from_numpy(np.cumsum([0, *sizes]).astype(np.int32))

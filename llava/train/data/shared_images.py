@@ -2,11 +2,12 @@
 
 Samples of the same images whose ids are equal up to the end of the last image are joined: first what they share, then
 the rest of each, a branch. A branch sees what is shared and itself, at the positions that it has alone, so losses and
-gradients are those of the samples one by one; only tokens are saved.
+gradients are those of the samples one by one; only tokens are saved. To attention a branch is a sequence whose keys
+begin elsewhere, at what is shared (`seen_by`).
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,17 +56,43 @@ def groups_of_one_image(dataset: LlavaDataset, most: int, seed: int) -> tuple[li
     return groups, np.array([lengths[group].sum() for group in groups], np.int64) - np.array(saved, np.int64)
 
 
-def join(samples: list[Sample], shared: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Samples that `joinable` put together, as one; `shared` is what it says of them, and nothing for one alone.
+class Joined(NamedTuple):
+    """Samples that share their beginning: ids and labels, int32, and positions, int64, that each sample has alone, all
+    [tokens]; how many tokens are shared, then how many each branch has."""
 
-    Returns:
-        ids and labels, int32; positions, int64, that each sample has alone; branches, int32: 0 for what is shared, n
-        for what only the nth sample has. All [tokens].
-    """
+    input_ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    lengths: list[int]
+
+
+def join(samples: list[Sample], shared: int = 0) -> Joined:
+    """Samples that `joinable` put together, as one; `shared` is what it says of them, and nothing for one alone."""
     if len(samples) == 1:
         shared = len(samples[0].input_ids)
     rests = [np.arange(shared, len(sample.input_ids)) for sample in samples]
     ids = [samples[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in samples)]
     labels = [samples[0].labels[:shared], *(sample.labels[shared:] for sample in samples)]
-    branches = np.repeat(np.arange(len(samples) + 1), [len(part) for part in ids]).astype(np.int32)
-    return np.concatenate(ids), np.concatenate(labels), np.concatenate([np.arange(shared), *rests]), branches
+    lengths = [len(part) for part in ids if len(part)]
+    return Joined(np.concatenate(ids), np.concatenate(labels), np.concatenate([np.arange(shared), *rests]), lengths)
+
+
+def seen_by(lengths: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """What is seen by each part of joined samples that follow each other, by their lengths (`Joined`).
+
+    Returns:
+        How many tokens each part sees, [parts]; which they are, one part after the other, int64.
+    """
+    counts: list[int] = []
+    places: list[np.ndarray] = []
+    start = 0
+    for shared, *branches in lengths:
+        counts.append(shared)
+        places.append(np.arange(start, start + shared))
+        end = start + shared
+        for branch in branches:
+            counts.append(shared + branch)
+            places += [np.arange(start, start + shared), np.arange(end, end + branch)]
+            end += branch
+        start = end
+    return np.array(counts), np.concatenate(places)

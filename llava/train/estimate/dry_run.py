@@ -36,7 +36,6 @@ ASSUMED_RECORDS = 100_000
 
 ATTENTION = {
     "packed": "packed: variable-length kernel (flash-attn, or torch's varlen_attn)",
-    "branches": "packed: scaled_dot_product_attention over the whole batch, with a mask",
     "causal": "causal: fused kernel of scaled_dot_product_attention",
     "sdpa": "sdpa: fused kernel of scaled_dot_product_attention, with a mask",
     "eager": "eager: matrix products",

@@ -58,8 +58,8 @@ class FakeBatches:
 def _pairs(batch: dict[str, Any]) -> int:
     if "cu_seq_lens_q" not in batch:
         return 0
-    lengths = batch["cu_seq_lens_q"].diff().tolist()
-    return sum(length * (length + 1) // 2 for length in lengths)
+    lengths = zip(batch["cu_seq_lens_q"].diff().tolist(), batch["cu_seq_lens_k"].diff().tolist())
+    return sum(own * (seen - own) + own * (own + 1) // 2 for own, seen in lengths)
 
 
 class DryTrainer(LlavaTrainer):
@@ -68,7 +68,7 @@ class DryTrainer(LlavaTrainer):
     Attributes:
         micro_batches: what each took.
         rest: what came after them: clipping, the optimizer.
-        attention_name: what transformers knows the language model's attention by; branches: of shared images.
+        attention_name: what transformers knows the language model's attention by.
         gradient_dtypes: of the sums that the optimizer gets.
         checkpoint: what writing one took.
     """
@@ -109,9 +109,6 @@ class DryTrainer(LlavaTrainer):
         self.tracker.pairs = inputs.pop("dry_pairs")
         tokens, samples, begun = inputs["num_tokens"], len(inputs["sample_numbers"]), Mark(self.tracker)
         self.attention_name = self.accelerator.unwrap_model(model).config._attn_implementation
-        collator: Any = self.data_collator
-        if collator.share_images:
-            self.attention_name = "branches"
         loss = super().training_step(model, inputs, num_items_in_batch)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         note_all(self.tracker.memory, gradients, "gradients")

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -80,20 +80,23 @@ def packed_attention(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None,
+    key_places: torch.Tensor | None = None,
     sliding_window: int | None = None,
-    branches: torch.Tensor | None = None,
     kernel: Kernel | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within samples.
+    """Causal attention within sequences: samples, or parts of samples that share their beginning.
 
     Args:
         query: `[1, heads, tokens, size]`; key and value may have fewer heads (grouped queries).
-        cu_seq_lens_q: int32 `[samples + 1]`, where each sample starts, and the end.
-        max_length_q: tokens of the longest sample, or more.
+        cu_seq_lens_q: int32 `[sequences + 1]`, where each sequence starts, and the end.
+        max_length_q: tokens of the longest sequence, or more.
+        cu_seq_lens_k, max_length_k: the same of what the sequences see; with `key_places` alone they differ.
+        key_places: int64 `[keys]`, which tokens the sequences see, one sequence after the other, its own tokens last
+            (llava.train.data.shared_images). None: each sees its own.
         sliding_window: how many tokens back, itself included, a token sees; None: all.
-        branches: int32 `[tokens]`: 0 for tokens that all later ones of their sample see; others are seen by those of
-            the same number (llava.train.data.shared_images). None: samples have no branches.
         kernel: what computes it on a GPU in half precision; None: the installed one.
 
     Returns:
@@ -104,58 +107,60 @@ def packed_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise LlavaError("packed attention needs the samples' borders (cu_seq_lens_q, max_length_q)")
-    if gpu.is_on_gpu(query.device) and branches is not None:
-        # No kernel of variable length knows branches.
-        sees = _sees(_sample_numbers(cu_seq_lens_q, query.shape[2]), branches, sliding_window)
-        return _masked(query, key, value, sees, scaling, dropout).transpose(1, 2), None
-    if gpu.takes_kernel(query, key, value):
+    if key_places is None:
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
+    elif cu_seq_lens_k is None or max_length_k is None:
+        raise LlavaError("packed attention needs the borders of what is seen (cu_seq_lens_k, max_length_k)")
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    if gpu.takes_kernel(q, k, v):
         if dropout:
             raise LlavaError("attention dropout isn't possible in packed batches on a GPU; set attention_dropout to 0")
-        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         out = varlen_attention(
-            q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=sliding_window, kernel=kernel
-        )
+            q, _seen(k, key_places), _seen(v, key_places), cu_seq_lens_q, max_length_q, scale=scaling,
+            window=sliding_window, key_borders=cu_seq_lens_k, longest_keys=max_length_k, kernel=kernel,
+        )  # fmt: skip
         return out.unsqueeze(0), None
-    return _sample_by_sample(query, key, value, cu_seq_lens_q, branches, scaling, dropout, sliding_window), None
+    dtype = q.dtype
+    if dtype in HALVES and max_length_k <= FLOAT32_TOKENS:
+        q, k, v = q.float(), k.float(), v.float()
+    k, v = _seen(k, key_places), _seen(v, key_places)
+    out = _one_by_one(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling, dropout, sliding_window)
+    return out.to(dtype).unsqueeze(0), None
+
+
+def _seen(tensor: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """Rows of `[tokens, heads, size]` at `places`; None: all.
+
+    The gradients of a row that is taken often are summed in float32, each time in the same order, as an embedding's.
+    """
+    if places is None:
+        return tensor
+    return embedding(places, tensor.flatten(1).float()).to(tensor.dtype).unflatten(1, tensor.shape[1:])
 
 
 @torch.compiler.disable
-def _sample_by_sample(query, key, value, borders, branches, scale: float | None, dropout: float, window: int | None):
+def _one_by_one(q, k, v, borders, key_borders, scale: float | None, dropout: float, window: int | None) -> torch.Tensor:
     """`packed_attention` by SDPA; it reads the borders, which lie where no waiting is needed: on the CPU."""
-    sizes = borders.diff().tolist()
-    dtype = query.dtype
-    if dtype in HALVES and max(sizes) <= FLOAT32_TOKENS:
-        query, key, value = query.float(), key.float(), value.float()
-    apart = borders.new_zeros(query.shape[2]) if branches is None else branches
+    sizes = [border.diff().tolist() for border in (borders, key_borders, key_borders)]
     parts = []
-    for q, k, v, own in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), apart.split(sizes)):
-        plain = branches is None and (window is None or window >= len(own))
-        sees = None if plain else _sees(torch.zeros_like(own), own, window)
-        parts.append(_masked(q, k, v, sees, scale, dropout))
-    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype)
+    for own in zip(*(tensor.transpose(0, 1).split(size, 1) for tensor, size in zip((q, k, v), sizes)), strict=True):
+        queries, keys, values = own
+        sees = _sees(queries.shape[1], keys.shape[1], window, q.device)
+        out = scaled_dot_product_attention(
+            queries[None], keys[None], values[None], attn_mask=sees, is_causal=sees is None, scale=scale,
+            dropout_p=dropout, enable_gqa=len(keys) != len(queries),
+        )  # fmt: skip
+        parts.append(out[0])
+    return torch.cat(parts, dim=1).transpose(0, 1)
 
 
-def _masked(query, key, value, sees: torch.Tensor | None, scale: float | None, dropout: float) -> torch.Tensor:
-    """SDPA where a token sees what `sees`, bool `[tokens, tokens]`, says; None: all before it."""
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=sees, is_causal=sees is None, scale=scale, dropout_p=dropout,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )  # fmt: skip
-
-
-def _sees(samples: torch.Tensor, branches: torch.Tensor, window: int | None) -> torch.Tensor:
-    """bool `[tokens, tokens]`, True where a token sees another, by their samples' and branches' numbers, [tokens]."""
-    sees = (branches == 0) | (branches == branches[:, None])
-    sees &= samples == samples[:, None]
-    sees = sees.tril()
-    if window is None or window >= len(sees):
-        return sees
-    return sees & (sees.flip(1).cumsum(1).flip(1) <= window)  # of what it sees, the last
-
-
-def _sample_numbers(borders: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Of each token the number of its sample, int64 `[tokens]`."""
-    return torch.bucketize(torch.arange(tokens, device=borders.device), borders[1:], right=True)
+def _sees(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """bool `[queries, keys]`, True where a query sees a key, the last one all of them; None: plain causal attention."""
+    window = keys if window is None else window
+    if queries == keys and window >= keys:
+        return None
+    before = keys - queries
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before).triu(before + 1 - window)
 
 
 def fill_batches(
