@@ -162,9 +162,11 @@ def test_a_visitor_is_told_of_the_conversation_log(browser, controller, tmp_path
         expect(page.locator("#kept")).to_contain_text(said, timeout=PATIENCE)
         expect(page.locator("#kept")).to_be_visible()
         wait_until(lambda: page.locator("#model input").input_value() == "some-model", 120)
+        page.locator("#box textarea").fill("Is it kept?")
         page.locator("#example-chest").click()
         expect(page.locator("#viewer img.large")).to_have_count(1, timeout=PATIENCE)
-        ask(page, "Is it kept?")
+        expect(page.locator("#box textarea")).to_have_value("Is it kept?")  # not the card's own question
+        page.locator("#box textarea").press("Enter")
         expect(last_answer(page)).to_contain_text("kept?", timeout=PATIENCE)
         wait_until(lambda: list(kept.glob("*.jsonl")), 60)
         (path,) = kept.glob("*.jsonl")

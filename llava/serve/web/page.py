@@ -186,7 +186,7 @@ class Page:
         for chatbot in self.views:
             # The component's own bin empties only what is seen.
             chatbot.clear(self.on_clear, [self.chat, self.model], self.view, **quiet)
-        self.examples.select(self.on_example, [self.chat, self.model], self.view, **quiet)
+        self.examples.select(self.on_example, [self.chat, self.box, self.model], self.view, **quiet)
         self.viewer.view.select(self.on_look, [self.chat, self.model], [self.draft, *self.scan.controls], **quiet)
         self.settings.speed.input(self.on_speed, [self.chat, self.settings.speed], self.views, **quiet)
         self.incoming.connect(self.chat, self.box, self.draft, self.model, self.views, quiet)
@@ -322,12 +322,14 @@ class Page:
         new = Chat(is_compared=chat.is_compared, shows_speed=chat.shows_speed)
         return [*self._show(new, model, box={"text": "", "files": []}), *await self._desk(new, model)]
 
-    async def on_example(self, chat: Chat, model: str | None, event: gr.SelectData):
+    async def on_example(self, chat: Chat, box: dict, model: str | None, event: gr.SelectData):
+        """The card's image, and its question, unless the visitor has typed one."""
         if event.index not in range(len(EXAMPLES)):
             return self._unchanged()
         name, _, question = EXAMPLES[event.index]
         chat.draft, chat.looked = [UploadedImage.from_bytes(draw_example(name))], None
-        return [*self._show(chat, model, box={"text": question, "files": []}), *await self._desk(chat, model)]
+        text = (box["text"] or "").strip() or question
+        return [*self._show(chat, model, box={"text": text, "files": []}), *await self._desk(chat, model)]
 
     async def on_look(self, chat: Chat, model: str | None, event: gr.SelectData):
         """Another image of the strip, one less, or the image as the model sees it beside it."""
