@@ -10,7 +10,7 @@ LLAMA_CPP := $(VENV)/.llama-cpp
 CLIENTS := $(VENV)/clients
 OLDEST := $(VENV)/oldest
 
-.PHONY: help install lock audit sbom demo serve chat clients test test-all test-real test-oldest fuzz fuzz-api kills soak lint format images docs clean
+.PHONY: help install lock audit sbom demo serve chat clients test coverage test-all test-real test-oldest fuzz fuzz-api kills soak lint format images docs clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -63,6 +63,11 @@ $(DEEPSPEED): $(STAMP)
 
 test: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL)  ## the tests that CI runs
 	$(BIN)/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile
+
+coverage: $(STAMP) $(OPENCLIP) $(DEEPSPEED) $(LMMS_EVAL)  ## the same, and which lines of llava/ they ran; a table in runs/coverage.txt
+	mkdir -p runs
+	$(BIN)/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile --cov --cov-report=
+	$(BIN)/coverage report --show-missing > runs/coverage.txt; code=$$?; tail -1 runs/coverage.txt; exit $$code
 
 # Clients of the API that others wrote, in an environment of their own; what can't be had is left out.
 clients: $(CLIENTS)/.installed  ## install what tests/clients talks with (minutes)
