@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 _PRODUCT: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 """What torch.compile makes of a linear module; None in builds without oneDNN."""
+
+_MOST_ROWS = 2048
+"""Of one product; more are computed in parts."""
 
 
 class OneDnnLinear(nn.Linear):
@@ -35,8 +38,25 @@ def product(module: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     is_float32 = states.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if _PRODUCT is None or torch.is_grad_enabled() or not is_float32 or not states.is_cpu:
         return linear(states, weight, bias)
-    made: torch.Tensor = _PRODUCT(states, weight, bias, "none", [], "")
-    return made
+    rows = states.reshape(-1, states.shape[-1])
+    parts = [
+        _PRODUCT(pad(part, (0, 0, 0, padded_rows(len(part)) - len(part))), weight, bias, "none", [], "")[: len(part)]
+        for part in rows.split(_MOST_ROWS)
+    ]
+    made: torch.Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return made.view(*states.shape[:-1], len(weight))
+
+
+def padded_rows(count: int) -> int:
+    """The rows that a product of `count` rows is computed with: up to 8 as they are, then four sizes for each doubling.
+
+    oneDNN makes code for each number of rows that it meets and keeps it: 4,800 products of 1 to 1,200 rows left 2.7 GB
+    behind, padded ones 0.1 GB.
+    """
+    if count <= 8:
+        return count
+    step = 1 << (count - 1).bit_length() - 3
+    return -(-count // step) * step
 
 
 def use_onednn(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.generation import Engine
 from llava.model import load_pretrained_model
-from llava.model.products import OneDnnLinear, has_onednn, use_onednn
+from llava.model.products import OneDnnLinear, has_onednn, padded_rows, use_onednn
 from tests import tiny
 from tests.generation.conftest import ask
 
@@ -22,9 +22,12 @@ class Counting(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.onednn = self.own = 0
+        self.rows: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.onednn += "mkldnn._linear_pointwise" in str(function)
+        if "mkldnn._linear_pointwise" in str(function):
+            self.onednn += 1
+            self.rows.add(len(args[0]))
         self.own += any(name in str(function) for name in ("aten.linear", "aten.mm", "aten.addmm"))
         return function(*args, **(kwargs or {}))
 
@@ -43,6 +46,30 @@ def test_the_same_numbers(shape, has_bias):
             found = module(states)
     assert counts.onednn == 1 and counts.own == 0 and type(module) is OneDnnLinear
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_onednn
+def test_however_many_rows_there_are_products_have_few_sizes():
+    """oneDNN keeps what it makes for each size."""
+    module = OneDnnLinear(4, 3)
+    with torch.no_grad(), Counting() as counts:
+        for rows in [*range(1, 2100), 5000]:
+            assert module(torch.ones(rows, 4)).shape == (rows, 3)
+    assert max(counts.rows) == 2048 and len(counts.rows) == 40
+    assert all(count <= padded_rows(count) <= 1.25 * count for count in range(1, 2049))
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [9, 2048, 2049, 4500])
+def test_padded_and_divided_products_are_the_same(rows):
+    torch.manual_seed(0)
+    module = nn.Linear(16, 8)
+    states = torch.randn(rows, 16)
+    with torch.no_grad():
+        expected = module(states)
+        use_onednn(module)
+        torch.testing.assert_close(module(states), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(module(states[0]), expected[0], atol=1e-5, rtol=1e-5)
 
 
 def test_training_is_as_before():
