@@ -235,6 +235,14 @@ def attend_as_one(q, k, v, borders, longest, scale, window):
 ONE_SAMPLE = Kernel(attend_as_one, takes_groups=True)
 
 
+@pytest.mark.parametrize(
+    ("more", "length"), [((), None), (("--bf16", "True"), 200), (("--torch_compile", "True"), 200)]
+)
+def test_packs_have_one_length_where_something_is_kept_for_each(tmp_path, base, data, more, length):
+    packed = ("--packing", "--max_tokens_per_batch", "200")
+    assert setup_run.pack_length(parse_arguments(flags(tmp_path, data, base["llama"], *packed, *more))) == length
+
+
 def test_packs_of_one_length_have_the_same_loss(tmp_path, base, data, monkeypatch):
     more = ("--max_steps", "3", "--packing", "--max_tokens_per_batch", "200")
     train(flags(tmp_path / "as_they_are", data, base["llama"], *more))
