@@ -201,8 +201,8 @@ def build_validation(arguments: Arguments, loaded: LoadedModel, store: RecordSto
 def pack_length(arguments: Arguments) -> int | None:
     """Tokens that packed batches are filled up to: on a GPU, and where something is made and kept for each shape.
 
-    Such are compiled layers, and bfloat16's products on the CPU (oneDNN): three of SmolLM2's left 1.7 GB behind after 425
-    lengths.
+    Such are compiled layers, and bfloat16's products on the CPU (oneDNN): three of SmolLM2's left 1.7 GB behind after
+    425 lengths.
     """
     training = arguments.training
     fixed = gpu.is_on_gpu(training.device) or training.compile_layers or training.bf16
