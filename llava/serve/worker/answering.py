@@ -159,10 +159,14 @@ async def _submit(backend: Backend, job: Job, put: Callable[[Piece], None], time
     Raises:
         ServeError: TIMEOUT; and what the backend raises.
     """
-    work, waiting = start_in_thread(backend.submit, job, put, seconds=timeout, has_images=bool(job.images))
+    has_schema = job.sampling.json_schema is not None
+    work, waiting = start_in_thread(
+        backend.submit, job, put, seconds=timeout, has_images=bool(job.images), has_schema=has_schema
+    )
     try:
         async with asyncio.timeout(timeout):
-            return await asyncio.shield(asyncio.wrap_future(work))
+            # Not shielded: a shield would leave the error of a request that was given up to the log.
+            return await asyncio.wrap_future(work)
     except (TimeoutError, asyncio.CancelledError) as error:
         # Nobody waits any more: its images are given up, and what the engine takes yet is taken back.
         waiting.gone.set()
