@@ -15,6 +15,8 @@ from llava.errors import LlavaError
 KEEP_ALIVE_SECONDS = 75
 """How long servers keep a silent connection: longer than any client of ours, which would else use one that is gone."""
 END_OF_CHUNK = b"\0"
+MOST_ENTRIES = 32
+"""Tokens with logprobs in one chunk of a stream: so many, with 20 others each, are written and read in milliseconds."""
 _ADDRESS = re.compile(
     r"(?P<scheme>https?)://(?P<host>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\]):(?P<port>[0-9]{1,5})/*",
     re.ASCII | re.IGNORECASE,

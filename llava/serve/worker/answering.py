@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from llava.serve.decoding.pool import start_in_thread
 from llava.serve.job import Job
-from llava.serve.protocol import ErrorType, ServeError, encode_chunk, encode_error
+from llava.serve.protocol import MOST_ENTRIES, ErrorType, ServeError, encode_chunk, encode_error
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,10 @@ async def answer_chunks(
                 last = piece if piece.is_last else last
             more: dict[str, Any] = {}
             if job.sampling.logprobs is not None:
+                while len(logprobs) > MOST_ENTRIES:
+                    yield encode_chunk(text, logprobs=logprobs[:MOST_ENTRIES])
+                    del logprobs[:MOST_ENTRIES]
+                    await asyncio.sleep(0)
                 more["logprobs"], logprobs = logprobs, []
             if job.token_ids:
                 more["token_ids"], token_ids = token_ids, []
