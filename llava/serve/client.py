@@ -21,7 +21,11 @@ from llava.serve.worker_answers import MOST_PENDING_BYTES, Answered, AttentionMa
 SHORT_TIMEOUT = 10.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first
 REMEMBERED_SECONDS = 60.0
-_TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL)  # a worker that is stopping, or has enough to do
+_TRY_ANOTHER = (
+    ErrorType.NO_WORKER,
+    ErrorType.QUEUE_FULL,
+    ErrorType.FULL,
+)  # a worker that is stopping, or has enough to do
 
 
 class ServingClient:

@@ -136,7 +136,7 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
             account.key = keys.admit({name.lower(): value for name, value in request.headers.items()})
             body.check()
             form = body.form(request_id)
-            choices = Choices(client, body.worker_bodies(request_id), metrics)
+            choices = Choices(client, body.worker_bodies(request_id), metrics, request.state.body_bytes)
             if not body.stream:
                 whole = await unless_gone(request.receive, choices.whole())
                 is_much = any(len(choice.logprobs) > MOST_ENTRIES for choice in whole)

@@ -41,6 +41,7 @@ class ErrorType(StrEnum):
     HEADERS_TOO_LARGE = "headers_too_large"
     SLOW = "request_timeout"
     BUSY = "too_many_connections"
+    FULL = "server_busy"
     UNKNOWN_HOST = "unknown_host"
     FOREIGN_ORIGIN = "foreign_origin"
     RATE_LIMITED = "rate_limited"
@@ -73,6 +74,7 @@ ERRORS: dict[ErrorType, ErrorKind] = {
     ErrorType.HEADERS_TOO_LARGE: ErrorKind(43100, 431, "The request's headers are too large or too many."),
     ErrorType.SLOW: ErrorKind(40800, 408, "The request came too slowly."),
     ErrorType.BUSY: ErrorKind(50301, 503, "The server has all the connections it takes. Try again in a moment.", 1.0),
+    ErrorType.FULL: ErrorKind(50302, 503, "The server holds as much as it takes. Ask again in a moment.", 1.0),
     ErrorType.UNKNOWN_HOST: ErrorKind(42100, 421, "This server doesn't answer to that name (--allowed-host)."),
     ErrorType.FOREIGN_ORIGIN: ErrorKind(40301, 403, "Pages of other sites may not ask this server."),
     ErrorType.RATE_LIMITED: ErrorKind(42901, 429, "Too many requests for this key. Ask again in a moment."),

@@ -49,12 +49,13 @@ def main(argv=None):
     parser = ArgumentParser()
     parser.add_argument("--port", type=int)
     parser.add_argument("--controller")
+    parser.add_argument("--max-body-bytes", type=int, default=64 << 20)
     add_secret_flags(parser)
     args = parser.parse_args(argv)
 
     async def go():
         secret = secret_from_args(args)
-        worker = WorkerApp(TalkingBackend(), ["talking"], secret, timeout=300)
+        worker = WorkerApp(TalkingBackend(), ["talking"], secret, timeout=300, max_body=args.max_body_bytes)
         member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)
         await serve(worker, "127.0.0.1", args.port, member, 1)
 
