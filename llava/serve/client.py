@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.serve.daily_log import DailyLog
-from llava.serve.protocol import ErrorType, ServeError, decode_error, split_chunks
+from llava.serve.protocol import END_OF_CHUNK, ErrorType, ServeError, decode_error, split_chunks
 from llava.serve.request_models import ModelCard
 from llava.serve.transport.bodies import JSON_HEADERS, written
 from llava.serve.transport.session import open_session
@@ -21,7 +21,11 @@ from llava.serve.worker_answers import MOST_PENDING_BYTES, Answered, AttentionMa
 SHORT_TIMEOUT = 10.0
 READ_TIMEOUT = 600.0  # the worker's own limit comes first
 REMEMBERED_SECONDS = 60.0
-_TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL)  # a worker that is stopping, or has enough to do
+_TRY_ANOTHER = (
+    ErrorType.NO_WORKER,
+    ErrorType.QUEUE_FULL,
+    ErrorType.FULL,
+)  # a worker that is stopping, or has enough to do
 
 
 class ServingClient:
@@ -176,14 +180,18 @@ class ServingClient:
     async def _stream(self, address: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         import aiohttp
 
-        ended, rest = False, b""
+        ended, rest = False, bytearray()
         try:
             url = f"{address}/worker_generate_stream"
             async with self._send(url, body) as reply:
                 if reply.status != 200:
                     raise _http_error(reply.status, await reply.read())
                 async for data in reply.content.iter_any():
-                    chunks, rest = split_chunks(rest + data)
+                    rest += data
+                    chunks: list[dict[str, Any]] = []
+                    if END_OF_CHUNK in data:  # else a long chunk would be searched anew with each piece of it
+                        chunks, left = split_chunks(bytes(rest))
+                        rest = bytearray(left)
                     if len(rest) > MOST_PENDING_BYTES:
                         raise _Unreachable("a chunk without an end")
                     for chunk in chunks:

@@ -46,7 +46,7 @@ class Job:
     token_ids: bool = False
     """Report them too: what a later request for a look needs."""
     stream: bool = True
-    """False sends one chunk, at the end."""
+    """False sends one chunk, at the end; with logprobs as many as they need."""
     request_id: str | None = None
 
 

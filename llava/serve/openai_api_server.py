@@ -5,6 +5,7 @@ Chat completions with images, streamed or not; any client of that protocol can a
 python -m llava.serve.openai_api_server --controller http://localhost:21001 --port 8000
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.errors import LlavaError
+from llava.serve.api.encoding import beside_loop, encoded, is_long
 from llava.serve.api.keys import VARIABLE, Keys, read_keys
 from llava.serve.conversation_log import HEADER, add_log_flags, log_from_args, new_client
 from llava.serve.daily_log import tidied
-from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.protocol import MOST_ENTRIES, ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, unless_gone
@@ -114,8 +116,8 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
         return Response(metrics.text(workers), media_type="text/plain; version=0.0.4")
 
     @app.get("/openapi.json")
-    async def openapi() -> dict:
-        return document("api", kept_days)
+    async def openapi() -> Response:
+        return Response(encoded(document("api", kept_days)), media_type="application/json")
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -134,11 +136,14 @@ def build_app(client, keys: Keys, max_body: int = MAX_BODY_BYTES, hosts: Hosts |
             account.key = keys.admit({name.lower(): value for name, value in request.headers.items()})
             body.check()
             form = body.form(request_id)
-            choices = Choices(client, body.worker_bodies(request_id), metrics)
+            choices = Choices(client, body.worker_bodies(request_id), metrics, request.state.body_bytes)
             if not body.stream:
                 whole = await unless_gone(request.receive, choices.whole())
+                is_much = any(len(choice.logprobs) > MOST_ENTRIES for choice in whole)
+                content = await beside_loop(is_much, lambda: encoded(form.whole(whole)))
                 account.close("ok")
-                return form.whole(whole)
+                # Not left to the framework, which takes a dictionary apart value by value before it is written.
+                return Response(content, media_type="application/json")
             events = form.events(choices.steps())
             # The first event decides the status: an error before it is no stream at all.
             first = await unless_gone(request.receive, anext(events))
@@ -188,7 +193,8 @@ async def _event_stream(
         async with contextlib.aclosing(events):
             yield _event(first)
             async for event in events:
-                yield _event(event)
+                yield await beside_loop(is_long(event), _event, event)
+                await asyncio.sleep(0)  # events that are ready hold up nobody else
         status = "ok"
         yield end
     except ServeError as error:
@@ -205,7 +211,7 @@ async def _event_stream(
 def _event(content: dict[str, Any]) -> bytes:
     """A server-sent event; those that have a type of their own are named by it."""
     name = f"event: {content['type']}\n".encode() if "type" in content else b""
-    return name + b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+    return name + b"data: " + encoded(content) + b"\n\n"
 
 
 if __name__ == "__main__":

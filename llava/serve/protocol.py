@@ -15,6 +15,8 @@ from llava.errors import LlavaError
 KEEP_ALIVE_SECONDS = 75
 """How long servers keep a silent connection: longer than any client of ours, which would else use one that is gone."""
 END_OF_CHUNK = b"\0"
+MOST_ENTRIES = 32
+"""Tokens with logprobs in one chunk of a stream: so many, with 20 others each, are written and read in milliseconds."""
 _ADDRESS = re.compile(
     r"(?P<scheme>https?)://(?P<host>[a-z0-9._-]{1,253}|\[[0-9a-f:.]{2,45}\]):(?P<port>[0-9]{1,5})/*",
     re.ASCII | re.IGNORECASE,
@@ -39,6 +41,7 @@ class ErrorType(StrEnum):
     HEADERS_TOO_LARGE = "headers_too_large"
     SLOW = "request_timeout"
     BUSY = "too_many_connections"
+    FULL = "server_busy"
     UNKNOWN_HOST = "unknown_host"
     FOREIGN_ORIGIN = "foreign_origin"
     RATE_LIMITED = "rate_limited"
@@ -71,6 +74,7 @@ ERRORS: dict[ErrorType, ErrorKind] = {
     ErrorType.HEADERS_TOO_LARGE: ErrorKind(43100, 431, "The request's headers are too large or too many."),
     ErrorType.SLOW: ErrorKind(40800, 408, "The request came too slowly."),
     ErrorType.BUSY: ErrorKind(50301, 503, "The server has all the connections it takes. Try again in a moment.", 1.0),
+    ErrorType.FULL: ErrorKind(50302, 503, "The server holds as much as it takes. Ask again in a moment.", 1.0),
     ErrorType.UNKNOWN_HOST: ErrorKind(42100, 421, "This server doesn't answer to that name (--allowed-host)."),
     ErrorType.FOREIGN_ORIGIN: ErrorKind(40301, 403, "Pages of other sites may not ask this server."),
     ErrorType.RATE_LIMITED: ErrorKind(42901, 429, "Too many requests for this key. Ask again in a moment."),

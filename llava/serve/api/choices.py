@@ -10,6 +10,9 @@ from typing import Any
 from llava.serve.api.metrics import Metrics
 from llava.serve.client import ServingClient
 
+COPIES_BYTES = 64 << 20
+"""Of a request's body, which workers get once for each of its choices: with more than these, one after another."""
+
 
 @dataclass
 class Choice:
@@ -31,10 +34,11 @@ class Choice:
 
 
 class Choices:
-    """Asks the workers with `bodies` (llava.serve.job's requests)."""
+    """Asks the workers with `bodies` (llava.serve.job's requests), each of about `size` bytes."""
 
-    def __init__(self, client: ServingClient, bodies: Sequence[dict[str, Any]], metrics: Metrics):
+    def __init__(self, client: ServingClient, bodies: Sequence[dict[str, Any]], metrics: Metrics, size: int = 0):
         self.client, self.bodies, self.metrics = client, bodies, metrics
+        self.turns = asyncio.Semaphore(max(1, COPIES_BYTES // max(1, size)))
         self.began = time.monotonic()
         self.said_something = False
 
@@ -93,7 +97,7 @@ class Choices:
 
     async def _growing(self, index: int) -> AsyncIterator[Choice]:
         said = ""
-        async with contextlib.aclosing(self.client.generate(self.bodies[index])) as chunks:
+        async with self.turns, contextlib.aclosing(self.client.generate(self.bodies[index])) as chunks:
             async for chunk in chunks:
                 if chunk["text"] and not self.said_something:
                     self.said_something = True

@@ -9,8 +9,9 @@ from pydantic import BeforeValidator, Field
 from llava.sampling_params import MOST_LOGPROBS, Fields, Whole
 from llava.serve.api.chat import token_with_others
 from llava.serve.api.choices import Choice, sum_usage, time_of_day
+from llava.serve.api.encoding import beside_loop
 from llava.serve.api.fields import ApiRequest, Call, ResponseFormat, flat, nested
-from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.protocol import MOST_ENTRIES, ErrorType, ServeError
 from llava.serve.request_models import (
     DEFAULT_NEW_TOKENS,
     MAX_MESSAGES,
@@ -162,7 +163,7 @@ class ResponsesForm:
             if new:
                 yield self._delta(new, choice)
         choice.logprobs = logprobs
-        whole = self.whole([choice])
+        whole = await beside_loop(len(logprobs) > MOST_ENTRIES, self.whole, [choice])
         for event in self._closing(whole["output"][0]):
             yield event
         yield self._event(f"response.{whole['status']}", response=whole)

@@ -54,6 +54,7 @@ _KEPT_VARIABLES = (
 
 _text_threads = ThreadPoolExecutor(8, "llava-text")
 _image_threads = ThreadPoolExecutor(64, "llava-images")
+_schema_threads = ThreadPoolExecutor(16, "llava-schemas")
 
 
 @dataclass
@@ -75,16 +76,16 @@ _waiting: contextvars.ContextVar[Waiting | None] = contextvars.ContextVar("waiti
 
 
 def start_in_thread(
-    function: Callable[..., Any], *arguments: Any, seconds: float, has_images: bool
+    function: Callable[..., Any], *arguments: Any, seconds: float, has_images: bool, has_schema: bool = False
 ) -> tuple[Future, Waiting]:
     """Run `function` in a thread; what it opens with a pool is given up after `seconds`, or once `gone` is set.
 
-    Text never waits for images: it has threads of its own.
+    Text never waits for images, nor either of them for schemas: each has threads of its own.
     """
     waiting = Waiting(time.monotonic() + seconds)
     context = contextvars.copy_context()
     context.run(_waiting.set, waiting)
-    threads = _image_threads if has_images else _text_threads
+    threads = _schema_threads if has_schema else _image_threads if has_images else _text_threads
     return threads.submit(context.run, function, *arguments), waiting
 
 
@@ -147,11 +148,17 @@ class DecodingPool:
             raise _refused(reply)
         return SeriesPlace(**reply["place"])
 
+    def ask(self, content: bytes) -> dict[str, Any]:
+        """What a process of another program (`command`) replies to `content`; else as `open`."""
+        return self._reply(content, {})[0]
+
     def _ask(
         self, source: bytes | str | ImageWithOptions, wanted: dict[str, Any]
     ) -> tuple[dict[str, Any], Image.Image | None]:
         content = read_upload(image_file(source), UPLOAD_LIMITS)
-        options = (options_of(source) or {}) | wanted
+        return self._reply(content, (options_of(source) or {}) | wanted)
+
+    def _reply(self, content: bytes, options: dict[str, Any]) -> tuple[dict[str, Any], Image.Image | None]:
         waiting = _waiting.get() or Waiting(time.monotonic() + 6 * self.seconds)
         process = self._take(waiting)
         try:
@@ -161,7 +168,7 @@ class DecodingPool:
             process.kill()
             self.killed += 1
             if isinstance(error, (OSError, ValueError)):
-                logger.warning("a process that opened an image was lost (%s); a new one takes its place", error)
+                logger.warning("a process that opened what was sent was lost (%s); a new one takes its place", error)
                 raise ImageError("image: it can't be read: the process that opened it failed") from None
             raise
         finally:

@@ -10,6 +10,7 @@ import resource
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,22 @@ _MAX_WARNINGS = 5
 
 
 def main() -> None:
+    run(_import_readers, _open)
+
+
+def run(prepare: Callable[[], None], answer: Callable[[bytes, dict], tuple[dict, bytes]]) -> None:
+    """Serve until the other side closes.
+
+    Args:
+        prepare: what takes time or memory that no request is to pay for.
+        answer: from a content and its options to the reply's JSON and what follows it.
+    """
     connection = socket.socket(fileno=int(sys.argv[1]))
     warnings: list[str] = []
     logger = logging.getLogger("llava")
     logger.propagate = False
     logger.addHandler(_Collector(warnings))
-    _import_readers()
+    prepare()
     _limit(int(sys.argv[2]))
     connection.sendall(READY)
     while head := _receive(connection, HEAD.size):
@@ -40,7 +51,7 @@ def main() -> None:
         options = json.loads(_receive(connection, num_options))
         content = _receive(connection, num_content)
         warnings.clear()
-        reply, pixels = _open(content, options)
+        reply, pixels = answer(content, options)
         reply["warnings"] = warnings[:_MAX_WARNINGS]
         words = json.dumps(reply).encode()
         connection.sendall(HEAD.pack(len(words), len(pixels)) + words)

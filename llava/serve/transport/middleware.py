@@ -17,6 +17,10 @@ from llava.serve.transport.hosts import Hosts
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
+BODIES_AT_ONCE = 4
+"""Of the largest size: a server's requests hold no more together. A byte of a body takes about three of memory."""
+SMALL_BODY = 64 << 10
+"""Bytes of each body that aren't counted, so that plain questions are answered beside any images."""
 ONCE = (b"host", b"origin", b"authorization", b"x-llava-secret")  # the application might take another one
 LIVENESS = "/health"  # the one path that needs no key
 REQUEST_ID_HEADER = "x-request-id"
@@ -54,7 +58,8 @@ class RequestMiddleware:
     Args:
         app: the application that requests go on to.
         authorize: from the request's headers (lower-case names) to None, or a ServeError to answer with.
-        max_body: bytes of a body; more is refused while it arrives.
+        max_body: bytes of a body; more is refused while it arrives. All bodies together, until their requests are
+            answered, may have `BODIES_AT_ONCE` times as many.
         hosts: the names that the server answers to.
         headers: what every answer has beside its own.
     """
@@ -70,6 +75,8 @@ class RequestMiddleware:
         self.app = app
         self.authorize = authorize
         self.max_body = max_body
+        self.held = 0
+        """Bytes of the bodies of requests that aren't answered yet, beyond `SMALL_BODY` of each."""
         self.hosts = hosts or Hosts()
         self.headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         self.turns = Turns()
@@ -92,17 +99,23 @@ class RequestMiddleware:
                 message["headers"] = [*message["headers"], known, *self.headers]
             await send(message)
 
-        received, is_whole = 0, False
+        received, held, is_whole = 0, 0, False
 
         async def counted_receive():
-            nonlocal received, is_whole, refusal
+            nonlocal received, held, is_whole, refusal
             message = await receive()
             if message["type"] == "http.disconnect" and not is_whole:
                 refusal = ServeError(ErrorType.CANCELLED)  # left while it was sending: no fault of anyone here
             received += len(message.get("body", b""))
+            scope["state"]["body_bytes"] = received
+            self.held -= held
+            held = max(0, received - SMALL_BODY)
+            self.held += held
             is_whole = not message.get("more_body", False)
             if received > self.max_body:
                 refusal = ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
+            elif self._is_full():
+                refusal = ServeError(ErrorType.FULL)
             if refusal is not None:
                 raise refusal
             return message
@@ -121,6 +134,8 @@ class RequestMiddleware:
                 # The last place before the client: the log gets the details, the client a request id. A response that
                 # has begun is left incomplete, which closes the connection.
                 logger.exception("%s %s failed", request_id, scope["path"])
+        finally:
+            self.held -= held
         if not started:
             refusal = None
             await _send_error(send_with_id, failure, request_id)
@@ -140,6 +155,11 @@ class RequestMiddleware:
             error = self.authorize(headers)
             if error is not None:
                 raise error
+        if self._is_full(int(length) - SMALL_BODY):
+            raise ServeError(ErrorType.FULL)
+
+    def _is_full(self, more: int = 0) -> bool:
+        return self.held + max(0, more) > BODIES_AT_ONCE * self.max_body
 
 
 def _routing_error(error: Exception) -> ServeError | None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from llava.serve.decoding.pool import start_in_thread
 from llava.serve.job import Job
-from llava.serve.protocol import ErrorType, ServeError, encode_chunk, encode_error
+from llava.serve.protocol import MOST_ENTRIES, ErrorType, ServeError, encode_chunk, encode_error
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,10 @@ async def answer_chunks(
                 last = piece if piece.is_last else last
             more: dict[str, Any] = {}
             if job.sampling.logprobs is not None:
+                while len(logprobs) > MOST_ENTRIES:
+                    yield encode_chunk(text, logprobs=logprobs[:MOST_ENTRIES])
+                    del logprobs[:MOST_ENTRIES]
+                    await asyncio.sleep(0)
                 more["logprobs"], logprobs = logprobs, []
             if job.token_ids:
                 more["token_ids"], token_ids = token_ids, []
@@ -159,10 +163,14 @@ async def _submit(backend: Backend, job: Job, put: Callable[[Piece], None], time
     Raises:
         ServeError: TIMEOUT; and what the backend raises.
     """
-    work, waiting = start_in_thread(backend.submit, job, put, seconds=timeout, has_images=bool(job.images))
+    has_schema = job.sampling.json_schema is not None
+    work, waiting = start_in_thread(
+        backend.submit, job, put, seconds=timeout, has_images=bool(job.images), has_schema=has_schema
+    )
     try:
         async with asyncio.timeout(timeout):
-            return await asyncio.shield(asyncio.wrap_future(work))
+            # Not shielded: a shield would leave the error of a request that was given up to the log.
+            return await asyncio.wrap_future(work)
     except (TimeoutError, asyncio.CancelledError) as error:
         # Nobody waits any more: its images are given up, and what the engine takes yet is taken back.
         waiting.gone.set()

@@ -3,6 +3,7 @@
 import base64
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from llava.image_options import with_options_of
 from llava.images import png_data_url
 from llava.record_content import image_file
 from llava.serve.decoding.pool import DecodingPool
+from llava.serve.decoding.schemas import SchemaPool
 from llava.serve.job import Job, SentImage, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 class EngineBackend:
     """The engine in a thread of its own; see `llava.serve.worker.answering.Backend`.
 
-    Images are untrusted: the engine opens those that it doesn't know yet in processes of their own.
+    Images and schemas are untrusted: those that the engine doesn't know yet are opened in processes of their own.
     """
 
     def __init__(self, engine: Engine):
@@ -41,6 +43,8 @@ class EngineBackend:
         self.template = get_template(engine.model.config.conversation_template)
         self.pool = DecodingPool()
         engine.encoder.opener = self.pool.open
+        self.schemas = SchemaPool()
+        engine.prompts.constraints.check = self.schemas.check
         engine.start()
 
     def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
@@ -51,7 +55,9 @@ class EngineBackend:
 
     def attention_map(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
         try:
-            found = self.engine.attention_map(self._request(job), token_ids)
+            # The answer is there; nothing has to be allowed any more.
+            unbound = replace(job, sampling=replace(job.sampling, json_schema=None))
+            found = self.engine.attention_map(self._request(unbound), token_ids)
         except (LlavaError, torch.OutOfMemoryError) as error:
             raise to_serve_error(error) from error
         views = [
@@ -80,6 +86,7 @@ class EngineBackend:
     def close(self) -> None:
         self.engine.stop(drain=False)
         self.pool.close()
+        self.schemas.close()
 
     def _request(self, job: Job) -> Request:
         conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt or ""

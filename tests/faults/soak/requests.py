@@ -21,7 +21,7 @@ from tests.security.crowds import leave
 from tests.security.image_bombs import dicom, element, image_module, nifti
 from tests.serve.streams import StreamError, events
 
-AGAIN = {"queue_full", "too_many_connections"}
+AGAIN = {"queue_full", "server_busy", "too_many_connections"}
 HEADERS = {"authorization": f"Bearer {KEY}"}
 CHAT = "/v1/chat/completions"
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "DICOM", "NIfTI")
