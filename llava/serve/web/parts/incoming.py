@@ -22,6 +22,7 @@ from llava.serve.web.parts.scan_view import ScanPart, draft_of, is_scan
 
 UPLOAD_SECONDS = 60.0
 """For the images of one question, with waiting for those of others."""
+GONE = "A file is no longer kept. Add it again."
 MOST_REFUSED = 8
 MOST_WORDS = 300
 # Typing changes the box too, and stays in the browser: the server is asked only where there is another file.
@@ -92,6 +93,8 @@ class Incoming:
             refused = [words for file in new if file not in scans if (words := await self._take_image(chat, file))]
             try:
                 await self.scans.take(chat, scans, _visitor(request))
+            except FileNotFoundError:
+                refused.append(GONE)
             except (LlavaError, ServeError) as error:
                 refused.append(str(error))
             chat.refused = []
@@ -107,8 +110,11 @@ class Incoming:
         try:
             content = Path(file).read_bytes()
             if is_export(content):
+                Path(file).unlink(missing_ok=True)
                 return await self._reopen(chat, content)
             image = await in_thread(self._read_image, content, seconds=UPLOAD_SECONDS)
+        except FileNotFoundError:
+            return GONE
         except (LlavaError, ServeError) as error:
             return f"{Path(file).name}: {error}"
         chat.draft.append(image)
