@@ -106,7 +106,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
         gradio = require("gradio", "serve")
     from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
     from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
-    from llava.serve.web.page import PageOptions, build_page
+    from llava.serve.web.page import MOST_SESSIONS, PageOptions, build_page
+    from llava.serve.web.sessions import Sessions
     from llava.serve.web.theme import CSS, HEAD, page_theme
 
     _steady_sessions()
@@ -160,7 +161,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
-    checked = PageMiddleware(app, handlers, uploads, drawn, MAX_FILE_BYTES, args.embed)
+    sessions = Sessions(page._queue, MOST_SESSIONS)
+    checked = PageMiddleware(app, handlers, uploads, drawn, sessions, MAX_FILE_BYTES, args.embed)
     known = RequestMiddleware(checked, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
     return BrowserHeaders(known, args.embed)
 

@@ -187,6 +187,10 @@ class Chat:
             shown.append({"role": "assistant", "content": "\n\n".join(part for part in parts if part)})
         return shown
 
+    def knows_speed(self, side: int) -> bool:
+        """Whether `shown` differs by `shows_speed`."""
+        return any(reply.speed for each in self.exchanges if (reply := each.replies[side]) is not None)
+
     def record(self) -> dict[str, Any]:
         """The conversation as it is exported and kept; images by their SHA-256, not their content, with how they were
         shown."""

@@ -21,6 +21,7 @@ from llava.errors import LlavaError
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.web.calls import MAX_FILES, NOT_YOURS, SESSION, checked_call, checked_cancel
 from llava.serve.web.memory_budget import DrawnViews
+from llava.serve.web.sessions import Sessions
 from llava.serve.web.uploads import Refusal, Upload, Uploads
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class PageMiddleware:
             and those that don't (DIRECT); a queued one called directly would pass by the cap on answers at a time.
         uploads: the record of uploads, below the folder that gradio takes for its own.
         drawn: the scans of all visitors, and what their slices look like.
+        sessions: gradio's sessions.
         max_file: bytes of one uploaded file.
         embed: whether the page stands in another site's page: the cookie then has to be sent there too.
     """
@@ -72,10 +74,12 @@ class PageMiddleware:
         handlers: dict[str, dict[int, int]],
         uploads: Uploads,
         drawn: DrawnViews,
+        sessions: Sessions,
         max_file: int,
         embed: bool = False,
     ):
         self.app, self.handlers, self.uploads, self.drawn = app, handlers, uploads, drawn
+        self.sessions = sessions
         self.max_file, self.embed = max_file, embed
 
     async def __call__(self, scope, receive, send):
@@ -107,7 +111,9 @@ class PageMiddleware:
             await self.app(_without_query(scope), receive, send)
         elif reads and path == f"{API}/queue/data":
             session = _query(scope, "session_hash")
-            await self.app({**scope, "query_string": urlencode({"session_hash": session}).encode()}, receive, send)
+            query = urlencode({"session_hash": session}).encode()
+            with self.sessions.unread.being_read(session):
+                await self.app({**scope, "query_string": query}, receive, send)
         elif reads and path == f"{API}/upload_progress":
             await self._show_progress(scope, receive, send, visitor)
         elif reads and path.startswith(FILE):
@@ -125,9 +131,12 @@ class PageMiddleware:
         """A handler's call: gradio gets the body that was checked, never the one that came."""
         body = await _read_body(receive)
         if scope["path"] == CANCEL:
-            body = checked_cancel(body)
+            session, body = checked_cancel(body)
         else:
-            body = checked_call(body, self.handlers[scope["path"]], lambda path: self.uploads.belongs(path, visitor))
+            handlers = self.handlers[scope["path"]]
+            session, body = checked_call(body, handlers, lambda path: self.uploads.belongs(path, visitor))
+        if scope["path"] == QUEUED and self.sessions.is_busy(session):
+            raise Refusal(429, "Too much of this page waits to be read or done. Wait for it, then try again.")
         headers = [each for each in scope["headers"] if each[0] not in (b"content-type", b"content-length")]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         sent = False
