@@ -29,7 +29,7 @@ from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
 from llava.serve.transport.server import require_serving, run_server
-from llava.serve.web.browser import BrowserHeaders, visitor_check
+from llava.serve.web.browser import BrowserHeaders, visitor_check, visitor_key
 from llava.serve.web.uploads import MAX_FILE_BYTES, Uploads
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
     sessions = Sessions(page._queue, MOST_SESSIONS)
-    checked = PageMiddleware(app, handlers, uploads, drawn, sessions, MAX_FILE_BYTES, args.embed)
+    checked = PageMiddleware(app, handlers, uploads, drawn, sessions, visitor_key(keys), MAX_FILE_BYTES, args.embed)
     known = RequestMiddleware(checked, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
     return BrowserHeaders(known, args.embed)
 

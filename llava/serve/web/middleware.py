@@ -12,7 +12,7 @@ import logging
 import mimetypes
 import re
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs, urlencode
@@ -22,7 +22,7 @@ from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.web.calls import MAX_FILES, NOT_YOURS, SESSION, checked_call, checked_cancel
 from llava.serve.web.memory_budget import DrawnViews
 from llava.serve.web.sessions import Sessions
-from llava.serve.web.uploads import Refusal, Upload, Uploads
+from llava.serve.web.uploads import BLOCK_BYTES, Refusal, Upload, Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class PageMiddleware:
         uploads: the record of uploads, below the folder that gradio takes for its own.
         drawn: the scans of all visitors, and what their slices look like.
         sessions: gradio's sessions.
+        key_of: from a request's headers the name of the visitor's API key.
         max_file: bytes of one uploaded file.
         embed: whether the page stands in another site's page: the cookie then has to be sent there too.
     """
@@ -75,11 +76,12 @@ class PageMiddleware:
         uploads: Uploads,
         drawn: DrawnViews,
         sessions: Sessions,
+        key_of: Callable[[dict[str, str]], str],
         max_file: int,
         embed: bool = False,
     ):
         self.app, self.handlers, self.uploads, self.drawn = app, handlers, uploads, drawn
-        self.sessions = sessions
+        self.sessions, self.key_of = sessions, key_of
         self.max_file, self.embed = max_file, embed
 
     async def __call__(self, scope, receive, send):
@@ -134,7 +136,7 @@ class PageMiddleware:
             session, body = checked_cancel(body)
         else:
             handlers = self.handlers[scope["path"]]
-            session, body = checked_call(body, handlers, lambda path: self.uploads.belongs(path, visitor))
+            session, body = checked_call(body, handlers, lambda path: self.uploads.use(path, visitor))
         if scope["path"] == QUEUED and self.sessions.is_busy(session):
             raise Refusal(429, "Too much of this page waits to be read or done. Wait for it, then try again.")
         headers = [each for each in scope["headers"] if each[0] not in (b"content-type", b"content-length")]
@@ -162,10 +164,17 @@ class PageMiddleware:
             raise Refusal(400, "Files come as a form (multipart/form-data).")
         upload_id = _query(scope, "upload_id", default="")
         send = self._with_cookie(scope, send, visitor)
+        uploads = self.uploads
+
+        class CountedFiles(GradioMultiPartParser):
+            def on_part_begin(self) -> None:
+                uploads.grow(upload, BLOCK_BYTES, 1)
+                super().on_part_begin()
+
         try:
-            with self.uploads.arriving(visitor, upload_id) as upload:
+            with uploads.arriving(visitor, upload_id, self.key_of(dict(request.headers))) as upload:
                 async with asyncio.timeout(UPLOAD_SECONDS):
-                    parser = GradioMultiPartParser(
+                    parser = CountedFiles(
                         request.headers,
                         self._counted(request, upload),
                         max_files=MAX_FILES,
@@ -286,7 +295,7 @@ def _put_in_place(upload: Upload, files: list) -> None:
 
 def _safe_name(name: str) -> str:
     """A visitor's name of a file without what a path or an address could mean by it; its suffixes stay."""
-    name = UNSAFE_NAME.sub("_", re.split(r"[/\\]", name)[-1]).strip(" .")
+    name = UNSAFE_NAME.sub("_", re.split(r"[/\\]", name[-MAX_NAME:])[-1]).strip(" .")
     while len(name.encode(errors="replace")) > MAX_NAME:
         name = name[1:]
     return name.strip(" .") or "file"
