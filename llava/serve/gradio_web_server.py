@@ -161,7 +161,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
-    sessions = Sessions(page._queue, MOST_SESSIONS)
+    sessions = Sessions(page._queue, MOST_SESSIONS, lambda name: name in page.state_holder)
     checked = PageMiddleware(app, handlers, uploads, drawn, sessions, visitor_key(keys), MAX_FILE_BYTES, args.embed)
     known = RequestMiddleware(checked, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
     return BrowserHeaders(known, args.embed)

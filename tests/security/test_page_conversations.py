@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from llava.serve.web.chat_state import MOST_TEXT
-from tests.security.page_visitor import Visitor, file_data, question
+from tests.security.page_visitor import Visitor, assert_refused, file_data, question
 from tests.serve.processes import Process, wait_until
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
@@ -120,3 +120,42 @@ def test_a_conversations_text_has_a_total(server):
     assert too_long in ask(visitor, "q" * 3000)
     assert "process_completed" in json.dumps(visitor.call(*visitor.place("clear", "click")))
     assert too_long not in ask(visitor, "q")
+
+
+def test_a_conversation_is_of_the_visitor_who_began_it(server):
+    """Its name stands in addresses, and so in logs of proxies: who knows it gets nothing, and ends nothing."""
+    owner, other, nobody = (Visitor(server.url) for _ in range(3))
+    nobody.client.cookies.clear()
+    add(owner, "x.json", export_of(1000))
+    own = dict(owner.call(*owner.place("export", "click"))[-2])
+    assert "turns" in own["output"]["data"][0]
+    name = owner.session
+    for stranger in (other, nobody):
+        calls = [
+            ("queue/join", stranger.body([None], "export", "click", session_hash=name)),
+            ("run/predict", stranger.body([None], "stop", "click", session_hash=name)),
+            ("cancel", {"session_hash": name, "fn_index": 0, "event_id": "x"}),
+        ]
+        for route, body in calls:
+            reply = stranger.client.post(f"/gradio_api/{route}", json=body)
+            assert_refused(reply)
+            assert reply.status_code == 403 and "isn't yours" in reply.json()["detail"]
+        for path in (f"queue/data?session_hash={name}", f"heartbeat/{name}"):
+            reply = stranger.client.get(f"/gradio_api/{path}")
+            assert_refused(reply)
+            assert reply.status_code == 403
+    # Each still has his own.
+    assert "nothing to export" in json.dumps(other.call(*other.place("export", "click")))
+    assert "nothing to export" in json.dumps(nobody.call(*nobody.place("export", "click")))
+    assert "turns" in json.dumps(owner.call(*owner.place("export", "click")))
+
+
+@pytest.mark.parametrize("first", ["heartbeat", "queue/data"])
+def test_a_page_that_only_listens_has_its_session(server, first):
+    owner, other = Visitor(server.url), Visitor(server.url)
+    path = {"heartbeat": f"heartbeat/{owner.session}", "queue/data": f"queue/data?session_hash={owner.session}"}[first]
+    with owner.client.stream("GET", f"/gradio_api/{path}") as reply:
+        assert reply.status_code == 200
+        body = other.body([None], "export", "click", session_hash=owner.session)
+        assert other.client.post("/gradio_api/queue/join", json=body).status_code == 403
+    assert "nothing to export" in json.dumps(owner.call(*owner.place("export", "click")))

@@ -30,7 +30,7 @@ API = "/gradio_api"
 FILE = f"{API}/file="
 PAGES = {"/health", "/theme.css", "/favicon.ico", "/robots.txt", f"{API}/app_id"}
 ASSET = re.compile(r"/(assets|static)(/[\w@+-][\w@+.-]*)+", re.ASCII)  # no segment begins with a dot
-HEARTBEAT = re.compile(rf"{API}/heartbeat/[A-Za-z0-9_-]{{1,64}}", re.ASCII)
+HEARTBEAT = re.compile(rf"{API}/heartbeat/([A-Za-z0-9_-]{{1,64}})", re.ASCII)
 SLICE = re.compile(r"/slice/([A-Za-z0-9_-]{32})", re.ASCII)
 PLACE = re.compile(r"[0-9]{1,6}", re.ASCII)
 CANCEL = f"{API}/cancel"
@@ -109,10 +109,14 @@ class PageMiddleware:
         visitor = visitor_of(scope)
         if reads and path == "/":
             await self.app(_without_query(scope), receive, self._with_cookie(scope, send, visitor))
-        elif reads and (path in PAGES or ASSET.fullmatch(path) or HEARTBEAT.fullmatch(path)):
+        elif reads and (path in PAGES or ASSET.fullmatch(path)):
+            await self.app(_without_query(scope), receive, send)
+        elif reads and (heartbeat := HEARTBEAT.fullmatch(path)):
+            self._require_own(scope, heartbeat[1])
             await self.app(_without_query(scope), receive, send)
         elif reads and path == f"{API}/queue/data":
             session = _query(scope, "session_hash")
+            self._require_own(scope, session)
             query = urlencode({"session_hash": session}).encode()
             with self.sessions.unread.being_read(session):
                 await self.app({**scope, "query_string": query}, receive, send)
@@ -129,6 +133,10 @@ class PageMiddleware:
         else:
             raise Refusal(404, "There is no such page.")
 
+    def _require_own(self, scope, session: str) -> None:
+        if not self.sessions.belongs(session, _cookie(scope)):
+            raise Refusal(403, "This conversation isn't yours, or your cookie is no longer kept. Load the page anew.")
+
     async def _call(self, scope, receive, send, visitor: str) -> None:
         """A handler's call: gradio gets the body that was checked, never the one that came."""
         body = await _read_body(receive)
@@ -137,6 +145,7 @@ class PageMiddleware:
         else:
             handlers = self.handlers[scope["path"]]
             session, body = checked_call(body, handlers, lambda path: self.uploads.use(path, visitor))
+        self._require_own(scope, session)
         if scope["path"] == QUEUED and self.sessions.is_busy(session):
             raise Refusal(429, "Too much of this page waits to be read or done. Wait for it, then try again.")
         headers = [each for each in scope["headers"] if each[0] not in (b"content-type", b"content-length")]

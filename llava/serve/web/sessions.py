@@ -1,6 +1,7 @@
-"""gradio's sessions, one for each open page: what its browser hasn't read yet.
+"""gradio's sessions, one for each open page: whose each is, and what its browser hasn't read yet.
 
-gradio keeps what a call was answered with until the browser reads it, however much that is. Needs no gradio.
+gradio gives a session to whoever knows its name, which stands in addresses, and keeps what a call was answered with
+until the browser reads it, however much that is. Needs no gradio.
 """
 
 import asyncio
@@ -14,6 +15,8 @@ UNREAD_PER_SESSION, UNREAD_IN_ALL = 64 << 20, 256 << 20
 """Bytes of what waits to be read. One answer alone may be larger: the export of many images."""
 MOST_MESSAGES = 128
 """That wait for a browser; a call has three or more."""
+KNOWN_PER_KEPT = 4
+"""Sessions of which it is known whose they are, for each that may be kept: there are two tables of those."""
 MOST_CALLS = 32
 """Of a session that haven't ended."""
 
@@ -102,11 +105,28 @@ def _size(value: Any) -> int:
 
 
 class Sessions:
-    """Args: queue: gradio's, of which the table of messages is replaced. most: sessions that it keeps."""
+    """All of them.
 
-    def __init__(self, queue: Any, most: int):
-        self.queue = queue
+    Args:
+        queue: gradio's, of which the table of messages is replaced.
+        most: sessions that it keeps.
+        is_kept: whether gradio has a conversation by this name.
+    """
+
+    def __init__(self, queue: Any, most: int, is_kept: Callable[[str], bool]):
+        self.queue, self.most, self.is_kept = queue, most, is_kept
+        self._owners: OrderedDict[str, str | None] = OrderedDict()
         self.unread = queue.pending_messages_per_session = UnreadMessages(most, self._end)
+
+    def belongs(self, session: str, visitor: str | None) -> bool:
+        """Whether the session is this visitor's: it is of the first who uses it, for as long as gradio keeps anything
+        of it. Visitors without a cookie (None) are one."""
+        owner = self._owners.setdefault(session, visitor)
+        self._owners.move_to_end(session)
+        if len(self._owners) > KNOWN_PER_KEPT * self.most:
+            oldest = next((each for each in self._owners if not (each in self.unread or self.is_kept(each))), session)
+            del self._owners[oldest]
+        return owner == visitor
 
     def is_busy(self, session: str) -> bool:
         """Whether too much of it waits to be read, or to be done, for another call."""
