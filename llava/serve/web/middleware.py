@@ -148,6 +148,8 @@ class PageMiddleware:
         self._require_own(scope, session)
         if scope["path"] == QUEUED and self.sessions.is_busy(session):
             raise Refusal(429, "Too much of this page waits to be read or done. Wait for it, then try again.")
+        if scope["path"] == QUEUED and not self.sessions.has_space(len(body)):
+            raise Refusal(503, "The server has too much to do just now. Try again in a few minutes.")
         headers = [each for each in scope["headers"] if each[0] not in (b"content-type", b"content-length")]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         sent = False

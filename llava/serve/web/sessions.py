@@ -19,6 +19,8 @@ KNOWN_PER_KEPT = 4
 """Sessions of which it is known whose they are, for each that may be kept: there are two tables of those."""
 MOST_CALLS = 32
 """Of a session that haven't ended."""
+CALLS_IN_ALL, SMALL_CALL = 128 << 20, 16 << 10
+"""Bytes of all calls that haven't ended; a small one always has space, or one visitor's would stop everybody."""
 
 
 class UnreadMessages(OrderedDict[str, Any]):
@@ -133,9 +135,18 @@ class Sessions:
         calls = sum(event.session_hash == session for event in self.queue.event_ids_to_events.values())
         return self.unread.count(session) >= MOST_MESSAGES or calls >= MOST_CALLS
 
+    def has_space(self, size: int) -> bool:
+        """Whether another call of so many bytes may wait."""
+        waiting = (_size(event.data.data) for event in self.queue.event_ids_to_events.values() if event.data)
+        return size <= SMALL_CALL or sum(waiting) + size <= CALLS_IN_ALL
+
     def _end(self, session: str) -> None:
-        """Its calls answer to nobody any more, and gradio fails with those that try to."""
+        """Its calls answer to nobody any more, and gradio fails with those that try to. Those that wait go."""
         self.queue.pending_event_ids_session.pop(session, None)
-        for event in self.queue.event_ids_to_events.values():
+        for name, event in list(self.queue.event_ids_to_events.items()):
             if event.session_hash == session:
                 event.alive = False
+                waiting = self.queue.event_queue_per_concurrency_id[event.concurrency_id].queue
+                if event in waiting:
+                    waiting.remove(event)
+                    del self.queue.event_ids_to_events[name]

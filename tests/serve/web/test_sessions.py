@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava.serve.web.sessions import MOST_CALLS, MOST_MESSAGES, Sessions, UnreadMessages
+from llava.serve.web.sessions import CALLS_IN_ALL, MOST_CALLS, MOST_MESSAGES, SMALL_CALL, Sessions, UnreadMessages
 
 
 def message(size: int) -> SimpleNamespace:
@@ -62,19 +62,47 @@ def test_all_together_have_a_total_and_who_reads_goes_last():
     assert "read" in dropped
 
 
+def event(session: str, size: int = 0) -> SimpleNamespace:
+    data = SimpleNamespace(data=[{"text": "x" * size, "files": []}])
+    return SimpleNamespace(session_hash=session, alive=True, concurrency_id="ask", data=data)
+
+
+def gradio_queue(*events: SimpleNamespace, waiting=()) -> SimpleNamespace:
+    return SimpleNamespace(
+        event_ids_to_events=dict(enumerate(events)),
+        event_queue_per_concurrency_id={"ask": SimpleNamespace(queue=list(waiting))},
+        pending_event_ids_session={"a": {1}},
+    )
+
+
 @pytest.mark.parametrize(
     ("messages", "calls", "busy"), [(MOST_MESSAGES, 0, True), (0, MOST_CALLS, True), (9, 9, False)]
 )
 def test_a_session_is_busy(messages, calls, busy):
-    events = {number: SimpleNamespace(session_hash="a", alive=True) for number in range(calls)}
-    events["other"] = other = SimpleNamespace(session_hash="b", alive=True)
-    queue = SimpleNamespace(event_ids_to_events=events, pending_event_ids_session={"a": {1}})
+    queue = gradio_queue(event("b"), *[event("a") for _ in range(calls)])
     sessions = Sessions(queue, 10, lambda name: False)
     add(queue.pending_messages_per_session, "a", *[1] * messages)
     assert sessions.is_busy("a") == busy and not sessions.is_busy("b")
-    sessions._end("a")
-    assert other.alive and not any(event.alive for event in events.values() if event is not other)
-    assert queue.pending_event_ids_session == {}
+
+
+def test_calls_of_a_dropped_session_end():
+    other, runs, waits = event("b"), event("a"), event("a")
+    queue = gradio_queue(other, runs, waits, waiting=[other, waits])
+    sessions = Sessions(queue, 1, lambda name: False)
+    add(sessions.unread, "a", 1)
+    add(sessions.unread, "b", 1)
+    assert list(sessions.unread) == ["b"] and queue.pending_event_ids_session == {}
+    assert (other.alive, runs.alive, waits.alive) == (True, False, False)
+    assert list(queue.event_ids_to_events.values()) == [other, runs]
+    assert queue.event_queue_per_concurrency_id["ask"].queue == [other]
+
+
+def test_calls_that_wait_have_a_total_but_for_small_ones():
+    size = CALLS_IN_ALL // 8
+    sessions = Sessions(gradio_queue(*[event(str(number), size) for number in range(7)]), 10, lambda name: False)
+    assert sessions.has_space(size // 2) and not sessions.has_space(2 * size) and sessions.has_space(SMALL_CALL)
+    sessions.queue.event_ids_to_events[8] = event("8", size - 10_000)
+    assert not sessions.has_space(size // 2) and sessions.has_space(SMALL_CALL)
 
 
 def test_a_session_is_whose_it_was_first_for_as_long_as_it_is_kept():
