@@ -86,6 +86,24 @@ def test_of_what_is_used_who_holds_most_gives_way(server):
     assert reply.status_code == 200
 
 
+def test_one_key_takes_no_space_of_another(tmp_path):
+    """However many visitors its holder makes of himself, and whatever he says to use."""
+    keys = tmp_path / "keys"
+    keys.touch(0o600)
+    keys.write_text("hoarder key-of-the-hoarder\nward key-of-the-ward\n")
+    words = (*CONTROLLER, "--upload-mb", "8", "--api-key-file", str(keys))
+    with Process("llava.serve.gradio_web_server", *words) as process:
+        process.wait(seconds=500)
+        nurse = Visitor(process.url, "key-of-the-ward")
+        own = send(nurse, length=2 * MEGABYTE).json()[0]
+        use(nurse, own)
+        for _ in range(20):
+            hoarder = Visitor(process.url, "key-of-the-hoarder")
+            use(hoarder, send(hoarder, length=MEGABYTE).json()[0])
+        assert nurse.read(own).status_code == 200
+        assert send(nurse, length=MEGABYTE).status_code == 200
+
+
 def test_the_same_page_without_protections_takes_all():
     with Process("tests.security.open_page", *CONTROLLER) as process:
         attacked = Visitor(process.wait(seconds=500).url)
