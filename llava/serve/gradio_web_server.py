@@ -29,7 +29,7 @@ from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
 from llava.serve.transport.server import require_serving, run_server
-from llava.serve.web.browser import BrowserHeaders, visitor_check
+from llava.serve.web.browser import BrowserHeaders, visitor_check, visitor_key
 from llava.serve.web.uploads import MAX_FILE_BYTES, Uploads
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
         gradio = require("gradio", "serve")
     from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
     from llava.serve.web.middleware import DIRECT, QUEUED, PageMiddleware
-    from llava.serve.web.page import PageOptions, build_page
+    from llava.serve.web.page import MOST_SESSIONS, PageOptions, build_page
+    from llava.serve.web.sessions import Sessions
     from llava.serve.web.theme import CSS, HEAD, page_theme
 
     _steady_sessions()
@@ -160,7 +161,8 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     handlers: dict[str, dict[int, int]] = {QUEUED: {}, DIRECT: {}}
     for number, handler in page.fns.items():
         handlers[QUEUED if handler.queue else DIRECT][number] = len(handler.inputs)
-    checked = PageMiddleware(app, handlers, uploads, drawn, MAX_FILE_BYTES, args.embed)
+    sessions = Sessions(page._queue, MOST_SESSIONS, lambda name: name in page.state_holder)
+    checked = PageMiddleware(app, handlers, uploads, drawn, sessions, visitor_key(keys), MAX_FILE_BYTES, args.embed)
     known = RequestMiddleware(checked, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
     return BrowserHeaders(known, args.embed)
 

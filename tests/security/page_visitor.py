@@ -26,10 +26,10 @@ class Visitor:
 
     count = 0
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, key: str | None = None):
         Visitor.count += 1
         self.session = f"session{Visitor.count}"
-        self.client = httpx.Client(base_url=url, timeout=60)
+        self.client = httpx.Client(base_url=url, timeout=60, auth=("visitor", key) if key else None)
         page = self.client.get("/").text
         self.config = json.loads(CONFIG.search(page).group(1))
 

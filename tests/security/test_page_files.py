@@ -301,30 +301,6 @@ def test_the_pages_own_address_takes_nothing(closed, attacked):
         assert state.search(visitor.client.get("/?deep_link=..%2F..%2Fx").text).group(1) == expected
 
 
-def test_uploads_have_a_total(servers):
-    """One visitor, then all of them, reach their share; what was refused leaves nothing; the rest lives on."""
-    megabyte = 1 << 20
-    words = (*CONTROLLER, "--visitor-upload-mb", "4", "--upload-mb", "8")
-    with Process("llava.serve.gradio_web_server", *words) as process:
-        process.wait(seconds=500)
-        visitors = [Visitor(process.url) for _ in range(4)]
-        path = Path(visitors[0].upload(content=b"x" * 3 * megabyte).json()[0])
-        folder = next(parent for parent in path.parents if parent.name.startswith("llava-web-"))
-        reply = visitors[0].upload(content=b"x" * 3 * megabyte)
-        assert_refused(reply)
-        assert reply.status_code == 413 and size(folder) < 4 * megabyte
-        assert [each.upload(content=b"x" * 3 * megabyte).status_code for each in visitors[1:]] == [200, 503, 503]
-        assert size(folder) < 8 * megabyte
-        path.unlink()  # as the page does once it has read it
-        assert visitors[0].upload(content=b"x" * 3 * megabyte).status_code == 200
-        # Many small ones are counted too: each takes more than its bytes of the system.
-        assert 503 in [Visitor(process.url).upload().status_code for _ in range(20)]
-        assert httpx.get(process.url + "/health").status_code == 200
-        process.stop()
-    attacked = Visitor(servers["open"].url)
-    assert [attacked.upload(f"{n}.png", b"x" * 3 * megabyte).status_code for n in range(4)] == [200] * 4
-
-
 def test_images_in_conversations_have_a_total():
     """What a conversation holds counts until it is cleared, also once its files are gone."""
     noise = np.random.default_rng(0).integers(0, 255, (1000, 1000, 3), np.uint8)

@@ -27,6 +27,7 @@ from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
 from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
 from llava.serve.web.page import CALLS_NOTED, MOST_SESSIONS, Page, PageOptions, build_page
 from llava.serve.web.parts.examples import EXAMPLES, draw_example
+from llava.serve.web.sessions import Sessions
 from tests.serve.processes import Process
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret"}
@@ -226,6 +227,7 @@ def test_what_the_page_is_made_of_is_decided_by_flags(tmp_path):
 
 def test_of_visitors_who_have_gone_little_is_kept():
     queue = build_page(ServingClient("http://127.0.0.1:1", None), PageOptions(), drawn_views())._queue
+    Sessions(queue, MOST_SESSIONS, lambda name: False)
     for number in range(MOST_SESSIONS + 40):
         queue.pending_messages_per_session[str(number)] = asyncio.Queue()
     assert len(queue.pending_messages_per_session) == MOST_SESSIONS

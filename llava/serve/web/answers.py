@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
+from llava.errors import LlavaError
 from llava.sampling_params import SamplingParams
 from llava.serve.client import ServingClient
 from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.web.chat_state import Chat, Reply
+from llava.serve.web.chat_state import MOST_TEXT, TOO_LONG, Chat, Reply, text_length
+from llava.serve.web.memory_budget import MemoryBudget
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +22,11 @@ REFRESH_SECONDS = 0.08  # between two states of the page
 
 
 async def answer(
-    client: ServingClient, chat: Chat, models: list[str | None], sampling: SamplingParams
+    client: ServingClient, chat: Chat, models: list[str | None], sampling: SamplingParams, budget: MemoryBudget
 ) -> AsyncIterator[None]:
     """Fill the replies to the chat's last question; yields whenever there is more to show.
+
+    An answer ends where the conversation has MOST_TEXT, and goes if `budget` has no space for it.
 
     `chat.stopping` ends it; so does closing the iterator. Errors become words in the reply.
     """
@@ -36,7 +40,9 @@ async def answer(
         exchange.replies[side] = None
         if model:
             exchange.replies[side] = reply = Reply(model, request_id="req-" + secrets.token_hex(8))
-            tasks.append(asyncio.create_task(_fill(client, reply, chat.messages(side), sampling, changed)))
+            tasks.append(
+                asyncio.create_task(_fill(client, chat, reply, chat.messages(side), sampling, budget, changed))
+            )
     try:
         while not all(task.done() for task in tasks) and not chat.stopping:
             changed.clear()
@@ -54,9 +60,11 @@ async def answer(
 
 async def _fill(
     client: ServingClient,
+    chat: Chat,
     reply: Reply,
     messages: list[dict[str, Any]],
     sampling: SamplingParams,
+    budget: MemoryBudget,
     changed: asyncio.Event,
 ) -> None:
     body: dict[str, Any] = {
@@ -77,7 +85,12 @@ async def _fill(
                 if reply.first_seconds is None and reply.text:
                     reply.first_seconds = reply.seconds
                 changed.set()
+                if (over := text_length(chat.exchanges) - MOST_TEXT) > 0:
+                    reply.text = reply.text[:-over]
+                    raise LlavaError(TOO_LONG)
         reply.is_whole = True
+    except LlavaError as error:
+        reply.error = str(error)
     except ServeError as error:
         reply.error = str(error)
         logger.warning("%s model %s: %s", reply.request_id, reply.model, error.error_type.value)
@@ -85,4 +98,8 @@ async def _fill(
         reply.error = str(ServeError(ErrorType.INTERNAL))
         logger.exception("%s failed", reply.request_id)
     finally:
+        try:
+            budget.take_text(reply, len(reply.text))
+        except LlavaError as error:
+            reply.text, reply.error, reply.is_whole = "", str(error), False
         changed.set()

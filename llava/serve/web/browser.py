@@ -69,6 +69,16 @@ def visitor_check(keys: Keys) -> Callable[[dict[str, str]], ServeError | None]:
     return authorize
 
 
+def visitor_key(keys: Keys) -> Callable[[dict[str, str]], str]:
+    """From a request's headers the name of its key; "" where no key is asked for."""
+
+    def name(headers: dict[str, str]) -> str:
+        key = keys.find(_as_bearer(headers)) if keys.required else None
+        return key.name if key else ""
+
+    return name
+
+
 def _as_bearer(headers: dict[str, str]) -> dict[str, str]:
     scheme, _, content = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "basic":

@@ -25,8 +25,8 @@ FILE_LIKE = re.compile(SCHEME_OR_ROOT + r"|(.*[/\\])?\.\.([/\\]|$)", re.IGNORECA
 NOT_YOURS = "A file of the request isn't an upload of yours, or is no longer kept. Add it again."
 
 
-def checked_call(body: bytes, handlers: dict[int, int], belongs: Callable[[str], bool]) -> bytes:
-    """The body of a call of one of the page's handlers, written anew.
+def checked_call(body: bytes, handlers: dict[int, int], belongs: Callable[[str], bool]) -> tuple[str, bytes]:
+    """(the session, the body written anew) of a call of one of the page's handlers.
 
     Args:
         body: JSON as it came.
@@ -42,23 +42,25 @@ def checked_call(body: bytes, handlers: dict[int, int], belongs: Callable[[str],
         raise _bad("fn_index")
     if not isinstance(data, list) or len(data) != handlers[number]:
         raise _bad("data")
-    return _written(
+    session = _name(call.get("session_hash"), "session_hash")
+    return session, _written(
         {
             "data": [_value(each, belongs) for each in data],
             "event_data": _event(call.get("event_data")),
             "fn_index": number,
             "trigger_id": _number(call.get("trigger_id"), "trigger_id"),
-            "session_hash": _name(call.get("session_hash"), "session_hash"),
+            "session_hash": session,
         }
     )
 
 
-def checked_cancel(body: bytes) -> bytes:
-    """The body that ends a running call, written anew; raises a Refusal as `checked_call`."""
+def checked_cancel(body: bytes) -> tuple[str, bytes]:
+    """(the session, the body written anew) of what ends a running call; raises a Refusal as `checked_call`."""
     call = _object(body, {"session_hash", "fn_index", "event_id"})
-    return _written(
+    session = _name(call.get("session_hash"), "session_hash")
+    return session, _written(
         {
-            "session_hash": _name(call.get("session_hash"), "session_hash"),
+            "session_hash": session,
             "fn_index": _number(call.get("fn_index"), "fn_index"),
             "event_id": _name(call.get("event_id"), "event_id"),
         }

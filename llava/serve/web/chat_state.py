@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 SIDES = 2
 THUMBNAIL = 320  # pixels of the longer side
 LARGE = 1024  # of the image that is looked at
+MOST_TEXT = 1 << 18
+"""Characters of all questions and answers of a conversation: twice what a context of 32,768 tokens takes."""
+TOO_LONG = f"A conversation holds at most {MOST_TEXT:,} characters. Clear it first."
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,12 @@ class Exchange:
     """When, UTC."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """How the last answers were decoded."""
+
+
+def text_length(exchanges: list[Exchange]) -> int:
+    """Characters of all questions and answers."""
+    replies = [reply for exchange in exchanges for reply in exchange.replies if reply]
+    return sum(len(each.text) for each in exchanges) + sum(len(each.text) + len(each.error) for each in replies)
 
 
 @dataclass
@@ -177,6 +186,10 @@ class Chat:
                 parts.append(f"**{html.escape(reply.error)}** (request {reply.request_id})")
             shown.append({"role": "assistant", "content": "\n\n".join(part for part in parts if part)})
         return shown
+
+    def knows_speed(self, side: int) -> bool:
+        """Whether `shown` differs by `shows_speed`."""
+        return any(reply.speed for each in self.exchanges if (reply := each.replies[side]) is not None)
 
     def record(self) -> dict[str, Any]:
         """The conversation as it is exported and kept; images by their SHA-256, not their content, with how they were

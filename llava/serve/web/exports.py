@@ -9,21 +9,47 @@ import binascii
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
-from html.parser import HTMLParser
 from typing import Annotated, Any
 
 from markupsafe import Markup
 from PIL import Image
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from llava.errors import LlavaError
 from llava.pages import figures, folded, note, page_text, picture, preformatted, subheading, table
 from llava.sampling_params import Fields
-from llava.serve.request_models import MAX_IMAGES, MAX_TEXT, ModelName
-from llava.serve.web.chat_state import LARGE, SIDES, Chat, Exchange, Reply, UploadedImage
+from llava.serve.request_models import MAX_IMAGES, ModelName
+from llava.serve.web.chat_state import (
+    LARGE,
+    MOST_TEXT,
+    SIDES,
+    TOO_LONG,
+    Chat,
+    Exchange,
+    Reply,
+    UploadedImage,
+    text_length,
+)
 
 MOST_TURNS = 512
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
+MOST_SAID = 8 << 10  # characters of how a question was sampled, or an image shown
+MAX_JSON_BYTES = 12 * MOST_TEXT + (1 << 20)
+"""Of the conversation in a file: JSON writes a character in at most 12 bytes."""
+OPENS, CLOSES = b"<pre>", b"</pre>"  # of the part with the JSON, which is the last one
+SOURCE = b' src="data:image/'  # of an image; what visitors and models wrote has no quotation mark in a page
+ENTITIES = {b"&lt;": b"<", b"&gt;": b">", b"&#34;": b'"', b"&#39;": b"'", b"&quot;": b'"', b"&amp;": b"&"}
+"""As the page's template writes them, and a browser that saves the page anew; `&` is the last."""
+NO_EXPORT = "it isn't an export of this page; export the conversation anew"
+
+
+def _short(said: dict[str, Any] | None) -> dict[str, Any] | None:
+    if said is not None and len(json.dumps(said)) > MOST_SAID:
+        raise ValueError(f"more than {MOST_SAID} characters")
+    return said
+
+
+Text = Annotated[str, Field(max_length=MOST_TEXT)]
+Said = Annotated[dict[str, Any], AfterValidator(_short)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 REOPENED = f"a view of at most {LARGE} pixels, from an exported page"
 
@@ -38,9 +64,9 @@ class _Answer(Fields):
 class _Turn(Fields):
     question: Text
     asked: Annotated[str, Field(max_length=40)] = ""
-    sampling: dict[str, Any] = Field({})
+    sampling: Said = Field({})
     images: list[Digest] = Field([], max_length=MAX_IMAGES)
-    image_options: list[dict[str, Any] | None] = Field([], max_length=MAX_IMAGES)
+    image_options: list[Said | None] = Field([], max_length=MAX_IMAGES)
     answers: list[_Answer] = Field([], max_length=SIDES)
 
 
@@ -64,38 +90,53 @@ def as_page(chat: Chat) -> str:
 
 def is_export(content: bytes) -> bool:
     """Whether a file may be an export, by its first bytes; images begin otherwise."""
-    return content.lstrip()[:9].lower().startswith((b"{", b"<!doctype"))
+    return content[:1024].lstrip()[:9].lower().startswith((b"{", b"<!doctype"))
 
 
 def read_export(content: bytes, open_upload: Callable[..., Image.Image]) -> tuple[list[Exchange], int]:
     """(the conversation, how many of its images the file doesn't hold).
 
     Raises:
-        LlavaError: it is no export; ImageError: an image of it can't be opened.
+        LlavaError: it is no export, or its texts are too long; ImageError: an image of it can't be opened.
     """
-    text = content.decode("utf-8", errors="replace")
-    views: list[str] = []
-    if not text.lstrip().startswith("{"):
-        page = _Page()
-        page.feed(text)
-        text, views = page.data, page.views
+    data, views = _parts(content)
+    if len(data) > MAX_JSON_BYTES:
+        raise LlavaError(NO_EXPORT)
     try:
-        turns = _Export.model_validate_json(text).turns
+        turns = _Export.model_validate_json(data).turns
     except ValidationError as error:
-        raise LlavaError("it isn't an export of this page; export the conversation anew") from error
+        raise LlavaError(NO_EXPORT) from error
     count = sum(len(turn.images) for turn in turns)
     if count > MAX_IMAGES or (views and len(views) != count):
         raise LlavaError(f"it names {count} images and holds {len(views)}; at most {MAX_IMAGES} are taken")
+    texts = [_exchange(turn, iter(()), open_upload) for turn in turns]
+    if text_length(texts) > MOST_TEXT:
+        raise LlavaError(TOO_LONG)
     left = iter(views)
     return [_exchange(turn, left, open_upload) for turn in turns], count - len(views)
+
+
+def _parts(content: bytes) -> tuple[bytes, list[bytes]]:
+    """(the JSON, the images as base64) of a file. A page isn't parsed but searched a fixed number of times from end to
+    end: time grows with its size and with nothing else in it."""
+    if content[:1024].lstrip().startswith(b"{"):
+        return content, []
+    head, opens, tail = content.rpartition(OPENS)
+    data, closes, _ = tail.partition(CLOSES)
+    if not (opens and closes) or len(data) > MAX_JSON_BYTES:
+        raise LlavaError(NO_EXPORT)
+    for written, meant in ENTITIES.items():
+        data = data.replace(written, meant)
+    _, *sources = head.split(SOURCE, MAX_IMAGES + 1)
+    return data, [source.partition(b'"')[0].partition(b",")[2] for source in sources]
 
 
 def _exchange(turn: _Turn, views: Any, open_upload: Callable[..., Image.Image]) -> Exchange:
     images = []
     options = [*turn.image_options, *[None] * len(turn.images)]
     for digest, said in zip(turn.images, options, strict=False):
-        if (url := next(views, None)) is not None:
-            images.append(_image(url, digest.partition(":")[2], {**(said or {}), "reopened": REOPENED}, open_upload))
+        if (view := next(views, None)) is not None:
+            images.append(_image(view, digest.partition(":")[2], {**(said or {}), "reopened": REOPENED}, open_upload))
     replies: list[Reply | None] = [
         Reply(each.model, each.text, each.error or "", is_whole=each.whole) for each in turn.answers
     ]
@@ -103,9 +144,9 @@ def _exchange(turn: _Turn, views: Any, open_upload: Callable[..., Image.Image]) 
     return Exchange(turn.question, tuple(images), replies, turn.asked, turn.sampling)
 
 
-def _image(url: str, digest: str, said: dict[str, Any], open_upload: Callable[..., Image.Image]) -> UploadedImage:
+def _image(view: bytes, digest: str, said: dict[str, Any], open_upload: Callable[..., Image.Image]) -> UploadedImage:
     try:
-        content = base64.b64decode(url.partition(",")[2], validate=True)
+        content = base64.b64decode(view, validate=True)
     except binascii.Error as error:
         raise LlavaError("an image of it can't be read") from error
     image = UploadedImage.from_bytes(content, open_upload)
@@ -137,26 +178,3 @@ def _words(image: UploadedImage) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class _Page(HTMLParser):
-    """`data` is the text of the last block, which holds the JSON; `views` are the images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.data, self._is_in = "", False
-        self.views: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "pre":
-            self.data, self._is_in = "", True
-        source = dict(attrs).get("src") if tag == "img" else None
-        if source and source.startswith("data:image/"):
-            self.views.append(source)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._is_in = self._is_in and tag != "pre"
-
-    def handle_data(self, data: str) -> None:
-        if self._is_in:
-            self.data += data

@@ -1,4 +1,4 @@
-"""How much of the server's memory all visitors' images may take together, and the drawn views in what is left of it."""
+"""How much of the server's memory all visitors' conversations may take together, and the drawn views in the rest."""
 
 import contextlib
 import itertools
@@ -13,6 +13,8 @@ from llava.serve.web.scans import DrawnView, Scan
 
 PER_VISITOR = 64 << 20
 """Bytes of drawn views that are kept for a visitor: some 1,000 slices of 512 x 512 with noise."""
+BYTES_PER_CHARACTER = 16
+"""Of a conversation's texts: themselves, and escaped in what gradio keeps of the two sides that it has shown."""
 LOOK_SECONDS = 20.0
 """For a view, with waiting for those of others."""
 
@@ -37,9 +39,13 @@ class MemoryBudget:
             while self.taken + size > self.size and self.make_way():
                 pass
             if self.taken + size > self.size:
-                raise ImageError("The server holds too many images just now. Try again in a few minutes.")
+                raise ImageError("The server holds too many images and texts just now. Try again in a few minutes.")
             self.taken += size
         weakref.finalize(thing, self._give_back, size)
+
+    def take_text(self, thing: Any, length: int) -> None:
+        """The same for `length` characters that `thing` holds."""
+        self.take(thing, length * BYTES_PER_CHARACTER)
 
     def _give_back(self, size: int) -> None:
         with self.lock:

@@ -12,7 +12,7 @@ import logging
 import mimetypes
 import re
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs, urlencode
@@ -21,7 +21,8 @@ from llava.errors import LlavaError
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.web.calls import MAX_FILES, NOT_YOURS, SESSION, checked_call, checked_cancel
 from llava.serve.web.memory_budget import DrawnViews
-from llava.serve.web.uploads import Refusal, Upload, Uploads
+from llava.serve.web.sessions import Sessions
+from llava.serve.web.uploads import BLOCK_BYTES, Refusal, Upload, Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ API = "/gradio_api"
 FILE = f"{API}/file="
 PAGES = {"/health", "/theme.css", "/favicon.ico", "/robots.txt", f"{API}/app_id"}
 ASSET = re.compile(r"/(assets|static)(/[\w@+-][\w@+.-]*)+", re.ASCII)  # no segment begins with a dot
-HEARTBEAT = re.compile(rf"{API}/heartbeat/[A-Za-z0-9_-]{{1,64}}", re.ASCII)
+HEARTBEAT = re.compile(rf"{API}/heartbeat/([A-Za-z0-9_-]{{1,64}})", re.ASCII)
 SLICE = re.compile(r"/slice/([A-Za-z0-9_-]{32})", re.ASCII)
 PLACE = re.compile(r"[0-9]{1,6}", re.ASCII)
 CANCEL = f"{API}/cancel"
@@ -62,6 +63,8 @@ class PageMiddleware:
             and those that don't (DIRECT); a queued one called directly would pass by the cap on answers at a time.
         uploads: the record of uploads, below the folder that gradio takes for its own.
         drawn: the scans of all visitors, and what their slices look like.
+        sessions: gradio's sessions.
+        key_of: from a request's headers the name of the visitor's API key.
         max_file: bytes of one uploaded file.
         embed: whether the page stands in another site's page: the cookie then has to be sent there too.
     """
@@ -72,10 +75,13 @@ class PageMiddleware:
         handlers: dict[str, dict[int, int]],
         uploads: Uploads,
         drawn: DrawnViews,
+        sessions: Sessions,
+        key_of: Callable[[dict[str, str]], str],
         max_file: int,
         embed: bool = False,
     ):
         self.app, self.handlers, self.uploads, self.drawn = app, handlers, uploads, drawn
+        self.sessions, self.key_of = sessions, key_of
         self.max_file, self.embed = max_file, embed
 
     async def __call__(self, scope, receive, send):
@@ -103,11 +109,17 @@ class PageMiddleware:
         visitor = visitor_of(scope)
         if reads and path == "/":
             await self.app(_without_query(scope), receive, self._with_cookie(scope, send, visitor))
-        elif reads and (path in PAGES or ASSET.fullmatch(path) or HEARTBEAT.fullmatch(path)):
+        elif reads and (path in PAGES or ASSET.fullmatch(path)):
+            await self.app(_without_query(scope), receive, send)
+        elif reads and (heartbeat := HEARTBEAT.fullmatch(path)):
+            self._require_own(scope, heartbeat[1])
             await self.app(_without_query(scope), receive, send)
         elif reads and path == f"{API}/queue/data":
             session = _query(scope, "session_hash")
-            await self.app({**scope, "query_string": urlencode({"session_hash": session}).encode()}, receive, send)
+            self._require_own(scope, session)
+            query = urlencode({"session_hash": session}).encode()
+            with self.sessions.unread.being_read(session):
+                await self.app({**scope, "query_string": query}, receive, send)
         elif reads and path == f"{API}/upload_progress":
             await self._show_progress(scope, receive, send, visitor)
         elif reads and path.startswith(FILE):
@@ -121,13 +133,23 @@ class PageMiddleware:
         else:
             raise Refusal(404, "There is no such page.")
 
+    def _require_own(self, scope, session: str) -> None:
+        if not self.sessions.belongs(session, _cookie(scope)):
+            raise Refusal(403, "This conversation isn't yours, or your cookie is no longer kept. Load the page anew.")
+
     async def _call(self, scope, receive, send, visitor: str) -> None:
         """A handler's call: gradio gets the body that was checked, never the one that came."""
         body = await _read_body(receive)
         if scope["path"] == CANCEL:
-            body = checked_cancel(body)
+            session, body = checked_cancel(body)
         else:
-            body = checked_call(body, self.handlers[scope["path"]], lambda path: self.uploads.belongs(path, visitor))
+            handlers = self.handlers[scope["path"]]
+            session, body = checked_call(body, handlers, lambda path: self.uploads.use(path, visitor))
+        self._require_own(scope, session)
+        if scope["path"] == QUEUED and self.sessions.is_busy(session):
+            raise Refusal(429, "Too much of this page waits to be read or done. Wait for it, then try again.")
+        if scope["path"] == QUEUED and not self.sessions.has_space(len(body)):
+            raise Refusal(503, "The server has too much to do just now. Try again in a few minutes.")
         headers = [each for each in scope["headers"] if each[0] not in (b"content-type", b"content-length")]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         sent = False
@@ -153,10 +175,17 @@ class PageMiddleware:
             raise Refusal(400, "Files come as a form (multipart/form-data).")
         upload_id = _query(scope, "upload_id", default="")
         send = self._with_cookie(scope, send, visitor)
+        uploads = self.uploads
+
+        class CountedFiles(GradioMultiPartParser):
+            def on_part_begin(self) -> None:
+                uploads.grow(upload, BLOCK_BYTES, 1)
+                super().on_part_begin()
+
         try:
-            with self.uploads.arriving(visitor, upload_id) as upload:
+            with uploads.arriving(visitor, upload_id, self.key_of(dict(request.headers))) as upload:
                 async with asyncio.timeout(UPLOAD_SECONDS):
-                    parser = GradioMultiPartParser(
+                    parser = CountedFiles(
                         request.headers,
                         self._counted(request, upload),
                         max_files=MAX_FILES,
@@ -277,7 +306,7 @@ def _put_in_place(upload: Upload, files: list) -> None:
 
 def _safe_name(name: str) -> str:
     """A visitor's name of a file without what a path or an address could mean by it; its suffixes stay."""
-    name = UNSAFE_NAME.sub("_", re.split(r"[/\\]", name)[-1]).strip(" .")
+    name = UNSAFE_NAME.sub("_", re.split(r"[/\\]", name[-MAX_NAME:])[-1]).strip(" .")
     while len(name.encode(errors="replace")) > MAX_NAME:
         name = name[1:]
     return name.strip(" .") or "file"

@@ -15,7 +15,7 @@ from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
 from llava.serve.request_models import ModelCard
 from llava.serve.web.answers import answer
-from llava.serve.web.chat_state import SIDES, Chat, Exchange, UploadedImage
+from llava.serve.web.chat_state import MOST_TEXT, SIDES, TOO_LONG, Chat, Exchange, UploadedImage, text_length
 from llava.serve.web.memory_budget import DrawnViews
 from llava.serve.web.parts.attention_view import AttentionPart
 from llava.serve.web.parts.card import card_html, knows_drawn_only
@@ -59,8 +59,7 @@ def build_page(client, options: PageOptions, drawn: DrawnViews) -> gr.Blocks:
     page.queue(default_concurrency_limit=options.concurrency)
     # `launch` would take it; this page is mounted.
     page.state_session_capacity = MOST_SESSIONS
-    # gradio holds messages for 2,000 visitors and notes on 10,000 calls, 4 KB more with each visitor.
-    page._queue.pending_messages_per_session.max_size = MOST_SESSIONS
+    # gradio holds notes on 10,000 calls, 4 KB more with each visitor.
     page._queue.ANALYTICS_MAX_EVENTS = CALLS_NOTED
     return page
 
@@ -262,12 +261,19 @@ class Page:
             images = [*chat.draft, *await self.scan.views(chat)]
         except (LlavaError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
-        if sum(len(exchange.images) for exchange in chat.exchanges) + len(images) > MAX_IMAGES:
+        exchange = Exchange(text, tuple(images))
+        if text_length([*chat.exchanges, exchange]) > MOST_TEXT:
+            raise _error(TOO_LONG, "Too long")
+        if sum(len(each.images) for each in [*chat.exchanges, exchange]) > MAX_IMAGES:
             raise _error(f"A conversation holds at most {MAX_IMAGES} images. Clear it first.", "Too many images")
+        try:
+            self.drawn.budget.take_text(exchange, len(text))
+        except LlavaError as error:
+            raise _error(str(error), "Not now") from error
         chat.draft = []
         for scan in chat.scans:
             scan.is_wanted = False
-        chat.exchanges.append(Exchange(text, tuple(images)))
+        chat.exchanges.append(exchange)
         async for update in self._answer(chat, *chosen):
             yield update
 
@@ -295,7 +301,7 @@ class Page:
         desk = [*controls, gr.HTML(seen, attention="")]
         chat.running = True
         try:
-            async for _ in answer(self.client, chat, models, sampling):
+            async for _ in answer(self.client, chat, models, sampling, self.drawn.budget):
                 yield [*self._show(chat, model, box, running=True), *desk]
                 box, desk = None, self._unchanged()[-len(desk) :]
         finally:
@@ -348,8 +354,8 @@ class Page:
         return [draft_of(chat), *await self._desk(chat, model)]
 
     async def on_speed(self, chat: Chat, shows_speed: bool):
-        chat.shows_speed = bool(shows_speed)
-        return [chat.shown(side) for side in range(SIDES)]
+        changes, chat.shows_speed = chat.shows_speed != bool(shows_speed), bool(shows_speed)
+        return [chat.shown(side) if changes and chat.knows_speed(side) else gr.skip() for side in range(SIDES)]
 
     def _examples(self, chat: Chat, model: str | None) -> str:
         is_new = not chat.exchanges and not chat.draft and not chat.scans

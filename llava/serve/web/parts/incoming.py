@@ -15,13 +15,14 @@ from llava.errors import LlavaError
 from llava.serve.decoding.pool import in_thread
 from llava.serve.job import MAX_IMAGES
 from llava.serve.protocol import ServeError
-from llava.serve.web.chat_state import LARGE, SIDES, Chat, UploadedImage
+from llava.serve.web.chat_state import LARGE, SIDES, Chat, UploadedImage, text_length
 from llava.serve.web.exports import is_export, read_export
 from llava.serve.web.middleware import visitor_of
 from llava.serve.web.parts.scan_view import ScanPart, draft_of, is_scan
 
 UPLOAD_SECONDS = 60.0
 """For the images of one question, with waiting for those of others."""
+GONE = "A file is no longer kept. Add it again."
 MOST_REFUSED = 8
 MOST_WORDS = 300
 # Typing changes the box too, and stays in the browser: the server is asked only where there is another file.
@@ -63,9 +64,10 @@ class Incoming:
         self.refused.select(self.on_refused, chat, self.refused, **quiet)
 
     async def on_files(self, chat: Chat, box: dict, model: str | None, request: gr.Request):
-        files = box["files"] or []
+        files, before = box["files"] or [], len(chat.exchanges)
         await self.take(chat, files, request)
-        views = [chat.shown(side) for side in range(SIDES)]
+        is_reopened = len(chat.exchanges) != before
+        views = [chat.shown(side) if is_reopened else gr.skip() for side in range(SIDES)]
         return ["\n".join(files), refusal_of(chat), draft_of(chat), *views, *await self.scans.shown(chat, model)]
 
     async def on_taken(self, chat: Chat) -> None:
@@ -92,6 +94,8 @@ class Incoming:
             refused = [words for file in new if file not in scans if (words := await self._take_image(chat, file))]
             try:
                 await self.scans.take(chat, scans, _visitor(request))
+            except FileNotFoundError:
+                refused.append(GONE)
             except (LlavaError, ServeError) as error:
                 refused.append(str(error))
             chat.refused = []
@@ -107,8 +111,11 @@ class Incoming:
         try:
             content = Path(file).read_bytes()
             if is_export(content):
+                Path(file).unlink(missing_ok=True)
                 return await self._reopen(chat, content)
             image = await in_thread(self._read_image, content, seconds=UPLOAD_SECONDS)
+        except FileNotFoundError:
+            return GONE
         except (LlavaError, ServeError) as error:
             return f"{Path(file).name}: {error}"
         chat.draft.append(image)
@@ -122,6 +129,8 @@ class Incoming:
         exchanges, missing = await in_thread(read_export, content, self.open, seconds=UPLOAD_SECONDS)
         for image in (image for exchange in exchanges for image in exchange.images):
             self.budget.take(image, image.size)
+        for exchange in exchanges:
+            self.budget.take_text(exchange, text_length([exchange]))
         chat.exchanges = exchanges
         if missing:
             gr.Warning(f"{missing} of its images aren't in the file: questions go on without them.")

@@ -1,0 +1,78 @@
+"""Who gives way when uploads reach their total, and that what has gone is counted no more."""
+
+import contextlib
+
+import pytest
+
+from llava.serve.web.uploads import BLOCK_BYTES, Refusal, Uploads
+
+FULL = pytest.raises(Refusal, match="too many files just now")
+
+
+def send(uploads: Uploads, visitor: str, size: int, key: str = "", files: int = 1) -> str:
+    with uploads.arriving(visitor, key=key) as upload:
+        uploads.grow(upload, size * files, files)
+        for number in range(files):
+            path = upload.folder / str(number)
+            path.write_bytes(b"x" * size)
+            upload.paths.append(str(path))
+    return upload.paths[0]
+
+
+def test_unused_ones_go_first_the_oldest_of_them(tmp_path):
+    uploads = Uploads(tmp_path, 1 << 20, 50_000)
+    paths = {name: send(uploads, name, 10_000) for name in "abcde"}
+    assert uploads.use(paths["a"], "a") and not uploads.use(paths["b"], "a")
+    send(uploads, "f", 10_000)
+    assert [name for name, path in paths.items() if uploads.belongs(path, name)] == ["a", "c", "d", "e"]
+    send(uploads, "f", 30_000)
+    assert [name for name, path in paths.items() if uploads.belongs(path, name)] == ["a"]
+    with FULL:
+        send(uploads, "f", 10_000)
+    assert uploads.belongs(paths["a"], "a"), "who holds most takes nothing from others"
+
+
+def test_who_holds_most_gives_way(tmp_path):
+    """By the key, where there are keys: however many visitors one makes of himself."""
+    uploads = Uploads(tmp_path, 1 << 20, 100_000)
+    many = {f"m{number}": send(uploads, f"m{number}", 10_000, "hoarder") for number in range(8)}
+    own = send(uploads, "v", 20_000, "modest")
+    for name, path in {**many, "v": own}.items():
+        assert uploads.use(path, name)
+    assert uploads.use(send(uploads, "w", 20_000, "modest"), "w")
+    assert uploads.belongs(own, "v") and sum(uploads.belongs(path, name) for name, path in many.items()) == 6
+    send(uploads, "n", 10_000, "hoarder")
+    send(uploads, "x", 20_000, "third")
+    assert uploads.belongs(own, "v"), "who shares a key gives way to the others with it"
+
+
+def test_files_are_counted_and_given_back(tmp_path):
+    uploads = Uploads(tmp_path, 1 << 20, 1 << 20, files_per_visitor=20, files_in_all=30)
+    first = send(uploads, "a", 1, files=20)
+    with pytest.raises(Refusal, match="more than 20 files"):
+        send(uploads, "a", 1)
+    assert uploads.belongs(first, "a")
+    assert (uploads._sizes["a"], uploads._counts["a"]) == (20 * BLOCK_BYTES, 20)
+    send(uploads, "b", 1, files=15)
+    assert not uploads.belongs(first, "a") and "a" not in uploads._counts
+    for name in "cdefg":
+        with contextlib.suppress(ZeroDivisionError), uploads.arriving(name) as upload:
+            uploads.grow(upload, 10, 10)
+            raise ZeroDivisionError
+    assert uploads._counts == {"b": 15} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_that_arrives_may_give_way_and_is_told(tmp_path):
+    """However it goes on then."""
+    uploads = Uploads(tmp_path, 1 << 20, 100_000)
+    for ends in ("grow", "write", "nothing"):
+        with FULL, uploads.arriving("slow") as upload:
+            uploads.grow(upload, 90_000, 1)
+            send(uploads, "quick", 20_000)
+            if ends == "grow":
+                uploads.grow(upload, 1)
+            elif ends == "write":
+                (upload.folder / "x").write_bytes(b"x")
+        assert set(uploads._sizes) == {"quick"}
+        uploads.sweep()
+    assert not upload.folder.exists()
