@@ -30,7 +30,7 @@ from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
 from llava.serve.transport.server import require_serving, run_server
 from llava.serve.web.browser import BrowserHeaders, visitor_check, visitor_key
-from llava.serve.web.uploads import MAX_FILE_BYTES, Uploads
+from llava.serve.web.uploads import MAX_FILE_BYTES, Uploads, WrittenFiles
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
-        sweeping = asyncio.create_task(_sweep(uploads))
+        sweeping = asyncio.create_task(_sweep(uploads, WrittenFiles(page.temp_file_sets)))
         async with tidied(client.log, options.feedback):
             yield
         sweeping.cancel()
@@ -167,10 +167,11 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     return BrowserHeaders(known, args.embed)
 
 
-async def _sweep(uploads) -> None:
+async def _sweep(*swept: Uploads | WrittenFiles) -> None:
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
-        uploads.sweep()
+        for each in swept:
+            each.sweep()
 
 
 def _steady_sessions() -> None:

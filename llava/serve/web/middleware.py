@@ -6,6 +6,7 @@ cookie says who that is) and to nobody else. Plain ASGI; the size of a body is c
 """
 
 import asyncio
+import contextlib
 import errno
 import json
 import logging
@@ -181,6 +182,15 @@ class PageMiddleware:
             def on_part_begin(self) -> None:
                 uploads.grow(upload, BLOCK_BYTES, 1)
                 super().on_part_begin()
+
+            async def parse(self) -> Any:
+                try:
+                    return await super().parse()
+                except OSError:
+                    for each in self._files_to_close_on_error:  # else each fails once more when it is forgotten
+                        with contextlib.suppress(OSError):
+                            each.close()
+                    raise
 
         try:
             with uploads.arriving(visitor, upload_id, self.key_of(dict(request.headers))) as upload:

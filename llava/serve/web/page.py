@@ -54,7 +54,7 @@ class PageOptions:
 
 def build_page(client, options: PageOptions, drawn: DrawnViews) -> gr.Blocks:
     """The page over a `ServingClient`; the budget of `drawn` is for the images in all conversations together."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(300, 600), fill_width=True) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         Page(client, options, drawn)
     page.queue(default_concurrency_limit=options.concurrency)
     # `launch` would take it; this page is mounted.

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,3 +210,28 @@ def _size(path: str) -> int | None:
         return Path(path).stat().st_size
     except FileNotFoundError:
         return None
+
+
+class WrittenFiles:
+    """Files that the page has written for browsers to fetch; each goes after `keep_seconds`.
+
+    gradio's own task for this ends for good when a file comes while it looks through their names.
+
+    Args:
+        sets: gradio's sets of the files' names.
+    """
+
+    def __init__(self, sets: Iterable[set[str]], keep_seconds: float = KEEP_SECONDS):
+        self.sets, self.keep_seconds = sets, keep_seconds
+        self._since: dict[str, float] = {}
+
+    def sweep(self) -> None:
+        """Delete those that have been known long enough."""
+        now = time.monotonic()
+        known = {name for names in self.sets for name in names.copy()}  # a copy is made in one piece
+        self._since = {name: self._since.get(name, now) for name in known}
+        old = {name for name, since in self._since.items() if since < now - self.keep_seconds}
+        for name in old:
+            Path(name).unlink(missing_ok=True)
+        for names in self.sets:
+            names -= old

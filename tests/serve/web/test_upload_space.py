@@ -1,10 +1,11 @@
 """Who gives way when uploads reach their total, and that what has gone is counted no more."""
 
 import contextlib
+import time
 
 import pytest
 
-from llava.serve.web.uploads import BLOCK_BYTES, Refusal, Uploads
+from llava.serve.web.uploads import BLOCK_BYTES, Refusal, Uploads, WrittenFiles
 
 FULL = pytest.raises(Refusal, match="too many files just now")
 
@@ -76,3 +77,21 @@ def test_one_that_arrives_may_give_way_and_is_told(tmp_path):
         assert set(uploads._sizes) == {"quick"}
         uploads.sweep()
     assert not upload.folder.exists()
+
+
+def test_what_the_page_has_written_goes_after_its_time(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.touch()
+    names = {str(paths[0])}
+    written = WrittenFiles([names, set()], keep_seconds=0.2)
+    written.sweep()
+    names.add(str(paths[1]))
+    time.sleep(0.3)
+    written.sweep()
+    assert [path.exists() for path in paths] == [False, True, True], "the second is new, the third isn't named"
+    assert names == {str(paths[1])}
+    paths[1].unlink()
+    time.sleep(0.3)
+    written.sweep()
+    assert names == set()
