@@ -81,13 +81,14 @@ def figures(*shown: Markup) -> Markup:
     return _part("figures", [one for one in shown if one])
 
 
-def gallery(shown: Sequence[Card]) -> Markup:
+def gallery(shown: Sequence[Card], title: str = "") -> Markup:
     """Questions and answers with their images, with buttons for right or wrong answers and for each kind of question.
 
-    No script is needed.
+    No script is needed. `title` tells galleries of the same questions on a page apart; it isn't shown.
     """
     kinds = list(dict.fromkeys(card.kind for card in shown if card.kind))
-    name = f"g{zlib.crc32(repr([(card.question, card.answer, card.kind) for card in shown]).encode()):x}"
+    content = [(title, card.question, card.answer, card.kind) for card in shown]
+    name = f"g{zlib.crc32(repr(content).encode()):x}"
     return _part("gallery", shown, kinds if len(kinds) > 1 else [], name)
 
 

@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     chat = Chat(Engine(loaded), loaded.model.config.conversation_template, sampling, shown)
     write_line(RESEARCH_NOTICE)
-    write_line("Ask about the image; /help lists the commands.")
+    asked = "Ask about the image" if images else "No image yet: /image PATH adds one. Ask"
+    write_line(f"{asked}; /help lists the commands.")
     for image in images:
         chat.add_image(*image)
     talk(chat)

@@ -85,6 +85,17 @@ def test_models_are_compared_in_pairs_and_the_direction_is_said(files):
     assert next(row for row in rows if row[2] == "strict open")[5].startswith("-100.00 [")
 
 
+def test_no_model_is_better_where_the_exact_test_shows_nothing(files):
+    """Four questions that one alone has right: the interval leaves out 0, McNemar's p is 0.125."""
+    lines = (files / "seen.jsonl").read_text().splitlines()
+    wrong = [line.replace('"yes"', '"perhaps"') if place in (1, 2, 4, 5) else line for place, line in enumerate(lines)]
+    other = files / "few.jsonl"
+    other.write_text("\n".join(wrong) + "\n")
+    html, _ = make(files, "--gt", str(files / "test.json"), "--pred", f"m={files / 'seen.jsonl'}", f"few={other}")
+    assert "the two tests disagree: too few questions" in html and "m is better" not in html
+    assert len(set(re.findall('<div class="gallery" id="([^"]*)"', html))) == 2
+
+
 def test_yes_and_no_are_counted_against_the_reference(files):
     html, _ = make(files)
     section = html.partition("Yes and no</h2>")[2].partition("</section>")[0]

@@ -6,6 +6,7 @@ python -m llava.data.convert csv --input table.csv --image-folder images --outpu
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from llava.data.sources.tables import read_table
 from llava.errors import LlavaError
 from llava.records import Record
 
+logger = logging.getLogger(__name__)
+
 NAME = "csv"
 
 COLUMN_FLAGS = "--image-column, --question-column, --answer-column and --delimiter say what is what"
@@ -36,7 +39,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--answer-type-column", help="OPEN or CLOSED; without it yes and no are CLOSED, all else OPEN")
     parser.add_argument("--keep-columns", help="further columns to keep in the records, by comma")
     parser.add_argument("--delimiter", help="between cells; default: a tab for .tsv, else a comma")
-    parser.add_argument("--test-fraction", type=float, default=0.0, help="share of the images that become test.json")
+    parser.add_argument(
+        "--test-fraction",
+        type=float,
+        default=0.0,
+        help="share of the images that become test.json; each is drawn by itself, so few images can be far off",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of test images")
 
 
@@ -49,6 +57,9 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
     # Counts are made in one pass only, or every row left out would be counted once per split.
     records = list(_records(path, args, conversion))
     tested = _choose({_split_key(record) for record in records}, args) if args.test_fraction else set()
+    if tested:
+        images = len({_split_key(record) for record in records})
+        logger.info("%d of %d images are for testing (another --seed draws others)", len(tested), images)
     conversion.splits = {
         name: [record for record in records if (_split_key(record) in tested) == (name == "test")] for name in names
     }

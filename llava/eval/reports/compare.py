@@ -19,6 +19,7 @@ class AnswerComparison:
     second: Path
     numbers: dict[Metric, Comparison]
     labels: tuple[str, str] = ("first", "second")
+    subtracted: str = "second less first"
 
     def as_dict(self) -> dict:
         numbers = {metric.title: asdict(found) for metric, found in self.numbers.items()}
@@ -27,11 +28,11 @@ class AnswerComparison:
     def text(self) -> str:
         rows = []
         for metric, found in self.numbers.items():
-            mcnemar = "" if found.mcnemar_p is None else f"{found.mcnemar_p:.4f}"
+            mcnemar = "" if found.mcnemar_p is None else p_text(found.mcnemar_p)
             alone = "" if found.only_first is None else f"{found.only_first} / {found.only_second}"
             rows.append([metric.heading, *comparison_cells(metric, found), alone, mcnemar])
         first, second = self.labels
-        header = ["metric (%)", first, second, "difference", "p (bootstrap)", "right alone", "p (McNemar)"]
+        header = ["metric (%)", first, second, self.subtracted, "p (bootstrap)", "right alone", "p (McNemar)"]
         return f"{first}: {self.first}\n{second}: {self.second}\n\n{text_table(header, rows)}"
 
 
@@ -45,7 +46,7 @@ def compare_with_memory(model: Evaluation, memory: str | Path) -> AnswerComparis
     """A model's answers beside those from memory; the difference is what the model adds."""
     found = compare_answers(model, memory)
     numbers = {metric: turned(number) for metric, number in found.numbers.items()}
-    return replace(found, numbers=numbers, labels=("model", "memory"))
+    return replace(found, numbers=numbers, labels=("model", "memory"), subtracted="model less memory")
 
 
 def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
@@ -80,10 +81,15 @@ def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
     return AnswerComparison(first.pred, Path(second), numbers)
 
 
+def p_text(value: float | None) -> str:
+    """A p value with four decimals, or that it is below what they show; "-" for none."""
+    return "< 0.0001" if value is not None and value < 0.0001 else plain(value, 4)
+
+
 def comparison_cells(metric: Metric, found: Comparison) -> list[str]:
     """Both means, their difference with its interval, and the bootstrap's p value, in the metric's unit."""
     scale = metric.scale
     change = f"{scale * found.difference:+.2f}"
     if found.low is not None and found.high is not None:
         change += f" [{scale * found.low:+.2f}, {scale * found.high:+.2f}]"
-    return [f"{scale * found.first:.2f}", f"{scale * found.second:.2f}", change, plain(found.p_value, 4)]
+    return [f"{scale * found.first:.2f}", f"{scale * found.second:.2f}", change, p_text(found.p_value)]

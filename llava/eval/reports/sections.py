@@ -18,7 +18,7 @@ from llava.eval.metrics.registry import CLOSED, Metric
 from llava.eval.metrics.score import headlines
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.clean_subset import CleanScores
-from llava.eval.reports.compare import compare_answers, compare_with_memory, comparison_cells
+from llava.eval.reports.compare import compare_answers, compare_with_memory, comparison_cells, p_text
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
@@ -126,6 +126,10 @@ def _cut_answers(entries: Sequence[Entry]) -> Markup:
     return Markup().join(parts)
 
 
+SIGNIFICANT = 0.05
+"""A p value below it says that there is a difference."""
+
+
 def differences_section(entries: Sequence[Entry]) -> Markup:
     """Each pair of files that answer the same questions: the paired difference, and what it says."""
     rows = []
@@ -133,7 +137,7 @@ def differences_section(entries: Sequence[Entry]) -> Markup:
         if first.result.gt != second.result.gt:
             continue
         for metric, found in compare_answers(first.result, second.result.pred).numbers.items():
-            mcnemar = "" if found.mcnemar_p is None else f"{found.mcnemar_p:.4f}"
+            mcnemar = "" if found.mcnemar_p is None else p_text(found.mcnemar_p)
             said = _direction(first, second, metric, found)
             rows.append([first.label, second.label, metric.heading, *comparison_cells(metric, found), mcnemar, said])
     if not rows:
@@ -141,7 +145,8 @@ def differences_section(entries: Sequence[Entry]) -> Markup:
     header = ["first", "second", "metric", "first", "second", "difference", "p (bootstrap)", "p (McNemar)", "it says"]
     text = (
         "The difference is the second's score less the first's, on the same questions, with its 95 % interval. Each p "
-        "stands for one comparison: of twenty without a difference, one falls below 0.05 by chance."
+        "stands for one comparison: of twenty without a difference, one falls below 0.05 by chance. A model is called "
+        "better where the interval is on one side of 0 and McNemar's exact test, where there is one, is below 0.05 too."
     )
     return table(header, rows) + note(text)
 
@@ -151,6 +156,8 @@ def _direction(first: Entry, second: Entry, metric: Metric, found: Comparison) -
         return "nothing: a single one is compared"
     if found.low <= 0 <= found.high:
         return "no difference is shown"
+    if found.mcnemar_p is not None and found.mcnemar_p >= SIGNIFICANT:
+        return "the two tests disagree: too few questions"
     is_second = (found.difference > 0) == metric.higher_is_better
     return f"{(second if is_second else first).label} is better"
 
@@ -288,7 +295,7 @@ def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, 
                 image = _image(item.images, image_folder or (entry.result.manifest or {}).get("image_folder"))
                 shown.append(Card(image, item.question, str(item.answer), joined.prediction, is_right, _kind(joined)))
         parts.append(subheading(f"{entry.label}: {len(right)} wholly right, {len(wrong)} wholly wrong (strict)"))
-        parts.append(gallery(shown))
+        parts.append(gallery(shown, entry.label))
     return Markup().join(parts)
 
 

@@ -129,11 +129,14 @@ def _write_page(folder: Path, summary: dict[str, Any], log_history: list[dict]) 
         if lines
     ]
     facts = [[label, said] for label, said in _facts(summary) if said is not None]
+    resumed = summary.get("resumed_from")
+    since = f" (with the records and tokens seen: since {Path(resumed).name}, where it was resumed)" if resumed else ""
     run = {name: summary.get(name) for name in ("output_dir", "resumed_from", "conversation_template", "versions")}
     write_page(
         folder / PAGE,
         f"Training: {folder.resolve().name}",
-        f"{summary['steps']:,} optimizer steps over {summary['samples']:,} records, {summary['seconds']:,.0f} seconds.",
+        f"{summary['steps']:,} optimizer steps over {summary['samples']:,} records, {summary['seconds']:,.0f} seconds"
+        f"{since}.",
         [
             ("What it came to", table(["", ""], facts)),
             ("Over the run", figures(*drawn)),
