@@ -56,7 +56,7 @@ class EngineBackend:
     def attention_map(self, job: Job, token_ids: list[int]) -> dict[str, Any]:
         try:
             # The answer is there; nothing has to be allowed any more.
-            unbound = replace(job, sampling=replace(job.sampling, json_schema=None))
+            unbound = replace(job, sampling=job.sampling.model_copy(update={"json_schema": None}))
             found = self.engine.attention_map(self._request(unbound), token_ids)
         except (LlavaError, torch.OutOfMemoryError) as error:
             raise to_serve_error(error) from error
