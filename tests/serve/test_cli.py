@@ -19,10 +19,11 @@ def model(tmp_path_factory):
     return tiny.make_llava(folder / "model"), folder
 
 
-def chat(model, lines, *words, env=None):
+def chat(model, lines, *words, env=None, image="a.png"):
     checkpoint, folder = model
     command = [sys.executable, "-m", "llava.serve.cli", "--model-path", str(checkpoint), "--device", "cpu"]
-    command += ["--temperature", "0", "--max-new-tokens", "6", "--image-file", str(folder / "a.png"), *words]
+    command += ["--temperature", "0", "--max-new-tokens", "6", *words]
+    command += ["--image-file", str(folder / image)] if image else []
     return subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, env=env)
 
 
@@ -41,6 +42,11 @@ def test_several_turns_and_images(model):
     assert values[0] == "<image>\nWhat is it?"
     assert values[2] == "<image>\nAnd this?"
     assert len(content["images"]) == 2
+
+
+def test_that_there_is_no_image_is_said(model):
+    assert "Ask about the image; /help" in chat(model, ["/exit"]).stdout
+    assert "No image yet: /image PATH adds one. Ask; /help" in chat(model, ["/exit"], image=None).stdout
 
 
 def test_paths_may_stand_in_quotes(model):

@@ -15,7 +15,7 @@ from tests.train.helpers import flags, losses, make_records
 COUNTED = {"count": 0, "first": []}
 
 
-def run(folder, steps=60, evaluations=6):
+def run(folder, steps=60, evaluations=6, **more):
     """A run's logs, its summary and the answers that it left."""
     logs = []
     for step in range(1, steps + 1):
@@ -33,6 +33,7 @@ def run(folder, steps=60, evaluations=6):
         **{"trainable_parameters": 10, "samples_per_step": 2, "data_wait": 0.125, "mfu": None},
         "truncated": {"count": 3, "first": ["record 1", "<b>"]},
         "validation": {"data_path": "held_out.json", "samples": 5, "best_step": 40, "left_out": COUNTED},
+        **more,
     }
     summary = add_losses(summary, logs)
     write_summary(folder, summary, logs)
@@ -46,7 +47,12 @@ def test_the_page_has_the_numbers_of_the_summary(tmp_path):
     assert "training, smoothed from" in page and "held-out from 2.33 to 1.5" in page
     for measured in summary["validation"]["curve"]:
         assert f">{measured['loss']:g}</td>" in page
-    assert "that of step 40" in page
+    assert "that of step 40" in page and "resumed" not in page
+
+
+def test_a_resumed_run_says_what_is_counted_from_there(tmp_path):
+    page, _ = run(tmp_path, resumed_from="somewhere/checkpoint-24")
+    assert "since checkpoint-24, where it was resumed" in page
 
 
 def test_answers_are_shown_from_the_first_evaluation_to_the_last(tmp_path):
