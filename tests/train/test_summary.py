@@ -47,7 +47,7 @@ def test_the_page_has_the_numbers_of_the_summary(tmp_path):
     assert "training, smoothed from" in page and "held-out from 2.33 to 1.5" in page
     for measured in summary["validation"]["curve"]:
         assert f">{measured['loss']:g}</td>" in page
-    assert "that of step 40" in page and "resumed" not in page
+    assert "that of step 40" in page and "where it was resumed" not in page
 
 
 def test_a_resumed_run_says_what_is_counted_from_there(tmp_path):
