@@ -75,6 +75,12 @@ VERBS = {
     },
 }
 """By task: the name of each verb and the module whose `main` it calls."""
+_MEANT = {
+    **dict.fromkeys(("eval", "evaluate"), ("answer", "score")),
+    **dict.fromkeys(("finetune", "fine-tune", "fit", "tune"), ("train",)),
+    **dict.fromkeys(("predict", "infer", "inference", "generate"), ("ask", "answer")),
+}
+"""Verbs that others have, which are spelt unlike ours."""
 
 
 def build_parser() -> ArgumentParser:
@@ -111,7 +117,7 @@ def find_module(verb: str) -> str:
     """
     known = {name: module for group in VERBS.values() for name, module in group.items()}
     if verb not in known:
-        like = difflib.get_close_matches(verb, known, n=3)
+        like = _MEANT.get(verb.lower().replace("_", "-")) or difflib.get_close_matches(verb, known, n=3)
         hint = f"did you mean {' or '.join(like)}?" if like else "llava-med --help lists them"
         raise LlavaError(f"llava-med has no verb {verb!r}; {hint}")
     return known[verb]

@@ -17,6 +17,8 @@ _OLD_CALLS = r"`((is_)?gradient_checkpointing(_enable|_disable)?|rope_scaling)` 
 """transformers' own, and peft's, of names that both still have; `rope_scaling` stands in our config.json for others."""
 _WIDGETS = "IProgress not found"
 """tqdm's, in a notebook without ipywidgets: its bars are text then."""
+_THREADS = "OMP_NUM_THREADS/MKL_NUM_THREADS unset"
+"""accelerate's, of processes on CPUs and of each dry run: how many threads it has set."""
 _OTHER_STEPS = "Warning: The following arguments do not match the ones in the `trainer_state.json`"
 """How often is logged and saved, where a run goes on: in the state as a number, in the flags also as a share. What
 matters is compared by llava.train.output.one_run."""
@@ -28,4 +30,5 @@ def silence() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_OLD_CALLS, category=FutureWarning)
     warnings.filterwarnings("ignore", message=_WIDGETS)
+    warnings.filterwarnings("ignore", message=_THREADS)
     logging.getLogger("transformers.trainer_utils").addFilter(lambda record: _OTHER_STEPS not in record.getMessage())

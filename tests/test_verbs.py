@@ -67,6 +67,19 @@ def test_the_version_is_said():
     assert done.returncode == 0 and done.stdout == f"llava-med {llava.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("verb", "meant"),
+    [
+        *[(verb, "answer or score") for verb in ("eval", "evaluate")],
+        *[(verb, "train") for verb in ("finetune", "fine_tune")],
+        *[(verb, "ask or answer") for verb in ("predict", "infer")],
+    ],
+)
+def test_verbs_of_others_lead_to_ours(verb, meant):
+    with pytest.raises(LlavaError, match=rf"no verb '{verb}'; did you mean {meant}\?$"):
+        find_module(verb)
+
+
 def test_mistakes_are_one_line():
     done = run_script("chta")
     assert done.returncode == 2 and done.stderr == "error: llava-med has no verb 'chta'; did you mean chat?\n"

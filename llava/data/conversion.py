@@ -5,7 +5,7 @@ split, the candidate answers of the training split, and a manifest with sources,
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -64,12 +64,14 @@ class ImageFolder:
         self.missing[name] = self.missing.get(name, 0) + 1
         return self.policy == "keep"
 
-    def raise_if_missing(self) -> None:
+    def raise_if_missing(self, left_out: Mapping[str, int]) -> None:
+        """Names the missing images, and counts the records that were left out for another reason too."""
         if self.missing and self.policy == "error":
             first = ", ".join(list(self.missing)[:3])
+            further = "".join(f"; left out besides: {count} with {why}" for why, count in left_out.items())
             raise LlavaError(
                 f"{len(self.missing)} images of {sum(self.missing.values())} records not found under {self.folder} "
-                f"(first: {first}); get them, or pass --missing drop to leave these records out"
+                f"(first: {first}); get them, or pass --missing drop to leave these records out{further}"
             )
 
 
@@ -164,7 +166,7 @@ def write_conversion(
                 }
         folder = conversion.image_folder
         if folder is not None:
-            folder.raise_if_missing()
+            folder.raise_if_missing(conversion.left_out)
         for tally in tallies:
             tally.raise_if_empty()
         if folder is not None:

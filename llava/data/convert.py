@@ -1,7 +1,6 @@
 """Bring a medical data set into LLaVA-Med's record form, by its name.
 
-`python -m llava.data.convert NAME --help` lists the flags of a set. Each is a module of llava/data/sources/, found by
-being there; what is written, and how, is in llava/data/conversion.py.
+Name a set and add --help to see its flags.
 
 python -m llava.data.convert csv --input table.csv --image-folder images --output-dir data/own
 """

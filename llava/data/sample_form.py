@@ -13,7 +13,7 @@ from llava.tokenization import ImageTokens
 class SampleForm:
     """The defaults are those of a folder that says nothing: a tokenizer alone."""
 
-    template: str = "v1"
+    template: str = "v0"
     image_tokens: ImageTokens = field(default_factory=ImageTokens)
     features_per_image: int = 256
 
@@ -25,7 +25,7 @@ class SampleForm:
 def add_form_flags(parser: ArgumentParser) -> None:
     """`--template` and `--features-per-image`."""
     parser.add_argument(
-        "--template", "--version", help="the prompt template that training will use; default: the model's own, else v1"
+        "--template", "--version", help="the prompt template that training will use; default: the model's own, else v0"
     )
     parser.add_argument(
         "--features-per-image",

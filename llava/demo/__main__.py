@@ -7,6 +7,8 @@ For research only, never for clinical use.
 python -m llava.demo --small --output-dir runs/demo-small
 """
 
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", default="runs/demo", help="a rerun goes on at the first unfinished step")
     parser.add_argument("--seed", type=int, default=0, help="of images, models and training")
-    parser.add_bool("--small", help="every step once, on 500 images in about a minute, learning next to nothing")
+    parser.add_bool("--small", help="every step once, on 500 images, in a minute or two, learning next to nothing")
     parser.add_overwrite()
     return parser
 
@@ -60,7 +62,24 @@ def main(argv: list[str] | None = None) -> None:
     write_line(f"{summary['questions']} questions about findings on held-out images, seed {args.seed}, {seconds:.0f} s")
     write_line(f"report: {report}")
     write_line(f"model: {output / 'vqa'}")
+    for line in what_comes_next(output):
+        write_line(line)
     write_line(RESEARCH_NOTICE)
+
+
+def what_comes_next(output: Path) -> list[str]:
+    """Lines for whoever has just run the demo into `output`: the commands to go on with, and where they are found."""
+    model = output / "vqa"
+    page, chat = f"llava-med serve --model-path {model}", f"llava-med chat --model-path {model}"
+    if output == Path("runs/demo") and Path("Makefile").is_file():
+        page, chat = "make serve", "make chat"
+    lines = [f"next: {page} (the page and the API), or {chat} (the terminal)"]
+    environment = Path(sys.prefix)
+    script = environment / "bin" / "activate"
+    if shutil.which("llava-med") is None and script.is_file():
+        here = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+        lines.append(f"before any other command: . {here}")
+    return lines
 
 
 if __name__ == "__main__":

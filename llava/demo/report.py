@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
+from llava.data.phantoms.questions import CHOICE, OPEN, YES_NO
 from llava.demo.scores import RUNS, RunScores, table
 from llava.manifests import versions
 from llava.pages import Card, figure, figures, gallery, note, subheading, what_was_run, write_page
@@ -17,11 +18,11 @@ PER_KIND = 8
 """Examples shown of right and of wrong answers."""
 
 _LEARNED = {
-    "language_model": "the language model, from texts",
-    "vision_tower": "the vision tower, from captions",
-    "stage_1": "stage 1, the projector",
-    "stage_2": "stage 2, instructions",
-    "vqa": "fine-tuning on questions",
+    "language_model": ("language model", "the language model, from texts"),
+    "vision_tower": ("vision tower", "the vision tower, from captions"),
+    "stage_1": ("stage 1", "stage 1, the projector"),
+    "stage_2": ("stage 2", "stage 2, instructions"),
+    "vqa": ("VQA fine-tuning", "fine-tuning on questions"),
 }
 
 
@@ -73,7 +74,7 @@ def _families(scores: dict[str, RunScores]) -> list[list[str]]:
             own = run.finding.groups["family"][family]
             value = own["strict open"] if own["open"] else own["strict closed"]
             cells.append(f"{value:.1f}")
-        rows.append([family.replace("_", " "), str(group["questions"]), *cells])
+        rows.append([_in_words(family), str(group["questions"]), *cells])
     return rows
 
 
@@ -88,11 +89,11 @@ def _others(scores: dict[str, RunScores]) -> list[list[str]]:
 def _curves(output: Path) -> Markup:
     """Loss of the base models and of each stage, with images and blind."""
     drawn = []
-    for name, words in _LEARNED.items():
+    for name, (title, words) in _LEARNED.items():
         found = [(RUNS[prefix].partition(":")[0], _losses(output / f"{prefix}{name}")) for prefix in ("", "blind_")]
         lines = [Line(label, range(1, len(losses) + 1), smoothed(losses)) for label, losses in found if losses]
         if lines:
-            shown = curves(name.replace("_", " "), lines, "step", "loss")
+            shown = curves(title, lines, "step", "loss")
             drawn.append(figure(shown, f"Smoothed training loss of {words}."))
     return figures(*drawn) if drawn else Markup()
 
@@ -119,5 +120,13 @@ def _examples(output: Path, rows: list[dict[str, Any]], *, right: bool) -> list[
 def _card(output: Path, row: dict[str, Any]) -> Card:
     with Image.open(output / "data" / "images" / row["image"]) as image:
         image.load()
-    kind = row["family"].replace("_", " ")
-    return Card(image, row["question"], str(row["reference"]), row["prediction"], row["right"], kind)
+    right = row["right"]
+    return Card(image, row["question"], str(row["reference"]), row["prediction"], right, _in_words(row["family"]))
+
+
+def _in_words(family: str) -> str:
+    """ "kind_yes_no" → "kind (yes/no)"."""
+    for form, words in ((YES_NO, "yes/no"), (CHOICE, "choice"), (OPEN, "open")):
+        if family.endswith(f"_{form}"):
+            return f"{family.removesuffix(f'_{form}').replace('_', ' ')} ({words})"
+    return family.replace("_", " ")

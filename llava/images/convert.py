@@ -50,6 +50,11 @@ def build_parser() -> ArgumentParser:
         help="write which file each image was made of (CSV: image, file, frame), to join it with a table of yours; "
         "patients' names may stand in paths, so it is kept out of --output-dir and readable for you alone",
     )
+    parser.add_argument(
+        "--table",
+        metavar="PATH",
+        help="also write a row for each image (CSV: image, question, answer), to fill in and give to `convert csv`",
+    )
     parser.add_bool(
         "--name-files", help="name files in left_out.jsonl by their paths, in which patients' names may stand"
     )
@@ -69,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     window = None if args.window == "auto" else parse_window(args.window)
     target = check_target(args.output_dir, args.overwrite)
     sources = args.sources and Sources(Path(args.sources), Path(args.folder), target, args.overwrite)
+    table = args.table and Table(Path(args.table), target, args.overwrite, "is no part of")
     found = survey(existing_dir(args.folder, "folder of scans"), axis=args.axis, keep_burned_in=args.keep_burned_in)
     jobs = [Job(series, choose, window) for series in found.series]
     left_out = LeftOut(Path(args.folder).expanduser(), args.name_files)
@@ -90,44 +96,56 @@ def main(argv: list[str] | None = None) -> None:
             records[name] = _write(part / "images", name, drawn, args.question)
             if sources:
                 sources.add(records[name]["images"], drawn, job.series)
+            if table:
+                table.rows += [(image, args.question or "", "") for image in records[name]["images"]]
         if not records:
             raise LlavaError(f"{args.folder}: no series that can be used ({len(left_out.entries)} files left out)")
         write_records(part / "records.json", [records[name] for name in sorted(records)])
         write_records(part / "left_out.jsonl", left_out.entries)
         if sources:
-            sources.write()
+            sources.write(("image", "file", "frame"), private=True)
+        if table:
+            table.write(("image", "question", "answer"))
     count = sum(len(record["images"]) for record in records.values())
     write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
     for why, number in Counter(entry["why"] for entry in left_out.entries).most_common():
         write_line(f"left out: {number} × {why}")
 
 
-class Sources:
+class Table:
+    """Rows that go into a CSV file of their own, outside the set, the image first."""
+
+    def __init__(self, path: Path, target: Path, overwrite: bool, why: str):
+        self.path, self.overwrite = path.expanduser().absolute(), overwrite
+        if self.path.resolve().is_relative_to(target.resolve()):
+            raise LlavaError(f"{path}: {why} the set; give a path outside --output-dir")
+        self.rows: list[tuple[str, str, int | str]] = []
+
+    def write(self, header: tuple[str, ...], *, private: bool = False) -> None:
+        from llava.records import atomic_path
+
+        rows = sorted(self.rows, key=lambda row: row[:2])
+        with (
+            atomic_path(self.path, overwrite=self.overwrite, private=private) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
+            table = csv.writer(file)
+            table.writerow(header)
+            table.writerows(rows)
+
+
+class Sources(Table):
     """The rows of --sources: one for each slice in an image."""
 
     def __init__(self, path: Path, folder: Path, target: Path, overwrite: bool):
-        self.path, self.folder, self.overwrite = path.expanduser().absolute(), folder.expanduser(), overwrite
-        if self.path.resolve().is_relative_to(target.resolve()):
-            raise LlavaError(f"--sources {path}: would name patients in the set; give a path outside --output-dir")
-        self.rows: list[tuple[str, str, int | str]] = []
+        super().__init__(path, target, overwrite, "would name patients in")
+        self.folder = folder.expanduser()
 
     def add(self, images: list[str], drawn: "Drawn", series: Series) -> None:
         for image, (said, _) in zip(images, drawn, strict=True):
             for one in (series.slices[place] for place in said["slices"]):
                 frame = "" if one.frame is None else one.frame
                 self.rows.append((image, str(one.path.relative_to(self.folder)), frame))
-
-    def write(self) -> None:
-        from llava.records import atomic_path
-
-        rows = sorted(self.rows, key=lambda row: row[:2])
-        with (
-            atomic_path(self.path, overwrite=self.overwrite, private=True) as temporary,
-            temporary.open("w", encoding="utf-8", newline="") as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(("image", "file", "frame"))
-            table.writerows(rows)
 
 
 class LeftOut:

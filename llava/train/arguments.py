@@ -229,7 +229,8 @@ class Arguments:
 
 COMMON = (
     *("model_name_or_path", "version", "vision_tower", "tune_mm_mlp_adapter", "pretrain_mm_mlp_adapter"),
-    *("data_path", "image_folder", "eval_data_path", "output_dir", "num_train_epochs", "max_steps", "learning_rate"),
+    *("data_path", "image_folder", "eval_data_path", "eval_strategy", "output_dir", "overwrite_output_dir"),
+    *("num_train_epochs", "max_steps", "learning_rate"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length", "packing", "bf16"),
     *("gradient_checkpointing", "lora_enable", "bits", "save_steps", "resume_from_checkpoint", "report_to", "use_cpu"),
 )
@@ -237,6 +238,7 @@ COMMON = (
 _HELP = ("help", "help_all", "debug")
 _PLAINER = {
     "output_dir": "folder of the model and its checkpoints",
+    "eval_strategy": "when the held-out records are measured: no, steps or epoch",
     "num_train_epochs": "times over all records",
     "max_steps": "optimizer steps in place of epochs",
     "per_device_train_batch_size": "samples at once on each device",

@@ -59,7 +59,7 @@ def default_workers(on_gpu: bool) -> tuple[int, str]:
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if on_gpu:
         return max(0, min(MOST_WORKERS, cores - 1)), f"{cores} cores per process"
-    return min(2, cores // 4), f"{cores} cores per process, which train too"
+    return min(2, cores // 4), f"the {cores} cores of each process are busy training"
 
 
 def choose_workers(training: Any, *, on_gpu: bool) -> None:

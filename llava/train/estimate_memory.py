@@ -17,7 +17,11 @@ from llava.errors import LlavaError
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", default="h100", help="a100-40g, a100-80g, h100, h200, a10, 4090 or l40s")
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        help="one of a100-40g, a100-80g, h100, h200, a10, 3090, 4090, a6000, l4, l40, l40s, t4, v100-16g, v100-32g",
+    )
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, one process each, eight to a machine")
     parser.add_argument("--records", type=int, help="how many there are, where --data_path is missing: for the hours")
     parser.add_argument("--json", help="also write the figures to this file, as one flat object")

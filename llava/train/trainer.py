@@ -150,7 +150,7 @@ class LlavaTrainer(Trainer):
         is_alone = is_group_of_one(self.accelerator)
         if is_alone:
             set_up_alone(self.accelerator.state.fsdp_plugin, self.model, self.args)
-        elif self.args.keep_half_weights is not None:
+        elif self.args.keep_half_weights:  # False asks for nothing that isn't so
             logger.warning("--keep_half_weights has no effect: this isn't one GPU in half precision (or it offloads)")
         if not is_alone:
             replicate_frozen(self.accelerator, self.model, self.args)

@@ -269,6 +269,10 @@ def test_csv_of_few_images_is_split_too(work, fraction):
         ("image,question,answer\na.jpg,q\n", "line 2: 3 columns expected"),
         ('image,question,answer\na.jpg,"q,a\n', "not a readable table"),
         ("image,question,answer\nz.jpg,q,a\n", r"1 images of 1 records not found .*z\.jpg"),
+        (
+            "image,question,answer\nz.jpg,q,a\nz.jpg,,a\n",
+            r"1 images of 1 records not found .* out; left out besides: 1 with empty question$",
+        ),
         ("image,question,answer\n", "no records"),
     ],
 )

@@ -229,11 +229,12 @@ def split(tmp_path, records, *flags):
 
 
 def test_split_long_conversations(tmp_path):
+    from llava.data.sample_form import form_of
     from llava.model.tokenizer import load_tokenizer
     from llava.tokenization import encode_conversation
 
     long = record("long", "<image>\nq0", "a0 " * 60, "q1", "a1 " * 60, "q2", "a2 " * 60, "q3", "a3")
-    pieces = split(tmp_path, [GOOD, long], "--max-length", "450")
+    pieces = split(tmp_path, [GOOD, long], "--max-length", "450", "--template", "v1")
     tokenizer = load_tokenizer(tmp_path / "llm")
     assert pieces[0] == GOOD
     assert len(pieces) > 2 and pieces[1]["id"] == "long_0"
@@ -242,6 +243,7 @@ def test_split_long_conversations(tmp_path):
     for piece in pieces:
         assert check_form(piece) == [], "each piece is a good record with its image"
         assert len(encode_conversation(piece, "v1", tokenizer, features_per_image=16).input_ids) <= 450
+    assert form_of(tmp_path / "llm").template == "v0", "as training from a folder that names none"
 
 
 def test_split_takes_a_range_and_counts_what_is_too_long(tmp_path, capsys):

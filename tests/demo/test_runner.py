@@ -1,11 +1,14 @@
 """Steps run once for their settings, and a failed command says why."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
-from llava.demo.__main__ import main
+from llava.demo.__main__ import main, what_comes_next
 from llava.demo.pipeline import Job, Pipeline
+from llava.demo.report import _in_words
 from llava.errors import LlavaError
 from llava.records import write_json
 
@@ -66,3 +69,26 @@ def test_commands_get_their_threads_and_this_python(tmp_path):
     )
     Pipeline(tmp_path, 0).run("a", [Job("a", ["-c", code], [], threads=3)])
     assert (tmp_path / "a.txt").read_text() == f"3{sys.executable}"
+
+
+def test_the_demo_ends_with_what_comes_next(tmp_path, monkeypatch):
+    """With the environment first, where its commands aren't found by name."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    (tmp_path / "Makefile").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    following, first = what_comes_next(Path("runs/demo"))
+    assert "make serve" in following and "make chat" in following and first.endswith(": . .venv/bin/activate")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    (following,) = what_comes_next(Path("runs/own"))
+    assert "llava-med serve --model-path runs/own/vqa" in following
+
+
+def test_families_are_named_in_words():
+    assert [_in_words(name) for name in ("kind_yes_no", "kind_choice", "normality")] == [
+        "kind (yes/no)",
+        "kind (choice)",
+        "normality",
+    ]

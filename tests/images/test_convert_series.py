@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava.data.convert import main as convert_data
 from llava.errors import LlavaError
 from llava.images import open_image
 from llava.images.convert import Choice, main, parse_slices
@@ -181,6 +182,23 @@ def test_each_image_can_be_joined_with_a_table_of_ones_own(hospital, tmp_path, s
     assert not (tmp_path / "other").exists()
     with pytest.raises(LlavaError, match="would name patients in the set; give a path outside --output-dir"):
         convert(hospital, tmp_path / "inside", "--sources", str(tmp_path / "inside" / "sources.csv"))
+
+
+def test_a_table_to_fill_in(hospital, tmp_path):
+    """Filled in, it converts into records of these images; the cells stand empty, or hold --question."""
+    path = tmp_path / "my.csv"
+    records = convert(hospital, tmp_path / "out", "--slices", "every 3", "--table", str(path))
+    images = sorted(image for record in records for image in record["images"])
+    assert path.read_text().splitlines() == ["image,question,answer", *(f"{image},," for image in images)]
+    path.write_text(path.read_text().replace(",,\n", ",Seen?,yes\n", 2))
+    to = tmp_path / "vqa"
+    convert_data(["csv", "--input", str(path), "--image-folder", str(tmp_path / "out/images"), "--output-dir", str(to)])
+    assert [record["image"] for record in json.loads((to / "train.json").read_text())] == images[:2]
+    asked = tmp_path / "asked.csv"
+    convert(hospital, tmp_path / "again", "--question", "Seen?", "--table", str(asked))
+    assert all(row["question"] == "Seen?" and not row["answer"] for row in csv.DictReader(asked.open(newline="")))
+    with pytest.raises(LlavaError, match="give a path outside --output-dir"):
+        convert(hospital, tmp_path / "inside", "--table", str(tmp_path / "inside" / "my.csv"))
 
 
 def test_choices():

@@ -53,7 +53,10 @@ def test_a_hub_that_has_no_such_model(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(locate, "_answers", lambda address: True)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", _unknown)
-    with pytest.raises(LlavaError, match=r"some/model is no folder here, .* \(no such repository\)\); give its"):
+    with pytest.raises(
+        LlavaError,
+        match=r"not found: there is no folder some/model; if it is a hub id: .* \(no such repository\)\); fill",
+    ):
         locate_model("some/model")
 
 
@@ -131,7 +134,7 @@ def test_a_cache_folder_of_ones_own(tmp_path):
     (folder / "config.json").write_text("{}")
     found = locate_model("some/model", cache_dir=hub_cache(tmp_path / "cache", {"some/model": folder}))
     assert (tmp_path / "cache") in found.parents and (found / "config.json").read_text() == "{}"
-    with pytest.raises(LlavaError, match="model not found: some/model"):
+    with pytest.raises(LlavaError, match="model not found: there is no folder some/model"):
         locate_model("some/model", cache_dir=tmp_path / "other")
 
 
@@ -143,7 +146,7 @@ def test_a_tower_that_a_checkpoint_names_is_in_that_cache_too(tmp_path):
     save(rest, folder / "model.safetensors")
     changed = {"mm_vision_tower": "some/tower", "mm_vision_config": None}
     write_json(folder / "config.json", read_json(folder / "config.json") | changed)
-    with pytest.raises(LlavaError, match="vision tower not found: some/tower"):
+    with pytest.raises(LlavaError, match="vision tower not found: there is no folder some/tower"):
         load_pretrained_model(folder, device="cpu")
     cache = hub_cache(tmp_path / "cache", {"some/tower": tmp_path / "clip"})
     loaded = load_pretrained_model(folder, device="cpu", cache_dir=cache).model.state_dict()

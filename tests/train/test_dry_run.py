@@ -17,9 +17,9 @@ from llava.train.estimate import dry_run as module
 from llava.train.estimate.costs import Clock, Work
 from llava.train.estimate.dry_run import beside_eager, dry_run
 from llava.train.estimate.tracker import Tracker
-from llava.train.estimate_memory import main
+from llava.train.estimate_memory import build_parser, main
 from llava.train.step import gpu
-from llava.train.step.hardware import GPUS, peak_of
+from llava.train.step.hardware import GPUS, find_gpu, peak_of
 from tests.train.helpers import SHARDED, SMALL, configs_alone
 
 H100 = GPUS["h100"]
@@ -280,9 +280,32 @@ def test_what_helps_is_half_precision_first_and_nothing_is_said_of_a_run_that_is
         assert main([*base, *flags]) == 1
     said = capsys.readouterr()
     assert "does not fit" in said.out
-    assert said.out.split("leave to tensors\n")[1].split()[:2] == ["--bf16", "True"]
+    assert said.out.split("GB are usable\n")[1].split()[:2] == ["--bf16", "True"]
     logged = caplog.text + said.err
     assert not any(word in logged for word in ("keep_half_weights", "Saving", "saved", "FSDP")), logged
+
+
+def test_no_try_warns_of_a_flag_that_nobody_gave(base, capsys, caplog, monkeypatch):
+    """Adapters on 4-bit weights aren't gathered, so that --keep_half_weights, which is tried, does nothing."""
+    monkeypatch.setitem(GPUS, "h100", replace(H100, memory_gb=1.3))
+    with caplog.at_level(logging.INFO):
+        assert main([*base, *SMALL, "--lora_enable", "True"]) == 1
+    assert "--keep_half_weights" not in caplog.text
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_gpu_is_found_by_its_common_names():
+    assert find_gpu("RTX 3090") is find_gpu("rtx3090") is GPUS["3090"]
+    assert find_gpu("A10").name == "a10" and find_gpu("NVIDIA RTX-A6000").name == "a6000"
+    parser = " ".join(build_parser().format_help().split())
+    assert all(name in parser for name in GPUS)
+
+
+@pytest.mark.parametrize("name", ["v100-16g", "t4"])
+def test_a_gpu_without_bfloat16_is_offered_fp16(base, capsys, monkeypatch, name):
+    monkeypatch.setitem(GPUS, name, replace(GPUS[name], memory_gb=1.3))
+    assert main([*base, *SMALL[2:], "--gpu", name]) == 1
+    assert capsys.readouterr().out.split("GB are usable\n")[1].split()[:2] == ["--fp16", "True"]
 
 
 def test_refusals(base):

@@ -7,11 +7,11 @@ from llava.eval.metrics.registry import CHOICE, CLOSED, OPEN, SETS, Metric, all_
 from llava.eval.metrics.score import Number, Scores, headlines
 
 
-def score_table(scores: Scores, digits: int = 4) -> str:
+def score_table(scores: Scores) -> str:
     """All numbers, one row per label with a column per set, with intervals."""
     rows: dict[str, dict[str, str]] = {}
     for metric in sorted(all_metrics(), key=lambda found: (OPEN, CLOSED, CHOICE).index(found.counts)):
-        if cell := number_cell(scores.number(metric), digits):
+        if cell := number_cell(scores.number(metric)):
             rows.setdefault(_row_label(metric), {})[metric.metric_set] = cell
     columns = [name for name in SETS if any(name in cells for cells in rows.values())]
     table = [[label, *(cells.get(name, "") for name in columns)] for label, cells in rows.items()]
@@ -42,14 +42,14 @@ def calibration_line(found: Calibration) -> str:
     )
 
 
-def number_cell(number: Number | None, digits: int = 2) -> str:
+def number_cell(number: Number | None) -> str:
     """ "64.39 [57.12, 71.33]", or "-" where nothing counts."""
     if number is None:
         return ""
     if number.value is None:
         return "-"
     interval = "" if number.low is None else f"  [{number.low:.2f}, {number.high:.2f}]"
-    return f"{number.value:.{digits}f}{interval}"
+    return f"{number.value:.2f}{interval}"
 
 
 def plain(value: float | None, digits: int = 2) -> str:

@@ -66,7 +66,7 @@ def find_tower_class(vision_config: dict[str, Any]) -> type[VisionTower]:
     kind = vision_config.get("model_type", CLIP)  # older configurations don't name it
     found = next((tower for tower in TOWERS if kind in tower.kinds or not tower.kinds), None)
     if found is None:
-        raise LlavaError(f"vision towers of type {kind!r} aren't supported; use one of {', '.join(_kinds())}")
+        raise LlavaError(f"vision towers of type {kind!r} aren't supported; {_taken()}")
     return found
 
 
@@ -82,10 +82,9 @@ def read_vision_config(folder: Path) -> dict[str, Any]:
             return found
     path = folder / "config.json"
     kind = read_json(path).get("model_type") if path.is_file() else None
-    raise LlavaError(
-        f"{folder}: not a vision tower (config.json has model_type {kind!r}); use one of {', '.join(_kinds())}"
-    )
+    raise LlavaError(f"{folder}: not a vision tower (config.json has model_type {kind!r}); {_taken()}")
 
 
-def _kinds() -> list[str]:
-    return [kind for tower in TOWERS for kind in tower.kinds]
+def _taken() -> str:
+    kinds = [kind for tower in TOWERS for kind in tower.kinds]
+    return f"use {', '.join(kinds)} or a vision model of transformers (SigLIP, DINOv2, ViT and others)"

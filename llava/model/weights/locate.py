@@ -96,8 +96,8 @@ def _cached(repo_id: str, what: str, cache_dir: Path | None, why: str) -> Path:
     except (OSError, ValueError) as error:
         place = cache_dir or constants.HF_HUB_CACHE
         raise LlavaError(
-            f"{what} not found: {repo_id} is no folder here, isn't in the cache ({place}), and can't be had from "
-            f"the hub ({why}); give its folder, or fill the cache where there is a network: hf download {repo_id}"
+            f"{what} not found: there is no folder {repo_id}; if it is a hub id: it isn't in the cache ({place}) and "
+            f"can't be had from the hub ({why}); fill the cache where there is a network: hf download {repo_id}"
         ) from error
     log.warning("%s %s is taken from the cache as it is (%s)", what, repo_id, why)
     return folder

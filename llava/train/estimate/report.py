@@ -40,9 +40,8 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
     )
     for name, text in rows.items():
         yield f"  {name:28}{text}"
-    usable = f"{gpu.usable_gb:.1f} GB that {gpu.memory_gb:g} GB leave to tensors"
-    verdict = "fits: {:.1f} GB of the {}" if p.fits else "does not fit: {:.1f} GB, more than the {}"
-    yield verdict.format(p.peak_gb, usable)
+    verdict = "fits" if p.fits else "does not fit"
+    yield f"{verdict}: {p.peak_gb:.1f} GB; of {gpu.memory_gb:g} GB, {gpu.usable_gb:.1f} GB are usable"
 
 
 def short(hours: float) -> str:
@@ -53,7 +52,7 @@ def short(hours: float) -> str:
 def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) -> Iterator[tuple[str, Prediction]]:
     """Flags that lower the peak, gentlest first, each with those before it, until it fits; predicted like the rest."""
     steps = [
-        [] if _is_half(flags) else ["--bf16", "True"],
+        [] if _is_half(flags) else ["--bf16" if prediction.gpu.has_bf16 else "--fp16", "True"],
         ["--gradient_checkpointing", "True"],
         ["--keep_half_weights", "False"] if prediction.gpus == 1 else [],
         ["--per_device_train_batch_size", "1"],

@@ -138,7 +138,7 @@ def _write_page(folder: Path, summary: dict[str, Any], log_history: list[dict]) 
         f"{summary['steps']:,} optimizer steps over {summary['samples']:,} records, {summary['seconds']:,.0f} seconds"
         f"{since}.",
         [
-            ("What it came to", table(["", ""], facts)),
+            ("Result", table(["", ""], facts)),
             ("Over the run", figures(*drawn)),
             ("Held-out records", _evaluations(summary.get("validation"))),
             ("Answers to held-out questions", _answers(folder)),
@@ -168,7 +168,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str | None]]:
         return None if value is None else format(value, form)
 
     return [
-        ("loss of the first step, of the last", f"{number('first_loss', '.4f')}, {number('last_loss', '.4f')}"),
+        ("loss of the first step", number("first_loss", ".4f")),
+        ("loss of the last step", number("last_loss", ".4f")),
         ("mean loss of the last tenth", number("mean_loss_of_last_tenth", ".4f")),
         ("epochs", number("epochs", ".2f")),
         ("records seen", number("samples_seen")),

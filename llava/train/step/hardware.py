@@ -38,6 +38,8 @@ class Gpu:
     """Of one GPU to the others of its machine."""
     is_scaled: bool = False
     """Rates are the data sheet's, scaled as the H200's measured ones are."""
+    has_bf16: bool = True
+    """Else half precision is fp16."""
 
     @property
     def usable_gb(self) -> float:
@@ -53,25 +55,33 @@ GPUS = {
         Gpu("h100", 85.0, 989, 660, 2.85, 350),
         Gpu("h200", 150.0, 989, 680, 4.0, 350),
         Gpu("a10", 23.6, 125, 86, 0.50, 12, is_scaled=True),
+        Gpu("3090", 25.4, 71, 49, 0.78, 12, is_scaled=True),
         Gpu("4090", 25.3, 165, 113, 0.84, 12, is_scaled=True),
+        Gpu("a6000", 51.0, 155, 107, 0.64, 12, is_scaled=True),
+        Gpu("l4", 23.6, 121, 83, 0.25, 12, is_scaled=True),
+        Gpu("l40", 47.7, 181, 124, 0.72, 12, is_scaled=True),
         Gpu("l40s", 47.7, 362, 249, 0.72, 12, is_scaled=True),
+        Gpu("t4", 15.6, 65, 45, 0.27, 6, is_scaled=True, has_bf16=False),
+        Gpu("v100-16g", 16.9, 125, 86, 0.75, 117, is_scaled=True, has_bf16=False),
+        Gpu("v100-32g", 34.0, 125, 86, 0.75, 117, is_scaled=True, has_bf16=False),
     )
 }
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
-               "4090": 165, "V100": 125}  # fmt: skip
-"""bf16 (V100: fp16) dense peak of known GPUs, TFLOP/s, from their data sheets, by a word of the driver's name."""
+               "4090": 165, "3090": 71, "A6000": 155, "T4": 65, "V100": 125}  # fmt: skip
+"""bf16 (V100, T4: fp16) dense peak of known GPUs, TFLOP/s, from their data sheets, by a word of the driver's name."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name.
+    """The GPU of that name, whatever its case; `rtx` or `nvidia` may stand before it.
 
     Raises:
         LlavaError: the table has none; it lists those it has.
     """
-    if name not in GPUS:
+    known = re.sub("nvidia|geforce|rtx", "", name.lower()).strip(" -_")
+    if known not in GPUS:
         raise LlavaError(f"--gpu {name}: unknown; use one of {', '.join(GPUS)}")
-    return GPUS[name]
+    return GPUS[known]
 
 
 def peak_of(device_name: str) -> float | None:

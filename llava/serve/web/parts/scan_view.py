@@ -18,7 +18,7 @@ from llava.serve.web.scans import Scan, read_scans, size_of
 
 logger = logging.getLogger(__name__)
 
-OF_THE_FILE, OWN = "as the file says", "own values"
+OF_THE_FILE, OWN = "automatic", "own values"
 READ_SECONDS = 120.0
 """For the files of one upload, with waiting for those of others."""
 
