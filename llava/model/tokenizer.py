@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from llava.errors import LlavaError, library_errors
-from llava.model.tokenizer_steps import check_steps
+from llava.model.checkpoint.tokenizer_steps import check_steps
 from llava.records import read_json, write_json
 
 SENTENCEPIECE = "tokenizer.model"
