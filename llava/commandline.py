@@ -200,6 +200,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             "(`python -m llava.train.estimate_memory` tells what a training needs)"
         )
         sys.exit(EXIT_BAD_INPUT)
+    except BaseException as error:
+        # A panic of a library written in Rust: a checkpoint's tokenizer that fails at a text, most likely.
+        if debug or type(error).__name__ != "PanicException":
+            raise
+        complain(f"error: a library gave up: {error!s:.300}; is the checkpoint's tokenizer.json sound?")
+        sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)
 
 

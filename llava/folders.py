@@ -53,6 +53,13 @@ def model_name(path: str | Path) -> str:
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
 
+def check_file(path: Path) -> None:
+    """A LlavaError unless `path` is a file: a device or a pipe has no end, or none yet."""
+    if not path.is_file():
+        other = path.exists() and not path.is_dir()
+        raise LlavaError(f"{path}: {'a device or a pipe, not a file' if other else 'no such file'}")
+
+
 def check_target(target: str | Path, overwrite: bool = False) -> Path:
     """`target` as an absolute path that may be written.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError, library_errors
-from llava.folders import PART, open_to_others, refuse_other_content, sync, writing
+from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
 
 Record = dict[str, Any]
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _WINDOW = 1 << 20
 """Characters of a JSON list that are looked at together; a longer record widens it."""
+MOST_JSON = 2 << 30  # bytes of a file that is read whole; lists of records are streamed
 _NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets in brackets
 _BLANKS = (" ", "\n", "\r", "\t")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -47,8 +48,7 @@ def iter_records(path: str | Path) -> Iterator[Record]:
             the message names file and line (or record).
     """
     path = Path(path)
-    if not path.is_file():
-        raise LlavaError(f"{path}: no such file")
+    check_file(path)
     with path.open("rb") as file:
         head = file.read(64)
     if head[:4] == b"PAR1":
@@ -70,6 +70,7 @@ def read_records(path: str | Path) -> list[Record]:
 def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
     """(line number from 1, object) of each line that isn't blank; errors name file and line."""
     path, replaced = Path(path), Replaced(path)
+    check_file(path)
     with path.open("rb") as file, replaced:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -79,8 +80,11 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; errors name the file."""
+    """The content of a JSON file of at most `MOST_JSON` bytes; errors name the file."""
     path = Path(path)
+    check_file(path)
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise LlavaError(f"{path}: {size} bytes; at most {MOST_JSON} of JSON are read whole")
     try:
         content = path.read_bytes()
         may_hold = _ESCAPE_IN_BYTES.search(content) is not None
@@ -89,8 +93,6 @@ def read_json(path: str | Path) -> Any:
         except UnicodeDecodeError:
             text, may_hold = content.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), True
         value = json.loads(text)
-    except FileNotFoundError as error:
-        raise LlavaError(f"{path}: no such file") from error
     except _NOT_JSON as error:
         raise LlavaError(f"{path}: not JSON ({error})") from error
     if not may_hold:

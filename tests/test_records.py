@@ -10,7 +10,17 @@ import time
 import pytest
 
 from llava.errors import LlavaError
-from llava.records import ResumableJsonl, atomic_path, iter_records, read_json, read_records, write_json, write_records
+from llava.records import (
+    MOST_JSON,
+    ResumableJsonl,
+    atomic_path,
+    iter_jsonl,
+    iter_records,
+    read_json,
+    read_records,
+    write_json,
+    write_records,
+)
 
 RECORDS = [{"id": "a", "text": "Fraktur – links"}, {"id": "b", "n": 3}]
 
@@ -208,3 +218,19 @@ def test_absurd_nesting_is_bad_input(tmp_path, read, suffix):
     path.write_text(("" if suffix == ".jsonl" else "[") + '{"a":' * 100_000)
     with pytest.raises(LlavaError, match="not JSON"):
         read(path)
+
+
+@pytest.mark.parametrize("read", [read_json, read_records, lambda path: list(iter_jsonl(path))])
+def test_neither_devices_nor_pipes_are_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.json").symlink_to("/dev/zero")
+    for name in ("pipe", "link.json"):
+        with pytest.raises(LlavaError, match=f"{name}: a device or a pipe"):
+            read(tmp_path / name)
+
+
+def test_json_that_is_read_whole_has_an_end(tmp_path):
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(MOST_JSON + 1)  # of holes: it takes no room
+    with pytest.raises(LlavaError, match="bytes; at most"):
+        read_json(tmp_path / "large.json")

@@ -13,6 +13,10 @@ from llava.errors import LlavaError
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """Columns and rows of LLaVA-1.6's default choice, in its order."""
 
+MOST_PINPOINTS = 64
+MOST_TILES = 64
+"""Of a pair. LLaVA-OneVision's largest, 2304 × 2304 at a tower of 384, is 36."""
+
 
 def split_into_tiles(image: Image.Image, pinpoints: Sequence[tuple[int, int]], tile: int) -> list[Image.Image]:
     """The image on black in the best of `pinpoints` (width, height), cut into `tile` × `tile`, row by row."""
@@ -47,16 +51,32 @@ def default_pinpoints(tile: int) -> list[tuple[int, int]]:
     return [(columns * tile, rows * tile) for columns, rows in _GRIDS]
 
 
-def read_pinpoints(pinpoints: Any) -> list[tuple[int, int]]:
-    """The config's `image_grid_pinpoints`: pairs, or pairs as text ("[(336, 672), …]")."""
+def read_pinpoints(pinpoints: Any, tile: int | None = None) -> list[tuple[int, int]]:
+    """The config's `image_grid_pinpoints`: pairs, or pairs as text ("[(336, 672), …]").
+
+    Args:
+        tile: side of a tile in pixels, for the cap of `MOST_TILES`; None where no image is cut.
+
+    Raises:
+        LlavaError: no pairs of positive numbers, more than `MOST_PINPOINTS`, or one of more tiles than the cap.
+    """
     try:
         if isinstance(pinpoints, str):
             pinpoints = json.loads(re.sub(r"[()]", lambda match: "[" if match[0] == "(" else "]", pinpoints))
+        if len(pinpoints) > MOST_PINPOINTS:
+            raise LlavaError(f"image_grid_pinpoints has {len(pinpoints)} pairs; at most {MOST_PINPOINTS} are taken")
         pairs = [(int(width), int(height)) for width, height in pinpoints]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise LlavaError(
-            f"image_grid_pinpoints {pinpoints!r} can't be read; give pairs of width and height such as [[336, 672]]"
+            f"image_grid_pinpoints {pinpoints!r:.200} can't be read; give pairs of width and height such as "
+            f"[[336, 672]]"
         ) from error
     if not pairs or min(min(pair) for pair in pairs) < 1:
         raise LlavaError("image_grid_pinpoints needs pairs of positive width and height")
+    for width, height in pairs:
+        if tile and (tiles := -(-width // tile) * -(-height // tile)) > MOST_TILES:
+            raise LlavaError(
+                f"image_grid_pinpoints: {width} × {height} is {tiles} tiles of {tile} pixels; "
+                f"at most {MOST_TILES} are cut"
+            )
     return pairs

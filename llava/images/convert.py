@@ -27,6 +27,7 @@ from llava.processes import process_pool
 
 _MONTAGE = re.compile(r"montage (\d{1,2})\s*[x×]\s*(\d{1,2})")
 _EVERY = re.compile(r"every (\d{1,4})")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def build_parser() -> ArgumentParser:
@@ -48,6 +49,7 @@ def build_parser() -> ArgumentParser:
         "--sources",
         metavar="PATH",
         help="write which file each image was made of (CSV: image, file, frame), to join it with a table of yours; "
+        "a file's name that a spreadsheet would take for a formula has an apostrophe before it; "
         "patients' names may stand in paths, so it is kept out of --output-dir and readable for you alone",
     )
     parser.add_argument(
@@ -145,7 +147,12 @@ class Sources(Table):
         for image, (said, _) in zip(images, drawn, strict=True):
             for one in (series.slices[place] for place in said["slices"]):
                 frame = "" if one.frame is None else one.frame
-                self.rows.append((image, str(one.path.relative_to(self.folder)), frame))
+                self.rows.append((image, _plain_cell(str(one.path.relative_to(self.folder))), frame))
+
+
+def _plain_cell(text: str) -> str:
+    """With an apostrophe before it, what a spreadsheet would take for a formula is text (as OWASP says)."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 class LeftOut:

@@ -51,6 +51,7 @@ _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_conve
 """What a file may ask for; `do_pad` is read by whoever knows the layout of the file (image_aspect_ratio)."""
 _KEEP_LONGEST, _KEEP_SHORTEST = 448, 224
 """LLaVA-Med v1.0's bounds for `keep` (llava/train/train.py), whatever the tower's size."""
+_MAX_SIDE = 4096
 _MAX_STRETCH = 64
 """Beyond this ratio of sides only the part that survives the crop is resized: the whole would fill the memory."""
 
@@ -237,8 +238,9 @@ class ImageProcessor:
 
     def _tiles(self, image: Image.Image, grid_pinpoints) -> list[Image.Image]:
         edge = self.size if isinstance(self.size, int) else min(self.size)
-        pinpoints = read_pinpoints(grid_pinpoints) if grid_pinpoints else default_pinpoints(self.crop_size[0])
-        tiles = split_into_tiles(image, pinpoints, self.crop_size[0])
+        side = self.crop_size[0]
+        pinpoints = read_pinpoints(grid_pinpoints, side) if grid_pinpoints else default_pinpoints(side)
+        tiles = split_into_tiles(image, pinpoints, side)
         return [self._shrink(tile) for tile in (image.resize((edge, edge)), *tiles)]
 
     @classmethod
@@ -317,4 +319,6 @@ def _read_crop(size: Any) -> tuple[int, int]:
 def _positive(value: Any) -> int:
     if not math.isfinite(value) or int(value) < 1:
         raise ValueError(f"{value} is no number of pixels")
+    if value > _MAX_SIDE:
+        raise ValueError(f"{value} pixels; at most {_MAX_SIDE} are taken")
     return int(value)

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
+from llava.images.anyres import read_pinpoints
 from llava.model.configuration import LlavaConfigFields
 from llava.model.loss import LanguageHead, causal_loss
 from llava.model.projector import build_projector
@@ -107,6 +108,8 @@ class LlavaForCausalLM(_LanguageModel):
     def initialize_vision_modules(self) -> None:
         """Add tower and projector as `config` describes them; their weights are random."""
         tower = build_vision_tower(self.config)
+        if self.config.image_aspect_ratio == "anyres" and self.config.image_grid_pinpoints:
+            read_pinpoints(self.config.image_grid_pinpoints, tower.image_size)  # said now, not at the first image
         self._no_split_modules = {*(self._no_split_modules or ()), *tower.no_split_modules}
         self.config.mm_hidden_size = tower.hidden_size
         self.model.vision_tower = tower

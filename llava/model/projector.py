@@ -6,6 +6,8 @@ from torch import nn
 
 from llava.errors import LlavaError
 
+MOST_LAYERS = 16
+
 
 def build_projector(projector_type: str, vision_size: int, hidden_size: int) -> nn.Module:
     """`linear`, `mlpNx_gelu` (N Linear layers with GELU between, keys `0`, `2`, …) or `identity`.
@@ -13,7 +15,7 @@ def build_projector(projector_type: str, vision_size: int, hidden_size: int) -> 
     Input `[..., vision_size]`, output `[..., hidden_size]`; the parameters are initialised as torch does.
 
     Raises:
-        LlavaError: an unknown type, or `identity` between different widths.
+        LlavaError: an unknown type, more than `MOST_LAYERS` layers, or `identity` between different widths.
     """
     if projector_type == "linear":
         return nn.Linear(vision_size, hidden_size)
@@ -38,4 +40,7 @@ def _mlp_depth(projector_type: str) -> int:
             f"unknown mm_projector_type {projector_type!r}; use linear, mlp2x_gelu "
             f"(or another number of layers) or identity"
         )
-    return int(match[1])
+    digits = match[1]
+    if len(digits) > len(str(MOST_LAYERS)) or int(digits) > MOST_LAYERS:
+        raise LlavaError(f"mm_projector_type {projector_type:.40}: a projector has at most {MOST_LAYERS} layers")
+    return int(digits)

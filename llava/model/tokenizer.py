@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from llava.errors import LlavaError, library_errors
+from llava.model.checkpoint.tokenizer_steps import check_steps
 from llava.records import read_json, write_json
 
 SENTENCEPIECE = "tokenizer.model"
@@ -67,6 +68,7 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
         if path.name == SENTENCEPIECE:
             tokenizer = _from_sentencepiece(folder, strip_blanks)
         else:
+            check_steps(path)
             _check_merges(path)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         if tokenizer.pad_token is None:

@@ -15,7 +15,7 @@ from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
 from llava.folders import model_name
 from llava.serve.protocol import check_address
-from llava.serve.request_models import ModelCard
+from llava.serve.request_models import MOST_SPEED, ModelCard
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES
@@ -89,6 +89,8 @@ def main(argv=None) -> None:
     secret = secret_from_args(args)
     if args.multi_modal:
         logger.warning("--multi-modal is ignored: the checkpoint says so itself")
+    if not 0 <= args.speed <= MOST_SPEED:
+        raise LlavaError(f"--speed {args.speed}: give a number from 0 to {MOST_SPEED:.0f}")
     address = check_address(args.worker_address or f"http://localhost:{args.port}")
     if urlsplit(address).hostname not in LOOPBACK and args.host == "127.0.0.1":
         logger.warning("--worker-address names another machine, but --host 127.0.0.1 listens on this one alone")

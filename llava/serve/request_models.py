@@ -22,6 +22,9 @@ MAX_PARTS = 256
 MAX_TEXT = 4 << 20
 """Characters of all texts together: more than a context of a million tokens holds."""
 MAX_ANSWER_IDS = 65_536
+MOST_COUNTED = 1 << 31
+"""Of requests or tokens, as a worker counts them: more would break what is reckoned with them."""
+MOST_SPEED = 1e6
 DEFAULT_NEW_TOKENS = 256
 _REQUEST_ID = re.compile(r"req-[0-9a-f]{16}")
 
@@ -161,7 +164,7 @@ class AttentionMapRequest(GenerateRequest):
 
 
 Address = Annotated[str, Field(max_length=512)]
-
+QueueLength = Annotated[int, Field(ge=0, le=MOST_COUNTED)]
 
 Line = Annotated[str, Field(max_length=500)]
 
@@ -182,8 +185,8 @@ class WorkerStatus(Fields):
     """What a worker says of itself."""
 
     model_names: list[Annotated[ModelName, Field(min_length=1)]] = Field(min_length=1, max_length=64)
-    speed: float = Field(1.0, ge=0)
-    queue_length: int = Field(0, ge=0)
+    speed: float = Field(1.0, ge=0, le=MOST_SPEED, allow_inf_nan=False)
+    queue_length: QueueLength = 0
     card: ModelCard | None = None
 
 
@@ -197,7 +200,7 @@ class WorkerEntry(Fields):
 
 class Heartbeat(Fields):
     worker_name: Address
-    queue_length: int = Field(0, ge=0)
+    queue_length: QueueLength = 0
 
 
 class WorkerWanted(Fields):

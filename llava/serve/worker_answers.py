@@ -4,13 +4,13 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, model_validator
 
-from llava.sampling_params import Fields
-from llava.serve.request_models import WorkerStatus
+from llava.sampling_params import Fields, TokenId
+from llava.serve.request_models import MOST_COUNTED, WorkerStatus
 
 MOST_PENDING_BYTES = 64 << 20
 """Of a chunk that hasn't ended."""
 Answered = TypeVar("Answered", bound=BaseModel)
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MOST_COUNTED)]
 
 
 class Usage(Fields):
@@ -37,7 +37,7 @@ class Chunk(Fields):
     finish_reason: str | None = None
     usage: Usage | None = None
     logprobs: list[TokenLogprob] | None = None
-    token_ids: list[int] | None = None
+    token_ids: list[TokenId] | None = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> "Chunk":

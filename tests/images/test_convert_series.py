@@ -201,6 +201,16 @@ def test_a_table_to_fill_in(hospital, tmp_path):
         convert(hospital, tmp_path / "inside", "--table", str(tmp_path / "inside" / "my.csv"))
 
 
+def test_no_name_of_a_file_is_a_formula(tmp_path):
+    folder = tmp_path / "scans"
+    for place, name in enumerate(("=1+1.dcm", "+1.dcm", "-1.dcm", "@x.dcm", "plain.dcm")):
+        write(folder / name, pydicom.uid.generate_uid(), 0.0, "CHEST", fill=300 * place)
+    convert(folder, tmp_path / "out", "--sources", str(tmp_path / "sources.csv"))
+    with (tmp_path / "sources.csv").open(newline="") as file:
+        found = {row["file"] for row in csv.DictReader(file)}
+    assert found == {"'=1+1.dcm", "'+1.dcm", "'-1.dcm", "'@x.dcm", "plain.dcm"}
+
+
 def test_choices():
     assert Choice().of(5) == [2] and Choice(every=2).of(5) == [0, 2, 4]
     assert Choice(rows=2, columns=2).of(8) == [1, 3, 5, 7] and Choice(rows=2, columns=2).of(2) == [0, 1]

@@ -90,6 +90,24 @@ def test_pinpoints():
             read_pinpoints(wrong)
 
 
+def test_pinpoints_are_of_few_tiles():
+    processor = ImageProcessor.from_config({"size": 28, "crop_size": 28})
+    for pair in ([10**6, 10**6], [28 * 65, 28], [int("9" * 400)] * 2, [float("inf"), 28]):
+        with pytest.raises(LlavaError, match="image_grid_pinpoints"):
+            processor([noise(56, 56)], "anyres", [[28, 56], pair])
+    with pytest.raises(LlavaError, match="65 pairs"):
+        read_pinpoints([[28, 28]] * 65)
+    llava_1_6 = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    one_vision = [[384 * columns, 384 * rows] for columns in range(1, 7) for rows in range(1, 7)]
+    assert len(read_pinpoints(llava_1_6, 336)) == 5 and len(read_pinpoints(one_vision, 384)) == 36
+
+
+@pytest.mark.parametrize("settings", [{"size": 28, "crop_size": 10**5}, {"size": {"shortest_edge": 10**5}}])
+def test_sides_have_an_end(settings):
+    with pytest.raises(LlavaError, match="at most 4096"):
+        ImageProcessor.from_config(settings)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -3,6 +3,10 @@
 tests/real compares with llama.cpp's own library.
 """
 
+import struct
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +147,45 @@ def test_files_that_are_none(content, tmp_path):
     (tmp_path / "broken.gguf").write_bytes(content)
     with pytest.raises(LlavaError, match=r"broken\.gguf: .*can't be read|broken\.gguf: no GGUF file"):
         import_gguf(tmp_path / "broken.gguf", tmp_path / "back")
+
+
+def text(word):
+    return struct.pack("<Q", len(word)) + word
+
+
+def listed(kind, count, content=b""):
+    """A file of one field, which is a list."""
+    return b"GGUF" + struct.pack("<LQQ", 3, 0, 1) + text(b"a") + struct.pack("<LLQ", 9, kind, count) + content
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (listed(0, 3 << 20, bytes(3 << 20)), "list entries"),
+        (listed(10, 1000, bytes(64)), "cut off"),
+        (listed(8, 1 << 20, bytes(1000)), "cut off"),
+        (listed(9, 1, struct.pack("<LQ", 9, 1) * 60_000), "lists of lists"),
+        (listed(99, 1, bytes(8)), "unknown type"),
+        (b"GGUF" + struct.pack("<LQQ", 3, 0, 1 << 60), "fields"),
+        (b"GGUF" + struct.pack("<LQQ", 3, 1 << 60, 0), "tensors"),
+        (b"GGUF" + struct.pack("<LQQ", 3, 1, 0) + text(b"t") + struct.pack("<L", 1 << 31), "dimensions"),
+        (b"GGUF" + struct.pack("<LQQ", 3, 0, 1) + struct.pack("<Q", 1 << 60), "cut off"),
+        (b"", "empty"),
+    ],
+)
+def test_no_header_takes_memory_or_time(content, words, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(LlavaError, match=words):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "out")
+
+
+def test_the_library_is_not_left_to_read_past_the_end(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(listed(0, 1 << 60, bytes(64)))
+    words = ["llava.model.import_gguf", "--model-path", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "out")]
+    # Without the look ahead it goes on until memory or time is at its end.
+    limited = ["bash", "-c", 'ulimit -t 120; exec "$@"', "-", sys.executable, "-m", *words]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 2 and "list entries" in done.stderr
 
 
 def test_scaled_positions_come_back(tmp_path):

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
+from llava.records import read_json, write_json
 from tests.tiny import IMAGE_SIZE, make_llava
 
 PATCHES = (IMAGE_SIZE // 14) ** 2
@@ -250,3 +251,12 @@ def test_is_known_to_transformers(folder, model):
             again(input_ids=input_ids, pixel_values=pixel_values).logits,
             model(input_ids=input_ids, pixel_values=pixel_values).logits,
         )
+
+
+def test_a_checkpoint_whose_grid_is_endless_is_refused_when_it_is_loaded(tmp_path):
+    folder = make_llava(tmp_path / "tiny", image_aspect_ratio="anyres", image_grid_pinpoints=[[28, 56], [56, 28]])
+    load_pretrained_model(folder, device="cpu")
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"image_grid_pinpoints": [[10**6, 10**6]]})
+    with pytest.raises(LlavaError, match="image_grid_pinpoints: 1000000 × 1000000"):
+        load_pretrained_model(folder, device="cpu")

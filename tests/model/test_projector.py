@@ -40,3 +40,10 @@ def test_identity():
 def test_unknown(kind):
     with pytest.raises(LlavaError, match="unknown mm_projector_type"):
         build_projector(kind, 6, 10)
+
+
+@pytest.mark.parametrize("layers", ["17", "1000000", "9" * 5000])
+def test_no_projector_is_endless(layers):
+    with pytest.raises(LlavaError, match="at most 16 layers"):
+        build_projector(f"mlp{layers}x_gelu", 6, 10)
+    assert len(build_projector("mlp16x_gelu", 6, 10)) == 31

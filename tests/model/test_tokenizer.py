@@ -2,11 +2,14 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
 
 from llava.errors import LlavaError
+from llava.generation.cache.tokenizer_cache import TokenizerCache
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
 from tests.tiny import CORPUS, make_tokenizer
 
@@ -169,3 +172,69 @@ def test_a_panic_of_the_library_is_an_error(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(LlavaError, match="the tokenizer or a file next to it can't be read"):
         load_tokenizer(tmp_path)
+
+
+def with_steps(folder, **steps):
+    make_tokenizer(folder).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | steps))
+    return folder
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def sequence(*normalizers):
+    return {"type": "Sequence", "normalizers": list(normalizers)}
+
+
+DOUBLE = replace({"String": "a"}, "aa")
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"normalizer": sequence(*[DOUBLE] * 30)},
+        {"normalizer": sequence(*[sequence(DOUBLE)] * 5)},
+        {"normalizer": sequence(*[replace({"Regex": ""}, "a")] * 5)},
+        {"normalizer": replace({"String": "a"}, "a" * 65)},
+        {"normalizer": sequence(*[{"type": "ByteLevel"}] * 30)},
+        {"normalizer": sequence(*[{"type": "NFC"}] * 33)},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 30}},
+        {"decoder": {"type": "Sequence", "decoders": [DOUBLE] * 30}},
+    ],
+)
+def test_steps_that_let_a_text_grow_are_refused(steps, tmp_path):
+    """The library would end the process, perhaps while it loads."""
+    with pytest.raises(LlavaError, match=f"tokenizer.json: ({next(iter(steps))}|Replace)"):
+        load_tokenizer(with_steps(tmp_path, **steps))
+
+
+LLAMA = sequence({"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁"))
+CLIP = sequence({"type": "NFC"}, replace({"Regex": r"\s+"}, " "), {"type": "Lowercase"})
+ALBERT = sequence(replace({"String": "``"}, '"'), replace({"String": "''"}, '"'), {"type": "NFKD"})
+SENTENCES = sequence({"type": "Strip", "strip_left": False, "strip_right": True}, replace({"Regex": " {2,}"}, "▁"))
+
+
+@pytest.mark.parametrize("normalizer", [None, LLAMA, CLIP, ALBERT, SENTENCES, {"type": "NFC"}])
+def test_steps_of_known_models_are_taken(normalizer, tmp_path):
+    assert load_tokenizer(with_steps(tmp_path, normalizer=normalizer)).encode("A chest X-ray.")
+
+
+ENDLESS = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+def test_a_panic_at_a_text_is_an_error(tmp_path):
+    tokenizer = load_tokenizer(with_steps(tmp_path, pre_tokenizer=ENDLESS))
+    with pytest.raises(LlavaError, match="tokenizer fails at this text"):
+        TokenizerCache(tokenizer)("a" * 40 + "b")
+
+
+def test_a_panic_ends_a_command_in_one_line(tmp_path):
+    folder = with_steps(tmp_path, pre_tokenizer=ENDLESS)
+    code = "from llava.commandline import run; from llava.model.tokenizer import load_tokenizer; "
+    code += f"run(lambda: load_tokenizer({str(folder)!r}).encode('a' * 40 + 'b') and 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "error: a library gave up" in done.stderr.splitlines()[-1]

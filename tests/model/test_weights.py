@@ -1,6 +1,7 @@
 """Reading weight files: by name, in place, safetensors before .bin."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -65,6 +66,32 @@ def test_index_without_a_map(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(LlavaError, match="has no weight_map"):
         find_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [5, ["x"], None, {}, "a\0b"])
+def test_index_whose_shards_are_no_names(tmp_path, shard):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard, "b": "y"}}))
+    with pytest.raises(LlavaError, match="no file's name"):
+        find_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("U16", 4), ("U32", 8), ("C64", 16), ("F8_E8M0", 2), ("F4", 1)])
+def test_types_that_no_weights_have_are_named(tmp_path, kind, size):
+    header = json.dumps({"a": {"dtype": kind, "shape": [2], "data_offsets": [0, size]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    with pytest.raises(LlavaError, match=f"a is of the type {kind}"):
+        WeightFiles.of_folder(tmp_path)
+
+
+VIEW = torch.zeros(1).expand(1 << 40)
+SPARSE = torch.sparse_coo_tensor([[0]], [1.0], (1 << 40,), check_invariants=True)
+
+
+@pytest.mark.parametrize("tensor", [VIEW, SPARSE], ids=["view", "sparse"])
+def test_tensors_that_are_larger_than_their_file(tmp_path, tensor):
+    torch.save({"w": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(LlavaError, match=r"'w' (has the shape|is a sparse)"):
+        WeightFiles.of_folder(tmp_path)
 
 
 def test_order_of_preference(tmp_path):

@@ -72,8 +72,9 @@ def test_a_large_reply_leaves_the_loop_to_others(servers, path, is_streamed):
         found = sum(count_tokens(path, event) for event in events_of(reply))
     assert found == (8 if path == "responses" else 16) * TOKENS
     assert {look.status for look in health.looks} == {200}
-    # Written in one go, this takes nearly the whole time; a busy machine may still hold a look up for a while.
-    assert max(look.answered - look.asked for look in health.looks) < max(2.0, seconds / 2)
+    # Ten a second are asked for. Written in one go, a reply takes nearly the whole time, and few are answered.
+    for server in ("api", "worker"):
+        assert sum(look.server == server for look in health.looks) > 4 * seconds, server
 
 
 def test_a_workers_chunks_hold_few_entries_and_the_last_one_the_account(servers):

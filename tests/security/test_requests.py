@@ -61,3 +61,27 @@ def test_addresses_have_one_form():
     for given in ("http://GPU-1.lab:21002", "http://gpu-1.lab:21002/", "HTTP://gpu-1.lab:21002"):
         assert check_address(given) == "http://gpu-1.lab:21002"
     assert check_address("https://[2001:DB8::1]:443") == "https://[2001:db8::1]:443"
+
+
+@pytest.mark.parametrize(
+    "status",
+    [f'"queue_length": {"9" * 400}', '"queue_length": -1', '"speed": 1e308', '"speed": NaN', f'"speed": {"9" * 400}'],
+)
+def test_numbers_that_nothing_can_be_reckoned_with_are_refused(stack, status):
+    """A worker with the secret would otherwise end the controller's choice for everybody."""
+    url, headers = stack["controller"].url, stack.credentials("controller")
+    address = "http://127.0.0.1:9"
+    begin = f'{{"worker_name": "{address}"'
+    content = f'{begin}, "worker_status": {{"model_names": ["counted"], {status}}}}}'
+    try:
+        reply = httpx.post(url + "/register_worker", content=content, headers=headers)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (400, "bad_request")
+        right = f'{begin}, "worker_status": {{"model_names": ["counted"]}}}}'
+        assert httpx.post(url + "/register_worker", content=right, headers=headers).status_code == 200
+        if "queue" in status:
+            reply = httpx.post(url + "/receive_heart_beat", content=f"{begin}, {status}}}", headers=headers)
+            assert (reply.status_code, reply.json()["error"]["type"]) == (400, "bad_request")
+        reply = httpx.post(url + "/get_worker_address", json={"model": "counted"}, headers=headers)
+        assert (reply.status_code, reply.json()["address"]) == (200, address)
+    finally:
+        httpx.post(url + "/unregister_worker", content=begin + "}", headers=headers)

@@ -4,6 +4,8 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from llava.errors import library_errors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +13,10 @@ _SIZE = 4096
 
 
 class TokenizerCache:
-    """As the tokenizer for those who only ask it for ids; everything else is passed on."""
+    """As the tokenizer for those who only ask it for ids; everything else is passed on.
+
+    A text that the tokenizer fails at, by a panic of its library too, is a LlavaError.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer = tokenizer
@@ -27,7 +32,8 @@ class TokenizerCache:
             if ids is not None:
                 self._known.move_to_end(key)
         if ids is None:
-            ids = list(self._tokenizer(text, **options)["input_ids"])
+            with library_errors("the checkpoint's tokenizer fails at this text"):
+                ids = list(self._tokenizer(text, **options)["input_ids"])
             with self._lock:
                 self._known[key] = ids
                 while len(self._known) > _SIZE:

@@ -19,6 +19,7 @@ from llava.errors import LlavaError
 from llava.folders import check_space, check_target, stage
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import HEAD
+from llava.model.gguf.header import check_header
 from llava.model.gguf.names import ARCHITECTURE, DIGITS_APART, ROPE_FREQS, known_cuts, language_names, rope_factors
 from llava.model.tokenizer import save_tokenizer
 from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, planned_tensor, write_shards
@@ -97,9 +98,10 @@ def import_gguf(
 
 
 def _open(source: Path) -> GGUFReader:
+    check_header(source)
     try:
         file = GGUFReader(source)
-    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError, RecursionError, MemoryError) as error:
         raise LlavaError(f"{source}: no GGUF file that can be read ({_first_line(error)})") from error
     architecture = _field(file, "general.architecture")
     if architecture != ARCHITECTURE:

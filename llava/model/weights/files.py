@@ -139,6 +139,9 @@ class _SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
         self.names = list(self._file.keys())
+        for name in self.names:
+            if (kind := self._file.get_slice(name).get_dtype()) not in _DTYPES:
+                raise LlavaError(f"{path}: {name} is of the type {kind}; only {', '.join(_DTYPES)} can be read")
         self._spans: dict[str, tuple[int, int]] | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -187,6 +190,11 @@ class _PickledFile:
         for name, value in tensors.items():
             if not isinstance(value, torch.Tensor):
                 raise LlavaError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+            if value.layout is not torch.strided or value.is_quantized:
+                raise LlavaError(f"{path}: {name!r} is a sparse or quantized tensor; save it as a plain one")
+            # A view may repeat its values without end: in a copy they would all be there.
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise LlavaError(f"{path}: {name!r} has the shape {tuple(value.shape)} but not as many values")
         self._tensors: dict[str, torch.Tensor] = tensors
         self.names = list(tensors)
 
@@ -236,6 +244,9 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict):
         raise LlavaError(f"{index}: has no weight_map")
     shards = []
+    for name in weight_map.values():
+        if not isinstance(name, str) or "\0" in name:
+            raise LlavaError(f"{index}: shard {name!r:.100} is no file's name")
     for name in sorted(set(weight_map.values())):
         if name != Path(name).name:
             raise LlavaError(f"{index}: shard {name!r} lies outside the folder")

@@ -119,7 +119,7 @@ def _tiles_per_image(loaded: LoadedModel) -> int:
         return 1
     size = loaded.model.get_vision_tower().image_size
     pinpoints = config.image_grid_pinpoints
-    grids = read_pinpoints(pinpoints) if pinpoints else default_pinpoints(size)
+    grids = read_pinpoints(pinpoints, size) if pinpoints else default_pinpoints(size)
     return 1 + max(width * height for width, height in grids) // size**2
 
 
