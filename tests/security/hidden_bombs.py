@@ -105,9 +105,9 @@ def tiff_second_image() -> bytes:
 
 
 def gif_images() -> bytes:
-    """Two million images of one pixel."""
+    """Six million images of one pixel."""
     frame = b",\0\0\0\0\1\0\1\0\0" + b"\x02\x02\x44\x01\0"
-    return encoded("GIF")[:-1] + frame * 2_000_000 + b";"
+    return encoded("GIF")[:-1] + frame * 6_000_000 + b";"
 
 
 def groups_in_dicom() -> bytes:
