@@ -104,6 +104,7 @@ def test_palettes_in_segments_are_pydicoms():
         struct.pack("<3H", 0, 1, 5) + struct.pack("<4H", 2, 1, 3, 0),  # repeats itself
         struct.pack("<3H", 0, 1, 5) + struct.pack("<4H", 2, 1, 0, 0) * 300,
         struct.pack("<3H", 3, 1, 5),
+        struct.pack("<3H", 0, 1, 5) + struct.pack("<4H", 2, 0, 11, 0) * 2 + struct.pack("<2H", 0, 0) * 9,
         struct.pack("<5H", 0, 1, 5, 2, 1),
         palette_repeats.__name__.encode(),
     ],

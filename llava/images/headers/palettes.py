@@ -74,6 +74,6 @@ def _repeated(values: tuple[int, ...], place: int, segments: int) -> int:
 def _plain(values: tuple[int, ...], place: int) -> tuple[int, int]:
     """(entries, where the next one begins) of a segment that repeats no other."""
     code, length = values[place], values[place + 1]
-    if code not in (_DISCRETE, _LINEAR):
+    if code not in (_DISCRETE, _LINEAR) or not length:  # of no entries there could be any number
         raise ValueError
     return length, place + 2 + (length if code == _DISCRETE else 1)
