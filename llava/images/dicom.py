@@ -14,6 +14,7 @@ from llava.images.facts import ImageFacts, plane_of
 from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, unpack_rle
 from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer_syntax_name
 from llava.images.headers.dicom_frames import frame_groups, geometry, grey_module, own_window
+from llava.images.headers.palettes import check_palettes
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands, scale_range
 from llava.images.windows import apply_window, percentile_range, read_window, usable, value_range
@@ -71,7 +72,8 @@ def read_dicom(
             if is_rgb:
                 return _colour(pydicom, values, header)
             if has_palette:
-                return Image.fromarray(in_bands(lambda band: _palette(pydicom, band, header), values))
+                check_palettes(header, name)
+                return Image.fromarray(_palette(pydicom, values, header, name))
             module = grey_module(pydicom, file, frame_groups(pydicom, file, index))
             return grey_to_rgb(_grey(pydicom, values, header, module, chosen))
 
@@ -277,12 +279,18 @@ def _with_profile(pydicom, values: np.ndarray, header) -> np.ndarray:
     return pydicom.pixels.apply_icc_profile(values.copy(), header)
 
 
-def _palette(pydicom, values: np.ndarray, header) -> np.ndarray:
+def _palette(pydicom, values: np.ndarray, header, name: str) -> np.ndarray:
     """uint8 `[rows, columns, 3]`."""
-    colours = pydicom.pixels.apply_color_lut(values, header)
+    if values.dtype.kind not in "iu" or values.dtype.itemsize > 2:
+        raise ImageError(f"{name}: a DICOM palette for values of more than 16 bits isn't read")
+    # A palette may take a while to be made, so it's made once: the colours of all values that there may be.
+    least, most = np.iinfo(values.dtype).min, np.iinfo(values.dtype).max
+    every = np.arange(least, most + 1).astype(values.dtype)
+    colours = pydicom.pixels.apply_color_lut(every[np.newaxis], header)[0]
     if colours.dtype != np.uint8:
         colours = scale_range(colours, 0, np.iinfo(colours.dtype).max)
-    return np.ascontiguousarray(colours[..., :3])
+    colours = np.ascontiguousarray(colours[:, :3])
+    return in_bands(lambda band: colours[band.astype(np.int32) - least], values)
 
 
 def _grey(pydicom, values: np.ndarray, header, module, chosen: tuple[float, float] | None) -> np.ndarray:

@@ -18,7 +18,8 @@ class ImageFacts:
     width: int
     height: int
     frames: int = 1
-    """Frames of a file of several, or slices along the axis that is shown."""
+    """Frames of a file of several, or slices along the axis that is shown. Of a GIF, TIFF, WebP or PNG no more than
+    1,000 are counted; 1,001 stands for any number beyond."""
     frame: int = 0
     """Which of them is shown."""
     stored: str = ""

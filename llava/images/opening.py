@@ -5,7 +5,6 @@ Error texts are our own words: a decoder's can hold memory addresses or a patien
 
 import base64
 import binascii
-import contextlib
 import io
 import logging
 import os
@@ -21,6 +20,7 @@ from llava.errors import ImageError, LlavaError
 from llava.image_options import NO_OPTIONS, ImageOptions, ImageWithOptions
 from llava.images.facts import ImageFacts
 from llava.images.headers.containers import read_container
+from llava.images.headers.frames import MOST_FRAMES, count_frames
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
 from llava.images.slides import describe_slide, is_slide, read_slide
@@ -149,13 +149,12 @@ def open_and_describe(
 
 def _describe_slide(path: Path, name: str, how: _How) -> ImageFacts | None:
     with path.open("rb") as file:
-        if not is_slide(path, file):
+        if not is_slide(path, file, name):
             return None
     return describe_slide(path, name, how.limits, level=how.frame)
 
 
 def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
-    frames = 1
     path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source).expanduser()
     name = "image" if path is None else str(source)
     if path is not None and (facts := _describe_slide(path, name, how)) is not None:
@@ -175,16 +174,12 @@ def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
     container = read_container(content, name, how.limits)
     assert container is not None, "it has just been opened"
     with plain_errors(name, "the image is damaged or cut off"):
-        # The container holds the first frame alone.
-        with (
-            contextlib.suppress(OSError, ValueError),
-            Image.open(io.BytesIO(content), formats=[container.kind]) as whole,
-        ):
-            frames = getattr(whole, "n_frames", 1)
-        with Image.open(io.BytesIO(container.content)) as opened:
+        frames = count_frames(container.kind, content)
+        with Image.open(io.BytesIO(container.content), formats=(container.kind,)) as opened:
             facts = ImageFacts(container.kind, *image.size, frames, 0, f"mode {opened.mode}")
     if facts.frames > 1:
-        facts.shown.append(f"the first of {facts.frames} frames")
+        said = f"more than {MOST_FRAMES:,}" if facts.frames > MOST_FRAMES else facts.frames
+        facts.shown.append(f"the first of {said} frames")
     if container.orientation != 1:
         facts.orientation = f"EXIF {container.orientation}"
         facts.shown.append("turned upright as its EXIF orientation says")
@@ -204,7 +199,7 @@ def _open_file(path: Path, name: str, how: _How) -> Image.Image:
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     with file:
-        if is_slide(path, file) and (shown := read_slide(path, name, how.limits, level=how.frame)) is not None:
+        if is_slide(path, file, name) and (shown := read_slide(path, name, how.limits, level=how.frame)) is not None:
             how.options.check_kind("slide", name)
             return shown.image
         return _open(file, os.fstat(file.fileno()).st_size, name, how)

@@ -4,7 +4,6 @@ What names a patient, a study or a series groups files while this runs, and is w
 """
 
 import hashlib
-import io
 import logging
 import os
 import warnings
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from llava.errors import ImageError, LlavaError, require
-from llava.images.limits import plain_errors
+from llava.images.headers.dicom_file import DicomFile, check_values, read_dicom_file, sequence
+from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.opening import image_kind
 
 _GROUPING_TAGS = (
@@ -37,6 +37,8 @@ _GROUPING_TAGS = (
     "PerFrameFunctionalGroupsSequence",
 )
 _MOST_FRAMES = 5_000
+_MAX_NUMBERS = 1024
+"""Bytes of a direction or a position, six numbers at most."""
 BODY_WINDOWS = {
     "lung": ("CHEST", "LUNG", "THORAX"),
     "brain": ("HEAD", "BRAIN", "SKULL"),
@@ -101,7 +103,7 @@ def survey(folder: str | Path, *, axis: int = 2, keep_burned_in: bool = False) -
             if kind == "nifti":
                 found.series.append(_volume(path, axis))
             elif kind == "dicom":
-                for key, member in _read(path, keep_burned_in):
+                for key, member in _read(path, keep_burned_in, _content(path), str(path), Limits()):
                     groups.setdefault(key, []).append(member)
             else:
                 found.left_out.append((path, "neither DICOM nor NIfTI"))
@@ -141,45 +143,58 @@ class SeriesPlace:
     """Of a file of several, in the order of their places."""
 
 
-def series_place(content: bytes) -> SeriesPlace:
+def series_place(content: bytes, *, limits: Limits = UPLOAD_LIMITS) -> SeriesPlace:
     """The place of a file that came by itself, by its header alone; burnt-in text is left to whoever shows it.
 
     Raises:
-        ImageError: the header can't be read, or there is no image in the file.
+        ImageError: the header can't be read, there is no image in the file, it's beyond the limits.
     """
     # A file that names no series is one by itself.
     own = Path(hashlib.sha256(content).hexdigest())
-    found = _read(own, True, content)
-    if len(found) > _MOST_FRAMES:
-        raise ImageError(f"a file of {len(found):,} frames can't be looked through; at most {_MOST_FRAMES:,} can")
+    limits.check_bytes(len(content), "a DICOM file")
+    found = _read(own, True, content, "a DICOM file", limits)
     key, first = found[0]
     frames = sorted((member.position, member.frame) for _, member in found if member.frame is not None)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     return SeriesPlace(digest, first.position, first.number, [frame for _, frame in frames])
 
 
-def _read(path: Path, keep_burned_in: bool, content: bytes | None = None) -> list[tuple[tuple[Any, ...], _Member]]:
-    """(what it has in common with the rest of its series, itself) of each frame of a file, or of its `content`."""
+def _content(path: Path) -> bytes:
+    limits = Limits()
+    try:
+        with path.open("rb") as file:
+            content = file.read(limits.max_bytes + 1)
+    except OSError as error:
+        raise ImageError(f"{path}: can't be read ({error.strerror})") from None
+    limits.check_bytes(len(content), str(path))
+    return content
+
+
+def _read(
+    path: Path, keep_burned_in: bool, content: bytes, name: str, limits: Limits
+) -> list[tuple[tuple[Any, ...], _Member]]:
+    """(what it has in common with the rest of its series, itself) of each frame of a file, from its `content`."""
     pydicom = require("pydicom", "medical")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings(), plain_errors("a DICOM file", "the header can't be read"):
+    with warnings.catch_warnings(), plain_errors(name, "the header can't be read"):
         warnings.simplefilter("ignore")
-        source = path if content is None else io.BytesIO(content)
-        header = pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(_GROUPING_TAGS))
-        if "Rows" not in header or "Columns" not in header:
-            raise ImageError("a DICOM file without an image")
+        file = read_dicom_file(pydicom, content, name, limits, tags=_GROUPING_TAGS)
+        header = file.header
         if str(header.get("BurnedInAnnotation", "")).upper() == "YES" and not keep_burned_in:
             raise ImageError("says that text is burnt into its pixels (--keep-burned-in uses it all the same)")
         common = str(header.get("SeriesInstanceUID") or path), int(header.Rows), int(header.Columns)
         echo, number = str(header.get("EchoNumbers") or ""), float(header.get("InstanceNumber") or 0)
         codes = _code(header.get("Modality")), _code(header.get("BodyPartExamined"))
         frames = int(header.get("NumberOfFrames") or 1)
-        if frames > (path.stat().st_size if content is None else len(content)):
+        if not 1 <= frames <= len(content):
             raise ImageError(f"the DICOM header is wrong ({frames:,} frames)")
+        if frames > _MOST_FRAMES:
+            raise ImageError(f"a file of {frames:,} frames can't be looked through; at most {_MOST_FRAMES:,} can")
+        groups = _Groups(pydicom, file)
         found = []
         for frame in range(frames):
-            directions = _numbers(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient")
-            place = _numbers(header, frame, "PlanePositionSequence", "ImagePositionPatient")
+            directions = groups.numbers(frame, "PlaneOrientationSequence", "ImageOrientationPatient")
+            place = groups.numbers(frame, "PlanePositionSequence", "ImagePositionPatient")
             position = 0.0
             if len(directions) == 6 and len(place) == 3:
                 position = float(np.dot(np.cross(directions[:3], directions[3:]), place))
@@ -189,14 +204,29 @@ def _read(path: Path, keep_burned_in: bool, content: bytes | None = None) -> lis
         return found
 
 
-def _numbers(header, frame: int, group: str, keyword: str) -> list[float]:
-    """The values of a field: of the frame's own group, the one that all share, or the file."""
-    values = header.get(keyword)
-    for groups, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
-        for item in (header.get(groups) or [])[place : place + 1]:
-            for one in (item.get(group) or [])[:1]:
-                values = one.get(keyword) or values
-    return [float(value) for value in values or ()]
+class _Groups:
+    """What a header says of each frame, read under its budget."""
+
+    def __init__(self, pydicom: Any, file: DicomFile):
+        self.pydicom, self.file = pydicom, file
+        self.shared, self.own = (
+            sequence(pydicom, file.header, f"{whose}FunctionalGroupsSequence", file.budget)
+            for whose in ("Shared", "PerFrame")
+        )
+
+    def numbers(self, frame: int, group: str, keyword: str) -> list[float]:
+        """The values of a field: of the frame's own group, the one that all share, or the file."""
+        scopes = [self.file.header]
+        for item in (*self.shared[:1], *self.own[frame : frame + 1]):
+            scopes += sequence(self.pydicom, item, group, self.file.budget)[:1]
+        values = None
+        for scope in scopes:
+            check_values(scope, self.file.budget.name)
+            element = scope.get_item(keyword)
+            if element is not None and isinstance(element.value, bytes) and len(element.value) > _MAX_NUMBERS:
+                raise ImageError(f"the DICOM header is damaged (a value of {len(element.value):,} bytes)")
+            values = scope.get(keyword) or values
+        return [float(value) for value in values or ()]
 
 
 def _series(members: Sequence[_Member]) -> Series:

@@ -3,6 +3,7 @@
 Labels and overviews, on which a name may stand, are other images of the same file; they aren't read.
 """
 
+import contextlib
 import mmap
 import struct
 from dataclasses import dataclass
@@ -27,44 +28,89 @@ _WIDTH, _TILE_WIDTH, _TILE_HEIGHT = _SIZES = (256, 322, 323)
 _MOST_TILE = 4096
 _COST = 2.0
 """Of a pixel against one of a plain JPEG: it has transparency."""
-_MAX_DIRECTORIES, _MAX_TAGS = 64, 4096
+_MAX_DIRECTORIES, _MAX_TAGS = 256, 65_536
+"""Of a whole file."""
+_NDPI = 65_420
+"""A tag of Hamamatsu's, in whose TIFF files places have 64 bits without it being said."""
 
 
-def is_slide(path: Path, file: BinaryIO) -> bool:
-    """Whether a file is a slide: by its name, or a TIFF in tiles followed by smaller ones of itself."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
-    head = file.read(4)
+def is_slide(path: Path, file: BinaryIO, name: str) -> bool:
+    """Whether a file is a slide: by its name, or a TIFF in tiles followed by smaller ones of itself.
+
+    Raises:
+        ImageError: by its name it is one, but nothing that OpenSlide, which ends the process without memory, may read.
+    """
+    is_named = path.suffix.lower() in SUFFIXES
+    head = file.read(132)
     file.seek(0)
-    if head not in _TIFF:
-        return False
+    if head[:4] not in _TIFF:
+        return is_named and head[128:] != b"DICM"
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            widths = _tiled_widths(data)
-    except (OSError, ValueError, struct.error, IndexError):
+            widths = _tiled_widths(data, name)
+    except ImageError:
+        if is_named:
+            raise
         return False
-    return len(widths) > 1 and min(widths[1:]) < widths[0]
+    except (OSError, ValueError, struct.error, IndexError):
+        if is_named:
+            raise ImageError(f"{name}: the slide is damaged or cut off") from None
+        return False
+    return is_named or (len(widths) > 1 and min(widths[1:]) < widths[0])
 
 
-def _tiled_widths(data: mmap.mmap) -> list[int]:
-    """Of the directories in tiles, up to the first that OpenSlide, which ends the process without memory, isn't given.
+def _tiled_widths(data: mmap.mmap, name: str) -> list[int]:
+    """Of the directories in tiles, once all directories are checked; empty if the first is none of them."""
+    wide = _first_wide(data)
+    if wide is None:
+        return _widths(data, Directory(data), name)
+    # Libraries that don't know Hamamatsu's kind would go along shorter places, which may lead nowhere.
+    with contextlib.suppress(struct.error, IndexError):
+        _widths(data, Directory(data), name)
+    return _widths(data, wide, name, is_wide=True)
 
-    Empty if the first is none of them.
-    """
-    widths: list[int] = []
-    directory: Directory | None = Directory(data)
+
+def _first_wide(data: mmap.mmap) -> Directory | None:
+    """The first directory of a file of Hamamatsu's; None for others."""
+    try:
+        first = Directory(data, struct.unpack_from("<Q", data, 4)[0])
+        if data[:4] == b"II*\0" and first.count <= _MAX_TAGS and any(tag.number == _NDPI for tag in first):
+            return first
+    except (struct.error, IndexError, OverflowError):
+        pass
+    return None
+
+
+def _widths(data: mmap.mmap, first: Directory, name: str, is_wide: bool = False) -> list[int]:
+    found: list[int] = []
+    directory, left = first, _MAX_TAGS
     for _ in range(_MAX_DIRECTORIES):
-        if directory is None or directory.count > _MAX_TAGS:
-            break
-        tags = {tag.number: directory.integer(tag) for tag in directory if tag.number in _SIZES}
-        if len(tags) == len(_SIZES):
-            if not all(0 < tags[number] <= _MOST_TILE for number in (_TILE_WIDTH, _TILE_HEIGHT)):
-                return []
-            widths.append(tags[_WIDTH])
-        elif not widths:
-            break
-        directory = directory.next()
-    return widths
+        left -= directory.count
+        if left < 0:
+            raise ImageError(f"{name}: a slide with more than {_MAX_TAGS:,} tags isn't read")
+        sizes = _sizes(directory, name)
+        found.append(sizes[_WIDTH] if len(sizes) == len(_SIZES) else 0)
+        following = directory.next(is_wide)
+        if following is None:
+            return [width for width in found if width] if found[0] else []
+        directory = following
+    raise ImageError(f"{name}: a slide with more than {_MAX_DIRECTORIES} directories isn't read")
+
+
+def _sizes(directory: Directory, name: str) -> dict[int, int]:
+    """Width, and a tile's width and height, as far as they are told."""
+    sizes: dict[int, int] = {}
+    for tag in directory:
+        if tag.number not in _SIZES:
+            continue
+        value = directory.integer(tag)
+        if tag.number in sizes or (tag.number != _WIDTH and not 0 < value <= _MOST_TILE):
+            raise ImageError(
+                f"{name}: a slide that states one size twice, or in tiles beyond {_MOST_TILE} × {_MOST_TILE} pixels, "
+                f"isn't read"
+            )
+        sizes[tag.number] = value
+    return sizes
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ def open_plainly(content: bytes) -> None:
         dataset = pydicom.dcmread(io.BytesIO(content))
         for keyword in ("VOILUTSequence", "WindowCenter"):
             dataset.get(keyword)
-        dataset.pixel_array  # noqa: B018
+        values = dataset.pixel_array
+        if dataset.PhotometricInterpretation == "PALETTE COLOR":
+            pydicom.pixels.apply_color_lut(values, dataset)
     elif content[:2] == b"\x1f\x8b" or content[344:348] == b"n+1\0":
         import nibabel
 
@@ -36,6 +38,7 @@ def open_plainly(content: bytes) -> None:
         Image.MAX_IMAGE_PIXELS = None
         with Image.open(io.BytesIO(content)) as image:
             ImageOps.exif_transpose(image).convert("RGB")
+            getattr(image, "n_frames", 1)
 
 
 def element(group: int, number: int, vr: bytes, value: bytes) -> bytes:
@@ -360,6 +363,15 @@ def jpeg_ls_in_colour_at_cap() -> bytes:
     return jpeg_ls_at_cap(8, 3)
 
 
+def jpeg2000_at_cap() -> bytes:
+    """Samples of 16 bits, each a little more than two bytes of data."""
+    import openjpeg
+
+    values = np.random.default_rng(0).integers(0, 1 << 16, (4300, 4300), np.uint16)
+    frame = openjpeg.utils.encode_array(values, bits_stored=16, photometric_interpretation=2)
+    return dicom(_J2K, image_module(4300, 4300, 16) + encapsulated(bytes(frame)))
+
+
 def _jpeg_frame(marker: int, bits: int, side: int, components: int) -> tuple[int, bytes]:
     parts = b"".join(bytes([place + 1, 0x11, 0]) for place in range(components))
     return marker, struct.pack(">BHHB", bits, side, side, components) + parts
@@ -376,5 +388,6 @@ AT_CAP = {
     for function in (
         webp_lossy_at_cap, webp_lossless_at_cap, webp_with_alpha_at_cap, lossless_jpeg_at_cap,
         lossless_jpeg_in_colour_at_cap, jpeg_ls_at_cap, jpeg_ls_in_colour_at_cap,
+        jpeg2000_at_cap,
     )
 }  # fmt: skip

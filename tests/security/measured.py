@@ -1,4 +1,4 @@
-"""`python -m tests.security.measured ours|plainly NAME…`: open images under limits, and say how each went.
+"""`python -m tests.security.measured ours|described|placed|plainly NAME…`: open images under limits; how each went.
 
 One JSON line for each: {"name", "outcome", "text"}; a limit that is passed ends the process, or shows as a MemoryError.
 What is allowed is what the project promises of `open_image`: 5 seconds of one core and 1.5 GB, whatever the file.
@@ -21,18 +21,22 @@ def main(how: str, names: list[str]) -> None:
     import pydicom.pixels  # noqa: F401
     from PIL import Image
 
-    from llava.images import open_image
+    from llava.images import describe_image, open_image
+    from llava.images.series import series_place
+    from tests.security.hidden_bombs import COUNTED, HIDDEN, SORTED
     from tests.security.image_bombs import AT_CAP, BOMBS, encoded, open_plainly
 
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     Image.init()
     open_image(encoded("JPEG"))
+    makers = BOMBS | AT_CAP | HIDDEN | COUNTED | SORTED
+    read = {"ours": open_image, "described": describe_image, "placed": series_place, "plainly": open_plainly}[how]
     for name in names:
-        content = (BOMBS | AT_CAP)[name]()
+        content = makers[name]()
         _limit()
         try:
-            (open_image if how == "ours" else open_plainly)(content)
+            read(content)
             outcome, text = "opened", ""
         except MemoryError:
             outcome, text = "MemoryError", ""

@@ -86,6 +86,24 @@ def test_options_and_descriptions_are_those_of_the_library(pool):
         pool.open(ImageWithOptions(scan.source, ImageOptions(slice=1)))
 
 
+def test_no_process_is_lost_to_what_stands_behind_a_first_look(pool):
+    """Pages that are counted, palettes that grow, headers that are sorted."""
+    pytest.importorskip("pydicom")
+    from tests.security import hidden_bombs
+
+    killed = pool.killed
+    for make in (hidden_bombs.tiff_directories, hidden_bombs.tiff_second_image, hidden_bombs.tiff_exif):
+        image, facts = pool.describe(make())
+        assert image.size == (8, 8) and facts["kind"] == "TIFF"
+    for make in (hidden_bombs.palette_lines, hidden_bombs.palette_repeats):
+        with pytest.raises(ImageError, match="a palette of more than 256 entries"):
+            pool.open(make())
+    for make, words in ((hidden_bombs.groups_in_dicom, "elements"), (hidden_bombs.frames_in_dicom, "frames")):
+        with pytest.raises(ImageError, match=f"more than .* {words}|4,000,000 {words}"):
+            pool.place(make())
+    assert pool.killed == killed
+
+
 def test_processes_are_kept_and_know_no_secret(monkeypatch):
     monkeypatch.setenv("LLAVA_SERVE_SECRET", "s3cret")
     pool = DecodingPool(2)

@@ -21,7 +21,8 @@ _MAX_STRUCTURES = 2_000_000
 _MAX_LAYERED_PRECINCTS = 20_000_000
 _MAX_TILE_PARTS = 100_000
 _J2K_COST, _JPEG_COST, _OTHER_JPEG_COST = 2.5, 0.5, 2.5
-"""Of a sample against a pixel of a plain JPEG: wavelets, the same JPEG by another library, lossless and JPEG-LS."""
+"""Of a sample against a pixel of a plain JPEG: wavelets (where a sample has no more than a byte of data), the same JPEG
+by another library, lossless and JPEG-LS."""
 
 
 def check_jpeg(frame: bytes, rows: int, columns: int, name: str, limits: Limits) -> bytes:
@@ -65,7 +66,9 @@ def _check_j2k(frame: bytes, rows: int, columns: int, name: str, limits: Limits)
     _check_size(height, width, rows, columns, name)
     if not 1 <= components <= 4 or any(byte & 0x7F > 31 for byte in frame[42 : 42 + 3 * components : 3]):
         raise ImageError(f"{name}: a JPEG 2000 of {components} components isn't read")
-    limits.check_size(width, height, name, _J2K_COST * components)
+    # A decoder takes as long for the bits of a sample as for setting one up.
+    bytes_each = len(frame) / max(1, width * height * components)
+    limits.check_size(width, height, name, _J2K_COST * components * max(1.0, bytes_each))
     if not tile_width or not tile_height:
         raise ImageError(f"{name}: the DICOM pixels are damaged (JPEG 2000)")
     tiles = -(-right // tile_width) * -(-bottom // tile_height)

@@ -25,6 +25,12 @@ _MAX_TAGS = 4096
 _MAX_TAG_VALUES = 250_000
 _MAX_TAG_BYTES = 16 << 20
 _PIXELS_OF_SMALL_TILES = 1 << 22
+_SIZE_TAGS = {256: 0, 257: 0, 258: 0, 277: 1, 278: 0, 322: 0, 323: 0, 274: 0}
+"""Width, height, bits, samples, rows of a strip, a tile's width and height, orientation; their values where absent."""
+_ORIENTATION, _XMP = 274, 700
+_HIDDEN_TAGS = frozenset({_ORIENTATION, _XMP, 330, 34665, 34853, 40965})
+"""Pillow would turn the image by the first two itself, and read all directories at which the others point (smaller
+images, EXIF, GPS and EXIF's interoperability)."""
 
 _PPM_SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _PPM = re.compile(rb"P[1-6f]" + (_PPM_SPACE + rb"[\d.+-]+") * 2)
@@ -132,27 +138,49 @@ def _read_gif(content: bytes, name: str, limits: Limits) -> Container:
 
 
 def _read_tiff(content: bytes, name: str, limits: Limits) -> Container:
-    """Unchanged, once no tag of the first directory (the only one read) asks for more than an image needs."""
+    """Once no tag of the first directory (the only one read) asks for more than an image needs. Tags that Pillow
+    isn't to follow get a number that means nothing."""
     directory = Directory(content)
     if directory.count > _MAX_TAGS:
         raise ImageError(f"{name}: a TIFF with {directory.count:,} tags isn't read (at most {_MAX_TAGS})")
-    sizes = {256: 0, 257: 0, 322: 0, 323: 0, 274: 1, 277: 1}
-    total = 0
+    sizes: dict[int, int] = {}
+    total, hidden, xmp = 0, [], b""
     for tag in directory:
         total += tag.size
         if tag.count > _MAX_TAG_VALUES and tag.kind not in (1, 2, 7):
             raise ImageError(f"{name}: a TIFF's tag with {tag.count:,} values isn't read (at most {_MAX_TAG_VALUES})")
         if tag.number in sizes:
+            # Which of them counts, readers don't agree.
+            raise ImageError(f"{name}: a TIFF that states one size twice (tag {tag.number}) isn't read")
+        if tag.number in _SIZE_TAGS:
             sizes[tag.number] = directory.integer(tag)
+        if tag.number in _HIDDEN_TAGS:
+            hidden.append(tag.place)
+        if tag.number == _XMP and tag.size <= _MAX_XMP:
+            xmp = content[tag.offset : tag.offset + tag.size]
     if total > _MAX_TAG_BYTES:
         raise ImageError(f"{name}: {total / 2**20:.0f} MiB of tags are more than a TIFF may have")
+    orientation = sizes.get(_ORIENTATION) or xmp_orientation(xmp)
+    sizes = _SIZE_TAGS | sizes
     width, height, tile_width, tile_height = sizes[256], sizes[257], sizes[322], sizes[323]
     limits.check_size(width, height, name, 1.3 * max(3, sizes[277]) / 3)
     if tile_width * tile_height > max(4 * width * height, _PIXELS_OF_SMALL_TILES):
         raise ImageError(
             f"{name}: a TIFF of {width} × {height} pixels in tiles of {tile_width} × {tile_height} isn't read"
         )
-    return Container("TIFF", content, sizes[274])
+    return Container("TIFF", _without_numbers(content, hidden), orientation)
+
+
+def _without_numbers(content: bytes, places: list[int]) -> bytes:
+    """With the tags of the entries at these places replaced by a number of nobody's."""
+    if not places:
+        return content
+    view, done = memoryview(content), 0
+    parts: list[bytes | memoryview] = []
+    for place in places:
+        parts += [view[done:place], b"\xff\xff"]
+        done = place + 2
+    return b"".join([*parts, view[done:]])
 
 
 def _read_webp(content: bytes, name: str, limits: Limits) -> Container:

@@ -8,7 +8,7 @@ import contextlib
 import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,10 +112,18 @@ class DicomFile:
             raise ImageError(f"{name}: pixels in more than {_MAX_FRAGMENTS:,} fragments aren't read")
         source = io.BytesIO(self.content)
         source.seek(self.start)
+        self._check_offsets(name)
         table, lengths = (self.header.get(keyword) for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"))
         return pydicom.encaps.get_frame(
             source, index, number_of_frames=frames, extended_offsets=(table, lengths) if table and lengths else None
         )
+
+    def _check_offsets(self, name: str) -> None:
+        """The table in front of the frames, of four bytes for each, would be turned into objects."""
+        head = self.content[self.start : self.start + 8]
+        size = struct.unpack("<L", head[4:])[0] if len(head) == 8 and head[:4] == _ITEM else 0
+        if size > 4 * _MAX_FRAGMENTS:
+            raise ImageError(f"{name}: the DICOM pixels are damaged (a table of frames of {size:,} bytes)")
 
 
 class Budget:
@@ -176,13 +184,19 @@ class _Counted(io.BytesIO):
             raise ImageError(f"{self.budget.name}: the DICOM header is damaged (a value of {size:,} bytes)")
 
 
-def read_dicom_file(pydicom, content: bytes, name: str, limits: Limits) -> DicomFile:
-    """Raises ImageError: no DICOM, an index (DICOMDIR), no image in it, too many elements, damaged."""
+def read_dicom_file(
+    pydicom, content: bytes, name: str, limits: Limits, *, tags: Sequence[str] = _PIXEL_TAGS
+) -> DicomFile:
+    """Of the header only `tags`, by their keywords.
+
+    Raises:
+        ImageError: no DICOM, an index (DICOMDIR), no image in it, too many elements, damaged.
+    """
     budget = Budget(name)
     with plain_errors(name, "the DICOM header is damaged"):
         try:
             source = _Counted(content, budget)
-            header = _parse(pydicom, source)
+            header = _parse(pydicom, source, tags)
         except _Deflated:
             unpacked = inflate(memoryview(content)[source.tell() :], min(limits.max_volume_bytes, _MAX_DEFLATED), name)
             if unpacked is None:
@@ -192,7 +206,7 @@ def read_dicom_file(pydicom, content: bytes, name: str, limits: Limits) -> Dicom
                 ) from None
             content = _EXPLICIT + unpacked
             source = _Counted(content, budget)
-            header = _parse(pydicom, source)
+            header = _parse(pydicom, source, tags)
         check_values(header, name)
         if header.get("SOPClassUID") == _DICOMDIR or header.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
             raise ImageError(f"{name}: a DICOMDIR is an index, not an image; give one of the files it lists")
@@ -226,9 +240,9 @@ def transfer_syntax_name(syntax) -> str:
     return syntax.name if _UID.fullmatch(str(syntax)) else "unknown"
 
 
-def _parse(pydicom, source: _Counted):
+def _parse(pydicom, source: _Counted, tags: Sequence[str]):
     with source.budget.counting():
-        return pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(_PIXEL_TAGS))
+        return pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(tags))
 
 
 def check_values(dataset, name: str) -> None:

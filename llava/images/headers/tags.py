@@ -14,13 +14,14 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 @dataclass(frozen=True)
 class Tag:
-    """One entry of a directory: `size` bytes in `count` values, which begin at `offset` of the data."""
+    """The entry of a directory at `place` of the data: `size` bytes in `count` values, which begin at `offset`."""
 
     number: int
     kind: int
     count: int
     size: int
     offset: int
+    place: int
 
 
 class Directory:
@@ -33,6 +34,7 @@ class Directory:
         self.is_big = 43 in (data[2], data[3])
         if start is None:
             (start,) = self._unpack("Q" if self.is_big else "L", 8 if self.is_big else 4)
+        self.start = start
         (self.count,) = self._unpack("Q" if self.is_big else "H", start)
         self._first = start + (8 if self.is_big else 2)
 
@@ -43,12 +45,12 @@ class Directory:
             size = count * _SIZES.get(kind, 0)
             value = place + step - inline
             offset = value if size <= inline else self._unpack("Q" if self.is_big else "L", value)[0]
-            yield Tag(number, kind, count, size, offset)
+            yield Tag(number, kind, count, size, offset, place)
 
-    def next(self) -> "Directory | None":
-        """The directory after this one; None after the last."""
+    def next(self, is_wide: bool = False) -> "Directory | None":
+        """The directory after this one, whose place has 64 bits in BigTIFF or where `is_wide`; None after the last."""
         end = self._first + (20 if self.is_big else 12) * self.count
-        (start,) = self._unpack("Q" if self.is_big else "L", end)
+        (start,) = self._unpack("Q" if self.is_big or is_wide else "L", end)
         return Directory(self.data, start) if start else None
 
     def integer(self, tag: Tag) -> int:
