@@ -281,12 +281,14 @@ def run_apply(work: Path, code: str = "", **options) -> subprocess.CompletedProc
     arguments = ["--base", work / "llm", "--target", work / "target", "--delta", work / "delta"]
     script += "run(apply_delta.main)"
     root = Path(__file__).parents[2]
+    # Under `make coverage` a process writes what it has counted, for which there may be no room.
+    uncounted = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
+        env=uncounted | {"PYTHONPATH": str(root)},
         **options,
     )
 
