@@ -75,7 +75,8 @@ def test_the_summary_and_the_curve_are_written(stage1):
     assert written["first_loss"] > 0 and written["tokens_seen"] > 24 * 4
     assert (output_dir / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
     page = (output_dir / "training_report.html").read_text()
-    assert f"{written['first_loss']:.4f}, {written['last_loss']:.4f}" in page and f"{written['tokens_seen']:,}" in page
+    assert f"{written['first_loss']:.4f}" in page and f"{written['last_loss']:.4f}" in page
+    assert f"{written['tokens_seen']:,}" in page
 
 
 def test_nothing_unfinished_is_left_behind(stage1):
@@ -117,7 +118,7 @@ def test_hub_ids_are_looked_for_in_the_cache_that_is_named(tmp_path, bases, data
     llm, clip = bases
     cache = hub_cache(tmp_path / "cache", {"some/llm": llm, "some/tower": clip})
     more = ("--vision_tower", "some/tower", "--tune_mm_mlp_adapter", "--version", "plain", "--max_steps", "1")
-    with pytest.raises(LlavaError, match="model not found: some/llm"):
+    with pytest.raises(LlavaError, match="model not found: there is no folder some/llm"):
         train(flags(tmp_path / "none", data, "some/llm", *more))
     train(flags(tmp_path / "out", data, "some/llm", *more, "--cache_dir", str(cache)))
     assert load_pretrained_model(tmp_path / "out", device="cpu").model.config.mm_vision_tower == "some/tower"
