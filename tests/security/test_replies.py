@@ -72,9 +72,8 @@ def test_a_large_reply_leaves_the_loop_to_others(servers, path, is_streamed):
         found = sum(count_tokens(path, event) for event in events_of(reply))
     assert found == (8 if path == "responses" else 16) * TOKENS
     assert {look.status for look in health.looks} == {200}
-    # Ten a second are asked for. Written in one go, a reply takes nearly the whole time, and few are answered.
-    for server in ("api", "worker"):
-        assert sum(look.server == server for look in health.looks) > 4 * seconds, server
+    # Written in one go, a reply of chat took 7 to 11 s of 10 to 14; a busy machine may hold a look up too.
+    assert max(look.answered - look.asked for look in health.looks) < max(5.0, seconds / 2)
 
 
 def test_a_workers_chunks_hold_few_entries_and_the_last_one_the_account(servers):
