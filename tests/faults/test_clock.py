@@ -130,7 +130,9 @@ def test_what_a_visitor_has_begun_stays(clock, tmp_path, forgets):
     words = ["--controller", "http://127.0.0.1:1"]
     with Process("llava.serve.gradio_web_server", *words, env=env, log=tmp_path / "page") as page:
         visitor = Visitor(page.wait(seconds=500).url)
-        _, events = visitor.send(visitor.body([None, None], "examples", "select", event_data={"index": 0, "value": ""}))
+        _, events = visitor.send(
+            visitor.body([None, question(text=""), None], "examples", "select", event_data={"index": 0, "value": ""})
+        )
         assert THUMBNAIL in events
         clock.set(HOURS)
         time.sleep(2.2)  # gradio looks for old conversations every second
