@@ -131,13 +131,19 @@ def test_what_a_compiled_layer_asks_of_the_gpu_is_in_its_graph():
     assert asks(torch.ones(2, dtype=torch.bfloat16)) is False
 
 
-def test_a_compiled_layer_is_one_graph_for_all_layers_and_packs(base, monkeypatch):
-    """As on a GPU: the kernel takes all tokens. One graph, and one more once the number of samples has changed."""
+def compiled_model(base, monkeypatch):
+    """A core whose layers are compiled as on a GPU, and the counter of their graphs."""
     monkeypatch.setattr(packing.gpu, "takes_kernel", lambda *tensors: True)
     model = load_pretrained_model(base["llama"], device="cpu").model.get_model()
     graphs = CompileCounter()
     compile_layers(model, backend=graphs, fullgraph=True)
     packing.use_packed_attention(model.config, ONE_SAMPLE)
+    return model, graphs
+
+
+def test_a_compiled_layer_is_one_graph_for_all_layers_and_packs(base, monkeypatch):
+    """As on a GPU: the kernel takes all tokens. One graph, and one more once the number of samples has changed."""
+    model, graphs = compiled_model(base, monkeypatch)
     for borders in ([0, 5, 12], [0, 3, 8, 12], [0, 1, 2, 4, 12]):
         model(
             inputs_embeds=torch.randn(1, 12, model.config.hidden_size).requires_grad_(), use_cache=False,
@@ -148,11 +154,7 @@ def test_a_compiled_layer_is_one_graph_for_all_layers_and_packs(base, monkeypatc
 
 def test_a_compiled_layer_stays_one_graph_where_questions_share_an_image(base, monkeypatch):
     """One graph, one more once the number of questions has changed, and one for a pack whose image has only one."""
-    monkeypatch.setattr(packing.gpu, "takes_kernel", lambda *tensors: True)
-    model = load_pretrained_model(base["llama"], device="cpu").model.get_model()
-    graphs = CompileCounter()
-    compile_layers(model, backend=graphs, fullgraph=True)
-    packing.use_packed_attention(model.config, ONE_SAMPLE)
+    model, graphs = compiled_model(base, monkeypatch)
     for lengths in ([[4, 3, 5]], [[4, 3, 2, 3]], [[2, 3], [3, 2, 2]], [[4, 2, 2, 2, 2]]):
         seen, places = seen_by(lengths)
         sizes = np.concatenate(lengths)
