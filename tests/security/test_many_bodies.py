@@ -9,27 +9,12 @@ import pytest
 
 from llava.serve.transport.middleware import BODIES_AT_ONCE
 from tests.security.conftest import SECRET
+from tests.security.talking import serving
 from tests.security.test_connections import READS_A_BODY
-from tests.serve.processes import Process, wait_until
+from tests.serve.processes import wait_until
 
 LARGEST = 2_000_000
-ENV = {"LLAVA_SERVE_SECRET": SECRET}
 HEADERS = {"x-llava-secret": SECRET}
-
-
-@contextlib.contextmanager
-def serving(*words):
-    with Process("llava.serve.controller", *words, env=ENV) as controller:
-        controller.wait()
-        words = ("--controller", controller.url, *words)
-        with (
-            Process("tests.security.talking_worker", *words, env=ENV) as worker,
-            Process("llava.serve.openai_api_server", *words, env=ENV) as api,
-        ):
-            worker.wait()
-            api.wait()
-            wait_until(lambda: httpx.get(api.url + "/ready").status_code == 200, 60)
-            yield {"controller": controller, "worker": worker, "api": api}
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,9 @@ import pytest
 from llava.serve.api.encoding import encoded, is_long
 from llava.serve.protocol import MOST_ENTRIES
 from tests.security.conftest import SECRET
+from tests.security.talking import serving
 from tests.serve.health import HealthWatch
-from tests.serve.processes import Process, wait_until
 
-ENV = {"LLAVA_SERVE_SECRET": SECRET}
 TOKENS = 900
 CHAT = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 20, "max_tokens": TOKENS}
 LARGE = {
@@ -25,17 +24,8 @@ LARGE = {
 @pytest.fixture(scope="module")
 def servers():
     """(API, worker)."""
-    with Process("llava.serve.controller", env=ENV) as controller:
-        controller.wait()
-        words = ["--controller", controller.url]
-        with (
-            Process("tests.security.talking_worker", *words, env=ENV) as worker,
-            Process("llava.serve.openai_api_server", *words, env=ENV) as api,
-        ):
-            worker.wait()
-            api.wait()
-            wait_until(lambda: httpx.get(api.url + "/ready").status_code == 200, 60)
-            yield api, worker
+    with serving() as started:
+        yield started["api"], started["worker"]
 
 
 def post(api, path, body):
