@@ -176,6 +176,7 @@ def test_slices_that_are_passed(open_page, controller, tmp_path):
         number, image = page.locator("#scan-place input[type=number]"), page.locator("#viewer img.large")
         expect(number).to_have_value("20", timeout=PATIENCE)
         expect(page.locator("#viewer .words")).to_contain_text("40 slices", timeout=PATIENCE)
+        page.wait_for_function("document.querySelector('#viewer img.large').complete")  # the next is asked for at once
         places = []
         page.on("request", lambda request: places.extend(re.findall(r"/slice/.*&place=(\d+)$", request.url)))
         page.evaluate("for (let n = 0; n < 10; n += 1) { window.llavaMoveSlice(1); }")
