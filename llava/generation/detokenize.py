@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
+from llava.errors import library_errors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +18,8 @@ _FEW, _REMEMBERED = 3, 1 << 16
 
 
 class Detokenizer:
-    """Text of ids, special tokens left out."""
+    """Text of ids, special tokens left out. Ids that the tokenizer fails at, by a panic of its library too, are a
+    LlavaError."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer = tokenizer
@@ -32,11 +35,15 @@ class Detokenizer:
         return self._few(*token_ids) if len(token_ids) <= _FEW else self._decode(*token_ids)
 
     def _decode(self, *token_ids: int) -> str:
-        return cast(str, self._tokenizer.decode(list(token_ids), skip_special_tokens=True)) if token_ids else ""
+        return self._text_of(list(token_ids), skip_special_tokens=True) if token_ids else ""
 
     def token(self, token_id: int) -> str:
         """A single token's text, special ones included."""
-        return cast(str, self._tokenizer.decode([token_id]))
+        return self._text_of([token_id])
+
+    def _text_of(self, token_ids: list[int], **options: bool) -> str:
+        with library_errors("the checkpoint's tokenizer fails at these tokens"):
+            return cast(str, self._tokenizer.decode(token_ids, **options))
 
 
 class TextStream:

@@ -265,8 +265,8 @@ class Engine:
             try:
                 with self._stepping:
                     self.scheduler.step()
-            except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-                # Whatever it was, other requests must not wait for ever.
+            except BaseException as error:
+                # Whatever it was, a panic of a library too: other requests must not wait for ever.
                 log.exception("a step of the engine failed; everything under way ends with an error")
                 self._abort(LlavaError(f"the engine failed ({type(error).__name__}); send the request again"))
 

@@ -75,11 +75,10 @@ class Generation:
     def finish(self, reason: str, error: LlavaError | None = None) -> None:
         if error is None and self.prompt.constraint is not None:
             error = self.prompt.constraint.error
-        if self.text is None:
-            text = self._detokenizer.decode(self.tokens).strip()
-        else:
-            self._tell(self.text.flush(), is_last=True)
-            text = self.text.text
+        try:
+            text = self._whole_text()
+        except LlavaError as failure:
+            text, error = "", error or failure
         self.listener(
             Answer(
                 text,
@@ -92,6 +91,12 @@ class Generation:
                 error=error,
             )
         )
+
+    def _whole_text(self) -> str:
+        if self.text is None:
+            return self._detokenizer.decode(self.tokens).strip()
+        self._tell(self.text.flush(), is_last=True)
+        return self.text.text
 
     def _tell(self, text: str, is_last: bool = False) -> None:
         if self.is_streamed and (text or (is_last and self._told < len(self.tokens))):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,6 +150,26 @@ def test_a_step_that_fails_ends_what_is_underway_and_the_service_goes_on(running
     with pytest.raises(LlavaError, match="send the request again"):
         list(running.submit(ask("Hi", max_new_tokens=50, ignore_eos=True)))
     monkeypatch.setattr(runner, "run", original)
+    handle = running.submit(ask("Hi", max_new_tokens=5, ignore_eos=True))
+    list(handle)
+    assert len(handle.answer.token_ids) == 5
+
+
+class PanicException(BaseException):
+    """By its name as the one of libraries written in Rust."""
+
+
+@pytest.mark.parametrize("fails_at", ["each token", "the whole answer"])
+def test_a_tokenizer_that_panics_at_an_answer_ends_it_and_the_service_goes_on(running, monkeypatch, fails_at):
+    def panic(*_, **__):
+        raise PanicException("index out of bounds")
+
+    detokenizer = running.scheduler.detokenizer
+    monkeypatch.setattr(detokenizer, "_tokenizer", SimpleNamespace(decode=panic))
+    detokenizer._few.cache_clear()
+    with pytest.raises(LlavaError, match="send the request again" if fails_at == "each token" else "fails at these"):
+        list(running.submit(ask("Hi", max_new_tokens=9, ignore_eos=True), pieces=fails_at == "each token"))
+    monkeypatch.undo()
     handle = running.submit(ask("Hi", max_new_tokens=5, ignore_eos=True))
     list(handle)
     assert len(handle.answer.token_ids) == 5
