@@ -17,6 +17,7 @@ from llava.serve.protocol import ErrorType, ServeError, check_address, encode_er
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
 from llava.serve.request_models import ForModel, Heartbeat, WorkerEntry, WorkerStatus, WorkerWanted
 from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.transport.background import repeating
 from llava.serve.transport.bodies import JSON_HEADERS, parse_json, read_body, validated
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
@@ -71,14 +72,17 @@ def build_app(
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
+    def expire() -> None:
+        for address in registry.expire():
+            logger.warning("worker %s: no heartbeat, dropped", address)
+
     @contextlib.asynccontextmanager
     async def lifespan(_):
         nonlocal session
         session = open_session(secret, READ_TIMEOUT)
-        expiring = asyncio.create_task(_expire_for_ever(registry))
-        logger.info("controller ready")
-        yield
-        expiring.cancel()
+        async with repeating(1.0, expire):
+            logger.info("controller ready")
+            yield
         await session.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -224,13 +228,6 @@ def _expect_ok(reply) -> None:
 
     if reply.status != 200:
         raise aiohttp.ClientResponseError(reply.request_info, reply.history, status=reply.status)
-
-
-async def _expire_for_ever(registry: Registry) -> None:
-    while True:
-        await asyncio.sleep(1.0)
-        for address in registry.expire():
-            logger.warning("worker %s: no heartbeat, dropped", address)
 
 
 if __name__ == "__main__":

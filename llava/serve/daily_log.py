@@ -12,13 +12,14 @@ import os
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava.errors import LlavaError
 from llava.records import sound_text, write_whole
+from llava.serve.transport.background import repeating
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +84,12 @@ class DailyLog:
                 else:
                     path.unlink(missing_ok=True)
 
-    async def tidy(self, pause: float = TIDY_SECONDS) -> None:
-        """`drop_old` for ever, every `pause` seconds."""
-        while True:
-            await asyncio.sleep(pause)
-            try:
-                await asyncio.to_thread(self.drop_old)
-            except OSError as error:
-                logger.error("%s: old files can't be deleted (%s)", self.folder, error)
+    async def tidy(self) -> None:
+        """`drop_old` in a thread; a folder that it can't be done in is logged."""
+        try:
+            await asyncio.to_thread(self.drop_old)
+        except OSError as error:
+            logger.error("%s: old files can't be deleted (%s)", self.folder, error)
 
     def _files(self) -> Iterator[tuple[Path, float]]:
         """Each file with the days since the end of its day."""
@@ -105,15 +104,9 @@ class DailyLog:
         return FileLock(self.folder / ".lock", timeout=LOCK_SECONDS, mode=0o600)
 
 
-@contextlib.asynccontextmanager
-async def tidied(*logs: DailyLog | None) -> AsyncIterator[None]:
+def tidied(*logs: DailyLog | None, seconds: float = TIDY_SECONDS) -> contextlib.AbstractAsyncContextManager[None]:
     """As long as the block lasts, the logs that there are have their old files deleted."""
-    tasks = [asyncio.create_task(log.tidy()) for log in logs if log is not None]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
+    return repeating(seconds, *(log.tidy for log in logs if log is not None))
 
 
 def _append(path: Path, line: bytes) -> None:

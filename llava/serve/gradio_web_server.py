@@ -5,7 +5,6 @@ On this machine alone unless --host says otherwise; --api-key-file then asks vis
 python -m llava.serve.gradio_web_server --controller http://localhost:21001 --port 7860
 """
 
-import asyncio
 import contextlib
 import inspect
 import logging
@@ -26,6 +25,7 @@ from llava.serve.conversation_log import add_log_flags, log_from_args, new_clien
 from llava.serve.daily_log import DailyLog, tidied
 from llava.serve.decoding.pool import DecodingPool
 from llava.serve.secret import add_secret_flags, secret_from_args
+from llava.serve.transport.background import repeating
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
 from llava.serve.transport.server import require_serving, run_server
@@ -126,10 +126,9 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
-        sweeping = asyncio.create_task(_sweep(uploads, WrittenFiles(page.temp_file_sets)))
-        async with tidied(client.log, options.feedback):
+        sweeps = uploads.sweep, WrittenFiles(page.temp_file_sets).sweep
+        async with tidied(client.log, options.feedback), repeating(SWEEP_SECONDS, *sweeps):
             yield
-        sweeping.cancel()
         await client.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -165,13 +164,6 @@ def build_app(args, secret: str | None, folder: Path, keys: Keys) -> BrowserHead
     checked = PageMiddleware(app, handlers, uploads, drawn, sessions, visitor_key(keys), MAX_FILE_BYTES, args.embed)
     known = RequestMiddleware(checked, visitor_check(keys), MAX_BODY_BYTES, Hosts.from_args(args))
     return BrowserHeaders(known, args.embed)
-
-
-async def _sweep(*swept: Uploads | WrittenFiles) -> None:
-    while True:
-        await asyncio.sleep(SWEEP_SECONDS)
-        for each in swept:
-            each.sweep()
 
 
 def _steady_sessions() -> None:

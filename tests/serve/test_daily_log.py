@@ -12,7 +12,7 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.records import iter_records, read_records
-from llava.serve.daily_log import DailyLog
+from llava.serve.daily_log import DailyLog, tidied
 
 WRITER = """
 import sys
@@ -62,10 +62,9 @@ def test_a_running_log_deletes_old_files_too(tmp_path):
     old.write_text("{}\n")
 
     async def tidy():
-        task = asyncio.create_task(log.tidy(0.01))
-        while old.exists():
-            await asyncio.sleep(0.01)
-        task.cancel()
+        async with tidied(log, seconds=0.01):
+            while old.exists():
+                await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(tidy(), 60))
 

@@ -88,7 +88,7 @@ class Membership:
                 words = f"it is no controller: {content[:200]}"
             elif reply.status == 401:
                 words = "it has another secret (see --secret-file)"
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             words = f"no answer ({type(error).__name__})"
         if not self.complained:
             logger.warning("controller %s: %s; trying on", self.controller, words)
