@@ -325,6 +325,10 @@ def test_gpus_are_known_by_whole_words():
     assert peak_of("NVIDIA L40S") == 362 and peak_of("NVIDIA L40") == 181 and peak_of("NVIDIA L4") == 121
     assert peak_of("NVIDIA GH200 480GB") is None and peak_of("NVIDIA A10G") == 70
     assert peak_of("NVIDIA H100 80GB HBM3") == GPUS["h100"].peak_tflops
+    assert peak_of("NVIDIA H100 PCIe") == 756 and peak_of("NVIDIA H100 NVL") == 835
+    assert peak_of("Tesla V100-SXM2-32GB") == 125 and peak_of("Tesla V100-PCIE-16GB") == 112
+    assert peak_of("NVIDIA GeForce RTX 3090") == 71 and peak_of("NVIDIA GeForce RTX 3090 Ti") == 80
+    assert peak_of("NVIDIA GeForce RTX 4090 Laptop GPU") is None and peak_of("NVIDIA GeForce RTX 4090 D") is None
 
 
 @pytest.mark.long

@@ -67,9 +67,12 @@ GPUS = {
     )
 }
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
-               "4090": 165, "3090": 71, "A6000": 155, "T4": 65, "V100": 125}  # fmt: skip
-"""bf16 (V100, T4: fp16) dense peak of known GPUs, TFLOP/s, from their data sheets, by a word of the driver's name."""
+_OTHER_FORMS = {"H100 PCIE": 756, "H100 NVL": 835, "V100 PCIE": 112, "A10G": 70, "3090 TI": 80}
+_UNKNOWN_FORMS = {"LAPTOP", "MOBILE", "TI", "SUPER", "D"}
+PEAK_TFLOPS = {name.split("-")[0].upper(): gpu.peak_tflops for name, gpu in GPUS.items()} | _OTHER_FORMS
+"""bf16 (V100, T4: fp16) dense peak of known GPUs, TFLOP/s, from their data sheets, by words of the driver's name.
+
+GeForce cards by their rate with sums in float32, which is half of the one with sums in fp16."""
 
 
 def find_gpu(name: str) -> Gpu:
@@ -86,5 +89,9 @@ def find_gpu(name: str) -> Gpu:
 
 def peak_of(device_name: str) -> float | None:
     """The peak of a GPU by the driver's name for it (`NVIDIA A100-SXM4-40GB`), TFLOP/s; None if it isn't known."""
-    words = re.findall(r"[A-Za-z0-9]+", device_name)
-    return next((float(PEAK_TFLOPS[word]) for word in words if word in PEAK_TFLOPS), None)
+    words = set(re.findall(r"[A-Z0-9]+", device_name.upper()))
+    known = [name for name in PEAK_TFLOPS if words.issuperset(name.split())]
+    best = max(known, key=lambda name: len(name.split()), default=None)
+    if best is None or _UNKNOWN_FORMS & words - set(best.split()):
+        return None
+    return float(PEAK_TFLOPS[best])
