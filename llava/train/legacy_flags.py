@@ -166,7 +166,10 @@ def _fsdp(flags: dict, warnings: list[str], possible: bool) -> None:
             f"--fsdp_transformer_layer_cls_to_wrap is now a key of --fsdp_config; translated ({', '.join(layers)})"
         )
     if "fsdp_min_num_params" in flags:
-        config["min_num_params"] = int(flags.pop("fsdp_min_num_params")[0])
+        text = " ".join(flags.pop("fsdp_min_num_params"))
+        if not text.isdecimal():
+            raise LlavaError(f"--fsdp_min_num_params {text}: expected a whole number from 0")
+        config["min_num_params"] = int(text)
         config["auto_wrap_policy"] = "SIZE_BASED_WRAP"
         warnings.append("--fsdp_min_num_params is now a key of --fsdp_config; translated")
     if not wanted:
