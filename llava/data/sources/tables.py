@@ -23,6 +23,10 @@ def read_table(
         LlavaError: the file isn't UTF-8 or not a table, lacks a column, or a row has another number of cells.
     """
     delimiter = delimiter or ("\t" if path.suffix.lower() in (".tsv", ".tab") else ",")
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise LlavaError(
+            f"--delimiter {delimiter!r}: give one character; a tab is the default of .tsv, or $'\\t' in a shell"
+        )
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
