@@ -173,3 +173,7 @@ def test_counts_that_cannot_be_are_refused(tmp_path):
         write_phantoms(tmp_path / "a", counts=Counts(train=4, vqa=5, conversations=1), processes=1)
     with pytest.raises(LlavaError, match="at least 32"):
         write_phantoms(tmp_path / "a", size=8, processes=1)
+    with pytest.raises(LlavaError, match="--vqa -1: give 0 or more"):
+        write_phantoms(tmp_path / "a", counts=Counts(train=4, vqa=-1, conversations=1), processes=1)
+    with pytest.raises(LlavaError, match="--processes 0: give 1 or more"):
+        write_phantoms(tmp_path / "a", processes=0)
