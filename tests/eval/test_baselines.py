@@ -90,6 +90,9 @@ def test_bad_flags(files):
         answer(files, "--vision-tower", "x")
     with pytest.raises(LlavaError, match="--neighbours is 0"):
         answer(files, "--neighbours", "0")
+    (files / "train.json").write_text("[]")
+    with pytest.raises(LlavaError, match=r"train\.json: no questions"):
+        answer(files)
 
 
 def test_scores_say_what_a_model_adds(files, capsys):

@@ -17,6 +17,7 @@ import numpy as np
 from llava.bars import tqdm
 from llava.data.conversion import clean_text, yes_no_type
 from llava.data.vqa_items import VqaItem, plain_question, read_vqa_items, vqa_item
+from llava.errors import LlavaError
 from llava.eval.answers.answering import answer_record, question_settings
 from llava.eval.answers.questions import Question
 from llava.manifests import write_manifest
@@ -42,7 +43,11 @@ Likeness = Callable[[Sequence[Known], Sequence[VqaItem]], Iterable[np.ndarray]]
 
 
 def read_known(path: str | Path) -> list[Known]:
-    """Every question of a training file, all those of a record too; the answer's type as `vqa_item` finds it."""
+    """Every question of a training file, all those of a record too; the answer's type as `vqa_item` finds it.
+
+    Raises:
+        LlavaError: a record isn't a question with an answer, or there is none.
+    """
     known = []
     for number, record in enumerate(iter_records(path)):
         first = vqa_item(record, f"{path} record {number}")
@@ -54,6 +59,8 @@ def read_known(path: str | Path) -> list[Known]:
         for question, answer in question_answer_pairs(dialogue.turns)[1:]:
             answer = clean_text(answer)
             known.append(Known(plain_question(question), answer, yes_no_type(answer), image))
+    if not known:
+        raise LlavaError(f"{path}: no questions")
     return known
 
 
