@@ -304,11 +304,13 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
         settings["draft"] = draft_size(loaded.image_processor)
     root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
 
+    def identify(number: int, image) -> str:
+        with dataset.image_errors(number):
+            return dataset.image_source.identify(image)
+
     def load(number: int, image) -> np.ndarray:
-        try:
+        with dataset.image_errors(number):
             return dataset.load_image(dataset.image_source.read(image))
-        except (FileNotFoundError, LlavaError) as error:
-            raise dataset.image_error(number, error) from error
 
     if dataset.skip_unreadable:
         dataset.drop_unreadable()
@@ -319,7 +321,7 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
     return build_feature_cache(
         root / fingerprint(tower, **settings),
         images,
-        dataset.image_source.identify,
+        identify,
         load,
         tower,
         bfloat16=training.bf16,
