@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel
 
 from llava.bars import tqdm
-from llava.errors import LlavaError
+from llava.errors import LlavaError, first_line
 from llava.eval.answers.ablation import image_source
 from llava.image_options import with_options_of
 from llava.images import ImageProcessor, open_image
@@ -62,5 +62,5 @@ def _vision_model(folder: Path) -> Any:
     try:
         model = AutoModel.from_pretrained(folder)
     except (ValueError, OSError) as error:
-        raise LlavaError(f"{folder}: no vision model of the library ({str(error).splitlines()[0]})") from error
+        raise LlavaError(f"{folder}: no vision model of the library ({first_line(error)})") from error
     return getattr(model, "vision_model", model).eval()
