@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from llava.commandline import TRUE_WORDS
 from llava.errors import LlavaError
 
 IGNORED = {
@@ -199,7 +200,7 @@ def _without_gpu(flags: dict, warnings: list[str]) -> None:
 
 def is_true(values: list[str]) -> bool:
     """What a boolean flag's values say; a flag that stands alone is True."""
-    return not values or values[0].strip().lower() in {"true", "t", "yes", "y", "1", "on"}
+    return not values or values[0].strip().lower() in TRUE_WORDS
 
 
 def _json(values: list[str], flag: str) -> dict:
