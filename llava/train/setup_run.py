@@ -54,7 +54,7 @@ def build_dataset(
     template = get_template(model.config.conversation_template)
     image_tokens = ImageTokens.from_config(model.config, tokenizer)
     images = ImageSource(data.image_folder, Path(training.output_dir))
-    patches = model.num_patches
+    patches, side = model.num_patches, model.get_vision_tower().image_size
 
     def encode(record, features):
         return encode_conversation(record, template, tokenizer, image_tokens, features_per_image=features)
@@ -67,6 +67,12 @@ def build_dataset(
     def load_image(source: Any) -> np.ndarray:
         pixels = processor([open_image(source, draft=draft)], aspect_ratio=aspect_ratio, grid_pinpoints=grid)
         if aspect_ratio == "keep":
+            height, width = pixels[0].shape[1:]
+            if (height, width) != (side, side):
+                raise LlavaError(
+                    f"--image_aspect_ratio keep makes it {width} × {height}, and the vision tower takes "
+                    f"{side} × {side}; train with square or pad"
+                )
             return pixels[0][None]
         return pixels[0] if aspect_ratio == "anyres" else np.asarray(pixels)
 
