@@ -9,7 +9,7 @@ from llava.records import read_json, read_records
 
 FILES = {
     "Training/QAPairsByCategory/C1_Modality_train.txt": "synpic1|what kind of image is this?|cta - ct angiography\n",
-    "Training/QAPairsByCategory/C2_Plane_train.txt": "synpic1|is \tthis\u2028axial?|yes\n\nsynpic2|which plane?|axial\n",
+    "Training/QAPairsByCategory/C2_Plane_train.txt": "synpic1|is\tthis\u2028axial?|yes\n\nsynpic2|which plane?|axial\n",
     "Training/All_QA_Pairs_train.txt": "synpic1|never read|where categories are\n",
     "Validation/All_QA_Pairs_val.txt": "synpic3|what is alarming?|\nsynpic3|is it a ct scan?|no\n",
     "Test/VQAMed2019_Test_Questions_w_Ref_Answers.txt": "synpic4|abnormality|what is wrong?|a mass#a (solid) tumour\n",
