@@ -20,6 +20,8 @@ from typing import NoReturn
 from llava.errors import LlavaError, one_line
 
 EXIT_BAD_INPUT = 2
+TRUE_WORDS = frozenset({"true", "t", "yes", "y", "1", "on"})
+"""What says True as a flag's value, in lower case."""
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC}
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 MOST_TRACEBACK_LINES = 200
@@ -31,7 +33,7 @@ def parse_bool(text: str | bool) -> bool:
     if isinstance(text, bool):
         return text
     value = text.strip().lower()
-    if value in {"true", "t", "yes", "y", "1", "on"}:
+    if value in TRUE_WORDS:
         return True
     if value in {"false", "f", "no", "n", "0", "off"}:
         return False

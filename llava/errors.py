@@ -45,6 +45,11 @@ def one_line(text: str, most: int = MOST_LINE) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in kept)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says that isn't blank; its kind, where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def field_error(error: Any, show_value: bool = False) -> str:
     """The first complaint of a pydantic ValidationError in one line that begins with the field: "n: Input should …".
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from llava.constants import FIGURE_DOMAINS
 from llava.errors import LlavaError
 from llava.image_options import ImageWithOptions, read_image_entry
 
@@ -158,6 +159,21 @@ def record_options(record: Mapping[str, Any]) -> list[str]:
     if not 2 <= len(texts) <= len(OPTION_LETTERS) or len({text.lower() for text in texts}) < len(texts):
         raise LlavaError(f'"options" has to be 2 to {len(OPTION_LETTERS)} different texts, got {texts}')
     return texts
+
+
+def record_domains(record: Mapping[str, Any]) -> list[str]:
+    """What a record says under `domain` that its image is: a name, a list of them, or what is true of
+    `{"mri": true, …}`."""
+    domain = record.get("domain") or []
+    if isinstance(domain, Mapping):
+        return [name for name, is_true in domain.items() if is_true]
+    return [domain] if isinstance(domain, str) else [name for name in domain if isinstance(name, str)]
+
+
+def figure_domain(record: Mapping[str, Any]) -> str | None:
+    """The first of `FIGURE_DOMAINS` that a record is of, None if it is of none of them."""
+    named = record_domains(record)
+    return next((name for name in FIGURE_DOMAINS if name in named), None)
 
 
 def images_of(record: Mapping[str, Any], where: str) -> list[Any]:

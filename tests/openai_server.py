@@ -162,7 +162,7 @@ class Server:
             for line in lines:
                 status, reply = self.completion(line["body"])
                 output.append({"custom_id": line["custom_id"], "response": {"status_code": status, "body": reply}})
-            self.files[f"out-{name}"] = b"\n".join(json.dumps(line).encode() for line in output)
+            self.files[f"out-{name}"] = b"\n".join(json.dumps(line, ensure_ascii=False).encode() for line in output)
             self.batches[name] = {"polls": 0, "total": len(lines)}
         else:
             name = parts[1]

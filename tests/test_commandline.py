@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from llava.commandline import ArgumentParser, parse_bool
+from llava.errors import first_line
 
 COMMAND = """
 from llava.commandline import ArgumentParser, run
@@ -45,6 +46,14 @@ def test_no_abbreviations(capsys):
 def test_bad_boolean():
     with pytest.raises(Exception, match="maybe"):
         parse_bool("maybe")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\n a\nb"), "a"), (EOFError(), "EOFError"), (OSError("\n"), "OSError"), (KeyError("k"), "'k'")],
+)
+def test_the_first_line_of_an_error_is_there_whatever_it_says(error, line):
+    assert first_line(error) == line
 
 
 def test_bad_input_is_one_line_and_exit_code_2():

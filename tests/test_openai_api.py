@@ -210,6 +210,14 @@ def test_batch_api(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl.part"]
 
 
+def test_an_answer_of_a_batch_may_hold_other_ends_of_lines(tmp_path):
+    asked = "one\u2028two\x85three"
+    with OpenAIServer("--polls", "1") as server:
+        jobs = [ChatJob("a", [{"role": "user", "content": asked}])]
+        ask(jobs, settings(server, batch_api=True, poll_seconds=0.01), tmp_path / "out.jsonl")
+    assert [row["text"] for row in read_records(tmp_path / "out.jsonl")] == [f"answer to {asked}"]
+
+
 def test_a_killed_batch_is_waited_for_not_submitted_again(tmp_path):
     path = tmp_path / "out.jsonl"
     script = (

@@ -4,12 +4,14 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.record_content import (
+    figure_domain,
     image_bytes,
     image_key,
     plain_entries,
     question_answer_pairs,
     read_dialogue,
     read_turns,
+    record_domains,
     record_images,
     record_options,
     with_entries,
@@ -24,6 +26,21 @@ def test_every_key_of_turns_and_a_bare_list():
     for key in ("conversations", "conversatons", "messages"):
         assert read_turns({key: [HUMAN, GPT]}) == expected
     assert read_turns([HUMAN, GPT]) == read_turns((HUMAN, GPT)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "figure"),
+    [
+        ("mri", ["mri"], "mri"),
+        ({"mri": True, "ct_scan": False}, ["mri"], "mri"),
+        ({"gross": 1, "mri": 1}, ["gross", "mri"], "mri"),
+        (["ultrasound", "ct_scan"], ["ultrasound", "ct_scan"], "ct_scan"),
+        ("ultrasound", ["ultrasound"], None),
+        (None, [], None),
+    ],
+)
+def test_domains_in_every_form(given, names, figure):
+    assert (record_domains({"domain": given}), figure_domain({"domain": given})) == (names, figure)
 
 
 def test_null_means_absent():

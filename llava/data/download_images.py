@@ -12,11 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.data.fetching.articles import OA_SERVICE
 from llava.errors import LlavaError
 
 EXIT_TOO_MANY_FAILURES = 1
 FAILURES_FILE = "download_failures.jsonl"
-OA_SERVICE = "https://www.ncbi.nlm.nih.gov/pmc/utils/oa/oa.fcgi"
 MEAN_IMAGE_BYTES = 96_000
 """69 GB over 721,154 images."""
 
@@ -90,8 +90,8 @@ def _settings(args):
     for name in ("connections", "timeout", "article_timeout", "max_image_mb", "max_article_mb", "max_unpacked_mb"):
         if getattr(args, name) <= 0:
             raise LlavaError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    for name in ("requests_per_second", "retries", "backoff", "min_free_gb"):
-        if getattr(args, name) < 0:
+    for name in ("requests_per_second", "retries", "backoff", "min_free_gb", "limit"):
+        if (getattr(args, name) or 0) < 0:
             raise LlavaError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
     if args.keep_archives and not args.pmc_output_path:
         raise LlavaError("--keep-archives: say where with --pmc_output_path")

@@ -70,11 +70,13 @@ def with_images(path: Path, missing: Missing) -> Iterator[Record]:
         # A list, so that every missing image is noted, not only the first of a record.
         images = images_of(record, f"{path} record {missing.records - 1}")
         found = [missing.is_there(name) for name in map(image_file, images) if _is_file_name(name)]
-        missing.text_only += not found
+        missing.text_only += not images
         if all(found):
             yield record
         else:
             missing.dropped += 1
+    if not missing.records:
+        raise LlavaError(f"{path}: there are no records in it")
     if missing.dropped == missing.records:
         raise LlavaError(
             f"{path}: none of its {missing.records:,} records has its image under {missing.folder} "

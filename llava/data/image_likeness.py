@@ -66,13 +66,16 @@ def alike(first: dict[str, Fingerprint], second: dict[str, Fingerprint]) -> list
         return []
     names, prints = list(second), list(second.values())
     bits, thumbnails = np.stack([p.bits for p in prints]), np.stack([p.thumbnail for p in prints])
+    pixels = np.array([p.pixels for p in prints])
     found = []
     for name, mark in first.items():
         distances = _BIT_COUNTS[np.bitwise_xor(bits, mark.bits)].sum(axis=1)
         correlations = thumbnails @ mark.thumbnail
-        for index in np.flatnonzero((distances <= HASH_DISTANCE) & (correlations >= CORRELATION)):
-            identical = prints[index].pixels == mark.pixels
-            found.append(Likeness(name, names[index], identical, int(distances[index]), float(correlations[index])))
+        identical = pixels == mark.pixels
+        # Images of one colour have no correlation, not even with themselves.
+        for index in np.flatnonzero(identical | (distances <= HASH_DISTANCE) & (correlations >= CORRELATION)):
+            likeness = int(distances[index]), float(correlations[index])
+            found.append(Likeness(name, names[index], bool(identical[index]), *likeness))
     return found
 
 

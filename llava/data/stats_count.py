@@ -9,8 +9,7 @@ from pathlib import Path
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, require
-from llava.record_content import USER, question_answer_pairs, read_turns, record_images
-from llava.records import Record
+from llava.record_content import USER, question_answer_pairs, read_turns, record_domains, record_images
 
 AUXILIARIES = {"be", "do", "have", "can", "could", "will", "would", "may", "might", "should", "must"}
 
@@ -59,7 +58,7 @@ def collect(path: str | Path, max_records: int | None = None) -> InstructStats:
             raise LlavaError(f"{path} record {index} ({record.get('id')!r}): {error}") from error
         stats.records += 1
         stats.text_only += not images
-        stats.domains.update(_domains(record))
+        stats.domains.update(record_domains(record))
         stats.turns.append(len(question_answer_pairs(turns)))
         for turn in turns:
             side = "instructions" if turn.role == USER else "responses"
@@ -73,12 +72,6 @@ def collect(path: str | Path, max_records: int | None = None) -> InstructStats:
     if not stats.records:
         raise LlavaError(f"{path}: holds no records")
     return stats
-
-
-def _domains(record: Record) -> list[str]:
-    """The domains that are true (`{"mri": true, …}`), or the one that is named."""
-    domain = record.get("domain") or {}
-    return [domain] if isinstance(domain, str) else [name for name, true in domain.items() if true]
 
 
 def verb_object_finder():

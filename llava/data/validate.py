@@ -64,7 +64,7 @@ class Report:
         # Only hashes are kept: a million ids as text would take several times as much.
         known, name = len(self._ids), record.get("id")
         if name is not None:
-            self._ids.add(hash(name) if isinstance(name, (str, int)) else hash(repr(name)))
+            self._ids.add(hash(str(name)))  # as text, by which answers are joined; -1 and -2 have one hash
             if len(self._ids) == known:
                 findings = [*findings, ("duplicate_id", "")]
         if not findings:

@@ -6,10 +6,13 @@ python -m llava.eval.baselines --train train.json --test test.json --output-dir 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
+
+if TYPE_CHECKING:
+    from llava.eval.answers.memory import ImageFeatures
 
 
 def build_parser() -> ArgumentParser:
@@ -62,15 +65,19 @@ def main(argv: list[str] | None = None) -> None:
         write_line(f"{path}: complete{unknown}")
 
 
-def _features(args: Any, train: Path, test: Path) -> dict[str, Any]:
+def _features(args: Any, train: Path, test: Path) -> "ImageFeatures":
     from llava.data.vqa_items import read_vqa_items
     from llava.eval.answers.image_vectors import image_vectors
+    from llava.eval.answers.memory import ImageFeatures
 
     folder = existing_dir(args.image_folder, "--image-folder")
     elsewhere = existing_dir(args.train_image_folder, "--train-image-folder") if args.train_image_folder else folder
-    asked = [(item, place) for path, place in ((train, elsewhere), (test, folder)) for item in read_vqa_items(path)]
-    images = {item.image: (item.images[0], place) for item, place in asked if item.image}
-    return image_vectors(images, args.vision_tower, batch_size=args.batch_size, device=args.device)
+    known, asked = (
+        {(place, item.image): (item.images[0], place) for item in read_vqa_items(path) if item.image}
+        for path, place in ((train, elsewhere), (test, folder))
+    )
+    found = image_vectors(known | asked, args.vision_tower, batch_size=args.batch_size, device=args.device)
+    return ImageFeatures(*({name: found[place, name] for place, name in part} for part in (known, asked)))
 
 
 if __name__ == "__main__":

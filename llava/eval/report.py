@@ -40,6 +40,8 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.examples < 0:
+        raise LlavaError(f"--examples is {args.examples}; give 0 or more")
     from llava.eval.reports.evaluation import evaluate
     from llava.eval.reports.sections import Entry
     from llava.pages import print_page, printing_browser

@@ -133,8 +133,8 @@ class Engine:
         """Queue a request; images are opened here, in the caller's thread.
 
         Args:
-            listener: is given each Piece and finally the Answer, in the engine's thread (it must return at once).
-                Without one the handle is iterated.
+            listener: is given each Piece and finally the Answer, in the engine's thread (it must return at once; once
+                it raises, which is logged, it is given no more). Without one the handle is iterated.
             pieces: False gives the Answer alone, which costs less.
 
         Raises:

@@ -1,5 +1,6 @@
 """One answer under way: its tokens and text so far, and whom to tell about them."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from llava.generation.sampling import TokenChooser
 from llava.generation.types import Answer, Piece, TokenLogprob
 from llava.sampling_params import SamplingParams
 
+log = logging.getLogger(__name__)
+
 Listener = Callable[[Piece | Answer], None]
 """Is given each piece as it is made and the answer at the end, in the thread that runs the engine."""
 
@@ -24,7 +27,7 @@ class Generation:
         self.prompt = prompt
         self._detokenizer = detokenizer
         self.sampling: SamplingParams = prompt.request.sampling
-        self.listener = listener
+        self.listener: Listener | None = listener
         self.keep = keep
         """Whether keys and values stay for the next turn of the same conversation."""
         self.is_streamed = is_streamed
@@ -79,7 +82,7 @@ class Generation:
             text = self._whole_text()
         except LlavaError as failure:
             text, error = "", error or failure
-        self.listener(
+        self._say(
             Answer(
                 text,
                 self.tokens,
@@ -101,7 +104,17 @@ class Generation:
     def _tell(self, text: str, is_last: bool = False) -> None:
         if self.is_streamed and (text or (is_last and self._told < len(self.tokens))):
             start, self._told = self._told, len(self.tokens)
-            self.listener(Piece(text, self.tokens[start:], None if self.logprobs is None else self.logprobs[start:]))
+            self._say(Piece(text, self.tokens[start:], None if self.logprobs is None else self.logprobs[start:]))
+
+    def _say(self, news: Piece | Answer) -> None:
+        """Tell the listener. One that fails is told no more: the step goes on for the others."""
+        if self.listener is None:
+            return
+        try:
+            self.listener(news)
+        except Exception:
+            log.exception("the listener of request %r failed and is told no more", self.prompt.request.id)
+            self.listener = None
 
 
 class Plan:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.constants import FIGURE_DOMAINS
 from llava.errors import LlavaError
-from llava.record_content import ASSISTANT, first_given, has_turns, images_of, read_turns
+from llava.record_content import ASSISTANT, figure_domain, first_given, has_turns, images_of, read_turns, record_domains
 from llava.records import Record, iter_records, read_json
 
 
@@ -97,7 +96,7 @@ def _figure(row: Record, domain: str | None, where: str) -> Figure:
         caption=caption,
         label=row.get("fig_label") or "",
         mentions=tuple(_mentions(row.get("in_text_mention"))),
-        domain=domain or _domain(row.get("domain")),
+        domain=domain or figure_domain(row) or next(iter(record_domains(row)), None),
         image=images[0] if images else None,
     )
 
@@ -116,9 +115,3 @@ def _mentions(value: Any) -> Iterable[str]:
         text = mention.get("tokens") if isinstance(mention, dict) else mention
         if isinstance(text, str) and text.strip():
             yield text
-
-
-def _domain(value: Any) -> str | None:
-    if isinstance(value, dict):
-        return next((name for name in FIGURE_DOMAINS if value.get(name)), None)
-    return value if isinstance(value, str) else None

@@ -65,7 +65,8 @@ async def _answered(state_path, todo, settings, output, to_record, summary):
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
                 text = (await client.files.content(file_id)).text
-                for line in filter(None, text.splitlines()):
+                # An answer may hold other ends of lines (U+2028), which `splitlines` would cut it at.
+                for line in filter(str.strip, text.split("\n")):
                     _take(json.loads(line), keys, jobs, settings, output, to_record, summary)
     return batch
 

@@ -22,7 +22,7 @@ from llava.folders import model_name
 from llava.serve.conversation_log import add_log_flags
 from llava.serve.secret import VARIABLE, add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import add_host_flags
-from llava.serve.transport.server import require_serving
+from llava.serve.transport.server import HIGHEST_PORT, port_number, require_serving
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,12 @@ def build_parser() -> ArgumentParser:
     parser.add_bool("--load-8bit", help="quantize to 8 bits while loading")
     parser.add_bool("--load-4bit", help="quantize to 4 bits while loading")
     parser.add_argument("--host", default="127.0.0.1", help="of API and web page; the rest stays on this machine")
-    parser.add_argument("--controller-port", type=int, default=21001, help="port of the controller")
-    parser.add_argument("--worker-port", type=int, default=21002, help="of the first worker; the next ones follow")
-    parser.add_argument("--api-port", type=int, default=8000, help="port of the API")
-    parser.add_argument("--web-port", type=int, default=7860, help="port of the web page")
+    parser.add_argument("--controller-port", type=port_number, default=21001, help="port of the controller")
+    parser.add_argument(
+        "--worker-port", type=port_number, default=21002, help="of the first worker; the next ones follow"
+    )
+    parser.add_argument("--api-port", type=port_number, default=8000, help="port of the API")
+    parser.add_argument("--web-port", type=port_number, default=7860, help="port of the web page")
     parser.add_argument("--cache-mb", type=int, help="of each worker, for keys and values: model_worker's --cache-mb")
     parser.add_argument("--api-key-file", help="keys of API and page, one per line: name key [requests per minute]")
     parser.add_bool("--web", default=True, help="False: no web page")
@@ -63,6 +65,8 @@ def main(argv=None) -> int:
     names = args.model_name or []
     if names and len(names) != len(args.model_path):
         raise LlavaError(f"{len(args.model_path)} --model-path but {len(names)} --model-name; give one for each")
+    if args.worker_port + len(args.model_path) - 1 > HIGHEST_PORT:
+        raise LlavaError(f"--worker-port {args.worker_port}: {len(args.model_path)} workers have no room above it")
     require_serving(*(["gradio"] if args.web else []))
     servers = _servers(args, names)
     _check_ports(servers)

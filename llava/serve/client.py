@@ -3,6 +3,7 @@
 Needs no torch. A worker that can't be reached, or is lost before its first word, is replaced by another.
 """
 
+import asyncio
 import contextlib
 import json
 import random
@@ -65,16 +66,18 @@ class ServingClient:
         return sorted({*reply["models"], *remembered})
 
     async def worker_stats(self) -> list[dict[str, Any]]:
-        """Each worker's own status, with its address; workers that don't answer are left out."""
+        """Each worker's own status, with its address; workers that don't answer are left out, and hold up no other."""
         import aiohttp
 
-        found = []
-        for worker in (await self._ask_controller("/list_workers"))["workers"]:
+        async def ask(address: str) -> list[dict[str, Any]]:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
-                status = await self._post(f"{worker['address']}/worker_get_status", {})
-                checked = ReportedStatus.model_validate(status).model_dump()
-                found.append({"address": worker["address"], **checked})
-        return found
+                status = await self._post(f"{address}/worker_get_status", {})
+                return [{"address": address, **ReportedStatus.model_validate(status).model_dump()}]
+            return []
+
+        workers = (await self._ask_controller("/list_workers"))["workers"]
+        answers = await asyncio.gather(*(ask(worker["address"]) for worker in workers))
+        return [status for answer in answers for status in answer]
 
     async def cards(self) -> dict[str, ModelCard | None]:
         """What is known of each model; of several workers' the first one's words count."""

@@ -21,7 +21,7 @@ from llava.serve.transport.background import repeating
 from llava.serve.transport.bodies import JSON_HEADERS, parse_json, read_body, validated
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
-from llava.serve.transport.server import require_serving, run_server
+from llava.serve.transport.server import port_number, require_serving, run_server
 from llava.serve.transport.session import open_session
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ READ_TIMEOUT = 120.0  # between two pieces of an answer
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
-    parser.add_argument("--port", type=int, default=21001, help="port to listen on")
+    parser.add_argument("--port", type=port_number, default=21001, help="port to listen on")
     parser.add_argument(
         "--dispatch-method",
         choices=DISPATCH_METHODS,

@@ -28,7 +28,7 @@ from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.background import repeating
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import RequestMiddleware
-from llava.serve.transport.server import require_serving, run_server
+from llava.serve.transport.server import port_number, require_serving, run_server
 from llava.serve.web.browser import BrowserHeaders, visitor_check, visitor_key
 from llava.serve.web.uploads import MAX_FILE_BYTES, Uploads, WrittenFiles
 
@@ -43,7 +43,7 @@ PREFIX, LOCK = "llava-web-", ".lock"
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument("--port", type=port_number, default=7860, help="port to listen on")
     parser.add_argument(
         "--controller-url", "--controller", default="http://localhost:21001", help="who knows the models"
     )

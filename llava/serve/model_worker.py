@@ -19,7 +19,7 @@ from llava.serve.request_models import MOST_SPEED, ModelCard
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES
-from llava.serve.transport.server import require_serving
+from llava.serve.transport.server import port_number, require_serving
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ SWITCH_SECONDS = 0.0005
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
-    parser.add_argument("--port", type=int, default=21002, help="port to listen on")
+    parser.add_argument("--port", type=port_number, default=21002, help="port to listen on")
     parser.add_argument(
         "--worker-address", "--worker", help="where others reach this worker; by default this machine and --port"
     )

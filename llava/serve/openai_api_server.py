@@ -22,7 +22,7 @@ from llava.serve.protocol import MOST_ENTRIES, ErrorType, ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 from llava.serve.transport.hosts import LOOPBACK, Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, error_body, unless_gone
-from llava.serve.transport.server import require_serving, run_server
+from llava.serve.transport.server import port_number, require_serving, run_server
 
 if TYPE_CHECKING:
     from llava.serve.api.fields import ApiRequest
@@ -35,7 +35,7 @@ DONE = b"data: [DONE]\n\n"
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of this machine's")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("--port", type=port_number, default=8000, help="port to listen on")
     parser.add_argument(
         "--controller-address", "--controller", default="http://localhost:21001", help="who knows the models"
     )

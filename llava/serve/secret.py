@@ -74,9 +74,11 @@ def _made(path: Path) -> Path:
 def _read(path: Path) -> str:
     try:
         mode = path.stat().st_mode
-        value = path.read_text().strip()
+        value = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise LlavaError(f"secret file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LlavaError(f"secret file {path} is no text; remove it and a new one is made") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise LlavaError(f"secret file {path} can be read by others; run: chmod 600 {path}")
     if not value:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from llava.commandline import TRUE_WORDS
 from llava.errors import LlavaError
 
 IGNORED = {
@@ -166,7 +167,10 @@ def _fsdp(flags: dict, warnings: list[str], possible: bool) -> None:
             f"--fsdp_transformer_layer_cls_to_wrap is now a key of --fsdp_config; translated ({', '.join(layers)})"
         )
     if "fsdp_min_num_params" in flags:
-        config["min_num_params"] = int(flags.pop("fsdp_min_num_params")[0])
+        text = " ".join(flags.pop("fsdp_min_num_params"))
+        if not text.isdecimal():
+            raise LlavaError(f"--fsdp_min_num_params {text}: expected a whole number from 0")
+        config["min_num_params"] = int(text)
         config["auto_wrap_policy"] = "SIZE_BASED_WRAP"
         warnings.append("--fsdp_min_num_params is now a key of --fsdp_config; translated")
     if not wanted:
@@ -196,7 +200,7 @@ def _without_gpu(flags: dict, warnings: list[str]) -> None:
 
 def is_true(values: list[str]) -> bool:
     """What a boolean flag's values say; a flag that stands alone is True."""
-    return not values or values[0].strip().lower() in {"true", "t", "yes", "y", "1", "on"}
+    return not values or values[0].strip().lower() in TRUE_WORDS
 
 
 def _json(values: list[str], flag: str) -> dict:

@@ -54,7 +54,7 @@ def build_dataset(
     template = get_template(model.config.conversation_template)
     image_tokens = ImageTokens.from_config(model.config, tokenizer)
     images = ImageSource(data.image_folder, Path(training.output_dir))
-    patches = model.num_patches
+    patches, side = model.num_patches, model.get_vision_tower().image_size
 
     def encode(record, features):
         return encode_conversation(record, template, tokenizer, image_tokens, features_per_image=features)
@@ -67,6 +67,12 @@ def build_dataset(
     def load_image(source: Any) -> np.ndarray:
         pixels = processor([open_image(source, draft=draft)], aspect_ratio=aspect_ratio, grid_pinpoints=grid)
         if aspect_ratio == "keep":
+            height, width = pixels[0].shape[1:]
+            if (height, width) != (side, side):
+                raise LlavaError(
+                    f"--image_aspect_ratio keep makes it {width} × {height}, and the vision tower takes "
+                    f"{side} × {side}; train with square or pad"
+                )
             return pixels[0][None]
         return pixels[0] if aspect_ratio == "anyres" else np.asarray(pixels)
 
@@ -304,11 +310,13 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
         settings["draft"] = draft_size(loaded.image_processor)
     root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
 
+    def identify(number: int, image) -> str:
+        with dataset.image_errors(number):
+            return dataset.image_source.identify(image)
+
     def load(number: int, image) -> np.ndarray:
-        try:
+        with dataset.image_errors(number):
             return dataset.load_image(dataset.image_source.read(image))
-        except (FileNotFoundError, LlavaError) as error:
-            raise dataset.image_error(number, error) from error
 
     if dataset.skip_unreadable:
         dataset.drop_unreadable()
@@ -319,7 +327,7 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
     return build_feature_cache(
         root / fingerprint(tower, **settings),
         images,
-        dataset.image_source.identify,
+        identify,
         load,
         tower,
         bfloat16=training.bf16,

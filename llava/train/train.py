@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def quicken_help(argv: list[str]) -> None:
     """Leave peft out where flags are only listed: transformers imports it along, which takes longer than all else."""
-    if {"-h", "--help", "--help-all"} & set(argv):
+    if {"-h", "--help", "--help-all", "--help_all"} & set(argv):
         sys.modules["peft"] = None  # type: ignore[assignment]
 
 

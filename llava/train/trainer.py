@@ -27,7 +27,7 @@ from llava.train.data.dataset import LlavaDataset, Report
 from llava.train.data.sampler import EpochSampler
 from llava.train.data.worker_errors import plain_worker_errors
 from llava.train.lora import load_non_lora
-from llava.train.output.checkpoints import publish, remove_old, staged
+from llava.train.output.checkpoints import publish, remove_old, staging_of
 from llava.train.progress import ProgressBar
 from llava.train.step import gpu
 from llava.train.step.compute import activation_budget, compile_layers, set_policy
@@ -353,22 +353,22 @@ class LlavaTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """The Trainer's checkpoint, written aside and renamed when every process is done."""
         final = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with staged(final, main_process=self.args.should_save) as staging:
-            self.wait_for_all()
-            self._staging_dir = str(staging)
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging_dir = None
-            self.wait_for_all()
-            if self.state.best_model_checkpoint is not None:  # not the place where it is being written
-                self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
-            if self.args.should_save:
-                inner = staging / final.name
-                self.state.save_to_json(str(inner / "trainer_state.json"))
-                publish(inner, final)
-                staging.rmdir()
-                remove_old(final.parent, self.args.save_total_limit, self._best_checkpoint())
+        staging = staging_of(final, main_process=self.args.should_save)
+        self.wait_for_all()
+        self._staging_dir = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging_dir = None
+        self.wait_for_all()
+        if self.state.best_model_checkpoint is not None:  # not the place where it is being written
+            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
+        if self.args.should_save:
+            inner = staging / final.name
+            self.state.save_to_json(str(inner / "trainer_state.json"))
+            publish(inner, final)
+            staging.rmdir()
+            remove_old(final.parent, self.args.save_total_limit, self._best_checkpoint())
         self.wait_for_all()
 
     def wait_for_all(self) -> None:

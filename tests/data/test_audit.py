@@ -128,6 +128,9 @@ def test_a_grey_image_has_a_fingerprint(tmp_path):
     Image.new("L", (50, 40), 128).save(tmp_path / "grey.png")
     mark = fingerprint(tmp_path / "grey.png")
     assert np.isfinite(mark.thumbnail).all()
+    Image.new("L", (50, 40), 129).save(tmp_path / "other.png")
+    (pair,) = alike({"test": mark}, {"train": mark, "other": fingerprint(tmp_path / "other.png")})
+    assert pair.identical and pair.second == "train"
 
 
 def test_a_missing_image_is_an_error(folder):

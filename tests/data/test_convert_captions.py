@@ -55,6 +55,15 @@ def test_roco_records(roco):
     assert manifest["missing_images"]["first"] == ["ROCO_00006.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"), [("captions.txt", ()), ("licences.txt", ()), ("dlinks.txt", ("--write-urls",))]
+)
+def test_roco_files_that_are_not_utf_8_are_named(roco, name, flags):
+    (roco / name).write_bytes(b"ROCO_ID,PMC_ID,CC\nROCO_00002\tcaf\xe9\n")
+    with pytest.raises(LlavaError, match=rf"{name}: not UTF-8"):
+        run_roco(roco, *flags)
+
+
 def test_roco_licence_filter(roco):
     assert [row["id"] for row in run_roco(roco, "--licence", "CC BY-NC", "--missing", "keep")] == ["00004"]
     with pytest.raises(LlavaError, match=r"--licence CC-BY: not in .*CC BY, CC BY-NC"):

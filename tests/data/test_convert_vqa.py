@@ -263,6 +263,19 @@ def test_csv_of_few_images_is_split_too(work, fraction):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--keep-columns", "who, question"), "--keep-columns question: records have a field of that name"),
+        (("--delimiter", r"\t"), "--delimiter .*: give one character"),
+        (("--delimiter", "\n"), "--delimiter .*: give one character"),
+    ],
+)
+def test_csv_flags_that_cannot_be_are_named(work, flags, message):
+    with pytest.raises(LlavaError, match=message):
+        csv_table(work, "image,question,answer,who\na.jpg,q,a,me\n", *flags)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("scan,question,answer\n", "no column image; there are: scan, question, answer"),

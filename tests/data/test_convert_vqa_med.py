@@ -9,7 +9,7 @@ from llava.records import read_json, read_records
 
 FILES = {
     "Training/QAPairsByCategory/C1_Modality_train.txt": "synpic1|what kind of image is this?|cta - ct angiography\n",
-    "Training/QAPairsByCategory/C2_Plane_train.txt": "synpic1|is \tthis axial?|yes\n\nsynpic2|which plane?|axial\n",
+    "Training/QAPairsByCategory/C2_Plane_train.txt": "synpic1|is\tthis\u2028axial?|yes\n\nsynpic2|which plane?|axial\n",
     "Training/All_QA_Pairs_train.txt": "synpic1|never read|where categories are\n",
     "Validation/All_QA_Pairs_val.txt": "synpic3|what is alarming?|\nsynpic3|is it a ct scan?|no\n",
     "Test/VQAMed2019_Test_Questions_w_Ref_Answers.txt": "synpic4|abnormality|what is wrong?|a mass#a (solid) tumour\n",
@@ -23,7 +23,7 @@ def folder(tmp_path):
     root = tmp_path / "VQA-Med-2019"
     for name, text in FILES.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        (root / name).write_text(text, encoding="utf-8")
     for name in IMAGES:
         (root / f"{name}.jpg").parent.mkdir(exist_ok=True)
         (root / f"{name}.jpg").write_bytes(b"x")

@@ -459,3 +459,16 @@ def test_large_archives_are_given_up_and_the_failures_go_where_they_are_wanted(w
     assert failure["pair_id"] == "x" and "larger than the cap" in failure["reason"]
     main([*wanted.flags(), "--failures", str(list_of_them), "--retry-failed"])
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["x.jpg", "y.jpg"]
+
+
+def test_a_list_of_something_else_is_not_replaced_by_the_failures(wanted, server):
+    server.pages["/x"] = Reply(archive(("PMC/x.jpg", content_of(1))))
+    wanted.add("x", "/x", "PMC/x.jpg", content_of(1))
+    flags = wanted.flags()
+    listed = flags[flags.index("--input_path") + 1]
+    before = Path(listed).read_bytes()
+    with pytest.raises(LlavaError, match="not a list of failures"):
+        main([*flags, "--failures", listed])
+    assert Path(listed).read_bytes() == before
+    with pytest.raises(LlavaError, match="--limit -1: give 0 or more"):
+        main([*flags, "--limit", "-1"])

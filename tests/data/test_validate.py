@@ -78,6 +78,11 @@ def test_each_fault_is_found_once_and_named(tmp_path, images, workers):
     assert report["notes"].keys() == NOTES.keys()
 
 
+def test_ids_are_compared_as_text(tmp_path):
+    _, report = run(tmp_path, [record(id, "<image>", "a") for id in (-1, -2, 3, "3")])
+    assert [case["record"] for case in report["notes"]["duplicate_id"]["first"]] == [3]
+
+
 def test_repeated_ids_and_first_cases(tmp_path):
     records = [record(str(n % 6), "<image>", " ") for n in range(10)]
     _, report = run(tmp_path, records, "--first", "3")
@@ -204,17 +209,21 @@ def test_repair_leaves_no_fault(made):
 
 
 def test_filter_missing(tmp_path, images, capsys):
-    records = [GOOD, record("gone", "<image>", "a", image="none.png"), record("text", "q", "a", image=None)]
+    inside = record("inside", "<image>", "a", image="data:image/png;base64,eA==")
+    records = [GOOD, record("gone", "<image>", "a", image="none.png"), record("text", "q", "a", image=None), inside]
     write_records(tmp_path / "in.json", records)
     flags = [str(tmp_path / "in.json"), "--image-folder", str(images), "--output", str(tmp_path / "out.jsonl")]
     filter_missing.main([*flags, "--missing-list", str(tmp_path / "missing.json")])
-    assert [row["id"] for row in read_records(tmp_path / "out.jsonl")] == ["good", "text"]
+    assert [row["id"] for row in read_records(tmp_path / "out.jsonl")] == ["good", "text", "inside"]
     assert read_json(tmp_path / "missing.json") == ["none.png"]
-    assert "2 of 3 records" in capsys.readouterr().out
+    assert "3 of 4 records (1 of text alone)" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     write_records(tmp_path / "in.json", [GOOD])
     flags[2] = str(tmp_path / "empty")
     with pytest.raises(LlavaError, match="is it the right folder"):
+        filter_missing.main([*flags[:4], str(tmp_path / "out2.jsonl")])
+    write_records(tmp_path / "in.json", [])
+    with pytest.raises(LlavaError, match=r"in\.json: there are no records in it"):
         filter_missing.main([*flags[:4], str(tmp_path / "out2.jsonl")])
     assert not (tmp_path / "out2.jsonl").exists()
 

@@ -271,6 +271,14 @@ def test_a_tokenizer_without_such_tokens_is_found_out_before_the_model_is_loaded
         answer(model, data, tmp_path / "a.jsonl", "--yes-no-probabilities")
 
 
+@pytest.mark.parametrize("flag", ["--yes-no-probabilities", "--option-likelihoods"])
+def test_probabilities_of_a_model_that_sees_tiles_are_refused_before_anything_is_answered(data, tmp_path, flag):
+    tiled = make_llava(tmp_path / "tiled", image_aspect_ratio="anyres")
+    with pytest.raises(LlavaError, match="image_aspect_ratio anyres; leave them out"):
+        answer(tiled, data, tmp_path / "a.jsonl", flag)
+    assert not (tmp_path / "a.jsonl.part").stat().st_size
+
+
 def test_likelihoods_of_options_are_the_models_own(model, data, tmp_path):
     """Each option's log probability by hand, from the first id that differs on, and equal in every batch."""
     from llava.conversation import get_template

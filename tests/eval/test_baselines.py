@@ -70,6 +70,17 @@ def test_text_alone_and_with_images(files):
     assert light["nearest_text_and_image"] == words["nearest_text"]
 
 
+def test_one_name_in_two_folders_is_two_images(files):
+    tower = make_clip(files / "tower")
+    (files / "other").mkdir()
+    for name, source in {"dark": "light", "light": "dark"}.items():
+        (files / "other" / f"{name}.png").write_bytes((files / f"{source}.png").read_bytes())
+    flags = ("--vision-tower", str(tower), "--image-folder", str(files), "--neighbours", "1", "--device", "cpu")
+    flags += ("--text-weight", "0", "--train-image-folder")
+    same, other = (answer(files, *flags, str(folder))["nearest_text_and_image"] for folder in (files, files / "other"))
+    assert (same[2], other[2]) == ("yes", "no")  # asked about the light image, by that name the dark one in "other"
+
+
 def test_a_vote_counts_the_weight_and_all_that_are_equally_near():
     assert vote(np.array([1.0, 0.9, 0.9]), ["a", "B", "b"], 3) == "B"
     assert vote(np.array([1.0, 0.9, 0.9]), ["a", "b", "b"], 1) == "a"
@@ -90,6 +101,9 @@ def test_bad_flags(files):
         answer(files, "--vision-tower", "x")
     with pytest.raises(LlavaError, match="--neighbours is 0"):
         answer(files, "--neighbours", "0")
+    (files / "train.json").write_text("[]")
+    with pytest.raises(LlavaError, match=r"train\.json: no questions"):
+        answer(files)
 
 
 def test_scores_say_what_a_model_adds(files, capsys):

@@ -143,6 +143,12 @@ def test_unreadable_rows_are_counted_and_left_out(tmp_path):
     ]
 
 
+def test_a_domain_may_be_named_as_a_text(tmp_path):
+    rows = [{"question_id": n, "gpt_eval": "5 10", "domain": domain} for n, domain in enumerate(("mri", {"mri": True}))]
+    write_records(tmp_path / "s.jsonl", rows)
+    assert read_scores_file(tmp_path / "s.jsonl").summary.groups["mri"].data_size == 2
+
+
 def test_the_real_questions(shared_dir, tmp_path):
     questions = shared_dir / "llava_med_eval" / "llava_med_eval_qa50_qa.jsonl"
     if not questions.is_file():

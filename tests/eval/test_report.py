@@ -118,6 +118,12 @@ def test_paths_are_told_as_the_one_that_was_given(files, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == ["short.html", "short.md"] + ["short.pdf"] * printed
 
 
+@pytest.mark.parametrize("flag", ["--bootstrap-samples", "--examples"])
+def test_numbers_below_zero_are_refused(files, flag):
+    with pytest.raises(LlavaError, match=f"{flag} is -1; give 0 or more"):
+        make(files, flag, "-1")
+
+
 def test_text_of_others_is_escaped(files):
     html, _ = make(files, "--examples", "20")
     assert "Is &lt;b&gt;1&lt;/b&gt; there?" in html and "<b>1</b>" not in html

@@ -86,6 +86,18 @@ def test_listener_and_generate_beside_the_service(running, images):
     assert [entry for piece in pieces for entry in piece.logprobs] == answer.logprobs
 
 
+@pytest.mark.parametrize("fails_at", [Piece, Answer])
+def test_a_listener_that_fails_ends_nobody_elses_answer(running, caplog, fails_at):
+    def listen(news):
+        if isinstance(news, fails_at):
+            raise ValueError("nobody is there")
+
+    running.submit(ask("Hi", max_new_tokens=4, ignore_eos=True), listen)
+    beside = running.submit(ask("Hi", max_new_tokens=40, ignore_eos=True))
+    assert "".join(piece.text for piece in beside) and beside.answer.finish_reason == "length"
+    assert "the listener of request None failed" in caplog.text
+
+
 def test_cancelling_frees_the_row_with_the_next_step(llama, images):
     engine = Engine(llama)
     long = {"max_new_tokens": 300, "ignore_eos": True}

@@ -195,14 +195,18 @@ def test_secret_file_is_made_private_and_shared_by_processes(tmp_path):
         assert process.stop() in (0, -15)
 
 
-def test_a_secret_that_others_can_read_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [(b"x", 0o644, "chmod 600"), (b"\xff\xfe", 0o600, "is no text"), (b"\n", 0o600, "is empty")],
+)
+def test_a_secret_that_cannot_be_used_is_refused(tmp_path, content, mode, words):
     path = tmp_path / "secret"
-    path.write_text("x")
-    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(mode)
     command = [sys.executable, "-m", "llava.serve.controller", "--port", "1", "--secret-file", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "chmod 600" in done.stderr
+    assert words in done.stderr
 
 
 def test_open_takes_an_explicit_flag(tmp_path):

@@ -1,6 +1,7 @@
 """`python -m llava.serve`: everything up with one command, everything gone with Ctrl-C."""
 
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from llava.errors import LlavaError
 from llava.serve.conversation_log import HEADER
 from tests.serve.processes import free_port, wait_until
 from tests.tiny import make_llava
@@ -87,6 +89,23 @@ def test_a_server_that_cannot_start_stops_the_rest(tmp_path):
     assert process.returncode == 2
     assert "worker of" in errors.splitlines()[-1] and "ended with code 2" in errors.splitlines()[-1]
     assert not any(answers(port) for port in ports)
+
+
+@pytest.mark.parametrize("module", ["__main__", "controller", "model_worker", "openai_api_server", "gradio_web_server"])
+@pytest.mark.parametrize("given", ["70000", "-1", "web"])
+def test_a_port_that_cannot_be_is_named(module, given, capsys):
+    main = importlib.import_module(f"llava.serve.{module}").main
+    flag = "--api-port" if module == "__main__" else "--port"
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model-path", "x", f"{flag}={given}"] if module == "__main__" else [f"{flag}={given}"])
+    assert f"{flag}: expected a port from 0 to 65535, got {given}" in capsys.readouterr().err
+
+
+def test_workers_need_ports_above_the_first():
+    with pytest.raises(LlavaError, match="--worker-port 65535: 2 workers"):
+        importlib.import_module("llava.serve.__main__").main(
+            ["--model-path", "x", "--model-path", "y", "--worker-port", "65535"]
+        )
 
 
 def test_a_port_that_another_program_has_is_named(tmp_path):

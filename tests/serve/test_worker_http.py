@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from llava.serve.client import ServingClient
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
 from llava.serve.worker.heartbeat import Membership
@@ -218,3 +219,63 @@ def test_a_heartbeat_outlives_answers_that_are_no_objects(caplog, monkeypatch):
     assert asked[:8] == [registered, beat, registered, registered, registered, registered, beat, beat]
     assert caplog.text.count("it is no controller: []") == 1
     assert caplog.text.count("WARNING") == 1
+
+
+def test_a_heartbeat_outlives_a_status_that_fails(caplog, monkeypatch):
+    monkeypatch.setattr("llava.serve.worker.heartbeat.WORKER_HEART_BEAT_INTERVAL", 0.01)
+    monkeypatch.setattr("llava.serve.worker.heartbeat.RETRY_SECONDS", 0.01)
+    asked, told, done = [], [], asyncio.Event()
+
+    def status():
+        told.append(len(told))
+        if len(told) in (1, 3):  # at the registration, and at a heartbeat
+            raise RuntimeError("no numbers now")
+        return {"model_names": ["m"], "speed": 1, "queue_length": 0}
+
+    async def answer(request):
+        asked.append(request.path)
+        if len(asked) == 3:
+            done.set()
+        return web.json_response({"exist": True})
+
+    async def go():
+        app = web.Application()
+        app.router.add_post("/{path}", answer)
+        server = TestServer(app)
+        await server.start_server()
+        member = Membership(str(server.make_url("/")), "http://127.0.0.1:1", status, None)
+        member.start()
+        await asyncio.wait_for(done.wait(), 30)
+        await member.leave()
+        await member.close()
+        await server.close()
+
+    asyncio.run(go())
+    assert asked[:3] == ["/register_worker", "/register_worker", "/receive_heart_beat"]
+    assert caplog.text.count("RuntimeError: no numbers now") == 2
+
+
+def test_workers_are_asked_how_they_are_at_the_same_time():
+    async def go():
+        together = asyncio.Barrier(3)
+
+        async def list_workers(request):
+            return web.json_response({"workers": [{"address": f"{server.make_url('')}/{n}"} for n in range(3)]})
+
+        async def status(request):
+            await together.wait()
+            return web.json_response({"model_names": [f"m{request.match_info['n']}"], "queue_length": 0})
+
+        app = web.Application()
+        app.router.add_post("/list_workers", list_workers)
+        app.router.add_post("/{n}/worker_get_status", status)
+        server = TestServer(app)
+        await server.start_server()
+        client = ServingClient(str(server.make_url("/")), None)
+        found = await client.worker_stats()
+        await client.close()
+        await server.close()
+        return found
+
+    found = asyncio.run(asyncio.wait_for(go(), 30))
+    assert [worker["model_names"] for worker in found] == [["m0"], ["m1"], ["m2"]]

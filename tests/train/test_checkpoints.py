@@ -9,16 +9,16 @@ from llava.train.output.checkpoints import (
     list_checkpoints,
     publish,
     remove_old,
-    staged,
+    staging_of,
 )
 
 
 def make(output_dir, step, content=b"weights"):
     final = output_dir / f"checkpoint-{step}"
-    with staged(final) as staging:
-        (staging / "model.safetensors").write_bytes(content)
-        (staging / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        publish(staging, final)
+    staging = staging_of(final)
+    (staging / "model.safetensors").write_bytes(content)
+    (staging / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    publish(staging, final)
     return final
 
 
@@ -49,8 +49,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_pa
 
 def test_what_was_being_written_when_killed_is_no_checkpoint(tmp_path, caplog):
     make(tmp_path, 5)
-    with staged(tmp_path / "checkpoint-6") as staging:
-        (staging / "model.safetensors").write_bytes(b"wei")
+    (staging_of(tmp_path / "checkpoint-6") / "model.safetensors").write_bytes(b"wei")
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5"]
     remove_parts(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]

@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import tracemalloc
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -109,6 +110,19 @@ def test_a_full_name_comes_before_the_last_part_of_another(tmp_path):
     with pytest.raises(FileNotFoundError):
         source.read("3.png")
     assert pickle.loads(pickle.dumps(source)).read("2.png") == b"three"
+
+
+def test_members_are_told_apart_by_every_bit_of_their_digests(tmp_path):
+    names = [f"{number}.png" for number in range(8)]
+    make_tar(tmp_path / "a.tar", {name: name.encode() for name in names})
+    ImageSource(tmp_path)
+    (path,) = tmp_path.glob(".a.tar.*.members.npy")
+    table = np.load(path)
+    near = table.copy()
+    near[0] -= 1  # a digest that float64 can't tell from the next
+    np.save(path, np.concatenate([near, table], 1)[:, np.argsort(np.concatenate([near[0], table[0]]))])
+    source = ImageSource(tmp_path)
+    assert [source.read(name) for name in names] == [name.encode() for name in names]
 
 
 def test_a_last_part_that_two_members_have_is_no_name(tmp_path):

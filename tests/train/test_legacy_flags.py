@@ -65,6 +65,12 @@ def test_a_warmup_ratio_that_cannot_be_is_refused(value):
         translate(f"--warmup_ratio {value}")
 
 
+@pytest.mark.parametrize("value", ["", "many", "-1", "1e8"])
+def test_a_number_of_parameters_that_cannot_be_is_refused(value):
+    with pytest.raises(LlavaError, match=f"--fsdp_min_num_params {value}: expected a whole number"):
+        translate(f"--fsdp full_shard --fsdp_min_num_params {value}")
+
+
 def test_warmup_steps_win_over_a_ratio_and_it_is_said():
     flags, warnings = translate("--warmup_ratio 0.03 --warmup_steps 10")
     assert flags == {"warmup_steps": ["10"]} and "ignored" in warnings[0]

@@ -294,6 +294,23 @@ def test_a_missing_image_names_record_path_and_what_to_do(tmp_path, stage1, lazy
     assert summary["samples_seen"] == 9
 
 
+def test_a_shape_that_the_tower_does_not_take_is_named(tmp_path, stage1):
+    data = make_records(tmp_path)
+    with pytest.raises(
+        LlavaError, match=r'record \d+ \("r\d+"\): --image_aspect_ratio keep .*; train with square or pad'
+    ):
+        train(flags(tmp_path / "out", data, stage1[0], "--version", "v1", "--image_aspect_ratio", "keep"))
+
+
+@pytest.mark.parametrize("early", [("--cache_vision_features",), ("--image_aspect_ratio", "anyres")])
+def test_a_missing_image_that_is_looked_for_early_is_named_too(tmp_path, stage1, early):
+    data = make_records(tmp_path)
+    (tmp_path / "images" / "green.png").unlink()
+    more = ("--version", "v1", "--lazy_preprocess", "True", *early)
+    with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\): image ".*green\.png" not found.*filter_missing'):
+        train(flags(tmp_path / "out", data, stage1[0], *more))
+
+
 @pytest.mark.parametrize("cached", [(), ("--cache_vision_features",)])
 def test_an_unreadable_image_is_an_error_or_counted(tmp_path, stage1, cached):
     data = make_records(tmp_path)

@@ -12,6 +12,8 @@ from llava.data.conversion import is_inside
 from llava.errors import LlavaError
 from llava.records import Record, iter_jsonl
 
+OA_SERVICE = "https://www.ncbi.nlm.nih.gov/pmc/utils/oa/oa.fcgi"
+"""PubMed Central's, which says where the archive of an open-access article lies now."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _FIELDS = ("pair_id", "pmc_tar_url", "image_file_path")
 

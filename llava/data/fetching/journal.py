@@ -14,6 +14,8 @@ from llava.errors import LlavaError
 from llava.folders import PART
 from llava.records import Record, write_records
 
+_FIELDS = {"pair_id", "pmc_tar_url", "image_file_path", "reason", "permanent"}
+
 
 class Journal:
     """The state of a download: a folder of images and a file of failures."""
@@ -91,6 +93,8 @@ class Journal:
                     record = None
                 if record is None:
                     break  # the line that was being written when the run was killed
+                if not isinstance(record, dict) or not _FIELDS.issubset(record):
+                    raise LlavaError(f"{path}: not a list of failures that this command wrote; give another --failures")
                 self._remember(record)
                 end += len(line)
         if path == self._part:

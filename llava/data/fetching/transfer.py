@@ -15,7 +15,6 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 from llava.retries import AskedWait, retry_after
 
 USER_AGENT = "llava-med-data/2 (research; fetches figures of open-access articles)"
-OA_SERVICE = "https://www.ncbi.nlm.nih.gov/pmc/utils/oa/oa.fcgi"
 GONE = {400, 401, 403, 404, 405, 410, 451}
 _DRAIN = 1 << 16
 _REDIRECTS = 5

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from llava.bars import tqdm
 from llava.data.fetching.archive import ArchiveError, Member, TarReader
-from llava.data.fetching.articles import Article, Image
+from llava.data.fetching.articles import OA_SERVICE, Article, Image
 from llava.data.fetching.journal import Journal
-from llava.data.fetching.transfer import OA_SERVICE, Limits, Transfer, TransferError
+from llava.data.fetching.transfer import Limits, Transfer, TransferError
 from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
 from llava.folders import PART

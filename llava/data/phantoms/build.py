@@ -70,7 +70,7 @@ def write_phantoms(
         LlavaError: such sets can't be drawn, or another one is there that may not be replaced.
     """
     counts = counts or Counts()
-    _check(counts, size)
+    _check(counts, size, processes)
     folder = Path(folder)
     about = {"seed": seed, "size": size, **asdict(counts), "templates": len(TEMPLATES)}
     if not overwrite:
@@ -105,11 +105,16 @@ def _refuse_another(folder: Path, about: dict[str, Any]) -> None:
         )
 
 
-def _check(counts: Counts, size: int) -> None:
+def _check(counts: Counts, size: int, processes: int) -> None:
     if size < 32:
         raise LlavaError(f"phantoms of {size} pixels show nothing; give at least 32")
     if min(counts.train, counts.test) < 1 or max(counts.conversations, counts.vqa) > counts.train:
         raise LlavaError("phantoms: train and test are at least 1, conversations and vqa at most as many as train")
+    for name, least in (("conversations", 0), ("vqa", 0), ("text", 0), ("rounds", 1)):
+        if (given := getattr(counts, name)) < least:
+            raise LlavaError(f"--{name} {given}: give {least} or more")
+    if processes < 1:
+        raise LlavaError(f"--processes {processes}: give 1 or more")
 
 
 def _conversations(names, phantoms, images: int, counts: Counts, seed: int, stream: int):

@@ -87,10 +87,6 @@ class Phantom:
         assert self.kind is not None, "a normal image has no finding"
         return self.kind
 
-    @property
-    def combination(self) -> tuple[int | None, ...]:
-        return (self.domain, self.kind, self.side, self.place, self.size, self.number)
-
 
 def all_combinations() -> list[Phantom]:
     """Every combination of domain, kind, side, place, size and number."""

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 NAME = "csv"
 
+_TAKEN = ("id", "image", "conversations", "answer_type", "question", "answer")
+"""What columns that are kept can't be called: records have these already, or would be read by them as other records."""
 COLUMN_FLAGS = "--image-column, --question-column, --answer-column and --delimiter say what is what"
 
 
@@ -52,6 +54,9 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
     path = existing_file(args.input, "--input table")
     if not 0 <= args.test_fraction < 1:
         raise LlavaError(f"--test-fraction {args.test_fraction}: give a number from 0 up to, but not including, 1")
+    taken = [name for name in _kept_columns(args) if name in _TAKEN]
+    if taken:
+        raise LlavaError(f"--keep-columns {taken[0]}: records have a field of that name; rename the column")
     conversion = Conversion("csv", {}, [path], image_folder=image_folder)
     names = ["train", "test"] if args.test_fraction else ["train"]
     # Counts are made in one pass only, or every row left out would be counted once per split.
@@ -67,7 +72,7 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
 
 
 def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
-    kept = [name.strip() for name in args.keep_columns.split(",")] if args.keep_columns else []
+    kept = _kept_columns(args)
     named = [
         args.image_column,
         args.question_column,
@@ -89,6 +94,10 @@ def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
         name = row[args.id_column].strip() if args.id_column else f"{line:06d}"
         further = {column: row[column].strip() for column in kept}
         yield vqa_record(name, image, question, answer, read_answer_type(kind, where), **further)
+
+
+def _kept_columns(args) -> list[str]:
+    return [name.strip() for name in args.keep_columns.split(",")] if args.keep_columns else []
 
 
 def _split_key(record: Record) -> str:

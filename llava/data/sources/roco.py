@@ -6,7 +6,6 @@ of each, and nothing is ever run.
 python -m llava.data.convert roco --folder roco-dataset/data/train/radiology --output-dir data/roco
 """
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from llava.commandline import ArgumentParser, existing_dir, existing_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import Conversion, ImageFolder, is_inside
+from llava.data.sources.tables import read_lines, read_table
 from llava.errors import LlavaError
 from llava.records import Record, write_records
 
@@ -68,7 +68,7 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
 
 def read_captions(path: Path) -> Iterator[tuple[str, str]]:
     """(ROCO id, caption) in the file's order; lines that don't start a record belong to the caption before them."""
-    text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    text = "\n".join(read_lines(path))
     starts = list(_RECORD_START.finditer(text))
     if not starts:
         raise LlavaError(f"{path}: no line begins with ROCO_<number> and a tab")
@@ -78,16 +78,13 @@ def read_captions(path: Path) -> Iterator[tuple[str, str]]:
 
 def read_licences(path: Path) -> dict[str, Licence]:
     """The licence of each ROCO id."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"ROCO_ID", "PMC_ID", "CC"} <= set(reader.fieldnames or ()):
-            raise LlavaError(f"{path}: expected the columns ROCO_ID, PMC_ID and CC, got {reader.fieldnames}")
-        return {row["ROCO_ID"]: Licence((row["PMC_ID"] or "").strip(), (row["CC"] or "").strip()) for row in reader}
+    rows = read_table(path, ["ROCO_ID", "PMC_ID", "CC"], ",")
+    return {row["ROCO_ID"]: Licence(row["PMC_ID"].strip(), row["CC"].strip()) for _, row in rows}
 
 
 def read_links(path: Path) -> Iterator[tuple[str, str]]:
     """(ROCO id, address of the article's tar) from dlinks.txt; the commands around the addresses are text, no more."""
-    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+    for line in read_lines(path):
         name, _, command = line.partition("\t")
         if re.fullmatch(r"ROCO_\d+", name.strip()) and (url := _URL.search(command)):
             # PubMed Central serves the same tree over HTTPS.

@@ -9,6 +9,18 @@ from llava.errors import LlavaError
 _LONGEST_CELL = 1 << 24
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without their ends (`\\n` or `\\r\\n`; others, such as U+2028, are part of a line).
+
+    Raises:
+        LlavaError: the file isn't UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise LlavaError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
+
+
 def read_table(
     path: Path, columns: Sequence[str], delimiter: str | None = None, hint: str | None = None
 ) -> Iterator[tuple[int, dict[str, str]]]:
@@ -23,6 +35,10 @@ def read_table(
         LlavaError: the file isn't UTF-8 or not a table, lacks a column, or a row has another number of cells.
     """
     delimiter = delimiter or ("\t" if path.suffix.lower() in (".tsv", ".tab") else ",")
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise LlavaError(
+            f"--delimiter {delimiter!r}: give one character; a tab is the default of .tsv, or $'\\t' in a shell"
+        )
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -40,4 +56,4 @@ def read_table(
         except csv.Error as error:
             raise LlavaError(f"{path} line {reader.line_num}: not a readable table ({error})") from error
         except UnicodeDecodeError as error:
-            raise LlavaError(f"{path}: not UTF-8 ({error}); save the table as UTF-8") from error
+            raise LlavaError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_dir
 from llava.data.conversion import Conversion, ImageFolder, clean_text, fault_of_texts, vqa_record, yes_no_type
+from llava.data.sources.tables import read_lines
 from llava.errors import LlavaError
 from llava.records import Record
 
@@ -110,11 +111,7 @@ def _records(split: str, paths: list[Path], below: str, wanted, conversion: Conv
 
 def _lines(path: Path, cells: int) -> Iterator[tuple[str, list[str]]]:
     """(where it is, cells) of each line that isn't blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LlavaError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             found = [cell.strip() for cell in line.split("|")]
             if len(found) != cells or not found[0]:

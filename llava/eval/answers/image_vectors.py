@@ -1,15 +1,15 @@
 """Images as vectors by a vision model, to be compared by their cosine."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import AutoModel
 
 from llava.bars import tqdm
-from llava.errors import LlavaError
+from llava.errors import LlavaError, first_line
 from llava.eval.answers.ablation import image_source
 from llava.image_options import with_options_of
 from llava.images import ImageProcessor, open_image
@@ -17,18 +17,20 @@ from llava.model.weights.locate import locate_model
 from llava.model.weights.placement import best_device
 from llava.record_content import image_file
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 def image_vectors(
-    images: Mapping[str, tuple[Any, Path]],
+    images: Mapping[Key, tuple[Any, Path]],
     vision_tower: str | Path,
     *,
     batch_size: int = 16,
     device: str | torch.device | None = None,
-) -> dict[str, np.ndarray]:
-    """{name: float32 [width]}: what the model itself makes of a whole image (CLIP's and DINOv2's class token, …).
+) -> dict[Key, np.ndarray]:
+    """{key: float32 [width]}: what the model itself makes of a whole image (CLIP's and DINOv2's class token, …).
 
     Args:
-        images: {name: (what a record holds of it, the folder that it lies in)}.
+        images: {key: (what a record holds of it, the folder that it lies in)}; whatever tells them apart is a key.
         vision_tower: folder or hub id of a vision model of the library.
 
     Raises:
@@ -45,7 +47,7 @@ def image_vectors(
     sources = {name: with_options_of(image, files[name]) for name, (image, _) in images.items()}
     model = _vision_model(folder).to(device or best_device())
     names = list(sources)
-    vectors: dict[str, np.ndarray] = {}
+    vectors: dict[Key, np.ndarray] = {}
     starts = range(0, len(names), batch_size)
     for start in tqdm(starts, desc="image features", unit="batch", leave=False, disable=None):
         batch = names[start : start + batch_size]
@@ -60,5 +62,5 @@ def _vision_model(folder: Path) -> Any:
     try:
         model = AutoModel.from_pretrained(folder)
     except (ValueError, OSError) as error:
-        raise LlavaError(f"{folder}: no vision model of the library ({str(error).splitlines()[0]})") from error
+        raise LlavaError(f"{folder}: no vision model of the library ({first_line(error)})") from error
     return getattr(model, "vision_model", model).eval()

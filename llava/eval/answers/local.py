@@ -7,6 +7,7 @@ from typing import Any
 
 from llava.bars import tqdm
 from llava.conversation import get_template
+from llava.errors import LlavaError
 from llava.eval.answers.ablation import QuestionImages
 from llava.eval.answers.answering import answer_record
 from llava.eval.answers.questions import Question
@@ -84,6 +85,12 @@ class LocalAnswers:
 
             check_tokens(self.model.path, self.model.base, self.model.vision_tower, self.model.template)
         loaded = self.model.load()
+        aspect_ratio = loaded.model.config.image_aspect_ratio
+        if (self.yes_no_probabilities or self.option_likelihoods) and aspect_ratio in ("anyres", "keep"):
+            raise LlavaError(
+                f"--yes-no-probabilities and --option-likelihoods take images in one square; {self.model.path} has "
+                f"image_aspect_ratio {aspect_ratio}; leave them out for this model"
+            )
         engine = Engine(loaded, max_batch_size=self.batch_size)
         template = get_template(self.model.template or loaded.model.config.conversation_template)
         groups = [questions[start : start + self.save_every] for start in range(0, len(questions), self.save_every)]
@@ -95,11 +102,10 @@ class LocalAnswers:
                         if question.id not in output.done:
                             output.add(answer_record(question, text, self.model.model_id, metadata))
                 bar.update(len(group))
-        config = loaded.model.config
         return {
             "model_id": self.model.model_id,
             "template": template.name,
-            "image_aspect_ratio": config.image_aspect_ratio,
+            "image_aspect_ratio": aspect_ratio,
             "device": str(loaded.model.device),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
         }

@@ -10,13 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llava.bars import tqdm
 from llava.data.conversion import clean_text, yes_no_type
 from llava.data.vqa_items import VqaItem, plain_question, read_vqa_items, vqa_item
+from llava.errors import LlavaError
 from llava.eval.answers.answering import answer_record, question_settings
 from llava.eval.answers.questions import Question
 from llava.manifests import write_manifest
@@ -42,7 +43,11 @@ Likeness = Callable[[Sequence[Known], Sequence[VqaItem]], Iterable[np.ndarray]]
 
 
 def read_known(path: str | Path) -> list[Known]:
-    """Every question of a training file, all those of a record too; the answer's type as `vqa_item` finds it."""
+    """Every question of a training file, all those of a record too; the answer's type as `vqa_item` finds it.
+
+    Raises:
+        LlavaError: a record isn't a question with an answer, or there is none.
+    """
     known = []
     for number, record in enumerate(iter_records(path)):
         first = vqa_item(record, f"{path} record {number}")
@@ -54,6 +59,8 @@ def read_known(path: str | Path) -> list[Known]:
         for question, answer in question_answer_pairs(dialogue.turns)[1:]:
             answer = clean_text(answer)
             known.append(Known(plain_question(question), answer, yes_no_type(answer), image))
+    if not known:
+        raise LlavaError(f"{path}: no questions")
     return known
 
 
@@ -115,42 +122,50 @@ def commonest(known: Sequence[Known], asked: Sequence[VqaItem]) -> Iterator[np.n
         yield np.where(kinds == item.answer_type, 0.0, -np.inf)
 
 
-def text_and_image_likeness(
-    features: dict[str, np.ndarray] | None, text_weight: float, image_weight: float
-) -> Likeness:
+class ImageFeatures(NamedTuple):
+    """{image name: float [width]} of the training questions' images and of those of the questions asked: one name may
+    stand for two images, where the two lie in different folders."""
+
+    known: dict[str, np.ndarray]
+    asked: dict[str, np.ndarray]
+
+
+def text_and_image_likeness(features: ImageFeatures | None, text_weight: float, image_weight: float) -> Likeness:
     """Words by TF-IDF and images by their features, cosines both; only questions of one answer type are alike.
 
     Args:
-        features: {image name: float [width]}; None leaves images out.
+        features: None leaves images out.
     """
 
     def likeness(known: Sequence[Known], asked: Sequence[VqaItem]) -> Iterator[np.ndarray]:
         words = WordWeights([one.question for one in known])
         kinds = np.array([one.answer_type for one in known])
-        vectors = _centred(features, known)
-        images = np.stack([vectors[one.image] for one in known]) if features else None
+        images = None
+        if features and features.known:
+            of_known, of_asked = _centred(features)
+            images = np.stack([of_known[one.image] for one in known])
         for item in tqdm(asked, desc="memory", unit="question", leave=False, disable=None):
             row = text_weight * words.cosines(item.question)
             if images is not None:
-                row = row + image_weight * (images @ vectors[item.image])
+                row = row + image_weight * (images @ of_asked[item.image])
             yield np.where(kinds == item.answer_type, row, -np.inf)
 
     return likeness
 
 
-def _centred(features: dict[str, np.ndarray] | None, known: Sequence[Known]) -> dict[str | None, np.ndarray]:
-    """Vectors of length 1, the mean of training's images taken away: what all images share tells none apart.
+def _centred(features: ImageFeatures) -> list[dict[str | None, np.ndarray]]:
+    """Vectors of length 1 of the known and of the asked, the mean of training's images taken away: what all images
+    share tells none apart.
 
     Questions without an image have zeros.
     """
-    if not features:
-        return {}
-    mean = np.mean([features[name] for name in sorted({one.image for one in known if one.image})], axis=0)
-    found: dict[str | None, np.ndarray] = {None: np.zeros_like(mean)}
-    for name, vector in features.items():
-        length = float(np.linalg.norm(vector - mean))
-        found[name] = (vector - mean) / (length or 1.0)
-    return found
+    mean = np.mean([vector for _, vector in sorted(features.known.items())], axis=0)
+
+    def centred(vector: np.ndarray) -> np.ndarray:
+        return (vector - mean) / (float(np.linalg.norm(vector - mean)) or 1.0)
+
+    nothing = {None: np.zeros_like(mean)}
+    return [nothing | {name: centred(vector) for name, vector in part.items()} for part in features]
 
 
 class WordWeights:

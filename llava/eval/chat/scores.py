@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from llava.constants import FIGURE_DOMAINS
+from llava.record_content import figure_domain
 from llava.records import Record
 
 UNREADABLE = (-1.0, -1.0)
@@ -78,7 +79,7 @@ def summarize_chat(rows: Iterable[Record]) -> ChatSummary:
             unreadable += pair[0] != 0
             left_out.append(row.get("question_id"))
             continue
-        domain = domain_of(row)
+        domain = figure_domain(row)
         without_domain += domain is None
         for group in (row.get("type"), domain, OVERALL):
             if group is not None:
@@ -99,12 +100,6 @@ def row_scores(row: Record) -> tuple[float, float]:
 def judge_reply(row: Record) -> str | None:
     """The judge's reply of a row, under either name."""
     return next((row[key] for key in JUDGE_KEYS if isinstance(row.get(key), str)), None)
-
-
-def domain_of(row: Record) -> str | None:
-    """The first true of the five domains, or None."""
-    flags = row.get("domain") or {}
-    return next((name for name in FIGURE_DOMAINS if flags.get(name)), None)
 
 
 def _group_scores(pairs: list[tuple[float, float]]) -> GroupScores:

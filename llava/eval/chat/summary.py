@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.errors import LlavaError
-from llava.eval.chat.scores import OVERALL, ChatSummary, domain_of, is_usable, row_scores, summarize_chat
+from llava.eval.chat.scores import OVERALL, ChatSummary, is_usable, row_scores, summarize_chat
 from llava.eval.metrics.intervals import bootstrap_interval
 from llava.eval.reports.tables import text_table
+from llava.record_content import figure_domain
 from llava.records import Record, read_records
 
 
@@ -42,7 +43,7 @@ def read_scores_file(path: str | Path) -> Judged:
     summary = summarize_chat(rows)
     intervals = {}
     for group in summary.groups:
-        members = [row for row in rows if group in (OVERALL, row.get("type"), domain_of(row))]
+        members = [row for row in rows if group in (OVERALL, row.get("type"), figure_domain(row))]
         pairs = [row_scores(row) for row in members]
         ratios = [pair[1] / pair[0] * 100 for pair in pairs if is_usable(pair)]
         intervals[group] = bootstrap_interval(ratios)

@@ -92,7 +92,12 @@ def evaluate(
         candidate: file of the training split's open answers.
         group_by: record fields to give tables for; None takes those that have few values.
         unit: what the bootstrap draws, "question" or "image".
+
+    Raises:
+        LlavaError: fewer than 0 resamples; files that can't be read or joined.
     """
+    if resamples < 0:
+        raise LlavaError(f"--bootstrap-samples is {resamples}; give 0 or more")
     items = read_vqa_items(gt)
     joined = join(items, read_answers(pred), gt, pred, on_missing)
     scores = score_items(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, first_line
 
 
 def check_can_upload(repo_id: str) -> None:
@@ -29,6 +29,6 @@ def upload_folder(folder: Path, repo_id: str) -> str:
         address = api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise LlavaError(f"{folder} is complete, but uploading it to {repo_id} failed ({reason})") from error
+        words = f"{folder} is complete, but uploading it to {repo_id} failed ({first_line(error)})"
+        raise LlavaError(words) from error
     return str(address)

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, first_line
 from llava.folders import check_space, check_target, stage
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import HEAD
@@ -102,7 +102,7 @@ def _open(source: Path) -> GGUFReader:
     try:
         file = GGUFReader(source)
     except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError, RecursionError, MemoryError) as error:
-        raise LlavaError(f"{source}: no GGUF file that can be read ({_first_line(error)})") from error
+        raise LlavaError(f"{source}: no GGUF file that can be read ({first_line(error)})") from error
     architecture = _field(file, "general.architecture")
     if architecture != ARCHITECTURE:
         raise LlavaError(
@@ -164,7 +164,7 @@ def _read_model(source: Path, dtype: torch.dtype) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
     except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError) as error:
-        raise LlavaError(f"{source}: the weights can't be read ({_first_line(error)})") from error
+        raise LlavaError(f"{source}: the weights can't be read ({first_line(error)})") from error
 
 
 def _check_tensors(file: GGUFReader, model: Any, source: Path) -> None:
@@ -193,7 +193,7 @@ def _read_tokenizer(file: GGUFReader, source: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise LlavaError(f"{source}: the tokenizer can't be read ({_first_line(error)})") from error
+        raise LlavaError(f"{source}: the tokenizer can't be read ({first_line(error)})") from error
     backend = tokenizer.backend_tokenizer
     pre = _field(file, "tokenizer.ggml.pre")
     if pre in DIGITS_APART:
@@ -221,7 +221,3 @@ def _end_ids(file: GGUFReader) -> int | list[int] | None:
     found = [_field(file, f"tokenizer.ggml.{name}") for name in _ENDS]
     ids = list(dict.fromkeys(index for index in found if index is not None))
     return ids[0] if len(ids) == 1 else ids or None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, first_line
 from llava.images import ImageProcessor
 from llava.images.processor import FILE_NAME as PREPROCESSING
 from llava.model.towers.base import NestedModel, VisionTower, square_side, used_layers
@@ -200,10 +200,9 @@ def _try_out(model: nn.Module, blocks: str, image_size: int) -> tuple[list[str],
         with torch.no_grad():
             shape = model(torch.zeros(1, 3, image_size, image_size, device="meta")).last_hidden_state.shape
     except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LlavaError(
-            f"{type(model).__name__} doesn't run on images of {image_size} x {image_size} pixels ({reason}); "
-            f"it can't be a tower"
+            f"{type(model).__name__} doesn't run on images of {image_size} x {image_size} pixels "
+            f"({first_line(error)}); it can't be a tower"
         ) from error
     finally:
         for hook in hooks:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, first_line
 from llava.records import read_json
 
 SAFETENSORS = "model.safetensors"
@@ -224,17 +224,16 @@ def _load_pickled(path: Path):
     except pickle.UnpicklingError as error:
         raise LlavaError(
             f"{path}: holds something other than tensors and was not loaded, because unpickling it could run "
-            f"code; ask its author for safetensors ({str(error).splitlines()[0]})"
+            f"code; ask its author for safetensors ({first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> LlavaError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return LlavaError(
         f"{path}: can't be read as a weight file, perhaps it was cut off while downloading or copying "
-        f"({path.stat().st_size} bytes); fetch it again ({reason})"
+        f"({path.stat().st_size} bytes); fetch it again ({first_line(error)})"
     )
 
 

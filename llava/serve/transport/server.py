@@ -1,5 +1,6 @@
 """Starting a server: the same settings and limits for controller, workers, API and page."""
 
+import argparse
 import contextlib
 import ctypes
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 from llava.errors import require
 from llava.serve.protocol import KEEP_ALIVE_SECONDS
 
+HIGHEST_PORT = 65_535
 MOST_FILES = 65_536
 RETURNED_BYTES = 1 << 20
 _NOT_STARTED = 3
@@ -18,6 +20,13 @@ def require_serving(*more: str) -> None:
     """Raises a LlavaError that names the extra if a package that the servers need (or one of `more`) is missing."""
     for module in ("fastapi", "uvicorn", *more):
         require(module, "serve")
+
+
+def port_number(text: str) -> int:
+    """A port as a flag gives it; 0 is any that is free. Beyond 65535 the system would take the last 16 bits alone."""
+    if not text.isdecimal() or int(text) > HIGHEST_PORT:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to {HIGHEST_PORT}, got {text}")
+    return int(text)
 
 
 def run_server(app, host: str, port: int, **more: Any) -> None:

@@ -52,7 +52,12 @@ class Membership:
 
     async def _stay_known(self) -> None:
         while True:
-            self.known = await (self._beat() if self.known else self._register())
+            try:
+                self.known = await (self._beat() if self.known else self._register())
+            except Exception:
+                # Whatever it was: without this task the worker would be lost to its controller.
+                logger.exception("controller %s can't be told; trying on", self.controller)
+                self.known = False
             await asyncio.sleep(WORKER_HEART_BEAT_INTERVAL if self.known else RETRY_SECONDS)
 
     async def _register(self) -> bool:

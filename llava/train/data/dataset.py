@@ -4,7 +4,8 @@ Ids are expanded here (one IMAGE_TOKEN_INDEX per feature), so every length is kn
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,11 @@ class LlavaDataset(Dataset):
         """The tokenised sample, without its images."""
         if self._samples is not None:
             return self._samples[index]
-        return self._tokenise(int(self.numbers[index]))
+        number = int(self.numbers[index])
+        try:
+            return self._tokenise(number)
+        except FileNotFoundError as error:  # of an image whose size says how many tiles it has
+            raise self.image_error(number, error) from error
 
     def lengths(self) -> np.ndarray:
         """Length of every sample in positions, int32 [samples]."""
@@ -217,6 +222,14 @@ class LlavaDataset(Dataset):
             f"{self.describe(number)}: {problem}; correct --image_folder, run "
             '"python -m llava.data.filter_missing" to drop such records, or add --skip_unreadable_images True'
         )
+
+    @contextmanager
+    def image_errors(self, number: int) -> Iterator[None]:
+        """Within, an image of record `number` that can't be had is an error that names the record."""
+        try:
+            yield
+        except (FileNotFoundError, LlavaError) as error:
+            raise self.image_error(number, error) from error
 
     def _progress(self, what: str):
         long = self.show_progress and len(self.numbers) > 2000

@@ -4,7 +4,6 @@ The folder's name is made from what the features depend on (tower, layer, prepro
 share it, and a changed tower never meets old features.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from llava.bars import tqdm
 from llava.record_content import image_key
@@ -65,7 +65,7 @@ def fingerprint(tower: torch.nn.Module, **settings: Any) -> str:
 def build_feature_cache(
     folder: Path,
     images: dict[str, tuple[int, Any]],
-    identify: Callable[[Any], str],
+    identify: Callable[[int, Any], str],
     load: Callable[[int, Any], np.ndarray],
     tower: torch.nn.Module,
     *,
@@ -77,14 +77,13 @@ def build_feature_cache(
 
     Args:
         images: {name: (record number, image)} of the images that are needed.
-        identify: `identify(image)` -> key that changes when the image does.
+        identify: `identify(record number, image)` -> key that changes when the image does; raises where there is none.
         load: `load(record number, image) -> float32 [1, 3, H, W]`; raises on an image that can't be read.
         tower: the frozen tower; it runs where its weights are.
     """
-    keys = {name: identify(image) for name, (_, image) in images.items()}
+    keys = {name: identify(*place) for name, place in images.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):
         old = FeatureCache(folder, keys) if (folder / _INDEX).is_file() else None
         # Two names may stand for one image; it is computed once.
         missing = {key: images[name] for name, key in keys.items() if old is None or key not in old.stored}

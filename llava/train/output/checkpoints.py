@@ -9,8 +9,6 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from llava.folders import part_of, publish_folder
@@ -64,14 +62,13 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-@contextmanager
-def staged(final: Path, *, main_process: bool = True) -> Iterator[Path]:
-    """A folder next to `final` to write into; the main process finishes it with `publish`."""
+def staging_of(final: Path, *, main_process: bool = True) -> Path:
+    """A folder next to `final` to write into, which the main process makes anew, and finishes with `publish`."""
     staging = part_of(final)
     if main_process:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    yield staging
+    return staging
 
 
 def publish(staging: Path, final: Path) -> None:

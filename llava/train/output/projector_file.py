@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, first_line
 from llava.model.language_model import LlavaForCausalLM
 from llava.records import atomic_path
 
@@ -45,7 +45,7 @@ def load_projector(model: LlavaForCausalLM, path: str | Path, token_ids: Sequenc
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise LlavaError(f"{path}: not a file of tensors ({str(error).splitlines()[0]})") from error
+        raise LlavaError(f"{path}: not a file of tensors ({first_line(error)})") from error
     found = {match[1]: tensor for name, tensor in content.items() if (match := _PROJECTOR.match(name))}
     projector = model.get_model().mm_projector
     own = projector.state_dict()

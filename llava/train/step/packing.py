@@ -22,9 +22,9 @@ from llava.train.step import gpu
 
 logger = logging.getLogger(__name__)
 
+# transformers makes no mask (and looks at no value) for attention of a name that has no mask function.
 NAME = "packed"
 CAUSAL = "causal"
-# transformers makes no mask (and looks at no value) for attention of a name that has no mask function.
 FLOAT32_TOKENS = 512
 """Up to so long samples attend in float32 on the CPU. The half-precision kernel's backward pass takes three times as
 long for 90 tokens, 1.3 times for 280, and two thirds for 1,024 (measured; 512 lies between)."""
