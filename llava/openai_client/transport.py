@@ -24,7 +24,7 @@ def http_client(timeout: float, most: int = MOST_REPLY) -> Any:
     base = next(one for one in openai.DefaultAsyncHttpxClient.__mro__ if one.__name__ == "AsyncClient")
     httpx = import_module(base.__module__.partition(".")[0])
 
-    class Capped(httpx.AsyncByteStream):
+    class Capped(httpx.AsyncByteStream):  # type: ignore[name-defined]  # of whichever of the two
         def __init__(self, stream: Any, in_pieces: bool):
             self.stream, self.in_pieces = stream, in_pieces
 
