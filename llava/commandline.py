@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from llava.errors import LlavaError, one_line
+from llava.errors import LlavaError, for_terminal, one_line
 
 EXIT_BAD_INPUT = 2
 TRUE_WORDS = frozenset({"true", "t", "yes", "y", "1", "on"})
@@ -250,7 +250,7 @@ def _started_module() -> str:
 
 def write_line(text: str = "") -> None:
     """A line of a command's result, on stdout: the one place of the library that prints."""
-    print(text, flush=True)  # noqa: T201
+    print(for_terminal(text), flush=True)  # noqa: T201
 
 
 def existing_file(path: str | Path, what: str) -> Path:

@@ -2,11 +2,13 @@
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 MOST_LINE = 2000
+_STEERING = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 class LlavaError(Exception):
@@ -48,6 +50,11 @@ def one_line(text: str, most: int = MOST_LINE) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says that isn't blank; its kind, where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def for_terminal(text: str) -> str:
+    """`text` in its lines, with escapes for the characters that steer a terminal: a model may answer anything."""
+    return _STEERING.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def field_error(error: Any, show_value: bool = False) -> str:

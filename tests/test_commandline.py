@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from llava.commandline import ArgumentParser, parse_bool
+from llava.commandline import ArgumentParser, parse_bool, write_line
 from llava.errors import first_line
 
 COMMAND = """
@@ -83,3 +83,9 @@ def test_other_errors_keep_their_traceback():
     code = "from llava.commandline import run\ndef main(): raise RuntimeError('shapes differ')\nrun(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_results_do_not_steer_the_terminal(capsys):
+    """A model may answer anything, and a file may be called so."""
+    write_line("\x1b]0;title\x07no\x9b2Jdule\r\nin the\tlung\rtwo\n胸部 👩\u200d⚕")
+    assert capsys.readouterr().out == ("\\x1b]0;title\\x07no\\x9b2Jdule\r\nin the\tlung\\rtwo\n胸部 👩\u200d⚕\n")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava.constants import RESEARCH_NOTICE
 from llava.errors import LlavaError
+from llava.eval.reports.tables import markdown_table
 from llava.pages import (
     Card,
     figure,
@@ -42,6 +43,16 @@ def drawn():
         reliability(EVIL, bins),
         curves(EVIL, [Line("first", [1, 2, 3], [2.0, 1.5, 1.0]), Line(EVIL, [1], [3.0])], "step", "loss"),
     ]
+
+
+@pytest.mark.parametrize("name", ["$$", "_$^$", "cost of $5 or $6", "$\\\\input{x}$"])
+def test_a_name_is_no_formula(name):
+    assert f"{name}</text>" in bars("title", [(name, 50.0, 40.0, 60.0)])
+
+
+def test_a_cell_of_markdown_is_text():
+    shown = markdown_table(["model"], [["a|b"], ["<img src=x>"], ["![x](http://outside)"], ["two\nlines"]])
+    assert shown.splitlines()[2:] == ["| a\\|b |", "| &lt;img src=x> |", "| ![x]\\(http://outside) |", "| two lines |"]
 
 
 def everything(path):

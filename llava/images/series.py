@@ -89,7 +89,7 @@ class Survey:
 
 
 def survey(folder: str | Path, *, axis: int = 2, keep_burned_in: bool = False) -> Survey:
-    """All series below a folder; links aren't followed.
+    """All series below a folder; links, which may lead anywhere, aren't followed but left out.
 
     Args:
         axis: along which volumes are cut.
@@ -99,6 +99,8 @@ def survey(folder: str | Path, *, axis: int = 2, keep_burned_in: bool = False) -
     groups: dict[tuple[Any, ...], list[_Member]] = {}
     for path in _files(Path(folder)):
         try:
+            if path.is_symlink() or not path.is_file():
+                raise ImageError("a link, a device or a pipe; give the file itself")
             kind = image_kind(path)
             if kind == "nifti":
                 found.series.append(_volume(path, axis))
@@ -129,7 +131,7 @@ class _Member:
 def _files(folder: Path) -> Iterator[Path]:
     for where, folders, names in os.walk(folder):
         folders.sort()
-        yield from (Path(where) / name for name in sorted(names) if (Path(where) / name).is_file())
+        yield from (Path(where) / name for name in sorted(names))
 
 
 @dataclass(frozen=True)

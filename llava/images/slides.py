@@ -5,6 +5,7 @@ Labels and overviews, on which a name may stand, are other images of the same fi
 
 import contextlib
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ _COST = 2.0
 """Of a pixel against one of a plain JPEG: it has transparency."""
 _MAX_DIRECTORIES, _MAX_TAGS = 256, 65_536
 """Of a whole file."""
+_MAX_INDEX = 1 << 20
+"""Bytes of the index of a slide in several files."""
+_NAMES_FILE = re.compile(
+    rb"(?im)^[ \t]*(?:FILE_\d+|INDEXFILE|ImageFile[^=\n]*|MapFile|OptimisationFile|MacroImage)[ \t]*=(.*)$"
+)
 _NDPI = 65_420
 """A tag of Hamamatsu's, in whose TIFF files places have 64 bits without it being said."""
 
@@ -44,7 +50,10 @@ def is_slide(path: Path, file: BinaryIO, name: str) -> bool:
     head = file.read(132)
     file.seek(0)
     if head[:4] not in _TIFF:
-        return is_named and head[128:] != b"DICM"
+        if not is_named or head[128:] == b"DICM":
+            return False
+        _check_index(path, name)
+        return True
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             widths = _tiled_widths(data, name)
@@ -57,6 +66,17 @@ def is_slide(path: Path, file: BinaryIO, name: str) -> bool:
             raise ImageError(f"{name}: the slide is damaged or cut off") from None
         return False
     return is_named or (len(widths) > 1 and min(widths[1:]) < widths[0])
+
+
+def _check_index(path: Path, name: str) -> None:
+    """The index of a slide in several files may name those beside it alone: OpenSlide would read any that it names."""
+    index = path.with_suffix("") / "Slidedat.ini" if path.suffix.lower() == ".mrxs" else path
+    if not index.is_file():
+        return
+    with index.open("rb") as file:
+        content = file.read(_MAX_INDEX + 1)
+    if len(content) > _MAX_INDEX or any(mark in line for line in _NAMES_FILE.findall(content) for mark in b"/\\"):
+        raise ImageError(f"{name}: a slide whose index is too long, or names files of other folders, isn't read")
 
 
 def _tiled_widths(data: mmap.mmap, name: str) -> list[int]:

@@ -31,6 +31,8 @@ _NOTES_OF_LOADING = ("backend", "is_local", "local_files_only")
 
 _HAS_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _UNLIMITED = int(1e30)
+_MOST_PIECE = 256
+"""Characters of a SentencePiece model's piece; LLaMA's longest have 16, sentencepiece's own cap is 512 bytes."""
 
 
 def load_tokenizer_of(folders: Iterable[Path], otherwise: Path) -> PreTrainedTokenizerBase:
@@ -70,7 +72,8 @@ def load_tokenizer(folder: str | Path, strip_blanks: bool = False) -> PreTrained
         else:
             check_steps(path)
             _check_merges(path)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            # The file that was looked at: its neighbours may name another, of any place.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_file=str(path))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         # Some faults show only in use.
@@ -158,6 +161,9 @@ def _convert(path: Path, legacy: bool) -> Tokenizer:
     behaviour before the first alone.
     """
     pieces = _read_pieces(path)
+    # All ways to cut a piece in two are tried, and each part is kept.
+    if (longest := max(len(piece.piece) for piece in pieces)) > _MOST_PIECE:
+        raise LlavaError(f"{path}: a piece of {longest:,} characters; at most {_MOST_PIECE} are taken")
     vocab = {piece.piece: index for index, piece in enumerate(pieces)}
     scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}
     unmergeable = {piece.piece for piece in pieces if piece.type != _NORMAL}

@@ -9,10 +9,11 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 
-from llava.errors import LlavaError, require
+from llava.errors import LlavaError, library_errors, require
 from llava.openai_client.client import NoAnswer, make_client, read_completion, wants_other_fields
 from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
 from llava.openai_client.settings import ApiSettings
+from llava.openai_client.transport import MOST_FILE
 from llava.records import Record, ResumableJsonl, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ async def _run(todo, settings, output, to_record, summary) -> None:
 
 async def _answered(state_path, todo, settings, output, to_record, summary):
     """The batch in its final state, what it answered written to `output`."""
-    async with make_client(settings) as client:
+    async with make_client(settings, MOST_FILE) as client:
         if state_path.exists():
             state = read_json(state_path)
             logger.info("waiting for batch %s, submitted by an earlier run", state["id"])
@@ -67,7 +68,8 @@ async def _answered(state_path, todo, settings, output, to_record, summary):
                 text = (await client.files.content(file_id)).text
                 # An answer may hold other ends of lines (U+2028), which `splitlines` would cut it at.
                 for line in filter(str.strip, text.split("\n")):
-                    _take(json.loads(line), keys, jobs, settings, output, to_record, summary)
+                    with library_errors(f"{settings.where}: an answer of batch {batch.id} can't be read"):
+                        _take(json.loads(line), keys, jobs, settings, output, to_record, summary)
     return batch
 
 

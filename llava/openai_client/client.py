@@ -1,11 +1,16 @@
 """One request to OpenAI, Azure OpenAI or a compatible server: its answer, or its failure as one of three kinds."""
 
+import asyncio
 from typing import Any
 
 from llava.errors import require
 from llava.openai_client.jobs import ChatJob, ChatResult
 from llava.openai_client.settings import ApiSettings
+from llava.openai_client.transport import MOST_REPLY, http_client
 from llava.retries import retry_after
+
+_MOST_TOKENS = 10**9
+"""That a server may count for one request."""
 
 
 class RefusedByServer(Exception):
@@ -32,10 +37,18 @@ class FailedItem(NoAnswer):
     """This item can't be had, trying again won't help."""
 
 
-def make_client(settings: ApiSettings):
-    """The openai package's asynchronous client, its own retries off (ours are counted and bounded)."""
+def make_client(settings: ApiSettings, most: int = MOST_REPLY):
+    """The openai package's asynchronous client, its own retries off (ours are counted and bounded).
+
+    `most`: bytes of a reply.
+    """
     openai = require("openai", "openai")
-    common = {"api_key": settings.api_key, "timeout": settings.timeout, "max_retries": 0}
+    common = {
+        "api_key": settings.api_key,
+        "timeout": settings.timeout,
+        "max_retries": 0,
+        "http_client": http_client(settings.timeout, most),
+    }
     if settings.azure_endpoint:
         return openai.AsyncAzureOpenAI(
             azure_endpoint=settings.azure_endpoint, api_version=settings.api_version, **common
@@ -54,16 +67,17 @@ async def request(client, job: ChatJob, settings: ApiSettings) -> ChatResult:
     try:
         # The endpoint by its path and the reply as plain JSON: `chat.completions.create` re-validates every field of
         # both in Python, which takes a third of the client's time when hundreds of requests a second pass.
-        answer = await client.post(
-            "/chat/completions", body=job.body(settings.model, settings.reasoning_model), cast_to=object
-        )
+        async with asyncio.timeout(settings.timeout):
+            answer = await client.post(
+                "/chat/completions", body=job.body(settings.model, settings.reasoning_model), cast_to=object
+            )
     except openai.APIStatusError as error:
         return _status_error(error, settings.model)
-    except openai.APITimeoutError as error:
+    except (openai.APITimeoutError, TimeoutError) as error:
         raise UnusableReply("timed out") from error
     except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
         raise UnusableReply(f"connection failed: {error.__cause__ or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnusableReply(f"the reply is not JSON: {error}") from error
     return read_completion(answer, settings.model)
 
@@ -93,7 +107,7 @@ def read_completion(answer: Any, model: str) -> ChatResult:
     return ChatResult(
         text=text or "",
         finish_reason=reason,
-        model=answer.get("model") or model,
+        model=str(answer.get("model") or model),
         prompt_tokens=tokens[0],
         completion_tokens=tokens[1],
         refused=refusal,
@@ -101,10 +115,10 @@ def read_completion(answer: Any, model: str) -> ChatResult:
 
 
 def _usage(answer: Any) -> tuple[int, int]:
-    """(input, output) tokens that the server counted; 0 for what it doesn't say."""
+    """(input, output) tokens that the server counted; 0 for what it doesn't say, or can't be."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-    prompt, completion = (count if isinstance(count, int) else 0 for count in counts)
+    prompt, completion = (count if isinstance(count, int) and 0 <= count <= _MOST_TOKENS else 0 for count in counts)
     return prompt, completion
 
 

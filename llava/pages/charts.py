@@ -36,6 +36,7 @@ def style() -> Iterator[None]:
 
     settings: Any = {
         "svg.fonttype": "none",
+        "text.parse_math": False,  # of names with $ in them
         "svg.hashsalt": "llava",
         "font.family": "sans-serif",
         "font.size": 12,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN, RESEARCH_NOTICE
-from llava.errors import LlavaError
+from llava.errors import LlavaError, for_terminal
 from llava.image_options import NO_OPTIONS, ImageOptions, add_image_flags, image_options_from_args, options_of
 from llava.sampling_params import add_sampling_flags, sampling_from_args
 
@@ -146,7 +146,7 @@ def talk(chat: Chat) -> None:
                 command(chat, line)
             elif line:
                 for piece in chat.ask(line):
-                    sys.stdout.write(piece)
+                    sys.stdout.write(for_terminal(piece))
                     sys.stdout.flush()
                 write_line()
         except LlavaError as error:

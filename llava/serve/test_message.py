@@ -8,7 +8,7 @@ python -m llava.serve.test_message --model-name NAME --controller http://localho
 import sys
 
 from llava.commandline import ArgumentParser, run, write_line
-from llava.errors import LlavaError
+from llava.errors import LlavaError, for_terminal
 from llava.serve.protocol import ServeError
 from llava.serve.secret import add_secret_flags, secret_from_args
 
@@ -59,7 +59,7 @@ async def _ask(args, secret: str | None) -> None:
         }
         said = ""
         async for chunk in client.generate(body):
-            sys.stdout.write(chunk["text"][len(said) :])
+            sys.stdout.write(for_terminal(chunk["text"][len(said) :]))
             sys.stdout.flush()
             said = chunk["text"]
         write_line()

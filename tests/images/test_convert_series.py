@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,19 @@ def test_which_files_were_left_out(hospital, tmp_path):
     }  # fmt: skip
     for number in (1, 2):
         (hospital / "study" / f"cut{number}.dcm").unlink()
+
+
+def test_links_devices_and_pipes_are_left_out(tmp_path):
+    """A link may lead out of the folder that was named, and a pipe has no end."""
+    folder, outside = tmp_path / "scans", write(tmp_path / "other" / "a.dcm", "1.2.3", 0.0, "CHEST", fill=1)
+    write(folder / "a.dcm", "1.2.4", 0.0, "CHEST", fill=2)
+    (folder / "link.dcm").symlink_to(outside)
+    (folder / "device.dcm").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.dcm")
+    assert len(convert(folder, tmp_path / "out", "--name-files")) == 1
+    entries = left_out(tmp_path / "out")
+    assert [entry["file"] for entry in entries] == ["device.dcm", "link.dcm", "pipe.dcm"]
+    assert all(entry["sha256"] is None and entry["why"].startswith("a link, a device") for entry in entries)
 
 
 @pytest.mark.parametrize(

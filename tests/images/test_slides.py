@@ -117,3 +117,27 @@ def test_without_the_extra_one_line_names_it(slide, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, str(slide)], capture_output=True, text=True)
     assert done.returncode == 2 and 'pip install "llava-med[slides]"' in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "content"),
+    [
+        ("a.vms", "a.vms", "[Virtual Microscope Specimen]\nImageFile(1,0)=../b/secret.jpg\n"),
+        ("a.vmu", "a.vmu", "[Uncompressed Virtual Microscope Specimen]\nmapfile = /etc/passwd\n"),
+        ("a.mrxs", "a/Slidedat.ini", "[DATAFILE]\nFILE_COUNT = 1\nFILE_0 = ..\\Data0000.dat\n"),
+        ("a.vms", "a.vms", "\n" * (2 << 20)),
+    ],
+)
+def test_an_index_names_files_beside_it_alone(name, index, content, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / name).write_bytes(b"\xff\xd8 a thumbnail" if name != index else b"")
+    (tmp_path / index).write_text(content)
+    with pytest.raises(ImageError, match="names files of other folders"):
+        open_image(tmp_path / name)
+
+
+def test_an_index_of_files_beside_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    (tmp_path / "a.vms").write_text("[Virtual Microscope Specimen]\nImageFile=b.jpg\nObjective=C:/x\n")
+    with pytest.raises(LlavaError, match="openslide"):
+        open_image(tmp_path / "a.vms")

@@ -1,5 +1,7 @@
 """Device and dtype: what is chosen, and a map that spreads the model."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -79,3 +81,18 @@ def test_attention_implementation(folder):
     model = load(folder, dtype="float32", attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
     assert torch.allclose(logits(model), logits(load(folder, dtype="float32")), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_checkpoint_names_no_code_to_run(folder, tmp_path, name):
+    """The library would fetch the repository of the hub that stands there, and run what is in it."""
+    shutil.copytree(folder, tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    config["mm_vision_config"][name] = config[name] = "kernels-community/flash-attn"
+    path.write_text(json.dumps(config))
+    model = load(tmp_path / "a", dtype="float32")
+    assert torch.equal(logits(model), logits(load(folder, dtype="float32")))
+    for part in (model, model.get_vision_tower().vision_tower):
+        chosen = {one.config._attn_implementation for one in part.modules() if hasattr(one, "config")}
+        assert "kernels-community/flash-attn" not in chosen

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from llava.errors import LlavaError
 from llava.generation.cache.tokenizer_cache import TokenizerCache
@@ -190,6 +191,16 @@ def sequence(*normalizers):
 
 
 DOUBLE = replace({"String": "a"}, "aa")
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+def template(*parts, ids=(0,)):
+    token = {"id": "<unk>", "ids": list(ids), "tokens": ["<unk>"] * len(ids)}
+    pair = [TEXT, {"Sequence": {"id": "B", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": parts, "pair": pair, "special_tokens": {"<unk>": token}}
+
+
+MARK = {"SpecialToken": {"id": "<unk>", "type_id": 0}}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
@@ -204,11 +215,15 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
         {"normalizer": sequence(*[{"type": "NFC"}] * 33)},
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 30}},
         {"decoder": {"type": "Sequence", "decoders": [DOUBLE] * 30}},
+        {"post_processor": template(*[TEXT] * 17)},
+        {"post_processor": {"type": "Sequence", "processors": [template(TEXT, TEXT)] * 5}},
+        {"post_processor": template(TEXT, *[MARK] * 65)},
+        {"post_processor": template(TEXT, MARK, ids=[0] * 65)},
     ],
 )
 def test_steps_that_let_a_text_grow_are_refused(steps, tmp_path):
     """The library would end the process, perhaps while it loads."""
-    with pytest.raises(LlavaError, match=f"tokenizer.json: ({next(iter(steps))}|Replace)"):
+    with pytest.raises(LlavaError, match=f"tokenizer.json: ({next(iter(steps))}|Replace|Template)"):
         load_tokenizer(with_steps(tmp_path, **steps))
 
 
@@ -221,6 +236,30 @@ SENTENCES = sequence({"type": "Strip", "strip_left": False, "strip_right": True}
 @pytest.mark.parametrize("normalizer", [None, LLAMA, CLIP, ALBERT, SENTENCES, {"type": "NFC"}])
 def test_steps_of_known_models_are_taken(normalizer, tmp_path):
     assert load_tokenizer(with_steps(tmp_path, normalizer=normalizer)).encode("A chest X-ray.")
+
+
+def test_a_file_beside_it_names_no_other_tokenizer(tmp_path):
+    """What was looked at is what is read."""
+    folder, other = tmp_path / "a", tmp_path / "b"
+    tokenizer = make_tokenizer(folder)
+    make_tokenizer(other, vocab_size=300)
+    (folder / "tokenizer.4.0.0.json").write_text((other / "tokenizer.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    config |= {"tokenizer_file": str(other / "tokenizer.json"), "fast_tokenizer_files": ["tokenizer.4.0.0.json"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"tokenizer_file": str(other / "tokenizer.json")}))
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_piece_of_any_length_is_refused(folder):
+    """All its parts would be made: a piece of 300,000 letters takes a minute, one of two million has no end."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((folder / "tokenizer.model").read_bytes())
+    model.pieces.add(piece="a" * 257, score=0.0)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(LlavaError, match=r"tokenizer\.model: a piece of 257 characters; at most 256 are taken"):
+        load_tokenizer(folder)
 
 
 ENDLESS = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}

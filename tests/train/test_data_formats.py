@@ -153,6 +153,39 @@ def test_a_changed_shard_is_indexed_anew(tmp_path):
     assert ImageSource(tmp_path).read("1.png") == b"two"
 
 
+def header(name="1.png", size=4, kind=tarfile.REGTYPE, written=None):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if written is not None:
+        block[124:136], block[148:156] = written, b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def extended(record):
+    content = b"%d %s\n" % (len(record) + 4, record)
+    return header("x", len(content), tarfile.XHDTYPE) + content.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(written=b"\x80" + b"\0" * 3 + (2**62).to_bytes(8, "big")),
+        header(written=b"\x80" + b"\x7f" * 11),
+        header(written=b"\xff" * 11 + b"\x9c"),
+        b"".join((header("x", 4, tarfile.GNUTYPE_LONGNAME) + b"abc".ljust(512, b"\0")) for _ in range(3000)) + header(),
+        extended(b"GNU.sparse.map=0,99999999,a") + header(),
+        extended(b"GNU.sparse.map=0,9999999999") + header(),
+    ],
+    ids=["large", "larger", "negative", "names without end", "damaged sparse", "sparse"],
+)
+def test_damaged_headers_are_an_error(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content + b"abcd".ljust(512, b"\0") + bytes(1024))
+    with pytest.raises(LlavaError, match=r"a\.tar: (not an uncompressed tar file|1\.png in it is sparse)"):
+        ImageSource(tmp_path, tmp_path).read("1.png")
+
+
 @pytest.mark.parametrize("content", [b"no tar", b"\x1f\x8b\x08 gzip"])
 def test_what_is_no_plain_tar_is_named(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)

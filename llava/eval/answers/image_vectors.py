@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from llava.bars import tqdm
 from llava.errors import LlavaError, first_line
@@ -60,7 +60,9 @@ def image_vectors(
 
 def _vision_model(folder: Path) -> Any:
     try:
-        model = AutoModel.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config._attn_implementation = None  # what the file names there may be code of the hub
+        model = AutoModel.from_pretrained(folder, config=config)
     except (ValueError, OSError) as error:
         raise LlavaError(f"{folder}: no vision model of the library ({first_line(error)})") from error
     return getattr(model, "vision_model", model).eval()

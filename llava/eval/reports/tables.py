@@ -65,6 +65,11 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; pipes in cells are escaped."""
+    """A Markdown table; what would end a cell, begin HTML, or make a link or image of a name is escaped."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    text = text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
+    return " ".join(text.splitlines())

@@ -21,6 +21,11 @@ _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")
 """What torch.compile and data-parallel training leave in the names."""
 
+_MOST_NAME = 300
+"""Characters of a tensor's name."""
+_MOST_REPETITIONS = 16
+"""In all expressions of an adapter together, one in each: nested or side by side, a few could take for ever."""
+
 _READ = frozenset({
     "alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "peft_type",
     "r", "rank_pattern", "use_rslora",
@@ -77,6 +82,8 @@ class LoraAdapter:
             match = _PAIR.fullmatch(file_name)
             if match and len(self.weights.shape(file_name)) == 2:
                 self._halves.setdefault(match[1], {})[match[2]] = file_name
+                if len(file_name) > _MOST_NAME:
+                    raise LlavaError(f"{path}: the name {file_name} is longer than {_MOST_NAME} characters")
             elif "lora_" in file_name:
                 raise LlavaError(f"{path}: {file_name} is no part of a plain LoRA adapter; merge it with peft")
             elif ".original_module." not in file_name:  # the base's own, next to what replaces it
@@ -166,6 +173,13 @@ class LoraAdapter:
                 usable = False
             if not usable:
                 raise LlavaError(f"{path}: {name!r} has the value {value!r:.100}; it has to be a number")
+        bare = [re.sub(r"\\.", "", name) for name in patterns]
+        repetitions = [sum(name.count(mark) for mark in "*+?{") for name in bare]
+        if any("(" in name for name in bare) or max(repetitions, default=0) > 1 or sum(repetitions) > _MOST_REPETITIONS:
+            raise LlavaError(
+                f"{path}: a name in alpha_pattern may have no groups and one repetition, {_MOST_REPETITIONS} in all; "
+                f"merge the adapter into its base with peft (merge_and_unload) and give the merged folder"
+            )
 
 
 def native_name(name: str) -> str:

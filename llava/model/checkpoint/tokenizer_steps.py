@@ -9,13 +9,18 @@ from llava.errors import LlavaError
 from llava.records import read_json
 
 MOST_STEPS = 32
-"""Of a kind (normalizers, pre-tokenizers, decoders)."""
+"""Of a kind (normalizers, pre-tokenizers, post-processors, decoders)."""
 MOST_REPLACEMENTS = 16
 MOST_GROWTH = 16
 """Times that all steps of a kind together may make a text longer."""
 MOST_ADDED = 64
-"""Characters that a step may put in."""
-_KINDS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+"""Characters, or tokens, that a step may put in."""
+_KINDS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "post_processor": "processors",
+    "decoder": "decoders",
+}
 
 
 def check_steps(path: Path) -> None:
@@ -52,6 +57,8 @@ def _growth(step: dict[str, Any], path: Path) -> float:
     kind = step.get("type")
     if kind in ("ByteLevel", "Precompiled"):
         return 2.0  # a byte becomes a letter of one or two bytes; a library's own table
+    if kind == "TemplateProcessing":
+        return max(_growth_by(step, template, path) for template in ("single", "pair"))
     words = step.get("content" if kind == "Replace" else "prepend", "")
     if kind not in ("Replace", "Prepend") or not isinstance(words, str):
         return 1.0
@@ -63,3 +70,14 @@ def _growth(step: dict[str, Any], path: Path) -> float:
     replaced = pattern.get("String") if isinstance(pattern, dict) else pattern
     # An expression may find single characters, and places between them.
     return max(1.0, len(words) / len(replaced)) if isinstance(replaced, str) and replaced else 1.0 + len(words)
+
+
+def _growth_by(step: dict[str, Any], template: str, path: Path) -> float:
+    """How many times as long a template makes a text: as often as the text stands in it."""
+    parts, tokens = step.get(template) or (), step.get("special_tokens") or {}
+    added = sum(
+        len(tokens.get(part["SpecialToken"]["id"], {}).get("ids", ())) for part in parts if "SpecialToken" in part
+    )
+    if added > MOST_ADDED:
+        raise LlavaError(f"{path}: TemplateProcessing puts in {added:,} tokens; at most {MOST_ADDED} are taken")
+    return max(1.0, sum("Sequence" in part for part in parts))

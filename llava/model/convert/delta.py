@@ -203,7 +203,10 @@ def read_json_of(folder: Path, what: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise LlavaError(f"{path}: no such file; the {what} needs its config.json, is {folder} a whole model folder?")
-    return read_json(path)
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise LlavaError(f"{path}: no object of settings; is {folder} a whole model folder?")
+    return config
 
 
 def _check_configs(base: dict, upper: dict, base_name: str, upper_name: str, what: str = "delta") -> None:

@@ -1,5 +1,6 @@
 """A delta given as a `.zip`: only the wanted regular files come out, under their own names, into one folder."""
 
+import json
 import lzma
 import shutil
 import zipfile
@@ -8,12 +9,14 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.convert.other_files import SIDE_FILES, WEIGHT_FILES
 from llava.records import atomic_path
 
 _DIRECTORY_BITS = 0o170000
 _REGULAR = 0o100000
+_MOST_CONFIG = 1 << 20
+"""Bytes of config.json, which is read before anything is unpacked."""
 
 
 class DeltaArchive:
@@ -31,10 +34,8 @@ class DeltaArchive:
         self.folder: Path | None = None
         if not path.is_file():
             raise LlavaError(f"delta not found: {path}")
-        try:
+        with library_errors(f"{path}: not a whole zip file; fetch it again"):
             self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise LlavaError(f"{path}: not a whole zip file ({error}); fetch it again") from error
         configs = [info for info in self._zip.infolist() if PurePosixPath(info.filename).name == "config.json"]
         if len(configs) != 1:
             raise LlavaError(
@@ -54,12 +55,15 @@ class DeltaArchive:
         self._zip.close()
 
     def config(self) -> dict[str, Any]:
-        import json
-
-        try:
-            return json.loads(self._zip.read(self.members["config.json"]))
-        except (ValueError, RecursionError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-            raise LlavaError(f"{self.path}: config.json in it can't be read ({error})") from error
+        with library_errors(f"{self.path}: config.json in it can't be read"):
+            with self._zip.open(self.members["config.json"]) as file:
+                content = file.read(_MOST_CONFIG + 1)
+            if len(content) > _MOST_CONFIG:
+                raise LlavaError(f"{self.path}: config.json in it has more than {_MOST_CONFIG:,} bytes")
+            config = json.loads(content)
+            if not isinstance(config, dict):
+                raise LlavaError(f"{self.path}: config.json in it is no object of settings")
+            return config
 
     def unpacked_bytes(self) -> int:
         return sum(info.file_size for info in self.members.values())
@@ -75,7 +79,8 @@ class DeltaArchive:
                 with self._zip.open(info) as source, atomic_path(target) as temporary, temporary.open("wb") as file:
                     # Never more than the directory of the zip says: check_space has counted on it.
                     _copy(source, file, info.file_size)
-            except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, NotImplementedError) as error:
+            except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError) as error:
+                # A RuntimeError is an encrypted member, or one of a compression that isn't known.
                 raise LlavaError(
                     f"{self.path}: {info.filename} in it is damaged ({error}); fetch the file again"
                 ) from error

@@ -42,13 +42,22 @@ def build_vision_tower(config: Any) -> VisionTower:
         LlavaError: the library has no such vision model, the selected layer doesn't exist, or a class token is
             asked for that the tower doesn't have.
     """
-    vision_config = dict(config.mm_vision_config or {})
+    vision_config = _without_code(config.mm_vision_config or {})
     tower_class = find_tower_class(vision_config)
     tower = tower_class(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
     if tower.select_feature == "cls_patch" and not tower.prefix_tokens:
         kind = vision_config.get("model_type")
         raise LlavaError(f"mm_vision_select_feature cls_patch: the tower {kind!r} has no class token; use patch")
     return tower
+
+
+def _without_code(vision_config: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields in which a file may name code of the hub that the library would fetch and run."""
+    return {
+        name: _without_code(value) if isinstance(value, dict) else value
+        for name, value in vision_config.items()
+        if not name.endswith("_implementation")
+    }
 
 
 def sketch_vision_tower(config: Any) -> VisionTower:

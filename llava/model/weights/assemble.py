@@ -71,9 +71,13 @@ class Source:
 def build_empty(
     model_class: "type[LlavaForCausalLM]", config: "LlavaConfigFields", attn_implementation: str | None = None
 ) -> "LlavaForCausalLM":
-    """A model whose parameters have shapes but no memory; buffers are real."""
-    if attn_implementation:
-        config._attn_implementation = attn_implementation
+    """A model whose parameters have shapes but no memory; buffers are real.
+
+    How attention is computed is the caller's choice or the library's, never that of a config.json: a hub's repository
+    that is named there would be fetched, and its code run.
+    """
+    config._attn_implementation = attn_implementation
+    config._experts_implementation = None
     with (
         library_errors("config.json describes no model that can be built"),
         init_empty_weights(include_buffers=False),

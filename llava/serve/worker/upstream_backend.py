@@ -13,6 +13,7 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, require
 from llava.images import open_uploaded_image, png_data_url
+from llava.openai_client.transport import http_client
 from llava.serve.decoding.pool import DecodingPool
 from llava.serve.job import Job, Message, SentImage
 from llava.serve.protocol import ErrorType, ServeError
@@ -43,7 +44,11 @@ class UpstreamBackend:
     ):
         self.openai = require("openai", "openai")
         self.client = self.openai.AsyncOpenAI(
-            base_url=api_base, api_key=api_key or "none", timeout=timeout, max_retries=0
+            base_url=api_base,
+            api_key=api_key or "none",
+            timeout=timeout,
+            max_retries=0,
+            http_client=http_client(timeout),
         )
         self.model = model
         self.pool = DecodingPool()

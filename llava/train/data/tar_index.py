@@ -10,7 +10,7 @@ import numpy as np
 from filelock import FileLock
 
 from llava.bars import tqdm
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.records import atomic_path
 from llava.train.data.kept_files import kept_path
 
@@ -112,14 +112,15 @@ def _as_before(rows: np.ndarray) -> np.ndarray:
 def _members(shard: Path) -> dict[str, tuple[int, int]]:
     """{name: (offset, size)} of regular files; of two with one name the later, as tar means it."""
     members: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    members[member.name.removeprefix("./")] = member.offset_data, member.size
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
-    except tarfile.TarError as error:
-        raise LlavaError(f"{shard}: not an uncompressed tar file ({error})") from error
+    end = shard.stat().st_size
+    # tarfile itself has more kinds of errors for damaged headers than its own.
+    with library_errors(f"{shard}: not an uncompressed tar file"), tarfile.open(shard, "r:") as tar:
+        for member in tar:
+            if member.isfile():
+                if member.issparse() or not 0 <= member.size <= end - member.offset_data:
+                    raise LlavaError(f"{shard}: {member.name} in it is sparse or of a wrong size; pack it anew")
+                members[member.name.removeprefix("./")] = member.offset_data, member.size
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
     return members
 
 

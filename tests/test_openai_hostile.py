@@ -1,0 +1,131 @@
+"""A language-model server that sends what none should: a failed item in words, in bounded time and memory."""
+
+import gzip
+import json
+import queue
+import threading
+import time
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from llava.openai_api import ApiSettings, ChatJob, run_jobs
+from llava.openai_client.transport import MOST_EVENT, MOST_REPLY
+from llava.records import ResumableJsonl
+from llava.serve.job import read_job
+from llava.serve.worker.upstream_backend import UpstreamBackend
+
+pytest.importorskip("openai", reason='the openai package is in the extra "openai"')
+
+ANSWER = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
+
+
+def reply(self, content, kind="application/json", **headers):
+    self.send_response(200)
+    for name, value in {"content-type": kind, **headers}.items():
+        self.send_header(name.replace("_", "-"), value)
+    self.end_headers()
+    self.wfile.write(content)
+
+
+def redirect(self):
+    self.send_response(307)
+    self.send_header("location", self.server.elsewhere)
+    self.send_header("content-length", "0")
+    self.end_headers()
+
+
+def drip(self):
+    reply(self, b"")
+    for _ in range(40):
+        self.wfile.write(b" ")
+        time.sleep(0.1)
+    self.wfile.write(json.dumps(ANSWER).encode())
+
+
+def with_usage(prompt, completion):
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return lambda self: reply(self, json.dumps(ANSWER | {"usage": usage}).encode())
+
+
+HOSTILE = {
+    "HTTP 307": redirect,
+    "compressed, though": lambda self: reply(self, gzip.compress(json.dumps(ANSWER).encode()), content_encoding="gzip"),
+    "larger than": lambda self: reply(self, b" " * (MOST_REPLY + 1) + json.dumps(ANSWER).encode()),
+    "not JSON": lambda self: reply(self, b"[" * 200_000),
+    "timed out": drip,
+}
+
+
+@contextmanager
+def server(answer, elsewhere=""):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.server.asked += 1
+            self.rfile.read(int(self.headers["content-length"]))
+            with suppress(OSError):
+                answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        found.asked, found.elsewhere = 0, elsewhere
+        found.url = f"http://127.0.0.1:{found.server_port}/v1"
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+def ask(url, path, **more):
+    config = ApiSettings(model="m", api_key="key", base_url=url, timeout=2.0, max_retries=0, **more)
+    job = ChatJob(1, [{"role": "user", "content": "of a patient"}])
+    with ResumableJsonl(path / "out.jsonl") as output:
+        return run_jobs([job], config, output, lambda job, result: {"question_id": job.key, "text": result.text})
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_a_hostile_reply_is_a_failed_item(words, tmp_path):
+    with server(with_usage(1, 1)) as other, server(HOSTILE[words], other.url + "/chat/completions") as asked:
+        summary = ask(asked.url, tmp_path)
+        assert (asked.asked, other.asked) == (1, 0), "what is asked goes nowhere else"
+    assert words in summary.failed[1]
+
+
+@pytest.mark.parametrize("count", [-1_000_000, 10**400, True, "many"])
+def test_tokens_that_can_not_be_cost_nothing(count, tmp_path):
+    """A negative number would give money back; one without end isn't even a price."""
+    with server(with_usage(count, count)) as asked:
+        summary = ask(asked.url, tmp_path, price_in=1.0, price_out=1.0)
+    assert summary.done == 1 and summary.account.spent == pytest.approx(0.0, abs=1e-5)
+
+
+EVENTS = {
+    "one event": b"data: " + b"x" * (MOST_EVENT + 1) + b"\n\n",
+    "an event of many lines": b"data:\n" * (MOST_EVENT // 6 + 1),
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_an_event_without_end_ends_the_stream(name):
+    """The package joins its lines, each time anew, while nobody else at this worker is answered."""
+    closed = threading.Event()
+
+    def stream(self):
+        reply(self, b"", "text/event-stream")
+        try:
+            while True:
+                self.wfile.write(EVENTS[name].removesuffix(b"\n\n"))
+        finally:
+            closed.set()
+
+    pieces = queue.Queue()
+    with server(stream) as asked:
+        backend = UpstreamBackend(asked.url, "m")
+        job = read_job({"model": "m", "messages": [{"role": "user", "content": "Hi"}]})
+        backend.submit(job, pieces.put)
+        assert pieces.get(timeout=120).error is not None and closed.wait(30)
+        backend.close()
