@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from llava.bars import tqdm
 from tests.faults.commands import COMMANDS, Command, argv
 from tests.faults.servers import kill_servers
 
@@ -36,6 +37,7 @@ def kill_command(command: Command, kills: int, moments: random.Random, folder: P
         _finish(words(out))
         lasts = time.monotonic() - began
         expected = command.content(out / command.output)
+        bar = tqdm(total=kills, desc=command.name, unit="kill", leave=False)
         while done < kills:
             rounds += 1
             out = _new(folder / "round")
@@ -43,6 +45,7 @@ def kill_command(command: Command, kills: int, moments: random.Random, folder: P
             for _ in range(min(moments.randint(1, MOST_IN_A_ROW), kills - done)):
                 was_killed = _kill(words(out), moments.uniform(0.2, 1.0) * lasts)
                 done += was_killed
+                bar.update(was_killed)
                 is_whole = command.is_whole(output)
                 if was_killed and is_whole and command.content(output)[:-1] != expected[:-1]:
                     wrong.append(f"round {rounds}: a kill left an unfinished output under its name")
@@ -52,6 +55,7 @@ def kill_command(command: Command, kills: int, moments: random.Random, folder: P
                 _finish(words(out))
             if command.content(output) != expected:
                 wrong.append(f"round {rounds}: the output differs")
+        bar.close()
     return {"kills": done, "rounds": rounds, "seconds_undisturbed": round(lasts, 1), "wrong": wrong}
 
 

@@ -19,6 +19,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.transport.background import repeating
+from llava.serve.transport.memory import RETURN_SECONDS, return_free_memory
 from llava.serve.transport.middleware import REQUEST_ID_HEADER, error_body
 
 ACCEPTED_AT_ONCE = 2
@@ -55,6 +57,10 @@ class FairServer(uvicorn.Server):
     The others wait with the system, whose queue is as long as ever. What was loaded before it started stays: Python's
     collector need not look through all of that again, which takes a tenth of a second each time.
     """
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with repeating(RETURN_SECONDS, return_free_memory):
+            await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         queue, self.config.backlog = self.config.backlog, ACCEPTED_AT_ONCE

@@ -2,18 +2,16 @@
 
 import argparse
 import contextlib
-import ctypes
 import sys
 from typing import Any
 
 from llava.errors import require
 from llava.serve.protocol import KEEP_ALIVE_SECONDS
+from llava.serve.transport.memory import return_large_blocks
 
 HIGHEST_PORT = 65_535
 MOST_FILES = 65_536
-RETURNED_BYTES = 1 << 20
 _NOT_STARTED = 3
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def require_serving(*more: str) -> None:
@@ -54,7 +52,7 @@ def server_settings(host: str, port: int, limits=None, **more: Any) -> dict[str,
         more: other settings of uvicorn.
     """
     require("httptools", "serve")
-    _return_memory()
+    return_large_blocks()
     from llava.serve.transport.connections import ConnectionLimits, limited
 
     if limits is None:
@@ -71,16 +69,6 @@ def server_settings(host: str, port: int, limits=None, **more: Any) -> dict[str,
         "timeout_keep_alive": KEEP_ALIVE_SECONDS,
         **more,
     }
-
-
-def _return_memory() -> None:
-    """From now on blocks of `RETURNED_BYTES` go back to the system as soon as they are free.
-
-    glibc keeps those of up to 32 MB once one has been freed: bodies with images then lie between what lives longer,
-    and a server takes several times what its largest moment took.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another system's allocator
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES)
 
 
 def _open_files() -> int:
