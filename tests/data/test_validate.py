@@ -262,6 +262,15 @@ def test_split_takes_a_range_and_counts_what_is_too_long(tmp_path, capsys):
     assert "2 pieces are one question and answer longer than 100" in capsys.readouterr().out
 
 
+def test_pieces_of_records_without_an_id_are_told_apart_by_their_number(tmp_path):
+    long = record(None, "q0", "a0 " * 60, "q1", "a1 " * 60)
+    short = record(None, "q", "a")
+    nameless = {key: value for key, value in long.items() if key != "id"}
+    pieces = split(tmp_path, [short, short, long, nameless], "--max-length", "250", "--begin", "1")
+    expected = [None, "record2_0", "record2_2", "record3_0", "record3_2"]
+    assert [piece["id"] for piece in pieces] == expected
+
+
 def test_split_goes_by_who_speaks(tmp_path):
     """A greeting of the assistant stays with the first piece, a system turn goes with each; no answer is lost."""
     plain = record("long", "<image>\nq0", "a0 " * 60, "q1", "a1 " * 60, "q2", "a2 " * 60)["conversations"]
