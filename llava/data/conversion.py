@@ -256,7 +256,7 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
     if missing.get("records"):
         done = "left out" if missing["policy"] == "drop" else "kept"
         lines.append(f"{missing['records']:,} records {done}: their {missing['images']:,} images don't exist")
-    lines += [f"{count:,} records left out: {reason}" for reason, count in manifest["left_out"].items()]
+    lines += [f"{count:,} records left out: {one_line(reason, 200)}" for reason, count in manifest["left_out"].items()]
     lines += [f"{count:,} corrected: {what}" for what, count in manifest["corrected"].items()]
     return lines
 

@@ -94,6 +94,15 @@ def test_a_question_that_is_a_number_is_text_and_counted(work):
     assert read_json(work / "out" / "manifest.json")["corrected"]["question was a number"] == 1
 
 
+def test_a_long_reason_is_shown_in_short(work, capsys):
+    rows = [{"img_name": "a.jpg", "question": "CT?", "answer": "Yes", "answer_type": "CLOSED", "qid": 1, "q_lang": lang}
+            for lang in ("en", 5000 * "x")]  # fmt: skip
+    main(["slake", "--train", put(work / "t.json", rows), "--image-folder", str(work / "images"),
+          "--output-dir", str(work / "out")])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "1 records left out: question in another language (xxx" in shown and max(map(len, shown.splitlines())) < 300
+
+
 def test_empty_answers_are_left_out_and_counted(work):
     vqa_rad(work, "--train", put(work / "train.json", [*ROWS, {**ROWS[0], "qid": 9, "answer": " "}]))
     assert len(read_records(work / "out" / "train.json")) == 2

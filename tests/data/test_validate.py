@@ -208,6 +208,15 @@ def test_repair_leaves_no_fault(made):
         assert {finding.kind for finding in found} & FAULTS.keys()
 
 
+def test_what_a_record_says_is_shown_in_short(tmp_path, capsys, images):
+    long = 5000 * "n"
+    code, report = run(tmp_path, [record(long, "<image> q", "a", image=long + ".png")], "--image-folder", str(images))
+    shown = capsys.readouterr().out
+    assert code == 1 and "record 0 (id 'nnn" in shown and max(map(len, shown.splitlines())) < 600
+    (case,) = report["faults"]["image_missing"]["first"]
+    assert case["id"] == long and case["detail"] == long + ".png", "the report has it whole"
+
+
 def test_filter_missing(tmp_path, images, capsys):
     inside = record("inside", "<image>", "a", image="data:image/png;base64,eA==")
     records = [GOOD, record("gone", "<image>", "a", image="none.png"), record("text", "q", "a", image=None), inside]

@@ -1,5 +1,6 @@
 """Images as vectors by a vision model, to be compared by their cosine."""
 
+import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ def image_vectors(
     if processor is None:
         raise LlavaError(f"{folder}: has no preprocessor_config.json; copy it from the model's source")
     files = {name: image_source(image_file(image), place) for name, (image, place) in images.items()}
-    missing = [source for source in files.values() if isinstance(source, Path) and not source.is_file()]
+    missing = [source for source in files.values() if isinstance(source, Path) and not os.path.isfile(source)]
     if missing:
         raise LlavaError(f"{len(missing)} images are missing, first {missing[0]}; check --image-folder")
     sources = {name: with_options_of(image, files[name]) for name, (image, _) in images.items()}
