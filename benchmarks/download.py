@@ -23,8 +23,8 @@ from checkout import add_json_flag, show
 from llava.commandline import ArgumentParser, run
 from llava.data.fetching.articles import read_plan
 from llava.data.fetching.journal import Journal
-from llava.data.fetching.transfer import Limits
-from llava.data.fetching.workers import Settings, download
+from llava.data.fetching.settings import Limits, Settings
+from llava.data.fetching.workers import download
 
 IMAGE_BYTES = 6_000
 

@@ -203,9 +203,8 @@ class EngineProcess:
 
     def __enter__(self) -> "EngineProcess":
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            self.command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=self.environment
-        )
+        # In this folder, as the servers: --model-path may be relative to it.
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, text=True, env=self.environment)
         self._line()
         return self
 

@@ -167,7 +167,8 @@ def record_domains(record: Mapping[str, Any]) -> list[str]:
     domain = record.get("domain") or []
     if isinstance(domain, Mapping):
         return [name for name, is_true in domain.items() if is_true]
-    return [domain] if isinstance(domain, str) else [name for name in domain if isinstance(name, str)]
+    names = domain if isinstance(domain, (list, tuple)) else [domain]
+    return [name for name in names if isinstance(name, str)]
 
 
 def figure_domain(record: Mapping[str, Any]) -> str | None:

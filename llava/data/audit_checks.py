@@ -1,5 +1,6 @@
 """The audit itself: two lists of questions in, one dictionary of findings out (JSON-ready)."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -168,7 +169,7 @@ def _fingerprints(images: dict[str, Any], folder: Path, split: str) -> dict[str,
             source = image_bytes(file)
         elif not file.startswith("data:"):
             source = path = folder / file
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise LlavaError(f"{split} image not found: {path}; check --image-folder")
         prints[name] = fingerprint(with_options_of(image, source))
     return prints

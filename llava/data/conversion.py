@@ -4,6 +4,7 @@ A converter (llava/data/sources/) yields records and counts what it leaves out; 
 split, the candidate answers of the training split, and a manifest with sources, counts and checksums.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import LlavaError
+from llava.errors import LlavaError, one_line
 from llava.folders import stage_files
 from llava.manifests import sha256_of
 from llava.record_content import as_text
@@ -58,7 +59,7 @@ class ImageFolder:
         if name not in self._known:
             if not is_inside(name):
                 raise LlavaError(f"image {name!r} points outside the image folder; give a relative path without '..'")
-            self._known[name] = self.folder is None or (self.folder / name).is_file()
+            self._known[name] = self.folder is None or os.path.isfile(self.folder / name)
         if self._known[name]:
             return True
         self.missing[name] = self.missing.get(name, 0) + 1
@@ -122,9 +123,34 @@ def yes_no_type(answer: Any) -> str:
 def field_of(row: Record, key: str, where: str) -> Any:
     """`row[key]`, or an error that says where it is missing and what there is."""
     if not isinstance(row, dict) or key not in row:
-        have = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        have = one_line(", ".join(map(str, row)), 300) if isinstance(row, dict) else type(row).__name__
         raise LlavaError(f'{where}: no "{key}" (there is: {have})')
     return row[key]
+
+
+def value_of(row: Record, key: str, where: str, *, optional: bool = False) -> str | int | float | None:
+    """The text or number under `key`; None if it is null, or isn't there and need not be.
+
+    Raises:
+        LlavaError: it isn't there, or is a list, an object or anything else that isn't said in words.
+    """
+    value = row.get(key) if optional else field_of(row, key, where)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise LlavaError(f'{where}: "{key}" has to be text or a number, not {type(value).__name__}')
+    return value
+
+
+def text_of(row: Record, key: str, where: str, *, optional: bool = False) -> str:
+    """What `value_of` gives as text without blanks around it; only an optional one may be empty.
+
+    Raises:
+        LlavaError: what `value_of` refuses, or nothing is there.
+    """
+    value = value_of(row, key, where, optional=optional)
+    text = "" if value is None else clean_text(value)
+    if not text and not optional:
+        raise LlavaError(f'{where}: "{key}" is empty')
+    return text
 
 
 def is_inside(name: str) -> bool:
@@ -230,7 +256,7 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
     if missing.get("records"):
         done = "left out" if missing["policy"] == "drop" else "kept"
         lines.append(f"{missing['records']:,} records {done}: their {missing['images']:,} images don't exist")
-    lines += [f"{count:,} records left out: {reason}" for reason, count in manifest["left_out"].items()]
+    lines += [f"{count:,} records left out: {one_line(reason, 200)}" for reason, count in manifest["left_out"].items()]
     lines += [f"{count:,} corrected: {what}" for what, count in manifest["corrected"].items()]
     return lines
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_file, run, write_line
 from llava.data.fetching.articles import OA_SERVICE
+from llava.data.fetching.settings import Limits, Settings
 from llava.errors import LlavaError
 
 EXIT_TOO_MANY_FAILURES = 1
@@ -32,18 +33,36 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--max-failures", type=int, help="exit with 1 if more images than this failed")
     parser.add_argument("--limit", type=int, help="number of lines to read from the start of the list")
     speed = parser.add_argument_group("how fast")
-    speed.add_argument("--connections", type=int, default=8, help="archives fetched at once")
-    speed.add_argument("--requests-per-second", type=float, default=3.0, help="over all connections; 0: no limit")
-    speed.add_argument("--retries", type=int, default=4, help="after a failed connection, a 429 or a 5xx")
-    speed.add_argument("--backoff", type=float, default=1.0, help="seconds before the first retry, then doubled")
+    speed.add_argument("--connections", type=int, default=Settings.connections, help="archives fetched at once")
+    speed.add_argument(
+        "--requests-per-second",
+        type=float,
+        default=Limits.requests_per_second,
+        help="over all connections; 0: no limit",
+    )
+    speed.add_argument("--retries", type=int, default=Limits.retries, help="after a failed connection, a 429 or a 5xx")
+    speed.add_argument(
+        "--backoff", type=float, default=Limits.backoff, help="seconds before the first retry, then doubled"
+    )
     speed.add_argument("--oa-service", default=OA_SERVICE, help='second source of dead articles; "" asks none')
     caps = parser.add_argument_group("how much")
-    caps.add_argument("--timeout", type=float, default=30.0, help="seconds without a byte")
-    caps.add_argument("--article-timeout", type=float, default=900.0, help="seconds for one archive")
-    caps.add_argument("--max-image-mb", type=float, default=64.0, help="larger images are not saved")
-    caps.add_argument("--max-article-mb", type=float, default=4096.0, help="larger archives are given up")
-    caps.add_argument("--max-unpacked-mb", type=float, default=16384.0, help="archives are unpacked no further")
-    caps.add_argument("--min-free-gb", type=float, default=2.0, help="stop when less disk space is free")
+    caps.add_argument("--timeout", type=float, default=Limits.timeout, help="seconds without a byte")
+    caps.add_argument("--article-timeout", type=float, default=Limits.article_timeout, help="seconds for one archive")
+    caps.add_argument(
+        "--max-image-mb", type=float, default=Limits.max_image_bytes / 1e6, help="larger images are not saved"
+    )
+    caps.add_argument(
+        "--max-article-mb", type=float, default=Limits.max_article_bytes / 1e6, help="larger archives are given up"
+    )
+    caps.add_argument(
+        "--max-unpacked-mb",
+        type=float,
+        default=Limits.max_unpacked_bytes / 1e6,
+        help="archives are unpacked no further",
+    )
+    caps.add_argument(
+        "--min-free-gb", type=float, default=Settings.min_free_bytes / 1e9, help="stop when less disk space is free"
+    )
     return parser
 
 
@@ -84,9 +103,6 @@ def main(argv=None) -> int:
 
 
 def _settings(args):
-    from llava.data.fetching.transfer import Limits
-    from llava.data.fetching.workers import Settings
-
     for name in ("connections", "timeout", "article_timeout", "max_image_mb", "max_article_mb", "max_unpacked_mb"):
         if getattr(args, name) <= 0:
             raise LlavaError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")

@@ -5,6 +5,7 @@
 Only the presence of images is looked at; `llava.data.validate` opens them.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Missing:
 
     def is_there(self, name: str) -> bool:
         if name not in self._there:
-            self._there[name] = (self.folder / name).is_file()
+            self._there[name] = os.path.isfile(self.folder / name)
         if not self._there[name]:
             self.images[name] = None
         return self._there[name]

@@ -3,6 +3,7 @@
 `check_form` looks at the record alone; `ImageCheck` opens its images; `LengthCheck` tokenises it.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +187,7 @@ class ImageCheck:
         if not is_inside(name):
             return Finding("image_name", name)
         path = self._folder / name
-        return _open(path, image, name) if path.is_file() else Finding("image_missing", name)
+        return _open(path, image, name) if os.path.isfile(path) else Finding("image_missing", name)
 
 
 def _open(source: Any, image: Any, name: str) -> Finding | None:

@@ -4,7 +4,8 @@
         --model-name-or-path LLM --max-length 2048
 
 Cuts are made between an answer and the next question; the roles decide which is which. Every piece of a conversation
-about an image shows the image again, in its first question; ids become `<id>_<first turn>`.
+about an image shows the image again, in its first question; ids become `<id>_<first turn>`, and
+`record<number>_<first turn>` where a record has none.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def main(argv=None) -> int:
     length_of = _length_function(args)
     counts = Counts()
     records = islice(iter_records(path), args.begin, end)
-    pieces = split_all(records, length_of, args.max_length, counts)
+    pieces = split_all(records, length_of, args.max_length, counts, args.begin)
     write_records(args.out_file, pieces, overwrite=args.overwrite)
     write_line(
         f"{args.out_file}: {counts.records:,} records became {counts.pieces:,}; {counts.split:,} were split, "
@@ -68,17 +69,27 @@ def main(argv=None) -> int:
 
 
 def split_all(
-    records: Iterator[Record], length_of: Callable[[Record], int], max_length: int, counts: Counts
+    records: Iterator[Record],
+    length_of: Callable[[Record], int],
+    max_length: int,
+    counts: Counts,
+    begin: int = 0,
 ) -> Iterator[Record]:
-    """The records, long ones in pieces of at most `max_length` positions wherever that is possible."""
-    for record in records:
+    """The records, long ones in pieces of at most `max_length` positions wherever that is possible.
+
+    `begin` is the number of the first record, by which pieces are called whose record has no id.
+    """
+    for number, record in enumerate(records, begin):
         counts.records += 1
-        for piece in _pieces(record, length_of, max_length, counts):
+        name = f"record{number}" if record.get("id") is None else str(record["id"])
+        for piece in _pieces(record, name, length_of, max_length, counts):
             counts.pieces += 1
             yield piece
 
 
-def _pieces(record: Record, length_of: Callable[[Record], int], max_length: int, counts: Counts) -> Iterator[Record]:
+def _pieces(
+    record: Record, name: str, length_of: Callable[[Record], int], max_length: int, counts: Counts
+) -> Iterator[Record]:
     if length_of(record) <= max_length:
         yield record
         return
@@ -97,6 +108,8 @@ def _pieces(record: Record, length_of: Callable[[Record], int], max_length: int,
         piece = _piece(record, opening, pairs, start, end)
         if length_of(piece) > max_length:
             counts.too_long += 1
+        if len(starts) > 1:
+            piece["id"] = f"{name}_{len(opening) + 2 * start if start else 0}"
         yield piece
 
 
@@ -129,11 +142,7 @@ def _piece(record: Record, opening: list[dict], pairs: list[Pair], start: int, e
             if DEFAULT_IMAGE_TOKEN in turn["value"]:
                 turn["value"] = turn["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
         turns[0]["value"] = f"{marks}\n{turns[0]['value']}"
-    piece = with_entries(record, [*before, *turns])
-    if start == 0 and end == len(pairs):
-        return piece
-    place = len(opening) + 2 * start if start else 0
-    return {**piece, "id": f"{record.get('id', '')}_{place}"}
+    return with_entries(record, [*before, *turns])
 
 
 def _length_function(args) -> Callable[[Record], int]:

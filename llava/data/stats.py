@@ -9,6 +9,7 @@ such figures always are; how many sentences gave no pair is counted and shown.
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
+from llava.errors import one_line
 
 
 def build_parser() -> ArgumentParser:
@@ -33,9 +34,11 @@ def main(argv=None) -> int:
     write_json(folder / "stats.json", stats.as_json(), overwrite=args.overwrite)
     read = {"input": args.input, "sha256": sha256_of(Path(args.input)), "max_records": args.max_records}
     page = write_figures(stats, folder, Path(args.input).name, {**read, "versions": versions()})
-    write_line(f"{stats.records} records, {sum(stats.turns)} turns, domains {dict(stats.domains.most_common())}")
+    domains = one_line(str(dict(stats.domains.most_common())), 500)
+    write_line(f"{stats.records} records, {sum(stats.turns)} turns, domains {domains}")
     for name, pairs in stats.verbs.items():
         top = ", ".join(f"{verb} {noun} ({count})" for (verb, noun), count in pairs.most_common(5))
+        top = one_line(top, 500)
         write_line(f"{name}: {top or 'no verb with an object found'}")
     write_line(f"wrote {page}")
     return 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.data.sample_form import SampleForm, add_form_flags, form_of
-from llava.errors import LlavaError
+from llava.errors import LlavaError, one_line
 from llava.processes import process_pool
 from llava.records import Record, iter_records, write_json, write_records
 from llava.tokenization.image_tokens import SCHEMES
@@ -289,8 +289,8 @@ def _show(report: dict[str, Any], fixed: str | None) -> None:
         for kind in report[title].values():
             write_line(f"  {title[:-1]}: {kind['records']:,} records: {kind['meaning']}")
             for case in kind["first"] if title == "faults" else ():
-                detail = f": {case['detail']}" if case["detail"] else ""
-                write_line(f"    record {case['record']} (id {case['id']!r}){detail}")
+                detail = f": {one_line(case['detail'], 300)}" if case["detail"] else ""
+                write_line(f"    record {case['record']} (id {one_line(repr(case['id']), 100)}){detail}")
     if "positions" in report:
         write_line(f"  tokenised with {report['tokenised_with']}")
         write_line("  positions: " + ", ".join(f"{name} {value}" for name, value in report["positions"].items()))

@@ -1,6 +1,6 @@
 """Sizes of the demo: what is drawn, how big the models are, how long each stage trains."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llava.data.phantoms.build import Counts
 
@@ -18,7 +18,7 @@ class Stage:
 class Settings:
     """All that decides the demo's result, apart from the seed."""
 
-    counts: Counts = field(default_factory=Counts)
+    counts: Counts
     alignment: int = 2_400
     """Captions that stage 1 uses."""
     image_size: int = 96
@@ -37,7 +37,7 @@ class Settings:
     """Whether the models learn enough for their scores to say something."""
 
 
-FULL = Settings()
+FULL = Settings(Counts(train=16_000, test=208, conversations=1_000, vqa=2_400, text=16_000))
 
 SMALL = Settings(
     counts=Counts(train=440, test=60, conversations=120, vqa=240, text=400),

@@ -8,9 +8,10 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from llava.model import load_tokenizer
+from llava.model.library_model import load_library_model
 
 POOLS = 4
 
@@ -91,7 +92,7 @@ def match_loss(logits: torch.Tensor, said: torch.Tensor, excludes: torch.Tensor)
 def sentence_embeddings(sentences: list[str], language_model: str) -> torch.Tensor:
     """Unit vectors `[sentences, hidden]`: sums of word embeddings; a word counts less, the more sentences hold it."""
     tokenizer = load_tokenizer(language_model)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(language_model)
+    model = load_library_model(AutoModelForCausalLM, language_model, "language model")
     words = cast(nn.Embedding, model.get_input_embeddings()).weight.detach()
     shares = torch.zeros(len(sentences), len(tokenizer))
     for row, sentence in enumerate(sentences):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_file, run, write_line
 from llava.errors import LlavaError
+from llava.eval.scoring_flags import add_scoring_flags
 
 
 def build_parser() -> ArgumentParser:
@@ -22,17 +23,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--candidate", help="open answers of the training split")
     parser.add_argument("--audit", help="JSON of llava.data.audit")
     parser.add_argument("--examples", type=int, default=4, help="right and wrong ones of each answer file")
-    parser.add_argument(
-        "--on-missing",
-        choices=("error", "skip", "wrong"),
-        default="error",
-        help="a question without answer: stop, leave it out, or count it as an empty answer",
-    )
-    parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
-    parser.add_argument(
-        "--bootstrap-unit", choices=("question", "image"), default="question", help="what the bootstrap draws"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the examples")
+    add_scoring_flags(parser, seed="of the bootstrap and of the examples")
     parser.add_bool("--pdf", help="write the page as a PDF too, by a browser that is installed")
     parser.add_overwrite()
     return parser

@@ -8,6 +8,7 @@ python -m llava.eval.run_eval --gt test.json --pred answers.jsonl --output score
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.eval.scoring_flags import add_scoring_flags
 
 
 def build_parser() -> ArgumentParser:
@@ -25,22 +26,12 @@ def build_parser() -> ArgumentParser:
         "--group-by", nargs="*", help="record fields to give tables for (default: those with few values)"
     )
     parser.add_argument(
-        "--on-missing",
-        choices=("error", "skip", "wrong"),
-        default="error",
-        help="a question without answer: stop, leave it out, or count it as an empty answer",
-    )
-    parser.add_argument(
         "--script",
         choices=("run_eval_batch", "run_eval", "run_eval_pvqa"),
         default="run_eval_batch",
         help="the published script whose rules the paper set follows (the published table's: run_eval_batch)",
     )
-    parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
-    parser.add_argument(
-        "--bootstrap-unit", choices=("question", "image"), default="question", help="what the bootstrap draws"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    add_scoring_flags(parser)
     parser.add_argument(
         "--audit",
         nargs="?",

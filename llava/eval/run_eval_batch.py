@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
+from llava.eval.scoring_flags import add_scoring_flags
 
 RESULTS_FILE = "eval_results_med_datasets.jsonl"
 DATASET_PARTS = ("data_RAD", "vqa_rad", "pvqa", "Slake1.0")
@@ -31,14 +32,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--pred", help="one answer file, in place of --pred_file_parent_path")
     parser.add_argument("--candidate", help="open answers of the training split (default: next to the questions)")
     parser.add_argument("--output", default=RESULTS_FILE, help="results, one line per answer file")
-    parser.add_argument(
-        "--on-missing",
-        choices=("error", "skip", "wrong"),
-        default="error",
-        help="a question without answer: stop, leave it out, or count it as an empty answer",
-    )
-    parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="0 leaves intervals out")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    add_scoring_flags(parser, unit=False)
     parser.add_overwrite()
     return parser
 

@@ -24,6 +24,7 @@ from llava.image_options import CT_WINDOWS, parse_window
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
 from llava.processes import process_pool
+from llava.records import sound_text
 
 _MONTAGE = re.compile(r"montage (\d{1,2})\s*[x×]\s*(\d{1,2})")
 _EVERY = re.compile(r"every (\d{1,4})")
@@ -147,7 +148,8 @@ class Sources(Table):
         for image, (said, _) in zip(images, drawn, strict=True):
             for one in (series.slices[place] for place in said["slices"]):
                 frame = "" if one.frame is None else one.frame
-                self.rows.append((image, _plain_cell(str(one.path.relative_to(self.folder))), frame))
+                file = sound_text(str(one.path.relative_to(self.folder)))  # a name need not be UTF-8
+                self.rows.append((image, _plain_cell(file), frame))
 
 
 def _plain_cell(text: str) -> str:

@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.data.caption_files import iter_captions
 from llava.errors import LlavaError
-from llava.record_content import ASSISTANT, figure_domain, first_given, has_turns, images_of, read_turns, record_domains
-from llava.records import Record, iter_records, read_json
+from llava.record_content import (
+    ASSISTANT,
+    as_text,
+    figure_domain,
+    first_given,
+    has_turns,
+    images_of,
+    read_turns,
+    record_domains,
+)
+from llava.records import Record
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,11 @@ def read_figures(path: str | Path) -> list[Figure]:
     path = Path(path)
     if not path.is_file():
         raise LlavaError(f"{path}: no such file")
-    rows = _by_domain(path) or ((None, row) for row in iter_records(path))
     figures: dict[str, Figure] = {}
-    for index, (domain, row) in enumerate(rows):
-        figure = _figure(row, domain, f"{path} record {index}")
+    for where, domain, row in iter_captions(path):
+        figure = _figure(row, domain, where)
         if figure.key in figures:
-            raise LlavaError(f"{path} record {index}: id {figure.key!r} stands there twice")
+            raise LlavaError(f"{where}: id {figure.key!r} stands there twice")
         figures[figure.key] = figure
     if not figures:
         raise LlavaError(f"{path}: holds no figures")
@@ -66,21 +75,6 @@ def in_turn(figures: Sequence[Figure], max_size: int | None, seed: int) -> list[
     return taken[:wanted]
 
 
-def _by_domain(path: Path) -> Iterable[tuple[str | None, Record]] | None:
-    """(domain, row) of LLaVA-Med's caption file, None if the file isn't one."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"{") or head[1:].lstrip()[:1] != b'"' or path.suffix == ".jsonl":
-        return None
-    try:
-        content = read_json(path)
-    except LlavaError:
-        return None  # JSONL under another name: read line by line, with errors that name the line
-    if not all(isinstance(rows, list) for rows in content.values()):
-        return None
-    return ((domain, row) for domain, rows in content.items() for row in rows)
-
-
 def _figure(row: Record, domain: str | None, where: str) -> Figure:
     key = first_given(row, "pair_id", "id")
     caption = first_given(row, "fig_caption", "caption")
@@ -94,7 +88,7 @@ def _figure(row: Record, domain: str | None, where: str) -> Figure:
     return Figure(
         key=str(key),
         caption=caption,
-        label=row.get("fig_label") or "",
+        label=as_text(row.get("fig_label") or ""),
         mentions=tuple(_mentions(row.get("in_text_mention"))),
         domain=domain or figure_domain(row) or next(iter(record_domains(row)), None),
         image=images[0] if images else None,
@@ -111,7 +105,7 @@ def _first_answer(row: Record, where: str) -> str | None:
 
 def _mentions(value: Any) -> Iterable[str]:
     """The sentences, which the released file holds as text or as {"tokens": text, "entities": …}."""
-    for mention in value or []:
+    for mention in value if isinstance(value, (list, tuple)) else [value]:
         text = mention.get("tokens") if isinstance(mention, dict) else mention
         if isinstance(text, str) and text.strip():
             yield text

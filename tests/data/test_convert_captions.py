@@ -159,3 +159,32 @@ def test_pmc_pair_in_two_domains_is_one_record(tmp_path):
     pair = {"pair_id": "1_F1", "fig_caption": "x"}
     (row,) = run_pmc(tmp_path, {"mri": [pair], "ct_scan": [pair]})
     assert [name for name, there in row["domain"].items() if there] == ["mri", "ct_scan"]
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "\ufeff \n" + 100 * " "])
+def test_pmc_domains_are_read_whatever_stands_before_them(tmp_path, start):
+    path = tmp_path / "captions.json"
+    path.write_text(start + json.dumps({"mri": [{"pair_id": 0, "caption": 7}], "ct_scan": []}, indent=1))
+    main(["pmc", "--captions", str(path), "--output-dir", str(tmp_path / "out")])
+    (row,) = read_records(tmp_path / "out" / "train.json")
+    assert (row["id"], row["conversations"][1]["value"], row["domain"]["mri"]) == ("0", "7", True)
+
+
+def test_pmc_a_list_of_domains_is_kept(tmp_path):
+    (row,) = run_pmc(tmp_path, [{"pair_id": "a", "caption": "x", "domain": ["mri", "ct_scan"]}])
+    assert [name for name, there in row["domain"].items() if there] == ["mri", "ct_scan"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"mri": [3]}, '"mri" record 0: expected an object, got int'),
+        ({"mri": {}}, '"mri" holds dict, expected a list'),
+        ([{"pair_id": "a", "caption": ["x"]}], 'record 0: "caption" has to be text or a number, not list'),
+        ([{"pair_id": "a", "image": ["a.jpg"], "caption": "x"}], 'record 0: "image" has to be text'),
+        ([{"pair_id": " ", "caption": "x"}], 'record 0: no "pair_id"'),
+    ],
+)
+def test_pmc_bad_entries_are_named(tmp_path, content, message):
+    with pytest.raises(LlavaError, match=message):
+        run_pmc(tmp_path, content)

@@ -87,6 +87,22 @@ def test_missing_images_stop_or_are_counted(work):
     assert len(read_records(work / "out" / "train.json")) == 3
 
 
+def test_a_question_that_is_a_number_is_text_and_counted(work):
+    vqa_rad(work, "--train", put(work / "train.json", [{**ROWS[0], "question": 4}]))
+    (record,) = read_records(work / "out" / "train.json")
+    assert record["conversations"][0]["value"] == "4\n<image>"
+    assert read_json(work / "out" / "manifest.json")["corrected"]["question was a number"] == 1
+
+
+def test_a_long_reason_is_shown_in_short(work, capsys):
+    rows = [{"img_name": "a.jpg", "question": "CT?", "answer": "Yes", "answer_type": "CLOSED", "qid": 1, "q_lang": lang}
+            for lang in ("en", 5000 * "x")]  # fmt: skip
+    main(["slake", "--train", put(work / "t.json", rows), "--image-folder", str(work / "images"),
+          "--output-dir", str(work / "out")])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "1 records left out: question in another language (xxx" in shown and max(map(len, shown.splitlines())) < 300
+
+
 def test_empty_answers_are_left_out_and_counted(work):
     vqa_rad(work, "--train", put(work / "train.json", [*ROWS, {**ROWS[0], "qid": 9, "answer": " "}]))
     assert len(read_records(work / "out" / "train.json")) == 2
@@ -100,6 +116,11 @@ def test_empty_answers_are_left_out_and_counted(work):
         ({"qid": 7}, 'the id "7" occurs twice'),
         ({"image_name": "../secret.jpg"}, "outside the image folder"),
         ({"image_name": "/etc/passwd"}, "outside the image folder"),
+        ({"image_name": None}, 'record 2: "image_name" is empty'),
+        ({"qid": " "}, 'record 2: "qid" is empty'),
+        ({"answer": ["yes"]}, 'record 2: "answer" has to be text or a number, not list'),
+        ({"question": {"text": "How many?"}}, 'record 2: "question" has to be text or a number, not dict'),
+        ({"image_name": 300 * "a" + ".jpg"}, "images of 1 records not found"),
     ],
 )
 def test_bad_rows_are_named(work, change, message):
@@ -192,9 +213,14 @@ def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path):
     assert target.exists(), "the attack itself doesn't work; the test shows nothing"
 
 
-def test_broken_pickle_is_one_clear_error(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80\x04not a pickle", b"\x80\x02Nr\xff\xff\xff\xff.", b"\x80\x02\x8b\xff\xff\xff\xff"],
+    ids=["text", "a memo of 4 billion", "an integer of -1 bytes"],
+)
+def test_broken_pickle_is_one_clear_error(tmp_path, content):
     path_vqa_folder(tmp_path, [])
-    (tmp_path / "qas" / "val_qa.pkl").write_bytes(b"\x80\x04not a pickle")
+    (tmp_path / "qas" / "val_qa.pkl").write_bytes(content)
     with pytest.raises(LlavaError, match="not a pickle of plain values"):
         main(["pathvqa", "--folder", str(tmp_path), "--output-dir", str(tmp_path / "out")])
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.download_images import FAILURES_FILE, main
+from llava.data.download_images import FAILURES_FILE, _settings, build_parser, main
 from llava.data.fetching.articles import read_plan
-from llava.data.fetching.transfer import Limits, Transfer, TransferError
+from llava.data.fetching.settings import Limits, Settings
+from llava.data.fetching.transfer import Transfer, TransferError
 from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
 from llava.records import read_records
@@ -472,3 +473,8 @@ def test_a_list_of_something_else_is_not_replaced_by_the_failures(wanted, server
     assert Path(listed).read_bytes() == before
     with pytest.raises(LlavaError, match="--limit -1: give 0 or more"):
         main([*flags, "--limit", "-1"])
+
+
+def test_flags_and_settings_have_the_same_defaults(tmp_path):
+    flags = ["--input_path", str(tmp_path), "--images_output_path", str(tmp_path)]
+    assert _settings(build_parser().parse_args(flags)) == Settings()

@@ -1,12 +1,14 @@
 """The built-in set: what is held out, that answers are balanced, that images show their findings."""
 
 from collections import Counter, defaultdict
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from llava.data.phantoms import DOMAINS, TEMPLATES, Counts, Phantom, draw_facts, is_held_out, write_phantoms
+from llava.data.phantoms.__main__ import build_parser
 from llava.data.phantoms.build import TEST_NORMALS
 from llava.data.phantoms.conversations import conversation_record, spoken, test_records
 from llava.data.phantoms.drawing import CENTERS, draw
@@ -177,3 +179,8 @@ def test_counts_that_cannot_be_are_refused(tmp_path):
         write_phantoms(tmp_path / "a", counts=Counts(train=4, vqa=-1, conversations=1), processes=1)
     with pytest.raises(LlavaError, match="--processes 0: give 1 or more"):
         write_phantoms(tmp_path / "a", processes=0)
+
+
+def test_the_command_and_the_function_draw_as_many_if_not_told(tmp_path):
+    args = build_parser().parse_args(["--output-dir", str(tmp_path)])
+    assert {name: getattr(args, name) for name in asdict(Counts())} == asdict(Counts())

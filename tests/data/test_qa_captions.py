@@ -109,6 +109,9 @@ def test_kinds_and_parts_stand_for_questions(tmp_path):
     assert len(turns["parts.json"]) == 12 and whole == ["Which organ is it?\n<image>"] * 3
     assert all(words and set(words) < {"Which", "organ", "is", "it?"} for words in part) and part[0] != part[1]
     assert [asked for asked, answer in turns["parts.json"] if answer == "no"] == ["CT?\n<image>"] * 6
+    write_json(tmp_path / "train.json", [{**record(3, "c.png", "", "no"), "question_type": "X", "answer_type": "OPEN"}])
+    with pytest.raises(LlavaError, match=r"'c\.png': a question without words has no parts"):
+        convert.main([*flags, "--parts", "1", "--overwrite"])
     for wrong, message in ((["--kind", "plane"], "record 0 .*has no 'plane'"), (["--parts", "-1"], "--parts is -1")):
         with pytest.raises(LlavaError, match=message):
             convert.main([*flags, *wrong, "--overwrite"])

@@ -208,6 +208,15 @@ def test_repair_leaves_no_fault(made):
         assert {finding.kind for finding in found} & FAULTS.keys()
 
 
+def test_what_a_record_says_is_shown_in_short(tmp_path, capsys, images):
+    long = 5000 * "n"
+    code, report = run(tmp_path, [record(long, "<image> q", "a", image=long + ".png")], "--image-folder", str(images))
+    shown = capsys.readouterr().out
+    assert code == 1 and "record 0 (id 'nnn" in shown and max(map(len, shown.splitlines())) < 600
+    (case,) = report["faults"]["image_missing"]["first"]
+    assert case["id"] == long and case["detail"] == long + ".png", "the report has it whole"
+
+
 def test_filter_missing(tmp_path, images, capsys):
     inside = record("inside", "<image>", "a", image="data:image/png;base64,eA==")
     records = [GOOD, record("gone", "<image>", "a", image="none.png"), record("text", "q", "a", image=None), inside]
@@ -260,6 +269,15 @@ def test_split_takes_a_range_and_counts_what_is_too_long(tmp_path, capsys):
     pieces = split(tmp_path, records, "--max-length", "100", "--begin", "1", "--end", "3")
     assert [piece["id"] for piece in pieces] == ["1", "2"]
     assert "2 pieces are one question and answer longer than 100" in capsys.readouterr().out
+
+
+def test_pieces_of_records_without_an_id_are_told_apart_by_their_number(tmp_path):
+    long = record(None, "q0", "a0 " * 60, "q1", "a1 " * 60)
+    short = record(None, "q", "a")
+    nameless = {key: value for key, value in long.items() if key != "id"}
+    pieces = split(tmp_path, [short, short, long, nameless], "--max-length", "250", "--begin", "1")
+    expected = [None, "record2_0", "record2_2", "record3_0", "record3_2"]
+    assert [piece["id"] for piece in pieces] == expected
 
 
 def test_split_goes_by_who_speaks(tmp_path):

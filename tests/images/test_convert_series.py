@@ -225,6 +225,14 @@ def test_no_name_of_a_file_is_a_formula(tmp_path):
     assert found == {"'=1+1.dcm", "'+1.dcm", "'-1.dcm", "'@x.dcm", "plain.dcm"}
 
 
+def test_a_name_that_is_not_utf_8_is_written_too(tmp_path):
+    folder = tmp_path / "scans"
+    write(folder / "a.dcm", pydicom.uid.generate_uid(), 0.0, "CHEST", fill=300)
+    (folder / "a.dcm").rename(os.fsdecode(os.fsencode(folder) + b"/m\xfcller.dcm"))
+    convert(folder, tmp_path / "out", "--sources", str(tmp_path / "sources.csv"))
+    assert ",m\ufffdller.dcm," in (tmp_path / "sources.csv").read_text("utf-8")
+
+
 def test_choices():
     assert Choice().of(5) == [2] and Choice(every=2).of(5) == [0, 2, 4]
     assert Choice(rows=2, columns=2).of(8) == [1, 3, 5, 7] and Choice(rows=2, columns=2).of(2) == [0, 1]

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.images import Limits, open_image, open_uploaded_image, png_data_url
+from llava.images.headers.frames import count_frames
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (32, 1))
 
@@ -87,6 +89,13 @@ def test_cmyk_and_palette():
     rgb = Image.new("RGB", (16, 16), (250, 10, 10))
     assert np.abs(pixels(encoded(rgb.convert("CMYK"), "JPEG")).astype(int) - (250, 10, 10)).max() < 12
     assert np.abs(pixels(encoded(rgb.quantize(4))).astype(int) - (250, 10, 10)).max() < 4
+
+
+def test_exif_data_that_points_beyond_any_file_is_left_out():
+    big = b"II+\0\x08\0\0\0" + struct.pack("<Q", 2**64 - 1)
+    content = encoded(Image.new("RGB", (8, 4), "red"), "JPEG", exif=b"Exif\0\0" + big)
+    assert open_image(content).size == (8, 4)
+    assert count_frames("TIFF", big) == 1
 
 
 def test_exif_orientation_is_applied():

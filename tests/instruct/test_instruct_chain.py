@@ -48,7 +48,19 @@ def test_figures_of_every_file_kind(tmp_path):
     assert read_figures(tmp_path / "records.json")[0].caption == "A caption."
 
 
-@pytest.mark.parametrize("rows", [[{"id": "a"}], [{"id": "a", "caption": "c"}, {"id": "a", "caption": "d"}], []])
+def test_a_single_mention_is_one_sentence(tmp_path):
+    row = {"pair_id": "a", "caption": "c", "fig_label": 3, "domain": 5}
+    write_json(tmp_path / "f.json", {"mri": [{**row, "in_text_mention": "Figure 3 shows it."}]})
+    (figure,) = read_figures(tmp_path / "f.json")
+    assert (figure.mentions, figure.label, figure.domain) == (("Figure 3 shows it.",), "3", "mri")
+    write_json(tmp_path / "one.json", {**row, "in_text_mention": 7})
+    (figure,) = read_figures(tmp_path / "one.json")
+    assert (figure.mentions, figure.domain) == ((), None)
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"id": "a"}], [{"id": "a", "caption": "c"}, {"id": "a", "caption": "d"}], [], {"mri": [3]}]
+)
 def test_bad_figure_files(tmp_path, rows):
     write_json(tmp_path / "bad.json", rows)
     with pytest.raises(LlavaError, match=r"bad\.json"):

@@ -43,6 +43,15 @@ def test_as_it_should_be(tmp_path):
     assert (tmp_path / "unpacked" / "model.safetensors").read_text() == "weights"
 
 
+def test_what_an_attempt_with_another_zip_left_is_not_taken(tmp_path):
+    (tmp_path / "unpacked").mkdir()
+    (tmp_path / "unpacked" / "model.safetensors").write_text("another")  # as long
+    (tmp_path / "unpacked" / "model-00002-of-00002.safetensors").write_text("another")
+    use(zipped(tmp_path), tmp_path)
+    found = {path.name: path.read_text() for path in (tmp_path / "unpacked").iterdir()}
+    assert found == {"config.json": "{}", "model.safetensors": "weights"}
+
+
 @pytest.mark.parametrize(("member", "name"), [(0, "config.json"), (1, "model.safetensors")])
 @pytest.mark.parametrize(
     ("places", "value", "reason"),

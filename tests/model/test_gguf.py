@@ -3,6 +3,7 @@
 tests/real compares with llama.cpp's own library.
 """
 
+import json
 import struct
 import subprocess
 import sys
@@ -89,6 +90,19 @@ def test_types_of_others_are_unpacked(kind, tmp_path):
     before = load_file(llm / "model.safetensors")
     assert all((back[name].float() - before[name]).abs().max() <= 0.13 * before[name].abs().max() for name in before)
     assert back["model.embed_tokens.weight"].dtype == (torch.bfloat16 if kind == "BF16" else torch.float32)
+
+
+def test_what_lies_next_to_the_file_is_not_read(tmp_path):
+    llava, _ = make_chat_llava(tmp_path)
+    export_gguf(llava, tmp_path / "gguf", kind="f32")
+    (tmp_path / "alone").mkdir()
+    file = (tmp_path / "gguf" / "model-f32.gguf").rename(tmp_path / "alone" / "model-f32.gguf")
+    expected = (import_gguf(file, tmp_path / "first") / "tokenizer.json").read_text()
+    other = json.loads(expected)
+    other["normalizer"] = {"type": "Lowercase"}
+    (file.parent / "tokenizer.json").write_text(json.dumps(other))
+    (file.parent / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/no/model"}))
+    assert (import_gguf(file, tmp_path / "second") / "tokenizer.json").read_text() == expected
 
 
 def rewrite(source, target, kind=None, leave_out=(), fields=(), tensors=()):

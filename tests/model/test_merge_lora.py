@@ -126,6 +126,10 @@ def test_extracted_projector_loads_over_the_language_model(llava, tmp_path, caps
     content = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
     assert set(content) == {f"model.mm_projector.{n}.{leaf}" for n in (0, 2) for leaf in ("weight", "bias")}
     assert all(torch.equal(content[name], weights.read(name)) for name in content)
+    before = sorted(path.name for path in llava.iterdir())
+    with pytest.raises(LlavaError, match="the checkpoint itself; give another folder"):
+        extract_mm_projector.main(["--model-path", str(llava), "--output", str(llava)])
+    assert sorted(path.name for path in llava.iterdir()) == before
     extract_mm_projector.main(["--model-path", str(llava), "--output", str(tmp_path / "folder")])
     over_base = load_pretrained_model(
         tmp_path / "folder", llava.parent / "llm", vision_tower=llava.parent / "clip", device="cpu"

@@ -10,6 +10,7 @@ import pytest
 from llava.serve.protocol import ServeError, split_chunks
 from llava.serve.secret import HEADER
 from llava.serve.transport.bodies import MOST_VALUES, parse_json, written
+from llava.serve.transport.middleware import RequestMiddleware
 from llava.serve.worker.answering import Mailbox
 from tests.serve.processes import Process, wait_until
 
@@ -161,3 +162,19 @@ def test_a_cancel_is_never_swallowed():
         assert done and task.cancelled()
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize("length", [b"\xb2", b"9" * 5000, b"-1"])
+def test_a_length_that_is_no_number_is_refused(length):
+    """Whatever server stands before it: Python takes "²" for a digit, and no number of 5000 of them."""
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [(b"content-length", length)]}
+    asyncio.run(RequestMiddleware(None, lambda headers: None)(scope, receive, send))
+    assert sent[0]["status"] == 413

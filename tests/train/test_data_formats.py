@@ -217,3 +217,9 @@ def test_half_a_file_is_named(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(LlavaError, match=f"{name}: not a whole"):
         open_records(path)
+
+
+@pytest.mark.parametrize("name", [300 * "a" + ".png", "a\0.png"])
+def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path, name):
+    with pytest.raises(FileNotFoundError):
+        ImageSource(tmp_path).find(name)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llava.errors import LlavaError
-from llava.train.estimate.dry_run import ASSUMED_RECORDS, dry_run
+from llava.records import write_json
+from llava.train.estimate.dry_run import ASSUMED_RECORDS, dry_run, without_deepspeed
 from llava.train.estimate.inputs.names import present_model, told_records
 from llava.train.estimate.uneven import unlike_ranks
 from llava.train.estimate_memory import main
@@ -186,3 +187,25 @@ def test_a_whole_7b_on_one_h200():
     flags = ["--model_name_or_path", "llama-7b", "--bf16", "True", "--gradient_accumulation_steps", "4"]
     prediction = dry_run([*flags, *PACKED.format(4096).split()], GPUS["h200"], 1)
     assert prediction.mfu >= 0.50 and prediction.peak_gb <= 138 and prediction.reduce_dtype == "float32"
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_deepspeed_is_predicted_as_fsdp_however_it_is_given(tmp_path, joined):
+    path = tmp_path / "zero3.json"
+    write_json(path, {"zero_optimization": {"stage": 3}})
+    given = [f"--deepspeed={path}"] if joined else ["--deepspeed", str(path)]
+    flags, notes = without_deepspeed(["--bf16", "True", *given, "--seed", "1"], 8)
+    assert flags == ["--bf16", "True", "--seed", "1", "--fsdp", "full_shard auto_wrap"] and len(notes) == 1
+
+
+@pytest.mark.parametrize("content", [[], {"zero_optimization": None}, {"zero_optimization": {"stage": "three"}}])
+def test_a_deepspeed_file_that_is_none_is_one_line(tmp_path, content):
+    write_json(tmp_path / "zero.json", content)
+    with pytest.raises(LlavaError, match=r"zero\.json: no DeepSpeed configuration"):
+        without_deepspeed(["--deepspeed", str(tmp_path / "zero.json")], 8)
+
+
+def test_a_record_without_turns_is_named(tmp_path, base):
+    write_json(tmp_path / "data.json", [{"id": "a", "image": "a.png"}])
+    with pytest.raises(LlavaError, match=r"data\.json record 0.*conversations"):
+        dry_run([*base, *SMALL, "--data_path", str(tmp_path / "data.json")], H100, 1)

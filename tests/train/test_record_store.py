@@ -94,3 +94,9 @@ def test_records_are_described_by_file_number_and_id(tmp_path):
     path.write_text(json.dumps(RECORDS))
     store = open_records(path)
     assert describe(store, 3, store[3]) == f'{path} record 3 ("r3")'
+
+
+def test_a_long_id_is_named_in_short(tmp_path):
+    write_records(tmp_path / "data.json", [{"id": 5000 * "n"}])
+    store = open_records(tmp_path / "data.json")
+    assert '("nnn' in describe(store, 0, store[0]) and len(describe(store, 0, store[0])) < len(str(tmp_path)) + 200

@@ -4,7 +4,6 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -12,6 +11,7 @@ import aiohttp
 from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
+from llava.data.fetching.settings import Limits
 from llava.retries import AskedWait, retry_after
 
 USER_AGENT = "llava-med-data/2 (research; fetches figures of open-access articles)"
@@ -30,24 +30,6 @@ class TransferError(Exception):
         self.reason = reason
         self.permanent = permanent
         self.seconds = seconds
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How hard to try, and what is too much."""
-
-    timeout: float = 30.0
-    """Seconds without a byte."""
-    article_timeout: float = 900.0
-    """Seconds for one archive."""
-    retries: int = 4
-    backoff: float = 1.0
-    """Seconds before the second try; doubled each time."""
-    requests_per_second: float = 3.0
-    """0: as fast as it goes."""
-    max_image_bytes: int = 64 << 20
-    max_article_bytes: int = 4 << 30
-    max_unpacked_bytes: int = 16 << 30
 
 
 class Transfer:

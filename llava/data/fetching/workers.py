@@ -15,9 +15,10 @@ from pathlib import Path
 
 from llava.bars import tqdm
 from llava.data.fetching.archive import ArchiveError, Member, TarReader
-from llava.data.fetching.articles import OA_SERVICE, Article, Image
+from llava.data.fetching.articles import Article, Image
 from llava.data.fetching.journal import Journal
-from llava.data.fetching.transfer import Limits, Transfer, TransferError
+from llava.data.fetching.settings import Settings
+from llava.data.fetching.transfer import Transfer, TransferError
 from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
 from llava.folders import PART
@@ -25,21 +26,6 @@ from llava.folders import PART
 logger = logging.getLogger(__name__)
 
 _CHECK_DISK_EVERY = 200
-
-
-@dataclass
-class Settings:
-    """How a download goes about it."""
-
-    connections: int = 8
-    limits: Limits = field(default_factory=Limits)
-    oa_service: str | None = OA_SERVICE
-    """Asked for a new address when an article's own is dead; None: don't."""
-    keep_archives: Path | None = None
-    """Where whole archives are kept, and looked for before asking the network."""
-    min_free_bytes: int = 2 << 30
-    give_up_after: int = 200
-    """After this many failed connections in a row the network counts as down."""
 
 
 @dataclass

@@ -43,8 +43,8 @@ class Counts:
 
     train: int = 16_000
     test: int = 208
-    conversations: int = 1_000
-    vqa: int = 2_400
+    conversations: int = 3_000
+    vqa: int = 6_000
     text: int = 16_000
     rounds: int = 1
 

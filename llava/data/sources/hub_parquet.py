@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava.commandline import existing_dir
-from llava.data.conversion import Conversion, fault_of_texts, field_of, vqa_record, yes_no_type
+from llava.data.conversion import Conversion, fault_of_texts, field_of, value_of, vqa_record, yes_no_type
 from llava.errors import LlavaError
 from llava.records import Record, atomic_path, iter_records
 
@@ -44,7 +44,7 @@ def _records(split: str, paths: list[Path], image_dir: Path, conversion: Convers
     for path in paths:
         for index, row in enumerate(iter_records(path)):
             where = f"{path} row {index}"
-            question, answer = field_of(row, "question", where), field_of(row, "answer", where)
+            question, answer = value_of(row, "question", where), value_of(row, "answer", where)
             if fault := fault_of_texts(question, answer):
                 conversion.left_out[fault] += 1
                 continue

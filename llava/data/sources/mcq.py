@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.commandline import ArgumentParser
-from llava.data.conversion import Conversion, ImageFolder, clean_text, fault_of_texts, field_of, vqa_record
+from llava.data.conversion import Conversion, ImageFolder, clean_text, fault_of_texts, text_of, value_of, vqa_record
 from llava.data.sources.tables import read_table
 from llava.errors import LlavaError
 from llava.record_content import OPTION_LETTERS, first_given
@@ -123,8 +123,8 @@ def _read_omni(path: Path, conversion: Conversion) -> Iterator[Choice]:
     """Rows of OmniMedVQA: `option_A` to `option_D` (some are missing), the right one as its text (`gt_answer`)."""
     for index, row in enumerate(iter_records(path)):
         where = f"{path} record {index}"
-        given = {letter: clean_text(first_given(row, f"option_{letter}") or "") for letter in OPTION_LETTERS}
-        right = clean_text(field_of(row, "gt_answer", where))
+        given = {letter: text_of(row, f"option_{letter}", where, optional=True) for letter in OPTION_LETTERS}
+        right = text_of(row, "gt_answer", where)
         if right.lower() not in {text.lower() for text in given.values() if text}:
             raise LlavaError(f"{where}: gt_answer {right!r} is none of its options")
         fields = {
@@ -132,13 +132,13 @@ def _read_omni(path: Path, conversion: Conversion) -> Iterator[Choice]:
             "modality": first_given(row, "modality_type", "modality"),
             "dataset": row.get("dataset"),
         }
-        image, question = field_of(row, "image_path", where), field_of(row, "question", where)
-        yield from _choice(field_of(row, "question_id", where), image, question, given, right, fields, conversion)
+        image, question = text_of(row, "image_path", where), value_of(row, "question", where)
+        yield from _choice(text_of(row, "question_id", where), image, question, given, right, fields, conversion)
 
 
 def _choice(
-    key: Any,
-    image: Any,
+    key: str,
+    image: str,
     question: Any,
     given: dict[str, str],
     right: str,
@@ -156,7 +156,7 @@ def _choice(
         conversion.left_out["two options are the same"] += 1
     else:
         place = lowered.index(right.lower())
-        yield Choice(clean_text(key), clean_text(image), question, options, place, fields)
+        yield Choice(key, image.strip(), question, options, place, fields)
 
 
 def _without_letter(text: str, letter: str) -> str:

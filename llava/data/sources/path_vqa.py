@@ -13,9 +13,9 @@ from llava.commandline import ArgumentParser, existing_dir
 from llava.data.conversion import (
     Conversion,
     ImageFolder,
-    clean_text,
     fault_of_texts,
-    field_of,
+    text_of,
+    value_of,
     vqa_record,
     yes_no_type,
 )
@@ -63,10 +63,10 @@ def _records(path: Path, split: str, conversion: Conversion) -> Iterator[Record]
         raise LlavaError(f"{path}: expected a list of questions, got {type(rows).__name__}")
     for index, row in enumerate(rows):
         where = f"{path} record {index}"
-        question, answer = field_of(row, "question", where), field_of(row, "answer", where)
+        question, answer = value_of(row, "question", where), value_of(row, "answer", where)
         if fault := fault_of_texts(question, answer):
             conversion.left_out[fault] += 1
             continue
-        image = f"{split}/{clean_text(field_of(row, 'image', where))}.jpg"
+        image = f"{split}/{text_of(row, 'image', where)}.jpg"
         if conversion.accepts(image):
             yield vqa_record(f"{split}_{index:05d}", image, question, answer, yes_no_type(answer))

@@ -4,7 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 
 
 def read_plain_pickle(path: str | Path) -> Any:
@@ -14,11 +14,8 @@ def read_plain_pickle(path: str | Path) -> Any:
         LlavaError: the file names a class or function (and could so run code), or isn't a pickle.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file, path).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
-        raise LlavaError(f"{path}: not a pickle of plain values ({error})") from error
+    with path.open("rb") as file, library_errors(f"{path}: not a pickle of plain values"):
+        return _PlainUnpickler(file, path).load()
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -14,10 +14,10 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, existing_file
 from llava.constants import DEFAULT_IMAGE_TOKEN, FIGURE_DOMAINS
-from llava.data.conversion import Conversion, ImageFolder
+from llava.data.caption_files import iter_captions
+from llava.data.conversion import Conversion, ImageFolder, text_of
 from llava.errors import LlavaError
-from llava.record_content import first_given
-from llava.records import Record, iter_records, read_json
+from llava.records import Record, read_json
 
 NAME = "pmc"
 
@@ -79,7 +79,7 @@ def _records(
     path: Path, questions: dict[str, list[str]], brief_below: int, seed: int, conversion: Conversion
 ) -> Iterator[Record]:
     for key, row in _rows(path, conversion).items():
-        caption = str(row["caption"] or "").strip()
+        caption = row["caption"]
         image = row["image"] or f"{key}.jpg"
         if not caption:
             conversion.left_out["empty caption"] += 1
@@ -101,15 +101,17 @@ def _records(
 def _rows(path: Path, conversion: Conversion) -> dict[str, Record]:
     """Key → image, caption and domain of each pair; a pair listed under several domains is one with all of them."""
     rows: dict[str, Record] = {}
-    for where, listed, entry in _entries(path):
-        key = entry.get("pair_id") or entry.get("id") or entry.get("image")
-        if not key:
+    for where, listed, entry in iter_captions(path):
+        names = [text_of(entry, name, where, optional=True) for name in ("pair_id", "id", "image")]
+        key = next(filter(None, names), None)
+        if key is None:
             raise LlavaError(f'{where}: no "pair_id", "id" or "image"')
         domain = _domain(entry.get("domain"), listed)
-        row = rows.get(str(key))
+        row = rows.get(key)
         if row is None:
-            caption = first_given(entry, "fig_caption", "caption")
-            rows[str(key)] = {"image": entry.get("image"), "caption": caption, "domain": domain}
+            name = "caption" if entry.get("fig_caption") is None else "fig_caption"
+            caption = text_of(entry, name, where, optional=True)
+            rows[key] = {"image": names[-1], "caption": caption, "domain": domain}
         else:
             conversion.left_out["pair listed before"] += 1
             for name, is_there in (domain or {}).items():
@@ -117,26 +119,12 @@ def _rows(path: Path, conversion: Conversion) -> dict[str, Record]:
     return rows
 
 
-def _entries(path: Path) -> Iterator[tuple[str, str | None, Record]]:
-    """(where, domain it is listed under, entry): the release's {domain: [entries]}, or records of any file form."""
-    with path.open("rb") as file:
-        is_object = path.suffix == ".json" and file.read(64).lstrip()[:1] == b"{"
-    if not is_object:
-        for index, entry in enumerate(iter_records(path)):
-            yield f"{path} record {index}", None, entry
-        return
-    for domain, entries in read_json(path).items():
-        if not isinstance(entries, list):
-            raise LlavaError(f'{path}: "{domain}" holds {type(entries).__name__}, expected a list of captions')
-        for index, entry in enumerate(entries):
-            yield f'{path} "{domain}" record {index}', domain, entry
-
-
 def _domain(own: Any, listed: str | None) -> dict[str, bool] | None:
     if isinstance(own, dict):
         return {name: bool(value) for name, value in own.items()}
-    name = own if isinstance(own, str) else listed
-    return {known: known == name for known in FIGURE_DOMAINS} if name in FIGURE_DOMAINS else None
+    names = own if isinstance(own, list) else [own if isinstance(own, str) else listed]
+    found = {known: known in names for known in FIGURE_DOMAINS}
+    return found if any(found.values()) else None
 
 
 def _read_questions(path: str | None) -> dict[str, list[str]]:

@@ -77,6 +77,8 @@ def _parts(by_image: Pairs, times: int) -> Iterator[Record]:
     for image, pairs in by_image.items():
         for number, (asked, answer) in enumerate(pairs):
             words = asked.split()
+            if not words:
+                raise LlavaError(f"image {image!r:.200}: a question without words has no parts; leave --parts out")
             for turn in range(times):
                 part = [word for word in words if draw.random() < 0.5] or [draw.choice(words)]
                 yield _one_turn(f"{image} {number} whole {turn}", image, asked, answer)

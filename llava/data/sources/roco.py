@@ -6,6 +6,7 @@ of each, and nothing is ever run.
 python -m llava.data.convert roco --folder roco-dataset/data/train/radiology --output-dir data/roco
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,7 +129,7 @@ def _file_name(name: str, licence: Licence, image_folder: ImageFolder) -> str:
     there = image_folder.folder
     if there is not None and not (there / usual).is_file():
         other = licence.source_name
-        if other and is_inside(other) and (there / other).is_file():
+        if other and is_inside(other) and os.path.isfile(there / other):
             return other
     return usual
 

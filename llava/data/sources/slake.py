@@ -12,10 +12,11 @@ from llava.commandline import ArgumentParser, existing_dir, existing_file
 from llava.data.conversion import (
     Conversion,
     ImageFolder,
-    clean_text,
     fault_of_texts,
     field_of,
     read_answer_type,
+    text_of,
+    value_of,
     vqa_record,
 )
 from llava.errors import LlavaError
@@ -66,16 +67,16 @@ def _records(path: Path, language: str, conversion: Conversion) -> Iterator[Reco
         if language not in ("all", spoken):
             conversion.left_out[f"question in another language ({spoken})"] += 1
             continue
-        question, answer = field_of(row, "question", where), field_of(row, "answer", where)
+        question, answer = value_of(row, "question", where), value_of(row, "answer", where)
         if fault := fault_of_texts(question, answer):
             conversion.left_out[fault] += 1
             continue
-        image = clean_text(field_of(row, "img_name", where))
+        image = text_of(row, "img_name", where)
         if not conversion.accepts(image):
             continue
         answer_type = read_answer_type(field_of(row, "answer_type", where), where)
         yield vqa_record(
-            clean_text(field_of(row, "qid", where)),
+            text_of(row, "qid", where),
             image,
             question,
             answer,

@@ -18,6 +18,8 @@ from llava.data.conversion import (
     fault_of_texts,
     field_of,
     read_answer_type,
+    text_of,
+    value_of,
     vqa_record,
 )
 from llava.data.sources.hub_parquet import parquet_conversion
@@ -67,18 +69,18 @@ def _read_public(path: Path) -> dict[str, list[tuple[str, Record]]]:
 
 def _records(rows: list[tuple[str, Record]], conversion: Conversion) -> Iterator[Record]:
     for where, row in rows:
-        question, answer = field_of(row, "question", where), field_of(row, "answer", where)
+        question, answer = value_of(row, "question", where), value_of(row, "answer", where)
         if fault := fault_of_texts(question, answer):
             conversion.left_out[fault] += 1
             continue
-        image = clean_text(field_of(row, "image_name", where))
+        image = text_of(row, "image_name", where)
         if not conversion.accepts(image):
             continue
         answer_type = read_answer_type(field_of(row, "answer_type", where), where)
         question_type = _question_type(row.get("question_type"))
         _count_corrections(row, question_type, answer_type, conversion)
         yield vqa_record(
-            clean_text(field_of(row, "qid", where)),
+            text_of(row, "qid", where),
             image,
             question,
             answer,
@@ -102,12 +104,11 @@ def _text_or_none(value) -> str | None:
 
 
 def _count_corrections(row: Record, question_type: str | None, answer_type: str, conversion: Conversion) -> None:
-    if not isinstance(row["answer"], str):
-        conversion.corrected["answer was a number"] += 1
-    elif row["answer"] != row["answer"].strip():
-        conversion.corrected["blanks around the answer"] += 1
-    if row["question"] != row["question"].strip():
-        conversion.corrected["blanks around the question"] += 1
+    for name in ("answer", "question"):
+        if not isinstance(row[name], str):
+            conversion.corrected[f"{name} was a number"] += 1
+        elif row[name] != row[name].strip():
+            conversion.corrected[f"blanks around the {name}"] += 1
     if row["answer_type"] != answer_type:
         conversion.corrected["answer_type"] += 1
     if row.get("question_type") != question_type:

@@ -5,6 +5,7 @@ else ("shuffle"). What a model keeps of its score then, it doesn't get from the 
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,7 +55,7 @@ class QuestionImages:
                 if key not in self.sources:
                     source = image_source(image_file(image), folder)
                     self.sources[key] = with_options_of(image, source)
-                    if isinstance(source, Path) and not source.is_file():
+                    if isinstance(source, Path) and not os.path.isfile(source):
                         missing.append((question.id, source))
         if missing:
             which, path = missing[0]

@@ -1,18 +1,20 @@
 """Images as vectors by a vision model, to be compared by their cosine."""
 
+import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from llava.bars import tqdm
-from llava.errors import LlavaError, first_line
+from llava.errors import LlavaError
 from llava.eval.answers.ablation import image_source
 from llava.image_options import with_options_of
 from llava.images import ImageProcessor, open_image
+from llava.model.library_model import load_library_model
 from llava.model.weights.locate import locate_model
 from llava.model.weights.placement import best_device
 from llava.record_content import image_file
@@ -41,7 +43,7 @@ def image_vectors(
     if processor is None:
         raise LlavaError(f"{folder}: has no preprocessor_config.json; copy it from the model's source")
     files = {name: image_source(image_file(image), place) for name, (image, place) in images.items()}
-    missing = [source for source in files.values() if isinstance(source, Path) and not source.is_file()]
+    missing = [source for source in files.values() if isinstance(source, Path) and not os.path.isfile(source)]
     if missing:
         raise LlavaError(f"{len(missing)} images are missing, first {missing[0]}; check --image-folder")
     sources = {name: with_options_of(image, files[name]) for name, (image, _) in images.items()}
@@ -59,10 +61,5 @@ def image_vectors(
 
 
 def _vision_model(folder: Path) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config._attn_implementation = None  # what the file names there may be code of the hub
-        model = AutoModel.from_pretrained(folder, config=config)
-    except (ValueError, OSError) as error:
-        raise LlavaError(f"{folder}: no vision model of the library ({first_line(error)})") from error
-    return getattr(model, "vision_model", model).eval()
+    model = load_library_model(AutoModel, folder, "vision model")
+    return getattr(model, "vision_model", model)

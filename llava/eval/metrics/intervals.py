@@ -7,7 +7,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-RESAMPLES = 10_000
+from llava.eval.scoring_flags import RESAMPLES
+
 _CHUNK = 4_000_000  # drawn indices held at a time
 
 

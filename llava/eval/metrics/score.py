@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llava.eval.metrics.intervals import RESAMPLES, bootstrap_interval, share_interval
+from llava.eval.metrics.intervals import bootstrap_interval, share_interval
 from llava.eval.metrics.joined import JoinedItem
 from llava.eval.metrics.paper import Candidates, paper_scores
 from llava.eval.metrics.registry import (
@@ -19,6 +19,7 @@ from llava.eval.metrics.registry import (
     metrics_of,
 )
 from llava.eval.metrics.strict import strict_scores
+from llava.eval.scoring_flags import RESAMPLES
 
 
 @dataclass(frozen=True)

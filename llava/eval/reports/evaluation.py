@@ -10,11 +10,11 @@ from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
 from llava.eval.answers.manifest import describe, read_dataset_manifest
 from llava.eval.metrics.calibration import Calibration, calibrate
-from llava.eval.metrics.intervals import RESAMPLES
 from llava.eval.metrics.joined import JoinedItem, clusters_of, join, read_answers
 from llava.eval.metrics.score import Scores, group_keys, score_items
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.tables import calibration_line, group_table, score_table
+from llava.eval.scoring_flags import RESAMPLES
 from llava.manifests import read_manifest
 from llava.records import read_json
 

@@ -1,6 +1,7 @@
 """The sections of an evaluation report, each from evaluated answer files to HTML; empty where there is nothing."""
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -322,4 +323,4 @@ def _image(images: Sequence[Any], folder: str | Path | None):
     if not isinstance(name, str) or not folder:
         return None
     path = Path(folder) / name
-    return open_image(with_options_of(images[0], path)) if path.is_file() else None
+    return open_image(with_options_of(images[0], path)) if os.path.isfile(path) else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from llava.errors import one_line
 from llava.eval.metrics.calibration import Calibration
 from llava.eval.metrics.registry import CHOICE, CLOSED, OPEN, SETS, Metric, all_metrics
 from llava.eval.metrics.score import Number, Scores, headlines
@@ -57,8 +58,8 @@ def plain(value: float | None, digits: int = 2) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, a line below the header."""
-    table = [list(header), *[list(row) for row in rows]]
+    """Aligned columns, a line below the header; of a long cell its beginning and its end."""
+    table = [[one_line(cell, 200) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     table.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)

@@ -3,6 +3,7 @@
 import mmap
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,6 +60,8 @@ class Directory:
         return self._unpack(layout, tag.offset)[0] if layout and tag.count else 0
 
     def _unpack(self, layout: str, offset: int) -> tuple[int, ...]:
+        if offset > sys.maxsize:  # unpack_from would raise an OverflowError
+            raise struct.error("beyond the data")
         return struct.unpack_from(self.order + layout, self.data, offset)
 
 

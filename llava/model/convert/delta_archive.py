@@ -69,11 +69,15 @@ class DeltaArchive:
         return sum(info.file_size for info in self.members.values())
 
     def unpack(self, folder: Path) -> Path:
-        """Write the wanted files to `folder`, those of an earlier attempt apart; the zip's checksums are compared."""
+        """Write the wanted files to `folder`, those of an earlier attempt apart; the zip's checksums are compared.
+        Nothing else stays there."""
         folder.mkdir(exist_ok=True)
+        for left in folder.iterdir():
+            if left.name not in self.members:
+                left.unlink()
         for name, info in self.members.items():
             target = folder / name
-            if target.is_file() and target.stat().st_size == info.file_size:
+            if _is_whole(target, info):
                 continue
             try:
                 with self._zip.open(info) as source, atomic_path(target) as temporary, temporary.open("wb") as file:
@@ -99,6 +103,17 @@ def _is_wanted(info: zipfile.ZipInfo) -> bool:
     if info.is_dir() or kind not in {0, _REGULAR} or "\\" in name or name.startswith("."):
         return False
     return any(fnmatch(name, pattern) for pattern in SIDE_FILES + WEIGHT_FILES)
+
+
+def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
+    """Whether an earlier attempt has written this member, and not one of another zip's that is as long."""
+    if not path.is_file() or path.stat().st_size != info.file_size:
+        return False
+    checksum = 0
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            checksum = zlib.crc32(data, checksum)
+    return checksum == info.CRC
 
 
 def _copy(source, file, size: int) -> None:

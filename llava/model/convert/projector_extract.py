@@ -45,6 +45,10 @@ def extract_projector(model_path: str | Path, output: str | Path, *, overwrite: 
         path = output / FILE_NAME
     else:
         raise LlavaError(f"--output {output}: give a .bin or .safetensors file, or a folder")
+    if path != output and output.resolve() == folder.resolve():
+        raise LlavaError(
+            f"--output {output}: the checkpoint itself; give another folder, or a .bin or .safetensors file"
+        )
     if path.exists() and not overwrite:
         raise LlavaError(f"{path} is there already; give another name, or --overwrite to replace it")
     tensors = _projector(folder) | _image_rows(folder)

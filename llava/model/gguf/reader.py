@@ -5,6 +5,9 @@ What that reader leaves out without a word is done here or refused: ids of speci
 """
 
 import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, planned_tenso
 
 log = logging.getLogger(__name__)
 
+_NAME = "model.gguf"
 _GPT2_CUTS = {"default", "gpt-2", "gpt2"}
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
@@ -59,7 +63,8 @@ def import_gguf(
     file = _open(source)
     dtype = dtype or _own_dtype(file)
     rope = _rope(file, source)
-    model, tokenizer = _read_model(source, dtype), _read_tokenizer(file, source)
+    with _alone(source) as place:
+        model, tokenizer = _read_model(place, source, dtype), _read_tokenizer(place, source, file)
     _check_tensors(file, model, source)
     config = model.config
     if rope is not None:
@@ -160,9 +165,18 @@ def _rope(file: GGUFReader, source: Path) -> dict[str, Any] | None:
     return rope
 
 
-def _read_model(source: Path, dtype: torch.dtype) -> Any:
+@contextmanager
+def _alone(source: Path) -> Iterator[Path]:
+    """A folder with the file alone, as model.gguf: the library would read a tokenizer.json or an adapter's
+    configuration that lies next to it in place of what it holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _NAME).symlink_to(source.resolve())
+        yield Path(folder)
+
+
+def _read_model(place: Path, source: Path, dtype: torch.dtype) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(place, gguf_file=_NAME, dtype=dtype)
     except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError) as error:
         raise LlavaError(f"{source}: the weights can't be read ({first_line(error)})") from error
 
@@ -181,7 +195,7 @@ def _check_tensors(file: GGUFReader, model: Any, source: Path) -> None:
         raise LlavaError(f"{source}: {' and '.join(found)}; it can't be imported as it is")
 
 
-def _read_tokenizer(file: GGUFReader, source: Path) -> PreTrainedTokenizerBase:
+def _read_tokenizer(place: Path, source: Path, file: GGUFReader) -> PreTrainedTokenizerBase:
     """The file's tokenizer, every token at its place.
 
     Raises:
@@ -191,7 +205,7 @@ def _read_tokenizer(file: GGUFReader, source: Path) -> PreTrainedTokenizerBase:
     if not tokens:
         raise LlavaError(f"{source}: holds no vocabulary; it isn't a whole language model")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file=_NAME)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise LlavaError(f"{source}: the tokenizer can't be read ({first_line(error)})") from error
     backend = tokenizer.backend_tokenizer

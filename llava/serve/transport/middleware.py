@@ -149,7 +149,7 @@ class RequestMiddleware:
         if error := self.hosts.check(headers):
             raise error
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.max_body:
+        if not length.isdecimal() or len(length) > 20 or int(length) > self.max_body:
             raise ServeError(ErrorType.TOO_LARGE, f"The request is larger than {self.max_body} bytes.")
         if scope["path"] != LIVENESS:
             error = self.authorize(headers)

@@ -261,6 +261,9 @@ class Page:
             images = [*chat.draft, *await self.scan.views(chat)]
         except (LlavaError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
+        if await _is_busy(chat):  # with a question that was sent twice
+            yield self._unchanged()
+            return
         exchange = Exchange(text, tuple(images))
         if text_length([*chat.exchanges, exchange]) > MOST_TEXT:
             raise _error(TOO_LONG, "Too long")
@@ -296,14 +299,15 @@ class Page:
             raise _error(str(error), "Settings") from error
         # The box is emptied once: the next question may be typed while this one is answered.
         box: dict[str, Any] | None = {"text": "", "files": []}
-        *controls, seen = await self._desk(chat, model)
-        # The attention map is the last answer's.
-        desk = [*controls, gr.HTML(seen, attention="")]
-        chat.running = True
+        chat.running, chat.stopping = True, False  # before anything is waited for: a second click finds it so
         try:
-            async for _ in answer(self.client, chat, models, sampling, self.drawn.budget):
-                yield [*self._show(chat, model, box, running=True), *desk]
-                box, desk = None, self._unchanged()[-len(desk) :]
+            *controls, seen = await self._desk(chat, model)
+            # The attention map is the last answer's.
+            desk = [*controls, gr.HTML(seen, attention="")]
+            if not chat.stopping:  # or the question was taken back meanwhile
+                async for _ in answer(self.client, chat, models, sampling, self.drawn.budget):
+                    yield [*self._show(chat, model, box, running=True), *desk]
+                    box, desk = None, self._unchanged()[-len(desk) :]
         finally:
             chat.running = False
         yield [*self._show(chat, model), *desk]

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from llava.bars import tqdm
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.errors import LlavaError
+from llava.errors import ImageError, LlavaError
 from llava.record_content import image_key, record_images
 from llava.records import Record
 from llava.tokenization import Encoded
@@ -211,17 +211,17 @@ class LlavaDataset(Dataset):
         return describe(self.store, number, self.store[number])
 
     def image_error(self, number: int, error: Exception) -> LlavaError:
-        """The message for an image that can't be had: record, path, what to do."""
+        """The message for an image that can't be had: record, path, and what to do if it is missing or unreadable."""
+        where, skip = self.describe(number), "to drop such records, or add --skip_unreadable_images True"
         if isinstance(error, FileNotFoundError):
-            problem = f'image "{error.args[0]}" not found'
-            if self.image_source.folder is None:
-                problem += " (no --image_folder was given)"
-        else:
-            problem = str(error)
-        return LlavaError(
-            f"{self.describe(number)}: {problem}; correct --image_folder, run "
-            '"python -m llava.data.filter_missing" to drop such records, or add --skip_unreadable_images True'
-        )
+            folder = " (no --image_folder was given)" if self.image_source.folder is None else ""
+            return LlavaError(
+                f'{where}: image "{error.args[0]}" not found{folder}; correct --image_folder, run '
+                f'"python -m llava.data.filter_missing" {skip}'
+            )
+        if isinstance(error, ImageError):
+            return LlavaError(f'{where}: {error}; run "python -m llava.data.validate" with --fix {skip}')
+        return LlavaError(f"{where}: {error}")
 
     @contextmanager
     def image_errors(self, number: int) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Where the images of training records are: in a folder, in tar shards, or in the record itself."""
 
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class ImageSource:
         if self._members is not None and (member := self._members.find(image)):
             return member
         path = Path(image) if self.folder is None else self.folder / image
-        if not path.is_file():
+        if not os.path.isfile(path):  # False also of a name that is too long, where a Path raises
             raise FileNotFoundError(str(path))
         return path
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from llava.bars import tqdm
-from llava.errors import LlavaError, library_errors
+from llava.errors import LlavaError, library_errors, one_line
 from llava.records import Record, Replaced, atomic_path, parse_record, read_json_list
 from llava.train.data.kept_files import kept_path
 
@@ -69,7 +69,7 @@ def describe(store: RecordStore, index: int, record: Record | None = None) -> st
     """Where a record is, for messages: file, number and id."""
     name = f"{store.path} record {index}"
     if record is not None and record.get("id") is not None:
-        name += f' ("{record["id"]}")'
+        name += f' ("{one_line(str(record["id"]), 100)}")'
     return name
 
 

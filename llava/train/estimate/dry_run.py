@@ -187,14 +187,19 @@ class Plan:
 def without_deepspeed(argv: list[str], gpus: int) -> tuple[list[str], list[str]]:
     """The command line with FSDP 2 in place of DeepSpeed, which shards the same but can't run without content, and
     what is to be said of it."""
-    names = [word.replace("-", "_") for word in argv]
+    names = [word.partition("=")[0].replace("-", "_") for word in argv]
     if "__deepspeed" not in names:
         return argv, []
     place = names.index("__deepspeed")
-    file, rest = argv[place + 1 : place + 2], argv[:place] + argv[place + 2 :]
+    _, is_joined, joined = argv[place].partition("=")
+    end = place + (1 if is_joined else 2)
+    file, rest = [joined] if is_joined else argv[place + 1 : end], argv[:place] + argv[end:]
     if not file:
         raise LlavaError("--deepspeed: expected a configuration file")
-    zero = read_json(file[0]).get("zero_optimization", {})
+    content = read_json(file[0])
+    zero = content.get("zero_optimization", {}) if isinstance(content, dict) else None
+    if not isinstance(zero, dict) or not isinstance(zero.get("stage", 0), int):
+        raise LlavaError(f"--deepspeed {file[0]}: no DeepSpeed configuration (zero_optimization with a stage)")
     notes = ["--deepspeed: predicted for FSDP 2, which shards as ZeRO does"]
     kind = {2: "shard_grad_op", 3: "full_shard"}.get(zero.get("stage", 0))
     if kind is None or gpus == 1:

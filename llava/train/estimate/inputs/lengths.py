@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.errors import LlavaError
 from llava.images.anyres import default_pinpoints, read_pinpoints
 from llava.model import LoadedModel
 from llava.record_content import images_of, read_turns
@@ -81,7 +82,7 @@ def _read(arguments: Arguments, loaded: LoadedModel, store: RecordStore) -> Leng
         each, most = _tiles_per_image(loaded), _most_tiles(loaded, longest)
         places = [f"{store.path} record {number}" for number in spread.numbers]
         tiles = [min(each * len(images_of(spread[n], where)), most) for n, where in enumerate(places)]
-        texts = [_tokens(spread[number]) for number in range(len(spread))]
+        texts = [_tokens(spread[number], where) for number, where in enumerate(places)]
         positions = [min(text + count * patches, longest) for text, count in zip(texts, tiles)]
         how = f"{CHARACTERS} characters taken for a token"
     found = Lengths(np.array(positions), np.array(tiles), len(store), "", are_read=True)
@@ -108,8 +109,11 @@ class Spread:
         return self.store[int(self.numbers[index])]
 
 
-def _tokens(record: Record) -> int:
-    return sum(len(turn.text) for turn in read_turns(record)) // CHARACTERS + 1
+def _tokens(record: Record, where: str) -> int:
+    try:
+        return sum(len(turn.text) for turn in read_turns(record)) // CHARACTERS + 1
+    except LlavaError as error:
+        raise LlavaError(f"{where}: {error}") from error
 
 
 def _tiles_per_image(loaded: LoadedModel) -> int:
