@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
             if table:
                 table.rows += [(image, args.question or "", "") for image in records[name]["images"]]
         if not records:
-            raise LlavaError(f"{args.folder}: no series that can be used ({len(left_out.entries)} files left out)")
+            why = f" (left out: {'; '.join(left_out.reasons())})" if left_out.entries else ""
+            raise LlavaError(f"{args.folder}: no series that can be used{why}")
         write_records(part / "records.json", [records[name] for name in sorted(records)])
         write_records(part / "left_out.jsonl", left_out.entries)
         if sources:
@@ -111,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
             table.write(("image", "question", "answer"))
     count = sum(len(record["images"]) for record in records.values())
     write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
-    for why, number in Counter(entry["why"] for entry in left_out.entries).most_common():
-        write_line(f"left out: {number} × {why}")
+    for reason in left_out.reasons():
+        write_line(f"left out: {reason}")
 
 
 class Table:
@@ -171,6 +172,10 @@ class LeftOut:
         if self.with_paths:
             entry["file"] = str(path.relative_to(self.folder))
         self.entries.append(entry)
+
+    def reasons(self) -> list[str]:
+        """Why, and how often, the commonest first."""
+        return [f"{number} × {why}" for why, number in Counter(entry["why"] for entry in self.entries).most_common()]
 
 
 def _digest(path: Path) -> str | None:
