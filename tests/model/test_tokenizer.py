@@ -277,3 +277,37 @@ def test_a_panic_ends_a_command_in_one_line(tmp_path):
     code += f"run(lambda: load_tokenizer({str(folder)!r}).encode('a' * 40 + 'b') and 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "error: a library gave up" in done.stderr.splitlines()[-1]
+
+
+THREADS = """
+import psutil, sys, threading
+from llava.generation.cache.tokenizer_cache import TokenizerCache
+from llava.model.tokenizer import load_tokenizer
+
+tokenizer = load_tokenizer(sys.argv[1])
+asked = TokenizerCache(tokenizer) if sys.argv[2] == "cache" else tokenizer
+ready = threading.Barrier(9)
+
+def ask(thread):
+    for number in range(3000):
+        asked(f"Is there a nodule in picture {thread * 10_000 + number}, and where is it?", add_special_tokens=False)
+    ready.wait()
+    ready.wait()
+
+before = psutil.Process().memory_info().rss
+for thread in range(8):
+    threading.Thread(target=ask, args=(thread,)).start()
+ready.wait()
+print((psutil.Process().memory_info().rss - before) >> 20)
+ready.wait()
+"""
+
+
+def test_no_thread_keeps_words_of_its_own(tmp_path):
+    """The library's tokenizer does: what is measured would show it."""
+    make_tokenizer(tmp_path)
+    took = {
+        which: int(subprocess.run([sys.executable, "-c", THREADS, str(tmp_path), which], capture_output=True).stdout)
+        for which in ("cache", "tokenizer")
+    }
+    assert took["cache"] < 20 < took["tokenizer"], took
