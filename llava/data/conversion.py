@@ -77,7 +77,7 @@ class ImageFolder:
 
 
 def vqa_record(
-    id: str, image: str | None, question: str, answer: Any, answer_type: str | None = None, **fields: Any
+    id: str, image: str | None, question: Any, answer: Any, answer_type: str | None = None, **fields: Any
 ) -> Record:
     """One question and answer as a conversation, `<image>` after the question; fields that are None are left out."""
     text = clean_text(question)

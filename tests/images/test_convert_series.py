@@ -244,7 +244,7 @@ def test_choices():
 def test_mistakes(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("x")
-    with pytest.raises(LlavaError, match="no series that can be used .left out: 1 × "):
+    with pytest.raises(LlavaError, match=r"no series that can be used \(left out: 1 × "):
         main([str(tmp_path / "in"), "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()

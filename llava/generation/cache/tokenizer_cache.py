@@ -21,7 +21,7 @@ class TokenizerCache:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer = tokenizer
-        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
         if hasattr(model, "_resize_cache"):
             model._resize_cache(0)
         self._known: OrderedDict[tuple[Any, ...], list[int]] = OrderedDict()
