@@ -30,6 +30,11 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = _NO_SPACE | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; False also for a name that is too long for one, at which `Path.is_file` raises."""
+    return os.path.isfile(path)
+
+
 def part_of(target: Path) -> Path:
     """Where `target` is put together: next to it, so that it can be renamed."""
     return target.parent / f".{target.name}{PART}"

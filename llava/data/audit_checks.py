@@ -1,6 +1,5 @@
 """The audit itself: two lists of questions in, one dictionary of findings out (JSON-ready)."""
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from llava.bars import tqdm
 from llava.data.image_likeness import Fingerprint, alike, fingerprint, groups
 from llava.data.vqa_items import VqaItem
 from llava.errors import LlavaError
+from llava.folders import is_file
 from llava.image_options import with_options_of
 from llava.record_content import image_bytes, image_file, image_key
 
@@ -169,7 +169,7 @@ def _fingerprints(images: dict[str, Any], folder: Path, split: str) -> dict[str,
             source = image_bytes(file)
         elif not file.startswith("data:"):
             source = path = folder / file
-            if not os.path.isfile(path):
+            if not is_file(path):
                 raise LlavaError(f"{split} image not found: {path}; check --image-folder")
         prints[name] = fingerprint(with_options_of(image, source))
     return prints

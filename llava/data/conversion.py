@@ -4,7 +4,6 @@ A converter (llava/data/sources/) yields records and counts what it leaves out; 
 split, the candidate answers of the training split, and a manifest with sources, counts and checksums.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, one_line
-from llava.folders import stage_files
+from llava.folders import is_file, stage_files
 from llava.manifests import sha256_of
 from llava.record_content import as_text
 from llava.records import Record, write_json, write_records
@@ -59,7 +58,7 @@ class ImageFolder:
         if name not in self._known:
             if not is_inside(name):
                 raise LlavaError(f"image {name!r} points outside the image folder; give a relative path without '..'")
-            self._known[name] = self.folder is None or os.path.isfile(self.folder / name)
+            self._known[name] = self.folder is None or is_file(self.folder / name)
         if self._known[name]:
             return True
         self.missing[name] = self.missing.get(name, 0) + 1

@@ -5,12 +5,12 @@
 Only the presence of images is looked at; `llava.data.validate` opens them.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
+from llava.folders import is_file
 from llava.record_content import image_file, images_of
 from llava.records import Record, iter_records, write_json, write_records
 
@@ -28,7 +28,7 @@ class Missing:
 
     def is_there(self, name: str) -> bool:
         if name not in self._there:
-            self._there[name] = os.path.isfile(self.folder / name)
+            self._there[name] = is_file(self.folder / name)
         if not self._there[name]:
             self.images[name] = None
         return self._there[name]

@@ -3,7 +3,6 @@
 `check_form` looks at the record alone; `ImageCheck` opens its images; `LengthCheck` tokenises it.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import is_inside
 from llava.errors import LlavaError
+from llava.folders import is_file
 from llava.image_options import with_options_of
 from llava.record_content import (
     ASSISTANT,
@@ -187,7 +187,7 @@ class ImageCheck:
         if not is_inside(name):
             return Finding("image_name", name)
         path = self._folder / name
-        return _open(path, image, name) if os.path.isfile(path) else Finding("image_missing", name)
+        return _open(path, image, name) if is_file(path) else Finding("image_missing", name)
 
 
 def _open(source: Any, image: Any, name: str) -> Finding | None:

@@ -6,7 +6,6 @@ of each, and nothing is ever run.
 python -m llava.data.convert roco --folder roco-dataset/data/train/radiology --output-dir data/roco
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import Conversion, ImageFolder, is_inside
 from llava.data.sources.tables import read_lines, read_table
 from llava.errors import LlavaError
+from llava.folders import is_file
 from llava.records import Record, write_records
 
 NAME = "roco"
@@ -129,7 +129,7 @@ def _file_name(name: str, licence: Licence, image_folder: ImageFolder) -> str:
     there = image_folder.folder
     if there is not None and not (there / usual).is_file():
         other = licence.source_name
-        if other and is_inside(other) and os.path.isfile(there / other):
+        if other and is_inside(other) and is_file(there / other):
             return other
     return usual
 

@@ -5,7 +5,6 @@ else ("shuffle"). What a model keeps of its score then, it doesn't get from the 
 """
 
 import hashlib
-import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.eval.answers.questions import Question
+from llava.folders import is_file
 from llava.image_options import ImageOptions, options_of, with_options_of
 from llava.images import with_default_options
 from llava.record_content import image_bytes, image_file, image_key
@@ -55,7 +55,7 @@ class QuestionImages:
                 if key not in self.sources:
                     source = image_source(image_file(image), folder)
                     self.sources[key] = with_options_of(image, source)
-                    if isinstance(source, Path) and not os.path.isfile(source):
+                    if isinstance(source, Path) and not is_file(source):
                         missing.append((question.id, source))
         if missing:
             which, path = missing[0]

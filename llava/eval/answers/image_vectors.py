@@ -1,6 +1,5 @@
 """Images as vectors by a vision model, to be compared by their cosine."""
 
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from transformers import AutoModel
 from llava.bars import tqdm
 from llava.errors import LlavaError
 from llava.eval.answers.ablation import image_source
+from llava.folders import is_file
 from llava.image_options import with_options_of
 from llava.images import ImageProcessor, open_image
 from llava.model.library_model import load_library_model
@@ -43,7 +43,7 @@ def image_vectors(
     if processor is None:
         raise LlavaError(f"{folder}: has no preprocessor_config.json; copy it from the model's source")
     files = {name: image_source(image_file(image), place) for name, (image, place) in images.items()}
-    missing = [source for source in files.values() if isinstance(source, Path) and not os.path.isfile(source)]
+    missing = [source for source in files.values() if isinstance(source, Path) and not is_file(source)]
     if missing:
         raise LlavaError(f"{len(missing)} images are missing, first {missing[0]}; check --image-folder")
     sources = {name: with_options_of(image, files[name]) for name, (image, _) in images.items()}

@@ -1,7 +1,6 @@
 """The sections of an evaluation report, each from evaluated answer files to HTML; empty where there is nothing."""
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from llava.eval.reports.compare import compare_answers, compare_with_memory, com
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
+from llava.folders import is_file
 from llava.image_options import with_options_of
 from llava.images import open_image
 from llava.pages import Card, figure, figures, folded, gallery, note, preformatted, subheading, table, warning
@@ -323,4 +323,4 @@ def _image(images: Sequence[Any], folder: str | Path | None):
     if not isinstance(name, str) or not folder:
         return None
     path = Path(folder) / name
-    return open_image(with_options_of(images[0], path)) if os.path.isfile(path) else None
+    return open_image(with_options_of(images[0], path)) if is_file(path) else None

@@ -1,11 +1,11 @@
 """Where the images of training records are: in a folder, in tar shards, or in the record itself."""
 
-import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
+from llava.folders import is_file
 from llava.image_options import ImageWithOptions
 from llava.record_content import image_bytes, image_file, image_key
 from llava.train.data.tar_index import Place, TarIndex
@@ -62,7 +62,7 @@ class ImageSource:
         if self._members is not None and (member := self._members.find(image)):
             return member
         path = Path(image) if self.folder is None else self.folder / image
-        if not os.path.isfile(path):  # False also of a name that is too long, where a Path raises
+        if not is_file(path):
             raise FileNotFoundError(str(path))
         return path
 
