@@ -15,6 +15,7 @@ from PIL import Image
 
 from llava.records import iter_records
 from tests.security.page_visitor import listener
+from tests.serve.browsing import answer_again, last_answer, whole_answer
 from tests.serve.processes import Process, files_below, wait_until
 from tests.tiny import make_llava
 
@@ -93,11 +94,8 @@ def page(browser, page_url):
 def ask(page, text):
     page.locator("#box textarea").fill(text)
     page.locator("#box textarea").press("Enter")
-    playwright.expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
-    answer = page.locator("#chat0 [data-testid=bot]").last
-    playwright.expect(answer).to_contain_text("end-of-it", timeout=PATIENCE)
-    playwright.expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
-    return answer
+    whole_answer(page, "end-of-it")
+    return last_answer(page)
 
 
 def test_images_of_an_answer_tell_nobody(page, browser, stack):
@@ -172,10 +170,12 @@ def test_a_conversation_leaves_nothing(page, servers, home, tmp_path):
     playwright.expect(page.locator("#viewer img.large")).to_have_count(1, timeout=PATIENCE)
     choose_second(page, "tiny")
     ask(page, f"What is shown? {WORDS} end-of-it")
-    ask(page, f"And {WORDS}? end-of-it")
-    page.locator("#again").click()
-    playwright.expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
+    page.locator("#box textarea").fill(f"And {WORDS}? hold")
+    page.locator("#box textarea").press("Enter")
+    playwright.expect(last_answer(page)).to_contain_text("hold", timeout=PATIENCE)
+    page.keyboard.press("Escape")
     playwright.expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+    answer_again(page)
     page.locator("#open-files").click()
     for form in ("#export", "#export-page"):
         with page.expect_download(timeout=PATIENCE):

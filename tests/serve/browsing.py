@@ -97,6 +97,20 @@ def last_answer(page, side=0):
     return page.locator(f"#chat{side} [data-testid=bot]").last
 
 
+def whole_answer(page, text, side=0):
+    """Until the last answer holds `text`, with which it ends, and the page takes it for whole."""
+    expect(last_answer(page, side)).to_contain_text(text, timeout=PATIENCE)
+    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+
+
+def answer_again(page):
+    """Makes the last answer anew; its question ends with `hold`, so that the page is seen at it, and is stopped."""
+    page.locator("#again").click()
+    expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
+    page.keyboard.press("Escape")
+    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+
+
 def expect(locator):
     from playwright import sync_api
 

@@ -13,6 +13,7 @@ from tests.serve.browsing import (
     PATIENCE,
     accept,
     add_files,
+    answer_again,
     ask,
     choose,
     expect,
@@ -20,6 +21,7 @@ from tests.serve.browsing import (
     running,
     save,
     screenshot,
+    whole_answer,
     worker,
 )
 from tests.serve.processes import Process, wait_until
@@ -47,7 +49,7 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(0, timeout=PATIENCE)
         ask(page, "What is <b>shown</b> here?")
         expect(last_answer(page)).to_contain_text("echo:", timeout=PATIENCE)
-        expect(last_answer(page)).to_contain_text("here?", timeout=PATIENCE)
+        whole_answer(page, "here?")
         expect(page.locator("#chat0 [data-testid=user] img.thumb")).to_have_count(2, timeout=PATIENCE)
         expect(page.locator("#chat0 [data-testid=user]").last).to_contain_text("<b>shown</b>", timeout=PATIENCE)
         screenshot(page, "web_answer")
@@ -88,23 +90,21 @@ def test_the_whole_visit(open_page, controller, web, tmp_path):
         expect(page.locator("#box textarea")).to_have_value("too early", timeout=PATIENCE)
         page.locator("#edit").click()
         expect(page.locator("#box textarea")).to_have_value("now hold\ntoo early", timeout=PATIENCE)
-        ask(page, "shorter now")
-        expect(last_answer(page)).to_contain_text("shorter now", timeout=PATIENCE)
+        ask(page, "shorter hold")
+        expect(last_answer(page)).to_contain_text("shorter hold", timeout=PATIENCE)
+        page.keyboard.press("Escape")
         expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
-        page.locator("#again").click()
-        expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
-        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        answer_again(page)
         expect(page.locator("#chat0 [data-testid=user]")).to_have_count(3, timeout=PATIENCE)
 
         choose(page, "#other", "second-model")
         ask(page, "both of you")
         for side in (0, 1):
-            expect(last_answer(page, side)).to_contain_text("both of you", timeout=PATIENCE)
-        expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+            whole_answer(page, "both of you", side)
         screenshot(page, "web_side_by_side")
 
         ask(page, "now oom")
-        expect(last_answer(page)).to_contain_text("out of memory", timeout=PATIENCE)
+        whole_answer(page, "out of memory")
         expect(last_answer(page)).to_contain_text("req-", timeout=PATIENCE)
         screenshot(page, "web_error")
 

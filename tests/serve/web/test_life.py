@@ -6,7 +6,18 @@ import pytest
 from PIL import Image
 
 from llava.serve.web.parts.examples import draw_example
-from tests.serve.browsing import PATIENCE, accept, add_files, ask, choose, expect, last_answer, save, screenshot
+from tests.serve.browsing import (
+    PATIENCE,
+    accept,
+    add_files,
+    ask,
+    choose,
+    expect,
+    last_answer,
+    save,
+    screenshot,
+    whole_answer,
+)
 from tests.serve.processes import wait_until
 from tests.serve.test_web_scans import SLICES, series
 from tests.serve.web.accessibility import findings
@@ -53,8 +64,7 @@ def test_a_conversation(open_page, models, tmp_path, width, scheme):
     ask(page, "Is there a nodule in the lung, and what is beside it?")
     expect(last_answer(page)).to_contain_text("echo:", timeout=PATIENCE)
     composer.check()
-    expect(last_answer(page)).to_contain_text("beside it?", timeout=PATIENCE)
-    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+    whole_answer(page, "beside it?")
     composer.check()
     assert findings(page) == []
 
@@ -65,8 +75,7 @@ def test_a_conversation(open_page, models, tmp_path, width, scheme):
     composer.expected = composer.place()
     ask(page, "What do both of you see?")
     for side in (0, 1):
-        expect(last_answer(page, side)).to_contain_text("you see?", timeout=PATIENCE)
-    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+        whole_answer(page, "you see?", side)
     page.locator("#attention").click()
     token = last_answer(page, 1).locator(".tok").last
     token.hover(timeout=PATIENCE)
@@ -98,8 +107,7 @@ def reopen_and_go_on(page, folder, data, shown):
     expect(page.locator("#chat0 [data-testid=user]")).to_have_count(2, timeout=PATIENCE)
     expect(page.locator("#viewer [data-image]")).to_have_count(2, timeout=PATIENCE)
     ask(page, "And now?")
-    expect(last_answer(page)).to_contain_text("now?", timeout=PATIENCE)
-    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+    whole_answer(page, "now?")
     again = json.loads(save(page))
     wait_until(lambda: page.locator("#drawer-files").is_hidden(), 20)
     for before, after in zip(data["turns"], again["turns"], strict=False):
@@ -115,8 +123,7 @@ def test_an_exported_page_stands_alone(open_page, browser, models, tmp_path):
     accept(page, "demo-model")
     add_files(page, series(tmp_path), 1)
     ask(page, "What is <i>this</i>?")
-    expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
-    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+    whole_answer(page, "this?")
     text = save(page, "export-page")
     assert "Musterfrau" not in text and "PAT-55119" not in text and "<i>this" not in text
     (tmp_path / "page.html").write_text(text)
@@ -140,8 +147,7 @@ def test_speed_is_shown_on_request(open_page, models, tmp_path):
     page = open_page()
     accept(page, "demo-model")
     ask(page, "How fast is it?")
-    expect(page.locator("#stop")).to_be_enabled(timeout=PATIENCE)
-    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE)
+    whole_answer(page, "fast is it?")
     expect(last_answer(page)).not_to_contain_text("tokens/s")
     page.locator("#open-settings").click()
     page.locator("#speed").get_by_role("checkbox").check()
