@@ -6,8 +6,11 @@ from typing import Any
 
 from llava.errors import require
 
-MOST_REPLY, MOST_STREAM, MOST_FILE = 64 << 20, 256 << 20, 2 << 30
-"""Bytes of a reply, of one that comes piece by piece, and of a file of the Batch API."""
+MOST_REPLY, MOST_STREAM, MOST_FILE = 8 << 20, 256 << 20, 2 << 30
+"""Bytes of a reply, of one that comes piece by piece, and of a file of the Batch API.
+
+JSON that is read takes up to 28 times its bytes.
+"""
 MOST_EVENT = 1 << 20
 """Bytes of one piece."""
 _ENDS = (b"\n\n", b"\r\r", b"\r\n\r\n")
