@@ -11,6 +11,8 @@ from llava.retries import retry_after
 
 _MOST_TOKENS = 10**9
 """That a server may count for one request."""
+_MOST_ASKED = 3600.0
+"""Seconds that a server may have us wait before the next try."""
 
 
 class RefusedByServer(Exception):
@@ -137,7 +139,7 @@ def _status_error(error, model: str) -> ChatResult:
     if code == "insufficient_quota":
         raise RefusedByServer(f"{words}; the account has no money left") from error
     if error.status_code in (408, 409, 429) or error.status_code >= 500:
-        raise UnusableReply(words, seconds=retry_after(error.response.headers)) from error
+        raise UnusableReply(words, seconds=retry_after(error.response.headers, _MOST_ASKED)) from error
     if code in ("content_filter", "content_policy_violation"):
         return ChatResult(text="", finish_reason="content_filter", model=model, refused=words)
     if wants_other_fields(getattr(error, "param", None), code):
