@@ -16,6 +16,7 @@ from llava.openai_client.transport import MOST_EVENT, MOST_REPLY
 from llava.records import ResumableJsonl
 from llava.serve.job import read_job
 from llava.serve.worker.upstream_backend import UpstreamBackend
+from llava.serve.worker_answers import Chunk
 
 pytest.importorskip("openai", reason='the openai package is in the extra "openai"')
 
@@ -162,9 +163,22 @@ def test_an_answer_longer_than_what_was_asked_for_is_cut_off(name):
 
     pieces = pieces_of(stream, max_new_tokens=64, logprobs=2)
     assert pieces[-1].finish_reason == "length"
+    Chunk.model_validate({"text": "", "finish_reason": "length", "usage": pieces[-1].usage})
     assert sum(len(piece.text) for piece in pieces) <= 64 * 256
     entries = [entry for piece in pieces for entry in piece.logprobs]
     assert len(entries) <= 64 and all(len(entry["top"]) == 2 for entry in entries)
+
+
+@pytest.mark.parametrize(
+    "usage", [None, {}, {"prompt_tokens": -1, "completion_tokens": 10**400}, {"prompt_tokens": "x"}]
+)
+def test_a_count_that_is_none_loses_no_answer(usage):
+    """Whoever asked the worker takes a last chunk without its account for the worker's end."""
+    line = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m", "usage": usage}
+    line["choices"] = [{"index": 0, "delta": {"content": "yes"}, "finish_reason": "stop"}]
+    pieces = pieces_of(lambda self: reply(self, f"data: {json.dumps(line)}\n\n".encode(), "text/event-stream"))
+    assert [piece.text for piece in pieces] == ["yes", ""]
+    Chunk.model_validate({"text": "yes", "finish_reason": "stop", "usage": pieces[-1].usage})
 
 
 @pytest.mark.parametrize("place", ["files", "batches"])

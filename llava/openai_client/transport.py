@@ -13,6 +13,8 @@ JSON that is read takes up to 28 times its bytes.
 """
 MOST_EVENT = 1 << 20
 """Bytes of one piece."""
+_MOST_TOKENS = 10**9
+"""That a server may count for one request."""
 _ENDS = (b"\n\n", b"\r\r", b"\r\n\r\n")
 
 
@@ -58,3 +60,8 @@ def http_client(timeout: float, most: int = MOST_REPLY) -> Any:
         headers={"accept-encoding": "identity"},
         event_hooks={"response": [check]},
     )
+
+
+def token_count(told: Any) -> int:
+    """A number of tokens as a server tells it; 0 for what it doesn't tell, or can't be."""
+    return told if isinstance(told, int) and 0 <= told <= _MOST_TOKENS else 0
