@@ -89,7 +89,8 @@ get() {
                 reached=yes
             fi
             echo "$1: fetching $2 bytes"
-            fetch "$url/$1" "$part"
+            # No more than the file has, in blocks of 512 bytes: a body without end would fill the disk.
+            (ulimit -c 0; ulimit -f $(($2 / 512 + 2)); fetch "$url/$1" "$part")
             code=$?
         fi
         if whole "$part" "$2" "$3"; then

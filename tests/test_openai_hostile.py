@@ -10,11 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from llava.errors import LlavaError
 from llava.openai_api import ApiSettings, ChatJob, run_jobs
 from llava.openai_client.transport import MOST_EVENT, MOST_REPLY
 from llava.records import ResumableJsonl
 from llava.serve.job import read_job
 from llava.serve.worker.upstream_backend import UpstreamBackend
+from llava.serve.worker_answers import Chunk
 
 pytest.importorskip("openai", reason='the openai package is in the extra "openai"')
 
@@ -122,10 +124,72 @@ def test_an_event_without_end_ends_the_stream(name):
         finally:
             closed.set()
 
+    assert [piece.error is not None for piece in pieces_of(stream)] == [True] and closed.wait(30)
+
+
+def pieces_of(answer, **more):
+    """What a worker gets from such a server for one question."""
     pieces = queue.Queue()
-    with server(stream) as asked:
+    with server(answer) as asked:
         backend = UpstreamBackend(asked.url, "m")
-        job = read_job({"model": "m", "messages": [{"role": "user", "content": "Hi"}]})
-        backend.submit(job, pieces.put)
-        assert pieces.get(timeout=120).error is not None and closed.wait(30)
+        backend.submit(read_job({"messages": [{"role": "user", "content": "Hi"}], **more}), pieces.put)
+        found = [pieces.get(timeout=120)]
+        while not found[-1].is_last:
+            found.append(pieces.get(timeout=120))
         backend.close()
+    return found
+
+
+ENTRY = {"token": "x", "bytes": None, "logprob": -1.0}
+DELTAS = {
+    "text": {"delta": {"content": "x" * 1000}},
+    "log probabilities": {
+        "delta": {"content": ""},
+        "logprobs": {"content": [ENTRY | {"top_logprobs": [ENTRY] * 20}] * 3},
+    },
+}
+
+
+@pytest.mark.parametrize("name", DELTAS)
+def test_an_answer_longer_than_what_was_asked_for_is_cut_off(name):
+    """It is kept until its end, and sent on whole with each chunk."""
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    line = f"data: {json.dumps(chunk | {'choices': [{'index': 0, 'finish_reason': None} | DELTAS[name]]})}\n\n"
+
+    def stream(self):
+        reply(self, b"", "text/event-stream")
+        for _ in range(5000):
+            self.wfile.write(line.encode())
+
+    pieces = pieces_of(stream, max_new_tokens=64, logprobs=2)
+    assert pieces[-1].finish_reason == "length"
+    Chunk.model_validate({"text": "", "finish_reason": "length", "usage": pieces[-1].usage})
+    assert sum(len(piece.text) for piece in pieces) <= 64 * 256
+    entries = [entry for piece in pieces for entry in piece.logprobs]
+    assert len(entries) <= 64 and all(len(entry["top"]) == 2 for entry in entries)
+
+
+@pytest.mark.parametrize(
+    "usage", [None, {}, {"prompt_tokens": -1, "completion_tokens": 10**400}, {"prompt_tokens": "x"}]
+)
+def test_a_count_that_is_none_loses_no_answer(usage):
+    """Whoever asked the worker takes a last chunk without its account for the worker's end."""
+    line = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m", "usage": usage}
+    line["choices"] = [{"index": 0, "delta": {"content": "yes"}, "finish_reason": "stop"}]
+    pieces = pieces_of(lambda self: reply(self, f"data: {json.dumps(line)}\n\n".encode(), "text/event-stream"))
+    assert [piece.text for piece in pieces] == ["yes", ""]
+    Chunk.model_validate({"text": "yes", "finish_reason": "stop", "usage": pieces[-1].usage})
+
+
+@pytest.mark.parametrize("place", ["files", "batches"])
+def test_a_batch_is_not_waited_for_without_end(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava.openai_client.batch._MOST_SECONDS", 1.0)
+
+    def answer(self):
+        if place in self.path:
+            drip(self)
+        else:
+            reply(self, json.dumps({"id": "file-1", "object": "file"}).encode())
+
+    with server(answer) as asked, pytest.raises(LlavaError, match=r"no whole reply within 1 s.*run again"):
+        ask(asked.url, tmp_path, batch_api=True)

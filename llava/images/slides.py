@@ -15,6 +15,7 @@ from PIL import Image
 
 from llava.errors import ImageError, LlavaError, require
 from llava.images.facts import ImageFacts
+from llava.images.headers.codestreams import check_jpeg2000
 from llava.images.headers.tags import Directory
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import to_rgb
@@ -26,11 +27,18 @@ SIDE = 2048
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WIDTH, _TILE_WIDTH, _TILE_HEIGHT = _SIZES = (256, 322, 323)
+_HEIGHT, _COMPRESSION, _TILE_OFFSETS, _TILE_BYTES = 257, 259, 324, 325
+_JPEG2000 = (33_003, 33_004, 33_005, 34_712)
+"""Kinds of compression."""
+_LEAST_JPEG2000 = 4096
+"""Pixels that a tile of JPEG 2000 counts for at least: its decoder is set up for each."""
 _MOST_TILE = 4096
-_COST = 2.0
-"""Of a pixel against one of a plain JPEG: it has transparency."""
+_COST, _TILE_PIXEL_COST, _TILE_COST = 1.5, 0.5, 64.0
+"""Against a pixel of a plain JPEG: of a pixel that is shown, which has transparency; of one of a tile, all of which are
+decoded; of a tile."""
 _MAX_DIRECTORIES, _MAX_TAGS = 256, 65_536
-"""Of a whole file."""
+_MAX_TAG_BYTES = 256 << 20
+"""Of a whole file: libraries read the values of all tags, though many may point at the same ones."""
 _MAX_INDEX = 1 << 20
 """Bytes of the index of a slide in several files."""
 _NAMES_FILE = re.compile(
@@ -103,11 +111,14 @@ def _first_wide(data: mmap.mmap) -> Directory | None:
 
 def _widths(data: mmap.mmap, first: Directory, name: str, is_wide: bool = False) -> list[int]:
     found: list[int] = []
-    directory, left = first, _MAX_TAGS
+    directory, left, left_bytes = first, _MAX_TAGS, _MAX_TAG_BYTES
     for _ in range(_MAX_DIRECTORIES):
         left -= directory.count
         if left < 0:
             raise ImageError(f"{name}: a slide with more than {_MAX_TAGS:,} tags isn't read")
+        left_bytes -= sum(tag.size for tag in directory)
+        if left_bytes < 0:
+            raise ImageError(f"{name}: a slide whose tags have more than {_MAX_TAG_BYTES >> 20} MiB isn't read")
         sizes = _sizes(directory, name)
         found.append(sizes[_WIDTH] if len(sizes) == len(_SIZES) else 0)
         following = directory.next(is_wide)
@@ -163,10 +174,46 @@ def read_slide(path: Path, name: str, limits: Limits, *, level: int | None = Non
         sizes = slide.level_dimensions
         level = _choose(sizes, level, name)
         width, height = sizes[level]
-        limits.check_size(width, height, name, _COST)
+        tiles, cost = _tiles(slide, level)
+        limits.check_size(width, height, name, cost)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check_jpeg2000(data, sizes[level], tiles, name, limits)
         image = to_rgb(slide.read_region((0, 0), level, sizes[level]))
         image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
         return Thumbnail(image, level, sizes, str(slide.properties.get("openslide.vendor")), _spacing(slide, image))
+
+
+def _tiles(slide, level: int) -> tuple[int, float]:
+    """(number of a level's tiles, cost of a pixel of the level)"""
+    sizes = width, height = slide.level_dimensions[level]
+    sides = [
+        int(slide.properties.get(f"openslide.level[{level}].tile-{side}", size))
+        for side, size in zip(("width", "height"), sizes, strict=True)
+    ]
+    tiles = -(-width // sides[0]) * -(-height // sides[1])
+    return tiles, _COST + (sides[0] * sides[1] * _TILE_PIXEL_COST + _TILE_COST) * tiles / (width * height)
+
+
+def _check_jpeg2000(data: mmap.mmap, size: tuple[int, int], tiles: int, name: str, limits: Limits) -> None:
+    """The tiles of a level, where they are JPEG 2000: that takes longest, and each tile may ask for any work."""
+    directory = None if data[:4] not in _TIFF or _first_wide(data) else Directory(data)
+    while directory is not None:  # as many as were counted
+        tags = {tag.number: tag for tag in directory}
+        first = {number: directory.integer(tag) for number, tag in tags.items()}
+        if (first.get(_WIDTH), first.get(_HEIGHT)) == size and first.get(_COMPRESSION) in _JPEG2000:
+            width, height = first[_TILE_WIDTH], first[_TILE_HEIGHT]
+            share = tiles * max(1, _LEAST_JPEG2000 // (width * height))
+            places = (directory.integers(tags[number]) for number in (_TILE_OFFSETS, _TILE_BYTES))
+            for offset, count in set(zip(*places, strict=True)):
+                try:
+                    if count:
+                        check_jpeg2000(data[offset : offset + count], height, width, name, limits, share)
+                except ImageError:
+                    raise ImageError(
+                        f"{name}: a level of {size[0]} × {size[1]} pixels in tiles of JPEG 2000 that are damaged or "
+                        f"take too long isn't read; choose a smaller level, or export a part as PNG"
+                    ) from None
+        directory = directory.next()
 
 
 def describe_slide(path: Path, name: str, limits: Limits, *, level: int | None = None) -> ImageFacts | None:

@@ -7,7 +7,8 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from llava.errors import LlavaError, library_errors, require
 from llava.openai_client.client import NoAnswer, make_client, read_completion, wants_other_fields
@@ -18,6 +19,8 @@ from llava.records import Record, ResumableJsonl, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+_MOST_SECONDS = 3600.0
+"""Until a whole reply is there; what a server sends now and then keeps its connection open."""
 FINAL_STATES = ("completed", "failed", "expired", "cancelled")
 
 
@@ -37,7 +40,7 @@ async def _run(todo, settings, output, to_record, summary) -> None:
     state_path = output.path.with_name(output.path.name + ".batch.json")
     try:
         batch = await _answered(state_path, todo, settings, output, to_record, summary)
-    except openai.APIError as error:
+    except (openai.APIError, TimeoutError) as error:
         kept = f"the batch in {state_path} is asked for again" if state_path.exists() else "no batch was submitted"
         raise LlavaError(f"{settings.where}: {error}; mend that and run again: {kept}") from error
     # The batch is spent: what it didn't answer goes into a new one on the next run.
@@ -65,7 +68,7 @@ async def _answered(state_path, todo, settings, output, to_record, summary):
         keys = state["keys"]
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
-                text = (await client.files.content(file_id)).text
+                text = (await _whole(client.files.content(file_id))).text
                 # An answer may hold other ends of lines (U+2028), which `splitlines` would cut it at.
                 for line in filter(str.strip, text.split("\n")):
                     with library_errors(f"{settings.where}: an answer of batch {batch.id} can't be read"):
@@ -89,8 +92,10 @@ async def _submit(client, todo, settings, summary) -> dict:
         for number, job in enumerate(todo)
     ]
     content = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
-    file = await client.files.create(file=("requests.jsonl", io.BytesIO(content)), purpose="batch")
-    batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    file = await _whole(client.files.create(file=("requests.jsonl", io.BytesIO(content)), purpose="batch"))
+    batch = await _whole(
+        client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    )
     summary.account.requests += 1
     return {
         "id": batch.id,
@@ -98,9 +103,17 @@ async def _submit(client, todo, settings, summary) -> dict:
     }
 
 
+async def _whole(reply: Awaitable[Any]) -> Any:
+    try:
+        async with asyncio.timeout(_MOST_SECONDS):
+            return await reply
+    except TimeoutError:
+        raise TimeoutError(f"no whole reply within {_MOST_SECONDS:g} s") from None
+
+
 async def _wait(client, batch_id: str, poll_seconds: float):
     while True:
-        batch = await client.batches.retrieve(batch_id)
+        batch = await _whole(client.batches.retrieve(batch_id))
         if batch.status in FINAL_STATES:
             return batch
         counts = batch.request_counts

@@ -6,11 +6,11 @@ from typing import Any
 from llava.errors import require
 from llava.openai_client.jobs import ChatJob, ChatResult
 from llava.openai_client.settings import ApiSettings
-from llava.openai_client.transport import MOST_REPLY, http_client
+from llava.openai_client.transport import MOST_REPLY, http_client, token_count
 from llava.retries import retry_after
 
-_MOST_TOKENS = 10**9
-"""That a server may count for one request."""
+_MOST_ASKED = 3600.0
+"""Seconds that a server may have us wait before the next try."""
 
 
 class RefusedByServer(Exception):
@@ -117,9 +117,8 @@ def read_completion(answer: Any, model: str) -> ChatResult:
 def _usage(answer: Any) -> tuple[int, int]:
     """(input, output) tokens that the server counted; 0 for what it doesn't say, or can't be."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
-    counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-    prompt, completion = (count if isinstance(count, int) and 0 <= count <= _MOST_TOKENS else 0 for count in counts)
-    return prompt, completion
+    counted = usage if isinstance(usage, dict) else {}
+    return token_count(counted.get("prompt_tokens")), token_count(counted.get("completion_tokens"))
 
 
 def wants_other_fields(param: Any, code: Any) -> bool:
@@ -137,7 +136,7 @@ def _status_error(error, model: str) -> ChatResult:
     if code == "insufficient_quota":
         raise RefusedByServer(f"{words}; the account has no money left") from error
     if error.status_code in (408, 409, 429) or error.status_code >= 500:
-        raise UnusableReply(words, seconds=retry_after(error.response.headers)) from error
+        raise UnusableReply(words, seconds=retry_after(error.response.headers, _MOST_ASKED)) from error
     if code in ("content_filter", "content_policy_violation"):
         return ChatResult(text="", finish_reason="content_filter", model=model, refused=words)
     if wants_other_fields(getattr(error, "param", None), code):

@@ -14,9 +14,6 @@ from llava.openai_client.settings import ApiSettings
 from llava.records import Record, ResumableJsonl
 from llava.retries import AskedWait
 
-_MOST_ASKED = 3600.0
-"""Seconds that a server may have us wait before the next try."""
-
 
 def run_jobs(
     jobs: Sequence[ChatJob],
@@ -125,12 +122,12 @@ async def _ask(client, job: ChatJob, settings: ApiSettings, gate: RateGate, summ
     def before_sleep(state: RetryCallState) -> None:
         summary.retries += 1
         error = state.outcome.exception() if state.outcome else None
-        gate.pause(min(getattr(error, "seconds", None) or 0.0, _MOST_ASKED))
+        gate.pause(getattr(error, "seconds", None) or 0.0)
 
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(UnusableReply),
         stop=stop_after_attempt(settings.max_retries + 1),
-        wait=AskedWait(settings.backoff, most_asked=_MOST_ASKED),
+        wait=AskedWait(settings.backoff),
         before_sleep=before_sleep,
         reraise=True,
     )

@@ -6,10 +6,15 @@ from typing import Any
 
 from llava.errors import require
 
-MOST_REPLY, MOST_STREAM, MOST_FILE = 64 << 20, 256 << 20, 2 << 30
-"""Bytes of a reply, of one that comes piece by piece, and of a file of the Batch API."""
+MOST_REPLY, MOST_STREAM, MOST_FILE = 8 << 20, 256 << 20, 2 << 30
+"""Bytes of a reply, of one that comes piece by piece, and of a file of the Batch API.
+
+JSON that is read takes up to 28 times its bytes.
+"""
 MOST_EVENT = 1 << 20
 """Bytes of one piece."""
+_MOST_TOKENS = 10**9
+"""That a server may count for one request."""
 _ENDS = (b"\n\n", b"\r\r", b"\r\n\r\n")
 
 
@@ -55,3 +60,8 @@ def http_client(timeout: float, most: int = MOST_REPLY) -> Any:
         headers={"accept-encoding": "identity"},
         event_hooks={"response": [check]},
     )
+
+
+def token_count(told: Any) -> int:
+    """A number of tokens as a server tells it; 0 for what it doesn't tell, or can't be."""
+    return told if isinstance(told, int) and 0 <= told <= _MOST_TOKENS else 0

@@ -12,11 +12,13 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from pydantic_core import from_json
+
 from llava.serve.daily_log import DailyLog
 from llava.serve.protocol import END_OF_CHUNK, ErrorType, ServeError, decode_error, split_chunks
 from llava.serve.request_models import ModelCard
 from llava.serve.transport.bodies import JSON_HEADERS, written
-from llava.serve.transport.session import open_session
+from llava.serve.transport.session import open_session, read_reply
 from llava.serve.worker_answers import MOST_PENDING_BYTES, Answered, AttentionMap, Chunk, ReportedStatus, SeenImages
 
 SHORT_TIMEOUT = 10.0
@@ -169,7 +171,7 @@ class ServingClient:
             raise ServeError(ErrorType.NO_WORKER, await self._no_worker(body["model"]))
         try:
             async with self._send(address + path, body) as reply:
-                content = await reply.read()
+                content = await read_reply(reply, MOST_PENDING_BYTES)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServeError(ErrorType.WORKER_LOST) from error
         if reply.status != 200:
@@ -188,7 +190,7 @@ class ServingClient:
             url = f"{address}/worker_generate_stream"
             async with self._send(url, body) as reply:
                 if reply.status != 200:
-                    raise _http_error(reply.status, await reply.read())
+                    raise _http_error(reply.status, await read_reply(reply))
                 async for data in reply.content.iter_any():
                     rest += data
                     chunks: list[dict[str, Any]] = []
@@ -233,7 +235,7 @@ class ServingClient:
         async with self.session.post(
             url, json=body, timeout=timeout, raise_for_status=True, allow_redirects=False
         ) as reply:
-            return await reply.json()
+            return from_json(await read_reply(reply))
 
 
 class _Memory:

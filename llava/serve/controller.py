@@ -22,7 +22,7 @@ from llava.serve.transport.bodies import JSON_HEADERS, parse_json, read_body, va
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
 from llava.serve.transport.server import port_number, require_serving, run_server
-from llava.serve.transport.session import open_session
+from llava.serve.transport.session import open_session, read_reply
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def build_app(
         # Addresses that the asker couldn't reach: passed over now, and dropped if we can't reach them either.
         failed = frozenset(body.exclude)
         for address in failed & registry.workers.keys():
-            background(_drop_if_dead(registry, session, address))
+            background(_drop_if_dead(registry, session, registry.workers[address]))
         return {"address": registry.choose(body.model, failed) or "", "is_new": registry.is_new()}
 
     @app.post("/list_workers")
@@ -182,7 +182,7 @@ async def _forward(registry: Registry, session, model: str, body: bytes, request
 
 
 async def _refresh(registry: Registry, session) -> None:
-    """Ask every worker how it is, all at once, and swap the table; workers that don't answer are dropped."""
+    """Ask every worker how it is, all at once; those that don't answer are dropped."""
 
     async def ask(worker: Worker) -> Worker | None:
         try:
@@ -191,18 +191,17 @@ async def _refresh(registry: Registry, session) -> None:
             logger.warning("%s", error)
             return None
 
-    before = dict(registry.workers)
-    answers = await asyncio.gather(*(ask(worker) for worker in before.values()))
-    joined_meanwhile = [worker for address, worker in registry.workers.items() if address not in before]
-    registry.replace_all([worker for worker in answers if worker is not None] + joined_meanwhile)
+    before = list(registry.workers.values())
+    for worker, answer in zip(before, await asyncio.gather(*map(ask, before)), strict=True):
+        registry.replace(worker, answer)
 
 
-async def _drop_if_dead(registry: Registry, session, address: str) -> None:
+async def _drop_if_dead(registry: Registry, session, worker: Worker) -> None:
     try:
-        await _ask_status(session, address)
+        await _ask_status(session, worker.address)
     except LlavaError as error:
         logger.warning("%s, dropped", error)
-        registry.remove(address)
+        registry.replace(worker, None)
 
 
 async def _ask_status(session, address: str) -> WorkerStatus:
@@ -213,7 +212,7 @@ async def _ask_status(session, address: str) -> WorkerStatus:
     try:
         async with session.post(url, timeout=timeout, allow_redirects=False) as reply:
             _expect_ok(reply)
-            content = await reply.read()
+            content = await read_reply(reply)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise LlavaError(f"worker {address} doesn't tell its status ({type(error).__name__})") from error
     try:

@@ -35,14 +35,14 @@ async def _register(args, secret: str | None) -> str:
     """The address as the controller noted it."""
     import aiohttp
 
-    from llava.serve.transport.session import open_session
+    from llava.serve.transport.session import open_session, read_reply
 
     body = {"worker_name": args.worker_name, "check_heart_beat": args.check_heart_beat}
     session = open_session(secret, READ_TIMEOUT)
     try:
         url = args.controller_address.rstrip("/") + "/register_worker"
         async with session.post(url, json=body, allow_redirects=False) as reply:
-            content = await reply.read()
+            content = await read_reply(reply)
     except (aiohttp.ClientError, TimeoutError) as error:
         raise LlavaError(f"controller {args.controller_address} can't be reached ({type(error).__name__})") from error
     finally:

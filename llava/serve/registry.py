@@ -32,9 +32,8 @@ class Worker:
 class Registry:
     """The table of workers.
 
-    A dead worker leaves after CONTROLLER_HEART_BEAT_EXPIRATION without a heartbeat; `replace_all` swaps the whole
-    table at once, so that a refresh never shows an empty one. With `one_owner_per_model` (for controllers without a
-    secret) a model's name belongs to the machine that registered it first, as long as that lives.
+    A dead worker leaves after CONTROLLER_HEART_BEAT_EXPIRATION without a heartbeat. With `one_owner_per_model` (for
+    controllers without a secret) a model's name belongs to the machine that registered it first, as long as that lives.
     """
 
     dispatch_method: str = "shortest_queue"
@@ -82,8 +81,14 @@ class Registry:
             del self.workers[address]
         return overdue
 
-    def replace_all(self, workers: list[Worker]) -> None:
-        self.workers = {worker.address: worker for worker in workers}
+    def replace(self, before: Worker, now: Worker | None) -> None:
+        """Note what a worker that was asked has said (None: nothing), unless it left or registered anew meanwhile."""
+        if self.workers.get(before.address) is not before:
+            return
+        if now is None:
+            self.remove(before.address)
+        else:
+            self.workers[before.address] = now
 
     def is_new(self) -> bool:
         """Whether a living worker may not be back yet: workers look for their controller at each heartbeat."""

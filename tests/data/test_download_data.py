@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,6 +50,15 @@ class Files(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def only(tool, folder):
+    """A folder of programs, to fetch with `tool` alone."""
+    tools = folder / "bin"
+    tools.mkdir()
+    for name in (tool, "sh", "cat", "cut", "wc", "tr", "dirname", "sha256sum", "mkdir", "rm", "mv"):
+        (tools / name).symlink_to(shutil.which(name))
+    return tools
 
 
 @pytest.fixture
@@ -159,17 +169,38 @@ def test_wrong_content_and_dead_links_leave_nothing_and_say_so(fetch):
 
 
 @pytest.mark.parametrize("tool", ["curl", "wget"])
+@pytest.mark.parametrize("says_length", [False, True])
+def test_a_body_without_end_is_given_up(fetch, tmp_path, tool, says_length):
+    if shutil.which(tool) is None:
+        pytest.skip(f"no {tool} here")
+    sent, many = [], 60 << 20
+
+    def do_get(self):
+        self.send_response(200)
+        if says_length:
+            self.send_header("Content-Length", str(many))
+        self.end_headers()
+        self.close_connection = True
+        with suppress(OSError):
+            for _ in range(60):
+                self.wfile.write(bytes(1 << 20))
+                sent.append(1)
+
+    fetch.handler.do_GET = do_get
+    done, there = fetch("three", PATH=str(only(tool, tmp_path)))
+    assert done.returncode == 1 and "three.jsonl: could not be had" in done.stderr
+    assert there == {} and len(sent) < 40, "of two tries"
+
+
+@pytest.mark.parametrize("tool", ["curl", "wget"])
 def test_without_a_network_it_says_so_at_once(tmp_path, tool):
     if shutil.which(tool) is None:
         pytest.skip(f"no {tool} here")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in (tool, "sh", "cat", "cut", "wc", "tr", "dirname", "sha256sum", "mkdir", "rm", "mv"):
-        (tools / name).symlink_to(shutil.which(name))
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        environment = {"PATH": str(tools), "LLAVA_MED_DATA_URL": address, "LLAVA_MED_DATA_DIR": str(tmp_path / "data")}
+        tools = str(only(tool, tmp_path))
+        environment = {"PATH": tools, "LLAVA_MED_DATA_URL": address, "LLAVA_MED_DATA_DIR": str(tmp_path / "data")}
         command = ["sh", str(SCRIPT), "eval/"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
@@ -178,13 +209,9 @@ def test_without_a_network_it_says_so_at_once(tmp_path, tool):
 
 @pytest.mark.skipif(not shutil.which("wget"), reason="no wget on this machine")
 def test_wget_serves_where_there_is_no_curl(fetch, tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("sh", "wget", "sha256sum", "cut", "wc", "tr", "mkdir", "dirname", "rm", "mv", "cat"):
-        (tools / name).symlink_to(shutil.which(name))
     (tmp_path / "data" / "a").mkdir(parents=True)
     (tmp_path / "data" / "a" / "one.json.part").write_bytes(fetch.contents["a/one.json"][:150_000])
-    done, there = fetch(PATH=str(tools))
+    done, there = fetch(PATH=str(only("wget", tmp_path)))
     assert done.returncode == 0, done.stderr
     assert there == fetch.contents
     assert fetch.handler.asked[0][1] == "bytes=150000-"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from llava.data.download_images import FAILURES_FILE, _settings, build_parser, main
+from llava.data.fetching.archive import _pax_records
 from llava.data.fetching.articles import read_plan
 from llava.data.fetching.settings import Limits, Settings
 from llava.data.fetching.transfer import Transfer, TransferError
@@ -206,6 +207,24 @@ def test_claims_of_size_are_not_believed(wanted, server):
     wanted.add("short", "/short", "x.jpg", reason="cut short")
     main(wanted.flags())
     wanted.check()
+
+
+class Counted(bytes):
+    """Counts what is copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, place):
+        part = super().__getitem__(place)
+        Counted.copied += len(part)
+        return Counted(part)
+
+
+def test_an_extended_header_of_many_records_is_read_once():
+    """17 seconds went by over one of 1 MiB, in which no other archive was read."""
+    content = Counted(b"4 x\n" * 1000 + b"12 path=abc\n")
+    assert _pax_records(content) == {"path": "abc"}
+    assert Counted.copied < 10 * len(content)
 
 
 def bombs(wanted, server, size):

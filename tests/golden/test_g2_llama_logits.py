@@ -35,7 +35,7 @@ def folder(case, golden_dir, tmp_path_factory):
     checkpoint = root / source.name
     checkpoint.mkdir()
     for path in source.iterdir():
-        (checkpoint / path.name).symlink_to(path)
+        shutil.copy(path, checkpoint)
     (root / "clip_tower").symlink_to(case.folder / "clip_tower")
     shutil.copy(golden_dir / "common" / "tokenizers" / "llama_v10" / "tokenizer.model", checkpoint)
     return checkpoint

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -14,7 +15,7 @@ from llava.errors import LlavaError
 from llava.model import load_pretrained_model
 from llava.model.weights import locate
 from llava.model.weights.files import WeightFiles
-from llava.model.weights.locate import locate_model
+from llava.model.weights.locate import find_model, locate_model
 from llava.records import read_json, write_json
 from tests.documented_commands import ROOT
 from tests.model.checkpoints import save
@@ -34,6 +35,42 @@ def test_relative_folder_beside_a_checkpoint(tmp_path, monkeypatch):
     assert locate_model("here", relative_to=checkpoint) == Path("here")
     assert locate_model("inside", relative_to=checkpoint) == checkpoint / "inside"
     assert locate_model("beside", relative_to=checkpoint) == tmp_path / "models" / "beside"
+
+
+@pytest.mark.parametrize("name", ["config.json", "additional_chat_templates/tool_use.jinja", "LICENSE", "merges.txt"])
+def test_a_link_to_a_file_elsewhere(tmp_path, name):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    (folder / name).parent.mkdir(parents=True)
+    outside.touch()
+    (folder / name).symlink_to(outside)
+    for locate_it in (locate_model, partial(find_model, relative_to=tmp_path)):
+        with pytest.raises(LlavaError, match=f"{name}: a link to {outside}, outside the model's folder; put a copy"):
+            locate_it(str(folder))
+
+
+def test_a_folder_of_templates_that_is_a_link(tmp_path):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    (outside / "private.jinja").touch()
+    (folder / "additional_chat_templates").symlink_to(outside)
+    with pytest.raises(LlavaError, match=r"a link to .*private\.jinja, outside the model's folder"):
+        locate_model(folder)
+
+
+def test_links_that_name_nothing_of_others(tmp_path):
+    """To weights, to the folder's own files, and from a snapshot of the hub's cache to its files."""
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
+    blobs.mkdir()
+    folder.mkdir(parents=True)
+    for path in (blobs / "abc", folder / "LICENSE.txt", tmp_path / "weights"):
+        path.touch()
+    (folder / "config.json").symlink_to("../../blobs/abc")
+    (folder / "LICENSE").symlink_to("LICENSE.txt")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert locate_model(folder) == folder
+    (tmp_path / "by-its-name").symlink_to(folder)
+    assert locate_model(tmp_path / "by-its-name") == tmp_path / "by-its-name"
 
 
 @pytest.mark.parametrize("name", ["./none", "/no/such/folder", "a/b/c", "~/none here", "../up"])
@@ -77,7 +114,7 @@ class Silent:
 
 def asked(cache, **environment) -> subprocess.CompletedProcess:
     """What a process of its own says that looks for some/model; the hub's own retries would take 28 s."""
-    code = "from llava.commandline import run; from llava.model.weights.locate import locate_model\n"
+    code = "from llava.commandline import run; from llava.model.weights.locate import find_model, locate_model\n"
     code += "run(lambda: print(locate_model('some/model')))"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(cache)} | environment
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=15)

@@ -1,13 +1,15 @@
-"""`python -m tests.security.measured ours|described|placed|plainly NAME…`: open images under limits; how each went.
+"""`python -m tests.security.measured ours|described|placed|slides|plainly NAME…`: open images under limits.
 
 One JSON line for each: {"name", "outcome", "text"}; a limit that is passed ends the process, or shows as a MemoryError.
 What is allowed is what the project promises of `open_image`: 5 seconds of one core and 1.5 GB, whatever the file.
 """
 
+import contextlib
 import json
 import logging
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -25,13 +27,29 @@ def main(how: str, names: list[str]) -> None:
     from llava.images.series import series_place
     from tests.security.hidden_bombs import COUNTED, HIDDEN, SORTED
     from tests.security.image_bombs import AT_CAP, BOMBS, encoded, open_plainly
+    from tests.security.slide_bombs import SLIDES
+
+    with contextlib.suppress(ImportError):  # of an extra
+        import openslide  # noqa: F401
+
+    def open_slide(content: bytes) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".svs") as file:
+            file.write(content)
+            file.flush()
+            open_image(file.name)
 
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     Image.init()
     open_image(encoded("JPEG"))
-    makers = BOMBS | AT_CAP | HIDDEN | COUNTED | SORTED
-    read = {"ours": open_image, "described": describe_image, "placed": series_place, "plainly": open_plainly}[how]
+    makers = BOMBS | AT_CAP | HIDDEN | COUNTED | SORTED | SLIDES
+    read = {
+        "ours": open_image,
+        "described": describe_image,
+        "placed": series_place,
+        "slides": open_slide,
+        "plainly": open_plainly,
+    }[how]
     for name in names:
         content = makers[name]()
         _limit()

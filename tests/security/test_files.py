@@ -5,6 +5,7 @@ What a command reads is attacked here through the command itself, and through th
 More of the kind: tests/model/test_key_accounting.py, tests/data/test_download_images.py, test_convert_captions.py.
 """
 
+import importlib
 import io
 import json
 import subprocess
@@ -19,6 +20,7 @@ from transformers import AutoConfig
 
 from llava.errors import LlavaError
 from llava.model import apply_delta, load_pretrained_model
+from llava.model.weights import locate
 from tests.data.archive_server import ArchiveServer, Reply
 from tests.model.checkpoints import Payload
 from tests.tiny import make_llava
@@ -134,3 +136,28 @@ def test_unpacking_without_care_writes_outside(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(hostile_archive(outside))) as archive:
         archive.extractall(tmp_path / "in", filter="fully_trusted")
     assert outside.read_bytes() == b"evil"
+
+
+@pytest.fixture(params=["extract_mm_projector LICENSE", "export_hf tokenizer_config.json"])
+def leaking(request, tmp_path, checkpoint):
+    """A command, and the file of the checkpoint that is a link to one of the machine's."""
+    module, name = request.param.split()
+    private = tmp_path / "private.json"
+    private.write_text('{"auths": "secret"}')
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(private)
+    return [f"llava.model.{module}", "--model-path", checkpoint, "--output", tmp_path / "out"], name
+
+
+def test_a_file_of_the_machine_is_not_taken_along(tmp_path, leaking):
+    command, name = leaking
+    done = run(*command)
+    assert done.returncode == 2 and f"{name}: a link to {tmp_path / 'private.json'}, outside" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_look_at_links_it_is_taken_along(tmp_path, leaking, monkeypatch):
+    (module, *words), name = leaking
+    monkeypatch.setattr(locate, "_check_links", lambda folder: None)
+    importlib.import_module(module).main([str(word) for word in words])
+    assert "secret" in (tmp_path / "out" / name).read_text()

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from llava.images import open_image
 from tests.security.hidden_bombs import COUNTED, HIDDEN, SORTED
 from tests.security.image_bombs import AT_CAP, BOMBS, encoded, open_plainly
+from tests.security.slide_bombs import DEFLATE, JPEG_2000, SLIDES, sound
 
 pytest.importorskip("pydicom")
 pytest.importorskip("nibabel")
@@ -46,6 +48,21 @@ def test_nor_does_its_place_in_a_series():
     assert status == 0 and {name: result["outcome"] for name, result in results.items()} == dict.fromkeys(
         SORTED, "ImageError"
     ), results
+
+
+@pytest.mark.parametrize("name", SLIDES)
+def test_a_slide_as_well(name):
+    pytest.importorskip("openslide", reason="openslide isn't installed (extra slides)")
+    results, status = measure("slides", name)
+    assert status == 0 and results[name]["outcome"] == "ImageError", results
+    assert "needs more memory" not in results[name]["text"], results
+
+
+@pytest.mark.parametrize("compression", [DEFLATE, JPEG_2000])
+def test_a_sound_slide_of_that_kind_is_shown(compression, tmp_path):
+    pytest.importorskip("openslide", reason="openslide isn't installed (extra slides)")
+    (tmp_path / "a.svs").write_bytes(sound(compression))
+    assert open_image(tmp_path / "a.svs").size == (2048, 1024)
 
 
 @pytest.mark.long

@@ -8,9 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeWorker:
-    """Runs in a thread; `requests` holds (path, headers, body) of what it was asked."""
+    """Runs in a thread; `requests` holds (path, headers, body) of what it was asked. `on_status` is called
+    before a status is told."""
 
     def __init__(self, models=("m",), speed=1, queue_length=0, words=("a", "b", "c"), break_after=None, delay=0.0):
+        self.on_status = lambda: None
         self.status = {"model_names": list(models), "speed": speed, "queue_length": queue_length}
         self.words, self.break_after, self.delay = words, break_after, delay
         self.requests: list[tuple[str, dict, bytes]] = []
@@ -24,6 +26,7 @@ class FakeWorker:
                 self.close_connection = True  # or the thread would go on answering after the worker's end
                 worker.requests.append((self.path, dict(self.headers), body))
                 if self.path == "/worker_get_status":
+                    worker.on_status()
                     content = json.dumps(worker.status).encode()
                     self.send_response(200)
                     self.send_header("Content-Length", str(len(content)))

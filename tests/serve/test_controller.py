@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import httpx
 import pytest
@@ -146,6 +148,33 @@ def test_refresh_keeps_the_living(controller):
             register(controller, gone)
         assert post(controller, "/refresh_all_workers").json() == {"models": ["stays"]}
     post(controller, "/refresh_all_workers")
+
+
+def test_a_worker_that_leaves_while_it_is_asked_is_gone(controller):
+    with FakeWorker(models=("leaves",)) as worker:
+        register(controller, worker, worker_status=worker.status)
+        worker.on_status = lambda: post(controller, "/unregister_worker", worker_name=worker.url)
+        assert post(controller, "/refresh_all_workers").json() == {"models": []}
+
+
+def test_a_worker_that_registers_while_it_is_asked_is_what_it_said_then(controller):
+    with FakeWorker(models=("before",)) as worker:
+        register(controller, worker, worker_status=worker.status)
+        anew = worker.status | {"model_names": ["anew"]}
+        worker.on_status = lambda: register(controller, worker, worker_status=anew)
+        assert post(controller, "/refresh_all_workers").json() == {"models": ["anew"]}
+    post(controller, "/refresh_all_workers")
+
+
+def test_a_status_without_end_is_none(controller):
+    memory = Path(f"/proc/{controller.process.pid}/status")
+    peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", memory.read_text())[1])  # noqa: E731
+    before = peak()
+    with FakeWorker() as worker:
+        worker.status |= {"more": " " * (200 << 20)}
+        reply = register(controller, worker)
+    assert reply.status_code == 400 and "doesn't tell its status" in reply.json()["error"]["message"]
+    assert peak() - before < 100 << 10
 
 
 def test_heartbeat_of_an_unknown_worker_asks_it_to_register(controller):

@@ -13,6 +13,10 @@ from typing import Protocol
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_HEADER = 1 << 20
+_LONGEST_LENGTH = 8
+"""Digits of a record's length in an extended header."""
+_READ = (b"path", b"size")
+"""Of an extended header."""
 _CHUNK = 1 << 16
 _PIECE = 1 << 13
 _GZIP = 16 + zlib.MAX_WBITS
@@ -201,15 +205,18 @@ class TarReader:
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
-    """An extended header: lines of `<length> <key>=<value>`."""
+    """What is read of an extended header: lines of `<length> <key>=<value>`."""
     records: dict[str, str] = {}
-    while content:
-        length, _, _ = content.partition(b" ")
-        if not length.isdigit() or len(length) > 8 or not 0 < int(length) <= len(content):
+    place = 0  # not cut off record by record: a header may hold 250,000 of them
+    while place < len(content):
+        length, _, _ = content[place : place + _LONGEST_LENGTH + 1].partition(b" ")
+        if not length.isdigit() or len(length) > _LONGEST_LENGTH or not 0 < int(length) <= len(content) - place:
             raise ArchiveError("damaged archive: not an extended header")
-        record, content = content[: int(length)], content[int(length) :]
+        record = content[place : place + int(length)]
+        place += int(length)
         key, _, value = record[len(length) + 1 :].rstrip(b"\n").partition(b"=")
-        records[_text(key)] = _text(value)
+        if key in _READ:
+            records[_text(key)] = _text(value)
     return records
 
 

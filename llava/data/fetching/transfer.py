@@ -121,7 +121,7 @@ class Transfer:
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda error: isinstance(error, TransferError) and not error.permanent),
             stop=stop_after_attempt(self.limits.retries + 1),
-            wait=AskedWait(self.limits.backoff, most=_MOST_ASKED, most_asked=_MOST_ASKED),
+            wait=AskedWait(self.limits.backoff, most=_MOST_ASKED),
             reraise=True,
         )
         await retrying(attempt)
@@ -150,7 +150,7 @@ def _status_error(response) -> TransferError:
     status = response.status
     if status in GONE:
         return TransferError(f"HTTP {status}", permanent=True)
-    return TransferError(f"HTTP {status}", seconds=retry_after(response.headers))
+    return TransferError(f"HTTP {status}", seconds=retry_after(response.headers, _MOST_ASKED))
 
 
 async def _let_go(response: aiohttp.ClientResponse) -> None:

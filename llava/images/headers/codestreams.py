@@ -42,8 +42,10 @@ def check_jpeg(frame: bytes, rows: int, columns: int, name: str, limits: Limits)
     return with_whole_scans(frame, header)
 
 
-def check_jpeg2000(frame: bytes, rows: int, columns: int, name: str, limits: Limits) -> bytes:
+def check_jpeg2000(frame: bytes, rows: int, columns: int, name: str, limits: Limits, share: int = 1) -> bytes:
     """The bare codestream of a frame, without boxes around it (which may ask for a palette of any size).
+
+    `share`: how many such frames are read together, for which the limits hold.
 
     Raises:
         ImageError: another size than the header's, beyond the limits, more structures than an image has.
@@ -53,13 +55,13 @@ def check_jpeg2000(frame: bytes, rows: int, columns: int, name: str, limits: Lim
         raise ImageError(f"{name}: the DICOM pixels are damaged (no JPEG 2000)")
     frame = frame[start:]
     try:
-        _check_j2k(frame, rows, columns, name, limits)
+        _check_j2k(frame, rows, columns, name, limits, share)
     except struct.error:
         raise ImageError(f"{name}: the DICOM pixels are damaged or cut off (JPEG 2000)") from None
     return frame
 
 
-def _check_j2k(frame: bytes, rows: int, columns: int, name: str, limits: Limits) -> None:
+def _check_j2k(frame: bytes, rows: int, columns: int, name: str, limits: Limits, share: int) -> None:
     right, bottom, left, top, tile_width, tile_height = struct.unpack_from(">6L", frame, 8)
     (components,) = struct.unpack_from(">H", frame, 40)
     width, height = right - left, bottom - top
@@ -68,7 +70,7 @@ def _check_j2k(frame: bytes, rows: int, columns: int, name: str, limits: Limits)
         raise ImageError(f"{name}: a JPEG 2000 of {components} components isn't read")
     # A decoder takes as long for the bits of a sample as for setting one up.
     bytes_each = len(frame) / max(1, width * height * components)
-    limits.check_size(width, height, name, _J2K_COST * components * max(1.0, bytes_each))
+    limits.check_size(width, height, name, share * _J2K_COST * components * max(1.0, bytes_each))
     if not tile_width or not tile_height:
         raise ImageError(f"{name}: the DICOM pixels are damaged (JPEG 2000)")
     tiles = -(-right // tile_width) * -(-bottom // tile_height)
@@ -85,7 +87,8 @@ def _check_j2k(frame: bytes, rows: int, columns: int, name: str, limits: Limits)
         levels &= 31
         sizes = frame[parameters + 5 : parameters + 6 + levels] if style & 1 else b""
         structures, precincts = _structures(width, height, tiles, levels, block_width & 15, block_height & 15, sizes)
-        if structures * components > _MAX_STRUCTURES or precincts * components * layers > _MAX_LAYERED_PRECINCTS:
+        count = share * components
+        if structures * count > _MAX_STRUCTURES or precincts * layers * count > _MAX_LAYERED_PRECINCTS:
             raise ImageError(f"{name}: a JPEG 2000 in such small parts isn't read")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Bytes of one value, by the type's number (TIFF 6.0 section 2, and BigTIFF's)."""
+_INTEGERS = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}
 _ORIENTATION = 274
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
@@ -56,8 +57,13 @@ class Directory:
 
     def integer(self, tag: Tag) -> int:
         """Its first value; 0 for one that is no whole number."""
-        layout = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}.get(tag.kind)
+        layout = _INTEGERS.get(tag.kind)
         return self._unpack(layout, tag.offset)[0] if layout and tag.count else 0
+
+    def integers(self, tag: Tag) -> tuple[int, ...]:
+        """All its values, if they are whole numbers."""
+        layout = _INTEGERS.get(tag.kind)
+        return self._unpack(f"{tag.count}{layout}", tag.offset) if layout else ()
 
     def _unpack(self, layout: str, offset: int) -> tuple[int, ...]:
         if offset > sys.maxsize:  # unpack_from would raise an OverflowError

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 _PATIENCE = 1.5
 """Seconds for the hub to answer anything."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHTS = (".safetensors", ".bin")
+_TEMPLATES = "additional_chat_templates"
+"""The folder in a model's folder from which the library reads further templates, and writes them with a tokenizer."""
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
@@ -30,7 +33,8 @@ def locate_model(
     in the folder that holds `relative_to`.
 
     Raises:
-        LlavaError: there is no such folder, and the hub has no such model or can't be reached.
+        LlavaError: there is no such folder, and the hub has no such model or can't be reached; a file of the folder
+            other than weights is a link to one elsewhere.
     """
     path = Path(name).expanduser()
     candidates = [path]
@@ -38,6 +42,7 @@ def locate_model(
         candidates += [relative_to / path, relative_to.parent / path]
     for candidate in candidates:
         if candidate.is_dir():
+            _check_links(candidate)
             return candidate
     if path.is_file():
         raise LlavaError(f"{what} {name}: expected a folder or a hub id, this is a file")
@@ -51,6 +56,7 @@ def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None
     path = Path(name).expanduser()
     for candidate in (path, relative_to / path, relative_to.parent / path):
         if candidate.is_dir():
+            _check_links(candidate)
             return candidate
     if not _looks_like_hub_id(name):
         return None
@@ -60,6 +66,22 @@ def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None
         return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
     except (OSError, ValueError):
         return None
+
+
+def _check_links(folder: Path) -> None:
+    """A link in a folder of others may name any file of this machine; its text would go into what is made of the model.
+
+    Weights may be links: only tensors are taken from them.
+    """
+    home = folder.resolve()
+    # In the hub's cache a snapshot's files are links.
+    places = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")):
+        if path.suffix in _WEIGHTS or not path.is_file():
+            continue
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in places):
+            raise LlavaError(f"{path}: a link to {target}, outside the model's folder; put a copy of the file there")
 
 
 def _looks_like_hub_id(name: str) -> bool:

@@ -6,6 +6,8 @@ from llava.serve.protocol import KEEP_ALIVE_SECONDS
 from llava.serve.secret import headers
 
 CONNECT_TIMEOUT = 5.0
+MOST_SHORT = 4 << 20
+"""Bytes of a reply that tells how a server is."""
 
 
 def open_session(secret: str | None, read_timeout: float) -> Any:
@@ -27,3 +29,20 @@ def open_session(secret: str | None, read_timeout: float) -> Any:
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
     )
+
+
+async def read_reply(reply: Any, most: int = MOST_SHORT) -> bytes:
+    """The whole body of an aiohttp response.
+
+    Raises:
+        aiohttp.ClientPayloadError: it has more than `most` bytes; others of aiohttp's where it breaks off.
+    """
+    import aiohttp
+
+    body = bytearray()
+    async for part in reply.content.iter_any():
+        body += part
+        if len(body) > most:
+            reply.close()
+            raise aiohttp.ClientPayloadError(f"the reply has more than {most:,} bytes")
+    return bytes(body)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava.constants import WORKER_HEART_BEAT_INTERVAL
-from llava.serve.transport.session import open_session
+from llava.serve.transport.session import open_session, read_reply
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Membership:
             timeout = aiohttp.ClientTimeout(total=TIMEOUT)
             url = self.controller + path
             async with self.session.post(url, json=body, timeout=timeout, allow_redirects=False) as reply:
-                content = await reply.text()
+                content = (await read_reply(reply)).decode(errors="replace")
             if reply.status == 200:
                 found = json.loads(content)
                 if isinstance(found, dict):

@@ -13,13 +13,16 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, require
 from llava.images import open_uploaded_image, png_data_url
-from llava.openai_client.transport import http_client
+from llava.openai_client.transport import http_client, token_count
 from llava.serve.decoding.pool import DecodingPool
 from llava.serve.job import Job, Message, SentImage
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
 
 logger = logging.getLogger(__name__)
+
+_MOST_OF_TOKEN = 256
+"""Characters that a token is thought to have at most, as in `llava.model.tokenizer`."""
 
 
 class UpstreamBackend:
@@ -108,20 +111,27 @@ class UpstreamBackend:
             put(last)
 
     async def _forward(self, request: dict[str, Any], put: Callable[[Piece], None]) -> Piece:
-        """Pass on what comes; the piece that ends it."""
+        """Pass on what comes, no more of it than was asked for; the piece that ends it."""
         reason = usage = None
+        top, tokens = request.get("top_logprobs"), request["max_tokens"]
+        characters = tokens * _MOST_OF_TOKEN
         async with await self.client.chat.completions.create(**request) as stream:
             async for chunk in stream:
                 if chunk.usage is not None:
-                    usage = _usage(chunk.usage)
+                    usage = chunk.usage
                 for choice in chunk.choices:
                     reason = choice.finish_reason or reason
-                    logprobs = tuple(_logprob(entry) for entry in (choice.logprobs and choice.logprobs.content) or ())
-                    if choice.delta.content or logprobs:
-                        put(Piece(choice.delta.content or "", logprobs))
+                    content = choice.delta.content or ""
+                    entries = (choice.logprobs and choice.logprobs.content) or () if top is not None else ()
+                    tokens, characters = tokens - len(entries), characters - len(content)
+                    if min(tokens, characters) < 0:
+                        logger.error("the server that runs the model doesn't keep to max_tokens: its answer is cut off")
+                        return Piece(finish_reason="length", usage=_usage(usage))
+                    if content or entries:
+                        put(Piece(content, tuple(_logprob(entry, top) for entry in entries)))
         if reason is None:
             return Piece(error=ServeError(ErrorType.WORKER_LOST))
-        return Piece(finish_reason="length" if reason == "length" else "stop", usage=usage)
+        return Piece(finish_reason="length" if reason == "length" else "stop", usage=_usage(usage))
 
     def _count(self, **changes: int) -> None:
         with self.lock:
@@ -194,14 +204,15 @@ def _png_url(image: SentImage, open_upload: Callable) -> str:
 
 
 def _usage(usage: Any) -> dict[str, int]:
+    """What a server tells of its tokens, which may be nothing (None)."""
     details = getattr(usage, "prompt_tokens_details", None)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "cached_tokens": getattr(details, "cached_tokens", None) or 0,
+        "prompt_tokens": token_count(getattr(usage, "prompt_tokens", None)),
+        "completion_tokens": token_count(getattr(usage, "completion_tokens", None)),
+        "cached_tokens": token_count(getattr(details, "cached_tokens", None)),
     }
 
 
-def _logprob(entry: Any) -> dict[str, Any]:
-    top = [{"token": other.token, "logprob": other.logprob} for other in entry.top_logprobs or ()]
-    return {"token": entry.token, "logprob": entry.logprob, "top": top}
+def _logprob(entry: Any, top: int) -> dict[str, Any]:
+    others = [{"token": other.token, "logprob": other.logprob} for other in (entry.top_logprobs or ())[:top]]
+    return {"token": entry.token, "logprob": entry.logprob, "top": others}

@@ -90,7 +90,7 @@ async def _expect_ok(reply: aiohttp.ClientResponse) -> None:
         return
     kind = (await reply.json())["error"]["type"]
     if kind in AGAIN:
-        raise Again(kind, retry_after(reply.headers) or 1.0)
+        raise Again(kind, retry_after(reply.headers, 60.0) or 1.0)
     raise Lost(kind)
 
 
