@@ -7,6 +7,7 @@ several processes use the two steps themselves: `publish_folder` and `publish_fi
 """
 
 import contextlib
+import ctypes
 import errno
 import filecmp
 import logging
@@ -138,15 +139,27 @@ def publish_folder(part: Path, target: Path) -> None:
     """Flush `part` and give it the name `target`; a folder that stood there goes when the new one has its name."""
     (part / _LOCK).unlink(missing_ok=True)
     sync_tree(part)
-    old = None
-    if target.is_dir():
-        old = target.parent / f".{target.name}.old{PART}"
-        shutil.rmtree(old, ignore_errors=True)
-        target.replace(old)
-    part.replace(target)
+    if not target.is_dir():
+        part.replace(target)
+        sync(target.parent)
+        return
+    # Not `part` any more: a later attempt would go on with what is in it, which may be the old folder's.
+    other = target.parent / f".{target.name}.other{PART}"
+    shutil.rmtree(other, ignore_errors=True)
+    part.replace(other)
+    if not _exchange(other, target):
+        target.replace(part)
+        other.replace(target)
+        part.replace(other)
     sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    shutil.rmtree(other)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders take each other's name at once; False where the system or the disk can't."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def publish_files(part: Path, folder: Path, *, last: str, stale: Iterable[str] = ()) -> None:

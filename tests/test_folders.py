@@ -46,7 +46,10 @@ def test_a_checkpoint_is_called_by_its_folder_however_it_is_named(tmp_path, monk
     assert LocalModel(".").model_id == "vqa_checkpoint-40"
 
 
-def test_a_staged_folder_replaces_the_whole_target(tmp_path):
+@pytest.mark.parametrize("exchanges", [True, False], ids=["at once", "a disk that can't"])
+def test_a_staged_folder_replaces_the_whole_target(exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr("llava.folders._exchange", lambda *_: False)
     target = tmp_path / "new" / "target"
     with stage(target) as part:
         assert part == part_of(target) and final_name(part) == final_name(target) == "target"
@@ -111,6 +114,27 @@ def test_what_a_killed_writer_leaves_is_handed_on_only_as_asked(tmp_path):
     with stage(tmp_path / "other") as part:
         assert set(names(part)) <= {"lock"}
     assert names(tmp_path / "other") == []
+
+
+def test_killed_while_it_is_replaced_a_folder_is_the_old_or_the_new_one(tmp_path):
+    target = tmp_path / "target"
+    for renames in (1, 2):
+        write(target, content="old")
+        kill_while_staging(
+            "replace, done = Path.replace, []\n"
+            "def replace_one(self, target):\n"
+            "    replace(self, target)\n"
+            "    done.append(target)\n"
+            f"    len(done) < {renames} or os.kill(os.getpid(), 9)\n"
+            "Path.replace = replace_one\n"
+            f"with stage({str(target)!r}, overwrite=True) as part:\n"
+            "    (part / 'content').write_text('new')\n"
+            "os.kill(os.getpid(), 9)\n"
+        )
+        assert (target / "content").read_text() == ("old" if renames == 1 else "new")
+    with stage(target, overwrite=True) as part:
+        write(part, content="newer")
+    assert names(tmp_path) == ["target"] and (target / "content").read_text() == "newer"
 
 
 def test_a_killed_publication_is_finished_by_the_next(tmp_path):

@@ -71,10 +71,17 @@ class LlavaConfigFields(_LanguageModelConfig):
         content = super().to_diff_dict()
         if content.get("dtype") is not None:
             content["torch_dtype"] = content["dtype"]
-        rope = content.get("rope_parameters")
-        if rope:
-            content["rope_theta"] = rope.get("rope_theta")
-            scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-            kind = scaling.get("rope_type", "default")
-            content["rope_scaling"] = None if kind == "default" else scaling | {"type": kind}
-        return content
+        return content | older_rope_fields(content)
+
+
+def older_rope_fields(content: dict[str, Any]) -> dict[str, Any]:
+    """How transformers 4, and what is built on it, names a configuration's `rope_parameters`."""
+    rope = content.get("rope_parameters")
+    if not rope:
+        return {}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    kind = scaling.get("rope_type", "default")
+    return {
+        "rope_theta": rope.get("rope_theta"),
+        "rope_scaling": None if kind == "default" else scaling | {"type": kind},
+    }

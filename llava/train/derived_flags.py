@@ -1,7 +1,6 @@
 """Flags that follow from others where they weren't given: accumulation, the loss's normalisation, loader workers."""
 
 import logging
-import multiprocessing
 import os
 import sys
 from typing import Any
@@ -12,6 +11,7 @@ logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
 """Of one process; decoding for one GPU has never needed more."""
+CAN_FORK = sys.platform == "linux"
 
 
 def is_main_process() -> bool:
@@ -54,8 +54,8 @@ def _set_wandb(training: Any) -> None:
 
 def default_workers(on_gpu: bool) -> tuple[int, str]:
     """(loader workers of this process, why so many), by the cores that each process has."""
-    if multiprocessing.get_start_method() != "fork":
-        return 0, "this system can't fork processes"
+    if not CAN_FORK:
+        return 0, "workers are forked, which is sound on Linux alone"
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if on_gpu:
         return max(0, min(MOST_WORKERS, cores - 1)), f"{cores} cores per process"
@@ -68,6 +68,10 @@ def choose_workers(training: Any, *, on_gpu: bool) -> None:
         training.dataloader_num_workers, why = default_workers(on_gpu)
         if is_main_process():
             logger.info("--dataloader_num_workers %d (%s)", training.dataloader_num_workers, why)
+    started = getattr(training, "dataloader_multiprocessing_context", None)  # older releases have no such flag
+    if CAN_FORK and training.dataloader_num_workers > 0 and started is None:
+        # Python 3.14 would start them anew, and the data can't be sent to them.
+        training.dataloader_multiprocessing_context = "fork"
     if training.dataloader_persistent_workers is None:
         training.dataloader_persistent_workers = training.dataloader_num_workers > 0
     if training.dataloader_prefetch_factor is None and training.dataloader_num_workers > 0:

@@ -5,7 +5,7 @@ latter is translated or ignored with one warning that says what happened. Nothin
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from llava.commandline import TRUE_WORDS
@@ -48,7 +48,7 @@ def translate_flags(
     Raises:
         LlavaError: a value that can't be translated.
     """
-    flags = _split(argv)
+    flags = split_flags(argv)
     if flags.get("debug") == []:
         flags.pop("debug")  # ours, for tracebacks; the Trainer's --debug has a value
     warnings: list[str] = []
@@ -70,7 +70,7 @@ def translate_flags(
     return out, warnings
 
 
-def _split(argv: list[str]) -> dict[str, list[str]]:
+def split_flags(argv: Sequence[str]) -> dict[str, list[str]]:
     """{flag with underscores: its values}; a flag given twice keeps its last place and value."""
     flags: dict[str, list[str]] = {}
     values = flags.setdefault("", [])

@@ -311,11 +311,11 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
     root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
 
     def identify(number: int, image) -> str:
-        with dataset.image_errors(number):
+        with dataset.record_errors(number):
             return dataset.image_source.identify(image)
 
     def load(number: int, image) -> np.ndarray:
-        with dataset.image_errors(number):
+        with dataset.record_errors(number):
             return dataset.load_image(dataset.image_source.read(image))
 
     if dataset.skip_unreadable:

@@ -234,7 +234,9 @@ def test_noise_is_the_images_own_and_repeats(data):
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
-def test_yes_no_probabilities_are_written_for_closed_questions(model, data, tmp_path):
+@pytest.mark.parametrize("fitted", ["square", "anyres"])
+def test_yes_no_probabilities_are_written_for_closed_questions(fitted, model, data, tmp_path):
+    model = model if fitted == "square" else make_llava(tmp_path / "tiled", image_aspect_ratio=fitted)
     rows = answer(model, data, tmp_path / "a.jsonl", "--yes-no-probabilities")
     known = [row["metadata"].get("p_yes") for row in rows]
     assert all((chance is None) == (index % 2 == 0) for index, chance in enumerate(known))
@@ -271,16 +273,10 @@ def test_a_tokenizer_without_such_tokens_is_found_out_before_the_model_is_loaded
         answer(model, data, tmp_path / "a.jsonl", "--yes-no-probabilities")
 
 
-@pytest.mark.parametrize("flag", ["--yes-no-probabilities", "--option-likelihoods"])
-def test_probabilities_of_a_model_that_sees_tiles_are_refused_before_anything_is_answered(data, tmp_path, flag):
-    tiled = make_llava(tmp_path / "tiled", image_aspect_ratio="anyres")
-    with pytest.raises(LlavaError, match="image_aspect_ratio anyres; leave them out"):
-        answer(tiled, data, tmp_path / "a.jsonl", flag)
-    assert not (tmp_path / "a.jsonl.part").stat().st_size
-
-
-def test_likelihoods_of_options_are_the_models_own(model, data, tmp_path):
-    """Each option's log probability by hand, from the first id that differs on, and equal in every batch."""
+@pytest.mark.parametrize("fitted", ["square", "anyres"])
+def test_likelihoods_of_options_are_the_models_own(fitted, model, data, tmp_path):
+    """Each option's log probability by hand, from the first id that differs on, and equal in every batch; also of a
+    model that sees tiles."""
     from llava.conversation import get_template
     from llava.images import open_image
     from llava.model import load_pretrained_model
@@ -293,6 +289,7 @@ def test_likelihoods_of_options_are_the_models_own(model, data, tmp_path):
         {"id": "q2", "image": "p1.png", "conversations": turns},
     ]
     (data / "choice.json").write_text(json.dumps(records))
+    model = model if fitted == "square" else make_llava(tmp_path / "tiled", image_aspect_ratio=fitted)
     runs = []
     for size in ("32", "1"):
         path = tmp_path / f"{size}.jsonl"
@@ -307,11 +304,13 @@ def test_likelihoods_of_options_are_the_models_own(model, data, tmp_path):
 
     loaded = load_pretrained_model(str(model))
     template = get_template(loaded.model.config.conversation_template)
-    image = loaded.image_processor([open_image(data / "p0.png")], loaded.model.config.image_aspect_ratio)
+    image = np.asarray(loaded.image_processor([open_image(data / "p0.png")], loaded.model.config.image_aspect_ratio))
+    image = image.reshape(-1, *image.shape[-3:])
+    assert (len(image) > 1) == (fitted == "anyres")
     samples = []
     for option in records[0]["options"]:
         record = [turns[0], {"from": "gpt", "value": option}]
-        features = loaded.model.num_patches
+        features = [len(image) * loaded.model.num_patches]
         samples.append(encode_conversation(record, template, loaded.tokenizer, features_per_image=features))
     ids = [sample.input_ids for sample in samples]
     start = next(place for place, column in enumerate(zip(*ids)) if len(set(column)) > 1)

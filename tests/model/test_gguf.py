@@ -116,7 +116,8 @@ def rewrite(source, target, kind=None, leave_out=(), fields=(), tensors=()):
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=part)
     for name, value in changed.items():
         if name != "general.architecture":
-            (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+            kinds = {str: writer.add_string, float: writer.add_float32}
+            kinds.get(type(value), writer.add_uint32)(name, value)
     for tensor in file.tensors:
         if tensor.name in leave_out:
             continue
@@ -139,9 +140,10 @@ def rewrite(source, target, kind=None, leave_out=(), fields=(), tensors=()):
         ({"fields": {"general.architecture": "gemma3"}}, "architecture 'gemma3'"),
         ({"fields": {"llama.expert_count": 4}}, "mixture of 4 experts"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "'yarn'"),
+        ({"fields": {"tokenizer.ggml.eos_token_id": 9999}}, "eos_token_id is 9999, but there are"),
         ({"tensors": ["rope_freqs.weight"]}, "rope_freqs.weight aren't the factors"),
     ],
-    ids=["extra tensor", "missing tensor", "architecture", "experts", "yarn", "factors"],
+    ids=["extra tensor", "missing tensor", "architecture", "experts", "yarn", "token", "factors"],
 )
 def test_what_would_not_be_the_same_is_refused(changes, words, tmp_path):
     source = export_gguf(make_chat_llava(tmp_path)[0], tmp_path / "gguf", kind="f32") / "model-f32.gguf"
@@ -214,6 +216,23 @@ def test_scaled_positions_come_back(tmp_path):
     with torch.inference_mode():
         logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (llm, back)]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "factor"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scale_linear": 1.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_positions_scaled_evenly_as_llama_cpp_reads_them(fields, factor, tmp_path):
+    source = export_gguf(make_chat_llava(tmp_path)[0], tmp_path / "gguf", kind="f32") / "model-f32.gguf"
+    rewrite(source, tmp_path / "other.gguf", fields={f"llama.{name}": value for name, value in fields.items()})
+    rope = read_json(import_gguf(tmp_path / "other.gguf", tmp_path / "back") / "config.json")["rope_parameters"]
+    assert rope.get("factor") == factor and rope["rope_type"] == ("linear" if factor else "default")
 
 
 def test_dinov2_is_written_as_a_plain_vit(tmp_path):

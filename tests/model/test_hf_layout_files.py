@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -217,6 +218,50 @@ def test_import_without_our_note(exported, tmp_path):
     before, after = WeightFiles.of_folder(native), WeightFiles.of_folder(back)
     assert all(torch.equal(before.read(name), after.read(name)) for name in before)
     assert "<image>" not in load_pretrained_model(back, device="cpu").tokenizer.get_vocab()
+
+
+def test_scaled_positions_have_the_older_name_too(tmp_path):
+    """Engines built on transformers 4 know `rope_scaling` alone, and would place tokens without it."""
+    native = make_llava(tmp_path)
+    config = read_json(native / "config.json")
+    scaled = {"rope_type": "linear", "factor": 4.0}
+    write_json(native / "config.json", config | {"rope_parameters": scaled | {"rope_theta": 10000.0}})
+    hf = export_hf(native, tmp_path / "hf")
+    text = read_json(hf / "config.json")["text_config"]
+    assert text["rope_scaling"] == scaled | {"type": "linear"} and text["rope_theta"] == 10000.0
+    model = load_pretrained_model(hf, device="cpu").model
+    assert model.config.rope_parameters["rope_type"] == "linear" and model.config.rope_parameters["factor"] == 4.0
+
+
+@pytest.mark.parametrize(("own", "ends"), [(None, [0, 2]), ([0, 2], [0, 2]), (2, [2, 0])])
+def test_other_engines_are_told_all_that_ends_an_answer(own, ends, tmp_path):
+    """The template's mark is another token than the end of text: they don't know the template."""
+    native = make_llava(tmp_path, "qwen2")
+    path = native / "tokenizer_config.json"
+    write_json(path, read_json(path) | {"eos_token": "<|endoftext|>"})
+    write_json(native / "generation_config.json", {} if own is None else {"eos_token_id": own})
+    hf = export_hf(native, tmp_path / "hf")
+    assert read_json(hf / "generation_config.json")["eos_token_id"] == ends
+
+
+def test_an_activation_that_no_projector_has_is_refused(exported, tmp_path):
+    """Read as GELU the answers would be others, without a word."""
+    hf = tmp_path / "hf"
+    shutil.copytree(exported[1], hf)
+    write_json(hf / "config.json", read_json(hf / "config.json") | {"projector_hidden_act": "relu"})
+    for read in (lambda: load_pretrained_model(hf, device="cpu"), lambda: import_hf(hf, tmp_path / "back")):
+        with pytest.raises(LlavaError, match="projector_hidden_act 'relu' is neither gelu nor linear"):
+            read()
+
+
+def test_import_loses_no_words(tmp_path):
+    """<image> may be any token of the vocabulary; what comes after it isn't what was added with it."""
+    hf = export_hf(make_llava(tmp_path), tmp_path / "hf")
+    config = {name: value for name, value in read_json(hf / "config.json").items() if name != "llava_export"}
+    write_json(hf / "config.json", config | {"image_token_index": 300})
+    with pytest.raises(LlavaError, match=r"tokens come after <image> \(300\) in the vocabulary"):
+        import_hf(hf, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def test_served_by_transformers(tmp_path):

@@ -59,16 +59,18 @@ def test_a_folder_of_templates_that_is_a_link(tmp_path):
 
 
 def test_links_that_name_nothing_of_others(tmp_path):
-    """To weights, to the folder's own files, and from a snapshot of the hub's cache to its files."""
-    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
-    blobs.mkdir()
-    folder.mkdir(parents=True)
+    """To weights, to the folder's own files, and from a snapshot, or a folder downloaded to, to the hub's cache."""
+    cache = tmp_path / "models--some--model"
+    blobs, folder, chosen = cache / "blobs", cache / "snapshots" / ("0" * 40), tmp_path / "chosen"
+    for place in (blobs, folder, chosen):
+        place.mkdir(parents=True)
     for path in (blobs / "abc", folder / "LICENSE.txt", tmp_path / "weights"):
         path.touch()
     (folder / "config.json").symlink_to("../../blobs/abc")
     (folder / "LICENSE").symlink_to("LICENSE.txt")
     (folder / "model.safetensors").symlink_to(tmp_path / "weights")
-    assert locate_model(folder) == folder
+    (chosen / "config.json").symlink_to(blobs / "abc")
+    assert locate_model(folder) == folder and locate_model(chosen) == chosen
     (tmp_path / "by-its-name").symlink_to(folder)
     assert locate_model(tmp_path / "by-its-name") == tmp_path / "by-its-name"
 

@@ -15,6 +15,7 @@ from llava.model import load_pretrained_model
 from llava.model.checkpoint import adapter
 from llava.model.checkpoint.adapter import native_name
 from llava.model.export_hf import main as export_hf
+from llava.records import read_json, write_json
 from tests.model.checkpoints import PROJECTOR, TOWER, Tiny, logits, save
 
 UP = "model.layers.1.mlp.up_proj"
@@ -196,6 +197,9 @@ def test_more_tokens_than_the_base_has(tiny, tmp_path):
 
 def test_adapter_over_the_hugging_face_layout(tiny, tmp_path):
     export_hf(["--model-path", str(tiny.folder), "--output", str(tmp_path / "hf")])
+    config = read_json(tmp_path / "hf" / "config.json")
+    own = config.pop("conversation_template")  # another program's export names none
+    write_json(tmp_path / "hf" / "config.json", config)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     targets = r".*(language_model.*(q_proj|up_proj)|vision_tower.*q_proj|multi_modal_projector.linear_1)"
     wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, alpha_pattern={"up_proj": 3}))
@@ -206,7 +210,9 @@ def test_adapter_over_the_hugging_face_layout(tiny, tmp_path):
         if (tmp_path / "hf" / name).is_file():
             shutil.copy(tmp_path / "hf" / name, tmp_path / "merged")
     expected = load_pretrained_model(tmp_path / "merged", device="cpu").model.state_dict()
-    got = load_pretrained_model(tmp_path / "a", tmp_path / "hf", device="cpu").model.state_dict()
+    over_base = load_pretrained_model(tmp_path / "a", tmp_path / "hf", device="cpu").model
+    assert over_base.config.conversation_template == own
+    got = over_base.state_dict()
     plain = load_pretrained_model(tmp_path / "hf", device="cpu").model.state_dict()
     assert got.keys() == expected.keys()
     changed = {name for name in got if not torch.equal(got[name], plain[name])}

@@ -1,5 +1,6 @@
 """consolidate, merge_lora, extract_mm_projector and quantize: what they write is what was there."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,16 @@ def test_projector_of_other_layouts(llava, lora, tmp_path):
         path = tmp_path / f"{source.name}.safetensors"
         extract_mm_projector.main(["--model-path", str(source), "--output", str(path)])
         assert torch.equal(WeightFiles([path]).read(name), weights.read(name) + difference)
+
+
+def test_how_the_base_generates_is_kept(llava, lora, tmp_path):
+    base = shutil.copytree(llava.parent / "llm", tmp_path / "llm")
+    write_json(base / "generation_config.json", {"eos_token_id": [2, 7], "temperature": 0.3})
+    export_hf(lora, tmp_path / "hf", base)
+    merge_lora.main(["--model-path", str(lora), "--model-base", str(base), "--save-model-path", str(tmp_path / "m")])
+    for folder in ("hf", "m"):
+        kept = read_json(tmp_path / folder / "generation_config.json")
+        assert (kept["eos_token_id"], kept["temperature"]) == ([2, 7], 0.3), folder
 
 
 def test_projector_with_rows_of_image_tokens(tmp_path):

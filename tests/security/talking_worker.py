@@ -1,12 +1,12 @@
 """A worker that says any number of tokens at once, each with as many others as are asked for:
 `python -m tests.security.talking_worker --port …`."""
 
-import asyncio
 import threading
 
 from llava.commandline import ArgumentParser, run
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
+from tests.serve.scripted_worker import add_worker_flags, serve_backend
 
 
 class TalkingBackend:
@@ -42,24 +42,11 @@ class TalkingBackend:
 
 
 def main(argv=None):
-    from llava.serve.secret import add_secret_flags, secret_from_args
-    from llava.serve.worker.app import WorkerApp, serve
-    from llava.serve.worker.heartbeat import Membership
-
     parser = ArgumentParser()
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--controller")
+    add_worker_flags(parser)
     parser.add_argument("--max-body-bytes", type=int, default=64 << 20)
-    add_secret_flags(parser)
     args = parser.parse_args(argv)
-
-    async def go():
-        secret = secret_from_args(args)
-        worker = WorkerApp(TalkingBackend(), ["talking"], secret, timeout=300, max_body=args.max_body_bytes)
-        member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)
-        await serve(worker, "127.0.0.1", args.port, member, 1)
-
-    asyncio.run(go())
+    serve_backend(args, TalkingBackend(), "talking", 1, timeout=300, max_body=args.max_body_bytes)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 CVE-2025-32434, CVE-2026-24747, CVE-2007-4559, CVE-2025-4138, CVE-2025-4517).
 
 What a command reads is attacked here through the command itself, and through the call that others make in its place.
-More of the kind: tests/model/test_key_accounting.py, tests/data/test_download_images.py, test_convert_captions.py.
+More of the kind: tests/model/test_key_accounting.py, tests/data/test_download_archives.py, test_convert_captions.py.
 """
 
 import importlib

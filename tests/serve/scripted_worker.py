@@ -103,36 +103,46 @@ class ScriptedBackend:
         pass
 
 
-def main(argv=None):
+def add_worker_flags(parser: ArgumentParser) -> None:
+    """What `serve_backend` reads."""
+    from llava.serve.secret import add_secret_flags
+
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--controller")
+    add_secret_flags(parser)
+
+
+def serve_backend(args, backend, model_name: str, grace: float, **options) -> None:
+    """A worker over any backend, registered where a controller is named; `options` are WorkerApp's."""
     import asyncio
 
-    from llava.serve.secret import add_secret_flags, secret_from_args
+    from llava.serve.secret import secret_from_args
     from llava.serve.worker.app import WorkerApp, serve
     from llava.serve.worker.heartbeat import Membership
 
+    async def go():
+        secret = secret_from_args(args)
+        worker = WorkerApp(backend, [model_name], secret, **options)
+        member = None
+        if args.controller:
+            member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)
+        await serve(worker, "127.0.0.1", args.port, member, grace)
+
+    asyncio.run(go())
+
+
+def main(argv=None):
     parser = ArgumentParser()
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--controller")
+    add_worker_flags(parser)
     parser.add_argument("--model-name", default="scripted")
     parser.add_argument("--pause", type=float, default=0.01)
     parser.add_argument("--timeout", type=float, default=60)
     parser.add_bool("--names-images", default=True, help="False: the echo leaves out the places of images")
     parser.add_argument("--trained-on", help="what the model's card says")
-    add_secret_flags(parser)
     args = parser.parse_args(argv)
-
-    async def go():
-        secret = secret_from_args(args)
-        card = ModelCard(template="scripted", context="2,048 tokens", trained_on=args.trained_on)
-        worker = WorkerApp(
-            ScriptedBackend(args.pause, args.names_images), [args.model_name], secret, timeout=args.timeout, card=card
-        )
-        member = None
-        if args.controller:
-            member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)
-        await serve(worker, "127.0.0.1", args.port, member, 20)
-
-    asyncio.run(go())
+    card = ModelCard(template="scripted", context="2,048 tokens", trained_on=args.trained_on)
+    backend = ScriptedBackend(args.pause, args.names_images)
+    serve_backend(args, backend, args.model_name, 20, timeout=args.timeout, card=card)
 
 
 if __name__ == "__main__":

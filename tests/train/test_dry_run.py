@@ -301,6 +301,13 @@ def test_a_gpu_is_found_by_its_common_names():
     assert all(name in parser for name in GPUS)
 
 
+def test_a_flag_that_says_false_is_no_flag(base, capsys, monkeypatch):
+    monkeypatch.setitem(GPUS, "h100", replace(H100, memory_gb=1.3))
+    assert main([*base, *SMALL[2:], "--bf16", "False", "--tune_mm_mlp_adapter", "False"]) == 1
+    tried = capsys.readouterr().out.split("GB are usable\n")[1]
+    assert tried.split()[:2] == ["--bf16", "True"] and "--lora_enable True" in tried
+
+
 @pytest.mark.parametrize("name", ["v100-16g", "t4"])
 def test_a_gpu_without_bfloat16_is_offered_fp16(base, capsys, monkeypatch, name):
     monkeypatch.setitem(GPUS, name, replace(GPUS[name], memory_gb=1.3))

@@ -41,6 +41,9 @@ def base(tmp_path_factory):
         ("mistralai/Mistral-7B-Instruct-v0.2", "mistral-7b"),
         ("llama-13b", "llama-13b"),
         ("/models/llama-65b", "/models/llama-65b"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+        ("JackFram/llama-160m", "JackFram/llama-160m"),
+        ("llava-v1.5-7b", "llama-7b"),
         ("/models/qwen", "/models/qwen"),
     ],
 )
@@ -196,6 +199,22 @@ def test_deepspeed_is_predicted_as_fsdp_however_it_is_given(tmp_path, joined):
     given = [f"--deepspeed={path}"] if joined else ["--deepspeed", str(path)]
     flags, notes = without_deepspeed(["--bf16", "True", *given, "--seed", "1"], 8)
     assert flags == ["--bf16", "True", "--seed", "1", "--fsdp", "full_shard auto_wrap"] and len(notes) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "none"])
+def test_what_deepspeed_offloads_is_said(tmp_path, base, device):
+    path = tmp_path / "zero3.json"
+    write_json(path, {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": device}}})
+    offloaded, plain = (
+        dry_run([*base, *SMALL, *more], H100, 2) for more in (["--deepspeed", str(path)], ["--fsdp", "full_shard"])
+    )
+    assert offloaded.peak_gb == plain.peak_gb
+    assert any("isn't predicted" in note for note in offloaded.notes) == (device == "cpu")
+
+
+def test_what_fsdp_offloads_is_said(base):
+    prediction = dry_run([*base, *SMALL, "--fsdp", "full_shard auto_wrap offload"], H100, 1)
+    assert prediction.notes[0].startswith("--fsdp: offloading to the host's memory isn't predicted")
 
 
 @pytest.mark.parametrize("content", [[], {"zero_optimization": None}, {"zero_optimization": {"stage": "three"}}])

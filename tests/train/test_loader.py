@@ -1,6 +1,8 @@
 """Data that is ready when a step wants it: workers by the cores, what they raise, drafts of large JPEGs."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +50,16 @@ def test_with_workers_a_run_is_the_same_and_the_wait_is_said(tmp_path, base, dat
     train(flags(tmp_path / "two", data, base, *more, "--dataloader_num_workers", "2"))
     assert losses(tmp_path / "two") == losses(tmp_path / "none")
     assert 0 < summary["data_wait"] < 1
+
+
+def test_workers_are_forked_where_python_would_start_them_anew(tmp_path, base, data):
+    """As Python 3.14 does by default: what a dataset holds can't be sent to a new process."""
+    words = flags(tmp_path / "out", data, base, "--max_steps", "1", "--dataloader_num_workers", "1")
+    words += ["--eval_data_path", str(data), "--eval_strategy", "steps", "--eval_steps", "1"]
+    code = "import multiprocessing, sys; multiprocessing.set_start_method('forkserver'); "
+    code += "from llava.train.train import train; train(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("where", ["training", "held-out"])

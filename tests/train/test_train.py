@@ -299,7 +299,8 @@ def test_a_shape_that_the_tower_does_not_take_is_named(tmp_path, stage1):
     with pytest.raises(
         LlavaError, match=r'record \d+ \("r\d+"\): --image_aspect_ratio keep .*; train with square or pad$'
     ):
-        train(flags(tmp_path / "out", data, stage1[0], "--version", "v1", "--image_aspect_ratio", "keep"))
+        more = ("--version", "v1", "--image_aspect_ratio", "keep", "--skip_unreadable_images")
+        train(flags(tmp_path / "out", data, stage1[0], *more))
 
 
 @pytest.mark.parametrize("early", [("--cache_vision_features",), ("--image_aspect_ratio", "anyres")])
@@ -309,6 +310,24 @@ def test_a_missing_image_that_is_looked_for_early_is_named_too(tmp_path, stage1,
     more = ("--version", "v1", "--lazy_preprocess", "True", *early)
     with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\): image ".*green\.png" not found.*filter_missing'):
         train(flags(tmp_path / "out", data, stage1[0], *more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--lazy_preprocess", "True"),
+        ("--lazy_preprocess", "False"),
+        ("--lazy_preprocess", "True", "--train_sampling_strategy", "group_by_length"),
+    ],
+)
+def test_tiles_of_images_that_are_not_there_are_left_out_too(tmp_path, stage1, more):
+    """How many tiles an image has is asked before its turn in a batch comes."""
+    data = make_records(tmp_path)
+    (tmp_path / "images" / "green.png").unlink()
+    (tmp_path / "images" / "blue.png").write_bytes(b"not an image")
+    more = ("--version", "v1", "--num_train_epochs", "1", "--image_aspect_ratio", "anyres", *more)
+    summary = train(flags(tmp_path / "out", data, stage1[0], *more, "--skip_unreadable_images"))
+    assert (summary["left_out"]["count"], summary["samples_seen"]) == (6, 6)
 
 
 @pytest.mark.parametrize("cached", [(), ("--cache_vision_features",)])

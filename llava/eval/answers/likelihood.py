@@ -1,6 +1,6 @@
 """How likely a model finds each of several answers to a question: what multiple-choice scores by likelihood rest on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +9,8 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation
-from llava.images import open_image
+from llava.generation import Engine
+from llava.generation.image_features import RequestImage
 from llava.tokenization import ImageTokens, encode_conversation, pad_batch
 
 
@@ -23,7 +24,7 @@ class Likelihood(NamedTuple):
 @dataclass(frozen=True)
 class _Candidate:
     question: int
-    images: Sequence[Any]
+    images: Sequence[RequestImage]
     input_ids: np.ndarray
     """int64 [length], expanded."""
     labels: np.ndarray
@@ -33,7 +34,7 @@ class _Candidate:
 
 @torch.inference_mode()
 def answer_likelihoods(
-    loaded: Any,
+    engine: Engine,
     template: Conversation,
     asked: Sequence[tuple[list[dict[str, str]], Sequence[Any], Sequence[str]]],
     batch_size: int = 32,
@@ -41,21 +42,21 @@ def answer_likelihoods(
     """The likelihood of each answer to each question, end mark included.
 
     Args:
-        loaded: a `llava.model.LoadedModel`.
+        engine: its model, and the features of images that it keeps.
         asked: per question its turns (`{"from", "value"}`, the last one the question), its images (whatever
             `open_image` takes) and at least two different answers.
     """
-    tokenizer, model, _, _ = loaded
-    image_tokens = ImageTokens.from_config(model.config, tokenizer)
+    image_tokens = ImageTokens.from_config(engine.model.config, engine.tokenizer)
     candidates: list[_Candidate] = []
-    for number, (turns, images, answers) in enumerate(asked):
+    for number, (turns, sources, answers) in enumerate(asked):
+        images = [engine.encoder.identify(source) for source in sources]
         encoded = [
             encode_conversation(
                 [*turns, {"from": "gpt", "value": answer}],
                 template,
-                tokenizer,
+                engine.tokenizer,
                 image_tokens,
-                features_per_image=[model.num_patches] * len(images),
+                features_per_image=[engine.encoder.num_positions(image) for image in images],
             )
             for answer in answers
         ]
@@ -66,37 +67,37 @@ def answer_likelihoods(
     found: list[list[Likelihood]] = [[] for _ in asked]
     for place in range(0, len(candidates), batch_size):
         batch = candidates[place : place + batch_size]
-        for candidate, likelihood in zip(batch, _likelihoods(loaded, batch), strict=True):
+        for candidate, likelihood in zip(batch, _likelihoods(engine, batch), strict=True):
             found[candidate.question].append(likelihood)
     return found
 
 
-def last_logits(loaded: Any, sequences: Sequence[np.ndarray], images: Iterable[Any], kept: int) -> torch.Tensor:
+def last_logits(
+    engine: Engine, sequences: Sequence[np.ndarray], images: Sequence[RequestImage], kept: int
+) -> torch.Tensor:
     """float64 `[batch, kept, vocabulary]`: the logits at the last `kept` positions of each of several sequences.
 
     Args:
-        loaded: a `llava.model.LoadedModel`.
         sequences: ids, int64 `[length]`, with IMAGE_TOKEN_INDEX at each position of an image.
-        images: those of all sequences in their order, whatever `open_image` takes.
+        images: those of all sequences in their order.
     """
-    tokenizer, model, processor, _ = loaded
-    padded = pad_batch([(ids, ids) for ids in sequences], tokenizer.pad_token_id or 0, side="left")
-    opened = [open_image(image) for image in images]
-    pixels = torch.from_numpy(processor(opened, model.config.image_aspect_ratio)) if opened else None
+    model: Any = engine.model
+    padded = pad_batch([(ids, ids) for ids in sequences], engine.tokenizer.pad_token_id or 0, side="left")
+    features = engine.encoder.features(images)
     logits: torch.Tensor = model(
         input_ids=torch.from_numpy(padded["input_ids"]).to(model.device),
         attention_mask=torch.from_numpy(padded["attention_mask"]).long().to(model.device),
-        pixel_values=None if pixels is None else pixels.to(model.device),
+        image_features=torch.cat(features) if features else None,
         logits_to_keep=kept,
     ).logits
     return logits.double()
 
 
-def _likelihoods(loaded: Any, batch: Sequence[_Candidate]) -> list[Likelihood]:
+def _likelihoods(engine: Engine, batch: Sequence[_Candidate]) -> list[Likelihood]:
     # Padded on the left, all answers end at the last position; each token is predicted one position before it.
     kept = max(len(candidate.input_ids) - candidate.start for candidate in batch)
     images = [image for candidate in batch for image in candidate.images]
-    logits = last_logits(loaded, [candidate.input_ids for candidate in batch], images, kept + 1)[:, :-1]
+    logits = last_logits(engine, [candidate.input_ids for candidate in batch], images, kept + 1)[:, :-1]
     labels = np.full((len(batch), kept), IGNORE_INDEX)
     for row, candidate in zip(labels, batch, strict=True):
         own = candidate.labels[candidate.start :]

@@ -7,7 +7,6 @@ from typing import Any
 
 from llava.bars import tqdm
 from llava.conversation import get_template
-from llava.errors import LlavaError
 from llava.eval.answers.ablation import QuestionImages
 from llava.eval.answers.answering import answer_record
 from llava.eval.answers.questions import Question
@@ -85,12 +84,6 @@ class LocalAnswers:
 
             check_tokens(self.model.path, self.model.base, self.model.vision_tower, self.model.template)
         loaded = self.model.load()
-        aspect_ratio = loaded.model.config.image_aspect_ratio
-        if (self.yes_no_probabilities or self.option_likelihoods) and aspect_ratio in ("anyres", "keep"):
-            raise LlavaError(
-                f"--yes-no-probabilities and --option-likelihoods take images in one square; {self.model.path} has "
-                f"image_aspect_ratio {aspect_ratio}; leave them out for this model"
-            )
         engine = Engine(loaded, max_batch_size=self.batch_size)
         template = get_template(self.model.template or loaded.model.config.conversation_template)
         groups = [questions[start : start + self.save_every] for start in range(0, len(questions), self.save_every)]
@@ -98,19 +91,19 @@ class LocalAnswers:
             for group in groups:
                 # A group that was half written is answered whole: the same batches give the same answers.
                 if any(question.id not in output.done for question in group):
-                    for question, text, metadata in self._answer(group, engine, loaded, template):
+                    for question, text, metadata in self._answer(group, engine, template):
                         if question.id not in output.done:
                             output.add(answer_record(question, text, self.model.model_id, metadata))
                 bar.update(len(group))
         return {
             "model_id": self.model.model_id,
             "template": template.name,
-            "image_aspect_ratio": aspect_ratio,
+            "image_aspect_ratio": loaded.model.config.image_aspect_ratio,
             "device": str(loaded.model.device),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
         }
 
-    def _answer(self, group, engine, loaded, template) -> Iterator[tuple[Question, str, dict[str, Any]]]:
+    def _answer(self, group, engine, template) -> Iterator[tuple[Question, str, dict[str, Any]]]:
         images = [self.question_images.of(question) for question in group]
         conversations = [conversation_from_record(_turns(question), template) for question in group]
         answers = self._generate(engine, group, conversations, images)
@@ -130,7 +123,7 @@ class LocalAnswers:
 
             closed = [index for index, question in enumerate(group) if question.answer_type == "CLOSED"]
             asked = [(_turns(group[i]), images[i]) for i in closed]
-            for index, chance in zip(closed, yes_probabilities(loaded, template, asked, self.batch_size)):
+            for index, chance in zip(closed, yes_probabilities(engine, template, asked, self.batch_size)):
                 metadata[index]["p_yes"] = chance
         if self.option_likelihoods:
             from llava.eval.answers.likelihood import answer_likelihoods
@@ -138,7 +131,7 @@ class LocalAnswers:
             choices = [index for index, question in enumerate(group) if question.options]
             for kind in ("letter", "text"):
                 offered = [(_turns(group[i]), images[i], _options(group[i], kind)) for i in choices]
-                for index, found in zip(choices, answer_likelihoods(loaded, template, offered, self.batch_size)):
+                for index, found in zip(choices, answer_likelihoods(engine, template, offered, self.batch_size)):
                     metadata[index][f"option_{kind}s"] = [one._asdict() for one in found]
         return zip(group, texts, metadata)
 

@@ -9,6 +9,7 @@ from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, get_template
 from llava.errors import LlavaError
 from llava.eval.answers.likelihood import last_logits
+from llava.generation import Engine
 from llava.model.checkpoint.layouts import open_checkpoint
 from llava.model.loader import add_missing_image_tokens
 from llava.model.tokenizer import load_tokenizer_of
@@ -26,7 +27,7 @@ YES, NO = ("yes", "Yes"), ("no", "No")
 
 @torch.inference_mode()
 def yes_probabilities(
-    loaded: Any,
+    engine: Engine,
     template: Conversation,
     asked: Sequence[tuple[list[dict[str, str]], Sequence[Any]]],
     batch_size: int = 32,
@@ -34,7 +35,7 @@ def yes_probabilities(
     """P(yes) / (P(yes) + P(no)) of each question, over both ways of writing each word.
 
     Args:
-        loaded: a `llava.model.LoadedModel`.
+        engine: its model, and the features of images that it keeps.
         asked: per question its turns (`{"from", "value"}`, the last one the question) and its images (whatever
             `open_image` takes).
 
@@ -43,19 +44,21 @@ def yes_probabilities(
     """
     if not asked:
         return []
-    tokenizer, model, _, _ = loaded
-    image_tokens = ImageTokens.from_config(model.config, tokenizer)
+    tokenizer, encoder = engine.tokenizer, engine.encoder
+    image_tokens = ImageTokens.from_config(engine.model.config, tokenizer)
     opening, yes, no = _answer_tokens(template, tokenizer, image_tokens)
     chances = []
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
-        prompts = []
-        for turns, images in batch:
+        prompts, shown = [], []
+        for turns, sources in batch:
+            images = [encoder.identify(source) for source in sources]
             prompt = conversation_from_record(turns, template)
             unexpanded = encode_prompt(prompt, tokenizer, image_tokens) + opening
-            ids, _ = expand_images(unexpanded, None, [model.num_patches] * len(images))
+            ids, _ = expand_images(unexpanded, None, [encoder.num_positions(image) for image in images])
             prompts.append(ids)
-        logits = last_logits(loaded, prompts, [image for _, images in batch for image in images], 1)[:, -1]
+            shown += images
+        logits = last_logits(engine, prompts, shown, 1)[:, -1]
         logs = torch.log_softmax(logits, dim=-1)
         said_yes, said_no = (torch.logsumexp(logs[:, sorted(tokens)], dim=1) for tokens in (yes, no))
         chances += torch.sigmoid(said_yes - said_no).tolist()

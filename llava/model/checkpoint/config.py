@@ -36,17 +36,17 @@ def read_config(folder: Path) -> LlavaConfigFields:
     with library_errors(f"{path}: a field of it can't be"):
         config = config_class.from_dict(content | {"model_type": config_class.model_type})
     if config.conversation_template is None and config.mm_vision_tower:
-        config.conversation_template = infer_template(config, folder)
-        log.info("%s names no conversation_template; %s, by its layout", path, config.conversation_template)
+        infer_template(config, folder)
     return config
 
 
-def infer_template(config, folder: Path) -> str:
-    """The prompt template that a release of this layout was trained with."""
-    if config.mm_image_token_scheme == SCHEME_PATCH:
-        return "simple"
+def infer_template(config: LlavaConfigFields, folder: Path) -> None:
+    """Set the prompt template that a release of this layout was trained with."""
     family = family_of(config)
-    return family.recognise_template(config, _chat_template(folder)) or family.default_template
+    known = "simple" if config.mm_image_token_scheme == SCHEME_PATCH else None
+    known = known or family.recognise_template(config, _chat_template(folder))
+    config.conversation_template = known or family.default_template
+    log.info("%s names no conversation_template; %s, by its layout", folder, config.conversation_template)
 
 
 def training_template(config: Any, folder: Path) -> str:

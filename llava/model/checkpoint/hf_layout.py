@@ -13,6 +13,7 @@ import torch
 
 from llava.errors import LlavaError
 from llava.images.processor import find_settings
+from llava.model.checkpoint.config import infer_template
 from llava.model.configuration import LlavaConfigFields
 from llava.model.families import family_of_llm
 from llava.model.towers import VisionTower, find_tower_class, sketch_vision_tower
@@ -26,6 +27,8 @@ _RENAMED = (
     (r"(?:model\.)?(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
 )
 _TOWER = r"(?:model\.)?vision_tower\.(.+)"
+_PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}
+"""LLaVA's projectors, by the activation between transformers' two layers."""
 _PROJECTOR = r"(?:model\.)?multi_modal_projector\.linear_([12])\.(weight|bias)"
 
 
@@ -58,7 +61,7 @@ def native_config(folder: Path) -> LlavaConfigFields:
     """The configuration of an HF folder as ours.
 
     Raises:
-        LlavaError: a language model or a selection of layers that LLaVA's layout doesn't know.
+        LlavaError: a language model, a projector or a selection of layers that LLaVA's layout doesn't know.
     """
     hf = read_json(folder / "config.json")
     text = dict(hf["text_config"])
@@ -70,9 +73,13 @@ def native_config(folder: Path) -> LlavaConfigFields:
         text.pop(name, None)
     if text.get("dtype") is None and text.get("torch_dtype") is None:
         text["dtype"] = hf.get("dtype") or hf.get("torch_dtype")
-    linear = hf.get("projector_hidden_act", "gelu") == "linear"
+    activation = hf.get("projector_hidden_act", "gelu")
+    if activation not in _PROJECTORS:
+        raise LlavaError(
+            f"{folder}: projector_hidden_act {activation!r} is neither gelu nor linear; no projector here has it"
+        )
     ours = {
-        "mm_projector_type": "linear" if linear else "mlp2x_gelu",
+        "mm_projector_type": _PROJECTORS[activation],
         "mm_vision_select_layer": layer,
         "image_aspect_ratio": _aspect_ratio(folder),
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
@@ -85,6 +92,8 @@ def native_config(folder: Path) -> LlavaConfigFields:
     if "mm_vision_select_feature" not in kept:
         strategy = hf.get("vision_feature_select_strategy", "default")
         config.mm_vision_select_feature = _select_feature(strategy, sketch_vision_tower(config), folder)
+    if config.conversation_template is None:
+        infer_template(config, folder)
     return config
 
 

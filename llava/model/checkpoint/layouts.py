@@ -16,7 +16,7 @@ import torch
 
 from llava.errors import LlavaError, library_errors
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
-from llava.model.checkpoint.config import infer_template, read_config
+from llava.model.checkpoint.config import read_config
 from llava.model.checkpoint.hf_layout import hf_source, is_hf_config, native_config
 from llava.model.checkpoint.hf_layout import native_name as native_name_of_hf
 from llava.model.configuration import LlavaConfigFields
@@ -150,12 +150,8 @@ def _open_native(folder: Path, find_tower: Callable[..., Path | None]) -> Parts:
 
 
 def _open_hf(folder: Path) -> Parts:
-    config = native_config(folder)
-    if config.conversation_template is None:
-        config.conversation_template = infer_template(config, folder)
-        log.info("%s names no conversation_template; %s, by its layout", folder, config.conversation_template)
     weights = WeightFiles.of_folder(folder)
-    return Parts(config, weights, lambda model: [hf_source(weights, model)], [folder])
+    return Parts(native_config(folder), weights, lambda model: [hf_source(weights, model)], [folder])
 
 
 def _open_adapter(

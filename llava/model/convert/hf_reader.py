@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
 from llava.folders import check_space, check_target, stage
 from llava.images import ImageProcessor
-from llava.model.checkpoint.config import infer_template
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
 from llava.model.configuration import LlavaConfigFields
 from llava.model.convert.hf_writer import EXPORT_NOTE
@@ -62,13 +62,14 @@ def import_hf(
         )
     weights = WeightFiles.of_folder(source)
     tensors = _plan(weights, rows, config)
+    tokenizer = load_tokenizer(source)
+    if not note:
+        _check_cut(tokenizer, rows, source)
     check_space(output, sum(tensor.nbytes for tensor in tensors))
-    tokenizer = _without_added(load_tokenizer(source), note, rows)
+    tokenizer = _without_added(tokenizer, note, rows)
     config.vocab_size = rows
     config.architectures = [model_class_of(config).__name__]
     config.pad_token_id = tokenizer.pad_token_id
-    if config.conversation_template is None:
-        config.conversation_template = infer_template(config, source)
     if config.mm_vision_tower is None:
         vision = config.mm_vision_config or {}
         if vision.get("model_type", CLIP) == CLIP:
@@ -130,6 +131,19 @@ class _Cut:
 
     def __call__(self) -> Fill:
         return fill_from(self.weights.read(self.name)[: self.rows])
+
+
+def _check_cut(tokenizer: PreTrainedTokenizerBase, rows: int, source: Path) -> None:
+    """Fail unless <image> and what it's padded with are all that lies behind the `rows` that are kept."""
+    added = {DEFAULT_IMAGE_TOKEN, tokenizer.pad_token}
+    lost = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    lost = [(number, token) for number, token in lost if token not in added]
+    if lost:
+        number, token = lost[0]
+        raise LlavaError(
+            f"{source}: {len(lost)} tokens come after <image> ({rows}) in the vocabulary (first {token!r}, {number}) "
+            f"and would be lost; serve this folder as it is"
+        )
 
 
 def _without_added(tokenizer: PreTrainedTokenizerBase, note: dict[str, Any], rows: int) -> PreTrainedTokenizerBase:

@@ -19,9 +19,10 @@ from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.folders import check_space, check_target, stage
 from llava.model.checkpoint.resolved import ResolvedCheckpoint, resolve_checkpoint
-from llava.model.configuration import LlavaConfigFields
+from llava.model.configuration import LlavaConfigFields, older_rope_fields
 from llava.model.convert.chat_template import chat_template
 from llava.model.convert.model_card import write_model_card
+from llava.model.convert.other_files import find_generation_config
 from llava.model.families import EMBEDDINGS, family_of
 from llava.model.loader import load_image_processor
 from llava.model.tokenizer import load_tokenizer_of, save_tokenizer, token_id
@@ -29,7 +30,7 @@ from llava.model.towers import CLIP, VisionTower
 from llava.model.towers.base import TOWER_PREFIX
 from llava.model.weights.shards import MAX_SHARD_BYTES, RESUMABLE, Fill, Planned, planned_tensor, write_shards
 from llava.records import read_json, write_json
-from llava.tokenization import ImageTokens, tokenize_prompt
+from llava.tokenization import ImageTokens, stop_token_ids, tokenize_prompt
 
 log = logging.getLogger(__name__)
 
@@ -272,9 +273,7 @@ def _hf_config(
         tie_word_embeddings=config.tie_word_embeddings,
     ).to_dict()
     hf = _without_defaults(hf)
-    rope = hf["text_config"].get("rope_parameters") or {}
-    # The older name, for engines that are built on transformers 4.
-    hf["text_config"]["rope_theta"] = rope.get("rope_theta")
+    hf["text_config"] |= older_rope_fields(hf["text_config"])
     kept = {name: getattr(config, name) for name in sorted(own_fields)}
     kept.pop("mm_vision_config")
     kept["mm_vision_select_layer"] = feature_layer
@@ -342,7 +341,7 @@ def make_chat_template(config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     LLaVA tokenises the text on both sides of an image apart; whether a blank or the begin token has to be written
     for the same ids depends on the tokenizer, so it is tried.
     """
-    conversation = get_template(config.conversation_template or family_of(config).default_template)
+    conversation = get_template(config.conversation_template)
     image_tokens = ImageTokens.from_config(config, tokenizer)
     image = DEFAULT_IMAGE_TOKEN
     if image_tokens.use_start_end:
@@ -385,8 +384,12 @@ def make_chat_template(config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _write_generation_config(folder: Path, checkpoint: ResolvedCheckpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-    path = checkpoint.folder / "generation_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    """The checkpoint's or its base's own, and all that ends an answer: other engines don't know the template's mark."""
+    found = find_generation_config(checkpoint.parts.folders)
+    settings = {"bos_token_id": tokenizer.bos_token_id} | (read_json(found) if found else {})
     settings.pop("transformers_version", None)
-    own = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    write_json(folder / "generation_config.json", own | settings | {"pad_token_id": tokenizer.pad_token_id})
+    template, ends = get_template(checkpoint.config.conversation_template), settings.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = list(dict.fromkeys([*ends, *stop_token_ids(template, tokenizer)]))
+    settings |= {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": tokenizer.pad_token_id}
+    write_json(folder / "generation_config.json", settings)

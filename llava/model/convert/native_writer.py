@@ -8,6 +8,7 @@ import torch
 from llava.folders import check_space, check_target, stage
 from llava.model.checkpoint.resolved import resolve_checkpoint
 from llava.model.convert.model_card import write_model_card
+from llava.model.convert.other_files import find_generation_config
 from llava.model.families import EMBEDDING, model_class_of
 from llava.model.loader import add_missing_image_tokens, load_image_processor
 from llava.model.tokenizer import load_tokenizer_of, save_tokenizer
@@ -49,9 +50,8 @@ def write_native(
         config.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
         processor.save_pretrained(folder)
-        for place in folders:
-            if (place / "generation_config.json").is_file():
-                shutil.copyfile(place / "generation_config.json", folder / "generation_config.json")
-                break
+        generation = find_generation_config(folders)
+        if generation is not None:
+            shutil.copyfile(generation, folder / generation.name)
         write_model_card(folder, description, base=str(model_base) if model_base else None, source=str(model_path))
     return output

@@ -13,6 +13,11 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 _NEVER = ("*.index.json", "adapter_config.json", "trainer_state.json")
 
 
+def find_generation_config(folders: Iterable[Path]) -> Path | None:
+    """The first generation_config.json of a checkpoint's folders: its own, else its base's."""
+    return next((path for folder in folders if (path := folder / "generation_config.json").is_file()), None)
+
+
 def copy_side_files(source: Path, target: Path, only: Iterable[str] = SIDE_FILES) -> list[str]:
     """Copy configuration and tokenizer files; returns their names. Weights stay where they are."""
     only = tuple(only)

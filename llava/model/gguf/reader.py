@@ -138,14 +138,16 @@ def _rope(file: GGUFReader, source: Path) -> dict[str, Any] | None:
 
     LLaMA-3.1's scaling is stored as a factor per frequency; what gives just these factors is found again.
     """
-    kind = _field(file, f"{ARCHITECTURE}.rope.scaling.type")
     factors = next((tensor.data for tensor in file.tensors if tensor.name == ROPE_FREQS), None)
     if factors is None:
-        if kind in (None, "none"):
+        # As llama.cpp reads them: files of 2023 name no kind, and have the factor under another name.
+        kind = _field(file, f"{ARCHITECTURE}.rope.scaling.type") or "linear"
+        fields = (_field(file, f"{ARCHITECTURE}.rope.{name}") for name in ("scaling.factor", "scale_linear"))
+        factor = float(next((value for value in fields if value is not None), 0) or 1)
+        if kind == "none" or (kind == "linear" and factor == 1):
             return None
-        factor = _field(file, f"{ARCHITECTURE}.rope.scaling.factor")
-        if kind == "linear" and factor:
-            return {"rope_type": "linear", "factor": float(factor)}
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": factor}
         raise LlavaError(f"{source}: positions are scaled in the way {kind!r}, which can't be imported")
     theta = float(_field(file, f"{ARCHITECTURE}.rope.freq_base") or 10000.0)
     heads, size = (_field(file, f"{ARCHITECTURE}.{name}") for name in ("attention.head_count", "embedding_length"))
@@ -204,6 +206,10 @@ def _read_tokenizer(place: Path, source: Path, file: GGUFReader) -> PreTrainedTo
     tokens, kinds = _field(file, "tokenizer.ggml.tokens"), _field(file, "tokenizer.ggml.token_type")
     if not tokens:
         raise LlavaError(f"{source}: holds no vocabulary; it isn't a whole language model")
+    roles = {key: _field(file, f"tokenizer.ggml.{key}") for key in (*_ROLES.values(), *_ENDS)}
+    for key, index in roles.items():
+        if index is not None and not 0 <= index < len(tokens):
+            raise LlavaError(f"{source}: tokenizer.ggml.{key} is {index}, but there are {len(tokens)} tokens")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file=_NAME)
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -223,8 +229,7 @@ def _read_tokenizer(place: Path, source: Path, file: GGUFReader) -> PreTrainedTo
         first = f" (first {tokens[wrong[0]]!r}, id {wrong[0]})" if wrong else ""
         raise LlavaError(f"{source}: {len(wrong)} of {len(tokens)} tokens would get other ids{first}")
     for role, key in _ROLES.items():
-        index = _field(file, f"tokenizer.ggml.{key}")
-        setattr(tokenizer, f"{role}_token", None if index is None else tokens[index])
+        setattr(tokenizer, f"{role}_token", None if roles[key] is None else tokens[roles[key]])
     tokenizer.model_max_length = int(_field(file, f"{ARCHITECTURE}.context_length"))
     tokenizer.padding_side = "right"
     return tokenizer

@@ -196,7 +196,7 @@ def _add_language_fields(writer: GGUFWriter, checkpoint: ResolvedCheckpoint, kin
         writer.add_rope_scaling_factor(float(rope["factor"]))
     elif scaling not in ("default", "llama3"):
         raise LlavaError(f"{checkpoint.folder}: positions scaled by {scaling!r} can't be written as GGUF")
-    template = get_template(config.conversation_template or family_of(config).default_template)
+    template = get_template(config.conversation_template)
     add_vocabulary(writer, tokenizer, config.vocab_size, template.stop_str)
     # llama.cpp writes the begin token itself, and its own mark where an image stands.
     writer.add_chat_template(chat_template(template, ""))

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 _PATIENCE = 1.5
 """Seconds for the hub to answer anything."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILE = re.compile(r"/models--[^/]+/blobs/[^/]+$")
+"""A file in the hub's cache; the links of a snapshot, and of a folder that a model was downloaded to, lead there."""
 _WEIGHTS = (".safetensors", ".bin")
 _TEMPLATES = "additional_chat_templates"
 """The folder in a model's folder from which the library reads further templates, and writes them with a tokenizer."""
@@ -34,7 +36,7 @@ def locate_model(
 
     Raises:
         LlavaError: there is no such folder, and the hub has no such model or can't be reached; a file of the folder
-            other than weights is a link to one elsewhere.
+            other than weights is a link to one elsewhere but in the hub's cache.
     """
     path = Path(name).expanduser()
     candidates = [path]
@@ -71,16 +73,14 @@ def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None
 def _check_links(folder: Path) -> None:
     """A link in a folder of others may name any file of this machine; its text would go into what is made of the model.
 
-    Weights may be links: only tensors are taken from them.
+    Weights may be links, as only tensors are taken from them, and whatever links to a model in the hub's cache.
     """
     home = folder.resolve()
-    # In the hub's cache a snapshot's files are links.
-    places = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")):
         if path.suffix in _WEIGHTS or not path.is_file():
             continue
         target = path.resolve()
-        if not any(target.is_relative_to(place) for place in places):
+        if not target.is_relative_to(home) and not _HUB_FILE.search(target.as_posix()):
             raise LlavaError(f"{path}: a link to {target}, outside the model's folder; put a copy of the file there")
 
 

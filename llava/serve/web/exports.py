@@ -7,7 +7,7 @@ were looked at. Needs no gradio.
 import base64
 import binascii
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -109,11 +109,13 @@ def read_export(content: bytes, open_upload: Callable[..., Image.Image]) -> tupl
     count = sum(len(turn.images) for turn in turns)
     if count > MAX_IMAGES or (views and len(views) != count):
         raise LlavaError(f"it names {count} images and holds {len(views)}; at most {MAX_IMAGES} are taken")
-    texts = [_exchange(turn, iter(()), open_upload) for turn in turns]
-    if text_length(texts) > MOST_TEXT:
+    exchanges = [_exchange(turn) for turn in turns]
+    if text_length(exchanges) > MOST_TEXT:
         raise LlavaError(TOO_LONG)
     left = iter(views)
-    return [_exchange(turn, left, open_upload) for turn in turns], count - len(views)
+    for exchange, turn in zip(exchanges, turns, strict=True):
+        exchange.images = _images(turn, left, open_upload)
+    return exchanges, count - len(views)
 
 
 def _parts(content: bytes) -> tuple[bytes, list[bytes]]:
@@ -131,17 +133,23 @@ def _parts(content: bytes) -> tuple[bytes, list[bytes]]:
     return data, [source.partition(b'"')[0].partition(b",")[2] for source in sources]
 
 
-def _exchange(turn: _Turn, views: Any, open_upload: Callable[..., Image.Image]) -> Exchange:
-    images = []
-    options = [*turn.image_options, *[None] * len(turn.images)]
-    for digest, said in zip(turn.images, options, strict=False):
-        if (view := next(views, None)) is not None:
-            images.append(_image(view, digest.partition(":")[2], {**(said or {}), "reopened": REOPENED}, open_upload))
+def _exchange(turn: _Turn) -> Exchange:
+    """Without its images."""
     replies: list[Reply | None] = [
         Reply(each.model, each.text, each.error or "", is_whole=each.whole) for each in turn.answers
     ]
     replies += [None] * (SIDES - len(replies))
-    return Exchange(turn.question, tuple(images), replies, turn.asked, turn.sampling)
+    return Exchange(turn.question, (), replies, turn.asked, turn.sampling)
+
+
+def _images(turn: _Turn, views: Iterator[bytes], open_upload: Callable[..., Image.Image]) -> tuple[UploadedImage, ...]:
+    """Those that the file holds; `views` are what is left of its images, as base64."""
+    options = [*turn.image_options, *[None] * len(turn.images)]
+    named = zip(turn.images, options, views, strict=False)
+    return tuple(
+        _image(view, digest.partition(":")[2], {**(said or {}), "reopened": REOPENED}, open_upload)
+        for digest, said, view in named
+    )
 
 
 def _image(view: bytes, digest: str, said: dict[str, Any], open_upload: Callable[..., Image.Image]) -> UploadedImage:

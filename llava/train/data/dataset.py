@@ -90,7 +90,8 @@ class LlavaDataset(Dataset):
         count_features: `count_features(image) -> positions` that a record's image takes.
         max_length: longest sample in positions; longer ones are cut from the end.
         lazy: tokenise when needed; None decides by the number of records.
-        skip_unreadable: leave out what can't be opened (counted in `report`), in place of an error.
+        skip_unreadable: leave out records whose image is missing or unreadable (counted in `report`), in place of an
+            error; what is wrong with the settings, or with a record's turns, stays one.
         lengths_path: file to keep the samples' lengths in, for lazy datasets that need them.
         feature_row: `feature_row(image) -> row` of stored tower features; then no image is opened here.
     """
@@ -132,34 +133,28 @@ class LlavaDataset(Dataset):
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: `number` (of its record), `sample`, `pixel_values` [n, 3, H, W] or `feature_rows`, `skipped`."""
+        """One sample: `number` (of its record), `sample`, `pixel_values` [n, 3, H, W] or `feature_rows`; or the number
+        and, under `skipped`, why it is left out."""
         number = int(self.numbers[index])
-        sample = self.sample(index)
-        item: dict[str, Any] = {"number": number, "sample": sample, "skipped": None}
-        if not sample.images:
-            return item
-        if self.feature_row is not None:
-            item["feature_rows"] = [self.feature_row(image) for image in sample.images]
-            return item
+        item: dict[str, Any] = {"number": number, "skipped": None}
         try:
-            item["pixel_values"] = np.concatenate(
-                [self.load_image(self.image_source.read(image)) for image in sample.images]
-            )
+            item["sample"] = sample = self._sample(index)
+            if sample.images and self.feature_row is not None:
+                item["feature_rows"] = [self.feature_row(image) for image in sample.images]
+            elif sample.images:
+                images = [self.load_image(self.image_source.read(image)) for image in sample.images]
+                item["pixel_values"] = np.concatenate(images)
         except (FileNotFoundError, LlavaError) as error:
-            if not self.skip_unreadable:
-                raise self.image_error(number, error) from error
-            item["skipped"] = self.image_error(number, error).args[0]
+            item["skipped"] = self._left_out(number, error)
         return item
 
     def sample(self, index: int) -> Sample:
-        """The tokenised sample, without its images."""
-        if self._samples is not None:
-            return self._samples[index]
-        number = int(self.numbers[index])
-        try:
-            return self._tokenise(number)
-        except FileNotFoundError as error:  # of an image whose size says how many tiles it has
-            raise self.image_error(number, error) from error
+        """The tokenised sample, without its images (whose sizes may have to be known)."""
+        with self.record_errors(int(self.numbers[index])):
+            return self._sample(index)
+
+    def _sample(self, index: int) -> Sample:
+        return self._tokenise(int(self.numbers[index])) if self._samples is None else self._samples[index]
 
     def lengths(self) -> np.ndarray:
         """Length of every sample in positions, int32 [samples]."""
@@ -176,12 +171,19 @@ class LlavaDataset(Dataset):
         if self._lengths is None and kept is not None:
             self._lengths = load_lengths(kept, len(self))
         if self._lengths is None:
-            samples = (self.sample(index) for index in self._progress("counting tokens"))
-            signed = (len(sample.input_ids) * (1 if sample.images else -1) for sample in samples)
+            signed = (self._signed_length(index) for index in self._progress("counting tokens"))
             self._lengths = np.fromiter(signed, np.int32, len(self))
             if kept is not None:
                 save_lengths(kept, self._lengths)
         return self._lengths
+
+    def _signed_length(self, index: int) -> int:
+        try:
+            sample = self._sample(index)
+        except (FileNotFoundError, LlavaError) as error:
+            self._left_out(int(self.numbers[index]), error)
+            return 1  # it is left out, and counted, when its turn comes
+        return len(sample.input_ids) * (1 if sample.images else -1)
 
     def drop_unreadable(self) -> None:
         """Open every image once and leave out the samples whose image can't be read (counted in `report`).
@@ -193,10 +195,10 @@ class LlavaDataset(Dataset):
         for index in self._progress("checking images"):
             number = int(self.numbers[index])
             try:
-                for image in self.sample(index).images:
+                for image in self._sample(index).images:
                     self.load_image(self.image_source.read(image))
             except (FileNotFoundError, LlavaError) as error:
-                self.report.skipped[number] = self.image_error(number, error).args[0]
+                self.report.skipped[number] = self._left_out(number, error)
             else:
                 good.append(index)
         if not good:
@@ -210,8 +212,8 @@ class LlavaDataset(Dataset):
         """Where record `number` is, for messages."""
         return describe(self.store, number, self.store[number])
 
-    def image_error(self, number: int, error: Exception) -> LlavaError:
-        """The message for an image that can't be had: record, path, and what to do if it is missing or unreadable."""
+    def record_error(self, number: int, error: Exception) -> LlavaError:
+        """What is wrong with record `number`, with what to do if an image is missing or unreadable."""
         where, skip = self.describe(number), "to drop such records, or add --skip_unreadable_images True"
         if isinstance(error, FileNotFoundError):
             folder = " (no --image_folder was given)" if self.image_source.folder is None else ""
@@ -224,12 +226,19 @@ class LlavaDataset(Dataset):
         return LlavaError(f"{where}: {error}")
 
     @contextmanager
-    def image_errors(self, number: int) -> Iterator[None]:
-        """Within, an image of record `number` that can't be had is an error that names the record."""
+    def record_errors(self, number: int) -> Iterator[None]:
+        """Within, an error names record `number`, whose it is."""
         try:
             yield
         except (FileNotFoundError, LlavaError) as error:
-            raise self.image_error(number, error) from error
+            raise self.record_error(number, error) from error
+
+    def _left_out(self, number: int, error: Exception) -> str:
+        """What is said of a record that is left out for its image; any other error is raised."""
+        said = self.record_error(number, error)
+        if not (self.skip_unreadable and isinstance(error, FileNotFoundError | ImageError)):
+            raise said from error
+        return said.args[0]
 
     def _progress(self, what: str):
         long = self.show_progress and len(self.numbers) > 2000
@@ -243,10 +252,8 @@ class LlavaDataset(Dataset):
                 sample = self._tokenise(number)
                 for image in sample.images:
                     self.image_source.find(image)
-            except FileNotFoundError as error:
-                if not self.skip_unreadable:
-                    raise self.image_error(number, error) from error
-                self.report.skipped[number] = self.image_error(number, error).args[0]
+            except (FileNotFoundError, LlavaError) as error:
+                self.report.skipped[number] = self._left_out(number, error)
                 continue
             self.report.note(number, sample)
             samples.append(sample)
@@ -262,12 +269,9 @@ class LlavaDataset(Dataset):
 
     def _tokenise(self, number: int) -> Sample:
         record = self.store[number]
-        try:
-            images = record_images(record)
-            features = [self.count_features(image) for image in images]
-            encoded = self.encode(record, features)
-        except LlavaError as error:
-            raise LlavaError(f"{describe(self.store, number, record)}: {error}") from error
+        images = record_images(record)
+        features = [self.count_features(image) for image in images]
+        encoded = self.encode(record, features)
         input_ids = np.array(encoded.input_ids, np.int32)
         labels = np.array(encoded.labels, np.int32)
         truncated = len(input_ids) > self.max_length

@@ -40,6 +40,7 @@ ATTENTION = {
     "sdpa": "sdpa: fused kernel of scaled_dot_product_attention, with a mask",
     "eager": "eager: matrix products",
 }
+OFFLOADED = "{}: offloading to the host's memory isn't predicted: a GPU holds less than this, and a step takes longer"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def dry_run(
         training.compile_layers = training.compile_layers and compiled
         if training.liger:
             notes.append("--use_liger_kernel: its kernels aren't counted, layers are predicted without them")
+        if training.fsdp and training.fsdp_config.pop("cpu_offload", False):
+            training.fsdp_plugin_args.pop("cpu_offload")
+            notes.append(OFFLOADED.format("--fsdp"))
         shard_as_on_gpus(training)
         plan = Plan(training.gradient_accumulation_steps, training.num_train_epochs, training.max_steps)
         _shorten(arguments)
@@ -201,10 +205,11 @@ def without_deepspeed(argv: list[str], gpus: int) -> tuple[list[str], list[str]]
     if not isinstance(zero, dict) or not isinstance(zero.get("stage", 0), int):
         raise LlavaError(f"--deepspeed {file[0]}: no DeepSpeed configuration (zero_optimization with a stage)")
     notes = ["--deepspeed: predicted for FSDP 2, which shards as ZeRO does"]
+    offloaded = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
+    if any(part.get("device", "none") != "none" for part in offloaded):
+        notes.append(OFFLOADED.format("--deepspeed"))
     kind = {2: "shard_grad_op", 3: "full_shard"}.get(zero.get("stage", 0))
-    if kind is None or gpus == 1:
-        return rest, notes
-    return [*rest, "--fsdp", f"{kind} auto_wrap" + " offload" * ("offload_optimizer" in zero)], notes
+    return rest if kind is None or gpus == 1 else [*rest, "--fsdp", f"{kind} auto_wrap"], notes
 
 
 def _shorten(arguments: Arguments) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from llava.train.estimate.dry_run import ASSUMED_RECORDS, Prediction, dry_run
+from llava.train.legacy_flags import is_true, split_flags
 
 Ranks = Sequence[tuple[tuple[int, ...], Prediction]]
 """Processes of a run, by number, and what is predicted for each of them."""
@@ -52,7 +53,7 @@ def short(hours: float) -> str:
 def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) -> Iterator[tuple[str, Prediction]]:
     """Flags that lower the peak, gentlest first, each with those before it, until it fits; predicted like the rest."""
     steps = [
-        [] if _is_half(flags) else ["--bf16" if prediction.gpu.has_bf16 else "--fp16", "True"],
+        [] if _is_set(flags, "bf16", "fp16") else ["--bf16" if prediction.gpu.has_bf16 else "--fp16", "True"],
         ["--gradient_checkpointing", "True"],
         ["--keep_half_weights", "False"] if prediction.gpus == 1 else [],
         ["--per_device_train_batch_size", "1"],
@@ -62,9 +63,9 @@ def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) 
     ]
     flags, best = list(flags), prediction.peak_gb
     for step in steps:
-        if not step or (step[0] == "--lora_enable" and "--tune_mm_mlp_adapter" in flags):
+        if not step or (step[0] == "--lora_enable" and _is_set(flags, "tune_mm_mlp_adapter")):
             continue
-        if step[0] == "--keep_half_weights" and not _is_half(flags):
+        if step[0] == "--keep_half_weights" and not _is_set(flags, "bf16", "fp16"):
             continue
         changed = dry_run(
             [*flags, *step], prediction.gpu, prediction.gpus, records, progress="predicting what would help"
@@ -77,5 +78,7 @@ def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) 
             return
 
 
-def _is_half(flags: Sequence[str]) -> bool:
-    return "--bf16" in flags or "--fp16" in flags
+def _is_set(flags: Sequence[str], *names: str) -> bool:
+    """Whether one of these boolean flags says True, as training reads them."""
+    given = split_flags(flags)
+    return any(name in given and is_true(given[name]) for name in names)

@@ -105,6 +105,7 @@ class Validation:
                 batch_sampler=batches[args.process_index :: args.world_size],
                 collate_fn=self.collate,
                 num_workers=workers,
+                multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None) if workers else None,
                 prefetch_factor=args.dataloader_prefetch_factor if workers else None,
                 persistent_workers=workers > 0,
                 pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",

@@ -79,12 +79,14 @@ class AttentionPart:
         found = {}
         for side, reply in enumerate(replies):
             if reply is not None and reply.text:
-                found[str(side)] = packed = (await self._found(chat, side, reply)).packed()
                 sent = chat.sent(side)
+                found[str(side)] = packed = (await self._found(chat, side, reply)).packed()
                 for view in packed["views"]:
                     view["place"] = next(n for n, image in enumerate(images) if image is sent[view["number"]])
         if not found:
             raise _error("There is no whole answer yet.")
+        if not chat.exchanges or chat.exchanges[-1] is not exchange:  # cleared, or asked on meanwhile
+            return gr.skip()
         return gr.HTML(attention=json.dumps(found))
 
     async def _found(self, chat: Chat, side: int, reply: Reply) -> Shown:

@@ -42,7 +42,7 @@ def told_records(path: str) -> int | None:
 
 
 def _told_model(name: str) -> str | None:
-    sizes = re.findall(r"(?<![a-z0-9.])(\d+b)(?![a-z0-9])", name)
+    sizes = re.findall(r"(?<![a-z0-9.])([\d.]+[bm])(?![a-z0-9])", name)
     if "mistral" in name:
         return "mistral-7b" if set(sizes) <= {"7b"} else None
     if not any(word in name for word in LLAMAS):
