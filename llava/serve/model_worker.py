@@ -7,7 +7,6 @@ python -m llava.serve.model_worker --model-path CHECKPOINT --controller http://l
 
 import logging
 import os
-import sys
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +23,6 @@ from llava.serve.transport.server import port_number, require_serving
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "LLAVA_UPSTREAM_API_KEY"
-SWITCH_SECONDS = 0.0005
 
 
 def build_parser() -> ArgumentParser:
@@ -82,9 +80,7 @@ def build_parser() -> ArgumentParser:
 def main(argv=None) -> None:
     args = build_parser().parse_args(argv)
     require_serving()
-    import asyncio
-
-    import uvicorn
+    from llava.serve.worker.app import run_serving
 
     secret = secret_from_args(args)
     if args.multi_modal:
@@ -94,12 +90,8 @@ def main(argv=None) -> None:
     address = check_address(args.worker_address or f"http://localhost:{args.port}")
     if urlsplit(address).hostname not in LOOPBACK and args.host == "127.0.0.1":
         logger.warning("--worker-address names another machine, but --host 127.0.0.1 listens on this one alone")
-    # The model's thread gives the interpreter away only when told to; each request changes threads several times.
-    sys.setswitchinterval(SWITCH_SECONDS)
     backend, card = _load(args)
-    # uvloop where it is installed, as uvicorn.run would take it: the model's thread waits for every turn of the loop.
-    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-        runner.run(_serve(args, backend, card, secret, address))
+    run_serving(_serve(args, backend, card, secret, address))
 
 
 async def _serve(args, backend, card: ModelCard, secret: str | None, address: str) -> None:

@@ -7,6 +7,8 @@ word by word.
 """
 
 import base64
+import heapq
+import itertools
 import os
 import threading
 import time
@@ -28,9 +30,36 @@ REFUSED = {
 }
 
 
+class Timetable:
+    """One thread for all answers, as an engine has: runs scripts, which yield the seconds until they go on."""
+
+    def __init__(self):
+        self._due: list = []
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def add(self, script, seconds: float = 0.0) -> None:
+        """Run `script` then; one that has been run to its end by then is passed over."""
+        with self._changed:
+            heapq.heappush(self._due, (time.monotonic() + seconds, next(self._numbers), script))
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._due or self._due[0][0] > time.monotonic():
+                    self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
+                _, _, script = heapq.heappop(self._due)
+            seconds = next(script, None)
+            if seconds is not None:
+                self.add(script, seconds)
+
+
 class ScriptedBackend:
     def __init__(self, pause: float, names_images: bool = True):
         self.pause, self.names_images = pause, names_images
+        self.timetable = Timetable()
         self.running = 0
         self.cancelled = 0
 
@@ -48,8 +77,14 @@ class ScriptedBackend:
             raise ValueError("address 0x7f00 of /secret/path")
         stopped = threading.Event()
         self.running += 1
-        threading.Thread(target=self._answer, args=(job, text, put, stopped), daemon=True).start()
-        return stopped.set
+        script = self._answer(job, text, put, stopped)
+        self.timetable.add(script)
+
+        def stop():
+            stopped.set()
+            self.timetable.add(script)
+
+        return stop
 
     def _answer(self, job, text, put, stopped):
         words = ["echo:", *text.split()]
@@ -59,7 +94,7 @@ class ScriptedBackend:
         last = len(words) - 1 if words[-1] == "hold" else None
         for place, word in enumerate(words[: job.sampling.max_new_tokens]):
             if word == "die":
-                time.sleep(0.2)
+                yield 0.2
                 os._exit(9)
             top = [{"token": word, "logprob": -0.5}][: job.sampling.logprobs or 0]
             logprobs = (
@@ -67,7 +102,8 @@ class ScriptedBackend:
             )
             put(Piece(word + " ", logprobs, (place,)))
             said += 1
-            if stopped.wait(300 if place == last else self.pause):
+            yield 300 if place == last else self.pause
+            if stopped.is_set():
                 self.cancelled += 1
                 self.running -= 1
                 return
@@ -114,10 +150,8 @@ def add_worker_flags(parser: ArgumentParser) -> None:
 
 def serve_backend(args, backend, model_name: str, grace: float, **options) -> None:
     """A worker over any backend, registered where a controller is named; `options` are WorkerApp's."""
-    import asyncio
-
     from llava.serve.secret import secret_from_args
-    from llava.serve.worker.app import WorkerApp, serve
+    from llava.serve.worker.app import WorkerApp, run_serving, serve
     from llava.serve.worker.heartbeat import Membership
 
     async def go():
@@ -128,7 +162,7 @@ def serve_backend(args, backend, model_name: str, grace: float, **options) -> No
             member = Membership(args.controller, f"http://127.0.0.1:{args.port}", worker.status, secret)
         await serve(worker, "127.0.0.1", args.port, member, grace)
 
-    asyncio.run(go())
+    run_serving(go())
 
 
 def main(argv=None):

@@ -1,7 +1,11 @@
 """A worker's HTTP side, around anything that answers: text, attention maps, images as the model sees them, status."""
 
+import asyncio
 import contextlib
 import logging
+import sys
+from collections.abc import Coroutine
+from typing import Any
 
 from llava.serve.decoding.pool import in_thread
 from llava.serve.job import Job, read_attention_map_request, read_job
@@ -20,6 +24,8 @@ logger = logging.getLogger(__name__)
 USUAL_STREAMS = 32
 """Every chunk costs this server and the one in front of it: more streams share what so many take, so that other
 requests don't wait."""
+SWITCH_SECONDS = 0.0005
+"""A backend's thread gives the interpreter away only when told to; each request changes threads several times."""
 
 
 class WorkerApp:
@@ -175,3 +181,13 @@ async def serve(worker: WorkerApp, host: str, port: int, membership: Membership 
 
     settings = server_settings(host, port, timeout_graceful_shutdown=drain_seconds)
     await Server(uvicorn.Config(worker.asgi, **settings)).serve()
+
+
+def run_serving(serving: Coroutine[Any, Any, None]) -> None:
+    """Run what ends with `serve`, as a whole process: its loop has to get its turn beside the backend's threads."""
+    import uvicorn
+
+    sys.setswitchinterval(SWITCH_SECONDS)
+    # uvloop where it is installed, as uvicorn.run would take it.
+    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        runner.run(serving)

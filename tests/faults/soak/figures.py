@@ -1,7 +1,6 @@
 """What a soak came to: figures of what was asked and seen, and which aims they miss."""
 
 import re
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 
@@ -43,7 +42,8 @@ def memory(samples: list[Sample]) -> dict[str, dict]:
     """Of each server's longest life under the load: MB after a third of it, which is the baseline (its seconds are
     given), and at its end, and the growth.
 
-    Of a time it is what nine of ten moments exceed: bodies on their way, some of them of 27 MB, come on top and go.
+    Of a time it is the least: bodies on their way, some of them of 27 MB, come on top and go; what is kept is in every
+    moment.
     """
     lives: dict[tuple[str, int], list[Sample]] = {}
     for sample in samples:
@@ -57,7 +57,7 @@ def memory(samples: list[Sample]) -> dict[str, dict]:
         part = max(1, len(life) // 12)
         settled, late = life[4 * part : 5 * part] or life, life[-part:]
         sizes = {
-            what: [_floor([getattr(sample, what) for sample in some]) for some in (settled, late)]
+            what: [min(getattr(sample, what) for sample in some) for some in (settled, late)]
             for what in ("rss", "pss")
         }
         seconds = life[-1].when - life[0].when
@@ -70,10 +70,6 @@ def memory(samples: list[Sample]) -> dict[str, dict]:
             "rss_mb_over_time": [round(sample.rss / 1e6, 1) for sample in life[:: max(1, len(life) // 24)]],
         }
     return found
-
-
-def _floor(sizes: list[int]) -> float:
-    return statistics.quantiles(sizes, n=10)[0] if len(sizes) > 1 else sizes[0]
 
 
 def files(samples: list[Sample], before: dict[str, int], after: dict[str, int]) -> dict[str, dict]:
