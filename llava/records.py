@@ -23,6 +23,7 @@ from typing import Any
 
 from llava.errors import LlavaError, library_errors
 from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
+from llava.parquet import iter_parquet
 
 Record = dict[str, Any]
 
@@ -352,13 +353,12 @@ def _skip_blanks(text: str, place: int) -> int:
 
 
 def _iter_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow.parquet as parquet
-
-    with library_errors(f"{path}: not a whole Parquet file"), parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                # What a record doesn't have is null in its column.
-                yield {name: value for name, value in row.items() if value is not None}
+    for part in iter_parquet(path):
+        with library_errors(f"{path}: not a whole Parquet file"):
+            rows = part.to_pylist()
+        for row in rows:
+            # What a record doesn't have is null in its column.
+            yield {name: value for name, value in row.items() if value is not None}
 
 
 def _write_json_list(path: Path, records: Iterable[Record], name: Path) -> int:
