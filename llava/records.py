@@ -23,6 +23,7 @@ from typing import Any
 
 from llava.errors import LlavaError, library_errors
 from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
+from llava.lines import MOST_LINE, bounded_lines
 from llava.parquet import iter_parquet
 
 Record = dict[str, Any]
@@ -73,7 +74,7 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
     path, replaced = Path(path), Replaced(path)
     check_file(path)
     with path.open("rb") as file, replaced:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(bounded_lines(file, path), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.isspace():
@@ -310,6 +311,8 @@ def _iter_json(path: Path) -> Iterator[Record]:
                         raise ValueError("expected a comma or the end of the list")
                     place = _skip_blanks(text, place + 1)
                 while True:
+                    if len(text) - place > MOST_LINE + _WINDOW:
+                        raise ValueError(f"it is longer than {MOST_LINE >> 20} MiB")
                     try:
                         record, end = decode(text, place)
                         if end < len(text):

@@ -18,6 +18,11 @@ _PATIENCE = 1.5
 """Seconds for the hub to answer anything."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = (".safetensors", ".bin")
+_MOST_BYTES = 128 << 20
+"""Of a file other than weights; the largest tokenizers have 40 MB. Libraries read such files whole."""
+_READ = (".json", ".model", ".txt", ".jinja")
+_NOT_READ = "trainer_state.json"
+"""Grows with a training's steps."""
 _TEMPLATES = "additional_chat_templates"
 """The folder in a model's folder from which the library reads further templates, and writes them with a tokenizer."""
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
@@ -34,7 +39,7 @@ def locate_model(
 
     Raises:
         LlavaError: there is no such folder, and the hub has no such model or can't be reached; a file of the folder
-            other than weights is a link to one elsewhere.
+            other than weights is too large, or a link to one elsewhere.
     """
     path = Path(name).expanduser()
     candidates = [path]
@@ -42,7 +47,7 @@ def locate_model(
         candidates += [relative_to / path, relative_to.parent / path]
     for candidate in candidates:
         if candidate.is_dir():
-            _check_links(candidate)
+            _check_files(candidate)
             return candidate
     if path.is_file():
         raise LlavaError(f"{what} {name}: expected a folder or a hub id, this is a file")
@@ -56,7 +61,7 @@ def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None
     path = Path(name).expanduser()
     for candidate in (path, relative_to / path, relative_to.parent / path):
         if candidate.is_dir():
-            _check_links(candidate)
+            _check_files(candidate)
             return candidate
     if not _looks_like_hub_id(name):
         return None
@@ -68,8 +73,10 @@ def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None
         return None
 
 
-def _check_links(folder: Path) -> None:
-    """A link in a folder of others may name any file of this machine; its text would go into what is made of the model.
+def _check_files(folder: Path) -> None:
+    """Raises LlavaError: a file other than weights is too large, or a link to one elsewhere.
+
+    A link in a folder of others may name any file of this machine; its text would go into what is made of the model.
 
     Weights may be links: only tensors are taken from them.
     """
@@ -79,6 +86,9 @@ def _check_links(folder: Path) -> None:
     for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")):
         if path.suffix in _WEIGHTS or not path.is_file():
             continue
+        size = path.stat().st_size
+        if size > _MOST_BYTES and path.suffix in _READ and path.name != _NOT_READ:
+            raise LlavaError(f"{path}: {size:,} bytes; at most {_MOST_BYTES:,} of a model's settings are read")
         target = path.resolve()
         if not any(target.is_relative_to(place) for place in places):
             raise LlavaError(f"{path}: a link to {target}, outside the model's folder; put a copy of the file there")

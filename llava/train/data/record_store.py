@@ -16,6 +16,7 @@ import numpy as np
 
 from llava.bars import tqdm
 from llava.errors import LlavaError, library_errors, one_line
+from llava.lines import MOST_LINE
 from llava.parquet import iter_parquet, parquet_schema
 from llava.records import Record, Replaced, atomic_path, parse_record, read_json_list
 from llava.train.data.kept_files import kept_path
@@ -88,6 +89,8 @@ class JsonlRecords:
 
     def __getitem__(self, index: int) -> Record:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        if end - start > MOST_LINE:
+            raise LlavaError(f"{self.path} record {index}: longer than {MOST_LINE >> 20} MiB, which isn't read")
         line = os.pread(self._descriptor(), end - start, start)
         replaced = Replaced(self.path)
         record = parse_record(line.removeprefix(codecs.BOM_UTF8).strip(), replaced, "record", index)
