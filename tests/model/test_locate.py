@@ -51,7 +51,7 @@ def test_a_link_to_a_file_elsewhere(tmp_path, name):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "additional_chat_templates/tool_use.jinja"])
 def test_a_file_that_is_too_large(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    for other in (name, "trainer_state.json", "model.safetensors"):
+    for other in (name, "trainer_state.json", "log.txt", "model.safetensors"):
         (tmp_path / other).touch()
         os.truncate(tmp_path / other, 200_000_000)
     with pytest.raises(LlavaError, match=f"{name}: 200,000,000 bytes; at most 134,217,728 of a model's settings"):

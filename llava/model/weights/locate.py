@@ -17,12 +17,14 @@ log = logging.getLogger(__name__)
 _PATIENCE = 1.5
 """Seconds for the hub to answer anything."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WEIGHTS = (".safetensors", ".bin")
 _MOST_BYTES = 128 << 20
-"""Of a file other than weights; the largest tokenizers have 40 MB. Libraries read such files whole."""
-_READ = (".json", ".model", ".txt", ".jinja")
-_NOT_READ = "trainer_state.json"
-"""Grows with a training's steps."""
+"""Of a file that libraries read whole; the largest tokenizers have 40 MB."""
+_READ_WHOLE = re.compile(
+    r".*config\.json|.*\.index\.json|(tokenizer|chat_template|vocab)\..*|.*\.jinja|merges\.txt"
+    r"|(special_tokens_map|added_tokens)\.json"
+)
+_TAKEN_ALONG = re.compile(r".*\.(json|model|txt|jinja)|(LICENSE|NOTICE).*")
+"""Read too, or copied as they are."""
 _TEMPLATES = "additional_chat_templates"
 """The folder in a model's folder from which the library reads further templates, and writes them with a tokenizer."""
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
@@ -74,7 +76,7 @@ def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None
 
 
 def _check_files(folder: Path) -> None:
-    """Raises LlavaError: a file other than weights is too large, or a link to one elsewhere.
+    """Raises LlavaError: a file of settings is too large, or one that isn't weights is a link to one elsewhere.
 
     A link in a folder of others may name any file of this machine; its text would go into what is made of the model.
 
@@ -84,10 +86,10 @@ def _check_files(folder: Path) -> None:
     # In the hub's cache a snapshot's files are links.
     places = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")):
-        if path.suffix in _WEIGHTS or not path.is_file():
+        if not _TAKEN_ALONG.fullmatch(path.name) or not path.is_file():
             continue
         size = path.stat().st_size
-        if size > _MOST_BYTES and path.suffix in _READ and path.name != _NOT_READ:
+        if size > _MOST_BYTES and _READ_WHOLE.fullmatch(path.name):
             raise LlavaError(f"{path}: {size:,} bytes; at most {_MOST_BYTES:,} of a model's settings are read")
         target = path.resolve()
         if not any(target.is_relative_to(place) for place in places):
