@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llava.errors import LlavaError
+from llava.folders import check_file
 from llava.lines import bounded_lines
 
 _LONGEST_CELL = 1 << 24
@@ -16,8 +17,9 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text file, without their ends (`\\n` or `\\r\\n`; others, such as U+2028, are part of a line).
 
     Raises:
-        LlavaError: the file isn't UTF-8, or has more than 256 MiB.
+        LlavaError: the file isn't UTF-8, has more than 256 MiB, or is none.
     """
+    check_file(path)
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise LlavaError(f"{path}: {size:,} bytes; at most {_MOST_BYTES:,} of such a file are read")
     try:
@@ -44,6 +46,7 @@ def read_table(
         raise LlavaError(
             f"--delimiter {delimiter!r}: give one character; a tab is the default of .tsv, or $'\\t' in a shell"
         )
+    check_file(path)
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(bounded_lines(file, path), delimiter=delimiter, strict=True)
