@@ -11,6 +11,7 @@ from llava.data.caption_files import iter_captions
 from llava.data.sources.plain_pickle import read_plain_pickle
 from llava.data.sources.tables import read_lines, read_table
 from llava.errors import LlavaError
+from llava.eval.answers.checkpoint_facts import checkpoint_facts
 from llava.images.opening import image_kind, open_image
 
 PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
@@ -56,3 +57,17 @@ def test_a_pipe_is_no_file(tmp_path, name):
     os.mkfifo(path)
     with pytest.raises(LlavaError, match=r"a device or a pipe, not a file|image not found"):
         READERS[name](path)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_weights_is_not_waited_for(tmp_path):
+    before = checkpoint_facts(tmp_path)
+    os.mkfifo(tmp_path / "more.bin")
+    (tmp_path / "folder.safetensors").mkdir()
+    assert checkpoint_facts(tmp_path) == before
+
+
+@pytest.mark.parametrize("epochs", ['"many"', "[1]", "1" + "0" * 400, "-1", "NaN"])
+def test_no_number_of_epochs_is_none(tmp_path, epochs):
+    (tmp_path / "training_summary.json").write_text(f'{{"epochs": {epochs}}}')
+    assert checkpoint_facts(tmp_path)["training_epochs"] is None
