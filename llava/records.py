@@ -23,6 +23,8 @@ from typing import Any
 
 from llava.errors import LlavaError, library_errors
 from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
+from llava.lines import MOST_LINE, bounded_lines
+from llava.parquet import iter_parquet
 
 Record = dict[str, Any]
 
@@ -72,7 +74,7 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
     path, replaced = Path(path), Replaced(path)
     check_file(path)
     with path.open("rb") as file, replaced:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(bounded_lines(file, path), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.isspace():
@@ -309,6 +311,8 @@ def _iter_json(path: Path) -> Iterator[Record]:
                         raise ValueError("expected a comma or the end of the list")
                     place = _skip_blanks(text, place + 1)
                 while True:
+                    if len(text) - place > MOST_LINE + _WINDOW:
+                        raise ValueError(f"it is longer than {MOST_LINE >> 20} MiB")
                     try:
                         record, end = decode(text, place)
                         if end < len(text):
@@ -352,13 +356,12 @@ def _skip_blanks(text: str, place: int) -> int:
 
 
 def _iter_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow.parquet as parquet
-
-    with library_errors(f"{path}: not a whole Parquet file"), parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                # What a record doesn't have is null in its column.
-                yield {name: value for name, value in row.items() if value is not None}
+    for part in iter_parquet(path):
+        with library_errors(f"{path}: not a whole Parquet file"):
+            rows = part.to_pylist()
+        for row in rows:
+            # What a record doesn't have is null in its column.
+            yield {name: value for name, value in row.items() if value is not None}
 
 
 def _write_json_list(path: Path, records: Iterable[Record], name: Path) -> int:

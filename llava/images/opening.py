@@ -192,13 +192,7 @@ def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
 
 
 def _open_file(path: Path, name: str, how: _How) -> Image.Image:
-    try:
-        if not path.is_file():
-            raise ImageError(f"image not found: {path}" if not path.is_dir() else f"{path}: a folder, not an image")
-        file = path.open("rb")
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-    with file:
+    with _file(path) as file:
         if is_slide(path, file, name) and (shown := read_slide(path, name, how.limits, level=how.frame)) is not None:
             how.options.check_kind("slide", name)
             return shown.image
@@ -319,10 +313,20 @@ def image_kind(path: str | os.PathLike | bytes) -> str:
     """
     if isinstance(path, bytes):
         return _kind(path[:_HEAD], "image")
-    try:
-        with Path(path).open("rb") as file:
+    with _file(Path(path)) as file:
+        try:
             return _kind(file.read(_HEAD), str(path))
-    except OSError as error:
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+
+def _file(path: Path) -> BinaryIO:
+    """The image's file; a pipe, which may never hold anything, is none."""
+    try:
+        if not path.is_file():
+            raise ImageError(f"image not found: {path}" if not path.is_dir() else f"{path}: a folder, not an image")
+        return path.open("rb")
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
 
 

@@ -215,8 +215,8 @@ def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"\x80\x04not a pickle", b"\x80\x02Nr\xff\xff\xff\xff.", b"\x80\x02\x8b\xff\xff\xff\xff"],
-    ids=["text", "a memo of 4 billion", "an integer of -1 bytes"],
+    [b"\x80\x04not a pickle", b"\x80\x02\x8b\xff\xff\xff\xff"],
+    ids=["text", "an integer of -1 bytes"],
 )
 def test_broken_pickle_is_one_clear_error(tmp_path, content):
     path_vqa_folder(tmp_path, [])

@@ -48,6 +48,18 @@ def test_a_link_to_a_file_elsewhere(tmp_path, name):
             locate_it(str(folder))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "additional_chat_templates/tool_use.jinja"])
+def test_a_file_that_is_too_large(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for other in (name, "trainer_state.json", "log.txt", "model.safetensors"):
+        (tmp_path / other).touch()
+        os.truncate(tmp_path / other, 200_000_000)
+    with pytest.raises(LlavaError, match=f"{name}: 200,000,000 bytes; at most 134,217,728 of a model's settings"):
+        locate_model(tmp_path)
+    (tmp_path / name).unlink()
+    assert locate_model(tmp_path) == tmp_path
+
+
 def test_a_folder_of_templates_that_is_a_link(tmp_path):
     folder, outside = tmp_path / "model", tmp_path / "outside"
     folder.mkdir()

@@ -158,6 +158,6 @@ def test_a_file_of_the_machine_is_not_taken_along(tmp_path, leaking):
 
 def test_without_a_look_at_links_it_is_taken_along(tmp_path, leaking, monkeypatch):
     (module, *words), name = leaking
-    monkeypatch.setattr(locate, "_check_links", lambda folder: None)
+    monkeypatch.setattr(locate, "_check_files", lambda folder: None)
     importlib.import_module(module).main([str(word) for word in words])
     assert "secret" in (tmp_path / "out" / name).read_text()

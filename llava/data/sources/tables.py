@@ -5,16 +5,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llava.errors import LlavaError
+from llava.folders import check_file
+from llava.lines import bounded_lines
 
 _LONGEST_CELL = 1 << 24
+_MOST_BYTES = 256 << 20
+"""Of a file that is read whole."""
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file, without their ends (`\\n` or `\\r\\n`; others, such as U+2028, are part of a line).
 
     Raises:
-        LlavaError: the file isn't UTF-8.
+        LlavaError: the file isn't UTF-8, has more than 256 MiB, or is none.
     """
+    check_file(path)
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise LlavaError(f"{path}: {size:,} bytes; at most {_MOST_BYTES:,} of such a file are read")
     try:
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
@@ -39,9 +46,10 @@ def read_table(
         raise LlavaError(
             f"--delimiter {delimiter!r}: give one character; a tab is the default of .tsv, or $'\\t' in a shell"
         )
+    check_file(path)
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(bounded_lines(file, path), delimiter=delimiter, strict=True)
         try:
             there = reader.fieldnames or []
             absent = [name for name in columns if name not in there]

@@ -8,6 +8,8 @@ from llava.records import read_json
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+_MOST_EPOCHS = 1e9
+"""What a stranger's file says beyond is no number of epochs."""
 
 
 def checkpoint_facts(path: str | Path) -> dict[str, Any]:
@@ -22,9 +24,8 @@ def _digest(folder: Path) -> str:
     """Of the config and of samples of every weight file: reading 14 GB for a name would take longer than it says."""
     digest = hashlib.sha256()
     config = folder / "config.json"
-    files = [config] if config.is_file() else []
-    files += sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
-    for path in files:
+    files = [config, *sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))]
+    for path in filter(Path.is_file, files):  # a pipe may never hold anything
         size = path.stat().st_size
         digest.update(f"{path.name}/{size}".encode())
         with path.open("rb") as file:
@@ -39,7 +40,7 @@ def _epochs(folder: Path) -> float | None:
         if (folder / name).is_file():
             content = read_json(folder / name)
             epochs = _find(content, key)
-            if epochs is not None:
+            if isinstance(epochs, int | float) and 0 <= epochs < _MOST_EPOCHS:
                 return round(float(epochs), 4)
     return None
 

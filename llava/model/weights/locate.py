@@ -19,7 +19,14 @@ _PATIENCE = 1.5
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILE = re.compile(r"/models--[^/]+/blobs/[^/]+$")
 """A file in the hub's cache; the links of a snapshot, and of a folder that a model was downloaded to, lead there."""
-_WEIGHTS = (".safetensors", ".bin")
+_MOST_BYTES = 128 << 20
+"""Of a file that libraries read whole; the largest tokenizers have 40 MB."""
+_READ_WHOLE = re.compile(
+    r".*config\.json|.*\.index\.json|(tokenizer|chat_template|vocab)\..*|.*\.jinja|merges\.txt"
+    r"|(special_tokens_map|added_tokens)\.json"
+)
+_TAKEN_ALONG = re.compile(r".*\.(json|model|txt|jinja)|(LICENSE|NOTICE).*")
+"""Read too, or copied as they are."""
 _TEMPLATES = "additional_chat_templates"
 """The folder in a model's folder from which the library reads further templates, and writes them with a tokenizer."""
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
@@ -36,7 +43,7 @@ def locate_model(
 
     Raises:
         LlavaError: there is no such folder, and the hub has no such model or can't be reached; a file of the folder
-            other than weights is a link to one elsewhere but in the hub's cache.
+            other than weights is too large, or a link to one elsewhere but in the hub's cache.
     """
     path = Path(name).expanduser()
     candidates = [path]
@@ -44,7 +51,7 @@ def locate_model(
         candidates += [relative_to / path, relative_to.parent / path]
     for candidate in candidates:
         if candidate.is_dir():
-            _check_links(candidate)
+            _check_files(candidate)
             return candidate
     if path.is_file():
         raise LlavaError(f"{what} {name}: expected a folder or a hub id, this is a file")
@@ -58,7 +65,7 @@ def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None
     path = Path(name).expanduser()
     for candidate in (path, relative_to / path, relative_to.parent / path):
         if candidate.is_dir():
-            _check_links(candidate)
+            _check_files(candidate)
             return candidate
     if not _looks_like_hub_id(name):
         return None
@@ -70,15 +77,20 @@ def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None
         return None
 
 
-def _check_links(folder: Path) -> None:
-    """A link in a folder of others may name any file of this machine; its text would go into what is made of the model.
+def _check_files(folder: Path) -> None:
+    """Raises LlavaError: a file of settings is too large, or one that isn't weights is a link to one elsewhere.
+
+    A link in a folder of others may name any file of this machine; its text would go into what is made of the model.
 
     Weights may be links, as only tensors are taken from them, and whatever links to a model in the hub's cache.
     """
     home = folder.resolve()
     for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")):
-        if path.suffix in _WEIGHTS or not path.is_file():
+        if not _TAKEN_ALONG.fullmatch(path.name) or not path.is_file():
             continue
+        size = path.stat().st_size
+        if size > _MOST_BYTES and _READ_WHOLE.fullmatch(path.name):
+            raise LlavaError(f"{path}: {size:,} bytes; at most {_MOST_BYTES:,} of a model's settings are read")
         target = path.resolve()
         if not target.is_relative_to(home) and not _HUB_FILE.search(target.as_posix()):
             raise LlavaError(f"{path}: a link to {target}, outside the model's folder; put a copy of the file there")

@@ -18,6 +18,7 @@ MAX_FILE_BYTES = 32 << 20
 KEEP_SECONDS = 600.0
 BLOCK_BYTES = 4 << 10  # what a file takes at least
 FILES_PER_VISITOR, FILES_IN_ALL = 2048, 8192  # so that tiny ones can't fill the file system's table
+_REST = 10.0
 FULL = "The server holds too many files just now. Try again in a few minutes."
 
 
@@ -79,6 +80,9 @@ class Uploads:
         self.keep_seconds = keep_seconds
         self._uploads: dict[Upload, None] = {}
         """In the order in which they came."""
+        self._named: dict[tuple[str, str], Upload] = {}
+        """By visitor and name."""
+        self._sweep_again = 0.0  # when
         self._owners: dict[str, Upload] = {}
         self._sizes: Counter[str] = Counter()  # bytes by visitor
         self._counts: Counter[str] = Counter()  # files by visitor
@@ -89,6 +93,7 @@ class Uploads:
         self.sweep()
         upload = Upload(visitor, upload_id, self.folder / secrets.token_urlsafe(24), key)
         self._uploads[upload] = None
+        self._named[visitor, upload_id] = upload
         try:
             upload.folder.mkdir(mode=0o700, parents=True)
             yield upload
@@ -171,16 +176,24 @@ class Uploads:
 
     def find(self, visitor: str, upload_id: str) -> Upload | None:
         """The visitor's upload of this name, arriving or whole."""
-        return next((each for each in self._uploads if (each.visitor, each.upload_id) == (visitor, upload_id)), None)
+        return self._named.get((visitor, upload_id))
 
     def sweep(self) -> None:
-        """Delete what is too old, and count no more what the page has read and deleted."""
-        oldest = time.monotonic() - self.keep_seconds
+        """Delete what is too old, and count no more what the page has read and deleted.
+
+        It looks at every file, and each upload asks for it: so not before `_REST` times as long has gone by as it took.
+        """
+        began = time.monotonic()
+        if began < self._sweep_again:
+            return
+        oldest = began - self.keep_seconds
         for upload in [each for each in self._uploads if each.is_whole]:
             if upload.since < oldest:
                 self._forget(upload)
             else:
                 self._settle(upload)
+        ended = time.monotonic()
+        self._sweep_again = ended + _REST * (ended - began)
 
     def _settle(self, upload: Upload) -> None:
         """Count the files that are there in place of the bytes that came."""
@@ -201,6 +214,8 @@ class Uploads:
             self._owners.pop(path, None)
         if upload in self._uploads:
             del self._uploads[upload]
+            if self._named.get((upload.visitor, upload.upload_id)) is upload:
+                del self._named[upload.visitor, upload.upload_id]
             self._add(upload, -upload.size, -upload.count)
 
 

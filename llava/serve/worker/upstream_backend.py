@@ -113,7 +113,7 @@ class UpstreamBackend:
     async def _forward(self, request: dict[str, Any], put: Callable[[Piece], None]) -> Piece:
         """Pass on what comes, no more of it than was asked for; the piece that ends it."""
         reason = usage = None
-        top, tokens = request.get("top_logprobs"), request["max_tokens"]
+        top, tokens = request.get("top_logprobs", 0), request["max_tokens"]
         characters = tokens * _MOST_OF_TOKEN
         async with await self.client.chat.completions.create(**request) as stream:
             async for chunk in stream:
@@ -122,7 +122,7 @@ class UpstreamBackend:
                 for choice in chunk.choices:
                     reason = choice.finish_reason or reason
                     content = choice.delta.content or ""
-                    entries = (choice.logprobs and choice.logprobs.content) or () if top is not None else ()
+                    entries = (choice.logprobs and choice.logprobs.content) or () if "logprobs" in request else ()
                     tokens, characters = tokens - len(entries), characters - len(content)
                     if min(tokens, characters) < 0:
                         logger.error("the server that runs the model doesn't keep to max_tokens: its answer is cut off")

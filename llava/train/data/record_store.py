@@ -16,6 +16,8 @@ import numpy as np
 
 from llava.bars import tqdm
 from llava.errors import LlavaError, library_errors, one_line
+from llava.lines import MOST_LINE
+from llava.parquet import iter_parquet, parquet_schema
 from llava.records import Record, Replaced, atomic_path, parse_record, read_json_list
 from llava.train.data.kept_files import kept_path
 
@@ -87,6 +89,8 @@ class JsonlRecords:
 
     def __getitem__(self, index: int) -> Record:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        if end - start > MOST_LINE:
+            raise LlavaError(f"{self.path} record {index}: longer than {MOST_LINE >> 20} MiB, which isn't read")
         line = os.pread(self._descriptor(), end - start, start)
         replaced = Replaced(self.path)
         record = parse_record(line.removeprefix(codecs.BOM_UTF8).strip(), replaced, "record", index)
@@ -158,9 +162,8 @@ class ArrowRecords:
 
 
 def _unpacked(path: Path, output_dir: Path) -> Path:
-    """The Arrow file with the rows of a Parquet file, written if it isn't there; one row group in memory at a time."""
+    """The Arrow file with the rows of a Parquet file, written if it isn't there; few rows in memory at a time."""
     import pyarrow
-    import pyarrow.parquet
     from filelock import FileLock
 
     target = kept_path(path, output_dir, "arrow", {})
@@ -170,14 +173,12 @@ def _unpacked(path: Path, output_dir: Path) -> Path:
         if target.is_file():
             return target
         with (
-            library_errors(f"{path}: not a whole Parquet file"),
-            pyarrow.parquet.ParquetFile(path) as file,
             atomic_path(target) as temporary,
             pyarrow.OSFile(str(temporary), "wb") as sink,
-            pyarrow.ipc.new_file(sink, file.schema_arrow) as out,
+            pyarrow.ipc.new_file(sink, parquet_schema(path)) as out,
         ):
-            for batch in tqdm(file.iter_batches(), desc="unpacking records", unit=" batches", delay=2):
-                out.write_batch(batch)
+            for part in tqdm(iter_parquet(path), desc="unpacking records", unit=" parts", delay=2):
+                out.write_batch(part)
     return target
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,3 +96,34 @@ def test_what_the_page_has_written_goes_after_its_time(tmp_path):
     time.sleep(0.3)
     written.sweep()
     assert names == set()
+
+
+def test_looking_at_all_files_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
+    """Many small uploads of one visitor made every later one of anybody's wait for all of them."""
+    uploads = Uploads(tmp_path, 1 << 30, 1 << 30)
+    for number in range(100):
+        send(uploads, f"v{number}", 1)
+    clock, looked = [time.monotonic() + 60], []
+
+    def look(path):
+        looked.append(path)
+        clock[0] += 0.01
+        return 1
+
+    monkeypatch.setattr("llava.serve.web.uploads._size", look)
+    monkeypatch.setattr("llava.serve.web.uploads.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for number in range(50):
+        send(uploads, f"w{number}", 1)
+    assert 100 <= len(looked) <= 150, "once, and each that came"
+    clock[0] += 60
+    uploads.sweep()
+    assert len(looked) >= 250
+
+
+def test_an_upload_is_found_by_its_visitor_and_name_while_it_is_there(tmp_path):
+    uploads = Uploads(tmp_path, 1 << 20, 1 << 20)
+    with contextlib.suppress(ZeroDivisionError), uploads.arriving("a", "name") as first:
+        assert uploads.find("a", "name") is first
+        assert uploads.find("b", "name") is None and uploads.find("a", "other") is None
+        raise ZeroDivisionError
+    assert uploads.find("a", "name") is None and not uploads._named
