@@ -185,6 +185,20 @@ def test_jinja_renders_as_the_template(name, tmp_path):
     assert rendered[0] == conversation.get_prompt()
 
 
+def test_jinja_keeps_a_system_text_of_several_parts():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    parts = [{"type": "text", "text": text} for text in ("Be brief.", "Answer in French.")]
+    asked = [
+        [{"role": "system", "content": content}, {"role": "user", "content": "Why?"}]
+        for content in (parts, "Be brief.\nAnswer in French.")
+    ]
+    rendered, _ = render_jinja_template(
+        asked, chat_template=chat_template(get_template("vicuna_v1"), "<image>"), add_generation_prompt=True
+    )
+    assert rendered[0] == rendered[1] and "French" in rendered[0]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [({"image_aspect_ratio": "anyres"}, "anyres"), ({"mm_projector_type": "mlp3x_gelu"}, "mlp3x_gelu")],
