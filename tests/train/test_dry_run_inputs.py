@@ -116,6 +116,11 @@ def test_lengths_and_images_are_read_where_the_data_are_there(tmp_path, capsys):
         dry_run([*model, *SMALL, *images], H100, 1)
 
 
+def test_images_that_do_not_fit_into_a_sample_are_said_to_be_left_out(base):
+    prediction = dry_run([*base, *SMALL, "--model_max_length", "3"], H100, 1)
+    assert prediction.notes[0].endswith("random records without images: none fits into --model_max_length 3")
+
+
 def test_without_a_tokenizer_characters_are_counted(base, tmp_path):
     data = make_records(tmp_path / "data", 6)
     prediction = dry_run([*base, *SMALL, "--data_path", str(data)], H100, 1)
