@@ -258,6 +258,17 @@ def test_other_engines_are_told_all_that_ends_an_answer(own, ends, tmp_path):
     assert read_json(hf / "generation_config.json")["eos_token_id"] == ends
 
 
+def test_a_checkpoint_that_names_neither_template_nor_tower_has_its_familys(tmp_path):
+    """Its tower is inside, and config.json holds the tower's form alone."""
+    native = make_llava(tmp_path)
+    left_out = ("mm_vision_tower", "conversation_template")
+    config = {name: value for name, value in read_json(native / "config.json").items() if name not in left_out}
+    write_json(native / "config.json", config)
+    assert load_pretrained_model(native, device="cpu").model.config.conversation_template == "vicuna_v1"
+    hf = export_hf(native, tmp_path / "hf")
+    assert read_json(hf / "config.json")["conversation_template"] == "vicuna_v1"
+
+
 def test_an_activation_that_no_projector_has_is_refused(exported, tmp_path):
     """Read as GELU the answers would be others, without a word."""
     hf = tmp_path / "hf"
