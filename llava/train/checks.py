@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 from llava.conversation import get_template
 from llava.errors import LlavaError, require
 from llava.train.step import gpu
-from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes
+from llava.train.step.optimizers import TORCHAO, takes_plain_tensors
 from llava.train.validation.flags import check_validation
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _check_optimizer(arguments: "Arguments") -> None:
             '--fsdp "full_shard auto_wrap"',
         ),
         (
-            bool(training.fsdp) and training.world_size > 1 and is_of_bitsandbytes(name),
+            bool(training.fsdp) and training.world_size > 1 and takes_plain_tensors(name),
             f"--fsdp: --optim {name} takes no sharded tensors; use --optim adamw_torch_8bit",
         ),
     ]

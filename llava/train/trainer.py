@@ -42,9 +42,9 @@ from llava.train.step.group_of_one import (
 from llava.train.step.loss_watch import LossWatch
 from llava.train.step.optimizers import (
     TORCHAO,
-    is_of_bitsandbytes,
     on_own_parts,
     parameter_groups,
+    takes_plain_tensors,
     with_float32_moments,
 )
 from llava.train.validation.held_out import Validation
@@ -256,7 +256,7 @@ class LlavaTrainer(Trainer):
             wrapped = self.model if model is None else model
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, wrapped))
             name = OptimizerNames(self.args.optim).value
-            if is_of_bitsandbytes(name):
+            if takes_plain_tensors(name):
                 optimizer_cls = on_own_parts(optimizer_cls)
             elif name in TORCHAO:
                 optimizer_cls = with_float32_moments(optimizer_cls)
