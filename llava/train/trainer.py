@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
+from llava.errors import library_errors
 from llava.model.weights.assemble import tied_weights
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.data.collator import META_KEYS
@@ -254,8 +255,9 @@ class LlavaTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             wrapped = self.model if model is None else model
-            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, wrapped))
             name = OptimizerNames(self.args.optim).value
+            with library_errors(f"--optim {name} can't be used here"):
+                optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, wrapped))
             if takes_plain_tensors(name):
                 optimizer_cls = on_own_parts(optimizer_cls)
             elif name in TORCHAO:

@@ -116,6 +116,11 @@ def test_lengths_and_images_are_read_where_the_data_are_there(tmp_path, capsys):
         dry_run([*model, *SMALL, *images], H100, 1)
 
 
+def test_an_optimizer_whose_package_is_missing_is_one_line(base):
+    with pytest.raises(LlavaError, match=r"--optim schedule_free_adamw can't be used here \(You need to install"):
+        dry_run([*base, *SMALL, "--optim", "schedule_free_adamw"], H100, 1)
+
+
 def test_images_that_do_not_fit_into_a_sample_are_said_to_be_left_out(base):
     prediction = dry_run([*base, *SMALL, "--model_max_length", "3"], H100, 1)
     assert prediction.notes[0].endswith("random records without images: none fits into --model_max_length 3")
