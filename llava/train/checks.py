@@ -224,6 +224,11 @@ def _check_optimizer(arguments: "Arguments") -> None:
             bool(training.fsdp) and training.world_size > 1 and takes_plain_tensors(name),
             f"--fsdp: --optim {name} takes no sharded tensors; use --optim adamw_torch_8bit",
         ),
+        (
+            bool(training.fsdp) and name == "adagrad",
+            "--optim adagrad: its sums are made before the weights are sharded (--fsdp, and half precision on GPUs), and "
+            "don't follow them; use --optim adamw_torch",
+        ),
     ]
     _refuse(contradictions)
     if name in TORCHAO:

@@ -116,7 +116,9 @@ def test_lengths_and_images_are_read_where_the_data_are_there(tmp_path, capsys):
         dry_run([*model, *SMALL, *images], H100, 1)
 
 
-def test_an_optimizer_whose_package_is_missing_is_one_line(base):
+def test_an_optimizer_that_can_not_be_is_one_line(base):
+    with pytest.raises(LlavaError, match="--optim adagrad: its sums are made before"):
+        dry_run([*base, *SMALL, "--optim", "adagrad"], H100, 1)
     with pytest.raises(LlavaError, match=r"--optim schedule_free_adamw can't be used here \(You need to install"):
         dry_run([*base, *SMALL, "--optim", "schedule_free_adamw"], H100, 1)
 
