@@ -226,8 +226,8 @@ def _check_optimizer(arguments: "Arguments") -> None:
         ),
         (
             bool(training.fsdp) and name == "adagrad",
-            "--optim adagrad: its sums are made before the weights are sharded (--fsdp, and half precision on GPUs), and "
-            "don't follow them; use --optim adamw_torch",
+            "--optim adagrad: its sums are made before the weights are sharded (--fsdp, and half precision on GPUs), "
+            "and don't follow them; use --optim adamw_torch",
         ),
     ]
     _refuse(contradictions)
