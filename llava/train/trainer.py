@@ -266,6 +266,10 @@ class LlavaTrainer(Trainer):
             self.optimizer = optimizer_cls(self.parameter_groups(wrapped), **kwargs)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        with library_errors("--lr_scheduler_type can't be used as it is given"):
+            return super().create_scheduler(num_training_steps, optimizer)
+
     def parameter_groups(self, model: nn.Module) -> list[dict]:
         """Groups by learning rate (projector and tower may have their own) and by weight decay."""
         return parameter_groups(

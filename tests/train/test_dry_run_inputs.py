@@ -123,6 +123,11 @@ def test_an_optimizer_that_can_not_be_is_one_line(base):
         dry_run([*base, *SMALL, "--optim", "schedule_free_adamw"], H100, 1)
 
 
+def test_a_schedule_that_lacks_a_number_is_one_line(base):
+    with pytest.raises(LlavaError, match=r"--lr_scheduler_type can't be used as it is given \(One of min_lr"):
+        dry_run([*base, *SMALL, "--lr_scheduler_type", "cosine_with_min_lr"], H100, 1)
+
+
 def test_images_that_do_not_fit_into_a_sample_are_said_to_be_left_out(base):
     prediction = dry_run([*base, *SMALL, "--model_max_length", "3"], H100, 1)
     assert prediction.notes[0].endswith("random records without images: none fits into --model_max_length 3")
