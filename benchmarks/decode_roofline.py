@@ -27,6 +27,7 @@ from llava.generation.sampling import SamplingTable, TokenChooser
 from llava.model.families import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava.sampling_params import SamplingParams
 from llava.train.estimate.costs import FREE, Clock, Work, work_of
+from llava.train.estimate.tracker import WAITING
 from llava.train.step.hardware import KERNEL_SECONDS, find_gpu
 
 LAYERS = 32
@@ -37,7 +38,6 @@ SIZES = {
 GRAPH_KERNEL_SECONDS = 2.0e-6
 """That a kernel takes at least where it is replayed in a graph."""
 aten = torch.ops.aten
-WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero}
 PICKING = {aten.index_select, aten.embedding, aten.gather}
 """They read as much of their first tensor as they give."""
 PLACING = {aten.index_copy_, aten.scatter_}

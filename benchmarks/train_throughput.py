@@ -183,8 +183,9 @@ def measured_peak(device) -> float:
 
     if known := peak_tflops(None):
         return known
-    matrix = torch.randn(2048, 2048, device=device)
+    matrix = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     matrix @ matrix
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(8):
         matrix @ matrix

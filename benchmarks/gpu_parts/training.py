@@ -169,7 +169,7 @@ def layers(miniature: bool, *flags: str) -> dict:
         trainer.add_callback(watch)
         trainer.train()
     rate = watch.tokens / watch.seconds
-    peak = peak_tflops(None) or 1.0
+    peak = peak_tflops(None)
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
@@ -177,7 +177,7 @@ def layers(miniature: bool, *flags: str) -> dict:
         "half_weights_kept_gb": trainer.kept_copies.bytes / 1e9 if trainer.kept_copies else 0.0,
         "packs_full": packs.full,
         "tokens_per_second": rate,
-        "mfu": rate * per_token / (peak * 1e12),
+        "mfu": rate * per_token / (peak * 1e12) if peak else None,  # of a GPU whose peak isn't known
         "step_seconds": watch.seconds / watch.steps,
         "peak_memory_gb": memory_mb() * 2**20 / 1e9,
         "waits_per_micro_batch": sum(watch.waits_within.values()) / 4,

@@ -205,6 +205,12 @@ class LlavaTrainingArguments(TrainingArguments):
         """Whether layers compute their activations again in the backward pass (renamed in transformers 5.20)."""
         return bool(getattr(self, "activation_checkpointing", False) or getattr(self, "gradient_checkpointing", False))
 
+    @property
+    def recomputed_layers(self) -> Any:
+        """One of so many layers does so, as the flag says it."""
+        given = (getattr(self, f"{kind}_checkpointing_kwargs", None) for kind in ("activation", "gradient"))
+        return next((one for one in given if isinstance(one, dict)), {}).get("every_n_layers", 1)
+
 
 @dataclass
 class Arguments:

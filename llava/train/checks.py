@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 from llava.conversation import get_template
 from llava.errors import LlavaError, require
 from llava.train.step import gpu
-from llava.train.step.optimizers import TORCHAO, is_of_bitsandbytes
+from llava.train.step.optimizers import TORCHAO, takes_plain_tensors
 from llava.train.validation.flags import check_validation
 
 if TYPE_CHECKING:
@@ -87,8 +87,16 @@ def _check_numbers(arguments: "Arguments") -> None:
             raise LlavaError(f"--{flag} {value}: expected a number from 0 up")
     if training.max_steps <= 0 and not (training.num_train_epochs > 0 and math.isfinite(training.num_train_epochs)):
         raise LlavaError(f"--num_train_epochs {training.num_train_epochs}: expected a number above 0")
+    for flag, number in (("seed", training.seed), ("data_seed", training.data_seed)):
+        if number is not None and not 0 <= number < 2**32:
+            raise LlavaError(f"--{flag} {number}: expected a whole number from 0 to below 2^32")
+    if (training.dataloader_num_workers or 0) < 0:
+        raise LlavaError(f"--dataloader_num_workers {training.dataloader_num_workers}: expected a number from 0 up")
     if training.bits not in {4, 8, 16}:
         raise LlavaError(f"--bits {training.bits}: expected 16, 8 or 4")
+    every = training.recomputed_layers
+    if type(every) is not int or every < 1:
+        raise LlavaError(f"--gradient_checkpointing_kwargs: every_n_layers {every!r}: expected a whole number from 1")
     share = training.activation_memory_budget
     if share is not None and not 0 <= share <= 1:
         raise LlavaError(f"--activation_memory_budget {share}: expected a share from 0 to 1")
@@ -221,8 +229,13 @@ def _check_optimizer(arguments: "Arguments") -> None:
             '--fsdp "full_shard auto_wrap"',
         ),
         (
-            bool(training.fsdp) and training.world_size > 1 and is_of_bitsandbytes(name),
+            bool(training.fsdp) and training.world_size > 1 and takes_plain_tensors(name),
             f"--fsdp: --optim {name} takes no sharded tensors; use --optim adamw_torch_8bit",
+        ),
+        (
+            bool(training.fsdp) and name == "adagrad",
+            "--optim adagrad: its sums are made before the weights are sharded (--fsdp, and half precision on GPUs), "
+            "and don't follow them; use --optim adamw_torch",
         ),
     ]
     _refuse(contradictions)

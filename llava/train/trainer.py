@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
+from llava.errors import library_errors
 from llava.model.weights.assemble import tied_weights
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.data.collator import META_KEYS
@@ -42,9 +43,9 @@ from llava.train.step.group_of_one import (
 from llava.train.step.loss_watch import LossWatch
 from llava.train.step.optimizers import (
     TORCHAO,
-    is_of_bitsandbytes,
     on_own_parts,
     parameter_groups,
+    takes_plain_tensors,
     with_float32_moments,
 )
 from llava.train.validation.held_out import Validation
@@ -254,15 +255,20 @@ class LlavaTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             wrapped = self.model if model is None else model
-            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, wrapped))
             name = OptimizerNames(self.args.optim).value
-            if is_of_bitsandbytes(name):
+            with library_errors(f"--optim {name} can't be used here"):
+                optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, wrapped))
+            if takes_plain_tensors(name):
                 optimizer_cls = on_own_parts(optimizer_cls)
             elif name in TORCHAO:
                 optimizer_cls = with_float32_moments(optimizer_cls)
                 kwargs["bf16_stochastic_round"] = not self.args.master_weights
             self.optimizer = optimizer_cls(self.parameter_groups(wrapped), **kwargs)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        with library_errors("--lr_scheduler_type can't be used as it is given"):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def parameter_groups(self, model: nn.Module) -> list[dict]:
         """Groups by learning rate (projector and tower may have their own) and by weight decay."""

@@ -14,10 +14,12 @@ import torch
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llava.errors import LlavaError
+from llava.images import ImageProcessor
 from llava.model.export_gguf import main as export_main
 from llava.model.gguf.reader import import_gguf
 from llava.model.gguf.writer import export_gguf
@@ -216,6 +218,23 @@ def test_scaled_positions_come_back(tmp_path):
     with torch.inference_mode():
         logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (llm, back)]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}],
+    ids=["as usual", "not normalised", "levels as they are", "twice as large"],
+)
+def test_pixel_values_are_the_processors_though_llama_cpp_always_normalises(settings, tmp_path):
+    llava, _ = make_chat_llava(tmp_path)
+    path = llava / "preprocessor_config.json"
+    path.write_text(json.dumps(read_json(path) | settings))
+    fields = GGUFReader(export_gguf(llava, tmp_path / "gguf") / "mmproj-f16.gguf").fields
+    mean, std = (np.array(fields[f"clip.vision.image_{name}"].contents()) for name in ("mean", "std"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
+    theirs = (np.asarray(image) / 255 - mean) / std
+    ours = ImageProcessor.from_pretrained(llava)(image)[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

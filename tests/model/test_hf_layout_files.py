@@ -185,6 +185,20 @@ def test_jinja_renders_as_the_template(name, tmp_path):
     assert rendered[0] == conversation.get_prompt()
 
 
+def test_jinja_keeps_a_system_text_of_several_parts():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    parts = [{"type": "text", "text": text} for text in ("Be brief.", "Answer in French.")]
+    asked = [
+        [{"role": "system", "content": content}, {"role": "user", "content": "Why?"}]
+        for content in (parts, "Be brief.\nAnswer in French.")
+    ]
+    rendered, _ = render_jinja_template(
+        asked, chat_template=chat_template(get_template("vicuna_v1"), "<image>"), add_generation_prompt=True
+    )
+    assert rendered[0] == rendered[1] and "French" in rendered[0]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [({"image_aspect_ratio": "anyres"}, "anyres"), ({"mm_projector_type": "mlp3x_gelu"}, "mlp3x_gelu")],
@@ -242,6 +256,17 @@ def test_other_engines_are_told_all_that_ends_an_answer(own, ends, tmp_path):
     write_json(native / "generation_config.json", {} if own is None else {"eos_token_id": own})
     hf = export_hf(native, tmp_path / "hf")
     assert read_json(hf / "generation_config.json")["eos_token_id"] == ends
+
+
+def test_a_checkpoint_that_names_neither_template_nor_tower_has_its_familys(tmp_path):
+    """Its tower is inside, and config.json holds the tower's form alone."""
+    native = make_llava(tmp_path)
+    left_out = ("mm_vision_tower", "conversation_template")
+    config = {name: value for name, value in read_json(native / "config.json").items() if name not in left_out}
+    write_json(native / "config.json", config)
+    assert load_pretrained_model(native, device="cpu").model.config.conversation_template == "vicuna_v1"
+    hf = export_hf(native, tmp_path / "hf")
+    assert read_json(hf / "config.json")["conversation_template"] == "vicuna_v1"
 
 
 def test_an_activation_that_no_projector_has_is_refused(exported, tmp_path):

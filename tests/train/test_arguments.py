@@ -80,6 +80,10 @@ def test_the_global_batch_finds_the_accumulation(parse):
         ("--pretrain_mm_mlp_adapter /no/such.bin", "/no/such.bin"),
         ("--image_folder /no/such/folder", "/no/such/folder"),
         ("--warmup_ratio 3", "--warmup_ratio"),
+        ("--seed -1", "--seed -1: expected a whole number from 0"),
+        ("--data_seed 4294967296", "--data_seed"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers -1: expected"),
+        ('--gradient_checkpointing --gradient_checkpointing_kwargs {"every_n_layers":0}', "every_n_layers 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(parse, flags, message):

@@ -178,6 +178,11 @@ def test_weights_in_bf16_alone_take_six_bytes(base):
     assert alone.bytes_per_step < whole.bytes_per_step
 
 
+def test_adafactors_moments_are_rows_and_columns(base):
+    adam, factored = (dry_run([*base, *SMALL, "--optim", name], H100, 1) for name in ("adamw_torch", "adafactor"))
+    assert 0 < factored.parts_gb["moments"] < 0.1 * adam.parts_gb["moments"]
+
+
 def test_a_budget_of_activations_trades_memory_for_arithmetic(base):
     packed = [*base, *SMALL, "--packing", "True", "--torch_compile", "True"]
     all_kept, some, none = (

@@ -116,6 +116,23 @@ def test_lengths_and_images_are_read_where_the_data_are_there(tmp_path, capsys):
         dry_run([*model, *SMALL, *images], H100, 1)
 
 
+def test_an_optimizer_that_can_not_be_is_one_line(base):
+    with pytest.raises(LlavaError, match="--optim adagrad: its sums are made before"):
+        dry_run([*base, *SMALL, "--optim", "adagrad"], H100, 1)
+    with pytest.raises(LlavaError, match=r"--optim schedule_free_adamw can't be used here \(You need to install"):
+        dry_run([*base, *SMALL, "--optim", "schedule_free_adamw"], H100, 1)
+
+
+def test_a_schedule_that_lacks_a_number_is_one_line(base):
+    with pytest.raises(LlavaError, match=r"--lr_scheduler_type can't be used as it is given \(One of min_lr"):
+        dry_run([*base, *SMALL, "--lr_scheduler_type", "cosine_with_min_lr"], H100, 1)
+
+
+def test_images_that_do_not_fit_into_a_sample_are_said_to_be_left_out(base):
+    prediction = dry_run([*base, *SMALL, "--model_max_length", "3"], H100, 1)
+    assert prediction.notes[0].endswith("random records without images: none fits into --model_max_length 3")
+
+
 def test_without_a_tokenizer_characters_are_counted(base, tmp_path):
     data = make_records(tmp_path / "data", 6)
     prediction = dry_run([*base, *SMALL, "--data_path", str(data)], H100, 1)

@@ -167,8 +167,8 @@ def test_a_sharded_run_resumes_bit_equal(tmp_path, base, data):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("optimizer", ["adamw_torch_8bit", "adamw_bnb_8bit", "paged_lion_8bit"])
-def test_optimizers_with_8_bit_moments_compute_as_all_others(tmp_path, base, data, in_float32, optimizer):
+@pytest.mark.parametrize("optimizer", ["adamw_torch_8bit", "adamw_bnb_8bit", "paged_lion_8bit", "adafactor"])
+def test_optimizers_with_small_moments_compute_as_all_others(tmp_path, base, data, in_float32, optimizer):
     """A group of one: no autocast, float32 masters and sums; it resumes on what it saved."""
     seen = {}
 

@@ -270,6 +270,8 @@ def namespace(**changed) -> Namespace:
         ({"bits": 4}, 1, None),
         ({"optim": "adamw_bnb_8bit"}, 1, True),
         ({"optim": "adamw_bnb_8bit"}, 8, None),
+        ({"optim": "adafactor"}, 1, True),
+        ({"optim": "adafactor"}, 8, None),
         ({"optim": "adamw_torch_8bit"}, 8, False),
         ({"master_weights": False}, 1, None),
         ({"master_weights": False}, 8, False),

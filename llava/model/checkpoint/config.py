@@ -35,7 +35,7 @@ def read_config(folder: Path) -> LlavaConfigFields:
     content = {name: value for name, value in content.items() if value is not None or not name.startswith("mm_")}
     with library_errors(f"{path}: a field of it can't be"):
         config = config_class.from_dict(content | {"model_type": config_class.model_type})
-    if config.conversation_template is None and config.mm_vision_tower:
+    if config.conversation_template is None and (config.mm_vision_tower or config.mm_vision_config):
         infer_template(config, folder)
     return config
 

@@ -31,7 +31,7 @@ _CONTENT = """{%- macro content(message) -%}
 _HEAD = """{%- set system = namespace(text=SYSTEM) -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set given = messages[0]['content'] -%}
-{%- set system.text = MARK + (given if given is string else given[0]['text']) -%}
+{%- set system.text = MARK + (given if given is string else given | map(attribute='text') | join('\\n')) -%}
 {%- set turns = messages[1:] -%}
 {%- else -%}
 {%- set turns = messages -%}

@@ -16,7 +16,7 @@ from llava.folders import check_space, check_target, stage
 from llava.images import ImageProcessor
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
 from llava.model.configuration import LlavaConfigFields
-from llava.model.convert.hf_writer import EXPORT_NOTE
+from llava.model.convert.hf_writer import EXPORT_NOTE, PAD_TOKEN
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import EMBEDDING, EMBEDDINGS, HEAD, model_class_of
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
@@ -135,7 +135,7 @@ class _Cut:
 
 def _check_cut(tokenizer: PreTrainedTokenizerBase, rows: int, source: Path) -> None:
     """Fail unless <image> and what it's padded with are all that lies behind the `rows` that are kept."""
-    added = {DEFAULT_IMAGE_TOKEN, tokenizer.pad_token}
+    added = {DEFAULT_IMAGE_TOKEN, PAD_TOKEN, tokenizer.pad_token}
     lost = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     lost = [(number, token) for number, token in lost if token not in added]
     if lost:

@@ -74,9 +74,17 @@ def add_vision_fields(
     writer.add_array("clip.vision.feature_layer", [blocks, blocks + 1] if widening else [blocks])
     writer.add_vision_head_count(vision["num_attention_heads"])
     writer.add_vision_attention_layernorm_eps(widening.epsilon(epsilon) if widening else epsilon)
-    writer.add_vision_image_mean(list(processor.image_mean))
-    writer.add_vision_image_std(list(processor.image_std))
+    mean, std = _normalisation(processor)
+    writer.add_vision_image_mean(mean)
+    writer.add_vision_image_std(std)
     writer.add_vision_use_gelu(vision["hidden_act"] in _GELU)
+
+
+def _normalisation(processor: ImageProcessor) -> tuple[list[float], list[float]]:
+    """(mean, standard deviation) for a program that always takes levels of 0 to 1, and always normalises."""
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    return [value / scale for value in mean], [value / scale for value in std]
 
 
 def widening_of(checkpoint: ResolvedCheckpoint) -> Widening | None:

@@ -138,7 +138,8 @@ def dry_run(
         training.compile_layers = training.compile_layers and compiled
         if training.liger:
             notes.append("--use_liger_kernel: its kernels aren't counted, layers are predicted without them")
-        if training.fsdp and training.fsdp_config.pop("cpu_offload", False):
+        sharding: Any = training.fsdp_config
+        if training.fsdp and sharding.pop("cpu_offload", False):
             training.fsdp_plugin_args.pop("cpu_offload")
             notes.append(OFFLOADED.format("--fsdp"))
         shard_as_on_gpus(training)

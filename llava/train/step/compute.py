@@ -21,7 +21,7 @@ from torch import nn
 
 from llava.model.families import decoder_layers
 from llava.train.step import gpu
-from llava.train.step.optimizers import is_of_bitsandbytes
+from llava.train.step.optimizers import takes_plain_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ def flags_of_the_path(flags: Namespace, processes: int) -> list[str]:
     """The flags to add to a command line on GPUs (`flags`: as parsed, not yet checked) so that it takes the path.
 
     Left alone: float32 runs, DeepSpeed, `--fsdp` as given, 4- and 8-bit weights, whose kernels choose their own
-    precision, and bitsandbytes' optimizers on several GPUs.
+    precision, and optimizers that take plain tensors on several GPUs.
     """
     half = flags.bf16 or flags.fp16
     if flags.use_cpu or not half or flags.deepspeed or flags.bits < 16 or _is_set(flags.fsdp):
         return []
     if processes == 1 and flags.master_weights is False:
         return []
-    if processes > 1 and is_of_bitsandbytes(flags.optim):
+    if processes > 1 and takes_plain_tensors(flags.optim):
         logger.warning(
             "--optim %s can't be sharded: every GPU holds all weights and moments, and casts at each operation; "
             "--optim adamw_torch_8bit can",

@@ -1,4 +1,7 @@
-"""Optimizers with 8-bit moments: torchao's, which takes sharded tensors and rounds at random, and bitsandbytes'."""
+"""Optimizers with small moments: torchao's, which takes sharded tensors and rounds at random, and those that take none.
+
+The latter are bitsandbytes' and Adafactor.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,13 +15,13 @@ from torch.distributed.tensor import DTensor
 TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
 """The Trainer's names of torchao's optimizers."""
 PROJECTOR, TOWER = "mm_projector", "vision_tower"
-_BITSANDBYTES = ("bnb", "adamw_8bit", "ademamix", "lion", "paged")
-"""Parts of the Trainer's names of bitsandbytes' optimizers."""
+_PLAIN = ("bnb", "adamw_8bit", "ademamix", "lion", "paged", "adafactor")
+"""Parts of the Trainer's names of bitsandbytes' optimizers and of transformers' own."""
 
 
-def is_of_bitsandbytes(name: str) -> bool:
-    """Whether the Trainer takes the optimizer of this name from bitsandbytes, whose kernels take no sharded tensors."""
-    return any(part in name for part in _BITSANDBYTES)
+def takes_plain_tensors(name: str) -> bool:
+    """Whether the optimizer of this name takes no sharded tensors: bitsandbytes' kernels and Adafactor's sums don't."""
+    return any(part in name for part in _PLAIN)
 
 
 def parameter_groups(
@@ -53,7 +56,7 @@ def parameter_groups(
 
 
 def on_own_parts(optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The class of an optimizer of bitsandbytes whose step updates what this process holds of each parameter.
+    """The class of an optimizer of plain tensors whose step updates what this process holds of each parameter.
 
     Moments are plain tensors then; over several processes they couldn't be saved.
     """

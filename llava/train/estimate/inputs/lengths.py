@@ -49,15 +49,16 @@ def lengths_of(arguments: Arguments, loaded: LoadedModel, records: int | None) -
     path = arguments.data.data_path
     if path and Path(path).expanduser().is_file():
         return _read(arguments, loaded, open_records(path, arguments.training.output_dir))
-    note, number = "full batches of random records with an image each", records
+    longest, number = arguments.training.model_max_length, records
+    tiles = min(_tiles_per_image(loaded), _most_tiles(loaded, longest))
+    shown = "with an image each" if tiles else f"without images: none fits into --model_max_length {longest}"
+    note = f"full batches of random records {shown}"
     if path:
         number = records or told_records(path)
         note = f"--data_path {path} isn't there: {note}"
         if number and not records:
             note += f"; {number:,} of them, by its name"
     text = _random_texts(np.random.default_rng(0), RANDOM)
-    longest = arguments.training.model_max_length
-    tiles = min(_tiles_per_image(loaded), _most_tiles(loaded, longest))
     positions = (text + tiles * loaded.model.num_patches).clip(None, longest).astype(np.int64)
     return Lengths(positions, np.full(RANDOM, tiles), number, note)
 
