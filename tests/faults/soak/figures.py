@@ -57,8 +57,7 @@ def memory(samples: list[Sample]) -> dict[str, dict]:
         part = max(1, len(life) // 12)
         settled, late = life[4 * part : 5 * part] or life, life[-part:]
         sizes = {
-            what: [min(getattr(sample, what) for sample in some) for some in (settled, late)]
-            for what in ("rss", "pss")
+            what: [min(getattr(sample, what) for sample in some) for some in (settled, late)] for what in ("rss", "pss")
         }
         seconds = life[-1].when - life[0].when
         found[name] = {
