@@ -18,7 +18,7 @@ READ = """
 import json, resource, sys
 from pathlib import Path
 from llava.records import iter_records
-space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 1_500_000_000
+space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 4_000_000_000
 resource.setrlimit(resource.RLIMIT_AS, (space, space))
 print(json.dumps([len(record["question"]) for record in iter_records(sys.argv[1])]))
 """

@@ -8,12 +8,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.generation import Engine
-from llava.model import load_pretrained_model
+from llava.model import load_pretrained_model, products
 from llava.model.products import OneDnnLinear, has_onednn, padded_rows, use_onednn
 from tests import tiny
 from tests.generation.conftest import ask
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="torch is built without oneDNN here")
+
+
+@pytest.fixture
+def however_small(monkeypatch):
+    """oneDNN computes products that torch's own library would be faster at, too."""
+    monkeypatch.setattr(products, "_LEAST_BYTES", 0)
 
 
 class Counting(TorchDispatchMode):
@@ -35,7 +41,7 @@ class Counting(TorchDispatchMode):
 @needs_onednn
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (3, 5), (2, 0)])
-def test_the_same_numbers(shape, has_bias):
+def test_the_same_numbers(shape, has_bias, however_small):
     torch.manual_seed(0)
     module = nn.Linear(48, 33, bias=has_bias)
     states = torch.randn(*shape, 96)[..., ::2]
@@ -49,19 +55,19 @@ def test_the_same_numbers(shape, has_bias):
 
 
 @needs_onednn
-def test_however_many_rows_there_are_products_have_few_sizes():
+def test_however_many_rows_there_are_products_have_few_sizes(however_small):
     """oneDNN keeps what it makes for each size."""
     module = OneDnnLinear(4, 3)
     with torch.no_grad(), Counting() as counts:
-        for rows in [*range(1, 2100), 5000]:
+        for rows in [*range(1, 2100), *range(2100, 20_000, 100), 40_000]:
             assert module(torch.ones(rows, 4)).shape == (rows, 3)
-    assert max(counts.rows) == 2048 and len(counts.rows) == 40
-    assert all(count <= padded_rows(count) <= 1.25 * count for count in range(1, 2049))
+    assert max(counts.rows) == 16_384 and len(counts.rows) == 56
+    assert all(count <= padded_rows(count) <= 1.25 * count for count in range(1, 16_385))
 
 
 @needs_onednn
-@pytest.mark.parametrize("rows", [9, 2048, 2049, 4500])
-def test_padded_and_divided_products_are_the_same(rows):
+@pytest.mark.parametrize("rows", [9, 2048, 16_384, 16_385, 35_000])
+def test_padded_and_divided_products_are_the_same(rows, however_small):
     torch.manual_seed(0)
     module = nn.Linear(16, 8)
     states = torch.randn(rows, 16)
@@ -70,6 +76,16 @@ def test_padded_and_divided_products_are_the_same(rows):
         use_onednn(module)
         torch.testing.assert_close(module(states), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(module(states[0]), expected[0], atol=1e-5, rtol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "is_onednn"), [(8, 64, 64, 0), (1024, 64, 64, 1), (1, 512, 512, 1)]
+)
+def test_what_is_too_small_for_its_start_is_torchs_own(rows, inputs, outputs, is_onednn):
+    with torch.no_grad(), Counting() as counts:
+        OneDnnLinear(inputs, outputs)(torch.ones(rows, inputs))
+    assert counts.onednn == is_onednn
 
 
 def test_training_is_as_before():
@@ -97,7 +113,7 @@ def test_half_precision_and_hooked_modules_are_left_alone():
 
 
 @needs_onednn
-def test_the_engine_takes_them_and_a_model_in_training_does_not(tmp_path):
+def test_the_engine_takes_them_and_a_model_in_training_does_not(tmp_path, however_small):
     loaded = load_pretrained_model(tiny.make_llava(tmp_path), device="cpu")
     requests = [ask("Is it there?", max_new_tokens=5, ignore_eos=True)]
     with Counting() as training:
