@@ -128,7 +128,7 @@ class Silent:
 
 def asked(cache, **environment) -> subprocess.CompletedProcess:
     """What a process of its own says that looks for some/model; the hub's own retries would take 28 s."""
-    code = "from llava.commandline import run; from llava.model.weights.locate import find_model, locate_model\n"
+    code = "from llava.commandline import run; from llava.model.weights.locate import locate_model\n"
     code += "run(lambda: print(locate_model('some/model')))"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(cache)} | environment
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=15)
