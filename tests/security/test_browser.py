@@ -2,9 +2,7 @@
 (row 12)."""
 
 import base64
-import os
 import secrets
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,16 +13,14 @@ from PIL import Image
 
 from llava.records import iter_records
 from tests.security.page_visitor import listener
-from tests.serve.browsing import answer_again, last_answer, whole_answer
+from tests.serve.browsing import CHROMIUM, PATIENCE, answer_again, last_answer, whole_answer
 from tests.serve.processes import Process, files_below, wait_until
 from tests.tiny import make_llava
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
-CHROMIUM = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install it or set LLAVA_CHROMIUM")
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-PATIENCE = 240_000  # ms
 KEY = "key-of-the-ward"
 WORDS = f"Frau Musterfrau, geboren am 1.2.1934 ({secrets.token_hex(8)})"  # in no other test's files
 IN_MEMORY = Path("/dev/shm")
