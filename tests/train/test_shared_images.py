@@ -11,7 +11,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import Sample
 from llava.train.data.shared_images import join, joinable, seen_by
-from llava.train.step import packing
+from llava.train.step import padded_attention
 from llava.train.step.packing import packed_attention
 from llava.train.train import train
 from tests.train.helpers import flags, losses
@@ -93,7 +93,7 @@ def test_what_many_branches_see_gets_a_gradient_summed_in_float32():
     """bfloat16 has 8 bits: 400 times a thousandth, added one by one, would stay near a quarter."""
     places = torch.zeros(401, dtype=torch.int64)
     rows = torch.zeros(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    packing._seen(rows, places).backward(torch.full((401, 1, 1), 1e-3, dtype=torch.bfloat16))
+    padded_attention.rows(rows, places).backward(torch.full((401, 1, 1), 1e-3, dtype=torch.bfloat16))
     assert rows.grad.item() == pytest.approx(0.401, rel=0.01)
 
 

@@ -1,8 +1,9 @@
 """Attention for samples joined without padding: each sees itself alone.
 
 Registered with transformers under `packed`; the collator gives the samples' borders (`cu_seq_lens_q`).
-On a GPU it is one kernel of variable length (llava.model.varlen_attention); elsewhere SDPA sample by sample,
-which does no work between samples, unlike a block mask over the whole batch.
+On a GPU it is one kernel of variable length (llava.model.varlen_attention); elsewhere samples of about one size are
+computed together, padded (llava.train.step.padded_attention). Neither does work between samples, unlike a block mask
+over the whole batch.
 """
 
 import logging
@@ -12,22 +13,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava.errors import LlavaError
-from llava.model.varlen_attention import HALVES, Kernel, varlen_attention
+from llava.model.varlen_attention import Kernel, varlen_attention
 from llava.train.step import gpu
+from llava.train.step.padded_attention import padded_attention, rows
 
 logger = logging.getLogger(__name__)
 
 # transformers makes no mask (and looks at no value) for attention of a name that has no mask function.
 NAME = "packed"
 CAUSAL = "causal"
-FLOAT32_TOKENS = 512
-"""Up to so long samples attend in float32 on the CPU. The half-precision kernel's backward pass takes three times as
-long for 90 tokens, 1.3 times for 280, and two thirds for 1,024 (measured; 512 lies between)."""
 
 
 @contextmanager
@@ -115,52 +113,18 @@ def packed_attention(
     if gpu.takes_kernel(q, k, v):
         if dropout:
             raise LlavaError("attention dropout isn't possible in packed batches on a GPU; set attention_dropout to 0")
+        if key_places is not None:
+            k, v = rows(k, key_places), rows(v, key_places)
         out = varlen_attention(
-            q, _seen(k, key_places), _seen(v, key_places), cu_seq_lens_q, max_length_q, scale=scaling,
+            q, k, v, cu_seq_lens_q, max_length_q, scale=scaling,
             window=sliding_window, key_borders=cu_seq_lens_k, longest_keys=max_length_k, kernel=kernel,
         )  # fmt: skip
         return out.unsqueeze(0), None
-    dtype = q.dtype
-    if dtype in HALVES and max_length_k <= FLOAT32_TOKENS:
-        q, k, v = q.float(), k.float(), v.float()
-    k, v = _seen(k, key_places), _seen(v, key_places)
-    out = _one_by_one(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling, dropout, sliding_window)
-    return out.to(dtype).unsqueeze(0), None
-
-
-def _seen(tensor: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-    """Rows of `[tokens, heads, size]` at `places`; None: all.
-
-    The gradients of a row that is taken often are summed in float32, each time in the same order, as an embedding's.
-    """
-    if places is None:
-        return tensor
-    return embedding(places, tensor.flatten(1).float()).to(tensor.dtype).unflatten(1, tensor.shape[1:])
-
-
-@torch.compiler.disable
-def _one_by_one(q, k, v, borders, key_borders, scale: float | None, dropout: float, window: int | None) -> torch.Tensor:
-    """`packed_attention` by SDPA; it reads the borders, which lie where no waiting is needed: on the CPU."""
-    sizes = [border.diff().tolist() for border in (borders, key_borders, key_borders)]
-    parts = []
-    for own in zip(*(tensor.transpose(0, 1).split(size, 1) for tensor, size in zip((q, k, v), sizes)), strict=True):
-        queries, keys, values = own
-        sees = _sees(queries.shape[1], keys.shape[1], window, q.device)
-        out = scaled_dot_product_attention(
-            queries[None], keys[None], values[None], attn_mask=sees, is_causal=sees is None, scale=scale,
-            dropout_p=dropout, enable_gqa=len(keys) != len(queries),
-        )  # fmt: skip
-        parts.append(out[0])
-    return torch.cat(parts, dim=1).transpose(0, 1)
-
-
-def _sees(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """bool `[queries, keys]`, True where a query sees a key, the last one all of them; None: plain causal attention."""
-    window = keys if window is None else window
-    if queries == keys and window >= keys:
-        return None
-    before = keys - queries
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before).triu(before + 1 - window)
+    out = padded_attention(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_k, key_places=key_places, scale=scaling, dropout=dropout,
+        window=sliding_window,
+    )  # fmt: skip
+    return out.unsqueeze(0), None
 
 
 def fill_batches(

@@ -1,0 +1,154 @@
+"""Attention of packed samples without a kernel for them: short sequences of about one size together, long ones alone.
+
+A call of SDPA for each sequence takes several times as long as its arithmetic where sequences have some tens of tokens,
+as the questions of one image have. Those are padded to common sizes and are a few matrix products; nothing is computed
+between sequences.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+LONGEST_PADDED = 512
+"""Keys of a sequence that is computed with others. A longer one goes to SDPA, which doesn't hold all its scores."""
+_PADDED_SHARE = 1.5
+"""Scores computed together, padding included, for each score that is needed, at most."""
+_HIDDEN = -1e30
+"""Score of what isn't seen; finite, so that a row of padding, which sees nothing, is no NaN."""
+
+
+class Bucket(NamedTuple):
+    """Sequences computed together: which rows of the queries and which places of the keys they are, int64 `[sequences,
+    longest]`, padded with a row of theirs; and what is added to the scores, float32 `[sequences, 1, queries, keys]`."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Layout(NamedTuple):
+    """Buckets, and where each query row lies among their outputs, int64 `[tokens]`."""
+
+    buckets: list[Bucket]
+    places: torch.Tensor
+
+
+@torch.compiler.disable
+def padded_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    key_borders: torch.Tensor,
+    *,
+    key_places: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention within sequences; it reads the borders, which on a CPU lie where no waiting is needed.
+
+    Args:
+        query: `[tokens, heads, size]`; key and value may have fewer heads.
+        borders, key_borders: of each sequence's queries and of what they see, int32 `[sequences + 1]`.
+        key_places: where the keys of the sequences lie, int64 `[keys]`; None: one after the other.
+        scale: of the scores; None: 1 / sqrt(size).
+        window: how many tokens back, itself included, a token sees; None: all.
+
+    Returns:
+        `[tokens, heads, size]`.
+    """
+    counts = (tuple(border.diff().tolist()) for border in (borders, key_borders))
+    layout = _layout(*counts, window)
+    outputs = []
+    for bucket in layout.buckets:
+        queries, keys, hidden = (part.to(query.device) for part in bucket)
+        seen = keys if key_places is None else key_places[keys]
+        # [sequences, heads, tokens, size]
+        q, k, v = (
+            rows(tensor, places).transpose(1, 2) for tensor, places in ((query, queries), (key, seen), (value, seen))
+        )
+        is_long = keys.shape[1] > LONGEST_PADDED
+        out = (_by_sdpa if is_long else _by_products)(q, k, v, hidden, scale or q.shape[-1] ** -0.5, dropout)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return rows(torch.cat(outputs), layout.places.to(query.device))
+
+
+def rows(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows of `[tokens, heads, size]` at `places`, whose shape takes the place of the first axis.
+
+    The gradients of a row that is taken often are summed in float32, each time in the same order, as an embedding's.
+    """
+    taken = functional.embedding(places, tensor.flatten(1).float())
+    return taken.to(tensor.dtype).unflatten(-1, tensor.shape[1:])
+
+
+def _by_products(q, k, v, hidden: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
+    """Scores, softmax in float32, and the sum of values; key heads' own query heads lie below each other."""
+    count, heads, length, size = q.shape
+    groups = k.shape[1]
+    q = (q * scale).reshape(count * groups, heads // groups * length, size)
+    k, v = (tensor.reshape(count * groups, -1, size) for tensor in (k, v))
+    scores = torch.bmm(q, k.transpose(1, 2)).float().view(count, heads, length, -1) + hidden
+    weights = functional.dropout(torch.softmax(scores, -1), dropout).to(v.dtype)
+    return torch.bmm(weights.view(count * groups, heads // groups * length, -1), v).view(count, heads, length, size)
+
+
+def _by_sdpa(q, k, v, hidden: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
+    """SDPA, of which plain causal attention needs no mask."""
+    is_causal = q.shape[2] == k.shape[2] and not hidden.tril().any()
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if is_causal else hidden.to(q.dtype), is_causal=is_causal, scale=scale,
+        dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1],
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def _layout(queries: tuple[int, ...], keys: tuple[int, ...], window: int | None) -> Layout:
+    """How sequences of so many queries and keys are computed; the layers of a step share it."""
+    starts = np.cumsum([0, *queries])
+    key_starts = np.cumsum([0, *keys])
+    buckets = []
+    places = np.empty(starts[-1], np.int64)
+    filled = 0
+    for members in _alike(queries, keys):
+        longest, longest_keys = (max(sizes[each] for each in members) for sizes in (queries, keys))
+        own, own_keys = (np.array([sizes[each] for each in members])[:, None] for sizes in (queries, keys))
+        rank, key_rank = np.arange(longest), np.arange(longest_keys)
+        first, first_key = (begin[members][:, None] for begin in (starts, key_starts))
+        # The last query sees all keys of its sequence, the one before it one less.
+        last = (own_keys - own + rank)[..., None]
+        sees = (key_rank <= last) & (key_rank < own_keys[..., None]) & (key_rank > last - (window or longest_keys))
+        hidden = torch.from_numpy(np.where(sees, 0, _HIDDEN).astype(np.float32))[:, None]
+        chosen, chosen_keys = np.minimum(rank, own - 1), np.minimum(key_rank, own_keys - 1)
+        buckets.append(Bucket(*map(torch.from_numpy, (first + chosen, first_key + chosen_keys)), hidden))
+        for place, (number, size) in enumerate(zip(members, own[:, 0])):
+            begin = filled + place * longest
+            places[starts[number] : starts[number] + size] = np.arange(begin, begin + size)
+        filled += len(members) * longest
+    return Layout(buckets, torch.from_numpy(places))
+
+
+def _alike(queries: tuple[int, ...], keys: tuple[int, ...]) -> Iterator[list[int]]:
+    """Numbers of sequences in lists, each of sequences of about one size; of a long one it is the only one."""
+    order = sorted(
+        (each for each in range(len(queries)) if queries[each]), key=lambda each: (queries[each], keys[each])
+    )
+    members: list[int] = []
+    needed = longest = longest_keys = 0
+    for each in order:
+        longest, longest_keys = max(longest, queries[each]), max(longest_keys, keys[each])
+        needed += queries[each] * keys[each]
+        if members and (
+            longest * longest_keys * (len(members) + 1) > _PADDED_SHARE * needed or longest_keys > LONGEST_PADDED
+        ):
+            yield members
+            members, needed = [], queries[each] * keys[each]
+            longest, longest_keys = queries[each], keys[each]
+        members.append(each)
+    if members:
+        yield members
