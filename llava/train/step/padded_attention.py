@@ -23,11 +23,12 @@ _HIDDEN = -1e30
 
 class Bucket(NamedTuple):
     """Sequences computed together: which rows of the queries and which places of the keys they are, int64 `[sequences,
-    longest]`, padded with a row of theirs; and what is added to the scores, float32 `[sequences, 1, queries, keys]`."""
+    longest]`, padded with a row of theirs; and what is added to the scores, float32 `[sequences, 1, queries, keys]`
+    (None: a long one in which each query sees all keys up to its own)."""
 
     queries: torch.Tensor
     keys: torch.Tensor
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
 
 
 class Layout(NamedTuple):
@@ -66,7 +67,7 @@ def padded_attention(
     layout = _layout(*counts, window)
     outputs = []
     for bucket in layout.buckets:
-        queries, keys, hidden = (part.to(query.device) for part in bucket)
+        queries, keys, hidden = (None if part is None else part.to(query.device) for part in bucket)
         seen = keys if key_places is None else key_places[keys]
         # [sequences, heads, tokens, size]
         q, k, v = (
@@ -98,11 +99,9 @@ def _by_products(q, k, v, hidden: torch.Tensor, scale: float, dropout: float) ->
     return torch.bmm(weights.view(count * groups, heads // groups * length, -1), v).view(count, heads, length, size)
 
 
-def _by_sdpa(q, k, v, hidden: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
-    """SDPA, of which plain causal attention needs no mask."""
-    is_causal = q.shape[2] == k.shape[2] and not hidden.tril().any()
+def _by_sdpa(q, k, v, hidden: torch.Tensor | None, scale: float, dropout: float) -> torch.Tensor:
     return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if is_causal else hidden.to(q.dtype), is_causal=is_causal, scale=scale,
+        q, k, v, attn_mask=None if hidden is None else hidden.to(q.dtype), is_causal=hidden is None, scale=scale,
         dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip
 
@@ -122,10 +121,12 @@ def _layout(queries: tuple[int, ...], keys: tuple[int, ...], window: int | None)
         first, first_key = (begin[members][:, None] for begin in (starts, key_starts))
         # The last query sees all keys of its sequence, the one before it one less.
         last = (own_keys - own + rank)[..., None]
+        is_plain = longest_keys > LONGEST_PADDED and longest == longest_keys <= (window or longest_keys)
         sees = (key_rank <= last) & (key_rank < own_keys[..., None]) & (key_rank > last - (window or longest_keys))
         hidden = torch.from_numpy(np.where(sees, 0, _HIDDEN).astype(np.float32))[:, None]
         chosen, chosen_keys = np.minimum(rank, own - 1), np.minimum(key_rank, own_keys - 1)
-        buckets.append(Bucket(*map(torch.from_numpy, (first + chosen, first_key + chosen_keys)), hidden))
+        numbers = (torch.from_numpy(each) for each in (first + chosen, first_key + chosen_keys))
+        buckets.append(Bucket(*numbers, None if is_plain else hidden))
         for place, (number, size) in enumerate(zip(members, own[:, 0])):
             begin = filled + place * longest
             places[starts[number] : starts[number] + size] = np.arange(begin, begin + size)
