@@ -111,8 +111,10 @@ async def _phases(args, url: str, bodies: list[bytes], engine: "EngineProcess") 
     lost = [outcome for outcome in (*one, *closed, *loaded, *unloaded) if outcome.error]
     for outcome in lost[:5]:
         print(f"lost: {outcome.error}", file=sys.stderr)
-    at_rest = _percentile([outcome.first for outcome in unloaded if outcome.first], 95)
-    under_load = _percentile([outcome.first for outcome in loaded if outcome.first], 95)
+    firsts = [[outcome.first for outcome in outcomes if outcome.first] for outcomes in (unloaded, loaded)]
+    if not all(firsts):
+        sys.exit("error: of one kind of load every answer was lost; nothing can be compared")
+    at_rest, under_load = (_percentile(seconds, 95) for seconds in firsts)
     return {
         "clients": args.clients,
         "sequential_tokens_per_second": sequential,
@@ -131,7 +133,7 @@ async def _phases(args, url: str, bodies: list[bytes], engine: "EngineProcess") 
         "lost": len(lost),
         "first_token_p95_unloaded_seconds": at_rest,
         "first_token_p95_seconds": under_load,
-        "first_token_p50_seconds": statistics.median(outcome.first for outcome in loaded if outcome.first),
+        "first_token_p50_seconds": statistics.median(firsts[1]),
         "first_token_p95_over_unloaded_ratio": under_load / at_rest,
     }
 

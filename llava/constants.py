@@ -10,6 +10,8 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
+MOST_OF_TOKEN = 256
+"""Characters of a token; LLaMA's longest have 16, sentencepiece's own cap is 512 bytes."""
 SCHEME_PLACEHOLDER, SCHEME_PATCH = "placeholder", "patch"
 """How an image stands in the text (llava.tokenization.image_tokens): one placeholder, or v1.0's run of <im_patch>."""
 IMAGE_PLACEHOLDER = "<image-placeholder>"

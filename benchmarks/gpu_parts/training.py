@@ -116,7 +116,11 @@ def train_all(folder: Path, base, data, commands: dict[str, tuple], steps: int) 
         try:
             code = process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.terminate()  # torchrun ends what it has started
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
             code = f"still running after {SECONDS} s"
         if code:
             failed[run] = f"{code}: {(folder / f'{run}.log').read_text()[-2500:]}"

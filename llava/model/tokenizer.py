@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
+from llava.constants import MOST_OF_TOKEN
 from llava.errors import LlavaError, library_errors
 from llava.model.checkpoint.tokenizer_steps import check_steps
 from llava.records import read_json, write_json
@@ -31,8 +32,6 @@ _NOTES_OF_LOADING = ("backend", "is_local", "local_files_only")
 
 _HAS_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _UNLIMITED = int(1e30)
-_MOST_PIECE = 256
-"""Characters of a SentencePiece model's piece; LLaMA's longest have 16, sentencepiece's own cap is 512 bytes."""
 
 
 def load_tokenizer_of(folders: Iterable[Path], otherwise: Path) -> PreTrainedTokenizerBase:
@@ -162,8 +161,8 @@ def _convert(path: Path, legacy: bool) -> Tokenizer:
     """
     pieces = _read_pieces(path)
     # All ways to cut a piece in two are tried, and each part is kept.
-    if (longest := max(len(piece.piece) for piece in pieces)) > _MOST_PIECE:
-        raise LlavaError(f"{path}: a piece of {longest:,} characters; at most {_MOST_PIECE} are taken")
+    if (longest := max(len(piece.piece) for piece in pieces)) > MOST_OF_TOKEN:
+        raise LlavaError(f"{path}: a piece of {longest:,} characters; at most {MOST_OF_TOKEN} are taken")
     vocab = {piece.piece: index for index, piece in enumerate(pieces)}
     scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}
     unmergeable = {piece.piece for piece in pieces if piece.type != _NORMAL}

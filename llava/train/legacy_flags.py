@@ -26,6 +26,9 @@ IGNORED = {
 }
 """Flags that can no longer mean anything: name → what holds instead."""
 
+FSDP_WORDS = {"full_shard", "shard_grad_op", "auto_wrap", "offload"}
+"""Of `--fsdp`, that have a meaning in FSDP 2."""
+
 
 def translate_flags(
     argv: list[str],
@@ -150,6 +153,8 @@ def _fsdp(flags: dict, warnings: list[str], possible: bool) -> None:
         return
     kind = " ".join(flags.get("fsdp", [])).strip()
     wanted = kind.lower() not in {"", "false", "none"}
+    if wanted and kind.lower() != "true" and not set(kind.split()) <= FSDP_WORDS:
+        raise LlavaError(f'--fsdp "{kind}": expected True, or words of: {", ".join(sorted(FSDP_WORDS))}')
     if not possible:
         for name in given:
             flags.pop(name)

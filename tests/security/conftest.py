@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.serve.browsing import browser
 from tests.serve.processes import Process
+
+__all__ = ["browser", "stack"]
 
 SECRET = "s3cret-of-the-tests"
 KEY = "key-for-the-tests"

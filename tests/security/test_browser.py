@@ -20,18 +20,9 @@ from tests.tiny import make_llava
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install it or set LLAVA_CHROMIUM")
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 KEY = "key-of-the-ward"
 WORDS = f"Frau Musterfrau, geboren am 1.2.1934 ({secrets.token_hex(8)})"  # in no other test's files
 IN_MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,13 @@ def test_a_number_of_parameters_that_cannot_be_is_refused(value):
         translate(f"--fsdp full_shard --fsdp_min_num_params {value}")
 
 
+@pytest.mark.parametrize("has_gpu", [True, False])
+@pytest.mark.parametrize("words", ["foo", "hybrid_shard auto_wrap", "full_shard,auto_wrap"])
+def test_kinds_of_sharding_that_fsdp_2_does_not_have_are_refused(words, has_gpu):
+    with pytest.raises(LlavaError, match=f'--fsdp "{words}": expected True, or words of: auto_wrap, full_shard'):
+        translate(f"--fsdp '{words}'", has_gpu=has_gpu)
+
+
 def test_warmup_steps_win_over_a_ratio_and_it_is_said():
     flags, warnings = translate("--warmup_ratio 0.03 --warmup_steps 10")
     assert flags == {"warmup_steps": ["10"]} and "ignored" in warnings[0]

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, MOST_OF_TOKEN
 from llava.errors import LlavaError, require
 from llava.images import open_uploaded_image, png_data_url
 from llava.openai_client.transport import http_client, token_count
@@ -20,9 +20,6 @@ from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.worker.answering import Piece
 
 logger = logging.getLogger(__name__)
-
-_MOST_OF_TOKEN = 256
-"""Characters that a token is thought to have at most, as in `llava.model.tokenizer`."""
 
 
 class UpstreamBackend:
@@ -114,7 +111,7 @@ class UpstreamBackend:
         """Pass on what comes, no more of it than was asked for; the piece that ends it."""
         reason = usage = None
         top, tokens = request.get("top_logprobs", 0), request["max_tokens"]
-        characters = tokens * _MOST_OF_TOKEN
+        characters = tokens * MOST_OF_TOKEN
         async with await self.client.chat.completions.create(**request) as stream:
             async for chunk in stream:
                 if chunk.usage is not None:
