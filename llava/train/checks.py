@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from llava.conversation import get_template
-from llava.errors import LlavaError, require
+from llava.errors import LlavaError, library_errors, require
 from llava.train.step import gpu
 from llava.train.step.optimizers import TORCHAO, takes_plain_tensors
 from llava.train.validation.flags import check_validation
@@ -241,6 +243,9 @@ def _check_optimizer(arguments: "Arguments") -> None:
     _refuse(contradictions)
     if name in TORCHAO:
         require("torchao", "torchao")
+    if not training.optim_target_modules:  # what works on chosen layers is only known with the model
+        with library_errors(f"--optim {name} can't be used here"):
+            Trainer.get_optimizer_cls_and_kwargs(training, nn.Linear(1, 1))
     if training.liger and not gpu.is_described():
         require("liger_kernel.transformers", "liger")
 

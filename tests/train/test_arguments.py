@@ -84,6 +84,8 @@ def test_the_global_batch_finds_the_accumulation(parse):
         ("--data_seed 4294967296", "--data_seed"),
         ("--dataloader_num_workers -1", "--dataloader_num_workers -1: expected"),
         ('--gradient_checkpointing --gradient_checkpointing_kwargs {"every_n_layers":0}', "every_n_layers 0"),
+        ("--optim lomo", "--optim lomo can't be used here .*pip install lomo-optim"),
+        ("--optim_args foo", "--optim adamw_torch_fused can't be used here"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(parse, flags, message):
