@@ -1,6 +1,8 @@
 # CUDA: docker build -t llava-med:cuda .
 # CPU:  docker build --build-arg TORCH_INDEX=URL -t llava-med:cpu .     (the index of torch's builds for CPUs)
-# Then: docker run --rm -p 7860:7860 -v "$PWD/checkpoints:/checkpoints" llava-med:cpu serve --model-path /checkpoints/mine
+# Then: docker run --rm -p 127.0.0.1:7860:7860 -p 127.0.0.1:8000:8000 -e LLAVA_API_KEYS=A_KEY_OF_YOURS \
+#           -v "$PWD/checkpoints:/checkpoints" llava-med:cpu serve --host 0.0.0.0 --model-path /checkpoints/mine
+#       (the page asks for the key as password)
 # For research only; never for clinical use.
 FROM python:3.11-slim
 ARG TORCH_INDEX=

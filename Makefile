@@ -19,7 +19,7 @@ install: $(STAMP)  ## make the virtual environment and install everything into i
 
 # Whatever is downloaded has to have one of the lock's hashes. torch's builds differ by platform: it is only pinned.
 $(STAMP): pyproject.toml constraints.txt requirements.lock
-	@echo 'installing into $(VENV): downloads and unpacks about 3 GB, in about three minutes; pip is silent meanwhile'
+	@echo 'installing into $(VENV): downloads and unpacks about 4 GB (CUDA builds of torch: 7), in about three minutes; pip is silent meanwhile'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch

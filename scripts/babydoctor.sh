@@ -1,9 +1,11 @@
 #!/bin/sh
-# BabyDoctor's three steps on LLaMA-2-7B-chat: projector, LoRA, QLoRA (one A10 with 24 GB, about 8 hours).
+# BabyDoctor's three steps on LLaMA-2-7B-chat: projector, LoRA, QLoRA (published: one A10 with
+# 24 GB, about 8 hours; the dry run predicts more of both, and fits QLoRA with --per_device_train_batch_size 2
+# --gradient_accumulation_steps 4: docs/training.md). Data are LLaVA's own lists with COCO's train2017, and ROCO's.
 # Published script corrected: its last flag was broken, and "--version 0.0.1" is no template.
 set -eu
 command -v deepspeed >/dev/null || {
-    echo "babydoctor.sh: needs deepspeed; install it with: pip install -c constraints.txt -e '.[deepspeed]'" >&2
+    echo "babydoctor.sh: needs deepspeed; install it with: pip install -c constraints.txt -e '.[deepspeed,quantized]'" >&2
     exit 2
 }
 : "${LLM:=meta-llama/Llama-2-7b-chat-hf}"

@@ -10,7 +10,7 @@ set -eu
 
 python llava/train/train_mem.py \
     --model_name_or_path "$MODEL" \
-    --version v1 \
+    --version v0 \
     --data_path "$DATA" \
     --image_folder "$IMAGES" \
     --bf16 True \

@@ -3,8 +3,8 @@
 # `python -m llava.train.estimate_memory` tells before the start whether it fits.
 set -eu
 : "${MODEL:=checkpoints/llava-med-7b}"
-: "${DATA:=data/eval/vqa_rad/train.json}"
-: "${IMAGES:=data/eval/vqa_rad/images}"
+: "${DATA:=data/vqa_rad/train.json}"
+: "${IMAGES:=data/vqa_rad/images}"
 : "${OUT:=checkpoints/llava-med-7b-qlora}"
 
 python llava/train/train_mem.py \

@@ -6,7 +6,8 @@
 #
 # DELTAS holds the released archives (or folders of the same name without .zip); DATA holds, for each set, test.json
 # (made by llava.data.convert) and images/. More flags for the answering commands (--batch-size 64, --device cpu)
-# may follow. Takes 50 GB of disk; on one GPU about an hour, most of it PathVQA.
+# may follow. Writes 54 GB, beside the deltas (44 GB as archives) and
+# LLaMA-7B (13.5 GB) that have to be there; on one GPU about an hour, most of it PathVQA.
 set -eu
 : "${LLAMA:?path of the LLaMA-7B weights in Hugging Face form}"
 : "${DELTAS:?folder with the released delta archives}"

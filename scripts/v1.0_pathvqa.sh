@@ -3,8 +3,8 @@
 # several numbers of epochs (--num_train_epochs 1, 3, 9, 15): one command each.
 set -eu
 : "${MODEL:=checkpoints/llava-med-7b}"                # stage 2's output
-: "${DATA:=data/eval/pathvqa/train.json}"
-: "${IMAGES:=data/eval/pathvqa/images}"
+: "${DATA:=data/pathvqa/train.json}"
+: "${IMAGES:=data/pathvqa/images}"
 : "${OUT:=checkpoints/llava-med-7b-pathvqa}"
 : "${GPUS:=8}"
 

@@ -3,8 +3,8 @@
 # several numbers of epochs (--num_train_epochs 1, 3, 9, 15): one command each.
 set -eu
 : "${MODEL:=checkpoints/llava-med-7b}"                # stage 2's output
-: "${DATA:=data/eval/slake/train.json}"
-: "${IMAGES:=data/eval/slake/images}"
+: "${DATA:=data/slake/train.json}"
+: "${IMAGES:=data/slake/images}"
 : "${OUT:=checkpoints/llava-med-7b-slake}"
 : "${GPUS:=8}"
 

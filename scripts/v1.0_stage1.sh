@@ -17,6 +17,7 @@ torchrun --nnodes=1 --nproc_per_node="$GPUS" --master_port=25001 \
     --tune_mm_mlp_adapter True \
     --mm_vision_select_layer -2 \
     --mm_use_im_start_end True \
+    --version v0 \
     --bf16 True \
     --tf32 True \
     --output_dir "$OUT" \

@@ -3,8 +3,8 @@
 # several numbers of epochs (--num_train_epochs 1, 3, 9, 15): one command each.
 set -eu
 : "${MODEL:=checkpoints/llava-med-7b}"                # stage 2's output
-: "${DATA:=data/eval/vqa_rad/train.json}"
-: "${IMAGES:=data/eval/vqa_rad/images}"
+: "${DATA:=data/vqa_rad/train.json}"
+: "${IMAGES:=data/vqa_rad/images}"
 : "${OUT:=checkpoints/llava-med-7b-vqa_rad}"
 : "${GPUS:=8}"
 

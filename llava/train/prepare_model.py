@@ -195,8 +195,9 @@ def _settings(model: LlavaForCausalLM, arguments: Arguments, chat_template: str 
     if arguments.data.image_aspect_ratio is not None:
         config.image_aspect_ratio = arguments.data.image_aspect_ratio
     config.unfreeze_mm_vision_tower = flags.unfreeze_mm_vision_tower or config.unfreeze_mm_vision_tower
-    own, name = config.conversation_template, arguments.model.version or template_for_training(config, chat_template)
+    own, usual = config.conversation_template, template_for_training(config, chat_template)
+    name = arguments.model.version or usual
     get_template(name)
-    if own not in (None, STAGE_1_TEMPLATE, name):
-        logger.warning("--version %s: the checkpoint's own template is %s; without the flag it is kept", name, own)
+    if own not in (None, STAGE_1_TEMPLATE) and name not in (own, usual):
+        logger.warning("--version %s: the checkpoint's own template is %s; without the flag it is kept", name, usual)
     config.conversation_template = name

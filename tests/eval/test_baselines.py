@@ -114,7 +114,7 @@ def test_scores_say_what_a_model_adds(files, capsys):
     flags = ["--gt", str(files / "test.json"), "--pred", str(model), "--bootstrap-samples", "50"]
     run_eval.main([*flags, "--memory", str(files / "m" / "nearest_text.jsonl"), "--output", str(files / "out.json")])
     text = capsys.readouterr().out
-    assert "memory: " in text and "model less memory" in text
+    assert "memory: " in text and "model minus memory" in text
     found = read_json(files / "out.json")["memory"]
     assert found["paper closed"]["difference"] == pytest.approx(0.5)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava.constants import SCHEME_PATCH
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
 from llava.serve.worker.card import card_of
@@ -103,10 +104,12 @@ def test_stage_2_starts_from_either_and_trains_all_but_the_tower(tmp_path, stage
 @pytest.mark.parametrize(
     ("own", "version", "kept"),
     [("llava_llama_2", (), "llava_llama_2"), ("llava_llama_2", ("--version", "v1"), "v1"), ("plain", (), "v0"),
-     ("plain", ("--version", "v1"), "v1"), ("v1", ("--version", "v1"), "v1")],
+     ("plain", ("--version", "v1"), "v1"), ("v1", ("--version", "v1"), "v1"),
+     ("simple", (), "v0"), ("simple", ("--version", "v0"), "v0"), ("simple", ("--version", "simple"), "simple")],
 )  # fmt: skip
 def test_another_template_than_the_checkpoints_own_is_said(tmp_path, data, caplog, own, version, kept):
-    model = make_llava(tmp_path / "model", conversation_template=own)
+    scheme = {"mm_image_token_scheme": SCHEME_PATCH} if own == "simple" else {}  # as v1.0's releases
+    model = make_llava(tmp_path / "model", conversation_template=own, **scheme)
     loaded = prepare_model(parse_arguments(flags(tmp_path / "out", data, model, *version)))
     assert loaded.model.config.conversation_template == kept
     said = [line for line in caplog.messages if line.startswith("--version")]

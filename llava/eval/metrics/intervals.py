@@ -58,7 +58,7 @@ def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> tupl
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same questions: fractions, `difference` is the second's mean less the first's.
+    """Two models on the same questions: fractions, `difference` is the second's mean minus the first's.
 
     `low`, `high` and `p_value` are None where a single question (or cluster) is compared; else `p_value` is the paired
     bootstrap's (two-sided). For right/wrong scores `only_first` and `only_second` count the questions that one alone

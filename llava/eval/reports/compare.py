@@ -19,7 +19,7 @@ class AnswerComparison:
     second: Path
     numbers: dict[Metric, Comparison]
     labels: tuple[str, str] = ("first", "second")
-    subtracted: str = "second less first"
+    subtracted: str = "second minus first"
 
     def as_dict(self) -> dict:
         numbers = {metric.title: asdict(found) for metric, found in self.numbers.items()}
@@ -46,7 +46,7 @@ def compare_with_memory(model: Evaluation, memory: str | Path) -> AnswerComparis
     """A model's answers beside those from memory; the difference is what the model adds."""
     found = compare_answers(model, memory)
     numbers = {metric: turned(number) for metric, number in found.numbers.items()}
-    return replace(found, numbers=numbers, labels=("model", "memory"), subtracted="model less memory")
+    return replace(found, numbers=numbers, labels=("model", "memory"), subtracted="model minus memory")
 
 
 def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:

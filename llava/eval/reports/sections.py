@@ -145,7 +145,7 @@ def differences_section(entries: Sequence[Entry]) -> Markup:
         return Markup()
     header = ["first", "second", "metric", "first", "second", "difference", "p (bootstrap)", "p (McNemar)", "it says"]
     text = (
-        "The difference is the second's score less the first's, on the same questions, with its 95 % interval. Each p "
+        "The difference is the second's score minus the first's, on the same questions, with its 95 % interval. Each p "
         "stands for one comparison: of twenty without a difference, one falls below 0.05 by chance. A model is called "
         "better where the interval is on one side of 0 and McNemar's exact test, where there is one, is below 0.05 too."
     )

@@ -13,6 +13,8 @@ from llava.records import read_json
 log = logging.getLogger(__name__)
 
 STAGE_1_TEMPLATE = "plain"
+V1_0_ASKED, V1_0_TRAINED = "simple", "v0"
+"""Templates of LLaVA-Med v1.0: its releases were evaluated with one and trained with another."""
 
 _FIELDS_SINCE_PLACEHOLDER = ("mm_projector_type", "mm_use_im_patch_token", "mm_vision_select_feature")
 """Fields that came with the one-placeholder scheme; a v1.0 config has none of them."""
@@ -41,9 +43,9 @@ def read_config(folder: Path) -> LlavaConfigFields:
 
 
 def infer_template(config: LlavaConfigFields, folder: Path) -> None:
-    """Set the prompt template that a release of this layout was trained with."""
+    """Set the prompt template that a release of this layout is asked with."""
     family = family_of(config)
-    known = "simple" if config.mm_image_token_scheme == SCHEME_PATCH else None
+    known = V1_0_ASKED if config.mm_image_token_scheme == SCHEME_PATCH else None
     known = known or family.recognise_template(config, _chat_template(folder))
     config.conversation_template = known or family.default_template
     log.info("%s names no conversation_template; %s, by its layout", folder, config.conversation_template)
@@ -55,8 +57,11 @@ def training_template(config: Any, folder: Path) -> str:
 
 
 def template_for_training(config: Any, chat_template: str | None) -> str:
-    """The checkpoint's own, but stage 1's; else that of `chat_template` where it is known; else the family's."""
+    """The checkpoint's own, but stage 1's, and v1.0's for the one that it is asked with; else that of `chat_template`
+    where it is known; else the family's."""
     own = getattr(config, "conversation_template", None)
+    if own == V1_0_ASKED and config.mm_image_token_scheme == SCHEME_PATCH:
+        return V1_0_TRAINED
     if own and own != STAGE_1_TEMPLATE:
         return own
     family = family_of(config)
