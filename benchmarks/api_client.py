@@ -12,7 +12,7 @@ import openai  # noqa: F401  (half a second of imports is not what is measured)
 from checkout import add_json_flag, show
 
 from llava.openai_api import ApiSettings, ChatJob, run_jobs
-from llava.records import ResumableJsonl
+from llava.resumable import ResumableJsonl
 from tests.openai_server import OpenAIServer
 
 

@@ -43,6 +43,7 @@ def write_manifest(file: str | Path, **content: Any) -> dict[str, Any]:
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json(manifest_path(file), manifest)
+    Path(f"{file}{PART}").unlink(missing_ok=True)
     claim_path(file).unlink(missing_ok=True)
     return manifest
 

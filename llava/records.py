@@ -1,8 +1,7 @@
 """Files of records: JSON lists, JSONL and Parquet, read by content and written whole or not at all.
 
-`iter_records` reads any of the three, `write_records` writes by suffix, `atomic_path` makes a file appear
-under its name only when it is complete, and `ResumableJsonl` collects results one by one so that a killed
-run loses at most the line it was writing.
+`iter_records` reads any of the three, `write_records` writes by suffix, and `atomic_path` makes a file appear under its
+name only when it is complete.
 
 Half of a character pair (a lone surrogate, which JSON can hold and UTF-8 can't) becomes U+FFFD wherever text is read or
 written; how many is logged.
@@ -16,7 +15,6 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import RawIOBase
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ _WINDOW = 1 << 20
 MOST_JSON = 2 << 30  # bytes of a file that is read whole; lists of records are streamed
 _NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets in brackets
 _BLANKS = (" ", "\n", "\r", "\t")
+_SUFFIXES = (".json", ".jsonl", ".parquet")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half next to it
 _ESCAPE_IN_TEXT, _ESCAPE_IN_BYTES = re.compile(_ESCAPE), re.compile(_ESCAPE.encode())
@@ -106,17 +105,21 @@ def read_json(path: str | Path) -> Any:
 def write_json(path: str | Path, content: Any, indent: int | None = 2, *, overwrite: bool = True) -> None:
     """Write JSON as `atomic_path` does, keys in the order given, non-ASCII text as it is."""
     with atomic_path(path, overwrite=overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(_dumps(content, path, indent) + "\n")
+        file.write(json_text(content, path, indent) + "\n")
 
 
 def write_records(path: str | Path, records: Iterable[Record], *, overwrite: bool = True) -> int:
     """Write records as `atomic_path` does; the suffix says the form (.json, .jsonl, .parquet). Returns how many."""
     path = Path(path)
+    check_suffix(path)
     writers = {".json": _write_json_list, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
-    if path.suffix not in writers:
-        raise LlavaError(f"{path}: unknown kind of record file; use one of {', '.join(writers)}")
     with atomic_path(path, overwrite=overwrite) as temporary:
         return writers[path.suffix](temporary, records, path)
+
+
+def check_suffix(path: Path) -> None:
+    if path.suffix not in _SUFFIXES:
+        raise LlavaError(f"{path}: unknown kind of record file; use one of {', '.join(_SUFFIXES)}")
 
 
 class Replaced:
@@ -178,7 +181,7 @@ def sound_text(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _dumps(content: Any, path: str | Path, indent: int | None = None) -> str:
+def json_text(content: Any, path: str | Path, indent: int | None = None) -> str:
     text = json.dumps(content, ensure_ascii=False, indent=indent)
     sound = sound_text(text)
     if sound != text:
@@ -217,77 +220,6 @@ def _atomic_path(path: Path, overwrite: bool, private: bool) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_whole(file: RawIOBase, content: bytes) -> None:
-    """Write all of `content` to a file without a buffer, which may take it in pieces."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) :]
-
-
-class ResumableJsonl:
-    """A JSONL file that is collected line by line in `<path>.part` and renamed when complete.
-
-    `done` maps each finished key to its record, read back from an earlier run (a torn last line is dropped).
-    `add` writes and flushes one record; `finish` writes the records in the order asked for, under the final
-    name, and removes the part file. A key that is added twice is an error: no answer is lost or doubled.
-    """
-
-    def __init__(self, path: str | Path, key: str = "question_id"):
-        self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + PART)
-        self.key = key
-        self.done: dict[Any, Record] = {}
-        with writing(self.part):
-            self.part.parent.mkdir(parents=True, exist_ok=True)
-            if self.part.exists():
-                self._read_part()
-            # Without a buffer: what a full disk refused must not be tried again while the file is closed.
-            self._file = self.part.open("ab", buffering=0)
-
-    def add(self, record: Record) -> None:
-        key = record[self.key]
-        if key in self.done:
-            raise LlavaError(f"{self.part}: {self.key} {key!r} was written twice")
-        line = _dumps(record, self.path).encode() + b"\n"
-        with writing(self.part, f"{len(self.done)} records are kept"):
-            write_whole(self._file, line)
-        self.done[key] = record
-
-    def finish(self, order: Iterable[Any] | None = None) -> None:
-        """Write all records (in `order` of keys, default: as added) to the final name."""
-        keys = list(self.done) if order is None else list(order)
-        missing = [key for key in keys if key not in self.done]
-        if missing:
-            raise LlavaError(f"{self.part}: {len(missing)} records are missing, first {self.key} {missing[0]!r}")
-        write_records(self.path, (self.done[key] for key in keys))
-        self.close()
-        self.part.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> "ResumableJsonl":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _read_part(self) -> None:
-        end = 0
-        with self.part.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # the line that was being written when the run was killed
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break
-                self.done[record[self.key]] = record
-                end += len(line)
-        with self.part.open("rb+") as file:
-            file.truncate(end)
 
 
 def _iter_json(path: Path) -> Iterator[Record]:
@@ -369,7 +301,7 @@ def _write_json_list(path: Path, records: Iterable[Record], name: Path) -> int:
     with path.open("w", encoding="utf-8") as file:
         for count, record in enumerate(records, 1):
             file.write("[\n" if count == 1 else ",\n")
-            file.write(_dumps(record, name))
+            file.write(json_text(record, name))
         file.write("\n]\n" if count else "[]\n")
     return count
 
@@ -378,7 +310,7 @@ def _write_jsonl(path: Path, records: Iterable[Record], name: Path) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for record in records:
-            file.write(_dumps(record, name) + "\n")
+            file.write(json_text(record, name) + "\n")
             count += 1
     return count
 

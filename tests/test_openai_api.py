@@ -20,7 +20,8 @@ from llava.openai_api import (
     settings_from_args,
 )
 from llava.openai_client.limits import Account, RateGate, estimate_tokens
-from llava.records import ResumableJsonl, read_records
+from llava.records import read_records
+from llava.resumable import ResumableJsonl
 from tests.openai_server import OpenAIServer
 from tests.skipping_loop import run_skipping
 

@@ -13,7 +13,7 @@ import pytest
 from llava.errors import LlavaError
 from llava.openai_api import ApiSettings, ChatJob, run_jobs
 from llava.openai_client.transport import MOST_EVENT, MOST_REPLY
-from llava.records import ResumableJsonl
+from llava.resumable import ResumableJsonl
 from llava.serve.job import read_job
 from llava.serve.worker.upstream_backend import UpstreamBackend
 from llava.serve.worker_answers import Chunk

@@ -12,7 +12,6 @@ import pytest
 from llava.errors import LlavaError
 from llava.records import (
     MOST_JSON,
-    ResumableJsonl,
     atomic_path,
     iter_jsonl,
     iter_records,
@@ -21,6 +20,7 @@ from llava.records import (
     write_json,
     write_records,
 )
+from llava.resumable import ResumableJsonl
 
 RECORDS = [{"id": "a", "text": "Fraktur – links"}, {"id": "b", "n": 3}]
 
@@ -154,7 +154,7 @@ def test_resumable_survives_sigkill(tmp_path):
     path = tmp_path / "answers.jsonl"
     script = (
         "import sys, time\n"
-        "from llava.records import ResumableJsonl\n"
+        "from llava.resumable import ResumableJsonl\n"
         "with ResumableJsonl(sys.argv[1]) as log:\n"
         "    for i in range(len(log.done), 200):\n"
         "        log.add({'question_id': i, 'text': 'x' * 500})\n"

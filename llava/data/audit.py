@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.image_folder and existing_dir(args.image_folder, "--image-folder")
     train_folder = args.train_image_folder and existing_dir(args.train_image_folder, "--train-image-folder")
     audit = audit_splits(
-        read_vqa_items(train),
+        read_vqa_items(train, later_turns=True),
         read_vqa_items(test),
         train_images=train_folder or folder or None,
         test_images=folder or None,

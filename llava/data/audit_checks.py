@@ -63,9 +63,11 @@ def audit_splits(
         "images": images,
         "questions": questions,
         "answers": _compare_answers(train, test),
-        "train_on_test_images": [
-            item.id for item in train if any(key in tested for key in _same_images("train", item, same_image))
-        ],
+        "train_on_test_images": list(
+            dict.fromkeys(  # a record of several questions once
+                item.id for item in train if any(key in tested for key in _same_images("train", item, same_image))
+            )
+        ),
         "subsets": {
             UNSEEN_IMAGE: [row["id"] for row in rows if not row["image_seen"]],
             NO_NEAR_DUPLICATE: [row["id"] for row in rows if not row["near_duplicate"]],

@@ -19,6 +19,7 @@ from llava.record_content import (
     images_of,
     question_answer_pairs,
     read_named,
+    read_turns,
 )
 from llava.records import Record, iter_records
 
@@ -53,8 +54,8 @@ class VqaItem:
         return image_key(self.images[0]) if self.images else None
 
 
-def read_vqa_items(path: str | Path) -> list[VqaItem]:
-    """Every question of a file, in order.
+def read_vqa_items(path: str | Path, *, later_turns: bool = False) -> list[VqaItem]:
+    """The first question of each record of a file, in order; with `later_turns` the others too, under the record's id.
 
     Raises:
         LlavaError: the file can't be read, holds no question, a record is malformed, has an unknown answer
@@ -67,7 +68,25 @@ def read_vqa_items(path: str | Path) -> list[VqaItem]:
     doubled = [key for key, count in Counter(str(item.id) for item in items).items() if count > 1]
     if doubled:
         raise LlavaError(f"{path}: {len(doubled)} ids stand more than once, first {doubled[0]!r}; make them unique")
+    if later_turns:
+        return [item for first, record in zip(items, iter_records(path)) for item in (first, *_later(first, record))]
     return items
+
+
+def _later(first: VqaItem, record: Record) -> list[VqaItem]:
+    if "question" in record and "answer" in record:
+        return []
+    pairs = question_answer_pairs(read_turns(record))[1:]
+    return [
+        replace(
+            first,
+            question=plain_question(question),
+            answer=clean_text(answer),
+            answer_type=yes_no_type(answer),
+            type_inferred=True,
+        )
+        for question, answer in pairs
+    ]
 
 
 def vqa_item(record: Record, where: str) -> VqaItem:

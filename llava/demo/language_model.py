@@ -128,9 +128,9 @@ def in_order(lengths: list[int], batch_tokens: int, seed: int) -> list[list[int]
                 found.append([])
             found[-1].append(number)
         # Each process needs a part of each batch.
-        if len(found) > 1 and len(found[-1]) < 8:
+        if len(found[-1]) < 8 and (len(found) > 1 or batches):
             small = found.pop()
-            found[-1] += small
+            (found or batches)[-1] += small
         generator.shuffle(found)
         batches += found
     return batches

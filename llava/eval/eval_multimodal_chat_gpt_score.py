@@ -7,6 +7,7 @@ python -m llava.eval.eval_multimodal_chat_gpt_score --question-file llava_med_ev
 """
 
 import logging
+import math
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
@@ -47,7 +48,7 @@ def main(argv=None) -> int:
     from llava.eval.chat.judge import build_job, repair_job
     from llava.manifests import fingerprint_of, sha256_of, to_be_made, write_manifest
     from llava.openai_api import print_dry_run, run_jobs, settings_from_args
-    from llava.records import ResumableJsonl
+    from llava.resumable import ResumableJsonl
 
     args = build_parser().parse_args(argv)
     settings = settings_from_args(args)
@@ -78,7 +79,7 @@ def main(argv=None) -> int:
         if not summary.complete:
             write_line(f"not complete: {output.part} holds what was done; run the command again to go on")
             return 1
-        output.finish([job.key for job in jobs])
+        output.finish([job.key for job in jobs], keep_part=True)
     write_manifest(scores, **about, fingerprint=fingerprint_of(about))
     write_line(f"wrote {args.scores_file}; sum it up with: python -m llava.eval.summarize_gpt_review")
     return 0
@@ -108,9 +109,9 @@ def score_row(question: dict, answer: dict, swapped: bool, result) -> dict:
     `scores` is (reference's, model's) whatever the order of asking; null where the reply can't be read.
     """
     from llava.eval.chat.judge import judgement_key, read_scores
-    from llava.eval.chat.scores import is_usable
 
     scores = read_scores(result.text)
+    is_read = all(map(math.isfinite, scores))
     kept = ("question_id", "type", "domain", "fig_label", "fig_caption", "gpt4_answer")
     return {
         "judgement": judgement_key(question["question_id"], swapped),
@@ -120,7 +121,7 @@ def score_row(question: dict, answer: dict, swapped: bool, result) -> dict:
         "model_id": answer.get("model_id"),
         "swapped": swapped,
         "gpt_eval": result.text,
-        "scores": list(scores[::-1] if swapped else scores) if is_usable(scores) else None,
+        "scores": list(scores[::-1] if swapped else scores) if is_read else None,
         "refused": result.refused,
         "judge_model": result.model,
     }

@@ -87,7 +87,7 @@ def write_report(
         overwrite: replace another page that is there.
     """
     from llava.eval.reports import sections
-    from llava.eval.reports.clean_subset import score_clean_subset
+    from llava.eval.reports.clean_subset import is_audited, score_clean_subset
     from llava.eval.reports.tables import markdown_table
     from llava.pages import write_page
     from llava.records import atomic_path
@@ -95,7 +95,14 @@ def write_report(
     if not entries:
         raise LlavaError("a report needs at least one answer file")
     plain = [entry for entry in entries if entry.ablation == "none"] or entries
-    clean = [(entry.label, score_clean_subset(entry.result, audit)) for entry in plain] if audit else []
+    clean, others = [], []
+    for entry in plain if audit else ():
+        if is_audited(entry.result, audit):
+            clean.append((entry.label, score_clean_subset(entry.result, audit)))
+        else:
+            others.append(entry.label)
+    if others and not clean:
+        raise LlavaError(f"{audit}: the audit is of other questions than those of --pred; give that of theirs")
     questions = len(entries), sum(entry.result.scores.questions for entry in entries)
     output = write_page(
         output,
@@ -107,7 +114,7 @@ def write_report(
             ("Does it look at the image?", sections.ablation_section(entries)),
             ("What does it add to memory?", sections.memory_section(entries)),
             ("Is it as sure as it is right?", sections.calibration_section(plain)),
-            ("Is the test set clean?", sections.audit_section(clean)),
+            ("Is the test set clean?", sections.audit_section(clean, others)),
             ("By kind of question", sections.groups_section(plain)),
             ("Yes and no", sections.confusions_section(plain)),
             ("Examples", sections.examples_section(plain, image_folder, examples, seed)),

@@ -7,15 +7,20 @@ The questions of an answer file are those that its manifest names. Or --gt score
 python -m llava.eval.run_eval_batch --pred_file_parent_path runs --target_test_type test-answer-file
 """
 
+import logging
+import re
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
 from llava.eval.scoring_flags import add_scoring_flags
 
+logger = logging.getLogger(__name__)
+
 RESULTS_FILE = "eval_results_med_datasets.jsonl"
 DATASET_PARTS = ("data_RAD", "vqa_rad", "pvqa", "Slake1.0")
 TEST_TYPES = ("test-answer-file", "test_w_options-answer-file", "test_zh-answer-file", "test_with_options-answer-file")
+_PART_NAME = re.compile(r"[-_.]chunk[-_]?\d+(-of-\d+)?$")
 CANDIDATE_FILES = ("candidates.json", "candidate.json")
 
 
@@ -39,7 +44,8 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    files = answer_files(args.pred, args.pred_file_parent_path, args.target_test_type)
+    output = Path(args.output).with_suffix(".jsonl")
+    files = answer_files(args.pred, args.pred_file_parent_path, args.target_test_type, output)
     questions = {pred: find_questions(pred, args.gt, args.gt_parent_path) for pred in files}
     from llava.eval.metrics.score import headlines
     from llava.eval.reports.evaluation import evaluate
@@ -59,7 +65,6 @@ def main(argv: list[str] | None = None) -> None:
         )
         results.append((dataset, result))
     rows = [{"dataset": dataset, **result.as_dict()} for dataset, result in results]
-    output = Path(args.output).with_suffix(".jsonl")
     # Scores of the same answer files may be new; those of others would be lost.
     write_records(output, rows, overwrite=args.overwrite or _files_in(output) <= {row["pred"] for row in rows})
     shown = headlines(result.scores for _, result in results)
@@ -82,8 +87,11 @@ def _files_in(results: Path) -> set[str | None]:
     return {record.get("pred") for record in iter_records(results)}
 
 
-def answer_files(pred: str | None, parent: str | None, test_type: str | None) -> list[Path]:
-    """The answer files meant by the flags, in the order of their paths; parts of unmerged runs are left out."""
+def answer_files(
+    pred: str | None, parent: str | None, test_type: str | None, results: Path = Path(RESULTS_FILE)
+) -> list[Path]:
+    """The answer files meant by the flags, in the order of their paths; `results` and parts of runs that aren't joined
+    are left out, the parts with a word."""
     if pred is not None and parent is None:
         return [existing_file(pred, "--pred")]
     if pred is not None or parent is None:
@@ -91,8 +99,13 @@ def answer_files(pred: str | None, parent: str | None, test_type: str | None) ->
     found = [
         path
         for path in sorted(existing_dir(parent, "--pred_file_parent_path").rglob("*.jsonl"))
-        if path.name != RESULTS_FILE and "chunk" not in path.name and (test_type is None or test_type in path.name)
+        if path.name != RESULTS_FILE and path.resolve() != results.resolve()
+        if test_type is None or test_type in path.name
     ]
+    parts = [path for path in found if _PART_NAME.search(path.stem)]
+    if parts:
+        logger.warning("%d parts of runs that aren't joined are left out, first %s", len(parts), parts[0])
+        found = [path for path in found if not _PART_NAME.search(path.stem)]
     if not found:
         wanted = f'"{test_type}" in the name' if test_type else ".jsonl"
         raise LlavaError(f"no answer file ({wanted}) below {parent}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, existing_file, run, write_line
 from llava.errors import LlavaError
-from llava.eval.answers.command import add_answer_flags, add_api_answer_flags, check_flags
+from llava.eval.answers.command import add_answer_flags, add_api_answer_flags, answer_file, check_flags
 
 if TYPE_CHECKING:
     from llava.eval.answers.shards import Shard
@@ -43,6 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     questions = read_med_questions(existing_file(args.question_file, "--question-file"))
     QuestionImages(args.image_folder, questions)  # a missing image is found before any process starts
     answers_file = Path(args.answers_file)
+    if args.dry_run and (args.api_base or args.azure_endpoint):  # here, of all questions: nobody reads what parts print
+        args.chunk_idx, args.num_chunks = 0, 1
+        answer_file(args, questions, questions)
+        return
     if args.overwrite:
         discard(answers_file, shards)
     _run_parts(argv, shards)

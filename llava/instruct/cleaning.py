@@ -25,7 +25,7 @@ def _rule(name: str, action: str, pattern: str, question: bool = True, answer: b
 
 _TEXT = (
     r"(?:figure\s+|image\s+|picture\s+)?"
-    r"(?:captions?|context|legend|description|(?:provided|given)\s+(?:text|information))"
+    r"(?:captions?|context|legend|description|(?:provided|given)\s+(?:text|information))\b(?!\s+of\b)"
 )
 _SOURCE = rf"(?:the|this|its|a)?\s*(?:provided\s+|given\s+|accompanying\s+)?{_TEXT}(?:\s+(?:provided|given))?"
 _AS_SAID = r"(?:based on|according to|as (?:mentioned|described|stated|indicated|noted|seen) (?:in|by)"

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
+from llava.errors import LlavaError
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,13 @@ def main(argv=None) -> int:
     from llava.instruct.prompts import build_messages
     from llava.manifests import fingerprint_of, sha256_of, to_be_made, write_manifest
     from llava.openai_api import ChatJob, print_dry_run, run_jobs, settings_from_args
-    from llava.records import ResumableJsonl
+    from llava.resumable import ResumableJsonl
 
     args = build_parser().parse_args(argv)
     if args.batch_size is not None:
         args.concurrency = args.batch_size
+    if args.max_size is not None and args.max_size < 1:
+        raise LlavaError(f"--max-size is {args.max_size}; give 1 or more, or leave it out for all figures")
     settings = settings_from_args(args)
     figures = in_turn(read_figures(args.input_path), args.max_size, args.seed)
     jobs = [
@@ -95,7 +98,7 @@ def main(argv=None) -> int:
         if not summary.complete:
             write_line(f"not complete: {output.part} holds what was done; run the command again to go on")
             return 1
-        output.finish([job.key for job in jobs])
+        output.finish([job.key for job in jobs], keep_part=True)
     write_manifest(generated, **about, fingerprint=fingerprint_of(about))
     write_line(f"wrote {args.output_path}")
     return 0

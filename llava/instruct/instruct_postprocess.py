@@ -12,6 +12,7 @@ from llava.commandline import ArgumentParser, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN, FIGURE_DOMAINS
 from llava.errors import LlavaError
 from llava.instruct.cleaning import RULES, clean_turns, split_turns
+from llava.record_content import record_domains
 
 
 def build_parser() -> ArgumentParser:
@@ -57,6 +58,9 @@ def to_training_record(row: dict, seed: int, counts: Counter, where: str) -> dic
     if row.get("refused"):
         counts["refused"] += 1
         return None
+    if DEFAULT_IMAGE_TOKEN in text:  # the record's own is put below
+        counts["image_marks"] += text.count(DEFAULT_IMAGE_TOKEN)
+        text = text.replace(DEFAULT_IMAGE_TOKEN, " ")
     turns = split_turns(text, counts)
     counts["turns_in"] += len(turns)
     turns = clean_turns(turns, counts)
@@ -73,9 +77,10 @@ def to_training_record(row: dict, seed: int, counts: Counter, where: str) -> dic
         conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     record = {"id": str(key), "image": row.get("image") or f"{key}.jpg", "conversations": conversations}
     domain = row.get("domain")
-    if domain:
-        flags = domain if isinstance(domain, dict) else {name: name == domain for name in FIGURE_DOMAINS}
-        record["domain"] = flags
+    if isinstance(domain, dict):
+        record["domain"] = domain
+    elif named := record_domains(row):
+        record["domain"] = {name: name in named for name in dict.fromkeys((*FIGURE_DOMAINS, *named))}
     return record
 
 
@@ -86,6 +91,7 @@ def summarise(counts: Counter) -> str:
         f"with {counts['turns_out']} turns",
         f"  refused by the writing model: {counts['refused']}, left empty: {counts['records_left_empty']}",
         f"  turns without a partner: {counts['unpaired']}, empty after cleaning: {counts['empty']}",
+        f"  {DEFAULT_IMAGE_TOKEN} written by the model and taken out: {counts['image_marks']}",
     ]
     verbs = {"drop": "turns dropped", "cut": "texts changed"}
     lines += [f"  rule {rule.name}: {counts[rule.name]} {verbs[rule.action]}" for rule in RULES]

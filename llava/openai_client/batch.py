@@ -4,10 +4,12 @@ The batch's id is kept in `<output>.batch.json`, so that a killed run goes on wa
 """
 
 import asyncio
+import hashlib
 import io
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError, library_errors, require
@@ -15,7 +17,8 @@ from llava.openai_client.client import NoAnswer, make_client, read_completion, w
 from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
 from llava.openai_client.settings import ApiSettings
 from llava.openai_client.transport import MOST_FILE
-from llava.records import Record, ResumableJsonl, read_json, write_json
+from llava.records import Record, read_json, write_json
+from llava.resumable import ResumableJsonl
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ async def _answered(state_path, todo, settings, output, to_record, summary):
     async with make_client(settings, MOST_FILE) as client:
         if state_path.exists():
             state = read_json(state_path)
+            _refuse_another(state, todo, settings, state_path)
             logger.info("waiting for batch %s, submitted by an earlier run", state["id"])
         else:
             state = await _submit(client, todo, settings, summary)
@@ -74,6 +78,22 @@ async def _answered(state_path, todo, settings, output, to_record, summary):
                     with library_errors(f"{settings.where}: an answer of batch {batch.id} can't be read"):
                         _take(json.loads(line), keys, jobs, settings, output, to_record, summary)
     return batch
+
+
+def _digest(job: ChatJob, settings: ApiSettings) -> str:
+    body = json.dumps(job.body(settings.model, settings.reasoning_model), sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _refuse_another(state: dict, todo: Sequence[ChatJob], settings: ApiSettings, path: Path) -> None:
+    """Fail if the batch asks other things under the keys of `todo`: its answers would be taken for these."""
+    wanted = {str(job.key): _digest(job, settings) for job in todo}
+    sent = {str(state["keys"][name]): digest for name, digest in state.get("requests", {}).items()}
+    if any(sent.get(key, digest) != digest for key, digest in wanted.items()):
+        raise LlavaError(
+            f"{path}: batch {state['id']} is of another run (other requests or another model); finish that one, or "
+            f"remove this file to start anew"
+        )
 
 
 async def _submit(client, todo, settings, summary) -> dict:
@@ -100,6 +120,7 @@ async def _submit(client, todo, settings, summary) -> dict:
     return {
         "id": batch.id,
         "keys": {line["custom_id"]: job.key for line, job in zip(lines, todo, strict=True)},
+        "requests": {line["custom_id"]: _digest(job, settings) for line, job in zip(lines, todo, strict=True)},
     }
 
 

@@ -11,7 +11,8 @@ from llava.openai_client.client import FailedItem, NoAnswer, RefusedByServer, Un
 from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
 from llava.openai_client.limits import RateGate
 from llava.openai_client.settings import ApiSettings
-from llava.records import Record, ResumableJsonl
+from llava.records import Record
+from llava.resumable import ResumableJsonl
 from llava.retries import AskedWait
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava.errors import LlavaError
-from llava.records import sound_text, write_whole
+from llava.records import sound_text
+from llava.resumable import write_whole
 from llava.serve.transport.background import repeating
 
 logger = logging.getLogger(__name__)

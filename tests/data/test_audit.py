@@ -14,6 +14,7 @@ from llava.data.audit_text import audit_lines
 from llava.data.image_likeness import alike, fingerprint
 from llava.data.vqa_items import VqaItem, read_vqa_items
 from llava.errors import LlavaError
+from tests.made_files import made_record, write
 
 
 def item(key, image, question, answer, kind="OPEN"):
@@ -211,3 +212,16 @@ def test_training_images_may_lie_elsewhere_and_near_is_as_near_as_asked(tmp_path
         found = json.loads((tmp_path / "audit.json").read_text())
         assert found["images"]["identical_pixels"] == 1
         assert found["questions"]["near_duplicates"] == near, "4 of 5 words"
+
+
+def test_the_audit_reads_later_turns_of_training(tmp_path):
+    from llava.data.audit import main
+
+    train = made_record("t", "a.png", ("What is seen?", "lung"), ("Is there a mass in the liver?", "no"))
+    test = made_record("q", "a.png", ("Is there a mass in the liver?", "no"))
+    files = [write(tmp_path / f"{name}.json", [one]) for name, one in (("train", train), ("test", test))]
+    main(["--train", files[0], "--test", files[1], "--output", str(tmp_path / "audit.json")])
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["questions"]["identical"] == 1
+    assert audit["subsets"]["no near-duplicate question"] == []
+    assert audit["train"]["questions"] == 2 and audit["train_on_test_images"] == ["t"]

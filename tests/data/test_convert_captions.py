@@ -188,3 +188,19 @@ def test_pmc_a_list_of_domains_is_kept(tmp_path):
 def test_pmc_bad_entries_are_named(tmp_path, content, message):
     with pytest.raises(LlavaError, match=message):
         run_pmc(tmp_path, content)
+
+
+def test_options_that_are_letters_are_left_out_where_answers_are_texts(tmp_path):
+    from llava.data.convert import main
+
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "Figure_path,Question,Choice A,Choice B,Choice C,Choice D,Answer\n"
+        "a.jpg,Which panel?,A:A,B:B,C:C,D:D,A\na.jpg,Which side?,A:left,B:right,C:both,D:none,B\n"
+    )
+    main(["mcq", "--input", str(table), "--output-dir", str(tmp_path / "o"), "--orders", "2", "--answer", "text"])
+    from llava.eval.metrics.choice import chosen_option
+
+    for one in json.loads((tmp_path / "o" / "test.json").read_text()):
+        answer = one["conversations"][1]["value"]
+        assert one["options"][chosen_option(answer, one["options"])] == answer

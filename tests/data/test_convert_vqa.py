@@ -318,3 +318,11 @@ def test_csv_flags_that_cannot_be_are_named(work, flags, message):
 def test_csv_faults_are_named(work, text, message):
     with pytest.raises(LlavaError, match=message):
         csv_table(work, text)
+
+
+def test_a_comma_at_the_end_of_keep_columns(tmp_path):
+    from llava.data.convert import main
+
+    (tmp_path / "t.csv").write_text("image,question,answer,organ\n,Is it?,yes,HEAD\n")
+    main(["csv", "--input", str(tmp_path / "t.csv"), "--output-dir", str(tmp_path / "o"), "--keep-columns", "organ,"])
+    assert json.loads((tmp_path / "o" / "train.json").read_text())[0]["organ"] == "HEAD"

@@ -1,6 +1,7 @@
 """Captions made of question-answer records."""
 
 import argparse
+import json
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from llava.data.sources import qa_captions
 from llava.data.sources.qa_captions import statement
 from llava.errors import LlavaError
 from llava.records import read_records, write_json
+from tests.made_files import made_record, write
 
 
 def record(number, image, question, answer):
@@ -115,3 +117,20 @@ def test_kinds_and_parts_stand_for_questions(tmp_path):
     for wrong, message in ((["--kind", "plane"], "record 0 .*has no 'plane'"), (["--parts", "-1"], "--parts is -1")):
         with pytest.raises(LlavaError, match=message):
             convert.main([*flags, *wrong, "--overwrite"])
+
+
+def test_dropped_links_and_captions_are_counted(tmp_path):
+    from llava.data.convert import main
+
+    (tmp_path / "captions.txt").write_text("ROCO_1\t a caption\n")
+    (tmp_path / "licences.txt").write_text("ROCO_ID,PMC_ID,CC\nROCO_1,PMC1_a.jpg,CC BY\n")
+    (tmp_path / "dlinks.txt").write_text(
+        "ROCO_1\twget https://x.org/a.tgz\nROCO_2\twget https://x.org/b.tgz\nROCO_3\t-\n"
+    )
+    main(["roco", "--folder", str(tmp_path), "--output-dir", str(tmp_path / "roco"), "--write-urls"])
+    left = json.loads((tmp_path / "roco" / "manifest.json").read_text())["left_out"]
+    assert sorted(left.values()) == [1, 1]
+    asked = [made_record(str(i), f"{i}.png", (f"Is it {what}?", "no")) for i, what in enumerate("xxy")]
+    records = write(tmp_path / "q.json", asked)
+    main(["qa-captions", "--records", records, "--output-dir", str(tmp_path / "qa"), "--min-images", "2"])
+    assert sum(json.loads((tmp_path / "qa" / "manifest.json").read_text())["left_out"].values()) == 1

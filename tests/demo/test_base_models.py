@@ -14,6 +14,7 @@ from llava.demo.muon import Muon, orthogonal
 from llava.demo.tokenizer import make_tokenizer
 from llava.demo.tower import caption_sentences, exclusions, mirror_columns
 from llava.demo.tower_model import SentenceMatching, match_loss, start_embeddings
+from llava.errors import LlavaError
 from llava.model import load_tokenizer
 from llava.records import read_json, write_json
 
@@ -153,3 +154,12 @@ def test_the_commands_one_after_the_other(tmp_path):
     tower.main([*words, "--output-dir", folder["tower"], "--image-size", "32", "--batch-size", "4", "--processes", "1"])
     assert len(read_json(tmp_path / "tower" / LOSSES)) == 3
     assert read_json(tmp_path / "tower" / "config.json")["image_size"] == 32
+
+
+def test_few_samples_of_the_base_models():
+    from llava.demo.fitting import shuffled
+    from llava.demo.language_model import in_order
+
+    assert min(map(len, in_order([10] * 129, 3600, 0))) >= 2  # each of two processes has its part
+    with pytest.raises(LlavaError, match="give no batch"):
+        next(shuffled(10, 32, 0))

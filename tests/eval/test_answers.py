@@ -126,12 +126,12 @@ def test_a_half_written_file_is_finished_and_equal(finished, model, data, tmp_pa
 
 def stop_after(count, model, data, path):
     """A run that fails after `count` answers, as if killed there."""
-    import llava.records
+    import llava.resumable
 
     class Stop(Exception):
         pass
 
-    add, seen = llava.records.ResumableJsonl.add, []
+    add, seen = llava.resumable.ResumableJsonl.add, []
 
     def stopping(self, record):
         if len(seen) == count:
@@ -140,7 +140,7 @@ def stop_after(count, model, data, path):
         add(self, record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llava.records.ResumableJsonl, "add", stopping)
+        patch.setattr(llava.resumable.ResumableJsonl, "add", stopping)
         with pytest.raises(Stop):
             model_vqa_med.main(flags(model, data, path))
     return seen

@@ -12,6 +12,7 @@ from llava.errors import LlavaError
 from llava.eval import baselines, report, run_eval
 from llava.eval.answers.memory import WordWeights, read_known, vote
 from llava.records import read_json, read_records
+from tests.made_files import made_record, write
 from tests.tiny import make_clip
 
 
@@ -155,3 +156,15 @@ def test_figures_of_vqa_rad(split, words, shared_dir, tmp_path):
     strict = read_json(tmp_path / "out.json")["strict"]
     found = strict["open recall"]["value"], strict["closed accuracy"]["value"]
     assert np.abs(np.array(found) - words).max() < (1 if split == "train" else 4)
+
+
+def test_the_commonest_answer_is_counted_once(tmp_path, monkeypatch):
+    from llava.eval.answers import memory
+
+    train = write(tmp_path / "train.json", [made_record(str(i), "a.png", ("Is it?", "no")) for i in range(20)])
+    test = write(tmp_path / "test.json", [made_record(str(i), "a.png", ("Is it?", "no")) for i in range(30)])
+    votes = []
+    counted = memory.vote
+    monkeypatch.setattr(memory, "vote", lambda *args: votes.append(1) or counted(*args))
+    memory.write_memory_answers(train, test, tmp_path / "a.jsonl", memory.commonest, 20, "m")
+    assert len(votes) == 1

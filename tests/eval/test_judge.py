@@ -13,6 +13,7 @@ from llava.eval.chat.summary import order_agreement, read_scores_file, summary_t
 from llava.eval.eval_multimodal_chat_gpt_score import join_by_id
 from llava.openai_api import ChatResult
 from llava.records import read_records, write_records
+from tests.made_files import write
 from tests.openai_server import OpenAIServer
 
 QUESTION = {
@@ -189,3 +190,76 @@ def test_a_judge_that_hangs_is_given_up(files):
         done = score("llava.eval.eval_multimodal_chat_gpt_score", *words, "--request-timeout", "0.3")
         assert done.returncode == 1 and "timed out" in done.stdout.lower(), done.stdout
         assert sum(server.stats()["requests"].values()) == 1
+
+
+def test_a_batch_of_other_requests_is_not_taken_for_this_run(tmp_path):
+    from types import SimpleNamespace
+
+    from llava.openai_api import ChatJob
+    from llava.openai_client.batch import _digest, _refuse_another
+
+    settings = SimpleNamespace(model="judge", reasoning_model=False)
+    old, new = (ChatJob("1", [{"role": "user", "content": text}]) for text in ("old answer", "new answer"))
+    state = {"id": "b", "keys": {"item-0": "1"}, "requests": {"item-0": _digest(old, settings)}}
+    _refuse_another(state, [old], settings, tmp_path)
+    with pytest.raises(LlavaError, match="another run"):
+        _refuse_another(state, [new], settings, tmp_path)
+
+
+def test_a_judged_batch_of_other_answers_is_refused(tmp_path, monkeypatch):
+    from contextlib import asynccontextmanager
+
+    from llava.eval.eval_multimodal_chat_gpt_score import main
+    from llava.openai_client import batch
+
+    @asynccontextmanager
+    async def client(*_, **__):
+        yield None  # never asked
+
+    monkeypatch.setattr(batch, "make_client", client)
+    question = write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "What?", "gpt4_answer": "A lung."}])
+    answer = write(tmp_path / "a.jsonl", [{"question_id": 1, "text": "new"}])
+    left = {"id": "old", "keys": {"item-0": "1"}, "requests": {"item-0": "of another answer"}}
+    (tmp_path / "s.jsonl.batch.json").write_text(json.dumps(left))
+    flags = ["--api-model", "judge", "--api-key", "k", "--api-base", "http://127.0.0.1:9/v1", "--batch-api"]
+    with pytest.raises(LlavaError, match="another run"):
+        main(
+            ["--question-file", question, "--answers-file", answer, "--scores-file", str(tmp_path / "s.jsonl"), *flags]
+        )
+
+
+def test_a_zero_for_the_model_counts_in_both_orders():
+    from llava.eval.chat.judge import repair_job
+    from llava.eval.chat.scores import summarize_chat
+    from llava.eval.eval_multimodal_chat_gpt_score import score_row
+    from llava.openai_api import ChatJob, ChatResult
+
+    question = {"question_id": 1, "text": "q", "gpt4_answer": "r", "type": "conversation"}
+    rows = [
+        score_row(question, {"text": "m"}, swapped, ChatResult(reply, "stop", "judge"))
+        for swapped, reply in ((False, "8 0"), (True, "0 8"))
+    ]
+    assert [row["scores"] for row in rows] == [[8.0, 0.0], [8.0, 0.0]]
+    assert repair_job(ChatJob("1", []), ChatResult("0 8", "stop", "judge")) is None
+    zero = score_row(question, {"text": "m"}, False, ChatResult("0 8", "stop", "judge"))
+    assert summarize_chat([zero]).zero_reference == 1
+
+
+def test_rows_without_an_id_stay_apart_and_odd_scores_are_unreadable(tmp_path):
+    from llava.eval.chat.summary import read_scores_file
+
+    rows = [{"question_id": None, "gpt_eval": f"8 {score}"} for score in (2, 4, 6)]
+    assert read_scores_file(write(tmp_path / "a.jsonl", rows)).summary.rows == 3
+    odd = [
+        {"question_id": 1, "scores": 8},
+        {"question_id": 2, "scores": ["8", "7"]},
+        {"question_id": 3, "scores": [8, 4]},
+    ]
+    summary = read_scores_file(write(tmp_path / "b.jsonl", odd)).summary
+    assert (summary.rows, summary.unreadable) == (3, 2)
+
+
+def test_a_mention_that_is_a_text_is_one_mention():
+    from llava.eval.chat.judge import mentions
+
+    assert mentions({"in_text_mention": "Figure 1 shows it."}) == ["Figure 1 shows it."]

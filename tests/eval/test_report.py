@@ -12,6 +12,7 @@ from llava.errors import LlavaError
 from llava.eval import report, run_eval
 from llava.manifests import write_manifest
 from llava.pages.printing import BROWSERS
+from tests.made_files import made_record, write, yes_no_set
 
 
 def record(key, question, answer, kind):
@@ -164,3 +165,41 @@ def test_a_title_candidates_and_the_bootstrap_of_images(files):
     assert str(files / "open.json") in html or "candidate" in html
     by_image, _ = make(files, "--title", "My <set>", "--bootstrap-unit", "image")
     assert by_image != html
+
+
+def test_published_rows_stand_beside_their_own_set_alone(tmp_path):
+    from llava.eval.reports.evaluation import evaluate
+    from llava.eval.reports.published import recognise_dataset
+    from llava.eval.reports.sections import Entry
+
+    assert recognise_dataset("/home/vqa_rad/vqa_med/test.json", {"data_set": "vqa-med"}) is None
+    (tmp_path / "slake").mkdir()
+    gt = write(
+        tmp_path / "slake" / "test.json",
+        [made_record("1", "a.png", ("是吗?", "是"), language="zh", answer_type="CLOSED")],
+    )
+    pred = write(tmp_path / "a.jsonl", [{"question_id": "1", "text": "是"}])
+    assert Entry("a", evaluate(gt, pred, resamples=0)).dataset is None
+
+
+def test_the_same_questions_by_two_names_are_compared(tmp_path, monkeypatch):
+    from llava.eval.report import main
+
+    gt, pred = yes_no_set(tmp_path, "a")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--gt", gt, "a_test.json", "--bootstrap-samples", "10", "--output", "r.html"]
+    main(["--pred", f"x={pred}", f"y={pred}", *flags])
+    assert "Differences between models" in (tmp_path / "r.html").read_text()
+
+
+def test_an_audit_of_one_of_two_sets(tmp_path):
+    from llava.data.audit import main as audit
+    from llava.eval.report import main
+
+    (gt, pred), (gt_b, pred_b) = yes_no_set(tmp_path, "a"), yes_no_set(tmp_path, "b")
+    train = write(tmp_path / "train.json", [made_record("t", "0.png", ("Is it?", "no"))])
+    audit(["--train", train, "--test", gt, "--output", str(tmp_path / "audit.json")])
+    flags = ["--audit", str(tmp_path / "audit.json"), "--bootstrap-samples", "10", "--output", str(tmp_path / "r.html")]
+    main(["--pred", f"x={pred}", f"y={pred_b}", "--gt", gt, gt_b, *flags])
+    page = (tmp_path / "r.html").read_text()
+    assert "unseen image" in page and "other questions than those of y" in page

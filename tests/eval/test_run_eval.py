@@ -9,6 +9,7 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.eval import run_eval, run_eval_batch
+from tests.made_files import yes_no_set
 
 
 def record(key, question, answer, answer_type, **fields):
@@ -298,3 +299,29 @@ def test_audit_of_other_questions_is_refused(files, tmp_path):
     audit.write_text(json.dumps({"items": [{"id": "7"}], "subsets": {}}))
     with pytest.raises(LlavaError, match="of other questions"):
         run_eval.main([*files(), "--audit", str(audit)])
+
+
+def test_run_eval_batch_runs_twice_and_says_what_it_leaves_out(tmp_path, caplog):
+    from llava.eval.run_eval_batch import main
+
+    gt, _ = yes_no_set(tmp_path, "a")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name in ("a.jsonl", "chunky.jsonl", "a-chunk0-of-2.jsonl"):
+        (runs / name).write_text((tmp_path / "a.jsonl").read_text())
+    flags = ["--gt", gt, "--output", str(runs / "all.jsonl"), "--bootstrap-samples", "0"]
+    for _ in range(2):
+        main(["--pred_file_parent_path", str(runs), *flags])
+    assert len((runs / "all.jsonl").read_text().splitlines()) == 2
+    assert "1 parts of runs that aren't joined are left out" in caplog.text
+
+
+def test_a_seed_below_zero_is_one_line(tmp_path):
+    from llava.data.phantoms.build import write_phantoms
+    from llava.eval.run_eval import main
+
+    gt, pred = yes_no_set(tmp_path, "a")
+    with pytest.raises(LlavaError, match="--seed"):
+        main(["--gt", gt, "--pred", pred, "--seed", "-1"])
+    with pytest.raises(LlavaError, match="--seed"):
+        write_phantoms(tmp_path / "phantoms", -1)

@@ -1,6 +1,7 @@
 """Parts of the questions answered by processes that know nothing of each other: one whole, joined once."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.eval.test_answers import NUMBER, flags
 from tests.eval.test_answers import data as data
 from tests.eval.test_answers import finished as finished
 from tests.eval.test_answers import model as model
+from tests.made_files import made_record, write
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -131,3 +133,59 @@ def test_flags_that_exclude_each_other(model, data, tmp_path):
 
 def test_parts_of_a_part():
     assert Shard(1, 2).split(3) == [Shard(3, 6), Shard(4, 6), Shard(5, 6)]
+
+
+def test_an_answer_file_of_no_known_kind_is_refused_before_anything_is_asked(tmp_path):
+    from llava.eval.answers.answering import answer_questions
+    from llava.eval.answers.questions import Question
+
+    with pytest.raises(LlavaError, match="unknown kind"):
+        answer_questions([Question(1, "q")], tmp_path / "answers.txt", {}, lambda *_: pytest.fail("asked"))
+
+
+def test_killed_before_the_manifest_nothing_is_asked_again(tmp_path, monkeypatch):
+    from llava.eval.answers import answering
+    from llava.eval.answers.questions import Question
+
+    asked = []
+
+    def fill(questions, output):
+        for question in questions:
+            if question.id not in output.done:
+                asked.append(question.id)
+                output.add(answering.answer_record(question, "a", "m", {}))
+        return {"model_id": "m"}
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    questions = [Question(number, "q") for number in range(3)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(answering, "write_manifest", killed)
+        answering.answer_questions(questions, tmp_path / "a.jsonl", {}, fill)
+    answering.answer_questions(questions, tmp_path / "a.jsonl", {}, fill)
+    assert asked == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.manifest.json"]
+
+
+def test_questions_without_a_type_are_said_to_get_no_probability(caplog, monkeypatch):
+    from llava.eval.answers import local, yes_no
+    from llava.eval.answers.questions import Question
+
+    def stop(*_):
+        raise LlavaError("far enough")
+
+    monkeypatch.setattr(yes_no, "check_tokens", stop)
+    fill = local.LocalAnswers(local.LocalModel("x"), None, None, yes_no_probabilities=True)
+    with pytest.raises(LlavaError), caplog.at_level(logging.WARNING):
+        fill([Question(1, "q"), Question(2, "q", answer_type="CLOSED")], None)
+    assert "1 of 2 questions say neither OPEN nor CLOSED" in caplog.text
+
+
+def test_a_dry_run_in_parts_shows_its_prompt(tmp_path, capsys):
+    from llava.eval.run_med_datasets_eval_batch import main
+
+    questions = write(tmp_path / "q.json", [made_record("1", None, ("What is it?", "x"))])
+    flags = ["--api-model", "m", "--api-key", "k", "--api-base", "http://127.0.0.1:9/v1", "--dry-run"]
+    main(["--question-file", questions, "--answers-file", str(tmp_path / "a.jsonl"), "--num-chunks", "2", *flags])
+    assert "What is it?" in capsys.readouterr().out

@@ -74,3 +74,18 @@ def test_a_turn_left_empty_is_counted():
     turns, counts = clean("Why?", "Based on the caption.")
     assert turns == []
     assert sum(counts.values()) >= 1
+
+
+@pytest.mark.parametrize(
+    "answer, kept",
+    [
+        ("Based on contextual clues, the mass is on the left.", "Based on contextual clues, the mass is on the left."),
+        ("Findings, in the context of fever, suggest infection.", None),
+        ("Based on the description of the lesion, it is benign.", None),
+        ("Based on the caption, it is benign.", "It is benign."),
+    ],
+)
+def test_phrases_are_cut_whole(answer, kept):
+    from llava.instruct.cleaning import clean_turns
+
+    assert clean_turns([("What is it?", answer)], Counter()) == ([("What is it?", kept)] if kept else [])

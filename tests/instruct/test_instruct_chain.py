@@ -13,6 +13,7 @@ from llava.instruct.figures import Figure, in_turn, read_figures
 from llava.instruct.instruct_postprocess import to_training_record
 from llava.instruct.prompts import build_messages
 from llava.records import read_records, write_json
+from tests.made_files import write
 from tests.openai_server import OpenAIServer
 
 FIGURES = {
@@ -143,3 +144,24 @@ def test_answers_are_as_long_as_asked(tmp_path):
         assert done.returncode == 0, done.stderr
         costs.append(done.stdout)
     assert costs[0] != costs[1]
+
+
+def test_generated_marks_and_lists_of_domains():
+    from llava.data.record_checks import check_form
+    from llava.instruct.instruct_postprocess import to_training_record
+
+    counts = Counter()
+    row = {"pair_id": "x", "domain": ["mri"], "result": "User: <image> What is it?\nAssistant: A lung."}
+    made = to_training_record(row, 0, counts, "row")
+    assert check_form(made) == [] and counts["image_marks"] == 1
+    assert made["domain"]["mri"] is True
+
+
+@pytest.mark.parametrize("size", ["-1", "0"])
+def test_no_figures_is_not_a_size(tmp_path, size):
+    from llava.instruct.instruct_generate import main
+
+    captions = write(tmp_path / "c.json", [{"pair_id": str(i), "fig_caption": "A scan."} for i in range(3)])
+    flags = ["--api-model", "m", "--api-key", "k", "--api-base", "http://127.0.0.1:9/v1", "--dry-run"]
+    with pytest.raises(LlavaError, match="--max-size"):
+        main(["--input_path", captions, "--output_path", str(tmp_path / "o.jsonl"), "--max-size", size, *flags])

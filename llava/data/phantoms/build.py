@@ -71,6 +71,8 @@ def write_phantoms(
     """
     counts = counts or Counts()
     _check(counts, size, processes)
+    if seed < 0:
+        raise LlavaError(f"--seed {seed}: give 0 or more")
     folder = Path(folder)
     about = {"seed": seed, "size": size, **asdict(counts), "templates": len(TEMPLATES)}
     if not overwrite:

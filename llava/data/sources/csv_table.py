@@ -97,7 +97,7 @@ def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
 
 
 def _kept_columns(args) -> list[str]:
-    return [name.strip() for name in args.keep_columns.split(",")] if args.keep_columns else []
+    return [name for part in (args.keep_columns or "").split(",") if (name := part.strip())]
 
 
 def _split_key(record: Record) -> str:

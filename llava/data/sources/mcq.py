@@ -70,7 +70,9 @@ def _records(files: Sequence[Path], args, conversion: Conversion) -> Iterator[Re
     for path in files:
         rows = _read_pmc_vqa(path, conversion) if path.suffix.lower() == ".csv" else _read_omni(path, conversion)
         for choice in rows:
-            if conversion.accepts(choice.image):
+            if args.answer == "text" and any(text.upper() in OPTION_LETTERS for text in choice.options):
+                conversion.left_out["an option is a letter alone, which names another one where they move"] += 1
+            elif conversion.accepts(choice.image):
                 orders = option_orders(len(choice.options), args.orders, f"{args.seed} {choice.key}")
                 if len(orders) < args.orders:
                     conversion.corrected["questions with fewer orders of their options than asked for"] += 1

@@ -45,7 +45,7 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
     conversion = Conversion("qa-captions", {}, [path], image_folder=image_folder, candidates=False)
     by_image, said, by_kind = _read(path, image_folder, args.field, args.kind)
     conversion.splits = {
-        "captions": _captions(said, args.question, args.min_images),
+        "captions": _captions(said, args.question, args.min_images, conversion),
         "text": _conversations(by_image),
         "blind": _conversations(by_image, with_caption=False),
         "joined": _joined(by_image, args.turns),
@@ -131,13 +131,15 @@ def _without_image(text: str) -> str:
     return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
 
 
-def _captions(said: Pairs, question: str, min_images: int) -> Iterator[Record]:
+def _captions(said: Pairs, question: str, min_images: int, conversion: Conversion) -> Iterator[Record]:
     sentences = {image: list(dict.fromkeys(statement(*pair) for pair in pairs)) for image, pairs in said.items()}
     shared = Counter(sentence for own in sentences.values() for sentence in own)
     for image, own in sentences.items():
         caption = " ".join(sentence for sentence in own if shared[sentence] >= min_images)
         if caption:
             yield _one_turn(image, image, question, caption)
+        else:
+            conversion.left_out[f"no sentence that {min_images} images share (captions)"] += 1
 
 
 def _conversations(by_image: Pairs, with_caption: bool = True) -> Iterator[Record]:

@@ -7,6 +7,7 @@ python -m llava.data.convert roco --folder roco-dataset/data/train/radiology --o
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,9 @@ def convert(args, image_folder: ImageFolder) -> Conversion:
     if args.write_urls:
         dlinks = existing_file(folder / "dlinks.txt", "download links")
         conversion.sources.append(dlinks)
-        write_records(Path(args.output_dir) / URLS_FILE, _url_records(dlinks, licences), overwrite=args.overwrite)
+        write_records(
+            Path(args.output_dir) / URLS_FILE, _url_records(dlinks, licences, conversion), overwrite=args.overwrite
+        )
     conversion.splits = {args.split: _records(captions, licences, wanted, args.question, image_folder, conversion)}
     return conversion
 
@@ -83,13 +86,16 @@ def read_licences(path: Path) -> dict[str, Licence]:
     return {row["ROCO_ID"]: Licence(row["PMC_ID"].strip(), row["CC"].strip()) for _, row in rows}
 
 
-def read_links(path: Path) -> Iterator[tuple[str, str]]:
-    """(ROCO id, address of the article's tar) from dlinks.txt; the commands around the addresses are text, no more."""
+def read_links(path: Path, left_out: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
+    """(ROCO id, address of the article's tar) from dlinks.txt; the commands around the addresses are text, no more.
+    Lines without an address are counted in `left_out`."""
     for line in read_lines(path):
         name, _, command = line.partition("\t")
         if re.fullmatch(r"ROCO_\d+", name.strip()) and (url := _URL.search(command)):
             # PubMed Central serves the same tree over HTTPS.
             yield name.strip(), re.sub(r"^ftp://ftp\.ncbi\.", "https://ftp.ncbi.", url[0])
+        elif line.strip() and left_out is not None:
+            left_out[f"no address in dlinks.txt (for {URLS_FILE})"] += 1
 
 
 def _records(
@@ -134,9 +140,11 @@ def _file_name(name: str, licence: Licence, image_folder: ImageFolder) -> str:
     return usual
 
 
-def _url_records(dlinks: Path, licences: dict[str, Licence]) -> Iterator[Record]:
-    for name, url in read_links(dlinks):
+def _url_records(dlinks: Path, licences: dict[str, Licence], conversion: Conversion) -> Iterator[Record]:
+    for name, url in read_links(dlinks, conversion.left_out):
         # "PMC4608653_cro-0008-0385-g01.jpg" is the member "PMC4608653/cro-0008-0385-g01.jpg" of the article's tar.
         article, underscore, member = licences.get(name, Licence("", "")).source_name.partition("_")
         if underscore:
             yield {"pair_id": name, "pmc_tar_url": url, "image_file_path": f"{article}/{member}"}
+        else:
+            conversion.left_out[f"no name at PubMed Central in licences.txt (for {URLS_FILE})"] += 1

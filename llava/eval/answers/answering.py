@@ -15,7 +15,8 @@ from typing import Any
 from llava.eval.answers.manifest import read_dataset_manifest
 from llava.eval.answers.questions import Question
 from llava.manifests import claim, fingerprint_of, finished, refuse_another, sha256_of, write_manifest
-from llava.records import Record, ResumableJsonl
+from llava.records import Record
+from llava.resumable import ResumableJsonl
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def answer_questions(
         missing = any(question.id not in output.done for question in questions)
         about = fill(questions, output) if missing else {}
         records = list(output.done.values())
-        output.finish(question.id for question in questions)
+        output.finish((question.id for question in questions), keep_part=True)
     about = about or _kept_about(records)
     return write_manifest(
         answers_file,

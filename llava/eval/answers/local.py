@@ -1,5 +1,6 @@
 """Answers from a checkpoint on this machine, through the one engine of llava.generation."""
 
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +13,11 @@ from llava.eval.answers.answering import answer_record
 from llava.eval.answers.questions import Question
 from llava.folders import model_name
 from llava.record_content import OPTION_LETTERS
-from llava.records import ResumableJsonl
+from llava.resumable import ResumableJsonl
 from llava.sampling_params import SamplingParams
 from llava.tokenization import conversation_from_record
+
+log = logging.getLogger(__name__)
 
 SAVE_EVERY = 128
 """Questions per group. Groups are the same after a restart, so a batch never depends on when a run was killed."""
@@ -81,6 +84,12 @@ class LocalAnswers:
 
         if self.yes_no_probabilities:
             from llava.eval.answers.yes_no import check_tokens
+
+            if untyped := sum(question.answer_type is None for question in questions):
+                log.warning(
+                    "%d of %d questions say neither OPEN nor CLOSED; --yes-no-probabilities writes none for them: "
+                    'give each an "answer_type"', untyped, len(questions),
+                )  # fmt: skip
 
             check_tokens(self.model.path, self.model.base, self.model.vision_tower, self.model.template)
         loaded = self.model.load()

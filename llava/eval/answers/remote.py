@@ -12,7 +12,7 @@ from llava.eval.answers.answering import answer_record
 from llava.eval.answers.questions import Question
 from llava.images import open_image, png_data_url
 from llava.openai_api import ApiSettings, ChatJob, ChatResult, run_jobs
-from llava.records import ResumableJsonl
+from llava.resumable import ResumableJsonl
 from llava.sampling_params import SamplingParams
 
 _OWN_FIELDS = ("temperature", "seed")  # of ChatJob

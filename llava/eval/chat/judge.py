@@ -8,7 +8,6 @@ import math
 import re
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.chat.scores import is_usable
 from llava.openai_api import ChatJob, ChatResult
 from llava.records import Record
 
@@ -56,7 +55,7 @@ def judgement_key(question_id, swapped: bool) -> str:
 
 def repair_job(job: ChatJob, result: ChatResult) -> ChatJob | None:
     """One more request where the reply holds no scores, None where it does."""
-    if result.refused or is_usable(read_scores(result.text)):
+    if result.refused or all(map(math.isfinite, read_scores(result.text))):
         return None
     repeated = [{"role": "assistant", "content": result.text}, {"role": "user", "content": REPAIR}]
     return ChatJob(job.key, [*job.messages, *repeated], job.temperature, job.max_tokens)
@@ -82,7 +81,8 @@ def question_text(question: Record) -> str:
 def mentions(question: Record) -> list[str]:
     """The sentences of the article about the figure; 14 rows of the released file have none."""
     found = []
-    for mention in question.get("in_text_mention") or []:
+    given = question.get("in_text_mention") or []
+    for mention in given if isinstance(given, (list, tuple)) else [given]:
         text = mention.get("tokens") if isinstance(mention, dict) else mention
         if text:
             found.append(str(text).strip())

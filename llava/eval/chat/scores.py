@@ -93,7 +93,11 @@ def summarize_chat(rows: Iterable[Record]) -> ChatSummary:
 def row_scores(row: Record) -> tuple[float, float]:
     """(reference's score, model's) of a row: what the scorer read (`scores`), else parsed from the reply."""
     if "scores" in row:
-        return tuple(row["scores"]) if row["scores"] else UNREADABLE
+        scores = row["scores"]
+        are_two = (
+            isinstance(scores, (list, tuple)) and len(scores) == 2 and all(type(s) in (int, float) for s in scores)
+        )
+        return (float(scores[0]), float(scores[1])) if are_two else UNREADABLE
     return parse_scores(judge_reply(row) or "")
 
 

@@ -54,7 +54,8 @@ def merge_orders(rows: list[Record]) -> list[Record]:
     """One row a question: where it was judged in both orders and both could be read, the mean of the scores."""
     by_question: dict = {}
     for index, row in enumerate(rows):
-        by_question.setdefault(row.get("question_id", f"row {index}"), []).append(row)
+        key = row.get("question_id")
+        by_question.setdefault(f"row {index}" if key is None else str(key), []).append(row)
     merged = []
     for same in by_question.values():
         pairs = [row_scores(row) for row in same]
@@ -76,8 +77,8 @@ def order_agreement(rows: list[Record]) -> dict | None:
     orders: dict = {}
     for row in rows:
         pair = row_scores(row)
-        if "swapped" in row and is_usable(pair):
-            orders.setdefault(row["question_id"], {})[row["swapped"]] = pair
+        if "swapped" in row and row.get("question_id") is not None and is_usable(pair):
+            orders.setdefault(str(row["question_id"]), {})[row["swapped"]] = pair
     both = [(pairs[False], pairs[True]) for pairs in orders.values() if len(pairs) == 2]
     if not both:
         return None

@@ -41,6 +41,20 @@ class CleanScores:
         return "\n".join([*audit_lines(self.audit), "", text_table(header, rows)])
 
 
+def is_audited(evaluation: Evaluation, audit_file: str | Path) -> bool:
+    """Whether an audit is of the questions that were answered."""
+    audit = _read_audit(audit_file)
+    audited = {str(row["id"]) for row in audit["items"]}
+    return all(str(entry.item.id) in audited for entry in evaluation.joined)
+
+
+def _read_audit(audit_file: str | Path) -> dict[str, Any]:
+    audit = read_json(audit_file)
+    if not isinstance(audit, dict) or "subsets" not in audit or "items" not in audit:
+        raise LlavaError(f"{audit_file}: not an audit; make one with python -m llava.data.audit … --output FILE")
+    return audit
+
+
 def score_clean_subset(
     evaluation: Evaluation,
     audit_file: str | Path | None = None,
@@ -56,12 +70,10 @@ def score_clean_subset(
         LlavaError: neither is given, or the audit is of other questions.
     """
     if audit_file:
-        audit = read_json(audit_file)
-        if not isinstance(audit, dict) or "subsets" not in audit or "items" not in audit:
-            raise LlavaError(f"{audit_file}: not an audit; make one with python -m llava.data.audit … --output FILE")
+        audit = _read_audit(audit_file)
     elif train:
         tested = read_vqa_items(evaluation.gt)
-        audit = audit_splits(read_vqa_items(train), tested, image_folder, image_folder)
+        audit = audit_splits(read_vqa_items(train, later_turns=True), tested, image_folder, image_folder)
     else:
         raise LlavaError("--audit needs the audit's JSON file, or --train FILE to audit against")
     audited = {str(row["id"]) for row in audit["items"]}

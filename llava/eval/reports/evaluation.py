@@ -94,10 +94,12 @@ def evaluate(
         unit: what the bootstrap draws, "question" or "image".
 
     Raises:
-        LlavaError: fewer than 0 resamples; files that can't be read or joined.
+        LlavaError: fewer than 0 resamples, a seed below 0; files that can't be read or joined.
     """
     if resamples < 0:
         raise LlavaError(f"--bootstrap-samples is {resamples}; give 0 or more")
+    if seed < 0:
+        raise LlavaError(f"--seed is {seed}; give 0 or more")
     items = read_vqa_items(gt)
     joined = join(items, read_answers(pred), gt, pred, on_missing)
     scores = score_items(

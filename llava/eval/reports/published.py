@@ -59,7 +59,7 @@ _PATH_PARTS = {
 
 def recognise_dataset(gt: str | Path, manifest: dict[str, Any] | None = None) -> str | None:
     """Which of the three sets a file of questions is of: by its converter's manifest, else by its path."""
-    if manifest and manifest.get("data_set") in PUBLISHED:
-        return manifest["data_set"]
+    if manifest and manifest.get("data_set"):
+        return manifest["data_set"] if manifest["data_set"] in PUBLISHED else None
     text = str(Path(gt).resolve()).lower()
     return next((name for name, parts in _PATH_PARTS.items() if any(part in text for part in parts)), None)

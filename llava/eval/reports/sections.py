@@ -64,7 +64,16 @@ class Entry:
 
     @property
     def dataset(self) -> str | None:
-        return recognise_dataset(self.result.gt, self.result.dataset)
+        found = recognise_dataset(self.result.gt, self.result.dataset)
+        fields = (joined.item.fields for joined in self.result.joined)
+        if found == "slake" and any((given.get("language") or given.get("q_lang") or "en") != "en" for given in fields):
+            return None  # the published rows are of the English questions
+        return found
+
+    @property
+    def questions(self) -> Path:
+        """The file of questions, by the one name that it has however it was given."""
+        return self.result.gt.resolve()
 
 
 def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], list[str]]:
@@ -135,7 +144,7 @@ def differences_section(entries: Sequence[Entry]) -> Markup:
     """Each pair of files that answer the same questions: the paired difference, and what it says."""
     rows = []
     for first, second in combinations(entries, 2):
-        if first.result.gt != second.result.gt:
+        if first.questions != second.questions:
             continue
         for metric, found in compare_answers(first.result, second.result.pred).numbers.items():
             mcnemar = "" if found.mcnemar_p is None else p_text(found.mcnemar_p)
@@ -182,7 +191,7 @@ def memory_section(entries: Sequence[Entry]) -> Markup:
     rows = []
     for memory in (entry for entry in entries if entry.is_memory):
         for model in entries:
-            if model.is_memory or model.ablation != "none" or model.result.gt != memory.result.gt:
+            if model.is_memory or model.ablation != "none" or model.questions != memory.questions:
                 continue
             for metric, found in compare_with_memory(model.result, memory.result.pred).numbers.items():
                 rows.append([model.label, memory.label, metric.heading, *comparison_cells(metric, found)])
@@ -199,7 +208,7 @@ def ablations_of(base: Entry, entries: Sequence[Entry]) -> list[Entry]:
     def key(entry: Entry) -> tuple:
         manifest = entry.result.manifest or {}
         checkpoint = manifest.get("checkpoint_digest") or manifest.get("checkpoint")
-        return checkpoint, str(entry.result.gt)
+        return checkpoint, str(entry.questions)
 
     return [entry for entry in entries if entry.ablation != "none" and key(entry) == key(base)]
 
@@ -259,7 +268,7 @@ def _kind(joined: JoinedItem) -> str:
     return str(next((fields[name] for name in _TYPES if fields.get(name)), joined.item.answer_type)).strip().lower()
 
 
-def audit_section(clean: Sequence[tuple[str, CleanScores]]) -> Markup:
+def audit_section(clean: Sequence[tuple[str, CleanScores]], others: Sequence[str] = ()) -> Markup:
     """What training has seen of the test set, and the scores on what it hasn't."""
     if not clean:
         return Markup()
@@ -273,7 +282,8 @@ def audit_section(clean: Sequence[tuple[str, CleanScores]]) -> Markup:
             counts = "0 / 0" if part is None else f"{part.open} / {part.closed}"
             rows.append([label, name, counts, *cells])
     header = ["model", "test questions", "open / closed", *(metric.heading for metric in shown)]
-    return preformatted(audit_lines(clean[0][1].audit)) + table(header, rows)
+    left = note(f"The audit is of other questions than those of {', '.join(others)}.") if others else Markup()
+    return preformatted(audit_lines(clean[0][1].audit)) + table(header, rows) + left
 
 
 def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, each: int = 4, seed: int = 0) -> Markup:
