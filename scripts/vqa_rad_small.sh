@@ -11,7 +11,7 @@ set -eu
 : "${OUT:=runs/vqa_rad_small}"
 : "${SEED:=0}"
 : "${STEPS:=-1}"                    # of each training; -1: by epochs
-: "${STAGE_1_EPOCHS:=1}" "${KIND_EPOCHS:=3}" "${PART_EPOCHS:=3}" "${PARTS:=2}"
+: "${STAGE_1_EPOCHS:=1}" "${KIND_EPOCHS:=3}" "${PART_EPOCHS:=2}" "${PARTS:=5}"
 : "${RATE:=2e-4}" "${PART_RATE:=3e-4}"
 : "${SAVE_STEPS:=100}"              # between checkpoints
 : "${RESAMPLES:=10000}"
