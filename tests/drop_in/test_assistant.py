@@ -36,7 +36,10 @@ def here(tmp_path, monkeypatch, folder):
     (tmp_path / "runs" / "demo" / "vqa").symlink_to(folder)
     (tmp_path / "scan.dcm").symlink_to(get_testdata_file("CT_small.dcm"))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "scan.png")
+    images = tmp_path / "runs" / "demo" / "data" / "images"
+    images.mkdir(parents=True)
+    for path in (tmp_path / "scan.png", images / "test_00000.png", images / "test_00001.png"):
+        Image.fromarray(pixels).save(path)
     return tmp_path
 
 
