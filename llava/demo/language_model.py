@@ -119,7 +119,7 @@ def in_order(lengths: list[int], batch_tokens: int, seed: int) -> list[list[int]
     import random
 
     generator = random.Random(seed)
-    batches = []
+    batches: list[list[int]] = []
     for start in range(0, len(lengths), WINDOW):
         window = sorted(range(start, min(start + WINDOW, len(lengths))), key=lengths.__getitem__)
         found: list[list[int]] = [[]]

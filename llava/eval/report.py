@@ -96,7 +96,9 @@ def write_report(
         raise LlavaError("a report needs at least one answer file")
     plain = [entry for entry in entries if entry.ablation == "none"] or entries
     clean, others = [], []
-    for entry in plain if audit else ():
+    for entry in plain:
+        if not audit:
+            continue
         if is_audited(entry.result, audit):
             clean.append((entry.label, score_clean_subset(entry.result, audit)))
         else:

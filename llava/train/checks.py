@@ -3,10 +3,10 @@
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
 from llava.conversation import get_template
@@ -245,7 +245,7 @@ def _check_optimizer(arguments: "Arguments") -> None:
         require("torchao", "torchao")
     if not training.optim_target_modules:  # what works on chosen layers is only known with the model
         with library_errors(f"--optim {name} can't be used here"):
-            Trainer.get_optimizer_cls_and_kwargs(training, nn.Linear(1, 1))
+            Trainer.get_optimizer_cls_and_kwargs(training, cast(PreTrainedModel, nn.Linear(1, 1)))
     if training.liger and not gpu.is_described():
         require("liger_kernel.transformers", "liger")
 

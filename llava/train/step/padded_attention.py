@@ -67,14 +67,18 @@ def padded_attention(
     layout = _layout(*counts, window)
     outputs = []
     for bucket in layout.buckets:
-        queries, keys, hidden = (None if part is None else part.to(query.device) for part in bucket)
+        queries, keys = bucket.queries.to(query.device), bucket.keys.to(query.device)
+        hidden = None if bucket.hidden is None else bucket.hidden.to(query.device)
         seen = keys if key_places is None else key_places[keys]
         # [sequences, heads, tokens, size]
         q, k, v = (
             rows(tensor, places).transpose(1, 2) for tensor, places in ((query, queries), (key, seen), (value, seen))
         )
-        is_long = keys.shape[1] > LONGEST_PADDED
-        out = (_by_sdpa if is_long else _by_products)(q, k, v, hidden, scale or q.shape[-1] ** -0.5, dropout)
+        scale = scale or q.shape[-1] ** -0.5
+        if hidden is None or keys.shape[1] > LONGEST_PADDED:
+            out = _by_sdpa(q, k, v, hidden, scale, dropout)
+        else:
+            out = _by_products(q, k, v, hidden, scale, dropout)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return rows(torch.cat(outputs), layout.places.to(query.device))
 
@@ -125,8 +129,8 @@ def _layout(queries: tuple[int, ...], keys: tuple[int, ...], window: int | None)
         sees = (key_rank <= last) & (key_rank < own_keys[..., None]) & (key_rank > last - (window or longest_keys))
         hidden = torch.from_numpy(np.where(sees, 0, _HIDDEN).astype(np.float32))[:, None]
         chosen, chosen_keys = np.minimum(rank, own - 1), np.minimum(key_rank, own_keys - 1)
-        numbers = (torch.from_numpy(each) for each in (first + chosen, first_key + chosen_keys))
-        buckets.append(Bucket(*numbers, None if is_plain else hidden))
+        rows_of, keys_of = torch.from_numpy(first + chosen), torch.from_numpy(first_key + chosen_keys)
+        buckets.append(Bucket(rows_of, keys_of, None if is_plain else hidden))
         for place, (number, size) in enumerate(zip(members, own[:, 0])):
             begin = filled + place * longest
             places[starts[number] : starts[number] + size] = np.arange(begin, begin + size)
