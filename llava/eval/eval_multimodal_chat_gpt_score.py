@@ -7,7 +7,6 @@ python -m llava.eval.eval_multimodal_chat_gpt_score --question-file llava_med_ev
 """
 
 import logging
-import math
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
@@ -108,10 +107,9 @@ def score_row(question: dict, answer: dict, swapped: bool, result) -> dict:
 
     `scores` is (reference's, model's) whatever the order of asking; null where the reply can't be read.
     """
-    from llava.eval.chat.judge import judgement_key, read_scores
+    from llava.eval.chat.judge import are_read, judgement_key, read_scores
 
     scores = read_scores(result.text)
-    is_read = all(map(math.isfinite, scores))
     kept = ("question_id", "type", "domain", "fig_label", "fig_caption", "gpt4_answer")
     return {
         "judgement": judgement_key(question["question_id"], swapped),
@@ -121,7 +119,7 @@ def score_row(question: dict, answer: dict, swapped: bool, result) -> dict:
         "model_id": answer.get("model_id"),
         "swapped": swapped,
         "gpt_eval": result.text,
-        "scores": list(scores[::-1] if swapped else scores) if is_read else None,
+        "scores": list(scores[::-1] if swapped else scores) if are_read(scores) else None,
         "refused": result.refused,
         "judge_model": result.model,
     }

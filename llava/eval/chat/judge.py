@@ -48,6 +48,11 @@ def build_job(question: Record, answer: Record, swapped: bool = False) -> ChatJo
     return ChatJob(judgement_key(question["question_id"], swapped), messages, temperature=0.0, max_tokens=1024)
 
 
+def are_read(scores: tuple[float, float]) -> bool:
+    """Whether both scores of a reply could be read."""
+    return all(map(math.isfinite, scores))
+
+
 def judgement_key(question_id, swapped: bool) -> str:
     """Names one judgement in the scores file: the question, and the order of asking."""
     return f"{question_id}{' swapped' if swapped else ''}"
@@ -55,7 +60,7 @@ def judgement_key(question_id, swapped: bool) -> str:
 
 def repair_job(job: ChatJob, result: ChatResult) -> ChatJob | None:
     """One more request where the reply holds no scores, None where it does."""
-    if result.refused or all(map(math.isfinite, read_scores(result.text))):
+    if result.refused or are_read(read_scores(result.text)):
         return None
     repeated = [{"role": "assistant", "content": result.text}, {"role": "user", "content": REPAIR}]
     return ChatJob(job.key, [*job.messages, *repeated], job.temperature, job.max_tokens)
