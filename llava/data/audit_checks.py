@@ -57,17 +57,17 @@ def audit_splits(
         "near_duplicates_with_same_answer": sum(row["same_answer"] for row in near),
         "jaccard": jaccard,
     }
+    # Of a record with several questions once.
+    on_test_images = dict.fromkeys(
+        item.id for item in train if any(key in tested for key in _same_images("train", item, same_image))
+    )
     return {
         "train": _count(train),
         "test": _count(test),
         "images": images,
         "questions": questions,
         "answers": _compare_answers(train, test),
-        "train_on_test_images": list(
-            dict.fromkeys(  # a record of several questions once
-                item.id for item in train if any(key in tested for key in _same_images("train", item, same_image))
-            )
-        ),
+        "train_on_test_images": list(on_test_images),
         "subsets": {
             UNSEEN_IMAGE: [row["id"] for row in rows if not row["image_seen"]],
             NO_NEAR_DUPLICATE: [row["id"] for row in rows if not row["near_duplicate"]],
