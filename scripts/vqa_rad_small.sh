@@ -11,8 +11,8 @@ set -eu
 : "${OUT:=runs/vqa_rad_small}"
 : "${SEED:=0}"
 : "${STEPS:=-1}"                    # of each training; -1: by epochs
-: "${STAGE_1_EPOCHS:=1}" "${KIND_EPOCHS:=3}" "${PART_EPOCHS:=2}" "${PARTS:=5}"
-: "${RATE:=2e-4}" "${PART_RATE:=3e-4}"
+: "${STAGE_1_EPOCHS:=1}" "${KIND_EPOCHS:=3}" "${PARTS:=20}" "${PART_EPOCHS:=1}" "${WHOLE_EPOCHS:=2}"
+: "${RATE:=2e-4}" "${PART_RATE:=3e-4}" "${WHOLE_RATE:=1e-4}"
 : "${SAVE_STEPS:=100}"              # between checkpoints
 : "${RESAMPLES:=10000}"
 : "${SPLITS:=official clean}"
@@ -84,7 +84,8 @@ answer() { # checkpoint, images, answer file, flags …
 
 # The questions' words alone tell most training answers, and a model that learns these first never looks. So stage 1
 # starts from a projector whose patches stand near the words of their image (--fit_projector); then each answer is asked
-# for by its kind alone, which only the image can tell more of; then by the question, whole and with half its words.
+# for by its kind alone, which only the image can tell more of; then by some of the question's words, others each time;
+# then by the whole question, as the test asks.
 every_stage() { # split, seeing or blind
     here="$OUT/$1" run="$2"
     train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
@@ -93,17 +94,20 @@ every_stage() { # split, seeing or blind
         --image_folder "$(images_of "$run")" --num_train_epochs "$STAGE_1_EPOCHS"
     train "$here/${run}_kinds" --model_name_or_path "$here/${run}_stage_1" --version smollm2 \
         --data_path "$here/data/kinds.json" --image_folder "$(images_of "$run")" --num_train_epochs "$KIND_EPOCHS"
-    train "$here/$run" --model_name_or_path "$here/${run}_kinds" --version smollm2 \
+    train "$here/${run}_parts" --model_name_or_path "$here/${run}_kinds" --version smollm2 \
         --data_path "$here/data/parts.json" --image_folder "$(images_of "$run")" --num_train_epochs "$PART_EPOCHS" \
         --learning_rate "$PART_RATE"
+    train "$here/$run" --model_name_or_path "$here/${run}_parts" --version smollm2 \
+        --data_path "$(questions_of "$1")" --image_folder "$(images_of "$run")" --num_train_epochs "$WHOLE_EPOCHS" \
+        --learning_rate "$WHOLE_RATE"
 }
 
 images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }
+questions_of() { if [ "$1" = clean ]; then echo "$OUT/data/clean_train.json"; else echo "$OUT/data/train.json"; fi; }
 
 for split in $SPLITS; do
     here="$OUT/$split"
-    questions="$OUT/data/train.json"
-    if [ "$split" = clean ]; then questions="$OUT/data/clean_train.json"; fi
+    questions="$(questions_of "$split")"
     if [ ! -f "$here/data/parts.json" ]; then
         python -m llava.data.convert qa-captions --records "$questions" \
             --image-folder "$RAD/images" --output-dir "$here/data" --field image_organ \

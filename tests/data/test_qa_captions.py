@@ -99,7 +99,7 @@ def test_kinds_and_parts_stand_for_questions(tmp_path):
     rows = [{**row, "question_type": kind, "answer_type": "OPEN"} for row, kind in zip(rows, ("ORGAN", "MODALITY"))]
     write_json(tmp_path / "train.json", rows)
     flags = ["qa-captions", "--records", str(tmp_path / "train.json"), "--output-dir", str(tmp_path / "out")]
-    convert.main([*flags, "--kind", "question_type", "--kind", "answer_type", "--parts", "3"])
+    convert.main([*flags, "--kind", "question_type", "--kind", "answer_type", "--parts", "40"])
     turns = {name: [[turn["value"] for turn in row["conversations"]] for row in read_records(tmp_path / "out" / name)]
              for name in ("kinds.json", "parts.json")}  # fmt: skip
     assert turns["kinds.json"] == [
@@ -107,10 +107,11 @@ def test_kinds_and_parts_stand_for_questions(tmp_path):
         ["question type: MODALITY, answer type: OPEN\n<image>", "no"],
     ]
     organ = [asked for asked, answer in turns["parts.json"] if answer == "Lung"]
-    whole, part = organ[::2], [asked.removesuffix("\n<image>").split() for asked in organ[1::2]]
-    assert len(turns["parts.json"]) == 12 and whole == ["Which organ is it?\n<image>"] * 3
-    assert all(words and set(words) < {"Which", "organ", "is", "it?"} for words in part) and part[0] != part[1]
-    assert [asked for asked, answer in turns["parts.json"] if answer == "no"] == ["CT?\n<image>"] * 6
+    whole, *parts = [asked.removesuffix("\n<image>") for asked in organ]
+    assert len(turns["parts.json"]) == 80 and whole == "Which organ is it?" and len(parts) == 39
+    assert all(words and set(words.split()) <= {"Which", "organ", "is", "it?"} for words in parts)
+    assert {len(words.split()) for words in parts} == {1, 2, 3, 4} and len(set(parts)) > 10
+    assert [asked for asked, answer in turns["parts.json"] if answer == "no"] == ["CT?\n<image>"] * 40
     write_json(tmp_path / "train.json", [{**record(3, "c.png", "", "no"), "question_type": "X", "answer_type": "OPEN"}])
     with pytest.raises(LlavaError, match=r"'c\.png': a question without words has no parts"):
         convert.main([*flags, "--parts", "1", "--overwrite"])

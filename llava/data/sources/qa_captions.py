@@ -4,8 +4,8 @@ For training small base models on a set that has no captions. `captions` holds i
 same questions asked about the caption in place of the image, for a language model that sees no images yet; `blind`
 holds them without image and caption, for the baseline that only knows what is usually answered; `joined` holds several
 questions of an image in one conversation about it, so that its features are computed once for all of them. `kinds` has
-fields of a record (`--kind question_type`) in place of its question; `parts` has every question whole and again with
-about half of its words. What is asked tells little there, so that the answer can't be learned without the image.
+fields of a record (`--kind question_type`) in place of its question; `parts` has every question whole and again
+with some of its words. What is asked tells less there, so that the answer can't be learned without the image.
 
 python -m llava.data.convert qa-captions --records train.json --image-folder images --output-dir data/captions
 """
@@ -24,6 +24,7 @@ from llava.record_content import images_of, question_answer_pairs, read_turns
 from llava.records import Record, iter_records
 
 NAME = "qa-captions"
+LEAST_SHARE = 0.25  # of a question's words in `parts`, drawn for each part between this and all
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation of the split joined")
     parser.add_argument("--min-images", type=int, default=1, help="least number of images that share a kept sentence")
     parser.add_argument("--kind", action="append", default=[], help="split kinds: a field in place of the question")
-    parser.add_argument("--parts", type=int, default=0, help="split parts: how often each question stands in it")
+    parser.add_argument("--parts", type=int, default=0, help="split parts: how often each question stands in it, once whole")
     parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")
 
 
@@ -79,9 +80,10 @@ def _parts(by_image: Pairs, times: int) -> Iterator[Record]:
             words = asked.split()
             if not words:
                 raise LlavaError(f"image {image!r:.200}: a question without words has no parts; leave --parts out")
-            for turn in range(times):
-                part = [word for word in words if draw.random() < 0.5] or [draw.choice(words)]
-                yield _one_turn(f"{image} {number} whole {turn}", image, asked, answer)
+            yield _one_turn(f"{image} {number} whole", image, asked, answer)
+            for turn in range(1, times):
+                share = draw.uniform(LEAST_SHARE, 1)
+                part = [word for word in words if draw.random() < share] or [draw.choice(words)]
                 yield _one_turn(f"{image} {number} part {turn}", image, " ".join(part), answer)
 
 

@@ -93,14 +93,23 @@ def rows(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def _by_products(q, k, v, hidden: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
-    """Scores, softmax in float32, and the sum of values; key heads' own query heads lie below each other."""
+    """Scores, softmax in float32, and the sum of values; key heads' own query heads lie below each other.
+
+    All of it is float32 on the CPU: sizes change from step to step, and bfloat16's products (oneDNN) keep half a
+    megabyte for each new size.
+    """
     count, heads, length, size = q.shape
     groups = k.shape[1]
-    q = (q * scale).reshape(count * groups, heads // groups * length, size)
-    k, v = (tensor.reshape(count * groups, -1, size) for tensor in (k, v))
-    scores = torch.bmm(q, k.transpose(1, 2)).float().view(count, heads, length, -1) + hidden
-    weights = functional.dropout(torch.softmax(scores, -1), dropout).to(v.dtype)
-    return torch.bmm(weights.view(count * groups, heads // groups * length, -1), v).view(count, heads, length, size)
+    dtype = v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        if q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()
+        q = (q * scale).reshape(count * groups, heads // groups * length, size)
+        k, v = (tensor.reshape(count * groups, -1, size) for tensor in (k, v))
+        scores = torch.bmm(q, k.transpose(1, 2)).float().view(count, heads, length, -1) + hidden
+        weights = functional.dropout(torch.softmax(scores, -1), dropout).to(v.dtype)
+        out = torch.bmm(weights.view(count * groups, heads // groups * length, -1), v)
+    return out.view(count, heads, length, size).to(dtype)
 
 
 def _by_sdpa(q, k, v, hidden: torch.Tensor | None, scale: float, dropout: float) -> torch.Tensor:
