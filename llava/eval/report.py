@@ -87,7 +87,7 @@ def write_report(
         overwrite: replace another page that is there.
     """
     from llava.eval.reports import sections
-    from llava.eval.reports.clean_subset import is_audited, score_clean_subset
+    from llava.eval.reports.clean_subset import not_audited, read_audit, score_clean_subset
     from llava.eval.reports.tables import markdown_table
     from llava.pages import write_page
     from llava.records import atomic_path
@@ -96,13 +96,13 @@ def write_report(
         raise LlavaError("a report needs at least one answer file")
     plain = [entry for entry in entries if entry.ablation == "none"] or entries
     clean, others = [], []
-    for entry in plain:
-        if not audit:
-            continue
-        if is_audited(entry.result, audit):
-            clean.append((entry.label, score_clean_subset(entry.result, audit)))
-        else:
-            others.append(entry.label)
+    if audit:
+        audited = read_audit(audit)
+        for entry in plain:
+            if not_audited(entry.result, audited):
+                others.append(entry.label)
+            else:
+                clean.append((entry.label, score_clean_subset(entry.result, audited)))
     if others and not clean:
         raise LlavaError(f"{audit}: the audit is of other questions than those of --pred; give that of theirs")
     questions = len(entries), sum(entry.result.scores.questions for entry in entries)

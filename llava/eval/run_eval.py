@@ -64,9 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     sections = [result.text()]
     content = result.as_dict()
     if args.audit is not None:
-        from llava.eval.reports.clean_subset import score_clean_subset
+        from llava.eval.reports.clean_subset import audit_against, read_audit, score_clean_subset
 
-        clean = score_clean_subset(result, args.audit, args.train, args.image_folder)
+        audit = read_audit(args.audit) if args.audit else audit_against(result, args.train, args.image_folder)
+        clean = score_clean_subset(result, audit)
         sections.append(clean.text())
         content["clean_subset"] = clean.as_dict()
     if args.compare or args.memory:

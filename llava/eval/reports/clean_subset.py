@@ -41,47 +41,40 @@ class CleanScores:
         return "\n".join([*audit_lines(self.audit), "", text_table(header, rows)])
 
 
-def is_audited(evaluation: Evaluation, audit_file: str | Path) -> bool:
-    """Whether an audit is of the questions that were answered."""
-    audit = _read_audit(audit_file)
-    audited = {str(row["id"]) for row in audit["items"]}
-    return all(str(entry.item.id) in audited for entry in evaluation.joined)
-
-
-def _read_audit(audit_file: str | Path) -> dict[str, Any]:
-    audit = read_json(audit_file)
+def read_audit(path: str | Path) -> dict[str, Any]:
+    """What `llava.data.audit --output` wrote."""
+    audit = read_json(path)
     if not isinstance(audit, dict) or "subsets" not in audit or "items" not in audit:
-        raise LlavaError(f"{audit_file}: not an audit; make one with python -m llava.data.audit … --output FILE")
+        raise LlavaError(f"{path}: not an audit; make one with python -m llava.data.audit … --output FILE")
     return audit
 
 
-def score_clean_subset(
-    evaluation: Evaluation,
-    audit_file: str | Path | None = None,
-    train: str | Path | None = None,
-    image_folder: str | Path | None = None,
-) -> CleanScores:
+def audit_against(
+    evaluation: Evaluation, train: str | Path | None, image_folder: str | Path | None = None
+) -> dict[str, Any]:
+    """The audit of an evaluation's test file against the training file, made here."""
+    if not train:
+        raise LlavaError("--audit needs the audit's JSON file, or --train FILE to audit against")
+    tested = read_vqa_items(evaluation.gt)
+    return audit_splits(read_vqa_items(train, later_turns=True), tested, image_folder, image_folder)
+
+
+def not_audited(evaluation: Evaluation, audit: dict[str, Any]) -> list[str]:
+    """Ids of the questions answered that an audit has not looked at."""
+    audited = {str(row["id"]) for row in audit["items"]}
+    return [str(entry.item.id) for entry in evaluation.joined if str(entry.item.id) not in audited]
+
+
+def score_clean_subset(evaluation: Evaluation, audit: dict[str, Any]) -> CleanScores:
     """Score each clean subset of an audit.
 
-    Args:
-        audit_file: what `llava.data.audit --output` wrote; without it the audit is made here from `train`.
-
     Raises:
-        LlavaError: neither is given, or the audit is of other questions.
+        LlavaError: the audit is of other questions.
     """
-    if audit_file:
-        audit = _read_audit(audit_file)
-    elif train:
-        tested = read_vqa_items(evaluation.gt)
-        audit = audit_splits(read_vqa_items(train, later_turns=True), tested, image_folder, image_folder)
-    else:
-        raise LlavaError("--audit needs the audit's JSON file, or --train FILE to audit against")
-    audited = {str(row["id"]) for row in audit["items"]}
-    unknown = [str(entry.item.id) for entry in evaluation.joined if str(entry.item.id) not in audited]
+    unknown = not_audited(evaluation, audit)
     if unknown:
         raise LlavaError(
-            f"{audit_file or train}: the audit is of other questions than {evaluation.gt}: "
-            f"{len(unknown)} are not in it (first {unknown[0]!r})"
+            f"the audit is of other questions than {evaluation.gt}: {len(unknown)} are not in it (first {unknown[0]!r})"
         )
     settings = evaluation.settings
     candidates = None if settings["candidate"] is None else read_candidates(settings["candidate"])
