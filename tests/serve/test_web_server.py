@@ -186,6 +186,18 @@ def test_a_model_that_is_chosen_later_gets_the_conversation_so_far():
     assert chat.record()["turns"][0]["images"] == [f"sha256:{image.sha256}"]
 
 
+def test_images_of_a_question_without_an_answer_go_with_the_next_one():
+    """The page goes on showing them."""
+    image, other = (UploadedImage.from_bytes(draw_example(name)) for name in ("chest", "tissue"))
+    failed = Exchange("What is it?", (image,), [Reply("m", error="The queue is full."), None])
+    chat = Chat([failed, Exchange("And the left lung?", (other,), [Reply("m", "Clear."), None]), Exchange("Sure?")])
+    first, _, last = chat.messages(0)
+    assert [part.get("text") for part in first["content"]] == [None, None, "And the left lung?"]
+    assert [part["image_url"]["url"] for part in first["content"][:2]] == [image.url, other.url]
+    assert [part["text"] for part in last["content"]] == ["Sure?"]
+    assert chat.sent(0) == chat.images() == [image, other]
+
+
 def test_what_is_typed_is_shown_as_typed_and_errors_have_an_id():
     reply = Reply("m", error="The queue is full.", request_id="req-1")
     chat = Chat([Exchange("<img src=x onerror=alert(1)>", (), [reply, None])])
