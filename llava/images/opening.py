@@ -27,7 +27,8 @@ from llava.images.slides import describe_slide, is_slide, read_slide
 
 log = logging.getLogger(__name__)
 
-_DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
+# Nothing is given back (`*+`): the time would be the square of the length.
+_DATA_URL = re.compile(r"data:[\w.+-]*+/?[\w.+-]*+(?:;[\w-]++=[\w.+-]++)*+;base64,", re.IGNORECASE)
 _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")

@@ -131,6 +131,14 @@ def test_data_url():
     np.testing.assert_array_equal(np.asarray(open_uploaded_image(data))[..., 0], RAMP)
 
 
+@pytest.mark.timeout(60)
+def test_a_data_url_that_is_none_is_refused_at_once():
+    """A pattern that looks for its end from everywhere would take hours."""
+    for url in ("data:" + "a" * 10**6, "data:image/png" + ";a=b" * 10**6, "data:a;" + "a" * 10**6):
+        with pytest.raises(LlavaError, match="this one hasn't"):
+            open_uploaded_image(url)
+
+
 def test_pillow_image_of_any_mode():
     assert open_image(Image.fromarray(RAMP)).mode == "RGB"
 
