@@ -372,6 +372,8 @@ def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Ima
                 image.draft(None, (draft, draft))
             image.load()
             rgb = to_rgb(image)
+            if container.is_white_zero and image.mode.startswith(("I", "F")):  # of fewer bits Pillow turns them itself
+                rgb = ImageOps.invert(rgb)
             method = _TRANSPOSED.get(container.orientation)
             return rgb.copy() if method is None else rgb.transpose(method)
 
