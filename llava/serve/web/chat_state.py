@@ -131,6 +131,8 @@ class Chat:
     """How many uploads are being read."""
     running: bool = False
     stopping: bool = False
+    is_cleared: bool = False
+    """Whether another conversation has taken its place: it is shown no more."""
     shows_speed: bool = False
 
     def images(self) -> list[UploadedImage]:

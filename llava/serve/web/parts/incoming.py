@@ -66,6 +66,8 @@ class Incoming:
     async def on_files(self, chat: Chat, box: dict, model: str | None, request: gr.Request):
         files, before = box["files"] or [], len(chat.exchanges)
         await self.take(chat, files, request)
+        if chat.is_cleared:
+            return ["\n".join(files), *[gr.skip()] * (2 + SIDES + len(self.scans.controls))]
         is_reopened = len(chat.exchanges) != before
         views = [chat.shown(side) if is_reopened else gr.skip() for side in range(SIDES)]
         return ["\n".join(files), refusal_of(chat), draft_of(chat), *views, *await self.scans.shown(chat, model)]
