@@ -111,3 +111,15 @@ def test_a_conversation_that_is_cleared_while_its_files_are_read_stays_so(text):
     asked, added = asyncio.run(cleared())
     assert all(value == gr.skip() for value in asked) and all(value == gr.skip() for value in added[1:])
     assert client.asked == 0 and len(chat.exchanges) == 1
+
+
+def test_a_worker_may_leave_out_what_it_said_in_tokens():
+    client, page, chat, chosen = prepared()
+
+    async def bare(body):
+        yield {"text": "Yes.", "token_ids": None}
+
+    client.generate = bare
+    asyncio.run(whole(page.on_again(chat, {"text": "", "files": []}, *chosen)))
+    reply = chat.exchanges[0].replies[0]
+    assert (reply.text, reply.error, reply.token_ids) == ("Yes.", "", [])
