@@ -18,15 +18,18 @@ from PIL import Image
 from starlette.routing import Mount
 
 from llava.errors import LlavaError
+from llava.records import iter_records
 from llava.serve import gradio_web_server
 from llava.serve.api.keys import read_keys
 from llava.serve.client import ServingClient
+from llava.serve.daily_log import DailyLog
 from llava.serve.decoding.pool import DecodingPool
 from llava.serve.gradio_web_server import build_parser
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
 from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
 from llava.serve.web.page import CALLS_NOTED, MOST_SESSIONS, Page, PageOptions, build_page
 from llava.serve.web.parts.examples import EXAMPLES, draw_example
+from llava.serve.web.parts.votes import Votes
 from llava.serve.web.sessions import Sessions
 from tests.serve.processes import Process
 
@@ -235,6 +238,28 @@ def test_what_the_page_is_made_of_is_decided_by_flags(tmp_path):
     middleware, page, text = pages(*words)
     assert "<strong>LLaVA-Med</strong>" not in text and "are kept on this server for 9 days" in text
     assert page._queue.default_concurrency_limit == 3 and middleware.embed
+
+
+def test_a_vote_is_kept_once(tmp_path):
+    """Each one holds the whole conversation."""
+    tmp_path.chmod(0o700)
+    with gr.Blocks():
+        votes = Votes(DailyLog(tmp_path, 30))
+    chat = Chat([Exchange("Is it?", (), [Reply("m", "Yes."), None], asked="2026-11-28T07:00:00+00:00")])
+
+    async def vote(*names):
+        for name in names:
+            await votes._handler(name)(chat)
+
+    def kept():
+        return [record["vote"] for path in tmp_path.glob("*.jsonl") for record in iter_records(path)]
+
+    one, other = list(votes.buttons)[:2]
+    asyncio.run(vote(one, one, other, one))
+    assert kept() == [one, other]
+    chat.exchanges.append(Exchange("Sure?", (), [Reply("m", "No."), None]))
+    asyncio.run(vote(one))
+    assert kept() == [one, other, one]
 
 
 def test_of_visitors_who_have_gone_little_is_kept():

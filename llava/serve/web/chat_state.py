@@ -134,6 +134,8 @@ class Chat:
     is_cleared: bool = False
     """Whether another conversation has taken its place: it is shown no more."""
     shows_speed: bool = False
+    votes: set[tuple[str, int, str]] = field(default_factory=set)
+    """What was voted, on which question, asked when."""
 
     def images(self) -> list[UploadedImage]:
         """Those of all questions and of the one being written."""
