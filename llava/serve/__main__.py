@@ -172,7 +172,8 @@ def _servers(args, names: list[str]) -> list[Server]:
     if args.conversation_log:
         front += ["--conversation-log", args.conversation_log]
         front += ["--conversation-log-days", str(args.conversation_log_days)]
-    near = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
+    near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
+    near = f"[{near}]" if ":" in near else near
     api = Server(
         "API",
         "llava.serve.openai_api_server",
