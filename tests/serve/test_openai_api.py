@@ -13,6 +13,9 @@ import openai
 import pytest
 from PIL import Image
 
+from llava.errors import LlavaError
+from llava.serve.api.keys import Key, Keys, read_keys
+from llava.serve.protocol import ServeError
 from tests.serve.processes import Process, wait_until
 
 ENV = {"LLAVA_SERVE_SECRET": "s3cret", "LLAVA_API_KEYS": "key-for-tests"}
@@ -249,6 +252,7 @@ def test_rate_limits_are_per_key(serving, tmp_path):
         ("a key-of-slow x", 0o600, "no number"),
         ("a", 0o600, "line 1"),
         ("é key-of-slow", 0o600, "UTF-8"),
+        ("a schl\xc3\xbcssel", 0o600, "of ASCII only"),
     ],
 )
 def test_bad_key_files_stop_the_server(tmp_path, text, mode, words):
@@ -259,6 +263,24 @@ def test_bad_key_files_stop_the_server(tmp_path, text, mode, words):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.parametrize("per_minute", [0.5, 1, 3])
+def test_a_key_has_as_many_requests_as_it_says(per_minute):
+    now = [0.0]
+    keys = Keys([Key("a", "key-of-slow", per_minute)], None, lambda: now[0])
+    admitted = 0
+    for second in range(3600):
+        now[0] = float(second)
+        with contextlib.suppress(ServeError):
+            admitted += bool(keys.admit({"authorization": "Bearer key-of-slow"}))
+    assert 58 * per_minute <= admitted <= 60 * per_minute + max(1, per_minute)
+
+
+@pytest.mark.parametrize("per_minute", [0.0, -5.0, float("nan"), float("inf")])
+def test_a_limit_that_is_none_is_refused(per_minute):
+    with pytest.raises(LlavaError, match=r"--requests-per-minute .*: give a number above 0"):
+        read_keys(None, per_minute)
 
 
 def test_other_machines_need_a_key_or_a_flag(monkeypatch):
