@@ -5,6 +5,7 @@ Needs no torch. A worker that can't be reached, or is lost before its first word
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections import defaultdict
@@ -27,6 +28,8 @@ from llava.serve.request_models import ModelCard
 from llava.serve.transport.bodies import JSON_HEADERS, written
 from llava.serve.transport.session import READ_TIMEOUT, open_session, read_reply
 from llava.serve.worker_answers import MOST_PENDING_BYTES, Answered, AttentionMap, Chunk, ReportedStatus, SeenImages
+
+logger = logging.getLogger(__name__)
 
 SHORT_TIMEOUT = 10.0
 REMEMBERED_SECONDS = 60.0
@@ -225,8 +228,8 @@ class ServingClient:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             is_refused = isinstance(error, aiohttp.ClientResponseError) and error.status == 401
             why = "has another secret" if is_refused else "can't be reached"
-            words = f"The controller at {self.controller} {why}."
-            raise ServeError(ErrorType.NO_WORKER, words) from error
+            logger.warning("the controller at %s %s", self.controller, why)  # clients learn no address
+            raise ServeError(ErrorType.NO_WORKER, f"The controller {why}.") from error
 
     async def _post(self, url: str, body: dict[str, Any]) -> Any:
         """The JSON of a short answer."""
