@@ -1,13 +1,16 @@
 """Views of scans that were drawn: kept within a visitor's and the server's space, and gone with their scan."""
 
+import asyncio
 import gc
+import time
 
 import pytest
 
 from llava.errors import ImageError
+from llava.image_options import ImageOptions
 from llava.serve.decoding.pool import DecodingPool
-from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
-from llava.serve.web.scans import read_scans
+from llava.serve.web.memory_budget import MOST_LOOKS, MOST_WAITING, DrawnViews, MemoryBudget
+from llava.serve.web.scans import DrawnView, Scan, read_scans
 from tests.serve.test_web_scans import SLICES, series
 
 pytest.importorskip("pydicom")
@@ -96,3 +99,32 @@ def test_views_go_with_their_scan(pool, tmp_path):
     del scan
     gc.collect()
     assert budget.taken == 0
+
+
+def test_looks_of_a_visitor_leave_room_for_others():
+    """Those beyond wait for a turn, as a page that is scrolled through does; a crowd of them is refused."""
+    running, most = 0, 0
+
+    class Slow(Scan):
+        def draw(self, pool, place=None):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.05)
+            running -= 1
+            return DrawnView((0, ImageOptions(slice=place)), b"", {})
+
+    views = DrawnViews(None, MemoryBudget(1 << 30))
+    slow = Slow("nifti", [b""], [(0, None)] * 100, 0)
+    views.add(slow, "visitor")
+
+    async def draw_all(count):
+        nonlocal most
+        most = 0
+        found = await asyncio.gather(*(views.draw(slow, place) for place in range(count)), return_exceptions=True)
+        return [str(each) for each in found if isinstance(each, Exception)]
+
+    assert asyncio.run(draw_all(20)) == [] and most <= MOST_LOOKS
+    refused = asyncio.run(draw_all(MOST_LOOKS + MOST_WAITING + 3))
+    assert len(refused) == 3 and "queue is full" in refused[0]
+    assert asyncio.run(draw_all(1)) == []

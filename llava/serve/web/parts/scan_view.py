@@ -1,6 +1,5 @@
 """The page's part for DICOM and NIfTI files: which slice and which grey window go with the question."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ from llava.images.opening import image_kind
 from llava.serve.decoding.pool import in_thread
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import Chat, UploadedImage, thumbnails
-from llava.serve.web.memory_budget import LOOK_SECONDS
 from llava.serve.web.parts.viewer import Viewer, current_scan
 from llava.serve.web.scans import Scan, read_scans, size_of
-
-logger = logging.getLogger(__name__)
 
 OF_THE_FILE, OWN = "automatic", "own values"
 READ_SECONDS = 120.0
@@ -123,7 +119,7 @@ class ScanPart:
         return draft_of(chat)
 
     async def _view(self, scan: Scan) -> UploadedImage:
-        view = await in_thread(scan.view, self.pool, seconds=LOOK_SECONDS)
+        view = await self.viewer.drawn.image(scan)
         self.budget.take(view, view.size)
         return view
 
