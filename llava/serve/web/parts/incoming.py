@@ -94,10 +94,15 @@ class Incoming:
         try:
             scans = [file for file in new if is_scan(file)]
             refused = [words for file in new if file not in scans if (words := await self._take_image(chat, file))]
+            contents = []
+            for path in map(Path, scans):
+                try:
+                    contents.append((path.name, path.read_bytes()))
+                    path.unlink()  # a conversation lives in memory alone
+                except FileNotFoundError:
+                    refused.append(GONE)
             try:
-                await self.scans.take(chat, scans, _visitor(request))
-            except FileNotFoundError:
-                refused.append(GONE)
+                await self.scans.take(chat, contents, _visitor(request))
             except (LlavaError, ServeError) as error:
                 refused.append(str(error))
             chat.refused = []
