@@ -366,8 +366,7 @@ def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Ima
             raise ImageError(f"{name}: more pixels than an image may have ({limits.max_pixels:,})") from None
         with image:
             is_slow = any(tile.codec_name in Image.DECODERS for tile in image.tile)
-            heavy = 2.0 if container.kind == "WEBP" else 1.0
-            limits.check_size(*image.size, name, _SLOW_DECODER if is_slow else heavy)
+            limits.check_size(*image.size, name, _SLOW_DECODER if is_slow else 2.0 if container.kind == "WEBP" else 1.0)
             if draft is not None:
                 image.draft(None, (draft, draft))
             image.load()
@@ -379,8 +378,7 @@ def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Ima
 
 
 def _unknown(name: str, limits: Limits) -> ImageError:
-    known = ", ".join(limits.formats)
-    return ImageError(f"{name}: not an image that can be read (known: {known}, DICOM, NIfTI)")
+    return ImageError(f"{name}: not an image that can be read (known: {', '.join(limits.formats)}, DICOM, NIfTI)")
 
 
 def png_data_url(image: Image.Image) -> str:

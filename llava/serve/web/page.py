@@ -251,10 +251,7 @@ class Page:
         await self.incoming.take(chat, box["files"] or [], request)
         await all_read(chat)
         await self.incoming.on_taken(chat)
-        if chat.is_cleared:
-            yield self._unchanged()
-            return
-        if chat.refused or not text:
+        if not chat.is_cleared and (chat.refused or not text):
             gr.Warning("A file was refused: add another one, or go on without it." if text else "Write a question too.")
             yield [*self._show(chat, chosen[0], box={"text": text, "files": []}), *await self._desk(chat, chosen[0])]
             return
@@ -309,9 +306,8 @@ class Page:
             desk = [*controls, gr.HTML(seen, attention="")]
             if not chat.stopping and not chat.is_cleared:  # or the question was taken back meanwhile
                 async for _ in answer(self.client, chat, models, sampling, self.drawn.budget):
-                    if chat.is_cleared:
-                        continue
-                    yield [*self._show(chat, model, box, running=True), *desk]
+                    if not chat.is_cleared:
+                        yield [*self._show(chat, model, box, running=True), *desk]
                     box, desk = None, self._unchanged()[-len(desk) :]
         finally:
             chat.running = False
