@@ -183,14 +183,18 @@ def options_of(image: Any) -> dict[str, Any] | None:
 
 def add_image_flags(parser: ArgumentParser) -> None:
     """Flags that say how DICOM and NIfTI files are shown of which nothing else is said."""
-    # Otherwise `-600,1500` would be taken for a flag.
-    parser._negative_number_matcher = re.compile(r"-\d[\d.,/-]*$")
+    take_negative_windows(parser)
     group = parser.add_argument_group("DICOM and NIfTI", "for images that say nothing of it themselves")
     group.add_argument("--window", metavar="CENTRE,WIDTH", help="grey window in the file's units, such as 40,80")
     group.add_argument("--preset", help=f"grey window of CT by name: {', '.join(CT_WINDOWS)}")
     group.add_argument("--frame", type=int, help="frame of DICOM files of several; default: the middle one")
     group.add_argument("--axis", type=int, help="axis of volumes: 0 sagittal, 1 coronal, 2 axial; default: 2")
     group.add_argument("--slice", type=int, help="slice of volumes; default: the middle one")
+
+
+def take_negative_windows(parser: ArgumentParser) -> None:
+    """`-600,1500` is a window, though argparse would take it for a flag."""
+    parser._negative_number_matcher = re.compile(r"-\d[\d.,/-]*$")
 
 
 def image_options_from_args(args: Namespace) -> ImageOptions:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from llava.commandline import ArgumentParser, existing_dir, run, write_line
 from llava.errors import LlavaError
-from llava.image_options import CT_WINDOWS, parse_window
+from llava.image_options import CT_WINDOWS, parse_window, take_negative_windows
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
 from llava.processes import process_pool
@@ -33,6 +33,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
+    take_negative_windows(parser)
     parser.add_argument("folder", metavar="DIR", help="DICOM files and NIfTI volumes, at any depth")
     parser.add_argument("--output-dir", required=True, help="gets images/, records.json and left_out.jsonl")
     parser.add_argument(

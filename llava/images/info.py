@@ -13,12 +13,13 @@ from typing import Any
 
 from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, complain, run, write_line
 from llava.errors import LlavaError
-from llava.image_options import CT_WINDOWS, parse_window
+from llava.image_options import CT_WINDOWS, parse_window, take_negative_windows
 from llava.images.facts import ImageFacts
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
+    take_negative_windows(parser)
     parser.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, TIFF, DICOM, NIfTI, …")
     parser.add_argument("--json", metavar="PATH", help="write what was found here; - is the terminal")
     parser.add_argument("--save", metavar="PATH", help="write what a model would see: a PNG, or a folder of them")

@@ -25,6 +25,12 @@ _HEADERS = {348: 352, 540: 544}
 """Bytes of the header (NIfTI 1 and 2) and the least offset of the voxels after it."""
 _COST = 4.0
 """Of a voxel of the slice against a pixel: it is scaled as a double."""
+_UPRIGHT = {
+    0: "head is up, front is left",
+    1: "head is up, the patient's left is right",
+    2: "front is up, the patient's left is right",
+}
+"""By axis."""
 
 
 def read_nifti(
@@ -36,7 +42,7 @@ def read_nifti(
     axis: int = 2,
     window: str | tuple[float, float] | None = None,
 ) -> Image.Image:
-    """A slice as RGB, in RAS+ order turned upright: for an axial one front is up and the patient's left is right.
+    """A slice as RGB, turned as DICOM files commonly show a patient (`_UPRIGHT`).
 
     Args:
         file: at its begin; compressed or not.
@@ -100,7 +106,7 @@ def describe_nifti(
         facts.shown.append(f"window {chosen[0]:g}/{chosen[1]:g} (centre/width), as asked")
     else:
         facts.shown.append("grey from the 0.5th to the 99.5th percentile of the slice")
-    facts.shown.append("turned upright: front (or head) is up, the patient's left is right")
+    facts.shown.append(f"turned upright: {_UPRIGHT[axis]}")
     return facts
 
 
@@ -196,8 +202,8 @@ def _slice(nibabel, header, source: _Source, index: int | None, axis: int) -> np
             data = np.flip(data, place)
     if orientation[across[0], 0] > orientation[across[1], 0]:
         data = data.swapaxes(0, 1)
-    # From [right, up] of RAS+ to an image's rows from the top.
-    return np.flip(data.swapaxes(0, 1), 0)
+    # The axes of RAS+ go to the patient's right, his front and his head: from the picture's right to its left, and up.
+    return np.flip(data.swapaxes(0, 1), (0, 1))
 
 
 def _affine(header) -> np.ndarray:
@@ -212,7 +218,7 @@ def _affine(header) -> np.ndarray:
             if place:
                 log.warning("a NIfTI volume's affine has no direction for an axis; its next best orientation is used")
             return affine
-    log.warning("a NIfTI volume has no usable orientation; it is shown as it is stored")
+    log.warning("a NIfTI volume has no usable orientation; it is taken to be stored in the order of RAS+")
     return np.eye(4)
 
 

@@ -27,7 +27,8 @@ from llava.images.slides import describe_slide, is_slide, read_slide
 
 log = logging.getLogger(__name__)
 
-_DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
+# Nothing is given back (`*+`): the time would be the square of the length.
+_DATA_URL = re.compile(r"data:[\w.+-]*+/?[\w.+-]*+(?:;[\w-]++=[\w.+-]++)*+;base64,", re.IGNORECASE)
 _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -365,19 +366,19 @@ def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Ima
             raise ImageError(f"{name}: more pixels than an image may have ({limits.max_pixels:,})") from None
         with image:
             is_slow = any(tile.codec_name in Image.DECODERS for tile in image.tile)
-            heavy = 2.0 if container.kind == "WEBP" else 1.0
-            limits.check_size(*image.size, name, _SLOW_DECODER if is_slow else heavy)
+            limits.check_size(*image.size, name, _SLOW_DECODER if is_slow else 2.0 if container.kind == "WEBP" else 1.0)
             if draft is not None:
                 image.draft(None, (draft, draft))
             image.load()
             rgb = to_rgb(image)
+            if container.is_white_zero and image.mode.startswith(("I", "F")):  # of fewer bits Pillow turns them itself
+                rgb = ImageOps.invert(rgb)
             method = _TRANSPOSED.get(container.orientation)
             return rgb.copy() if method is None else rgb.transpose(method)
 
 
 def _unknown(name: str, limits: Limits) -> ImageError:
-    known = ", ".join(limits.formats)
-    return ImageError(f"{name}: not an image that can be read (known: {known}, DICOM, NIfTI)")
+    return ImageError(f"{name}: not an image that can be read (known: {', '.join(limits.formats)}, DICOM, NIfTI)")
 
 
 def png_data_url(image: Image.Image) -> str:

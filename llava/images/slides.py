@@ -42,7 +42,7 @@ _MAX_TAG_BYTES = 256 << 20
 _MAX_INDEX = 1 << 20
 """Bytes of the index of a slide in several files."""
 _NAMES_FILE = re.compile(
-    rb"(?im)^[ \t]*(?:FILE_\d+|INDEXFILE|ImageFile[^=\n]*|MapFile|OptimisationFile|MacroImage)[ \t]*=(.*)$"
+    rb"(?im)^[ \t]*(?:FILE_\d+|INDEXFILE|ImageFile[^=\n]*+|MapFile|OptimisationFile|MacroImage)[ \t]*=(.*)$"
 )
 _NDPI = 65_420
 """A tag of Hamamatsu's, in whose TIFF files places have 64 bits without it being said."""

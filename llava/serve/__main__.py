@@ -51,7 +51,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--api-port", type=port_number, default=8000, help="port of the API")
     parser.add_argument("--web-port", type=port_number, default=7860, help="port of the web page")
     parser.add_argument("--cache-mb", type=int, help="of each worker, for keys and values: model_worker's --cache-mb")
-    parser.add_argument("--api-key-file", help="keys of API and page, one per line: name key [requests per minute]")
+    parser.add_argument(
+        "--api-key-file", help="keys of API and page, one per line: name key [requests per minute, of the API]"
+    )
     parser.add_bool("--web", default=True, help="False: no web page")
     parser.add_argument("--feedback-dir", help="show vote and flag buttons on the page, and keep what they say here")
     add_log_flags(parser)
@@ -172,7 +174,8 @@ def _servers(args, names: list[str]) -> list[Server]:
     if args.conversation_log:
         front += ["--conversation-log", args.conversation_log]
         front += ["--conversation-log-days", str(args.conversation_log_days)]
-    near = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
+    near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
+    near = f"[{near}]" if ":" in near else near
     api = Server(
         "API",
         "llava.serve.openai_api_server",

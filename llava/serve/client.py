@@ -5,7 +5,7 @@ Needs no torch. A worker that can't be reached, or is lost before its first word
 
 import asyncio
 import contextlib
-import json
+import logging
 import random
 import time
 from collections import defaultdict
@@ -15,20 +15,24 @@ from typing import Any
 from pydantic_core import from_json
 
 from llava.serve.daily_log import DailyLog
-from llava.serve.protocol import END_OF_CHUNK, ErrorType, ServeError, decode_error, split_chunks
+from llava.serve.protocol import (
+    END_OF_CHUNK,
+    TRY_ANOTHER,
+    ErrorType,
+    ServeError,
+    decode_error,
+    read_refusal,
+    split_chunks,
+)
 from llava.serve.request_models import ModelCard
 from llava.serve.transport.bodies import JSON_HEADERS, written
-from llava.serve.transport.session import open_session, read_reply
+from llava.serve.transport.session import READ_TIMEOUT, open_session, read_reply
 from llava.serve.worker_answers import MOST_PENDING_BYTES, Answered, AttentionMap, Chunk, ReportedStatus, SeenImages
 
+logger = logging.getLogger(__name__)
+
 SHORT_TIMEOUT = 10.0
-READ_TIMEOUT = 600.0  # the worker's own limit comes first
 REMEMBERED_SECONDS = 60.0
-_TRY_ANOTHER = (
-    ErrorType.NO_WORKER,
-    ErrorType.QUEUE_FULL,
-    ErrorType.FULL,
-)  # a worker that is stopping, or has enough to do
 
 
 class ServingClient:
@@ -130,7 +134,7 @@ class ServingClient:
                 if begun:
                     raise ServeError(ErrorType.WORKER_LOST) from error
             except ServeError as error:
-                if begun or error.error_type not in _TRY_ANOTHER:
+                if begun or error.error_type not in TRY_ANOTHER:
                     raise
                 refused = error
         if refused is not None:
@@ -224,8 +228,8 @@ class ServingClient:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             is_refused = isinstance(error, aiohttp.ClientResponseError) and error.status == 401
             why = "has another secret" if is_refused else "can't be reached"
-            words = f"The controller at {self.controller} {why}."
-            raise ServeError(ErrorType.NO_WORKER, words) from error
+            logger.warning("the controller at %s %s", self.controller, why)  # clients learn no address
+            raise ServeError(ErrorType.NO_WORKER, f"The controller {why}.") from error
 
     async def _post(self, url: str, body: dict[str, Any]) -> Any:
         """The JSON of a short answer."""
@@ -269,8 +273,4 @@ class _Unreachable(Exception):
 
 def _http_error(status: int, content: bytes) -> Exception:
     """A status other than 200: the worker's own words where it is one of ours."""
-    try:
-        error = json.loads(content)["error"]
-        return ServeError(ErrorType(error["type"]), error["message"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return _Unreachable(f"status {status}")
+    return read_refusal(content) or _Unreachable(f"status {status}")

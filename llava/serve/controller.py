@@ -13,7 +13,7 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, run
 from llava.errors import LlavaError
-from llava.serve.protocol import ErrorType, ServeError, check_address, encode_error
+from llava.serve.protocol import TRY_ANOTHER, ErrorType, ServeError, check_address, encode_error, read_refusal
 from llava.serve.registry import DISPATCH_METHODS, Registry, Worker, refreshed
 from llava.serve.request_models import ForModel, Heartbeat, WorkerEntry, WorkerStatus, WorkerWanted
 from llava.serve.secret import add_secret_flags, secret_from_args
@@ -22,12 +22,11 @@ from llava.serve.transport.bodies import JSON_HEADERS, parse_json, read_body, va
 from llava.serve.transport.hosts import Hosts, add_host_flags
 from llava.serve.transport.middleware import MAX_BODY_BYTES, RequestMiddleware, answer_errors, secret_check
 from llava.serve.transport.server import port_number, require_serving, run_server
-from llava.serve.transport.session import open_session, read_reply
+from llava.serve.transport.session import READ_TIMEOUT, open_session, read_reply
 
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT = 5.0
-READ_TIMEOUT = 120.0  # between two pieces of an answer
 
 
 def build_parser() -> ArgumentParser:
@@ -151,16 +150,22 @@ def build_app(
 
 
 async def _forward(registry: Registry, session, model: str, body: bytes, request_id: str):
-    """A worker's stream, from another worker if the first can't be reached; errors are the stream's last chunk."""
+    """A worker's stream, from another worker if the first can't be reached or has enough to do; errors are the stream's
+    last chunk."""
     import aiohttp
 
     tried: set[str] = set()
+    refused: ServeError | None = None
     while address := registry.choose(model, frozenset(tried)):
         tried.add(address)
         begun = False
         try:
             url = f"{address}/worker_generate_stream"
             async with session.post(url, data=body, headers=JSON_HEADERS, allow_redirects=False) as reply:
+                if reply.status != 200 and (refused := read_refusal(await read_reply(reply))) is not None:
+                    if refused.error_type in TRY_ANOTHER:
+                        continue
+                    break
                 _expect_ok(reply)
                 async for chunk in reply.content.iter_any():
                     begun = True
@@ -176,9 +181,9 @@ async def _forward(registry: Registry, session, model: str, body: bytes, request
             if begun:
                 yield encode_error(ServeError(ErrorType.WORKER_LOST), request_id)
                 return
-    lost = ErrorType.WORKER_LOST if tried else ErrorType.NO_WORKER
-    words = None if tried else f"No worker is ready for the model {model!r}."
-    yield encode_error(ServeError(lost, words), request_id)
+    if not tried:
+        refused = ServeError(ErrorType.NO_WORKER, f"No worker is ready for the model {model!r}.")
+    yield encode_error(refused or ServeError(ErrorType.WORKER_LOST), request_id)
 
 
 async def _refresh(registry: Registry, session) -> None:

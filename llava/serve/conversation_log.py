@@ -78,7 +78,7 @@ class LoggingClient(ServingClient):
             end = ErrorType.INTERNAL.value
             raise
         finally:
-            self._keep({**record, "answer": text.lstrip(), "end": end})
+            self._keep({**record, "answer": text.removeprefix(body.get("prompt") or "").lstrip(), "end": end})
 
     def _keep(self, record: dict[str, Any]) -> None:
         self._waiting = [future for future in self._waiting if not future.done()]

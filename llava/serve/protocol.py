@@ -84,6 +84,10 @@ ERRORS: dict[ErrorType, ErrorKind] = {
 }
 
 
+TRY_ANOTHER = (ErrorType.NO_WORKER, ErrorType.QUEUE_FULL, ErrorType.FULL)
+"""Errors of a worker that is stopping, or has enough to do: another one may answer."""
+
+
 class ServeError(Exception):
     """An error on its way to a client: a type, words that are safe to show, seconds to wait if that helps, and the
     methods that a path takes if it was asked with another."""
@@ -135,6 +139,15 @@ def decode_error(chunk: dict) -> ServeError:
     except ValueError:
         error_type = ErrorType.INTERNAL
     return ServeError(error_type, str(chunk.get("text") or ""))
+
+
+def read_refusal(content: bytes) -> ServeError | None:
+    """The error that one of our servers has answered with another status than 200; None if it is no such answer."""
+    try:
+        error = json.loads(content)["error"]
+        return ServeError(ErrorType(error["type"]), error["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def split_chunks(buffer: bytes) -> tuple[list[dict], bytes]:

@@ -104,8 +104,10 @@ class ChatMessage(Fields):
         calls = given.get("tool_calls")
         if given.get("role") != "assistant" or not isinstance(calls, list) or not calls:
             return given
-        texts = [given["content"]] if isinstance(given.get("content"), str) and given["content"] else []
-        return {"role": "assistant", "content": "\n".join([*texts, *(_call_text(call) for call in calls)])}
+        said = _parts(given.get("content") or [])
+        if not isinstance(said, list):
+            raise PydanticCustomError("content", "Content beside calls should be a text or a list of parts")
+        return {"role": "assistant", "content": [*said, *_parts("\n".join(map(_call_text, calls)))]}
 
 
 def _call_text(call: Any) -> str:

@@ -47,7 +47,7 @@ def test_nifti_orientations_are_nibabels_own(axis):
         affine[:3, :3] = turned * generator.uniform(0.5, 3, 3) + generator.uniform(-0.2, 0.2, (3, 3)) * (case % 2)
         canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(VALUES, affine)).get_fdata()
         index = int(generator.integers(canonical.shape[axis]))
-        expected = np.flipud(np.take(canonical, index, axis).T)
+        expected = np.flip(np.take(canonical, index, axis).T)
         content = nifti(VALUES, affine)
         for packed in (content, gzip.compress(content)):
             shown = grey(packed, axis=axis, frame=index, window=(500, 1000))
@@ -61,6 +61,11 @@ def test_nifti_with_an_sform_without_z_takes_the_qform(caplog):
         shown = grey(bytes(content))
     np.testing.assert_array_equal(shown, grey(nifti(VALUES, LAS)))
     assert "next best orientation" in caplog.text
+
+
+def test_nifti_without_directions_is_taken_to_be_stored_from_right_to_left():
+    bare = nifti(VALUES, LAS, lambda header: header.set_sform(None, 0) or header.set_qform(None, 0))
+    np.testing.assert_array_equal(grey(bare), grey(nifti(VALUES, LAS)))
 
 
 def test_complex_nifti_is_its_magnitude():

@@ -11,7 +11,9 @@ from PIL import Image
 from llava.errors import LlavaError
 from llava.image_options import parse_window
 from llava.images import describe_image, open_image
+from llava.images.convert import build_parser as convert_parser
 from llava.images.facts import plane_of
+from llava.images.info import build_parser as info_parser
 from llava.images.info import main
 from tests.tiny import make_llava
 
@@ -111,6 +113,11 @@ def test_windows_as_text():
     assert parse_window("40,80") == parse_window("40/80") == (40, 80) and parse_window("Lung") == "lung"
     with pytest.raises(LlavaError, match="--window x: give centre and width"):
         parse_window("x")
+
+
+def test_a_window_below_zero_needs_no_equals_sign():
+    for parser, words in ((info_parser(), ["ct.dcm"]), (convert_parser(), ["in", "--output-dir", "out"])):
+        assert parser.parse_args([*words, "--window", "-600,1500"]).window == "-600,1500"
 
 
 def test_the_command(tmp_path, volume, capsys):

@@ -235,7 +235,7 @@ def volume(dtype=np.int16, affine=None) -> tuple[np.ndarray, bytes]:
 def test_nifti_slice(axis, packed):
     values, content = volume()
     shown = grey(gzip.compress(content) if packed else content, axis=axis, window=(60, 120), frame=1)
-    expected = np.flipud(np.take(values, 1, axis).T)
+    expected = np.flip(np.take(values, 1, axis).T)  # as stored x, y and z go to the right, the front and the head
     assert np.abs(shown - np.clip((expected - 0) / 119 * 255, 0, 255)).max() <= 1
 
 
@@ -243,6 +243,38 @@ def test_nifti_is_brought_to_one_orientation():
     values, plain = volume()
     turned = nibabel.Nifti1Image(values[::-1], np.diag([-1, 1, 1, 1])).to_bytes()
     np.testing.assert_array_equal(grey(turned), grey(plain))
+
+
+@pytest.mark.parametrize(
+    ("axis", "directions", "words"),
+    [
+        (0, [0, 1, 0, 0, 0, -1], "head is up, front is left"),
+        (1, [1, 0, 0, 0, 0, -1], "head is up, the patient's left is right"),
+        (2, [1, 0, 0, 0, 1, 0], "front is up, the patient's left is right"),
+    ],
+    ids=["sagittal", "coronal", "axial"],
+)
+def test_a_patient_looks_the_same_in_nifti_and_dicom(axis, directions, words):
+    """A spot on his left, in front, near the head; `directions` as DICOM files are commonly stored."""
+    body = np.zeros((8, 9, 10), np.int16)
+    body[1, 6, 8] = 100  # RAS+
+    content = nibabel.Nifti1Image(body, np.eye(4)).to_bytes()
+    index = (1, 6, 8)[axis]
+    # DICOM's axes go to the left, the back and the head.
+    along = {"across": directions[:3], "down": directions[3:]}
+    right, down = (np.array(each) * (-1, -1, 1) for each in along.values())
+    rows, columns = body.shape[np.abs(down).argmax()], body.shape[np.abs(right).argmax()]
+    start = np.array([1, 6, 8])
+    for step in (right, down):
+        place = np.abs(step).argmax()
+        start[place] = 0 if step[place] > 0 else body.shape[place] - 1
+    pixels = np.array([[body[tuple(start + down * y + right * x)] for x in range(columns)] for y in range(rows)])
+    position = [float(value) for value in start * (-1, -1, 1)]
+    scan = dicom(pixels.astype(np.int16), ImageOrientationPatient=directions, ImagePositionPatient=position)
+    shown = grey(content, axis=axis, frame=index, window=(50, 100))
+    np.testing.assert_array_equal(shown, grey(scan, window=(50, 100)))
+    assert np.count_nonzero(shown) == 1
+    assert describe_image(content, axis=axis).shown[-1] == f"turned upright: {words}"
 
 
 def test_nifti_middle_slice_first_time_and_version_2():

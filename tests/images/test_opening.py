@@ -50,6 +50,18 @@ def test_16_bit_is_scaled_not_clipped(format, bits):
     assert len(np.unique(image)) == 256
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("interpretation", [0, 1], ids=["white is 0", "black is 0"])
+def test_a_tiff_says_which_end_is_white(bits, interpretation):
+    levels = np.array([[0, 2**16 - 1, 2**15]]) >> (16 - bits)
+    content = levels.astype(f"<u{bits // 8}").tobytes()
+    tags = {256: 3, 257: 1, 258: bits, 259: 1, 262: interpretation, 273: 8, 277: 1, 278: 1, 279: len(content)}
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHLL", tag, 4, 1, tags[tag]) for tag in tags)
+    tiff = b"II*\0" + struct.pack("<L", 8 + len(content)) + content + directory + bytes(4)
+    shown = pixels(tiff)[0, :, 0].astype(int)
+    np.testing.assert_allclose(shown if interpretation else 255 - shown, [0, 255, 128], atol=1)
+
+
 def test_16_bit_file_with_8_bit_values_keeps_them():
     assert (pixels(encoded(Image.fromarray(RAMP.astype(np.uint16))))[..., 0] == RAMP).all()
 
@@ -129,6 +141,14 @@ def test_data_url():
         np.testing.assert_array_equal(pixels(url)[..., 0], RAMP)
     np.testing.assert_array_equal(np.asarray(open_uploaded_image(text))[..., 0], RAMP)
     np.testing.assert_array_equal(np.asarray(open_uploaded_image(data))[..., 0], RAMP)
+
+
+@pytest.mark.timeout(60)
+def test_a_data_url_that_is_none_is_refused_at_once():
+    """A pattern that looks for its end from everywhere would take hours."""
+    for url in ("data:" + "a" * 10**6, "data:image/png" + ";a=b" * 10**6, "data:a;" + "a" * 10**6):
+        with pytest.raises(LlavaError, match="this one hasn't"):
+            open_uploaded_image(url)
 
 
 def test_pillow_image_of_any_mode():

@@ -126,8 +126,11 @@ def test_without_the_extra_one_line_names_it(slide, tmp_path):
         ("a.vmu", "a.vmu", "[Uncompressed Virtual Microscope Specimen]\nmapfile = /etc/passwd\n"),
         ("a.mrxs", "a/Slidedat.ini", "[DATAFILE]\nFILE_COUNT = 1\nFILE_0 = ..\\Data0000.dat\n"),
         ("a.vms", "a.vms", "\n" * (2 << 20)),
+        ("a.vms", "a.vms", "ImageFile" + " " * 500_000 + "\nMapFile=/etc/passwd\n"),
     ],
+    ids=["a folder beside", "an absolute path", "another system's path", "too long", "a line of blanks"],
 )
+@pytest.mark.timeout(60)
 def test_an_index_names_files_beside_it_alone(name, index, content, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / name).write_bytes(b"\xff\xd8 a thumbnail" if name != index else b"")

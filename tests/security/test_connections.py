@@ -101,7 +101,14 @@ def test_slow_and_silent_clients_are_sent_away(stack):
             assert said.is_closed and said.error == "request_timeout", (piece, name, said.content[-300:])
 
 
-LIMITS = {"head_seconds": 1, "body_seconds": 1, "body_rate": 1000, "read_seconds": 1, "connections": 20}
+LIMITS = {
+    "head_seconds": 1,
+    "body_seconds": 1,
+    "body_rate": 1000,
+    "read_seconds": 1,
+    "pipelined": 20,
+    "connections": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +133,12 @@ def test_requests_sent_together_are_answered_in_order(limited):
     said = send(limited.port, parts)
     bodies = [part.partition(b"}")[0] for part in said.content.split(b"{")[1:]]
     assert len(bodies) == 3 and b'"body": 3' in bodies[1] and b"running" in bodies[2]
+
+
+def test_requests_that_wait_for_answers_to_others_are_counted(limited):
+    """Those beyond are not read, and the connection ends with the last answer."""
+    said = send(limited.port, head() * 5000, seconds=20)
+    assert said.is_closed and 20 <= said.content.count(b"HTTP/1.1 200") <= 21
 
 
 def test_an_answer_is_not_broken_by_what_comes_after_it(limited):

@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class FakeWorker:
     """Runs in a thread; `requests` holds (path, headers, body) of what it was asked. `on_status` is called
-    before a status is told."""
+    before a status is told. With `refusal` (HTTP's status, JSON) it answers nothing else to a question."""
 
-    def __init__(self, models=("m",), speed=1, queue_length=0, words=("a", "b", "c"), break_after=None, delay=0.0):
+    def __init__(
+        self, models=("m",), speed=1, queue_length=0, words=("a", "b", "c"), break_after=None, delay=0.0, refusal=None
+    ):
         self.on_status = lambda: None
         self.status = {"model_names": list(models), "speed": speed, "queue_length": queue_length}
         self.words, self.break_after, self.delay = words, break_after, delay
@@ -27,8 +29,10 @@ class FakeWorker:
                 worker.requests.append((self.path, dict(self.headers), body))
                 if self.path == "/worker_get_status":
                     worker.on_status()
-                    content = json.dumps(worker.status).encode()
-                    self.send_response(200)
+                if self.path == "/worker_get_status" or refusal:
+                    code, said = (200, worker.status) if self.path == "/worker_get_status" else refusal
+                    content = json.dumps(said).encode()
+                    self.send_response(code)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
                     self.wfile.write(content)

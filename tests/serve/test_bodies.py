@@ -1,13 +1,16 @@
 """Bodies that aim at the reader: every server refuses them in words, stays up, and doesn't grow."""
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 
 import httpx
 import pytest
 
-from llava.serve.protocol import ServeError, split_chunks
+from llava.serve.api.choices import MOST_UNREAD, Choices
+from llava.serve.api.metrics import Metrics
+from llava.serve.protocol import ErrorType, ServeError, split_chunks
 from llava.serve.secret import HEADER
 from llava.serve.transport.bodies import MOST_VALUES, parse_json, written
 from llava.serve.transport.middleware import RequestMiddleware
@@ -178,3 +181,45 @@ def test_a_length_that_is_no_number_is_refused(length):
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": [(b"content-length", length)]}
     asyncio.run(RequestMiddleware(None, lambda headers: None)(scope, receive, send))
     assert sent[0]["status"] == 413
+
+
+def test_workers_wait_for_a_client_that_does_not_read():
+    """Each step of an answer holds its text so far."""
+
+    class Talkative:
+        said = 0
+
+        async def generate(self, body):
+            for number in range(1, 1001):
+                self.said = number
+                yield {"text": "word " * number, "finish_reason": "stop" if number == 1000 else None, "usage": {}}
+
+    async def read_slowly():
+        client = Talkative()
+        async with contextlib.aclosing(Choices(client, [{}], Metrics()).steps()) as steps:
+            await anext(steps)
+            for _ in range(2000):
+                await asyncio.sleep(0)
+            unread = client.said
+            rest = [step.delta async for step in steps]
+        return unread, rest
+
+    unread, rest = asyncio.run(read_slowly())
+    assert unread <= MOST_UNREAD + 2 and len(rest) == 999 and rest[-1] == "word "
+
+
+def test_an_answer_that_fails_is_raised_behind_what_was_said():
+    class Failing:
+        async def generate(self, body):
+            for number in range(1, 101):
+                yield {"text": "word " * number}
+            raise ServeError(ErrorType.WORKER_LOST)
+
+    async def read():
+        said = []
+        with pytest.raises(ServeError, match="stopped while it was answering"):
+            async for step in Choices(Failing(), [{}], Metrics()).steps():
+                said.append(step.delta)
+        return said
+
+    assert len(asyncio.run(read())) == 100

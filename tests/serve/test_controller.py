@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from llava.serve import controller as controller_module
+from llava.serve import model_worker
 from llava.serve.client import ServingClient
 from llava.serve.protocol import split_chunks
 from llava.serve.secret import HEADER
@@ -139,6 +141,28 @@ def test_a_worker_lost_in_the_middle_is_said(controller):
     assert chunks[-1]["error_type"] == "worker_lost"
     assert chunks[-1]["request_id"].startswith("req-")
     post(controller, "/refresh_all_workers")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "tries_another"), [(503, "server_busy", True), (413, "too_large", False), (500, None, True)]
+)
+def test_what_a_worker_refuses_is_passed_on(controller, status, kind, tries_another):
+    """Another worker may have a place; to what is too large all say the same."""
+    said = {"error": {"type": kind, "message": "The words of the worker."}} if kind else {"detail": "?"}
+    with FakeWorker(refusal=(status, said)) as worker, FakeWorker(refusal=(status, said)) as other:
+        register(controller, worker)
+        register(controller, other)
+        (chunk,) = stream(controller, model="m")
+        assert chunk["error_type"] == (kind or "worker_lost")
+        assert (chunk["text"] == "The words of the worker.") is bool(kind)
+        asked = [each for each in (worker, other) if any("stream" in path for path, *_ in each.requests)]
+        assert len(asked) == (2 if tries_another else 1)
+    post(controller, "/refresh_all_workers")
+
+
+def test_it_waits_longer_than_a_worker():
+    """An answer that comes whole may be silent for as long as a worker lets it take."""
+    assert model_worker.build_parser().get_default("request_timeout") < controller_module.READ_TIMEOUT
 
 
 def test_refresh_keeps_the_living(controller):

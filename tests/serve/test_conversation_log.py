@@ -105,6 +105,17 @@ def test_what_is_kept(controller, tmp_path):
     assert "streamed" not in (tmp_path / "stderr").read_text()
 
 
+def test_the_answer_to_a_ready_prompt_is_kept_without_it(controller, tmp_path):
+    folder = tmp_path / "log"
+    with start_api(controller, "--conversation-log", str(folder)) as api:
+        body = {"model": "scripted", "prompt": "How many?"}
+        reply = httpx.post(api.url + "/v1/completions", json=body, headers=HEADERS, timeout=60)
+        wait_until(lambda: lines_in(folder), 60)
+    (record,) = records_in(folder)
+    assert record["prompt"] == "How many?" and record["answer"] == reply.json()["choices"][0]["text"].lstrip()
+    assert record["answer"] and not record["answer"].startswith("How many?")
+
+
 def test_nothing_is_kept_or_said_unless_asked_for(controller, tmp_path):
     with start_api(controller, log=tmp_path / "stderr") as api:
         reply = ask(api, "what is shown?")

@@ -7,6 +7,7 @@ import pytest
 from llava.conversation import get_template
 from llava.sampling_params import SamplingFields, SamplingParams, sliders
 from llava.serve.api.chat import ChatRequest
+from llava.serve.api.responses import InputItem
 from llava.serve.job import Message, read_job, to_conversation
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.request_models import MAX_TEXT, GenerateRequest
@@ -131,6 +132,27 @@ def test_what_is_no_request_is_refused_in_words(body, words):
 def test_what_a_model_said_is_no_place_for_a_image():
     messages = read_turns(USER, {"role": "assistant", "content": "I see <image>."}, USER)
     assert messages[1].text == "I see < image>."
+
+
+@pytest.mark.parametrize("content", ["I look.", [{"type": "text", "text": "I look."}], "", None, []])
+def test_what_is_said_beside_a_call_is_kept(content):
+    call = {"function": {"name": "point", "arguments": "{}"}}
+    _, said, _ = read_turns(USER, {"role": "assistant", "content": content, "tool_calls": [call]}, USER)
+    assert said.text == ("I look.\n" if content else "") + '{"name":"point","arguments":{}}'
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ("7 mm", "7 mm"),
+        ([{"type": "input_text", "text": "7 mm"}, {"type": "input_image", "image_url": PNG}], "7 mm\n<image>"),
+    ],
+    ids=["a text", "parts"],
+)
+def test_what_a_function_gave_back_is_read_whole(output, text):
+    item = InputItem.model_validate({"type": "function_call_output", "call_id": "c", "output": output})
+    (turn,) = read_turns(item.message(0))
+    assert turn.text == text and len(turn.images) == text.count("<image>")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1/x.png", "https://h/x", "file:///etc/passwd", "/etc/passwd"])

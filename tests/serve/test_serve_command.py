@@ -101,6 +101,15 @@ def test_a_port_that_cannot_be_is_named(module, given, capsys):
     assert f"{flag}: expected a port from 0 to 65535, got {given}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("host", "near"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("10.0.0.7", "10.0.0.7")]
+)
+def test_servers_are_asked_where_they_listen(host, near):
+    module = importlib.import_module("llava.serve.__main__")
+    servers = module._servers(module.build_parser().parse_args(["--model-path", "x", "--host", host]), [])
+    assert [server.url for server in servers[-2:]] == [f"http://{near}:8000", f"http://{near}:7860"]
+
+
 def test_workers_need_ports_above_the_first():
     with pytest.raises(LlavaError, match="--worker-port 65535: 2 workers"):
         importlib.import_module("llava.serve.__main__").main(

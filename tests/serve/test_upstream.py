@@ -2,6 +2,7 @@
 
 import dataclasses
 import queue
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,8 +11,9 @@ import httpx
 import pytest
 
 from llava.serve.job import Message, read_job
-from llava.serve.protocol import ErrorType, split_chunks
+from llava.serve.protocol import ErrorType, ServeError, split_chunks
 from llava.serve.secret import HEADER
+from llava.serve.worker import upstream_backend
 from llava.serve.worker.upstream_backend import UpstreamBackend, to_request
 from tests.serve.processes import Process, wait_until
 from tests.serve.test_openai_api import data_url, get
@@ -143,6 +145,39 @@ def test_images_go_on_as_png_in_their_places():
     assert all(part["image_url"]["url"].startswith("data:image/png;base64,iVBOR") for part in parts[::2])
     assert (request["temperature"], request["top_p"], request["max_tokens"]) == (0.0, 1.0, 256)
     assert request["extra_body"] == {"stop": ["###"], "seed": 3, "top_k": 5}, "nothing that is at its default"
+
+
+def test_images_that_grow_too_large_as_png_are_refused(monkeypatch):
+    """A JPEG may become twenty times as long."""
+    monkeypatch.setattr(upstream_backend, "MOST_SENT", 3 * len(data_url()))
+    job = read_job({"messages": [{"role": "user", "content": "x"}]})
+
+    def request(count):
+        message = Message("user", "<image>\n" * count, (data_url(),) * count)
+        return to_request(dataclasses.replace(job, messages=(message, message)), "m")
+
+    assert len(request(1)["messages"]) == 2
+    with pytest.raises(ServeError, match="as PNG, as they are sent on") as caught:
+        request(2)
+    assert caught.value.error_type is ErrorType.TOO_LARGE
+
+
+def test_images_of_all_requests_have_a_total(monkeypatch):
+    """Those that wait for a silent server too; what is given up gives its place back."""
+    monkeypatch.setattr(upstream_backend, "MOST_HELD", 2 * len(data_url()) + 10)
+    pieces = queue.Queue()
+    content = [{"type": "image_url", "image_url": {"url": data_url()}}, {"type": "text", "text": "?"}]
+    job = read_job({"messages": [{"role": "user", "content": content}]})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        backend = UpstreamBackend(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "m")
+        cancel, _ = backend.submit(job, pieces.put), backend.submit(job, pieces.put)
+        with pytest.raises(ServeError) as caught:
+            backend.submit(job, pieces.put)
+        assert caught.value.error_type is ErrorType.QUEUE_FULL
+        cancel()
+        assert pieces.get(timeout=30).error.error_type is ErrorType.CANCELLED
+        backend.submit(job, pieces.put)()
+        backend.close()
 
 
 def test_either_a_checkpoint_or_a_server():

@@ -18,15 +18,18 @@ from PIL import Image
 from starlette.routing import Mount
 
 from llava.errors import LlavaError
+from llava.records import iter_records
 from llava.serve import gradio_web_server
 from llava.serve.api.keys import read_keys
 from llava.serve.client import ServingClient
+from llava.serve.daily_log import DailyLog
 from llava.serve.decoding.pool import DecodingPool
 from llava.serve.gradio_web_server import build_parser
 from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
 from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
 from llava.serve.web.page import CALLS_NOTED, MOST_SESSIONS, Page, PageOptions, build_page
 from llava.serve.web.parts.examples import EXAMPLES, draw_example
+from llava.serve.web.parts.votes import Votes
 from llava.serve.web.sessions import Sessions
 from tests.serve.processes import Process
 
@@ -186,6 +189,18 @@ def test_a_model_that_is_chosen_later_gets_the_conversation_so_far():
     assert chat.record()["turns"][0]["images"] == [f"sha256:{image.sha256}"]
 
 
+def test_images_of_a_question_without_an_answer_go_with_the_next_one():
+    """The page goes on showing them."""
+    image, other = (UploadedImage.from_bytes(draw_example(name)) for name in ("chest", "tissue"))
+    failed = Exchange("What is it?", (image,), [Reply("m", error="The queue is full."), None])
+    chat = Chat([failed, Exchange("And the left lung?", (other,), [Reply("m", "Clear."), None]), Exchange("Sure?")])
+    first, _, last = chat.messages(0)
+    assert [part.get("text") for part in first["content"]] == [None, None, "And the left lung?"]
+    assert [part["image_url"]["url"] for part in first["content"][:2]] == [image.url, other.url]
+    assert [part["text"] for part in last["content"]] == ["Sure?"]
+    assert chat.sent(0) == chat.images() == [image, other]
+
+
 def test_what_is_typed_is_shown_as_typed_and_errors_have_an_id():
     reply = Reply("m", error="The queue is full.", request_id="req-1")
     chat = Chat([Exchange("<img src=x onerror=alert(1)>", (), [reply, None])])
@@ -223,6 +238,28 @@ def test_what_the_page_is_made_of_is_decided_by_flags(tmp_path):
     middleware, page, text = pages(*words)
     assert "<strong>LLaVA-Med</strong>" not in text and "are kept on this server for 9 days" in text
     assert page._queue.default_concurrency_limit == 3 and middleware.embed
+
+
+def test_a_vote_is_kept_once(tmp_path):
+    """Each one holds the whole conversation."""
+    tmp_path.chmod(0o700)
+    with gr.Blocks():
+        votes = Votes(DailyLog(tmp_path, 30))
+    chat = Chat([Exchange("Is it?", (), [Reply("m", "Yes."), None], asked="2026-11-28T07:00:00+00:00")])
+
+    async def vote(*names):
+        for name in names:
+            await votes._handler(name)(chat)
+
+    def kept():
+        return [record["vote"] for path in tmp_path.glob("*.jsonl") for record in iter_records(path)]
+
+    one, other = list(votes.buttons)[:2]
+    asyncio.run(vote(one, one, other, one))
+    assert kept() == [one, other]
+    chat.exchanges.append(Exchange("Sure?", (), [Reply("m", "No."), None]))
+    asyncio.run(vote(one))
+    assert kept() == [one, other, one]
 
 
 def test_of_visitors_who_have_gone_little_is_kept():

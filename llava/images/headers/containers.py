@@ -25,8 +25,9 @@ _MAX_TAGS = 4096
 _MAX_TAG_VALUES = 250_000
 _MAX_TAG_BYTES = 16 << 20
 _PIXELS_OF_SMALL_TILES = 1 << 22
-_SIZE_TAGS = {256: 0, 257: 0, 258: 0, 277: 1, 278: 0, 322: 0, 323: 0, 274: 0}
-"""Width, height, bits, samples, rows of a strip, a tile's width and height, orientation; their values where absent."""
+_SIZE_TAGS = {256: 0, 257: 0, 258: 0, 262: 1, 277: 1, 278: 0, 322: 0, 323: 0, 274: 0}
+"""Width, height, bits, which value is white, samples, rows of a strip, a tile's width and height, orientation;
+their values where absent."""
 _ORIENTATION, _XMP = 274, 700
 _HIDDEN_TAGS = frozenset({_ORIENTATION, _XMP, 330, 34665, 34853, 40965})
 """Pillow would turn the image by the first two itself, and read all directories at which the others point (smaller
@@ -43,6 +44,8 @@ class Container:
     kind: str
     content: bytes
     orientation: int = 1
+    is_white_zero: bool = False
+    """Of a TIFF: whether its least value is white."""
 
 
 def read_container(content: bytes, name: str, limits: Limits) -> Container | None:
@@ -168,7 +171,7 @@ def _read_tiff(content: bytes, name: str, limits: Limits) -> Container:
         raise ImageError(
             f"{name}: a TIFF of {width} × {height} pixels in tiles of {tile_width} × {tile_height} isn't read"
         )
-    return Container("TIFF", _without_numbers(content, hidden), orientation)
+    return Container("TIFF", _without_numbers(content, hidden), orientation, sizes[262] == 0)
 
 
 def _without_numbers(content: bytes, places: list[int]) -> bytes:

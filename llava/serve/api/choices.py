@@ -10,6 +10,8 @@ from typing import Any
 from llava.serve.api.metrics import Metrics
 from llava.serve.client import ServingClient
 
+MOST_UNREAD = 16
+"""Steps of a request that wait for its client, each with the text so far; then its workers wait too."""
 COPIES_BYTES = 64 << 20
 """Of a request's body, which workers get once for each of its choices: with more than these, one after another."""
 
@@ -65,9 +67,10 @@ class Choices:
             ServeError: see `whole`.
         """
         queue: asyncio.Queue[Choice | BaseException] = asyncio.Queue()
+        room = asyncio.Semaphore(MOST_UNREAD)
         whole: list[Choice] = []
         with self.metrics.in_flight.track_inprogress():
-            tasks = [asyncio.create_task(self._feed(index, queue)) for index in range(len(self.bodies))]
+            tasks = [asyncio.create_task(self._feed(index, queue, room)) for index in range(len(self.bodies))]
             for task in tasks:
                 task.add_done_callback(lambda done: _pass_on(done, queue))
             try:
@@ -75,6 +78,7 @@ class Choices:
                     choice = await queue.get()
                     if isinstance(choice, BaseException):
                         raise choice
+                    room.release()
                     if choice.is_whole:
                         whole.append(choice)
                     yield choice
@@ -91,8 +95,9 @@ class Choices:
         choice.logprobs = logprobs
         return choice
 
-    async def _feed(self, index: int, queue: asyncio.Queue) -> None:
+    async def _feed(self, index: int, queue: asyncio.Queue, room: asyncio.Semaphore) -> None:
         async for choice in self._growing(index):
+            await room.acquire()
             queue.put_nowait(choice)
 
     async def _growing(self, index: int) -> AsyncIterator[Choice]:

@@ -28,12 +28,17 @@ class Key:
     tokens: float = 0.0
     filled: float = 0.0
 
+    @property
+    def most(self) -> float:
+        """Tokens that a key keeps: at least the one that a request takes."""
+        return max(1.0, self.per_minute or 0.0)
+
     def take(self, now: float) -> float:
         """0 if a request may pass, else the seconds until one may."""
         if self.per_minute is None:
             return 0.0
         rate = self.per_minute / 60
-        self.tokens = min(self.per_minute, self.tokens + (now - self.filled) * rate)
+        self.tokens = min(self.most, self.tokens + (now - self.filled) * rate)
         self.filled = now
         if self.tokens < 1:
             return (1 - self.tokens) / rate
@@ -50,7 +55,7 @@ class Keys:
         self.clock = clock
         for key in self.keys:
             key.per_minute = key.per_minute if key.per_minute is not None else per_minute
-            key.tokens, key.filled = key.per_minute or 0.0, clock()
+            key.tokens, key.filled = key.most, clock()
 
     def authorize(self, headers: dict[str, str]) -> ServeError | None:
         """For the middleware: None, or what to answer to a request without one of the keys."""
@@ -89,6 +94,8 @@ def read_keys(path: str | None, per_minute: float | None) -> Keys:
     Raises:
         LlavaError: the file is missing, open to others, or has a line that is no key.
     """
+    if per_minute is not None and not 0 < per_minute < 1e9:
+        raise LlavaError(f"--requests-per-minute {per_minute:g}: give a number above 0")
     if path is None:
         values = [value.strip() for value in os.environ.get(VARIABLE, "").split(",") if value.strip()]
         keys = [_key(f"key{number}", value, None, f"${VARIABLE}") for number, value in enumerate(values, 1)]
@@ -118,6 +125,8 @@ def read_keys(path: str | None, per_minute: float | None) -> Keys:
 def _key(name: str, value: str, per_minute: str | None, where: str) -> Key:
     if len(value) < MIN_LENGTH:
         raise LlavaError(f"{where}: a key has at least {MIN_LENGTH} characters")
+    if not value.isascii():
+        raise LlavaError(f"{where}: a key has letters and digits of ASCII only, or no client can send it")
     try:
         limit = None if per_minute is None else float(per_minute)
     except ValueError as error:

@@ -1,5 +1,7 @@
 """What the API tells Prometheus: requests, errors, time to first token, tokens; and the workers' own gauges."""
 
+import hashlib
+import secrets
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,6 +14,7 @@ class Metrics:
 
     def __init__(self):
         self.registry = registry = CollectorRegistry()
+        self.key = secrets.token_bytes(16)
         self.requests = Counter("llava_requests", "Requests answered", ["model", "status"], registry=registry)
         self.errors = Counter("llava_errors", "Errors by type", ["type"], registry=registry)
         self.in_flight = Gauge("llava_requests_in_flight", "Requests being answered", registry=registry)
@@ -41,16 +44,18 @@ class Metrics:
 
     def text(self, workers: list[dict[str, Any]]) -> bytes:
         """The exposition, with the workers' stats as of now (queue_length, running, ...)."""
-        return generate_latest(self.registry) + generate_latest(_of_workers(workers))
+        return generate_latest(self.registry) + generate_latest(_of_workers(workers, self.key))
 
 
-def _of_workers(workers: list[dict[str, Any]]) -> CollectorRegistry:
+def _of_workers(workers: list[dict[str, Any]], key: bytes) -> CollectorRegistry:
     registry = CollectorRegistry()
     ready = Gauge("llava_workers", "Workers that answer", registry=registry)
     ready.set(len(workers))
     gauges: dict[str, Gauge] = {}
     for worker in workers:
-        labels = (worker["address"], ",".join(worker["model_names"]))
+        # Who holds an API key learns no address.
+        label = hashlib.blake2b(worker["address"].encode(), key=key, digest_size=6).hexdigest()
+        labels = (label, ",".join(worker["model_names"]))
         for name, value in (worker["stats"] or {"queue_length": worker["queue_length"]}).items():
             if name not in gauges:
                 words = name.replace("_", " ")

@@ -48,14 +48,19 @@ class InputItem(Fields):
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = Field(None, max_length=MAX_TEXT)
-    output: Any = None
+    output: Annotated[
+        list[InputPart] | None,
+        BeforeValidator(_parts, json_schema_input_type=str | list[InputPart] | None),
+        at_most(MAX_PARTS),
+    ] = None
 
     def message(self, place: int) -> dict[str, Any]:
         """As one of OpenAI's chat messages."""
         if self.type == "function_call":
             return {"role": "assistant", "tool_calls": [{"function": {"name": self.name, "arguments": self.arguments}}]}
         if self.type == "function_call_output":
-            return {"role": "tool", "content": self.output if isinstance(self.output, str) else "", "tool_call_id": ""}
+            parts = [_chat_part(part) for part in self.output or ()]
+            return {"role": "tool", "content": parts or "", "tool_call_id": ""}
         if self.role is None or self.content is None:
             raise ServeError(ErrorType.BAD_REQUEST, f"input.{place}: a message needs role and content")
         return {"role": self.role, "content": [_chat_part(part) for part in self.content]}

@@ -47,6 +47,8 @@ class ConnectionLimits:
     body_seconds: float = 10.0
     read_seconds: float = 60.0
     """How long a client may leave an answer unread."""
+    pipelined: int = 100
+    """Requests that wait for the answer to an earlier one of their connection; those after them aren't read."""
     connections: int = 2000
     """Of one server; `llava.serve.transport.server` keeps it below the number of files a process may open."""
 
@@ -160,6 +162,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.headers) > self.limits.headers:
             self._refuse(ServeError(ErrorType.HEADERS_TOO_LARGE))
+        if not self.has_ended and len(self.pipeline) >= self.limits.pipelined:
+            self.has_ended = True
+            self.cycle.keep_alive = False  # the connection ends with the last answer
         if self.has_ended:
             return
         self.in_head = False

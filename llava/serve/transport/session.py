@@ -6,6 +6,8 @@ from llava.serve.protocol import KEEP_ALIVE_SECONDS
 from llava.serve.secret import headers
 
 CONNECT_TIMEOUT = 5.0
+READ_TIMEOUT = 600.0
+"""Between two pieces of an answer, or for one that comes whole; the worker's own limit comes first."""
 MOST_SHORT = 4 << 20
 """Bytes of a reply that tells how a server is."""
 

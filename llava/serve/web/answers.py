@@ -80,7 +80,7 @@ async def _fill(
         async with contextlib.aclosing(client.generate(body)) as chunks:
             async for chunk in chunks:
                 reply.text = chunk["text"].lstrip()
-                reply.token_ids += chunk.get("token_ids", ())
+                reply.token_ids += chunk.get("token_ids") or ()
                 reply.seconds = time.monotonic() - began
                 if reply.first_seconds is None and reply.text:
                     reply.first_seconds = reply.seconds

@@ -131,7 +131,11 @@ class Chat:
     """How many uploads are being read."""
     running: bool = False
     stopping: bool = False
+    is_cleared: bool = False
+    """Whether another conversation has taken its place: it is shown no more."""
     shows_speed: bool = False
+    votes: set[tuple[str, int, str]] = field(default_factory=set)
+    """What was voted, on which question, asked when."""
 
     def images(self) -> list[UploadedImage]:
         """Those of all questions and of the one being written."""
@@ -152,9 +156,9 @@ class Chat:
         """What a worker gets: the conversation so far and the last question. What this side hasn't answered, as a model
         that was chosen later, stands there with the other side's answer."""
         messages = []
-        for exchange, said in self._told(side):
+        for exchange, images, said in self._told(side):
             is_last = exchange is self.exchanges[-1]
-            content = [*(image.part() for image in exchange.images), {"type": "text", "text": exchange.text}]
+            content = [*(image.part() for image in images), {"type": "text", "text": exchange.text}]
             messages.append({"role": "user", "content": content})
             if not is_last:
                 messages.append({"role": "assistant", "content": said})
@@ -162,14 +166,18 @@ class Chat:
 
     def sent(self, side: int) -> list[UploadedImage]:
         """The images of `messages`."""
-        return [image for exchange, _ in self._told(side) for image in exchange.images]
+        return [image for _, images, _ in self._told(side) for image in images]
 
-    def _told(self, side: int) -> Iterator[tuple[Exchange, str]]:
-        """What a worker is told of, with the answer that stands for its own."""
+    def _told(self, side: int) -> Iterator[tuple[Exchange, tuple[UploadedImage, ...], str]]:
+        """What a worker is told of, with its images and the answer that stands for its own. A question without an
+        answer is left out; its images, which the page still shows, go with the next one."""
+        images: tuple[UploadedImage, ...] = ()
         for exchange in self.exchanges:
+            images += exchange.images
             texts = [reply.text for reply in (exchange.replies[side], *exchange.replies) if reply and reply.text]
             if texts or exchange is self.exchanges[-1]:
-                yield exchange, texts[0] if texts else ""
+                yield exchange, images, texts[0] if texts else ""
+                images = ()
 
     def shown(self, side: int) -> "list[MessageDict | Message]":
         """What the page shows on one side, as the chat component takes it."""

@@ -1,20 +1,27 @@
 """How much of the server's memory all visitors' conversations may take together, and the drawn views in the rest."""
 
+import asyncio
 import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from llava.errors import ImageError
 from llava.serve.decoding.pool import DecodingPool, in_thread
+from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.web.chat_state import UploadedImage
 from llava.serve.web.scans import DrawnView, Scan
 
 PER_VISITOR = 64 << 20
 """Bytes of drawn views that are kept for a visitor: some 1,000 slices of 512 x 512 with noise."""
 BYTES_PER_CHARACTER = 16
 """Of a conversation's texts: themselves, and escaped in what gradio keeps of the two sides that it has shown."""
+MOST_LOOKS, MOST_WAITING = 4, 64
+"""Of a visitor: drawn at the same time, for all share the threads and processes that open images; waiting for it. A
+page asks for one slice at a time, and for a view with each of its sliders."""
 LOOK_SECONDS = 20.0
 """For a view, with waiting for those of others."""
 
@@ -52,6 +59,14 @@ class MemoryBudget:
             self.taken -= size
 
 
+@dataclass
+class _Looks:
+    """Of a visitor: those that are drawn or wait, and the turns to be drawn."""
+
+    wanted: int = 0
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LOOKS))
+
+
 class DrawnViews:
     """Draws views of scans, and keeps them with their scans, so that a slice seen before isn't drawn anew. They take
     what a budget has left; the one used least recently goes first: for another image of anybody's, or beyond
@@ -62,6 +77,7 @@ class DrawnViews:
         self._scans: weakref.WeakValueDictionary[str, Scan] = weakref.WeakValueDictionary()
         self._kept: weakref.WeakSet[DrawnView] = weakref.WeakSet()
         self._uses = itertools.count(1)
+        self._looks: dict[str, _Looks] = {}
         budget.make_way = self._forget_oldest
 
     def add(self, scan: Scan, visitor: str) -> None:
@@ -78,11 +94,31 @@ class DrawnViews:
         """`Scan.draw`; what is drawn anew is kept.
 
         Raises:
-            LlavaError, ServeError: it can't be opened, or there is no such slice.
+            LlavaError, ServeError: it can't be opened, there is no such slice, or the visitor wants too many at once.
         """
-        view = await in_thread(scan.draw, self.pool, place, seconds=LOOK_SECONDS)
+        async with self._turn(scan.visitor):
+            view = await in_thread(scan.draw, self.pool, place, seconds=LOOK_SECONDS)
         self.keep(view, scan)
         return view
+
+    async def image(self, scan: Scan) -> UploadedImage:
+        """`Scan.view`; raises as `draw`."""
+        async with self._turn(scan.visitor):
+            return await in_thread(scan.view, self.pool, seconds=LOOK_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, visitor: str) -> AsyncIterator[None]:
+        looks = self._looks.setdefault(visitor, _Looks())
+        if looks.wanted >= MOST_LOOKS + MOST_WAITING:
+            raise ServeError(ErrorType.QUEUE_FULL)
+        looks.wanted += 1
+        try:
+            async with looks.turns:
+                yield
+        finally:
+            looks.wanted -= 1
+            if not looks.wanted:
+                del self._looks[visitor]
 
     def keep(self, view: DrawnView, scan: Scan) -> None:
         """Keep a view of `scan`, which was added, that was just used. One that finds no space isn't kept."""

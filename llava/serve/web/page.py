@@ -251,7 +251,7 @@ class Page:
         await self.incoming.take(chat, box["files"] or [], request)
         await all_read(chat)
         await self.incoming.on_taken(chat)
-        if chat.refused or not text:
+        if not chat.is_cleared and (chat.refused or not text):
             gr.Warning("A file was refused: add another one, or go on without it." if text else "Write a question too.")
             yield [*self._show(chat, chosen[0], box={"text": text, "files": []}), *await self._desk(chat, chosen[0])]
             return
@@ -261,7 +261,7 @@ class Page:
             images = [*chat.draft, *await self.scan.views(chat)]
         except (LlavaError, ServeError) as error:
             raise _error(str(error), "The image can't be used") from error
-        if await _is_busy(chat):  # with a question that was sent twice
+        if await _is_busy(chat) or chat.is_cleared:  # a question that was sent twice, or is gone
             yield self._unchanged()
             return
         exchange = Exchange(text, tuple(images))
@@ -304,13 +304,14 @@ class Page:
             *controls, seen = await self._desk(chat, model)
             # The attention map is the last answer's.
             desk = [*controls, gr.HTML(seen, attention="")]
-            if not chat.stopping:  # or the question was taken back meanwhile
+            if not chat.stopping and not chat.is_cleared:  # or the question was taken back meanwhile
                 async for _ in answer(self.client, chat, models, sampling, self.drawn.budget):
-                    yield [*self._show(chat, model, box, running=True), *desk]
+                    if not chat.is_cleared:
+                        yield [*self._show(chat, model, box, running=True), *desk]
                     box, desk = None, self._unchanged()[-len(desk) :]
         finally:
             chat.running = False
-        yield [*self._show(chat, model), *desk]
+        yield self._unchanged() if chat.is_cleared else [*self._show(chat, model), *desk]
 
     async def on_stop(self, chat: Chat):
         chat.stopping = True
@@ -328,7 +329,7 @@ class Page:
         return [*self._show(chat, model, box={"text": text, "files": []}), *await self._desk(chat, model)]
 
     async def on_clear(self, chat: Chat, model: str | None):
-        chat.stopping = True
+        chat.stopping = chat.is_cleared = True
         new = Chat(is_compared=chat.is_compared, shows_speed=chat.shows_speed)
         return [*self._show(new, model, box={"text": "", "files": []}), *await self._desk(new, model)]
 

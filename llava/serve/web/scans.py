@@ -3,8 +3,9 @@
 A scan is in the server's memory alone, as the conversation that it belongs to. Needs neither torch nor gradio.
 """
 
+import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
@@ -167,19 +168,22 @@ class Scan:
         return UploadedImage.from_bytes(self.files[file], small, options, self.said())
 
 
-def read_scans(contents: Sequence[bytes], pool: DecodingPool) -> list[Scan]:
-    """DICOM and NIfTI files as scans: DICOM files of one series together, sorted by position, then by number.
+def read_scans(files: Sequence[tuple[str, bytes]], pool: DecodingPool) -> list[Scan]:
+    """DICOM and NIfTI files (name, content) as scans: DICOM files of one series together, sorted by position, then by
+    number.
 
     Raises:
-        ImageError: a file can't be read, or its first view not be opened.
+        ImageError: a file can't be read, or the first view of a scan not be opened; names the file.
     """
     scans: list[Scan] = []
     series: dict[str, list[tuple[tuple[float, float], list[int | None], bytes]]] = {}
-    for content in contents:
+    names = {id(content): name for name, content in files}
+    for name, content in files:
         if image_kind(content) == "nifti":
             scans.append(Scan("nifti", [content], [(0, None)], 0))
             continue
-        place = pool.place(content)
+        with _naming(name):
+            place = pool.place(content)
         frames: list[int | None] = [*place.frames] or [None]
         series.setdefault(place.series, []).append(((place.position, place.number), frames, content))
     for members in series.values():
@@ -189,8 +193,18 @@ def read_scans(contents: Sequence[bytes], pool: DecodingPool) -> list[Scan]:
         ]
         scans.append(Scan("dicom", [content for *_, content in members], slices, len(slices) // 2))
     for scan in scans:
-        scan.icon = reduced_url(scan.look(pool), ICON)
+        file, _ = scan.source
+        with _naming(names[id(scan.files[file])]):
+            scan.icon = reduced_url(scan.look(pool), ICON)
     return scans
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
 
 
 def size_of(scan: Scan) -> int:

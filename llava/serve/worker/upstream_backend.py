@@ -21,6 +21,9 @@ from llava.serve.worker.answering import Piece
 
 logger = logging.getLogger(__name__)
 
+MOST_SENT, MOST_HELD = 64 << 20, 256 << 20
+"""Characters of a request's images as PNG, which may have twenty times as many as came; of all requests'."""
+
 
 class UpstreamBackend:
     """Requests go on to `api_base`, a limited number at a time; see `llava.serve.worker.answering.Backend`.
@@ -53,6 +56,7 @@ class UpstreamBackend:
         self.model = model
         self.pool = DecodingPool()
         self.limit = concurrency + max_waiting
+        self.held = 0
         self.counts = {"running": 0, "waiting": 0, "finished": 0, "failed": 0}
         self.lock = threading.Lock()
         self.slots = asyncio.Semaphore(concurrency)
@@ -66,11 +70,13 @@ class UpstreamBackend:
                 "this model is served through an OpenAI-compatible server: send messages, not a ready prompt",
             )
         request = to_request(job, self.model, self.pool.open)
+        size = _image_characters(request)
         with self.lock:
-            if self.counts["running"] + self.counts["waiting"] >= self.limit:
+            if self.counts["running"] + self.counts["waiting"] >= self.limit or self.held + size > MOST_HELD:
                 raise ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
             self.counts["waiting"] += 1
-        task = asyncio.run_coroutine_threadsafe(self._answer(request, put), self.loop)
+            self.held += size
+        task = asyncio.run_coroutine_threadsafe(self._answer(request, size, put), self.loop)
 
         # A turn of the loop later: a task that is cancelled before its first step would never say that it has ended.
         def cancel() -> None:
@@ -92,7 +98,7 @@ class UpstreamBackend:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.pool.close()
 
-    async def _answer(self, request: dict[str, Any], put: Callable[[Piece], None]) -> None:
+    async def _answer(self, request: dict[str, Any], size: int, put: Callable[[Piece], None]) -> None:
         """One request, to its last piece; cancelling it closes the connection, so that the server stops too."""
         state = "waiting"
         last = Piece(error=ServeError(ErrorType.CANCELLED))  # unless it ends otherwise
@@ -105,6 +111,8 @@ class UpstreamBackend:
             last = Piece(error=to_serve_error(error))
         finally:
             self._count(**{state: -1, "finished" if last.error is None else "failed": 1})
+            with self.lock:
+                self.held -= size
             put(last)
 
     async def _forward(self, request: dict[str, Any], put: Callable[[Piece], None]) -> Piece:
@@ -140,13 +148,22 @@ def to_request(job: Job, model: str, open_upload: Callable = open_uploaded_image
     """The keywords of the openai package's `chat.completions.create`; `open_upload` opens its images.
 
     Raises:
-        ServeError: BAD_IMAGE.
+        ServeError: BAD_IMAGE; TOO_LARGE, the images together have more than `MOST_SENT` characters.
     """
+    left = MOST_SENT
+
+    def png_url(image: SentImage) -> str:
+        nonlocal left
+        url = _png_url(image, open_upload)
+        left -= len(url)
+        if left < 0:
+            words = f"The images have more than {MOST_SENT >> 20} MiB as PNG, as they are sent on; send smaller ones."
+            raise ServeError(ErrorType.TOO_LARGE, words)
+        return url
+
     request: dict[str, Any] = {
         "model": model,
-        "messages": [
-            {"role": message.role, "content": _content(message, open_upload)} for message in job.messages or ()
-        ],
+        "messages": [{"role": message.role, "content": _content(message, png_url)} for message in job.messages or ()],
         "temperature": job.sampling.temperature,
         "top_p": job.sampling.top_p,
         "max_tokens": job.sampling.max_new_tokens,
@@ -179,7 +196,7 @@ def to_serve_error(error: Exception) -> ServeError:
     return ServeError(ErrorType.INTERNAL)
 
 
-def _content(message: Message, open_upload: Callable) -> str | list[dict[str, Any]]:
+def _content(message: Message, png_url: Callable[[SentImage], str]) -> str | list[dict[str, Any]]:
     """Text, or parts with each image in its place, as PNG: so such a server shows what it has no reader for."""
     if not message.images:
         return message.text
@@ -187,7 +204,7 @@ def _content(message: Message, open_upload: Callable) -> str | list[dict[str, An
     parts: list[dict[str, Any]] = []
     for place, piece in enumerate(pieces):
         if place:
-            parts.append({"type": "image_url", "image_url": {"url": _png_url(message.images[place - 1], open_upload)}})
+            parts.append({"type": "image_url", "image_url": {"url": png_url(message.images[place - 1])}})
         if piece.strip():
             parts.append({"type": "text", "text": piece.strip()})
     return parts
@@ -198,6 +215,11 @@ def _png_url(image: SentImage, open_upload: Callable) -> str:
         return png_data_url(open_upload(image))
     except LlavaError as error:
         raise ServeError(ErrorType.BAD_IMAGE, str(error)) from error
+
+
+def _image_characters(request: dict[str, Any]) -> int:
+    contents = [message["content"] for message in request["messages"] if isinstance(message["content"], list)]
+    return sum(len(part["image_url"]["url"]) for parts in contents for part in parts if "image_url" in part)
 
 
 def _usage(usage: Any) -> dict[str, int]:

@@ -1,13 +1,21 @@
 """Views of scans that were drawn: kept within a visitor's and the server's space, and gone with their scan."""
 
+import asyncio
 import gc
+import time
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 
 from llava.errors import ImageError
+from llava.image_options import ImageOptions
 from llava.serve.decoding.pool import DecodingPool
-from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
-from llava.serve.web.scans import read_scans
+from llava.serve.web.chat_state import Chat
+from llava.serve.web.memory_budget import MOST_LOOKS, MOST_WAITING, DrawnViews, MemoryBudget
+from llava.serve.web.page import Page, PageOptions
+from llava.serve.web.parts.incoming import GONE
+from llava.serve.web.scans import DrawnView, Scan, read_scans
 from tests.serve.test_web_scans import SLICES, series
 
 pytest.importorskip("pydicom")
@@ -26,7 +34,7 @@ def pool():
 
 @pytest.fixture
 def scan(pool, tmp_path):
-    (scan,) = read_scans([path.read_bytes() for path in series(tmp_path, 64)], pool)
+    (scan,) = read_scans([(path.name, path.read_bytes()) for path in series(tmp_path, 64)], pool)
     return scan
 
 
@@ -89,10 +97,64 @@ def test_views_make_way_for_images(pool, scan):
 
 
 def test_views_go_with_their_scan(pool, tmp_path):
-    (scan,) = read_scans([path.read_bytes() for path in series(tmp_path, 64)], pool)
+    (scan,) = read_scans([(path.name, path.read_bytes()) for path in series(tmp_path, 64)], pool)
     budget = MemoryBudget(1 << 30)
     draw(scan, pool, DrawnViews(pool, budget), 1, 2)
     assert budget.taken > 0
     del scan
     gc.collect()
     assert budget.taken == 0
+
+
+def test_looks_of_a_visitor_leave_room_for_others():
+    """Those beyond wait for a turn, as a page that is scrolled through does; a crowd of them is refused."""
+    running, most = 0, 0
+
+    class Slow(Scan):
+        def draw(self, pool, place=None):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.05)
+            running -= 1
+            return DrawnView((0, ImageOptions(slice=place)), b"", {})
+
+    views = DrawnViews(None, MemoryBudget(1 << 30))
+    slow = Slow("nifti", [b""], [(0, None)] * 100, 0)
+    views.add(slow, "visitor")
+
+    async def draw_all(count):
+        nonlocal most
+        most = 0
+        found = await asyncio.gather(*(views.draw(slow, place) for place in range(count)), return_exceptions=True)
+        return [str(each) for each in found if isinstance(each, Exception)]
+
+    assert asyncio.run(draw_all(20)) == [] and most <= MOST_LOOKS
+    refused = asyncio.run(draw_all(MOST_LOOKS + MOST_WAITING + 3))
+    assert len(refused) == 3 and "queue is full" in refused[0]
+    assert asyncio.run(draw_all(1)) == []
+
+
+@pytest.fixture
+def incoming(pool):
+    with gr.Blocks():
+        page = Page(SimpleNamespace(log=None), PageOptions(), DrawnViews(pool, MemoryBudget(1 << 30)))
+    return page.incoming
+
+
+def test_a_file_of_a_series_that_cannot_be_read_is_named(incoming, tmp_path):
+    paths = [str(path) for path in series(tmp_path, 64)[:3]]
+    content = (tmp_path / "IM001").read_bytes()
+    (tmp_path / "IM001").write_bytes(content[: len(content) // 30])
+    chat = Chat()
+    asyncio.run(incoming.take(chat, paths, SimpleNamespace(request=None)))
+    assert len(chat.refused) == 1 and chat.refused[0].startswith("IM001: ") and not chat.scans
+
+
+def test_an_upload_that_is_gone_takes_no_other_along(incoming, tmp_path):
+    """As one that is named twice: it is deleted once it is read."""
+    first, second, *_ = [str(path) for path in series(tmp_path, 64)]
+    chat = Chat()
+    asyncio.run(incoming.take(chat, [first, first, second], SimpleNamespace(request=None)))
+    assert chat.refused == [GONE] and [len(scan.files) for scan in chat.scans] == [2]
+    assert not any((tmp_path / name).exists() for name in (first, second))

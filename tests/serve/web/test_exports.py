@@ -1,9 +1,12 @@
 """A conversation as a file, and files that pretend to be one: what is opened, what is refused, in how long."""
 
+import asyncio
 import base64
 import json
+import threading
 import time
 
+import gradio as gr
 import pytest
 
 from llava.errors import LlavaError
@@ -12,6 +15,7 @@ from llava.serve.request_models import MAX_IMAGES
 from llava.serve.web.chat_state import MOST_TEXT, Chat, Exchange, Reply, UploadedImage, text_length
 from llava.serve.web.exports import MAX_JSON_BYTES, as_json, as_page, is_export, read_export
 from llava.serve.web.parts.examples import draw_example
+from llava.serve.web.parts.saving import FORMS, SavingPart
 
 ODD = '<pre>&amp;</pre> &lt; "x" \'y\' src="data:image/png;base64,AAAA" <img src="data:image/x"> é 𝄞 \u2028 </script>'
 
@@ -111,3 +115,23 @@ def test_images_are_as_many_as_are_named():
     broken = b'<!doctype html><img src="data:image/png;base64,****"><pre>' + as_file(turn(images=[digest])) + b"</pre>"
     with pytest.raises(LlavaError, match="an image of it can't be read"):
         opened(broken)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_export_is_written_beside_the_event_loop(form):
+    """With many images it takes seconds, in which nobody else would be answered."""
+    threads = []
+
+    class Watched(Chat):
+        def record(self):
+            threads.append(threading.current_thread())
+            return super().record()
+
+    async def export():
+        with gr.Blocks():
+            part = SavingPart()
+        content = await part._handler(form)(Watched([Exchange("Is it?", (), [Reply("m", "Yes."), None])]))
+        return json.loads(content), threading.current_thread()
+
+    exported, loop = asyncio.run(export())
+    assert "Is it?" in exported["content"] and threads and loop not in threads

@@ -3,6 +3,7 @@
 import asyncio
 
 import gradio as gr
+import pytest
 
 from llava.serve.decoding.pool import DecodingPool
 from llava.serve.web.chat_state import Chat, Exchange, UploadedImage
@@ -64,3 +65,61 @@ def test_a_question_that_is_taken_back_at_once_is_not_answered():
 
     asyncio.run(taken_back())
     assert client.asked == 0 and not chat.exchanges and not chat.running
+
+
+def test_a_conversation_that_is_cleared_while_it_is_answered_stays_so():
+    client, page, chat, chosen = prepared()
+    shown = []
+
+    async def growing(body):
+        for number in range(1, 200):
+            await asyncio.sleep(0.01)
+            yield {"text": "Yes. " * number, "token_ids": [1]}
+
+    client.generate = growing
+
+    async def answered():
+        async for update in page.on_again(chat, {"text": "", "files": []}, *chosen):
+            shown.append(update[0])
+
+    async def cleared():
+        answering = asyncio.create_task(answered())
+        while not shown:
+            await asyncio.sleep(0.01)
+        new = (await page.on_clear(chat, "m"))[0]
+        before = len(shown)
+        await answering
+        return new, before
+
+    new, before = asyncio.run(cleared())
+    assert not new.exchanges and shown[0] is chat and not chat.running
+    assert all(one is not chat for one in shown[before:])
+
+
+@pytest.mark.parametrize("text", ["Is it?", ""], ids=["a question", "no question"])
+def test_a_conversation_that_is_cleared_while_its_files_are_read_stays_so(text):
+    client, page, chat, chosen = prepared()
+    chat.reading = 1
+
+    async def cleared():
+        asking = asyncio.create_task(whole(page.on_ask(chat, {"text": text, "files": []}, None, *chosen)))
+        adding = asyncio.create_task(page.incoming.on_files(chat, {"text": text, "files": []}, "m", None))
+        await page.on_clear(chat, "m")
+        chat.reading = 0
+        return [*await asking, await adding]
+
+    asked, added = asyncio.run(cleared())
+    assert all(value == gr.skip() for value in asked) and all(value == gr.skip() for value in added[1:])
+    assert client.asked == 0 and len(chat.exchanges) == 1
+
+
+def test_a_worker_may_leave_out_what_it_said_in_tokens():
+    client, page, chat, chosen = prepared()
+
+    async def bare(body):
+        yield {"text": "Yes.", "token_ids": None}
+
+    client.generate = bare
+    asyncio.run(whole(page.on_again(chat, {"text": "", "files": []}, *chosen)))
+    reply = chat.exchanges[0].replies[0]
+    assert (reply.text, reply.error, reply.token_ids) == ("Yes.", "", [])

@@ -66,6 +66,8 @@ class Incoming:
     async def on_files(self, chat: Chat, box: dict, model: str | None, request: gr.Request):
         files, before = box["files"] or [], len(chat.exchanges)
         await self.take(chat, files, request)
+        if chat.is_cleared:
+            return ["\n".join(files), *[gr.skip()] * (2 + SIDES + len(self.scans.controls))]
         is_reopened = len(chat.exchanges) != before
         views = [chat.shown(side) if is_reopened else gr.skip() for side in range(SIDES)]
         return ["\n".join(files), refusal_of(chat), draft_of(chat), *views, *await self.scans.shown(chat, model)]
@@ -92,10 +94,15 @@ class Incoming:
         try:
             scans = [file for file in new if is_scan(file)]
             refused = [words for file in new if file not in scans if (words := await self._take_image(chat, file))]
+            contents = []
+            for path in map(Path, scans):
+                try:
+                    contents.append((path.name, path.read_bytes()))
+                    path.unlink()  # a conversation lives in memory alone
+                except FileNotFoundError:
+                    refused.append(GONE)
             try:
-                await self.scans.take(chat, scans, _visitor(request))
-            except FileNotFoundError:
-                refused.append(GONE)
+                await self.scans.take(chat, contents, _visitor(request))
             except (LlavaError, ServeError) as error:
                 refused.append(str(error))
             chat.refused = []

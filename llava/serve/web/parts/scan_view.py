@@ -1,7 +1,5 @@
 """The page's part for DICOM and NIfTI files: which slice and which grey window go with the question."""
 
-import logging
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,11 +10,8 @@ from llava.images.opening import image_kind
 from llava.serve.decoding.pool import in_thread
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import Chat, UploadedImage, thumbnails
-from llava.serve.web.memory_budget import LOOK_SECONDS
 from llava.serve.web.parts.viewer import Viewer, current_scan
 from llava.serve.web.scans import Scan, read_scans, size_of
-
-logger = logging.getLogger(__name__)
 
 OF_THE_FILE, OWN = "automatic", "own values"
 READ_SECONDS = 120.0
@@ -59,14 +54,13 @@ class ScanPart:
             slider.input(self.on_window, [chat, self.centre, self.width, model], [self.preset, *seen], **drawn)
         self.add.click(self.on_add, chat, draft, **quiet)
 
-    async def take(self, chat: Chat, paths: list[str], visitor: str) -> None:
-        """Read a visitor's uploads that are scans, which are deleted, into the chat.
+    async def take(self, chat: Chat, files: list[tuple[str, bytes]], visitor: str) -> None:
+        """Read a visitor's uploads that are scans (name, content) into the chat.
 
         Raises:
             LlavaError, ServeError: they can't be read.
         """
-        contents = [take_file(path) for path in paths]
-        scans = await in_thread(read_scans, contents, self.pool, seconds=READ_SECONDS) if contents else []
+        scans = await in_thread(read_scans, files, self.pool, seconds=READ_SECONDS) if files else []
         for scan in scans:
             self.budget.take(scan, size_of(scan))
             self.viewer.drawn.add(scan, visitor)
@@ -123,7 +117,7 @@ class ScanPart:
         return draft_of(chat)
 
     async def _view(self, scan: Scan) -> UploadedImage:
-        view = await in_thread(scan.view, self.pool, seconds=LOOK_SECONDS)
+        view = await self.viewer.drawn.image(scan)
         self.budget.take(view, view.size)
         return view
 
@@ -180,14 +174,6 @@ def is_scan(path: str) -> bool:
         return image_kind(path) != "image"
     except ImageError:
         return False
-
-
-def take_file(path: str) -> bytes:
-    """The content of an upload, which is deleted: a conversation lives in memory alone."""
-    file = Path(path)
-    content = file.read_bytes()
-    file.unlink()
-    return content
 
 
 def _slider_ranges(scan: Scan) -> tuple[tuple[float, float, float], tuple[float, float, float], float]:

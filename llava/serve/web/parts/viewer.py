@@ -3,7 +3,6 @@
 Zoom, shift, keys and the attention map drawn over it are the browser's (assets/viewer.js).
 """
 
-import functools
 import html
 import logging
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 import gradio as gr
 
 from llava.serve.client import ServingClient
-from llava.serve.decoding.pool import in_thread
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import Chat, UploadedImage
-from llava.serve.web.memory_budget import LOOK_SECONDS, DrawnViews
+from llava.serve.web.memory_budget import DrawnViews
 from llava.serve.web.scans import Scan
 
 logger = logging.getLogger(__name__)
@@ -78,11 +76,7 @@ class Viewer:
         """(images as data: URLs, what they are)."""
         if not model:
             return [], "No model is chosen"
-        view: UploadedImage = (
-            await in_thread(functools.partial(image.view, self.drawn.pool), seconds=LOOK_SECONDS)
-            if isinstance(image, Scan)
-            else image
-        )
+        view = await self.drawn.image(image) if isinstance(image, Scan) else image
         message = {"role": "user", "content": [view.part(), {"type": "text", "text": "?"}]}
         try:
             return await self.client.seen_images(

@@ -43,9 +43,15 @@ class Votes:
             if not chat.exchanges:
                 gr.Info("There is no answer yet.")
                 return
+            mark = (vote, len(chat.exchanges), chat.exchanges[-1].asked)
+            if mark in chat.votes:  # else each click would write the whole conversation
+                gr.Info("Kept already.")
+                return
+            chat.votes.add(mark)
             if await asyncio.to_thread(self.feedback.write, {"vote": vote, **chat.record()}):
                 gr.Info("Thank you, kept.")
             else:
+                chat.votes.discard(mark)
                 gr.Warning("The server can't keep this just now.")
 
         return on_vote
