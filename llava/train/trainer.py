@@ -111,7 +111,7 @@ class LlavaTrainer(Trainer):
             args.seed if args.data_seed is None else args.data_seed,
             lengths=dataset.lengths() if grouped else None,
             is_image=dataset.has_image() if args.group_by_modality_length else None,
-            batch_size=args.train_batch_size * args.world_size,
+            batch_size=args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             shuffle=args.train_sampling_strategy != "sequential",
         )
         return self._sampler
