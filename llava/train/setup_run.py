@@ -30,6 +30,7 @@ from llava.train.progress import LogInterval, ProgressBar, flops_per_token, memo
 from llava.train.step import gpu
 from llava.train.step.liger import use_liger_kernels
 from llava.train.step.packing import fill_batches, training_attention
+from llava.train.step.processes import of_all_processes
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation.flags import metric_name
 from llava.train.validation.held_out import EarlyStopping, Validation
@@ -235,6 +236,8 @@ def summarise(
     """What `training_summary.json` says of the run itself."""
     training, report = trainer.args, trainer.report
     report.add(dataset.report)
+    for other in of_all_processes(report):
+        report.add(other)
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = list(model.parameters())
     rate = trainer.progress.tokens_per_second(training.world_size)
@@ -271,6 +274,8 @@ def _validated(trainer: LlavaTrainer) -> dict[str, Any] | None:
         return None
     report = validation.report
     report.add(validation.dataset.report)
+    for other in of_all_processes(report):
+        report.add(other)
     return {
         "data_path": str(validation.dataset.store.path),
         "samples": len(validation.dataset),

@@ -50,6 +50,7 @@ from llava.train.step.optimizers import (
     takes_plain_tensors,
     with_float32_moments,
 )
+from llava.train.step.processes import of_all_processes
 from llava.train.validation.held_out import Validation
 
 logger = logging.getLogger(__name__)
@@ -234,11 +235,7 @@ class LlavaTrainer(Trainer):
 
     def sum_over_processes(self, values: list[float]) -> list[float]:
         """Each number's sum over all processes, on all of them."""
-        if self.args.world_size == 1:
-            return values
-        parts = [None] * self.args.world_size
-        torch.distributed.all_gather_object(parts, values)
-        return [sum(column) for column in zip(*parts)]
+        return [sum(column) for column in zip(*of_all_processes(values))]
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         control = self.control

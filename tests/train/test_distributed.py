@@ -134,6 +134,15 @@ def test_stage_1_trains_the_rows_of_the_tokens_around_an_image_alone(tmp_path, b
     assert after[: len(before)].equal(before) and not after[-2].equal(after[-1])
 
 
+def test_the_summary_counts_what_every_process_cut(tmp_path, base, data):
+    more = ("--max_steps", "6", "--lazy_preprocess", "True", "--model_max_length", "20")
+    held = ("--eval_data_path", str(data), "--eval_strategy", "steps", "--eval_steps", "6")
+    launch(2, TRAIN, *flags(tmp_path, data, base, *more, *held))
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert summary["samples_seen"] == 24
+    assert summary["truncated"]["count"] == summary["validation"]["truncated"]["count"] == 24
+
+
 @pytest.mark.parametrize("order", [(), ("--group_by_modality_length", "True")])
 def test_resuming_with_another_number_of_processes_keeps_the_curve(tmp_path, base, data, order):
     more = (*RUN, *order, "--save_strategy", "steps", "--save_steps", "10")
