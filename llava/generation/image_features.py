@@ -48,6 +48,7 @@ class ImageEncoder:
         self.model = model
         self.image_processor = image_processor
         self.aspect_ratio = model.config.image_aspect_ratio
+        self.grid_pinpoints = model.config.image_grid_pinpoints
         self.max_bytes = max_bytes
         self.opener: Callable[[Any], Image.Image] | None = None
         """In place of `open_image`, where images are opened elsewhere."""
@@ -118,7 +119,7 @@ class ImageEncoder:
             pixels = image.source
         else:
             rgb = (self.opener or open_image)(image.source)
-            pixels = np.asarray(self.image_processor([rgb], self.aspect_ratio), np.float32)
+            pixels = np.asarray(self.image_processor([rgb], self.aspect_ratio, self.grid_pinpoints), np.float32)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         size = self.model.get_vision_tower().image_size
         if pixels.shape[1:] != (3, size, size):

@@ -295,6 +295,7 @@ def _lengths_path(arguments: Arguments, loaded: LoadedModel, store: RecordStore,
         "image_tokens": image_tokens,
         "patches": loaded.model.num_patches,
         "aspect_ratio": config.image_aspect_ratio,
+        "pinpoints": config.image_grid_pinpoints,
         "max_length": arguments.training.model_max_length,
     }
     return kept_path(store.path, Path(arguments.training.output_dir), "lengths.npy", settings)

@@ -3,11 +3,15 @@ import json
 import numpy as np
 
 from llava.tokenization import Encoded
+from llava.train.arguments import parse_arguments
 from llava.train.data.dataset import LlavaDataset
 from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
 from llava.train.data.lengths import load_lengths, save_lengths
 from llava.train.data.record_store import open_records
+from llava.train.prepare_model import prepare_model
+from llava.train.setup_run import build_dataset
+from tests.train.helpers import flags, make_records
 
 
 def dataset(path, calls, **more):
@@ -61,3 +65,13 @@ def test_a_damaged_file_is_said_and_counted_anew(tmp_path, caplog):
     path.write_bytes(b"broken")
     assert load_lengths(path, 2) is None
     assert "counting anew" in caplog.text
+
+
+def test_tiles_of_another_grid_are_counted_anew(tmp_path, base):
+    arguments = parse_arguments(flags(tmp_path, make_records(tmp_path), base, "--lazy_preprocess", "True"))
+    loaded = prepare_model(arguments)
+    paths = []
+    for grid in (None, [[64, 32]], [[64, 32], [32, 64]]):
+        loaded.model.config.image_grid_pinpoints = grid
+        paths.append(build_dataset(arguments, loaded, open_records(arguments.data.data_path))[0].lengths_path)
+    assert len(set(paths)) == 3
