@@ -194,6 +194,8 @@ def build_validation(arguments: Arguments, loaded: LoadedModel, store: RecordSto
     if flags.eval_generate:
         from llava.train.validation.answers import HeldOutAnswers
 
+        if cache is None and dataset.skip_unreadable:
+            dataset.drop_unreadable()  # the engine takes no question whose image can't be read
         answers = HeldOutAnswers(loaded, dataset, flags.eval_generate, flags.eval_max_new_tokens)
         answers.require(arguments.training.metric_for_best_model)
     return Validation(
