@@ -316,7 +316,7 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
     }
     if data.jpeg_draft:
         settings["draft"] = draft_size(loaded.image_processor)
-    root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
+    root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache").expanduser()
 
     def identify(number: int, image) -> str:
         with dataset.record_errors(number):

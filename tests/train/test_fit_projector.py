@@ -78,7 +78,8 @@ def test_targets_are_the_words_that_tell_images_apart(tmp_path):
         word_targets([*words, Counter({"the": 1}), Counter()], tokenizer, embedding)
 
 
-def test_a_training_starts_from_it(tmp_path, caplog):
+def test_a_training_starts_from_it(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     records = []
     for number, name in enumerate(NAMES):
         Image.new("RGB", (32, 32), (40 * number, 250 - 40 * number, 90)).save(tmp_path / f"{name}.png")
@@ -89,12 +90,12 @@ def test_a_training_starts_from_it(tmp_path, caplog):
     language_model, tower = make_bases(tmp_path)
     more = ("--vision_tower", str(tower), "--mm_projector_type", "mlp2x_gelu", "--image_folder", str(tmp_path))
     more = (*more, "--tune_mm_mlp_adapter", "True", "--cache_vision_features", "True", "--version", "plain")
-    more = (*more, "--fit_projector", "True", "--learning_rate", "0")
+    more = (*more, "--fit_projector", "True", "--learning_rate", "0", "--vision_cache_dir", "~/cache")
     with caplog.at_level(logging.INFO):
         train(flags(tmp_path / "fitted", data, language_model, *more))
     assert "projector fitted to 6 images and 6 words: for 100.0 % of the images" in caplog.text
     model = load_pretrained_model(tmp_path / "fitted").model
-    features = np.load(next((tmp_path / "fitted" / "vision_cache").glob("*/features.npy")))
+    features = np.load(next((tmp_path / "cache").glob("*/features.npy")))
     with torch.no_grad():
         seen = model.get_model().mm_projector(torch.from_numpy(features))
         length = model.get_input_embeddings().weight.norm(dim=1).mean()
