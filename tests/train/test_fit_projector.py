@@ -54,6 +54,15 @@ def test_patches_come_near_their_images_targets(layers):
     assert float(near.mean()) > (0.8 if layers > 1 else 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_projector_in_half_precision_is_solved_in_float32(dtype):
+    features, targets = drawn(), torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    projector = torch.nn.Sequential(torch.nn.Linear(12, 64), torch.nn.GELU(), torch.nn.Linear(64, 16)).to(dtype)
+    assert solve(projector, Features(Stored(features), list(range(20))), targets, 3.0) > 0.9
+    assert {parameter.dtype for parameter in projector.parameters()} == {dtype}
+
+
 def test_features_that_are_all_alike_leave_numbers():
     projector = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.GELU(), torch.nn.Linear(16, 16))
     features = Features(Stored(torch.ones(4, 3, 12)), [0, 1, 2, 3])
