@@ -143,7 +143,7 @@ def build_trainer(
         model=trained,
         args=training,
         train_dataset=train_dataset,
-        data_collator=build_collator(arguments, loaded, cache),
+        data_collator=build_collator(arguments, loaded, cache, packs=training.train_batch_size),
         write_model=write_model,
         describe=dataset.describe,
         attention=partial(training_attention, config, packed=data.packing, longest=training.model_max_length),
@@ -175,13 +175,14 @@ def draft_size(processor: ImageProcessor) -> int:
     return 2 * (processor.size if isinstance(processor.size, int) else max(processor.size))
 
 
-def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCache | None) -> Collator:
-    """What makes batches, as the flags say; `cache` holds the features of their images."""
+def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCache | None, packs: int = 1) -> Collator:
+    """What makes batches, as the flags say, of so many packs; `cache` holds the features of their images."""
+    length = pack_length(arguments)
     return Collator(
         padding_id(loaded.tokenizer),
         packing=arguments.data.packing,
         share_images=arguments.data.questions_per_image > 1,
-        pack_length=pack_length(arguments),
+        pack_length=length and length * packs,
         cache=cache,
     )
 
