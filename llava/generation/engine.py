@@ -90,7 +90,11 @@ class Engine:
             LlavaError: a request that can't be answered: the error names it, and nothing is answered.
         """
         known: dict[int, Any] = {}
-        prompts = [self.prompts.build(request, known) for request in requests]
+        prompts = []
+        for request in requests:
+            prompts.append(self.prompts.build(request, known))
+            for image in prompts[-1].images:
+                image.pixels = None  # with `anyres` it was opened to know its length; all at once would be gigabytes
         order = _batch_order(prompts)
         answers: list[Answer | None] = [None] * len(requests)
         underway: set[Generation] = set()

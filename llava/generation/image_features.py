@@ -38,6 +38,8 @@ class RequestImage:
         """A number of 62 bits made of the digest."""
         self.pixels: np.ndarray | None = None
         """float32 `[tiles, 3, H, W]` between preparing and encoding."""
+        self.positions: int | None = None
+        """How many it takes, once that is known."""
         self.lock = threading.Lock()
 
 
@@ -48,6 +50,7 @@ class ImageEncoder:
         self.model = model
         self.image_processor = image_processor
         self.aspect_ratio = model.config.image_aspect_ratio
+        self.grid_pinpoints = model.config.image_grid_pinpoints
         self.max_bytes = max_bytes
         self.opener: Callable[[Any], Image.Image] | None = None
         """In place of `open_image`, where images are opened elsewhere."""
@@ -72,11 +75,15 @@ class ImageEncoder:
         """How many positions it takes; with `anyres` it has to be opened to know."""
         if self.aspect_ratio != "anyres":
             return self.model.num_patches
-        with self._lock:
-            if (found := self._features.get(image.key)) is not None:
-                return len(found)
-        self.prepare([image])
-        return len(self._pixels(image) if image.pixels is None else image.pixels) * self.model.num_patches
+        if image.positions is None:
+            with self._lock:
+                found = self._features.get(image.key)
+            if found is not None:
+                image.positions = len(found)
+            else:
+                self.prepare([image])
+                image.positions = len(self._prepared(image)) * self.model.num_patches
+        return image.positions
 
     def prepare(self, images: Iterable[RequestImage]) -> None:
         """Make pixel values of those whose features aren't there; may be called from any thread.
@@ -112,13 +119,17 @@ class ImageEncoder:
         """What the tower gets of it: the image in the tower's size, or with `anyres` also tiles of it."""
         return [self.image_processor.restore(tile) for tile in self._pixels(image)]
 
+    def _prepared(self, image: RequestImage) -> np.ndarray:
+        pixels = image.pixels  # another thread may take it away
+        return self._pixels(image) if pixels is None else pixels
+
     def _pixels(self, image: RequestImage) -> np.ndarray:
         pixels: np.ndarray
         if isinstance(image.source, np.ndarray):
             pixels = image.source
         else:
             rgb = (self.opener or open_image)(image.source)
-            pixels = np.asarray(self.image_processor([rgb], self.aspect_ratio), np.float32)
+            pixels = np.asarray(self.image_processor([rgb], self.aspect_ratio, self.grid_pinpoints), np.float32)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         size = self.model.get_vision_tower().image_size
         if pixels.shape[1:] != (3, size, size):
@@ -132,7 +143,7 @@ class ImageEncoder:
         encoded: dict[int, torch.Tensor] = {}
         for start in range(0, len(images), _ENCODE_AT_ONCE):
             part = images[start : start + _ENCODE_AT_ONCE]
-            pixels = [self._pixels(image) if image.pixels is None else image.pixels for image in part]
+            pixels = [self._prepared(image) for image in part]
             tiles = torch.from_numpy(np.concatenate(pixels))
             features = self.model.encode_images(tiles).split([len(one) for one in pixels])
             encoded |= {

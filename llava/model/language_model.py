@@ -72,6 +72,8 @@ class LlavaForCausalLM(_LanguageModel):
     """
 
     core_class: type[PreTrainedModel]
+    trained_rows: Sequence[int] = ()
+    """Rows of the input embedding that are trained where the others aren't; () where it is trained whole or not."""
 
     if TYPE_CHECKING:  # transformers evaluates a class's annotations, and `Core` isn't there to find
         model: Core

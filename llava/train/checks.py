@@ -151,6 +151,11 @@ def _check_pairs(arguments: "Arguments") -> None:
             "--packing leaves no padding that --group_by_modality_length could save; choose one",
         ),
         (
+            training.group_by_modality_length and training.train_sampling_strategy == "sequential",
+            "--train_sampling_strategy sequential keeps the file's order, --group_by_modality_length shuffles batches; "
+            "choose one",
+        ),
+        (
             data.packing and training.train_sampling_strategy == "group_by_length",
             "--packing leaves no padding that --group_by_length (--train_sampling_strategy group_by_length) could "
             "save; choose one",

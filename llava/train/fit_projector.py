@@ -74,6 +74,8 @@ def solve(projector: nn.Module, features: "Features", targets: torch.Tensor, len
     if not isinstance(first, nn.Linear) or not isinstance(last, nn.Linear):
         raise LlavaError("--mm_projector_type identity has no weights to fit; use linear or mlp2x_gelu")
     before = nn.Sequential(*layers[:-1])
+    dtype = first.weight.dtype
+    projector.float()
     with torch.no_grad():
         if first is not last:
             _standardise(first, *features.mean_and_deviation())
@@ -87,6 +89,7 @@ def solve(projector: nn.Module, features: "Features", targets: torch.Tensor, len
         scale = length / float(lengths.mean())
         last.weight.mul_(scale)
         last.bias.mul_(scale)
+    projector.to(dtype)
     nearest = _directions(means) @ _directions(targets).T
     return float((nearest.argmax(1) == torch.arange(len(targets))).float().mean())
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.convert.model_card import write_model_card
 from llava.model.language_model import LlavaForCausalLM
 from llava.train.arguments import Arguments
@@ -37,8 +37,13 @@ def add_adapters(model: LlavaForCausalLM, arguments: Arguments) -> "PeftModel":
     if training.bits < 16:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.recomputes_activations)
     if training.lora_weight_path:
-        peft_model = PeftModel.from_pretrained(model, training.lora_weight_path, is_trainable=True)
-        load_non_lora(peft_model, Path(training.lora_weight_path))
+        folder = Path(training.lora_weight_path).expanduser()
+        if not (folder / "adapter_config.json").is_file():
+            raise LlavaError(f"--lora_weight_path {folder}: no adapter_config.json, so this is no LoRA folder")
+        with library_errors(f"--lora_weight_path {folder}: not an adapter of this model"):
+            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            load_non_lora(peft_model, folder)
+        _refuse_other_form(peft_model, arguments)
     else:
         config = LoraConfig(
             r=training.lora_r,
@@ -60,6 +65,25 @@ def add_adapters(model: LlavaForCausalLM, arguments: Arguments) -> "PeftModel":
     if training.recomputes_activations:
         peft_model.enable_input_require_grads()
     return peft_model
+
+
+def _refuse_other_form(peft_model: "PeftModel", arguments: Arguments) -> None:
+    """A continued adapter keeps its form: flags that say otherwise would have no effect."""
+    settings: Any = peft_model.peft_config["default"]
+    own = {
+        "lora_r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "lora_bias": settings.bias,
+    }
+    for name, value in own.items():
+        if arguments.given.get(name, value) != value:
+            raise LlavaError(
+                f"--{name} {arguments.given[name]}: the adapter of --lora_weight_path was made with {value}; "
+                "leave the flag out"
+            )
+    if "lora_target_modules" in arguments.given:
+        raise LlavaError("--lora_target_modules: the adapter of --lora_weight_path has its own; leave the flag out")
 
 
 def target_modules(model: nn.Module, wanted: str | None = None) -> str:

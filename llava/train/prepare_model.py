@@ -99,17 +99,12 @@ def choose_trainable(
 
 
 def train_rows(model: LlavaForCausalLM, rows: list[int]) -> None:
-    """Let stage 1 learn the input embeddings of the tokens around an image, and those alone (as the reference)."""
+    """Let stage 1 learn the input embeddings of the tokens around an image, and those alone (as the reference): the
+    trainer leaves the others as they are."""
     weight = model.get_input_embeddings().weight
     weight.requires_grad_(True)
     weight.data = weight.data.float()
-
-    def keep_rows(gradient: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros_like(gradient)
-        kept[rows] = gradient[rows]
-        return kept
-
-    weight.register_hook(keep_rows)
+    model.trained_rows = rows
 
 
 def start_end_ids(model: LlavaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:

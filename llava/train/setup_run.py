@@ -30,6 +30,7 @@ from llava.train.progress import LogInterval, ProgressBar, flops_per_token, memo
 from llava.train.step import gpu
 from llava.train.step.liger import use_liger_kernels
 from llava.train.step.packing import fill_batches, training_attention
+from llava.train.step.processes import of_all_processes
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation.flags import metric_name
 from llava.train.validation.held_out import EarlyStopping, Validation
@@ -142,7 +143,7 @@ def build_trainer(
         model=trained,
         args=training,
         train_dataset=train_dataset,
-        data_collator=build_collator(arguments, loaded, cache),
+        data_collator=build_collator(arguments, loaded, cache, packs=training.train_batch_size),
         write_model=write_model,
         describe=dataset.describe,
         attention=partial(training_attention, config, packed=data.packing, longest=training.model_max_length),
@@ -174,13 +175,14 @@ def draft_size(processor: ImageProcessor) -> int:
     return 2 * (processor.size if isinstance(processor.size, int) else max(processor.size))
 
 
-def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCache | None) -> Collator:
-    """What makes batches, as the flags say; `cache` holds the features of their images."""
+def build_collator(arguments: Arguments, loaded: LoadedModel, cache: FeatureCache | None, packs: int = 1) -> Collator:
+    """What makes batches, as the flags say, of so many packs; `cache` holds the features of their images."""
+    length = pack_length(arguments)
     return Collator(
         padding_id(loaded.tokenizer),
         packing=arguments.data.packing,
         share_images=arguments.data.questions_per_image > 1,
-        pack_length=pack_length(arguments),
+        pack_length=length and length * packs,
         cache=cache,
     )
 
@@ -193,6 +195,8 @@ def build_validation(arguments: Arguments, loaded: LoadedModel, store: RecordSto
     if flags.eval_generate:
         from llava.train.validation.answers import HeldOutAnswers
 
+        if cache is None and dataset.skip_unreadable:
+            dataset.drop_unreadable()  # the engine takes no question whose image can't be read
         answers = HeldOutAnswers(loaded, dataset, flags.eval_generate, flags.eval_max_new_tokens)
         answers.require(arguments.training.metric_for_best_model)
     return Validation(
@@ -235,6 +239,8 @@ def summarise(
     """What `training_summary.json` says of the run itself."""
     training, report = trainer.args, trainer.report
     report.add(dataset.report)
+    for other in of_all_processes(report):
+        report.add(other)
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = list(model.parameters())
     rate = trainer.progress.tokens_per_second(training.world_size)
@@ -271,6 +277,8 @@ def _validated(trainer: LlavaTrainer) -> dict[str, Any] | None:
         return None
     report = validation.report
     report.add(validation.dataset.report)
+    for other in of_all_processes(report):
+        report.add(other)
     return {
         "data_path": str(validation.dataset.store.path),
         "samples": len(validation.dataset),
@@ -290,6 +298,7 @@ def _lengths_path(arguments: Arguments, loaded: LoadedModel, store: RecordStore,
         "image_tokens": image_tokens,
         "patches": loaded.model.num_patches,
         "aspect_ratio": config.image_aspect_ratio,
+        "pinpoints": config.image_grid_pinpoints,
         "max_length": arguments.training.model_max_length,
     }
     return kept_path(store.path, Path(arguments.training.output_dir), "lengths.npy", settings)
@@ -308,7 +317,7 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
     }
     if data.jpeg_draft:
         settings["draft"] = draft_size(loaded.image_processor)
-    root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
+    root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache").expanduser()
 
     def identify(number: int, image) -> str:
         with dataset.record_errors(number):

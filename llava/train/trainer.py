@@ -6,7 +6,7 @@ The loss of an optimizer step is the mean of its micro-batches' token means, as 
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from llava.errors import library_errors
+from llava.model.language_model import LlavaForCausalLM
 from llava.model.weights.assemble import tied_weights
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.data.collator import META_KEYS
@@ -39,6 +40,7 @@ from llava.train.step.group_of_one import (
     keep_copies,
     replicate_frozen,
     set_up_alone,
+    train_rows_alone,
 )
 from llava.train.step.loss_watch import LossWatch
 from llava.train.step.optimizers import (
@@ -48,6 +50,7 @@ from llava.train.step.optimizers import (
     takes_plain_tensors,
     with_float32_moments,
 )
+from llava.train.step.processes import of_all_processes
 from llava.train.validation.held_out import Validation
 
 logger = logging.getLogger(__name__)
@@ -109,7 +112,7 @@ class LlavaTrainer(Trainer):
             args.seed if args.data_seed is None else args.data_seed,
             lengths=dataset.lengths() if grouped else None,
             is_image=dataset.has_image() if args.group_by_modality_length else None,
-            batch_size=args.train_batch_size * args.world_size,
+            batch_size=args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             shuffle=args.train_sampling_strategy != "sequential",
         )
         return self._sampler
@@ -160,7 +163,14 @@ class LlavaTrainer(Trainer):
             self._adds_gradients_at_once = True
             add_gradients_at_once(model)
             self.kept_copies = keep_copies(self.args, model)
+        if self._trained_rows:
+            embedding = cast(LlavaForCausalLM, self.model).get_input_embeddings()
+            train_rows_alone(self.model, embedding.weight, self._trained_rows)
         return model, loader
+
+    @property
+    def _trained_rows(self) -> Sequence[int]:
+        return getattr(self.model, "trained_rows", ())
 
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         meta = {key: inputs.pop(key) for key in META_KEYS}
@@ -225,11 +235,7 @@ class LlavaTrainer(Trainer):
 
     def sum_over_processes(self, values: list[float]) -> list[float]:
         """Each number's sum over all processes, on all of them."""
-        if self.args.world_size == 1:
-            return values
-        parts = [None] * self.args.world_size
-        torch.distributed.all_gather_object(parts, values)
-        return [sum(column) for column in zip(*parts)]
+        return [sum(column) for column in zip(*of_all_processes(values))]
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         control = self.control
@@ -272,9 +278,12 @@ class LlavaTrainer(Trainer):
 
     def parameter_groups(self, model: nn.Module) -> list[dict]:
         """Groups by learning rate (projector and tower may have their own) and by weight decay."""
+        decayed = set(self.get_decay_parameter_names(model))
+        if self._trained_rows:  # decay would change the others too
+            decayed = {name for name in decayed if not name.endswith("embed_tokens.weight")}
         return parameter_groups(
             model,
-            decayed=set(self.get_decay_parameter_names(model)),
+            decayed=decayed,
             weight_decay=self.args.weight_decay,
             projector_lr=self.args.mm_projector_lr,
             tower_lr=self.args.mm_vision_tower_lr,

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from llava.errors import LlavaError
+from llava.model.convert.projector_extract import extract_projector
 from llava.model.projector import build_projector
+from tests.tiny import make_llava
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,14 @@ def test_no_projector_is_endless(layers):
     with pytest.raises(LlavaError, match="at most 16 layers"):
         build_projector(f"mlp{layers}x_gelu", 6, 10)
     assert len(build_projector("mlp16x_gelu", 6, 10)) == 31
+
+
+def test_what_a_training_run_says_of_itself_is_not_extracted(tmp_path):
+    """It holds paths of the machine and names of records."""
+    folder = make_llava(tmp_path)
+    own = ("training_summary.json", "training_flags.json", "manifest.json", "trainer_state.json")
+    for name in own:
+        (folder / name).write_text("{}")
+    extract_projector(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not [name for name in own if (tmp_path / "out" / name).exists()]

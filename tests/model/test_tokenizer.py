@@ -10,6 +10,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from llava.errors import LlavaError
+from llava.generation.cache import tokenizer_cache
 from llava.generation.cache.tokenizer_cache import TokenizerCache
 from llava.model.tokenizer import load_tokenizer, save_tokenizer
 from tests.tiny import CORPUS, make_tokenizer
@@ -269,6 +270,16 @@ def test_a_panic_at_a_text_is_an_error(tmp_path):
     tokenizer = load_tokenizer(with_steps(tmp_path, pre_tokenizer=ENDLESS))
     with pytest.raises(LlavaError, match="tokenizer fails at this text"):
         TokenizerCache(tokenizer)("a" * 40 + "b")
+
+
+def test_long_texts_are_kept_up_to_a_size_in_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_cache, "_CHARACTERS", 1000)
+    tokenizer = make_tokenizer(tmp_path)
+    cache = TokenizerCache(tokenizer)
+    for text in [f"{number} " * 100 for number in range(9)] + ["left " * 300, "short", "short"]:
+        assert cache(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text, add_special_tokens=False)
+        assert sum(len(known) for known, *_ in cache._known) == cache._characters <= 1000
+    assert [known for known, *_ in cache._known] == ["short"]
 
 
 def test_a_panic_ends_a_command_in_one_line(tmp_path):

@@ -67,6 +67,7 @@ def test_the_global_batch_finds_the_accumulation(parse):
         ("--cache_vision_features --unfreeze_mm_vision_tower", "choose one"),
         ("--mm_vision_tower_lr 1e-5", "--unfreeze_mm_vision_tower"),
         ("--packing --group_by_modality_length", "choose one"),
+        ("--train_sampling_strategy sequential --group_by_modality_length", "keeps the file's order.* choose one"),
         ("--packing --max_tokens_per_batch 4096 --group_by_length True", "--group_by_length .* choose one"),
         ("--packing --train_sampling_strategy group_by_length", "--group_by_length .* choose one"),
         ("--max_tokens_per_batch 4096", "--packing"),

@@ -54,6 +54,15 @@ def test_patches_come_near_their_images_targets(layers):
     assert float(near.mean()) > (0.8 if layers > 1 else 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_projector_in_half_precision_is_solved_in_float32(dtype):
+    features, targets = drawn(), torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    projector = torch.nn.Sequential(torch.nn.Linear(12, 64), torch.nn.GELU(), torch.nn.Linear(64, 16)).to(dtype)
+    assert solve(projector, Features(Stored(features), list(range(20))), targets, 3.0) > 0.9
+    assert {parameter.dtype for parameter in projector.parameters()} == {dtype}
+
+
 def test_features_that_are_all_alike_leave_numbers():
     projector = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.GELU(), torch.nn.Linear(16, 16))
     features = Features(Stored(torch.ones(4, 3, 12)), [0, 1, 2, 3])
@@ -78,7 +87,8 @@ def test_targets_are_the_words_that_tell_images_apart(tmp_path):
         word_targets([*words, Counter({"the": 1}), Counter()], tokenizer, embedding)
 
 
-def test_a_training_starts_from_it(tmp_path, caplog):
+def test_a_training_starts_from_it(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     records = []
     for number, name in enumerate(NAMES):
         Image.new("RGB", (32, 32), (40 * number, 250 - 40 * number, 90)).save(tmp_path / f"{name}.png")
@@ -89,12 +99,12 @@ def test_a_training_starts_from_it(tmp_path, caplog):
     language_model, tower = make_bases(tmp_path)
     more = ("--vision_tower", str(tower), "--mm_projector_type", "mlp2x_gelu", "--image_folder", str(tmp_path))
     more = (*more, "--tune_mm_mlp_adapter", "True", "--cache_vision_features", "True", "--version", "plain")
-    more = (*more, "--fit_projector", "True", "--learning_rate", "0")
+    more = (*more, "--fit_projector", "True", "--learning_rate", "0", "--vision_cache_dir", "~/cache")
     with caplog.at_level(logging.INFO):
         train(flags(tmp_path / "fitted", data, language_model, *more))
     assert "projector fitted to 6 images and 6 words: for 100.0 % of the images" in caplog.text
     model = load_pretrained_model(tmp_path / "fitted").model
-    features = np.load(next((tmp_path / "fitted" / "vision_cache").glob("*/features.npy")))
+    features = np.load(next((tmp_path / "cache").glob("*/features.npy")))
     with torch.no_grad():
         seen = model.get_model().mm_projector(torch.from_numpy(features))
         length = model.get_input_embeddings().weight.norm(dim=1).mean()

@@ -164,7 +164,12 @@ def test_what_a_group_of_one_is():
 
 @pytest.mark.parametrize(
     ("optimizer", "frozen", "bytes_each"),
-    [("adamw_torch_fused", False, 16), ("adamw_torch_8bit", False, 10), ("adamw_torch_fused", True, 4)],
+    [
+        ("adamw_torch_fused", False, 16),
+        ("adamw_torch_8bit", False, 10),
+        ("adamw_torch_4bit", False, 9),
+        ("adamw_torch_fused", True, 4),
+    ],
 )
 def test_free_for_copies_is_what_weights_gradients_and_moments_leave(optimizer, frozen, bytes_each):
     with torch.device("meta"):

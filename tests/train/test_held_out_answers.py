@@ -93,3 +93,16 @@ def test_metrics_of_answers_may_choose_the_best(tmp_path, base, data):
     more = ("--eval_data_path", str(data.with_name("held_out.json")), "--metric_for_best_model", "strict_open")
     training = parse_arguments(flags(tmp_path, data, base, *ASKED, *more)).training
     assert training.greater_is_better
+
+
+@pytest.mark.parametrize("lazy", ["True", "False"])
+def test_questions_whose_image_is_unreadable_are_left_out_too(tmp_path, base, lazy):
+    data = make_records(tmp_path, 12)
+    held = make_records(tmp_path, 8, name="held_out.json")
+    (tmp_path / "images" / "blue.png").write_bytes(b"not an image")
+    (tmp_path / "images" / "red.png").unlink()
+    more = ("--eval_data_path", str(held), "--skip_unreadable_images", "--lazy_preprocess", lazy)
+    train(flags(tmp_path / "out", data, base, *ASKED, *more, "--max_steps", "2", "--eval_steps", "2"))
+    assert {line["question_id"] for line in answers(tmp_path / "out", 2)} == {"r1", "r3", "r5", "r7"}
+    summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
+    assert summary["validation"]["left_out"]["count"] == 4

@@ -1,13 +1,20 @@
 import json
 
 import numpy as np
+import torch
 
+from llava.record_content import image_key
 from llava.tokenization import Encoded
+from llava.train.arguments import parse_arguments
 from llava.train.data.dataset import LlavaDataset
+from llava.train.data.feature_cache import build_feature_cache
 from llava.train.data.image_source import ImageSource
 from llava.train.data.kept_files import kept_path
 from llava.train.data.lengths import load_lengths, save_lengths
 from llava.train.data.record_store import open_records
+from llava.train.prepare_model import prepare_model
+from llava.train.setup_run import build_dataset
+from tests.train.helpers import flags, make_records
 
 
 def dataset(path, calls, **more):
@@ -61,3 +68,64 @@ def test_a_damaged_file_is_said_and_counted_anew(tmp_path, caplog):
     path.write_bytes(b"broken")
     assert load_lengths(path, 2) is None
     assert "counting anew" in caplog.text
+
+
+def test_tiles_of_another_grid_are_counted_anew(tmp_path, base):
+    arguments = parse_arguments(flags(tmp_path, make_records(tmp_path), base, "--lazy_preprocess", "True"))
+    loaded = prepare_model(arguments)
+    paths = []
+    for grid in (None, [[64, 32]], [[64, 32], [32, 64]]):
+        loaded.model.config.image_grid_pinpoints = grid
+        paths.append(build_dataset(arguments, loaded, open_records(arguments.data.data_path))[0].lengths_path)
+    assert len(set(paths)) == 3
+
+
+class Mean(torch.nn.Module):
+    """In place of a tower: the mean of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, pixels):
+        return pixels.flatten(1).mean(1)[:, None, None] * self.weight
+
+
+def cache_of(folder, count, **more):
+    """Features of images, each of which is its number in every pixel."""
+    images = {image_key(f"{number}.png"): (number, f"{number}.png") for number in range(count)}
+    found = build_feature_cache(
+        folder,
+        images,
+        identify=lambda number, image: image,
+        **{"load": pixels_of} | more,
+        tower=Mean(),
+        show_progress=False,
+    )
+    assert [float(found.take([found.row(f"{number}.png")])) for number in range(count)] == list(range(count))
+
+
+def pixels_of(number, image):
+    return np.full((1, 3, 2, 2), number, np.float32)
+
+
+def test_features_are_extended_after_a_run_was_killed_in_it(tmp_path):
+    """As a kill leaves them between the two files: new rows, and an index that doesn't know them."""
+    cache_of(tmp_path, 3)
+    index = (tmp_path / "index.json").read_bytes()
+    cache_of(tmp_path, 5)
+    (tmp_path / "index.json").write_bytes(index)
+    for count in (5, 9):
+        cache_of(tmp_path, count)
+
+
+def test_features_are_written_as_they_are_computed(tmp_path):
+    """All of them may be more than memory holds: the file is there before the last image is opened."""
+    largest = []
+
+    def load(number, image):
+        largest.append(max((path.stat().st_size for path in tmp_path.rglob("*")), default=0))
+        return pixels_of(number, image)
+
+    cache_of(tmp_path, 8, load=load, batch_size=2)
+    assert largest[0] < 8 * 4 < largest[-1] == (tmp_path / "features.npy").stat().st_size

@@ -92,6 +92,29 @@ def test_an_adapter_is_continued(tmp_path, base, data):
     assert all(torch.equal(beside[0][name], beside[1][name]) for name in beside[0])
 
 
+def test_the_folder_of_an_adapter_may_begin_with_the_home(tmp_path, base, data, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(flags(tmp_path / "one", data, base, *LORA, "--max_steps", "1"))
+    more = ("--lora_enable", "--max_steps", "1", "--learning_rate", "0", "--lora_weight_path", "~/one")
+    train(flags(tmp_path / "two", data, base, *more))
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_cannot_be_continued_is_refused(tmp_path, base, data):
+    train(flags(tmp_path / "one", data, base, *LORA, "--max_steps", "1"))
+    (tmp_path / "empty").mkdir()
+    for place, more, message in (
+        ("empty", (), "no adapter_config.json, so this is no LoRA folder"),
+        ("one", ("--lora_r", "8"), "--lora_r 8: .* was made with 4; leave the flag out"),
+        ("one", ("--lora_alpha", "32"), "--lora_alpha 32: .* leave the flag out"),
+        ("one", ("--lora_target_modules", "q_proj"), "--lora_target_modules: .* leave the flag out"),
+    ):
+        words = flags(tmp_path / "two", data, base, "--lora_enable", "--lora_weight_path", str(tmp_path / place), *more)
+        with pytest.raises(LlavaError, match=message):
+            train(words)
+
+
 def test_resuming_restores_adapter_and_projector(tmp_path, base, data):
     import shutil
 

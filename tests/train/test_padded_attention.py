@@ -1,5 +1,7 @@
 """Attention of packed samples without a kernel for them, against softmax written out for each sequence."""
 
+import tracemalloc
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,3 +123,13 @@ def test_sequences_of_about_one_size_are_computed_together():
     computed = sum(bucket.queries.numel() * bucket.keys.shape[1] for bucket in layout.buckets)
     assert computed <= 1.5 * sum(own * seen for own, seen in zip(OWN, SEEN))
     assert sorted(layout.places.tolist()) == layout.places.unique().tolist(), "no row is taken twice"
+
+
+def test_a_long_sequence_alone_has_no_table_of_who_sees_whom():
+    tracemalloc.start()
+    try:
+        padded_attention._layout((4096,), (4096,), None)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 4096**2, "a byte for each pair"

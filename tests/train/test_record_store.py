@@ -100,3 +100,13 @@ def test_a_long_id_is_named_in_short(tmp_path):
     write_records(tmp_path / "data.json", [{"id": 5000 * "n"}])
     store = open_records(tmp_path / "data.json")
     assert '("nnn' in describe(store, 0, store[0]) and len(describe(store, 0, store[0])) < len(str(tmp_path)) + 200
+
+
+@pytest.mark.parametrize("content", ['{"id": "a"}\n', '[{"id": "a"}]'])
+def test_blanks_before_the_first_record_are_passed_over(tmp_path, content):
+    path = tmp_path / "data.json"
+    path.write_text("\n" * 70 + content)
+    assert open_records(path)[0] == {"id": "a"}
+    path.write_text("\n" * 70)
+    with pytest.raises(LlavaError, match="the file is empty"):
+        open_records(path)

@@ -1,6 +1,20 @@
+from types import SimpleNamespace
+
 import numpy as np
 
 from llava.train.data.sampler import EpochSampler
+from llava.train.trainer import LlavaTrainer
+
+
+class Sized:
+    """What a trainer asks of samples to put them in order."""
+
+    def __init__(self, number, lengths, is_image):
+        self.number = number
+        self.lengths, self.has_image = lambda: lengths, lambda: is_image
+
+    def __len__(self):
+        return self.number
 
 
 def test_every_epoch_is_another_permutation_and_repeatable():
@@ -41,3 +55,17 @@ def test_sequential_order_is_the_file_order():
 
 def test_fewer_samples_than_a_batch():
     assert sorted(EpochSampler(3, seed=0, lengths=[5, 6, 7], is_image=[True, False, True], batch_size=8)) == [0, 1, 2]
+
+
+def test_batches_of_like_length_do_not_depend_on_the_number_of_processes():
+    """A run may be resumed on another number, with as many samples in an optimizer step."""
+    lengths, is_image = np.random.default_rng(0).integers(10, 1000, 64), np.arange(64) % 3 > 0
+    dataset = Sized(64, lengths, is_image)
+    orders = []
+    for processes, micro_batches in ((8, 1), (4, 2), (1, 8)):
+        args = SimpleNamespace(
+            **{"world_size": processes, "gradient_accumulation_steps": micro_batches, "train_batch_size": 2},
+            **{"seed": 0, "data_seed": None, "group_by_modality_length": True, "train_sampling_strategy": "random"},
+        )
+        orders.append(list(LlavaTrainer._get_train_sampler(SimpleNamespace(args=args), dataset)))
+    assert orders[0] == orders[1] == orders[2]

@@ -1,6 +1,7 @@
 """Records of one image behind one copy of it train as they do one by one."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -37,6 +38,17 @@ def test_what_is_joined_shares_images_and_all_that_comes_before_their_end():
         sample([1, *IMAGE, 3, 4], targets=0),
     ]
     assert joinable(samples) == [([0, 1, 6], 3), ([2], 3), ([3], 3), ([4], 0), ([5], 0)]
+
+
+def test_finding_them_keeps_little_of_each_image():
+    ids = [1, *[IMAGE_TOKEN_INDEX] * 2000, 5, 6]
+    tracemalloc.start()
+    try:
+        found = joinable(sample(ids, images=(f"{number}.png",)) for number in range(200))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 200 and most < 200 * 2000
 
 
 def test_a_joined_sample_keeps_each_ones_positions_and_targets():

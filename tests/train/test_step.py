@@ -245,6 +245,15 @@ def test_packs_have_one_length_where_something_is_kept_for_each(tmp_path, base, 
     assert setup_run.pack_length(parse_arguments(flags(tmp_path, data, base["llama"], *packed, *more))) == length
 
 
+def test_batches_of_several_packs_have_one_length_too(tmp_path, base, data):
+    more = ("--packing", "--max_tokens_per_batch", "150", "--per_device_train_batch_size", "2", "--bf16", "True")
+    arguments = parse_arguments(flags(tmp_path, data, base["llama"], *more))
+    loaded = prepare_model(arguments)
+    dataset, cache = setup_run.build_dataset(arguments, loaded, open_records(data))
+    batches = list(setup_run.build_trainer(arguments, loaded, dataset, cache).get_train_dataloader())
+    assert len(batches) > 1 and {tuple(batch["input_ids"].shape) for batch in batches} == {(1, 300)}
+
+
 def test_packs_of_one_length_have_the_same_loss(tmp_path, base, data, monkeypatch):
     more = ("--max_steps", "3", "--packing", "--max_tokens_per_batch", "200")
     train(flags(tmp_path / "as_they_are", data, base["llama"], *more))

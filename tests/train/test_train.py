@@ -321,6 +321,7 @@ def test_a_missing_image_that_is_looked_for_early_is_named_too(tmp_path, stage1,
         ("--lazy_preprocess", "True"),
         ("--lazy_preprocess", "False"),
         ("--lazy_preprocess", "True", "--train_sampling_strategy", "group_by_length"),
+        ("--lazy_preprocess", "True", "--packing", "--max_tokens_per_batch", "400", "--questions_per_image", "2"),
     ],
 )
 def test_tiles_of_images_that_are_not_there_are_left_out_too(tmp_path, stage1, more):

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SIZE = 4096
+_CHARACTERS = 4 << 20
+"""Of all texts together: some 50 MB with their ids."""
 
 
 class TokenizerCache:
@@ -25,6 +27,7 @@ class TokenizerCache:
         if hasattr(model, "_resize_cache"):
             model._resize_cache(0)
         self._known: OrderedDict[tuple[Any, ...], list[int]] = OrderedDict()
+        self._characters = 0
         self._lock = threading.Lock()
         self.added_tokens_decoder = dict(getattr(tokenizer, "added_tokens_decoder", {}))
         self.all_special_tokens = list(tokenizer.all_special_tokens)
@@ -39,9 +42,12 @@ class TokenizerCache:
             with library_errors("the checkpoint's tokenizer fails at this text"):
                 ids = list(self._tokenizer(text, **options)["input_ids"])
             with self._lock:
+                if key not in self._known:  # another thread may have asked too
+                    self._characters += len(text)
                 self._known[key] = ids
-                while len(self._known) > _SIZE:
-                    self._known.popitem(last=False)
+                while len(self._known) > _SIZE or self._characters > _CHARACTERS:
+                    (dropped, *_), _ = self._known.popitem(last=False)
+                    self._characters -= len(dropped)
         return {"input_ids": list(ids)}
 
     def __getattr__(self, name: str) -> Any:

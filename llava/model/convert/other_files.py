@@ -10,7 +10,8 @@ SIDE_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENS
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 
-_NEVER = ("*.index.json", "adapter_config.json", "trainer_state.json")
+_NEVER = ("*.index.json", "adapter_config.json", "trainer_state.json", "manifest.json", "training_*.json")
+"""Also what a training run says of itself: it holds paths of the machine and names of records."""
 
 
 def find_generation_config(folders: Iterable[Path]) -> Path | None:

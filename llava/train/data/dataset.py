@@ -153,6 +153,14 @@ class LlavaDataset(Dataset):
         with self.record_errors(int(self.numbers[index])):
             return self._sample(index)
 
+    def sample_if_readable(self, index: int) -> Sample | None:
+        """The same; None of one that is left out, and counted, when its turn comes."""
+        try:
+            return self._sample(index)
+        except (FileNotFoundError, LlavaError) as error:
+            self._left_out(int(self.numbers[index]), error)
+            return None
+
     def _sample(self, index: int) -> Sample:
         return self._tokenise(int(self.numbers[index])) if self._samples is None else self._samples[index]
 
@@ -178,12 +186,8 @@ class LlavaDataset(Dataset):
         return self._lengths
 
     def _signed_length(self, index: int) -> int:
-        try:
-            sample = self._sample(index)
-        except (FileNotFoundError, LlavaError) as error:
-            self._left_out(int(self.numbers[index]), error)
-            return 1  # it is left out, and counted, when its turn comes
-        return len(sample.input_ids) * (1 if sample.images else -1)
+        sample = self.sample_if_readable(index)
+        return 1 if sample is None else len(sample.input_ids) * (1 if sample.images else -1)
 
     def drop_unreadable(self) -> None:
         """Open every image once and leave out the samples whose image can't be read (counted in `report`).

@@ -7,7 +7,8 @@ share it, and a changed tower never meets old features.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,36 +89,40 @@ def build_feature_cache(
         # Two names may stand for one image; it is computed once.
         missing = {key: images[name] for name, key in keys.items() if old is None or key not in old.stored}
         if missing:
-            chunks = _compute(missing, load, tower, bfloat16, batch_size, show_progress)
+            chunks = _computed(missing, load, tower, bfloat16, batch_size, show_progress)
             _write(folder, old, list(missing), chunks, bfloat16)
     return FeatureCache(folder, keys)
 
 
-def _compute(missing, load, tower, bfloat16: bool, batch_size: int, show_progress: bool) -> list[np.ndarray]:
+def _computed(missing, load, tower, bfloat16: bool, batch_size: int, show_progress: bool) -> Iterator[np.ndarray]:
+    """The features of a batch after the other: all of them may be more than memory holds."""
     device = next(tower.parameters()).device
     pending = list(missing.values())
-    chunks = []
-    progress = tqdm(total=len(pending), desc="vision features", unit="image", disable=not show_progress)
-    with progress, torch.inference_mode():
+    with tqdm(total=len(pending), desc="vision features", unit="image", disable=not show_progress) as progress:
         for start in range(0, len(pending), batch_size):
             pixels = np.concatenate([load(*place) for place in pending[start : start + batch_size]])
-            features = tower(torch.from_numpy(pixels).to(device))
-            features = features.to("cpu", torch.bfloat16 if bfloat16 else torch.float32)
-            chunks.append((features.view(torch.int16) if bfloat16 else features).numpy())
+            with torch.inference_mode():
+                features = tower(torch.from_numpy(pixels).to(device))
+                features = features.to("cpu", torch.bfloat16 if bfloat16 else torch.float32)
+                found = (features.view(torch.int16) if bfloat16 else features).numpy()
+            yield found
             progress.update(len(pixels))
-    return chunks
 
 
-def _write(folder: Path, old: FeatureCache | None, keys: list[str], chunks, bfloat16: bool) -> None:
+def _write(
+    folder: Path, old: FeatureCache | None, keys: list[str], chunks: Iterator[np.ndarray], bfloat16: bool
+) -> None:
     """Old and new features in one file; rows never move, so the older index stays right until the new one is there."""
     rows = dict(old.stored) if old else {}
     first = len(rows)
-    parts = ([old.features] if old else []) + chunks
-    shape = (first + len(keys), *chunks[0].shape[1:])
+    # A run that was killed before it wrote the index has left rows that nobody knows.
+    known = [old.features[:first]] if old else []
+    one = next(chunks)
+    shape = (first + len(keys), *one.shape[1:])
     with atomic_path(folder / _FEATURES) as temporary:
-        target = np.lib.format.open_memmap(temporary, mode="w+", dtype=chunks[0].dtype, shape=shape)
+        target = np.lib.format.open_memmap(temporary, mode="w+", dtype=one.dtype, shape=shape)
         position = 0
-        for part in parts:
+        for part in chain(known, [one], chunks):
             target[position : position + len(part)] = part
             position += len(part)
         target.flush()

@@ -52,7 +52,9 @@ def open_records(path: str | Path, output_dir: str | Path = ".") -> RecordStore:
         raise LlavaError(f"{path}: no such file")
     with path.open("rb") as file:
         head = file.read(64)
-    if not head.strip():
+        while head and not head.strip():  # blanks may come first
+            head = file.read(64)
+    if not head:
         raise LlavaError(f"{path}: the file is empty")
     if head[:4] == b"PAR1":
         store: RecordStore = ArrowRecords(path, _unpacked(path, Path(output_dir)))

@@ -1,7 +1,8 @@
 """In which order samples are seen: shuffled anew each epoch, by seed and epoch alone.
 
 The order doesn't depend on the number of processes, so a run may be resumed with another number and still has
-the same samples in each global batch.
+the same samples in each global batch (with batches of like length too, for as long as `batch_size` is an optimizer
+step's).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,8 @@ from torch.utils.data import Sampler
 class EpochSampler(Sampler[int]):
     """A permutation of `length` numbers drawn from (seed, epoch).
 
-    With `lengths`, batches of like length: the permutation is cut into blocks of `block_size` (several global
-    batches), each is sorted by length and its batches of `batch_size` are shuffled. With `is_image` too, each
+    With `lengths`, batches of like length: the permutation is cut into blocks of `block_size` (several batches, each of
+    an optimizer step), each is sorted by length and its batches of `batch_size` are shuffled. With `is_image` too, each
     batch holds samples of one kind (the left over ones of both kinds come last, mixed).
     """
 

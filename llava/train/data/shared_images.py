@@ -7,6 +7,7 @@ begin elsewhere, at what is shared (`seen_by`).
 """
 
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,14 +27,16 @@ def shared_length(sample: Sample) -> int:
     return length if (sample.labels[: length + 1] == IGNORE_INDEX).all() else 0
 
 
-def joinable(samples: Iterable[Sample]) -> list[tuple[list[int], int]]:
+def joinable(samples: Iterable[Sample | None]) -> list[tuple[list[int], int]]:
     """(places of samples that may be joined, tokens that they share), in order of their first; one that shares nothing
     is alone, with 0."""
     found: dict[Any, tuple[list[int], int]] = {}
     for place, sample in enumerate(samples):
-        length = shared_length(sample)
-        if length:
-            beginning: Any = (sample.input_ids[:length].tobytes(), *map(image_key, sample.images))
+        length = 0 if sample is None else shared_length(sample)
+        if sample is not None and length:
+            # A digest: an image's positions take two kilobytes, of each image of the data.
+            digest = blake2b(sample.input_ids[:length].tobytes(), digest_size=16).digest()
+            beginning: Any = (digest, *map(image_key, sample.images))
         else:
             beginning = place
         found.setdefault(beginning, ([], length))[0].append(place)
@@ -47,7 +50,7 @@ def groups_of_one_image(dataset: LlavaDataset, most: int, seed: int) -> tuple[li
     random = np.random.default_rng([seed, len(dataset)])
     groups: list[list[int]] = []
     saved: list[int] = []
-    for members, shared in joinable(dataset.sample(number) for number in range(len(dataset))):
+    for members, shared in joinable(map(dataset.sample_if_readable, range(len(dataset)))):
         order = random.permutation(members).tolist()
         cut = [order[start : start + most] for start in range(0, len(order), most)]
         groups += cut

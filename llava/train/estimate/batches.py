@@ -101,7 +101,7 @@ class StandIns(Dataset):
             item["pixel_values"] = np.zeros((tiles, 3, self.image_size, self.image_size), np.float32)
         return item
 
-    def sample(self, number: int) -> Sample:
+    def sample_if_readable(self, number: int) -> Sample:
         return self[number]["sample"]
 
     def lengths(self) -> np.ndarray:

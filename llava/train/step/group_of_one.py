@@ -191,6 +191,20 @@ def add_gradients_at_once(model: nn.Module) -> None:
         raise LlavaError(f"--fsdp: {min(unpaired)} is never gathered, so its gradient can't be summed in float32")
 
 
+def train_rows_alone(model: nn.Module, weight: torch.Tensor, rows: Sequence[int]) -> None:
+    """Let the gradient of `weight`, a parameter of `model`, be zero but for `rows`.
+
+    To be called when the model is wrapped: FSDP 2 computes with other tensors, to which hooks don't go over.
+    """
+    computed = next(iter([computed for _, kept, computed in _pairs(model) if kept is weight]), weight)
+    places = torch.tensor(rows, device=computed.device)  # a list would be waited for in each step
+
+    def keep_rows(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(gradient).index_copy_(0, places, gradient.index_select(0, places))
+
+    computed.register_hook(keep_rows)
+
+
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     """(name, what the optimizer has, what the model computes with) of each parameter, gathered a group at a time."""
     sharded = dict(model.named_parameters())

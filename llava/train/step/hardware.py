@@ -17,7 +17,7 @@ ATTENTION_SHARE = 0.25
 NETWORK_GB_PER_SECOND = 25.0
 """Of one GPU, to those of other machines."""
 GPUS_PER_MACHINE = 8
-OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0.1, "sgd": 0, "lion": 4}
+OPTIMIZER_BYTES = {"8bit": 2, "4bit": 1, "adafactor": 0.1, "sgd": 0, "lion": 4}
 """Per trained parameter, by a part of the optimizer's name; AdamW's two float32 moments (8) if none is in it."""
 
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed
 
 from llava.errors import LlavaError
+from llava.train.step.processes import of_all_processes
 
 KEPT = 1000
 """At most this many micro-batches are checked together."""
@@ -59,8 +59,4 @@ class LossWatch:
 
 def first_problem(own: str | None) -> str | None:
     """The problem of the first process that has one, on every process; each must call this."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return own
-    found: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    return next((problem for problem in found if problem is not None), None)
+    return next((problem for problem in of_all_processes(own) if problem is not None), None)

@@ -135,11 +135,13 @@ def _layout(queries: tuple[int, ...], keys: tuple[int, ...], window: int | None)
         # The last query sees all keys of its sequence, the one before it one less.
         last = (own_keys - own + rank)[..., None]
         is_plain = longest_keys > LONGEST_PADDED and longest == longest_keys <= (window or longest_keys)
-        sees = (key_rank <= last) & (key_rank < own_keys[..., None]) & (key_rank > last - (window or longest_keys))
-        hidden = torch.from_numpy(np.where(sees, 0, _HIDDEN).astype(np.float32))[:, None]
+        hidden = None
+        if not is_plain:
+            sees = (key_rank <= last) & (key_rank < own_keys[..., None]) & (key_rank > last - (window or longest_keys))
+            hidden = torch.from_numpy(np.where(sees, np.float32(0), np.float32(_HIDDEN)))[:, None]
         chosen, chosen_keys = np.minimum(rank, own - 1), np.minimum(key_rank, own_keys - 1)
         rows_of, keys_of = torch.from_numpy(first + chosen), torch.from_numpy(first_key + chosen_keys)
-        buckets.append(Bucket(rows_of, keys_of, None if is_plain else hidden))
+        buckets.append(Bucket(rows_of, keys_of, hidden))
         for place, (number, size) in enumerate(zip(members, own[:, 0])):
             begin = filled + place * longest
             places[starts[number] : starts[number] + size] = np.arange(begin, begin + size)

@@ -7,11 +7,11 @@ llava.eval.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
-import torch.distributed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import TensorBoardCallback, WandbCallback, is_deepspeed_zero3_enabled
@@ -28,6 +28,7 @@ from llava.record_content import plain_entries
 from llava.records import write_records
 from llava.tokenization import conversation_from_record
 from llava.train.data.dataset import LlavaDataset
+from llava.train.step.processes import of_all_processes
 from llava.train.validation.flags import ANSWER_METRICS, ANSWERS
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class HeldOutAnswers:
         with whole_weights(trainer) as model:
             engine = Engine(self.loaded._replace(model=cast(LlavaForCausalLM, model)), prefix_bytes=0, paged=False)
             answers = [answer.text for answer in engine.generate(requests)]
-        texts = dict(_gather(list(zip(own, answers, strict=True)), processes))
+        texts = dict(chain(*of_all_processes(list(zip(own, answers, strict=True)))))
         joined = [JoinedItem(item, texts[index]) for index, item in enumerate(self.items)]
         if trainer.is_world_process_zero():
             self._show(trainer, [(entry.item.question, entry.item.answer, entry.prediction) for entry in joined])
@@ -166,15 +167,6 @@ def _gathered_by_zero(trainer) -> Iterator[None]:
             for parameter in parameters:
                 parameter.ds_active_sub_modules.clear()
             offload._register_deepspeed_module(offload.module)
-
-
-def _gather(own: list, processes: int) -> list:
-    """The lists of all processes, joined."""
-    if processes == 1:
-        return own
-    parts: list[Any] = [None] * processes
-    torch.distributed.all_gather_object(parts, own)
-    return [entry for part in parts for entry in part]
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
