@@ -33,7 +33,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation of the split joined")
     parser.add_argument("--min-images", type=int, default=1, help="least number of images that share a kept sentence")
     parser.add_argument("--kind", action="append", default=[], help="split kinds: a field in place of the question")
-    parser.add_argument("--parts", type=int, default=0, help="split parts: how often each question is in it, once whole")
+    parser.add_argument(
+        "--parts", type=int, default=0, help="split parts: times that each question is in it, one whole"
+    )
     parser.add_argument("--field", action="append", default=[], help="a field of the records to say too (image_organ)")
 
 
