@@ -55,7 +55,7 @@ def split_turns(text: str, counts: Counter) -> list[Turn]:
     A speaker who goes on in another paragraph is one turn; a question without answer, or an answer without
     question, is left out and counted.
     """
-    parts = re.split(r"^\s*\**(user|assistant|human)\**\s*:\**\s*", text, flags=re.IGNORECASE | re.MULTILINE)
+    parts = re.split(r"^[ \t]*\**(user|assistant|human)\**\s*:\**\s*", text, flags=re.IGNORECASE | re.MULTILINE)
     turns: list[Turn] = []
     question: str | None = None
     for speaker, words in zip(parts[1::2], parts[2::2], strict=True):
