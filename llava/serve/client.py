@@ -271,6 +271,11 @@ class _Unreachable(Exception):
     """The worker is gone, or what it sends is no answer."""
 
 
+def answer_text(text: str, body: dict[str, Any]) -> str:
+    """What a chunk's text says in answer to a request: without its ready prompt, if it has one, and blanks in front."""
+    return text.removeprefix(body.get("prompt") or "").lstrip()
+
+
 def _http_error(status: int, content: bytes) -> Exception:
     """A status other than 200: the worker's own words where it is one of ours."""
     return read_refusal(content) or _Unreachable(f"status {status}")

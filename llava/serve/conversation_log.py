@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from llava.errors import ImageError
-from llava.serve.client import ServingClient
+from llava.serve.client import ServingClient, answer_text
 from llava.serve.daily_log import DailyLog
 from llava.serve.protocol import ErrorType, ServeError
 
@@ -78,7 +78,7 @@ class LoggingClient(ServingClient):
             end = ErrorType.INTERNAL.value
             raise
         finally:
-            self._keep({**record, "answer": text.removeprefix(body.get("prompt") or "").lstrip(), "end": end})
+            self._keep({**record, "answer": answer_text(text, body), "end": end})
 
     def _keep(self, record: dict[str, Any]) -> None:
         self._waiting = [future for future in self._waiting if not future.done()]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.serve.api.metrics import Metrics
-from llava.serve.client import ServingClient
+from llava.serve.client import ServingClient, answer_text
 
 MOST_UNREAD = 16
 """Steps of a request that wait for its client, each with the text so far; then its workers wait too."""
@@ -107,7 +107,7 @@ class Choices:
                 if chunk["text"] and not self.said_something:
                     self.said_something = True
                     self.metrics.first_token.observe(time.monotonic() - self.began)
-                text = chunk["text"].removeprefix(self.bodies[index].get("prompt") or "").lstrip()
+                text = answer_text(chunk["text"], self.bodies[index])
                 delta, said = text[len(said) :], text
                 reason, usage = chunk.get("finish_reason"), chunk.get("usage")
                 yield Choice(index, text, delta, chunk.get("logprobs") or [], reason, usage)
