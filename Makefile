@@ -48,7 +48,7 @@ $(LMMS_EVAL): $(STAMP)
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part lmms-eval==0.7.3 \
 		&& rm -rf $@ && mv $@.part $@
 
-demo: $(STAMP)  ## train, evaluate and compare small models on the built-in images (about 10 minutes, no GPU)
+demo: $(STAMP)  ## train, evaluate and compare small models on the built-in images (about six minutes, no GPU)
 	$(BIN)/python -m llava.demo --output-dir runs/demo
 
 serve: $(STAMP)  ## the web page and the API with the demo's model
