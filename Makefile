@@ -135,6 +135,7 @@ images: $(STAMP)  ## draw the logo and the pipeline in images/
 
 docs: $(STAMP)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'built: site/index.html (to search in the pages: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8080)'
 
 format: $(STAMP)  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
