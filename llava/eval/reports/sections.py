@@ -115,9 +115,10 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
     lone = settings["resamples"] and any(entry.result.scores.lack_interval for entry in entries)
     text = (
         f"Percent with 95 % bootstrap intervals (resampled {settings['unit']}s"
-        f"{'; a single one gives none' if lone else ''}). paper: the published scripts' numbers, open is "
-        "recall, closed is accuracy; strict: whole words counted once, yes or no only where the answer says one of "
-        "them. Published rows were made with the paper set."
+        f"{'; a single one gives none' if lone else ''}). paper: the published scripts' numbers, faults "
+        "included; open is recall, closed is accuracy, and a closed answer is right wherever the reference's letters "
+        'stand in it: a no also in "nodule". strict: whole words counted once, yes or no only where the answer says '
+        "one of them. Published rows were made with the paper set."
     )
     return table(header, rows, classes) + _cut_answers(entries) + figures(*drawn) + note(text)
 
