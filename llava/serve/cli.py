@@ -20,7 +20,7 @@ from llava.sampling_params import add_sampling_flags, sampling_from_args
 HELP = """\
 /image PATH   add an image to your next question (as often as you like)
 /reset        start again, without images
-/save PATH    write the conversation as JSON
+/save PATH    write the conversation as JSON; again, to the same file, once there is more of it
 /help         this list
 /exit         leave (so does Ctrl-D; Ctrl-C stops an answer)"""
 
@@ -81,7 +81,6 @@ class Chat:
 
     def __init__(self, engine, template: str | None, sampling, shown: ImageOptions = NO_OPTIONS):
         self.engine, self.template, self.sampling, self.shown = engine, template, sampling, shown
-        self.saved: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -91,6 +90,8 @@ class Chat:
         self.images: list = []
         self.entries: list[str | dict] = []
         self.waiting = 0
+        self.saved: set[str] = set()
+        """Files that hold this conversation: they alone are written again."""
 
     def add_image(self, path: str, options: dict | None, image) -> None:
         self.images.append(image)
@@ -122,6 +123,8 @@ class Chat:
     def save(self, path: str) -> None:
         from llava.records import write_json
 
+        if path not in self.saved and Path(path).exists():
+            raise LlavaError(f"{path} is there and isn't of this conversation; give /save another name")
         names = dict(zip(self.conversation.roles, ("human", "gpt"), strict=False))
         start = self.conversation.offset
         turns = [{"from": names.get(role, role), "value": text} for role, text in self.conversation.messages[start:]]
