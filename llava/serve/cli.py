@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
-from llava.constants import DEFAULT_IMAGE_TOKEN, RESEARCH_NOTICE
+from llava.constants import DEFAULT_IMAGE_TOKEN, NO_IMAGE, RESEARCH_NOTICE
 from llava.errors import LlavaError, for_terminal
 from llava.image_options import NO_OPTIONS, ImageOptions, add_image_flags, image_options_from_args, options_of
 from llava.sampling_params import add_sampling_flags, sampling_from_args
@@ -148,6 +148,8 @@ def talk(chat: Chat) -> None:
             if line.startswith("/"):
                 command(chat, line)
             elif line:
+                if not chat.images:
+                    write_line(f"[{NO_IMAGE} /image PATH adds one.]")
                 for piece in chat.ask(line):
                     sys.stdout.write(for_terminal(piece))
                     sys.stdout.flush()

@@ -8,6 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
+from llava.constants import NO_IMAGE
 from llava.serve.cli import build_parser
 from tests import tiny
 
@@ -58,6 +59,21 @@ def test_a_saved_file_grows_with_its_conversation_and_is_not_replaced_by_another
 def test_that_there_is_no_image_is_said(model):
     assert "Ask about the image; /help" in chat(model, ["/exit"]).stdout
     assert "No image yet: /image PATH adds one. Ask; /help" in chat(model, ["/exit"], image=None).stdout
+
+
+def test_answers_without_an_image_are_said_to_be(model):
+    _, folder = model
+    lines = [
+        "Hello",
+        f"/image {folder / 'a.png'}",
+        "What is it?",
+        "And else?",
+        "/reset",
+        "Is there a fracture?",
+        "/exit",
+    ]
+    assert chat(model, lines, image=None).stdout.count(f"[{NO_IMAGE} /image PATH adds one.]\n") == 2
+    assert NO_IMAGE not in chat(model, ["What is it?", "/exit"]).stdout
 
 
 def test_paths_may_stand_in_quotes(model):

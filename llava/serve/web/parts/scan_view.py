@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from llava.constants import NO_IMAGE
 from llava.errors import ImageError, LlavaError
 from llava.image_options import AXES, CT_WINDOWS
 from llava.images.opening import image_kind
@@ -153,7 +154,9 @@ def draft_of(chat: Chat) -> str:
     """HTML: what goes with the next question."""
     count = len(chat.draft) + sum(scan.is_wanted for scan in chat.scans)
     words = f"With your next question: {count} image{'s' if count > 1 else ''}." if count else ""
-    if not count and chat.scans:
+    if not count and not chat.images():
+        words = NO_IMAGE
+    elif not count and chat.scans:
         words = "The view is added already. Change the slice or the window to ask about another one."
     if not words:
         return ""
