@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from llava.conversation import get_template
+from llava.model.tokenizer import load_tokenizer
 
 ASK = [{"role": "user", "content": "What is shown?"}]
 FINDING = {
@@ -197,7 +198,7 @@ def test_completions(tiny_client, tiny_serving):
     expected = chat(tiny_client, max_tokens=8).choices[0].message.content
     given = {"model": "tiny", "prompt": prompt, "max_tokens": 8}
     reply = tiny_client.completions.create(**given, logprobs=2)
-    assert reply.object == "text_completion" and reply.choices[0].text == expected
+    assert reply.object == "text_completion" and reply.choices[0].text.strip() == expected
     assert reply.usage.completion_tokens == 8 and reply.choices[0].finish_reason == "length"
     logprobs = reply.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.text_offset) == 8 and len(logprobs.top_logprobs[0]) == 2
@@ -205,19 +206,28 @@ def test_completions(tiny_client, tiny_serving):
         chunks = list(stream)
     for index in range(2):
         parts = [choice.text for chunk in chunks for choice in chunk.choices if choice.index == index]
-        assert "".join(parts) == expected
+        assert "".join(parts) == reply.choices[0].text
     assert chunks[-1].usage.completion_tokens == 16
     with_image = given | {"prompt": prompt.replace("What", "<image>\nWhat")}
     seen = tiny_client.completions.create(**with_image, extra_body={"images": [data_url()]})
     content = [{"type": "image_url", "image_url": {"url": data_url()}}, {"type": "text", "text": "What is shown?"}]
     asked = chat(tiny_client, messages=[{"role": "user", "content": content}], max_tokens=8)
-    assert seen.choices[0].text == asked.choices[0].message.content
+    assert seen.choices[0].text.strip() == asked.choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="images: the prompt has 1 <image> but 0"):
         tiny_client.completions.create(**with_image)
     with pytest.raises(openai.BadRequestError, match="prompt"):
         tiny_client.completions.create(**given | {"prompt": ["a", "b"]})
     with pytest.raises(openai.BadRequestError, match="echo: not supported here"):
         tiny_client.completions.create(**given, echo=True)
+
+
+@pytest.mark.parametrize(("token", "text"), [("▁chest", " chest chest"), ("▁", "  ")])
+def test_a_completion_keeps_the_blanks_around_it(tiny_client, checkpoint, token, text):
+    forced = {load_tokenizer(checkpoint).convert_tokens_to_ids(token): 100}
+    given = {"model": "tiny", "prompt": "The left", "max_tokens": 2, "logit_bias": forced}
+    assert tiny_client.completions.create(**given).choices[0].text == text
+    with tiny_client.completions.create(**given, stream=True) as stream:
+        assert "".join(chunk.choices[0].text for chunk in stream) == text
 
 
 def test_responses(tiny_client):

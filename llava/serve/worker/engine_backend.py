@@ -90,7 +90,8 @@ class EngineBackend:
 
     def _request(self, job: Job) -> Request:
         conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt or ""
-        return Request(conversation, [_as_content(image) for image in job.images], job.sampling)
+        images = [_as_content(image) for image in job.images]
+        return Request(conversation, images, job.sampling, is_continued=job.messages is None)
 
 
 def to_serve_error(error: Exception) -> ServeError:
