@@ -15,6 +15,13 @@ _LONGEST_WAIT = 32
 """Tokens after which what has come is shown, broken characters too."""
 _FEW, _REMEMBERED = 3, 1 << 16
 """Texts of up to `_FEW` tokens are cached; the cache holds `_REMEMBERED` of them."""
+_BLANK = "▁"
+"""As sentencepiece writes a blank."""
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = dict(
+    zip(map(chr, [*_SHOWN, *range(0x100, 0x144)]), [*_SHOWN, *sorted({*range(256)} - {*_SHOWN})], strict=True)
+)
+"""GPT-2's signs for bytes: those that can be shown are themselves, the others the signs from U+0100 on."""
 
 
 class Detokenizer:
@@ -28,6 +35,8 @@ class Detokenizer:
         vocabulary = tokenizer.get_vocab()
         self.byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
         """Ids that stand for single bytes: what a run of them means is known at its end."""
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._is_byte_level = not self.byte_ids and vocabulary.keys() >= _BYTES.keys()
         self._few = lru_cache(_REMEMBERED)(self._decode)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -38,8 +47,21 @@ class Detokenizer:
         return self._text_of(list(token_ids), skip_special_tokens=True) if token_ids else ""
 
     def token(self, token_id: int) -> str:
-        """A single token's text, special ones included."""
-        return self._text_of([token_id])
+        """A single token's text, special ones and the blank that it begins with included."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a single token adds to a text in UTF-8, which may be a part of a character."""
+        with library_errors("the checkpoint's tokenizer fails at these tokens"):
+            piece = cast(str | None, self._tokenizer.convert_ids_to_tokens(token_id)) or ""
+        if token_id in self.byte_ids:
+            return bytes([int(piece[3:5], 16)])
+        if token_id not in self._added:
+            if self._is_byte_level and _BYTES.keys() >= set(piece):
+                return bytes(_BYTES[sign] for sign in piece)
+            if _BLANK in piece:
+                return piece.replace(_BLANK, " ").encode()
+        return self._text_of([token_id]).encode()
 
     def _text_of(self, token_ids: list[int], **options: bool) -> str:
         with library_errors("the checkpoint's tokenizer fails at these tokens"):

@@ -92,3 +92,13 @@ def test_a_text_that_is_gone_on_with_keeps_its_blanks(texts, any_tokenizer):
     before, ids = (any_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     said, whole = (any_tokenizer.decode(part, skip_special_tokens=True) for part in (before, before + ids))
     assert said + "".join(stream(any_tokenizer, ids, before=before)) == whole
+
+
+@given(text=st.text(CHARACTERS, max_size=20))
+@example(text="日本 é")
+def test_the_bytes_of_tokens_make_the_text(text, any_tokenizer):
+    detokenizer = Detokenizer(any_tokenizer)
+    ids = any_tokenizer(text, add_special_tokens=False)["input_ids"]
+    said = b"".join(map(detokenizer.token_bytes, ids)).decode()
+    assert said.removeprefix(" ") == any_tokenizer.decode(ids).removeprefix(" ")
+    assert detokenizer.token(any_tokenizer.eos_token_id) == any_tokenizer.eos_token

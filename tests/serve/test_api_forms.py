@@ -230,6 +230,19 @@ def test_a_completion_keeps_the_blanks_around_it(tiny_client, checkpoint, token,
         assert "".join(chunk.choices[0].text for chunk in stream) == text
 
 
+def test_bytes_of_tokens_make_the_text(tiny_client):
+    """The model has no token for these characters: it says them byte by byte."""
+    only = {"const": "日本 é"}
+    reply = chat(tiny_client, response_format=schema_format(only), logprobs=True, top_logprobs=1).choices[0]
+    content = reply.logprobs.content
+    assert bytes(byte for entry in content for byte in entry.bytes).decode() == reply.message.content == '"日本 é"'
+    first = next(entry for entry in content if entry.bytes == [0xE6])
+    assert first.top_logprobs[0].bytes and "\ufffd" in first.token
+    given = {"model": "tiny", "prompt": "Hi", "max_tokens": 60, "logprobs": 1, "extra_body": {"json_schema": only}}
+    told = tiny_client.completions.create(**given).choices[0].logprobs
+    assert "bytes:\\xe6" in told.tokens and told.text_offset[-1] == len('"日本 é')
+
+
 def test_responses(tiny_client):
     expected = chat(tiny_client, max_tokens=8).choices[0].message.content
     given = {"model": "tiny", "input": "What is shown?", "max_output_tokens": 8}

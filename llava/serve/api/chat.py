@@ -156,11 +156,13 @@ def token_with_others(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def token(entry: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "token": entry["token"],
-        "logprob": entry["logprob"],
-        "bytes": list(entry["token"].encode("utf-8", "replace")),
-    }
+    return {"token": entry["token"], "logprob": entry["logprob"], "bytes": list(token_bytes(entry))}
+
+
+def token_bytes(entry: dict[str, Any]) -> bytes:
+    """What a token is in UTF-8, which may be a part of a character."""
+    given = entry.get("bytes")
+    return entry["token"].encode("utf-8", "replace") if given is None else bytes(given)
 
 
 def _call_id() -> str:

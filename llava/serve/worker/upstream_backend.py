@@ -233,5 +233,13 @@ def _usage(usage: Any) -> dict[str, int]:
 
 
 def _logprob(entry: Any, top: int) -> dict[str, Any]:
-    others = [{"token": other.token, "logprob": other.logprob} for other in (entry.top_logprobs or ())[:top]]
-    return {"token": entry.token, "logprob": entry.logprob, "top": others}
+    return _token(entry) | {"top": [_token(other) for other in (entry.top_logprobs or ())[:top]]}
+
+
+def _token(entry: Any) -> dict[str, Any]:
+    """With the bytes that the server tells of a part of a character."""
+    written = getattr(entry, "bytes", None)
+    is_sound = isinstance(written, list) and len(written) <= MOST_OF_TOKEN
+    is_sound = is_sound and all(isinstance(byte, int) and 0 <= byte < 256 for byte in written)
+    part = {"bytes": written} if is_sound and bytes(written) != entry.token.encode() else {}
+    return {"token": entry.token, "logprob": entry.logprob, **part}
