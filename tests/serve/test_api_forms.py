@@ -122,6 +122,14 @@ def test_a_function_is_called(tiny_client, choice, names, reason, is_streamed):
     assert set(json.loads(arguments)) == ({"side"} if name == "point" else {"finding", "size"})
 
 
+def test_a_stream_of_a_call_has_the_logprobs_of_all_its_tokens(tiny_client):
+    given = {"tools": TOOLS, "tool_choice": "required", "logprobs": True}
+    whole = chat(tiny_client, **given).choices[0].logprobs.content
+    with chat(tiny_client, stream=True, **given) as stream:
+        parts = [entry for chunk in stream for entry in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in parts] == [entry.token for entry in whole]
+
+
 def test_functions_may_define_parts_of_their_schemas_or_take_nothing(tiny_client):
     inner = {"type": "object", "properties": {"side": {"$ref": "#/$defs/Side"}}, "required": ["side"]}
     inner |= {"additionalProperties": False}
@@ -129,10 +137,16 @@ def test_functions_may_define_parts_of_their_schemas_or_take_nothing(tiny_client
         tool("left", inner | {"$defs": {"Side": {"enum": ["left"]}}}),
         tool("right", inner | {"$defs": {"Side": {"enum": ["right"]}}}),
     ]
-    for seed in range(3):
-        reply = chat(tiny_client, tools=tools, tool_choice="required", temperature=1, seed=seed, max_tokens=300)
+    older = inner | {"properties": {"side": {"$ref": "#/definitions/Side"}}}  # as pydantic 1 writes it
+    within = inner | {"properties": {"side": {"$ref": "#/properties/other"}, "other": {"const": "both"}}}
+    tools += [tool("middle", older | {"definitions": {"Side": {"enum": ["middle"]}}}), tool("both", within)]
+    for seed, given in enumerate((tools, tools, tools, tools[2:], tools[2:], tools[2:])):
+        reply = chat(tiny_client, tools=given, tool_choice="required", temperature=1, seed=seed, max_tokens=300)
         (call,) = reply.choices[0].message.tool_calls
         assert json.loads(call.function.arguments)["side"] == call.function.name
+    own = {"type": "object", "properties": {"side": {"$ref": "#/$defs/None"}}}
+    with pytest.raises(openai.BadRequestError, match="defs/None' does not exist"):
+        chat(tiny_client, tools=[tool("own", own), *tools], tool_choice="required")
     (call,) = chat(tiny_client, tools=[tool("stop", {})], tool_choice="required").choices[0].message.tool_calls
     assert call.function.name == "stop" and call.function.arguments.startswith("{")
 
