@@ -55,19 +55,28 @@ class ScanPart:
             slider.input(self.on_window, [chat, self.centre, self.width, model], [self.preset, *seen], **drawn)
         self.add.click(self.on_add, chat, draft, **quiet)
 
-    async def take(self, chat: Chat, files: list[tuple[str, bytes]], visitor: str) -> None:
-        """Read a visitor's uploads that are scans (name, content) into the chat.
+    async def take(self, chat: Chat, files: list[tuple[str, bytes]], visitor: str) -> list[str]:
+        """Read a visitor's uploads that are scans (name, content) into the chat; a line on each that is left out.
 
         Raises:
-            LlavaError, ServeError: they can't be read.
+            LlavaError, ServeError: none can be read.
         """
-        scans = await in_thread(read_scans, files, self.pool, seconds=READ_SECONDS) if files else []
+        if not files:
+            return []
+        scans, refused = await in_thread(read_scans, files, self.pool, seconds=READ_SECONDS)
+        taken = []
         for scan in scans:
-            self.budget.take(scan, size_of(scan))
+            try:
+                self.budget.take(scan, size_of(scan))
+            except LlavaError as error:
+                refused.append(str(error))
+                continue
             self.viewer.drawn.add(scan, visitor)
-        if scans:
+            taken.append(scan)
+        if taken:
             chat.current, chat.looked = len(chat.scans), None
-            chat.scans += scans
+            chat.scans += taken
+        return refused
 
     async def views(self, chat: Chat) -> list[UploadedImage]:
         """The chosen views, which a question is asked about.
