@@ -211,6 +211,23 @@ def test_batch_api(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl.part"]
 
 
+def test_what_a_batch_would_ask_again_is_counted(tmp_path):
+    config = {"batch_api": True, "poll_seconds": 0.01}
+    with OpenAIServer("--polls", "1") as server:
+        again = {"follow_up": lambda job, result: job if job.key % 2 else None}
+        summary = ask(jobs(10), settings(server, **config), tmp_path / "out.jsonl", **again)
+    assert (summary.done, summary.first_kept) == (10, 5) and "5 first replies kept as they are" in str(summary)
+
+
+def test_an_answer_of_a_batch_has_at_most_the_bytes_of_a_reply(tmp_path, monkeypatch):
+    monkeypatch.setattr("llava.openai_client.batch.MOST_REPLY", 100)
+    with (
+        OpenAIServer("--polls", "1") as server,
+        pytest.raises(LlavaError, match=r"can't be read.*larger than 100 bytes"),
+    ):
+        ask(jobs(1), settings(server, batch_api=True, poll_seconds=0.01), tmp_path / "out.jsonl")
+
+
 def test_an_answer_of_a_batch_may_hold_other_ends_of_lines(tmp_path):
     asked = "one\u2028two\x85three"
     with OpenAIServer("--polls", "1") as server:

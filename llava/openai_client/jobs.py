@@ -65,7 +65,7 @@ class RunSummary:
     failed: dict[Any, str] = field(default_factory=dict)
     over_budget: int = 0
     first_kept: int = 0
-    """Results that a second request was to better, and didn't."""
+    """Results that a second request was to better, and didn't, or, in a batch, wasn't sent."""
 
     @property
     def complete(self) -> bool:
@@ -80,7 +80,7 @@ class RunSummary:
             f"{self.account.prompt_tokens} + {self.account.completion_tokens} tokens, {money}"
         )
         if self.first_kept:
-            text += f"; {self.first_kept} first replies kept as they are: asking for better ones failed"
+            text += f"; {self.first_kept} first replies kept as they are: asking again failed, or isn't done in a batch"
         if self.over_budget:
             text += f"; stopped at the cost limit with {self.over_budget} items left"
         if self.failed:

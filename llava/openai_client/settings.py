@@ -70,7 +70,7 @@ def add_api_flags(parser: ArgumentParser) -> None:
     group.add_argument("--price-in", type=float, help="US dollars per million input tokens")
     group.add_argument("--price-out", type=float, help="US dollars per million output tokens")
     group.add_argument("--max-cost", type=float, help="US dollars; nothing is sent that could exceed it")
-    group.add_argument("--batch-api", action="store_true", help="the Batch API: half the price, up to a day")
+    group.add_argument("--batch-api", action="store_true", help="the Batch API: half the price, up to a day; asks once")
     group.add_argument(
         "--reasoning-model", action="store_true", help="send max_completion_tokens for max_tokens, and no temperature"
     )
