@@ -100,6 +100,26 @@ def test_second_source_of_a_dead_article(wanted, server):
     wanted.check()
 
 
+@pytest.mark.parametrize("by", ["redirect", "second source"])
+def test_a_server_elsewhere_does_not_send_into_ones_own_network(wanted, server, monkeypatch, by):
+    """A list may name this machine. Here the test's server is also the proxy, by which names elsewhere are reached."""
+    monkeypatch.setenv("http_proxy", server.url(""))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    content, inside = content_of(1), server.url("/inside")
+    server.pages["/inside"] = server.pages[inside] = Reply(archive(("x.jpg", content)))
+    away = {"Location": inside}
+    link = Reply(f'<link format="tgz" href="{inside}" />'.encode())
+    server.pages["http://pmc.invalid/PMC1.tgz"] = Reply(b"", 302, headers=away) if by == "redirect" else Reply(b"", 404)
+    server.pages["http://oa.invalid/?id=PMC1"] = link if by == "second source" else Reply(b"", 404)
+    reason = "sent on into" if by == "redirect" else "HTTP 404"
+    wanted.add("x", "", "x.jpg", reason=reason)
+    wanted.rows[-1]["pmc_tar_url"] = "http://pmc.invalid/PMC1.tgz"
+    main([*wanted.flags(), "--oa-service", "http://oa.invalid/"])
+    wanted.check()
+    assert server.requests == {"http://pmc.invalid/PMC1.tgz": 1, "http://oa.invalid/?id=PMC1": 1}
+
+
 def test_kept_archives_are_whole_and_used_again(wanted, server, tmp_path):
     body = archive(("PMC1/x.jpg", content_of(1)), ("PMC1/text", b"t" * 500_000))
     server.pages["/PMC1.tar.gz"] = Reply(body)

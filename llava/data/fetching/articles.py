@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava.data.conversion import is_inside
+from llava.data.fetching.addresses import is_http
 from llava.errors import LlavaError
 from llava.records import Record, iter_jsonl
 
@@ -104,12 +105,7 @@ def _why_refused(image: Image, url: str) -> str | None:
         return "pair_id is no safe file name"
     if not is_inside(image.member):
         return "image_file_path leads out of the archive's folder"
-    try:
-        parts = urlsplit(url)
-        is_http = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
-        is_http = False
-    return None if is_http else "pmc_tar_url is no http(s) address"
+    return None if is_http(url) else "pmc_tar_url is no http(s) address"
 
 
 def _shown(row: Record) -> str:

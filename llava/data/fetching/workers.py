@@ -160,7 +160,7 @@ async def _fetch(article: Article, transfer: Transfer, run: _Run) -> _Result:
         except TransferError as error:
             logger.debug("open-access service, %s: %s", pmc_id, error.reason)
             other = None
-        if other and other != article.url and other.startswith(("http://", "https://")):
+        if other and other != article.url:
             await _try_address(article, other, transfer, result, run, kept)
         if result.reason:
             result.reason, result.permanent = first

@@ -14,7 +14,7 @@ from PIL import Image
 from llava.errors import ImageError
 from llava.image_options import ImageOptions, ImageWithOptions
 from llava.images import png_bytes
-from llava.images.opening import image_kind
+from llava.images.headers.kinds import image_kind
 from llava.serve.decoding.pool import DecodingPool
 from llava.serve.web.chat_state import LARGE, UploadedImage, reduced, reduced_url
 

@@ -7,7 +7,7 @@ import gradio as gr
 from llava.constants import NO_IMAGE
 from llava.errors import ImageError, LlavaError
 from llava.image_options import AXES, CT_WINDOWS
-from llava.images.opening import image_kind
+from llava.images.headers.kinds import image_kind
 from llava.serve.decoding.pool import in_thread
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import Chat, UploadedImage, thumbnails
