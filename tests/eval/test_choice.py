@@ -61,6 +61,12 @@ def score(tmp_path, records, answers, *flags):
     return content, {name: number["value"] for name, number in content["further"].items()}
 
 
+def test_likelihoods_of_another_number_of_options_are_refused(tmp_path):
+    likelihoods = [{"log_probability": -1.0, "tokens": 1}] * 3
+    with pytest.raises(LlavaError, match=r'"1": its answer has 3 "option_letters" for 4 options; answer these'):
+        score(tmp_path, [record("1", "B")], [{"text": "B", "metadata": {"option_letters": likelihoods}}])
+
+
 def test_scores_by_text_by_likelihood_and_over_orders(tmp_path, capsys):
     def likely(letters, texts):
         rows = {"option_letters": [(p, 1) for p in letters], "option_texts": texts}

@@ -172,6 +172,12 @@ def test_chinese_answers_in_a_sentence_score_as_english_ones(files, tmp_path):
     assert wrong["strict"]["closed accuracy"]["value"] == wrong["strict"]["open recall"]["value"] == 0
 
 
+def test_metadata_of_other_programs_are_no_matter(files, tmp_path):
+    lines = [{"question_id": key, "text": text, "metadata": "run 3"} for key, text in ANSWERS.items()]
+    content = run_json(files(raw="".join(json.dumps(line) + "\n" for line in lines)), tmp_path)
+    assert content["questions"] == 4 and "calibration" not in content
+
+
 BAD = {
     "missing": ({"answers": [("1", "a"), ("2", "b"), ("3", "c")]}, "1 missing (first '4')"),
     "doubled": ({"answers": [*ANSWERS.items(), ("2", "no")]}, "1 doubled (first '2')"),
@@ -183,6 +189,15 @@ BAD = {
     "no text": ({"raw": '{"question_id": "1"}\n'}, 'no "text"'),
     "null id": ({"raw": '{"question_id": null, "text": "a"}\n'}, 'no "question_id"'),
     "text of parts": ({"raw": '{"question_id": "1", "text": ["a"]}\n'}, '"text" is a list'),
+    "no probability": (
+        {"raw": '{"question_id": "1", "text": "a", "metadata": {"p_yes": "high"}}\n'},
+        "answer 1: \"p_yes\" is 'high'; expected a number from 0 to 1",
+    ),
+    "probability above 1": ({"raw": '{"question_id": "1", "text": "a", "metadata": {"p_yes": 1.5}}\n'}, "is 1.5"),
+    "no likelihoods": (
+        {"raw": '{"question_id": "1", "text": "a", "metadata": {"option_texts": [1, 2]}}\n'},
+        'answer 1: "option_texts" has to be a list of',
+    ),
     "null reference": ({"questions": [record("x7", "q", None, "OPEN")]}, 'record 0 ("x7"): turn 2 of the conv'),
     "null raw reference": (
         {"questions": [{"qid": 7, "question": "q", "answer": None, "answer_type": "OPEN"}]},

@@ -10,7 +10,7 @@ from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
 from llava.eval.answers.manifest import describe, read_dataset_manifest
 from llava.eval.metrics.calibration import Calibration, calibrate
-from llava.eval.metrics.joined import JoinedItem, clusters_of, join, read_answers
+from llava.eval.metrics.joined import JoinedItem, clusters_of, join, metadata_of, read_answers
 from llava.eval.metrics.score import Scores, group_keys, score_items
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.tables import calibration_line, group_table, score_table
@@ -138,7 +138,7 @@ def calibration_of(joined: Sequence[JoinedItem]) -> Calibration | None:
     """Of the closed questions whose reference says yes or no and whose answer carries the probability of yes."""
     chances, truth = [], []
     for entry in joined:
-        chance = (entry.record.get("metadata") or {}).get("p_yes")
+        chance = metadata_of(entry.record).get("p_yes")
         polarity = reference_polarity(entry.item.answer)
         if entry.item.answer_type == "CLOSED" and chance is not None and polarity in {"yes", "no"}:
             chances.append(chance)
