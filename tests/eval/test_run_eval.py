@@ -178,6 +178,15 @@ def test_metadata_of_other_programs_are_no_matter(files, tmp_path):
     assert content["questions"] == 4 and "calibration" not in content
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{"splits": ["train", "test"]}, {"splits": {"test": "test.json"}}, {"splits": {"test": {"file": "test.json"}}}],
+)
+def test_a_manifest_of_another_program_says_nothing_of_the_questions(files, tmp_path, content):
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert run_json(files(), tmp_path)["questions_from"] is None
+
+
 BAD = {
     "missing": ({"answers": [("1", "a"), ("2", "b"), ("3", "c")]}, "1 missing (first '4')"),
     "doubled": ({"answers": [*ANSWERS.items(), ("2", "no")]}, "1 doubled (first '2')"),
