@@ -75,6 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         cells = [number_cell(scores.number(metric)) for metric in shown]
         lines.append([str(result.pred), dataset, str(scores.open), str(scores.closed), *cells])
     write_line(text_table(header, lines))
+    for _, result in results:
+        for remark in result.remarks:
+            write_line(f"{result.pred}: {remark}")
     write_line(f"\n{len(rows)} answer files scored; all numbers: {output}")
 
 

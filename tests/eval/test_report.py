@@ -9,8 +9,8 @@ from PIL import Image
 
 from llava.data import audit
 from llava.errors import LlavaError
-from llava.eval import report, run_eval
-from llava.manifests import write_manifest
+from llava.eval import report, run_eval, run_eval_batch
+from llava.manifests import sha256_of, write_manifest
 from llava.pages.printing import BROWSERS
 from tests.made_files import made_record, write, yes_no_set
 
@@ -39,10 +39,10 @@ def files(tmp_path):
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         ablation = "none" if name == "seen" else "blank"
-        questions = str(folder / "test.json")
+        questions = {"questions": str(folder / "test.json"), "questions_sha256": sha256_of(folder / "test.json")}
         counts = {"questions": 20, "cut_at_max_new_tokens": 3 if name == "blank" else 0}
         decoding = {"max_new_tokens": 8}
-        facts = {"ablate_image": ablation, "questions": questions, "counts": counts, "decoding": decoding}
+        facts = {"ablate_image": ablation, **questions, "counts": counts, "decoding": decoding}
         write_manifest(path, checkpoint="/models/m", template="v1", **facts)
     return folder
 
@@ -203,3 +203,23 @@ def test_an_audit_of_one_of_two_sets(tmp_path):
     main(["--pred", f"x={pred}", f"y={pred_b}", "--gt", gt, gt_b, *flags])
     page = (tmp_path / "r.html").read_text()
     assert "unseen image" in page and "other questions than those of y" in page
+
+
+def test_what_is_missing_or_was_changed_is_said_wherever_there_are_scores(files, tmp_path, capsys):
+    answers, questions = files / "seen.jsonl", files / "test.json"
+    lines = answers.read_text().splitlines()
+    answers.write_text("\n".join(lines[:-1]) + "\n")
+    questions.write_text(questions.read_text() + "\n")
+    words = [
+        "the answers were CHANGED after their manifest was written",
+        "the questions were CHANGED after they were answered",
+        "missing answers: 1, counted as empty answers",
+    ]
+    html, _ = make(files, "--on-missing", "wrong")
+    assert re.findall("<strong>m: (.*?)</strong>", html) == words
+    flags = ["--gt", str(questions), "--pred", str(answers), "--on-missing", "wrong", "--bootstrap-samples", "0"]
+    run_eval.main([*flags, "--output", str(tmp_path / "o.json")])
+    assert [line for line in capsys.readouterr().out.splitlines() if line in words] == words
+    assert json.loads((tmp_path / "o.json").read_text())["changed_since_answered"] == ["answers", "questions"]
+    run_eval_batch.main([*flags, "--output", str(tmp_path / "all.jsonl")])
+    assert [f"{answers}: {line}" for line in words] == capsys.readouterr().out.splitlines()[3:6]

@@ -119,20 +119,20 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
         "recall, closed is accuracy; strict: whole words counted once, yes or no only where the answer says one of "
         "them. Published rows were made with the paper set."
     )
-    return table(header, rows, classes) + _cut_answers(entries) + figures(*drawn) + note(text)
+    return table(header, rows, classes) + _warnings(entries) + figures(*drawn) + note(text)
 
 
-def _cut_answers(entries: Sequence[Entry]) -> Markup:
-    """Which files hold answers that ended at the limit of tokens, by their manifests."""
+def _warnings(entries: Sequence[Entry]) -> Markup:
+    """What an evaluation says of its files, and which hold answers that ended at the limit of tokens, by their
+    manifests."""
     parts = []
     for entry in entries:
+        words = [*entry.result.remarks]
         counts = (entry.result.manifest or {}).get("counts") or {}
         if cut := counts.get("cut_at_max_new_tokens"):
             limit = (entry.result.manifest or {}).get("decoding", {}).get("max_new_tokens")
-            words = (
-                f"{entry.label}: {cut:,} of {counts['questions']:,} answers were cut at the limit of {limit} tokens."
-            )
-            parts.append(warning(words))
+            words.append(f"{cut:,} of {counts['questions']:,} answers were cut at the limit of {limit} tokens.")
+        parts += [warning(f"{entry.label}: {line}") for line in words]
     return Markup().join(parts)
 
 
