@@ -71,14 +71,15 @@ def main(argv: list[str] | None = None) -> None:
         sections.append(clean.text())
         content["clean_subset"] = clean.as_dict()
     if args.compare or args.memory:
-        from llava.eval.reports.compare import compare_answers, compare_with_memory
+        from llava.eval.reports.compare import compare_answers, compare_with_memory, evaluate_alike
 
         if args.compare:
             comparison = compare_answers(result, existing_file(args.compare, "--compare"))
             sections.append(comparison.text())
             content["comparison"] = comparison.as_dict()
         if args.memory:
-            comparison = compare_with_memory(result, existing_file(args.memory, "--memory"))
+            memory = evaluate_alike(result, existing_file(args.memory, "--memory"))
+            comparison = compare_with_memory(result, memory)
             sections.append(comparison.text())
             content["memory"] = comparison.as_dict()
     write_line("\n\n".join(sections))

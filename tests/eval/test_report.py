@@ -223,3 +223,12 @@ def test_what_is_missing_or_was_changed_is_said_wherever_there_are_scores(files,
     assert json.loads((tmp_path / "o.json").read_text())["changed_since_answered"] == ["answers", "questions"]
     run_eval_batch.main([*flags, "--output", str(tmp_path / "all.jsonl")])
     assert [f"{answers}: {line}" for line in words] == capsys.readouterr().out.splitlines()[3:6]
+
+
+def test_each_answer_file_is_read_once(files, monkeypatch):
+    from llava.eval.reports import evaluation
+
+    read, paths = evaluation.read_answers, []
+    monkeypatch.setattr(evaluation, "read_answers", lambda path: paths.append(path) or read(path))
+    make(files, "--pred", *(f"{name}={files / 'seen.jsonl'}" for name in "abc"))
+    assert len(paths) == 3

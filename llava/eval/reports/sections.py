@@ -18,7 +18,7 @@ from llava.eval.metrics.registry import CLOSED, Metric
 from llava.eval.metrics.score import headlines
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.clean_subset import CleanScores
-from llava.eval.reports.compare import compare_answers, compare_with_memory, comparison_cells, p_text
+from llava.eval.reports.compare import compare_evaluations, compare_with_memory, comparison_cells, p_text
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
@@ -146,7 +146,7 @@ def differences_section(entries: Sequence[Entry]) -> Markup:
     for first, second in combinations(entries, 2):
         if first.questions != second.questions:
             continue
-        for metric, found in compare_answers(first.result, second.result.pred).numbers.items():
+        for metric, found in compare_evaluations(first.result, second.result).numbers.items():
             mcnemar = "" if found.mcnemar_p is None else p_text(found.mcnemar_p)
             said = _direction(first, second, metric, found)
             rows.append([first.label, second.label, metric.heading, *comparison_cells(metric, found), mcnemar, said])
@@ -177,7 +177,7 @@ def ablation_section(entries: Sequence[Entry]) -> Markup:
     rows = []
     for base in (entry for entry in entries if entry.ablation == "none"):
         for other in ablations_of(base, entries):
-            compared = compare_answers(base.result, other.result.pred).numbers
+            compared = compare_evaluations(base.result, other.result).numbers
             for metric, found in compared.items():
                 rows.append([base.label, other.ablation, metric.heading, *comparison_cells(metric, found)])
     if not rows:
@@ -193,7 +193,7 @@ def memory_section(entries: Sequence[Entry]) -> Markup:
         for model in entries:
             if model.is_memory or model.ablation != "none" or model.questions != memory.questions:
                 continue
-            for metric, found in compare_with_memory(model.result, memory.result.pred).numbers.items():
+            for metric, found in compare_with_memory(model.result, memory.result).numbers.items():
                 rows.append([model.label, memory.label, metric.heading, *comparison_cells(metric, found)])
     if not rows:
         return Markup()
