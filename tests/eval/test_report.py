@@ -232,3 +232,12 @@ def test_each_answer_file_is_read_once(files, monkeypatch):
     monkeypatch.setattr(evaluation, "read_answers", lambda path: paths.append(path) or read(path))
     make(files, "--pred", *(f"{name}={files / 'seen.jsonl'}" for name in "abc"))
     assert len(paths) == 3
+
+
+def test_pairs_say_which_questions_both_answer(files):
+    lines = (files / "seen.jsonl").read_text().splitlines()
+    (files / "few.jsonl").write_text("\n".join(lines[:15]) + "\n")
+    pairs = ["--pred", f"m={files / 'seen.jsonl'}", f"few={files / 'few.jsonl'}", "--gt", str(files / "test.json")]
+    html, _ = make(files, *pairs, "--on-missing", "skip")
+    section = html.partition("Differences between models</h2>")[2].partition("</section>")[0]
+    assert "m and few: compared on the 15 of 20 questions that both answer" in section

@@ -123,6 +123,17 @@ def test_compare_two_models(files, tmp_path):
     assert (found["only_first"], found["only_second"], found["difference"]) == (1, 1, 0)
 
 
+def test_a_comparison_says_which_questions_it_is_on(files, tmp_path, capsys):
+    flags = [*files(), "--on-missing", "skip"]
+    other = tmp_path / "other.jsonl"
+    lines = [json.dumps({"question_id": key, "text": text}) + "\n" for key, text in ANSWERS.items()]
+    for shared in (3, 4):
+        other.write_text("".join(lines[:shared]))
+        found = run_json(flags, tmp_path, "--compare", str(other))["comparison"]
+        assert (found["answered_by_both"], found["questions"]) == (shared, 4)
+        assert ("compared on the 3 of 4 questions that both answer\n" in capsys.readouterr().out) == (shared == 3)
+
+
 def test_missing_answers_by_choice(files, tmp_path):
     flags = files(answers=[("1", "left lung"), ("2", "no"), ("3", "axial")])
     skipped = run_json(flags, tmp_path, "--on-missing", "skip")

@@ -13,17 +13,27 @@ from llava.eval.reports.tables import plain, text_table
 
 @dataclass
 class AnswerComparison:
-    """The headline numbers of two answer files compared."""
+    """The headline numbers of two answer files compared, on the `shared` of `questions` that both answer."""
 
     first: Path
     second: Path
     numbers: dict[Metric, Comparison]
+    shared: int
+    questions: int
     labels: tuple[str, str] = ("first", "second")
     subtracted: str = "second minus first"
 
     def as_dict(self) -> dict:
         numbers = {metric.title: asdict(found) for metric, found in self.numbers.items()}
-        return {"first": str(self.first), "second": str(self.second), **numbers}
+        counts = {"questions": self.questions, "answered_by_both": self.shared}
+        return {"first": str(self.first), "second": str(self.second), **counts, **numbers}
+
+    @property
+    def remark(self) -> str | None:
+        """Which questions are compared, where it isn't all: the scores of each file alone are of others."""
+        if self.shared == self.questions:
+            return None
+        return f"compared on the {self.shared} of {self.questions} questions that both answer"
 
     def text(self) -> str:
         rows = []
@@ -33,7 +43,8 @@ class AnswerComparison:
             rows.append([metric.heading, *comparison_cells(metric, found), alone, mcnemar])
         first, second = self.labels
         header = ["metric (%)", first, second, self.subtracted, "p (bootstrap)", "right alone", "p (McNemar)"]
-        return f"{first}: {self.first}\n{second}: {self.second}\n\n{text_table(header, rows)}"
+        files = f"{first}: {self.first}\n{second}: {self.second}\n{self.remark or ''}"
+        return f"{files.rstrip()}\n\n{text_table(header, rows)}"
 
 
 def turned(found: Comparison) -> Comparison:
@@ -83,7 +94,7 @@ def compare_evaluations(first: Evaluation, other: Evaluation) -> AnswerCompariso
         )
         if found is not None:
             numbers[metric] = found
-    return AnswerComparison(first.pred, other.pred, numbers)
+    return AnswerComparison(first.pred, other.pred, numbers, len(shared), first.asked)
 
 
 def p_text(value: float | None) -> str:

@@ -37,6 +37,11 @@ class Evaluation:
     """What of "answers" and "questions" has no longer the checksum that the answers' manifest gives."""
 
     @property
+    def asked(self) -> int:
+        """How many questions there are, those left out included."""
+        return self.scores.questions + (self.missing if self.settings["on_missing"] == "skip" else 0)
+
+    @property
     def remarks(self) -> list[str]:
         """What nobody may overlook who reads the scores: answers that are missing, files that were changed."""
         after = {"answers": "their manifest was written", "questions": "they were answered"}

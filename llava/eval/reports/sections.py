@@ -18,7 +18,13 @@ from llava.eval.metrics.registry import CLOSED, Metric
 from llava.eval.metrics.score import headlines
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.clean_subset import CleanScores
-from llava.eval.reports.compare import compare_evaluations, compare_with_memory, comparison_cells, p_text
+from llava.eval.reports.compare import (
+    AnswerComparison,
+    compare_evaluations,
+    compare_with_memory,
+    comparison_cells,
+    p_text,
+)
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
 from llava.eval.reports.tables import calibration_line, number_cell, plain
@@ -142,11 +148,13 @@ SIGNIFICANT = 0.05
 
 def differences_section(entries: Sequence[Entry]) -> Markup:
     """Each pair of files that answer the same questions: the paired difference, and what it says."""
-    rows = []
+    rows, remarks = [], []
     for first, second in combinations(entries, 2):
         if first.questions != second.questions:
             continue
-        for metric, found in compare_evaluations(first.result, second.result).numbers.items():
+        compared = compare_evaluations(first.result, second.result)
+        remarks += _shared(first, second, compared)
+        for metric, found in compared.numbers.items():
             mcnemar = "" if found.mcnemar_p is None else p_text(found.mcnemar_p)
             said = _direction(first, second, metric, found)
             rows.append([first.label, second.label, metric.heading, *comparison_cells(metric, found), mcnemar, said])
@@ -158,7 +166,12 @@ def differences_section(entries: Sequence[Entry]) -> Markup:
         "stands for one comparison: of twenty without a difference, one falls below 0.05 by chance. A model is called "
         "better where the interval is on one side of 0 and McNemar's exact test, where there is one, is below 0.05 too."
     )
-    return table(header, rows) + note(text)
+    return table(header, rows) + Markup().join(remarks) + note(text)
+
+
+def _shared(first: Entry, second: Entry, compared: AnswerComparison) -> list[Markup]:
+    """Which questions two files are compared on, where it isn't all."""
+    return [warning(f"{first.label} and {second.label}: {compared.remark}")] if compared.remark else []
 
 
 def _direction(first: Entry, second: Entry, metric: Metric, found: Comparison) -> str:
@@ -174,32 +187,36 @@ def _direction(first: Entry, second: Entry, metric: Metric, found: Comparison) -
 
 def ablation_section(entries: Sequence[Entry]) -> Markup:
     """What is left of each score without the image, with the paired difference to the answers with it."""
-    rows = []
+    rows, remarks = [], []
     for base in (entry for entry in entries if entry.ablation == "none"):
         for other in ablations_of(base, entries):
-            compared = compare_evaluations(base.result, other.result).numbers
-            for metric, found in compared.items():
+            compared = compare_evaluations(base.result, other.result)
+            remarks += _shared(base, other, compared)
+            for metric, found in compared.numbers.items():
                 rows.append([base.label, other.ablation, metric.heading, *comparison_cells(metric, found)])
     if not rows:
         return Markup()
     header = ["model", "images", "metric", "with images", "ablated", "difference", "p (paired bootstrap)"]
-    return table(header, rows) + note("A model that looks at the image loses much; one that guesses loses nothing.")
+    text = "A model that looks at the image loses much; one that guesses loses nothing."
+    return table(header, rows) + Markup().join(remarks) + note(text)
 
 
 def memory_section(entries: Sequence[Entry]) -> Markup:
     """What each model adds to answers from memory of the training questions, with paired intervals."""
-    rows = []
+    rows, remarks = [], []
     for memory in (entry for entry in entries if entry.is_memory):
         for model in entries:
             if model.is_memory or model.ablation != "none" or model.questions != memory.questions:
                 continue
-            for metric, found in compare_with_memory(model.result, memory.result).numbers.items():
+            compared = compare_with_memory(model.result, memory.result)
+            remarks += _shared(model, memory, compared)
+            for metric, found in compared.numbers.items():
                 rows.append([model.label, memory.label, metric.heading, *comparison_cells(metric, found)])
     if not rows:
         return Markup()
     header = ["model", "memory", "metric", "model's", "memory's", "the model adds", "p (paired bootstrap)"]
     text = "Memory answers with what training says to the most similar questions: no model is asked."
-    return table(header, rows) + note(text)
+    return table(header, rows) + Markup().join(remarks) + note(text)
 
 
 def ablations_of(base: Entry, entries: Sequence[Entry]) -> list[Entry]:
