@@ -181,3 +181,15 @@ def test_faults_are_named(sets, name, text, message):
         make(sets, "--input", str(sets / name))
     with pytest.raises(LlavaError, match="neither a file nor a folder"):
         make(sets, "--input", str(sets / "none.json"))
+
+
+def test_the_orders_of_one_question_are_drawn_together(tmp_path):
+    """Four orders that are always answered alike say no more than one: the interval is that of one."""
+
+    def interval(orders):
+        records = [record(f"{n}#{order}", "B", source_id=str(n)) for n in range(40) for order in range(orders)]
+        content, _ = score(tmp_path, records, [{"text": "B" if int(one["id"][0]) % 2 else "A"} for one in records])
+        found = content["further"]["choice accuracy"]
+        return found["low"], found["high"]
+
+    assert interval(4) == interval(1)

@@ -99,6 +99,12 @@ def test_groups_and_what_the_bootstrap_draws_can_be_chosen(files, tmp_path):
     assert (found["value"], found["low"], found["high"]) == (50, None, None)
 
 
+def test_images_are_drawn_where_ids_are_lists(files, tmp_path):
+    rows = [{"qid": [key], "question": "q", "answer": "no", "answer_type": "CLOSED"} for key in "ab"]
+    content = run_json(files(rows, [(["a"], "no"), (["b"], "no")]), tmp_path, "--bootstrap-unit", "image")
+    assert content["strict"]["closed accuracy"]["low"] is not None
+
+
 def test_candidates_and_the_rules_of_another_script(files, tmp_path):
     (tmp_path / "open.json").write_text(json.dumps({"0": ["left lung", "axial"]}))
     plain = run_json(files(), tmp_path)

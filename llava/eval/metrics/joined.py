@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.data.vqa_items import VqaItem
 from llava.errors import LlavaError
+from llava.eval.metrics.registry import CHOICE
 from llava.records import Record, iter_records
 
 
@@ -109,6 +110,22 @@ def join(
 
 
 def clusters_of(joined: Sequence[JoinedItem], unit: str) -> list[Hashable] | None:
-    """What the bootstrap is to draw: of "image" a key for each question, the same for all about one image; of
-    "question" None, which is each question by itself."""
-    return [entry.item.image or entry.item.id for entry in joined] if unit == "image" else None
+    """What the bootstrap is to draw: a key for each question, the same for all that are drawn together.
+
+    Of "image" these are the questions about one image; of "question" the records that ask one question with its options
+    in several orders (`source_id`). None where each is drawn by itself.
+    """
+    if unit == "image":
+        return [("image", entry.item.image) if entry.item.image else _question_key(entry) for entry in joined]
+    if any(_source(entry) is not None for entry in joined):
+        return [_question_key(entry) for entry in joined]
+    return None
+
+
+def _question_key(entry: JoinedItem) -> Hashable:
+    source = _source(entry)
+    return ("id", str(entry.item.id)) if source is None else ("source", str(source))
+
+
+def _source(entry: JoinedItem) -> Any:
+    return entry.item.fields.get("source_id") if entry.item.answer_type == CHOICE else None
