@@ -7,7 +7,8 @@ python -m llava.eval.run_eval --gt test.json --pred answers.jsonl --output score
 
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.errors import LlavaError
 from llava.eval.scoring_flags import add_scoring_flags
 
 
@@ -47,6 +48,11 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    for flag, value in (("--train", args.train), ("--image-folder", args.image_folder)):
+        if value is not None and args.audit != "":
+            raise LlavaError(f"{flag} is for an audit that is made here; give --audit without a file too")
+    if args.image_folder:
+        existing_dir(args.image_folder, "--image-folder")
     from llava.eval.reports.evaluation import evaluate
     from llava.records import write_json, write_records
 

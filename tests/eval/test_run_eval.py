@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -138,6 +139,21 @@ def test_a_comparison_says_which_questions_it_is_on(files, tmp_path, capsys):
         found = run_json(flags, tmp_path, "--compare", str(other))["comparison"]
         assert (found["answered_by_both"], found["questions"]) == (shared, 4)
         assert ("compared on the 3 of 4 questions that both answer\n" in capsys.readouterr().out) == (shared == 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--group-by", "organ", "orgn"], "test.json: no record has 'orgn' of --group-by; there are: organ"),
+        (["--train", "train.json"], "--train is for an audit that is made here; give --audit without a file too"),
+        (["--audit", "audit.json", "--train", "train.json"], "--train is for an audit that is made here"),
+        (["--image-folder", "images"], "--image-folder is for an audit that is made here"),
+        (["--audit", "--train", "t.json", "--image-folder", "none_here"], "--image-folder is not a folder: none_here"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(files, flags, message):
+    with pytest.raises(LlavaError, match=re.escape(message)):
+        run_eval.main([*files(), *flags])
 
 
 def test_missing_answers_by_choice(files, tmp_path):

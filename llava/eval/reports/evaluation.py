@@ -111,13 +111,17 @@ def evaluate(
         unit: what the bootstrap draws, "question" or "image".
 
     Raises:
-        LlavaError: fewer than 0 resamples, a seed below 0; files that can't be read or joined.
+        LlavaError: fewer than 0 resamples, a seed below 0; files that can't be read or joined; a field of `group_by`
+            that no record has.
     """
     if resamples < 0:
         raise LlavaError(f"--bootstrap-samples is {resamples}; give 0 or more")
     if seed < 0:
         raise LlavaError(f"--seed is {seed}; give 0 or more")
     items = read_vqa_items(gt)
+    there = dict.fromkeys(name for item in items for name in item.fields)
+    if unknown := [name for name in group_by or () if name not in there]:
+        raise LlavaError(f"{gt}: no record has {unknown[0]!r} of --group-by; there are: {', '.join(there) or 'none'}")
     joined = join(items, read_answers(pred), gt, pred, on_missing)
     scores = score_items(
         joined,
