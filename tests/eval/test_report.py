@@ -241,3 +241,24 @@ def test_pairs_say_which_questions_both_answer(files):
     html, _ = make(files, *pairs, "--on-missing", "skip")
     section = html.partition("Differences between models</h2>")[2].partition("</section>")[0]
     assert "m and few: compared on the 15 of 20 questions that both answer" in section
+
+
+def test_a_page_is_not_written_without_its_table(files):
+    (files / "notes.md").write_text("mine")
+    flags = ["--pred", str(files / "seen.jsonl"), "--bootstrap-samples", "0", "--output"]
+    with pytest.raises(LlavaError, match=r"notes\.md is there and holds something else"):
+        report.main([*flags, str(files / "notes.html")])
+    with pytest.raises(LlavaError, match=r"page\.md: the table goes there; give the page a name that ends in \.html"):
+        report.main([*flags, str(files / "page.md")])
+    assert not (files / "notes.html").exists() and not (files / "page.md").exists()
+
+
+def test_files_of_one_name_and_folders_that_are_not_there_are_refused(files):
+    for folder in ("a", "b"):
+        (files / folder / "run").mkdir(parents=True)
+        shutil.copy(files / "seen.jsonl", files / folder / "run" / "answers.jsonl")
+    both = [str(files / folder / "run" / "answers.jsonl") for folder in ("a", "b")]
+    with pytest.raises(LlavaError, match="--pred: 2 files are called 'run/answers'; give each a name: NAME=FILE"):
+        make(files, "--pred", *both, "--gt", str(files / "test.json"))
+    with pytest.raises(LlavaError, match="--image-folder is not a folder: none_here"):
+        make(files, "--image-folder", "none_here")
