@@ -262,3 +262,19 @@ def test_files_of_one_name_and_folders_that_are_not_there_are_refused(files):
         make(files, "--pred", *both, "--gt", str(files / "test.json"))
     with pytest.raises(LlavaError, match="--image-folder is not a folder: none_here"):
         make(files, "--image-folder", "none_here")
+
+
+def test_without_resamples_no_interval_is_spoken_of(files):
+    for samples in ("0", "50"):
+        html, _ = make(files, "--pred", f"m={files / 'seen.jsonl'}", "--bootstrap-samples", samples)
+        assert ("95 %" in html) == (samples == "50")
+
+
+def test_multiple_choice_questions_are_examples_too(tmp_path):
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": n, "conversations": turns, "answer_type": "CHOICE", "options": ["lung", "heart"]} for n in range(5)]
+    gt = write(tmp_path / "test.json", rows)
+    pred = write(tmp_path / "a.jsonl", [{"question_id": n, "text": "AB"[n % 2]} for n in range(5)])
+    page = tmp_path / "page.html"
+    report.main(["--gt", gt, "--pred", f"m={pred}", "--output", str(page), "--bootstrap-samples", "0"])
+    assert "m: 3 wholly right, 2 wholly wrong" in page.read_text()

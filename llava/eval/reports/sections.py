@@ -108,6 +108,7 @@ def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], li
 def scores_section(entries: Sequence[Entry]) -> Markup:
     """The table, and bars of the headline numbers."""
     header, rows, classes = score_rows(entries)
+    settings = entries[0].result.settings
     drawn = []
     for metric in headlines(entry.result.scores for entry in entries):
         if metric.unit != "%":  # the bars end at 100
@@ -116,16 +117,22 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
         # A row for each, also without a number: places decide the colours.
         rows_drawn = [(label, n.value, n.low, n.high) if n else (label, None, None, None) for label, n in numbers]
         shown = bars(metric.title, rows_drawn)
-        drawn.append(figure(shown, f"{metric.label}, with 95 % intervals."))
-    settings = entries[0].result.settings
-    lone = settings["resamples"] and any(entry.result.scores.lack_interval for entry in entries)
+        drawn.append(figure(shown, f"{metric.label}{', with 95 % intervals' if settings['resamples'] else ''}."))
+    lone = any(entry.result.scores.lack_interval for entry in entries)
     text = (
-        f"Percent with 95 % bootstrap intervals (resampled {settings['unit']}s"
-        f"{'; a single one gives none' if lone else ''}). paper: the published scripts' numbers, open is "
+        f"Percent{_interval_words(settings, lone)}. paper: the published scripts' numbers, open is "
         "recall, closed is accuracy; strict: whole words counted once, yes or no only where the answer says one of "
         "them. Published rows were made with the paper set."
     )
     return table(header, rows, classes) + _warnings(entries) + figures(*drawn) + note(text)
+
+
+def _interval_words(settings: dict[str, Any], lone: bool) -> str:
+    if not settings["resamples"]:
+        return ""
+    return (
+        f" with 95 % bootstrap intervals (resampled {settings['unit']}s{'; a single one gives none' if lone else ''})"
+    )
 
 
 def _warnings(entries: Sequence[Entry]) -> Markup:
@@ -304,15 +311,16 @@ def audit_section(clean: Sequence[tuple[str, CleanScores]], others: Sequence[str
 
 
 def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, each: int = 4, seed: int = 0) -> Markup:
-    """A random sample: right and wrong answers, open and closed, with their images where a folder is given."""
+    """A random sample of right and wrong answers, of every kind of question, with images where a folder is given."""
     parts = []
     for entry in entries:
-        values = entry.result.scores.values["strict"]
+        values = entry.result.scores.values
+        columns = [values["strict"]["closed accuracy"], values["strict"]["open recall"]]
+        columns += [values["further"]["choice accuracy"]] if "choice accuracy" in values["further"] else []
         right: list[JoinedItem] = []
         wrong: list[JoinedItem] = []
-        for index, joined in enumerate(entry.result.joined):
-            score = values["closed accuracy"][index]
-            score = values["open recall"][index] if score is None else score
+        for joined, *scores in zip(entry.result.joined, *columns, strict=True):
+            score = next((score for score in scores if score is not None), None)
             if score in (0, 1):
                 (right if score else wrong).append(joined)
         chosen = random.Random(seed)
