@@ -108,6 +108,14 @@ def test_words_that_are_rare_weigh_more():
     assert not words.cosines("nothing known").any()
 
 
+def test_chinese_questions_have_a_word_per_character(files):
+    train = [record(1, "dark.png", "OPEN", ("图中的器官是什么?", "肝脏"))]
+    train += [record(n, "dark.png", "OPEN", ("病变在哪里?", "左肺")) for n in range(2, 6)]
+    write(files / "train.json", train)
+    write(files / "test.json", [record("a", "dim.png", "OPEN", ("图中的器官是哪个?", "肝脏"))])
+    assert answer(files, "--neighbours", "1") == {"commonest": ["左肺"], "nearest_text": ["肝脏"]}
+
+
 def test_bad_flags(files):
     with pytest.raises(LlavaError, match="--image-folder"):
         answer(files, "--vision-tower", "x")

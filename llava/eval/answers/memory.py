@@ -5,7 +5,6 @@ exp(likeness). What likeness is, is the caller's: words and images (`text_and_im
 """
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from llava.data.vqa_items import VqaItem, plain_question, read_vqa_items, vqa_it
 from llava.errors import LlavaError
 from llava.eval.answers.answering import answer_record, question_settings
 from llava.eval.answers.questions import Question
+from llava.eval.metrics.words import WHOLE_WORD
 from llava.manifests import sha256_of, write_manifest
 from llava.record_content import image_key, question_answer_pairs, read_named, record_images
 from llava.records import iter_records, write_records
 
-_WORD = re.compile(r"\w+")
 _TIE = 1e-9
 
 
@@ -212,4 +211,4 @@ class WordWeights:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    return WHOLE_WORD.findall(text.lower())
