@@ -89,6 +89,13 @@ def test_groups_by_record_fields(files, tmp_path):
     assert groups["CHEST"]["questions"] == 2
 
 
+def test_a_field_that_is_null_groups_with_one_that_is_absent(files, tmp_path):
+    questions = [*QUESTIONS[:2], QUESTIONS[2] | {"organ": None}, {**QUESTIONS[3]}]
+    del questions[3]["organ"]
+    groups = run_json(files(questions), tmp_path, "--group-by", "organ")["groups"]["organ"]
+    assert {key: group["questions"] for key, group in groups.items()} == {"CHEST": 2, "-": 2}
+
+
 def test_groups_and_what_the_bootstrap_draws_can_be_chosen(files, tmp_path):
     questions = [{**question, "image": "one.jpg", "site": "A"} for question in QUESTIONS]
     content = run_json(files(questions), tmp_path, "--group-by", "site")
