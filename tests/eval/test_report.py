@@ -225,6 +225,18 @@ def test_what_is_missing_or_was_changed_is_said_wherever_there_are_scores(files,
     assert [f"{answers}: {line}" for line in words] == capsys.readouterr().out.splitlines()[3:6]
 
 
+def test_answers_that_a_server_refused_are_said(files, capsys):
+    lines = [json.loads(line) for line in (files / "seen.jsonl").read_text().splitlines()]
+    lines[0] |= {"text": "", "metadata": {"finish_reason": "content_filter", "refused": "content_filter"}}
+    other = write(files / "other.jsonl", lines)
+    said = "answers that the server refused to give: 1, scored by the text that came, if any"
+    flags = ["--gt", str(files / "test.json")]
+    assert f"<strong>m: {said}</strong>" in make(files, "--pred", f"m={other}", *flags)[0]
+    capsys.readouterr()
+    run_eval.main(["--pred", other, *flags, "--bootstrap-samples", "0"])
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_each_answer_file_is_read_once(files, monkeypatch):
     from llava.eval.reports import evaluation
 

@@ -51,7 +51,16 @@ class Evaluation:
         if self.missing:
             fate = "left out" if self.settings["on_missing"] == "skip" else "counted as empty answers"
             found.append(f"missing answers: {self.missing}, {fate}")
+        if self.refused:
+            found.append(
+                f"answers that the server refused to give: {self.refused}, scored by the text that came, if any"
+            )
         return found
+
+    @property
+    def refused(self) -> int:
+        """How many answers the server that was asked declined to give, or broke off (`metadata.refused`)."""
+        return sum(bool(metadata_of(entry.record).get("refused")) for entry in self.joined)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the scores, and what made questions and answers."""
@@ -59,6 +68,7 @@ class Evaluation:
             "gt": str(self.gt),
             "pred": str(self.pred),
             "missing_answers": self.missing,
+            "refused_answers": self.refused,
             "inferred_answer_types": self.inferred_types,
             "changed_since_answered": [what for what, is_so in self.changed.items() if is_so],
             "settings": self.settings,
