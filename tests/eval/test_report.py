@@ -290,3 +290,22 @@ def test_multiple_choice_questions_are_examples_too(tmp_path):
     page = tmp_path / "page.html"
     report.main(["--gt", gt, "--pred", f"m={pred}", "--output", str(page), "--bootstrap-samples", "0"])
     assert "m: 3 wholly right, 2 wholly wrong" in page.read_text()
+
+
+def test_multiple_choice_questions_are_counted_in_every_table(tmp_path, capsys):
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": n, "conversations": turns, "answer_type": "CHOICE", "options": ["x", "y"]} for n in range(5)]
+    gt = write(tmp_path / "test.json", [row | {"modality": "ab"[row["id"] % 2]} for row in rows])
+    pred = write(tmp_path / "a.jsonl", [{"question_id": n, "text": "A"} for n in range(5)])
+    files = ["--gt", gt, "--bootstrap-samples", "0"]
+    train = write(tmp_path / "train.json", [rows[0] | {"image": "a.png"}])
+    run_eval.main([*files, "--pred", pred, "--audit", "--train", train])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "0", "0", "3"] in [line[:4] for line in shown] and ["all", "0", "0", "5"] in [
+        line[:4] for line in shown
+    ]
+    run_eval_batch.main([*files, "--pred", pred, "--output", str(tmp_path / "all.jsonl")])
+    assert capsys.readouterr().out.splitlines()[0].split()[3:6] == ["open", "closed", "choice"]
+    report.main([*files, "--pred", f"m={pred}", "--output", str(tmp_path / "page.html")])
+    assert "| m | test | 0 / 0 / 5 |" in (tmp_path / "page.md").read_text()
+    assert "choice questions" in (tmp_path / "page.html").read_text()

@@ -195,7 +195,8 @@ def _group(
     table = {}
     for key, inside in sorted(places.items()):
         kinds = [joined[index].item.answer_type for index in inside]
-        row: dict[str, Any] = {"questions": len(inside), "open": kinds.count(OPEN), "closed": kinds.count(CLOSED)}
+        row: dict[str, Any] = {"questions": len(inside)}
+        row |= {kind.lower(): kinds.count(kind) for kind in (OPEN, CLOSED, CHOICE)}
         for metric, column in found.items():
             if metric.is_headline:
                 row[metric.title] = metric.mean(column[index] for index in inside)

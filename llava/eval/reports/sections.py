@@ -27,7 +27,7 @@ from llava.eval.reports.compare import (
 )
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
-from llava.eval.reports.tables import calibration_line, number_cell, plain
+from llava.eval.reports.tables import calibration_line, count_cells, kinds_of, number_cell, plain
 from llava.folders import is_file
 from llava.image_options import with_options_of
 from llava.images import open_image
@@ -85,7 +85,8 @@ class Entry:
 def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], list[str]]:
     """(header, rows, CSS classes): our answer files by data set, the published rows below each set's."""
     shown = headlines(entry.result.scores for entry in entries)
-    header = ["model", "data set", "open / closed", *(metric.heading for metric in shown)]
+    kinds = kinds_of(entry.result.scores for entry in entries)
+    header = ["model", "data set", " / ".join(kinds), *(metric.heading for metric in shown)]
     rows, classes = [], []
     for dataset in dict.fromkeys(entry.dataset for entry in entries):
         ours = [entry for entry in entries if entry.dataset == dataset]
@@ -93,12 +94,12 @@ def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], li
             scores = entry.result.scores
             name = DATASET_NAMES.get(dataset or "", entry.result.gt.stem)
             cells = [number_cell(scores.number(metric)) for metric in shown]
-            rows.append([entry.label, name, f"{scores.open} / {scores.closed}", *cells])
+            rows.append([entry.label, name, " / ".join(count_cells(scores, kinds)), *cells])
             classes.append("")
         if dataset is None:
             continue
         for row in PUBLISHED.get(dataset, ()):
-            counts = "{} / {}".format(*TEST_COUNTS[dataset])
+            counts = " / ".join(map(str, [*TEST_COUNTS[dataset], 0][: len(kinds)]))
             name = f"{DATASET_NAMES[dataset]}, published"
             rows.append([row.model, name, counts, plain(row.open), plain(row.closed), *[""] * (len(shown) - 2)])
             classes.append("published")
@@ -252,13 +253,13 @@ def groups_section(entries: Sequence[Entry]) -> Markup:
     parts = []
     for entry in entries:
         for name, groups in entry.result.scores.groups.items():
-            shown = headlines([entry.result.scores])
+            shown, kinds = headlines([entry.result.scores]), kinds_of([entry.result.scores])
             rows = [
-                [key, str(row["open"]), str(row["closed"]), *(plain(row[metric.title]) for metric in shown)]
+                [key, *(str(row[kind]) for kind in kinds), *(plain(row[metric.title]) for metric in shown)]
                 for key, row in groups.items()
             ]
             parts.append(subheading(f"{entry.label}, by {name}"))
-            header = [name, "open questions", "closed questions", *(metric.heading for metric in shown)]
+            header = [name, *(f"{kind} questions" for kind in kinds), *(metric.heading for metric in shown)]
             parts.append(table(header, rows))
     return Markup().join(parts)
 
@@ -300,12 +301,12 @@ def audit_section(clean: Sequence[tuple[str, CleanScores]], others: Sequence[str
 
     rows = []
     shown = headlines(scores.all_questions for _, scores in clean)
+    kinds = kinds_of(scores.all_questions for _, scores in clean)
     for label, scores in clean:
         for name, part in (("all", scores.all_questions), *scores.subsets.items()):
             cells = ["no question"] * len(shown) if part is None else [number_cell(part.number(m)) for m in shown]
-            counts = "0 / 0" if part is None else f"{part.open} / {part.closed}"
-            rows.append([label, name, counts, *cells])
-    header = ["model", "test questions", "open / closed", *(metric.heading for metric in shown)]
+            rows.append([label, name, " / ".join(count_cells(part, kinds)), *cells])
+    header = ["model", "test questions", " / ".join(kinds), *(metric.heading for metric in shown)]
     left = note(f"The audit is of other questions than those of {', '.join(others)}.") if others else Markup()
     return preformatted(audit_lines(clean[0][1].audit)) + table(header, rows) + left
 
