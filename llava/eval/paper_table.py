@@ -40,6 +40,8 @@ class Cell:
     ours: float | None
     questions: int
     published_questions: int
+    missing: int = 0
+    """Answers of the file (of either kind) that are missing."""
 
     @property
     def tolerance(self) -> float:
@@ -56,6 +58,8 @@ class Cell:
         verdict = "ok" if self.is_within else "off"
         if self.questions != self.published_questions:
             verdict += f", {self.questions} questions instead of {self.published_questions}"
+        if self.missing:
+            verdict += f", {self.missing} answers of the file missing"
         return f"{self.expected:.2f} / {ours} ± {self.tolerance:.2f} ({verdict})"
 
 
@@ -65,10 +69,14 @@ def main(argv: list[str] | None = None) -> int | None:
     from llava.eval.reports.tables import markdown_table
     from llava.records import atomic_path
 
-    cells = [cell for text in args.results for cell in read_cells(text)]
     by_row: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        by_row.setdefault((cell.row, cell.dataset), []).append(cell)
+    for text in args.results:
+        open_cell, closed_cell = read_cells(text)
+        place = open_cell.row, open_cell.dataset
+        if place in by_row:
+            raise LlavaError(f"--results: {':'.join(place)} stands more than once; give one file for it")
+        by_row[place] = [open_cell, closed_cell]
+    cells = [cell for pair in by_row.values() for cell in pair]
     header = ["", "data set", "open: expected / ours ± tolerance", "closed: expected / ours ± tolerance"]
     rows = [[row, DATASET_NAMES[name], *(cell.text() for cell in pair)] for (row, name), pair in by_row.items()]
     table = markdown_table(header, rows)
@@ -82,8 +90,12 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def read_cells(text: str) -> list[Cell]:
-    """The open and closed cell of one `ROW:SET=FILE`."""
-    from llava.eval.metrics.registry import headline_name
+    """The open and closed cell of one `ROW:SET=FILE`.
+
+    Raises:
+        LlavaError: it names no cell, or the file holds no result, or one by the rules of another script.
+    """
+    from llava.eval.metrics.registry import PAPER_SCRIPTS, headline_name
     from llava.eval.reports.published import PUBLISHED, TEST_COUNTS
     from llava.records import read_json
 
@@ -94,19 +106,26 @@ def read_cells(text: str) -> list[Cell]:
             f"--results {text}: expected ROW:SET=FILE with ROW {' or '.join(ROWS)}, SET {', '.join(PUBLISHED)}"
         )
     content = read_json(existing_file(file, "--results"))
-    if not isinstance(content, dict) or "paper" not in content:
-        raise LlavaError(f"{file}: not a result of run_eval --output")
+    try:
+        values = [content["paper"][headline_name("paper", kind)]["value"] for kind in ("open", "closed")]
+        counts = [int(content[kind]) for kind in ("open", "closed")]
+        script = content.get("settings", {}).get("script", PAPER_SCRIPTS[0])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LlavaError(f"{file}: not a result of run_eval --output") from error
+    if script != PAPER_SCRIPTS[0]:
+        raise LlavaError(f"{file}: scored by {script}'s rules; the published table is {PAPER_SCRIPTS[0]}'s (--script)")
     published = next(found for found in PUBLISHED[dataset] if found.model == ROWS[row])
     return [
         Cell(
             row=row,
             dataset=dataset,
             expected=getattr(published, kind),
-            ours=content["paper"][headline_name("paper", kind)]["value"],
-            questions=content[kind],
-            published_questions=count,
+            ours=value,
+            questions=count,
+            published_questions=published_count,
+            missing=content.get("missing_answers") or 0,
         )
-        for kind, count in zip(("open", "closed"), TEST_COUNTS[dataset])
+        for kind, value, count, published_count in zip(("open", "closed"), values, counts, TEST_COUNTS[dataset])
     ]
 
 

@@ -6,9 +6,10 @@ Writes a self-contained HTML page and the score table as Markdown. Answers of th
 python -m llava.eval.report --pred ours=answers.jsonl grey=answers-blank.jsonl --output report.html
 """
 
+from collections import Counter
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
 from llava.eval.scoring_flags import add_scoring_flags
 
@@ -33,12 +34,17 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.examples < 0:
         raise LlavaError(f"--examples is {args.examples}; give 0 or more")
+    if args.image_folder:
+        existing_dir(args.image_folder, "--image-folder")
     from llava.eval.reports.evaluation import evaluate
     from llava.eval.reports.sections import Entry
     from llava.pages import print_page, printing_browser
 
     browser = printing_browser() if args.pdf else None
     named = [_label_and_file(text) for text in args.pred]
+    labels = Counter(label for label, _ in named)
+    if doubled := [label for label, count in labels.items() if count > 1]:
+        raise LlavaError(f"--pred: {labels[doubled[0]]} files are called {doubled[0]!r}; give each a name: NAME=FILE")
     entries = [
         Entry(
             label,
@@ -89,6 +95,7 @@ def write_report(
     from llava.eval.reports import sections
     from llava.eval.reports.clean_subset import not_audited, read_audit, score_clean_subset
     from llava.eval.reports.tables import markdown_table
+    from llava.folders import refuse_other_content
     from llava.pages import write_page
     from llava.records import atomic_path
 
@@ -106,29 +113,34 @@ def write_report(
     if others and not clean:
         raise LlavaError(f"{audit}: the audit is of other questions than those of --pred; give that of theirs")
     questions = len(entries), sum(entry.result.scores.questions for entry in entries)
-    output = write_page(
-        output,
-        title,
-        f"{questions[0]} answer files, {questions[1]:,} answers",
-        [
-            ("Scores", sections.scores_section(entries)),
-            ("Differences between models", sections.differences_section(plain)),
-            ("Does it look at the image?", sections.ablation_section(entries)),
-            ("What does it add to memory?", sections.memory_section(entries)),
-            ("Is it as sure as it is right?", sections.calibration_section(plain)),
-            ("Is the test set clean?", sections.audit_section(clean, others)),
-            ("By kind of question", sections.groups_section(plain)),
-            ("Yes and no", sections.confusions_section(plain)),
-            ("Examples", sections.examples_section(plain, image_folder, examples, seed)),
-            ("What produced the answers", sections.provenance_section(entries)),
-        ],
-        overwrite=overwrite,
-    )
+    page = Path(output)
+    markdown = page.with_suffix(".md")
+    if page == markdown:
+        raise LlavaError(f"--output {page}: the table goes there; give the page a name that ends in .html")
     header, rows, _ = sections.score_rows(entries)
-    markdown = output.with_suffix(".md")
     with atomic_path(markdown, overwrite=overwrite) as temporary:
         temporary.write_text(f"# {title}\n\n{markdown_table(header, rows)}\n", encoding="utf-8")
-    return output, markdown
+        if not overwrite:  # before there is a page, which would be without its table
+            refuse_other_content(temporary, markdown)
+        write_page(
+            page,
+            title,
+            f"{questions[0]} answer files, {questions[1]:,} answers",
+            [
+                ("Scores", sections.scores_section(entries)),
+                ("Differences between models", sections.differences_section(plain)),
+                ("Does it look at the image?", sections.ablation_section(entries)),
+                ("What does it add to memory?", sections.memory_section(entries)),
+                ("Is it as sure as it is right?", sections.calibration_section(plain)),
+                ("Is the test set clean?", sections.audit_section(clean, others)),
+                ("By kind of question", sections.groups_section(plain)),
+                ("Yes and no", sections.confusions_section(plain)),
+                ("Examples", sections.examples_section(plain, image_folder, examples, seed)),
+                ("What produced the answers", sections.provenance_section(entries)),
+            ],
+            overwrite=overwrite,
+        )
+    return page, markdown
 
 
 def _label_and_file(text: str) -> tuple[str, Path]:

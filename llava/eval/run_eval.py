@@ -7,7 +7,8 @@ python -m llava.eval.run_eval --gt test.json --pred answers.jsonl --output score
 
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.errors import LlavaError
 from llava.eval.scoring_flags import add_scoring_flags
 
 
@@ -47,6 +48,11 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    for flag, value in (("--train", args.train), ("--image-folder", args.image_folder)):
+        if value is not None and args.audit != "":
+            raise LlavaError(f"{flag} is for an audit that is made here; give --audit without a file too")
+    if args.image_folder:
+        existing_dir(args.image_folder, "--image-folder")
     from llava.eval.reports.evaluation import evaluate
     from llava.records import write_json, write_records
 
@@ -71,14 +77,15 @@ def main(argv: list[str] | None = None) -> None:
         sections.append(clean.text())
         content["clean_subset"] = clean.as_dict()
     if args.compare or args.memory:
-        from llava.eval.reports.compare import compare_answers, compare_with_memory
+        from llava.eval.reports.compare import compare_answers, compare_with_memory, evaluate_alike
 
         if args.compare:
             comparison = compare_answers(result, existing_file(args.compare, "--compare"))
             sections.append(comparison.text())
             content["comparison"] = comparison.as_dict()
         if args.memory:
-            comparison = compare_with_memory(result, existing_file(args.memory, "--memory"))
+            memory = evaluate_alike(result, existing_file(args.memory, "--memory"))
+            comparison = compare_with_memory(result, memory)
             sections.append(comparison.text())
             content["memory"] = comparison.as_dict()
     write_line("\n\n".join(sections))

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     questions = {pred: find_questions(pred, args.gt, args.gt_parent_path) for pred in files}
     from llava.eval.metrics.score import headlines
     from llava.eval.reports.evaluation import evaluate
-    from llava.eval.reports.tables import number_cell, text_table
+    from llava.eval.reports.tables import count_cells, kinds_of, number_cell, text_table
     from llava.records import write_records
 
     results = []
@@ -68,13 +68,17 @@ def main(argv: list[str] | None = None) -> None:
     # Scores of the same answer files may be new; those of others would be lost.
     write_records(output, rows, overwrite=args.overwrite or _files_in(output) <= {row["pred"] for row in rows})
     shown = headlines(result.scores for _, result in results)
-    header = ["answers", "data set", "open", "closed", *(metric.heading for metric in shown)]
+    kinds = kinds_of(result.scores for _, result in results)
+    header = ["answers", "data set", *kinds, *(metric.heading for metric in shown)]
     lines = []
     for dataset, result in results:
         scores = result.scores
         cells = [number_cell(scores.number(metric)) for metric in shown]
-        lines.append([str(result.pred), dataset, str(scores.open), str(scores.closed), *cells])
+        lines.append([str(result.pred), dataset, *count_cells(scores, kinds), *cells])
     write_line(text_table(header, lines))
+    for _, result in results:
+        for remark in result.remarks:
+            write_line(f"{result.pred}: {remark}")
     write_line(f"\n{len(rows)} answer files scored; all numbers: {output}")
 
 

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.overwrite:
         discard(answers_file, shards)
     _run_parts(argv, shards)
-    if manifest_path(answers_file).is_file():
+    if answers_file.is_file() and manifest_path(answers_file).is_file():
         write_line(str(answers_file))
 
 

@@ -71,6 +71,17 @@ def test_text_alone_and_with_images(files):
     assert light["nearest_text_and_image"] == words["nearest_text"]
 
 
+def test_the_manifest_says_what_decides_and_ids_of_training_may_stand_twice(files):
+    rows = read_json(files / "train.json")
+    write(files / "train.json", [*rows, rows[0]])
+    flags = ("--vision-tower", str(make_clip(files / "tower")), "--image-folder", str(files), "--device", "cpu")
+    assert answer(files, *flags, "--text-weight", "3", "--image-weight", "5")["nearest_text_and_image"]
+    said = [read_json(files / "m" / f"nearest_text{more}.jsonl.manifest.json")["memory"] for more in ("", "_and_image")]
+    assert [one["text_weight"] for one in said] == [3, 3] and "image_weight" not in said[0]
+    assert (said[1]["image_weight"], said[1]["vision_tower"]) == (5, str(files / "tower"))
+    assert len(said[0]["train_sha256"]) == 64
+
+
 def test_one_name_in_two_folders_is_two_images(files):
     tower = make_clip(files / "tower")
     (files / "other").mkdir()
@@ -97,11 +108,30 @@ def test_words_that_are_rare_weigh_more():
     assert not words.cosines("nothing known").any()
 
 
+def test_chinese_questions_have_a_word_per_character(files):
+    train = [record(1, "dark.png", "OPEN", ("图中的器官是什么?", "肝脏"))]
+    train += [record(n, "dark.png", "OPEN", ("病变在哪里?", "左肺")) for n in range(2, 6)]
+    write(files / "train.json", train)
+    write(files / "test.json", [record("a", "dim.png", "OPEN", ("图中的器官是哪个?", "肝脏"))])
+    assert answer(files, "--neighbours", "1") == {"commonest": ["左肺"], "nearest_text": ["肝脏"]}
+
+
 def test_bad_flags(files):
     with pytest.raises(LlavaError, match="--image-folder"):
         answer(files, "--vision-tower", "x")
     with pytest.raises(LlavaError, match="--neighbours is 0"):
         answer(files, "--neighbours", "0")
+    for flag, value in (
+        ("--batch-size", "0"),
+        ("--text-weight", "nan"),
+        ("--text-weight", "inf"),
+        ("--image-weight", "-1"),
+    ):
+        with pytest.raises(LlavaError, match=f"{flag} is {value}"):
+            answer(files, flag, value)
+    for flag in ("--image-folder", "--train-image-folder"):
+        with pytest.raises(LlavaError, match=f"{flag} is for comparing images; give the --vision-tower"):
+            answer(files, flag, str(files))
     (files / "train.json").write_text("[]")
     with pytest.raises(LlavaError, match=r"train\.json: no questions"):
         answer(files)

@@ -61,6 +61,12 @@ def score(tmp_path, records, answers, *flags):
     return content, {name: number["value"] for name, number in content["further"].items()}
 
 
+def test_likelihoods_of_another_number_of_options_are_refused(tmp_path):
+    likelihoods = [{"log_probability": -1.0, "tokens": 1}] * 3
+    with pytest.raises(LlavaError, match=r'"1": its answer has 3 "option_letters" for 4 options; answer these'):
+        score(tmp_path, [record("1", "B")], [{"text": "B", "metadata": {"option_letters": likelihoods}}])
+
+
 def test_scores_by_text_by_likelihood_and_over_orders(tmp_path, capsys):
     def likely(letters, texts):
         rows = {"option_letters": [(p, 1) for p in letters], "option_texts": texts}
@@ -175,3 +181,15 @@ def test_faults_are_named(sets, name, text, message):
         make(sets, "--input", str(sets / name))
     with pytest.raises(LlavaError, match="neither a file nor a folder"):
         make(sets, "--input", str(sets / "none.json"))
+
+
+def test_the_orders_of_one_question_are_drawn_together(tmp_path):
+    """Four orders that are always answered alike say no more than one: the interval is that of one."""
+
+    def interval(orders):
+        records = [record(f"{n}#{order}", "B", source_id=str(n)) for n in range(40) for order in range(orders)]
+        content, _ = score(tmp_path, records, [{"text": "B" if int(one["id"][0]) % 2 else "A"} for one in records])
+        found = content["further"]["choice accuracy"]
+        return found["low"], found["high"]
+
+    assert interval(4) == interval(1)

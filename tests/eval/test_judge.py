@@ -263,3 +263,32 @@ def test_a_mention_that_is_a_text_is_one_mention():
     from llava.eval.chat.judge import mentions
 
     assert mentions({"in_text_mention": "Figure 1 shows it."}) == ["Figure 1 shows it."]
+
+
+def test_judgements_of_two_models_in_one_file_are_refused(tmp_path):
+    rows = [{"question_id": number, "scores": [8, score], "swapped": False} for score in (4, 8) for number in (1, 2)]
+    with pytest.raises(LlavaError, match=r"s\.jsonl: 2 questions are judged more than once in one order, first '1'"):
+        read_scores_file(write(tmp_path / "s.jsonl", rows))
+
+
+def test_files_of_one_name_and_unread_orders_are_told_apart(tmp_path):
+    rows = [
+        {"question_id": number, "scores": scores, "swapped": swapped}
+        for number in range(3)
+        for swapped, scores in ((False, [8, 4]), (True, [8, 6] if number else None))
+    ]
+    for name, part in (("a", rows), ("b", rows[2:])):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "s.jsonl", part)
+    judged = [read_scores_file(tmp_path / name / "s.jsonl") for name in "ab"]
+    assert [one.half_read for one in judged] == [1, 0] and judged[0].as_dict()["half_read"] == 1
+    table = summary_table(judged)
+    assert all(table.splitlines()[0].count(f"relative {tmp_path / name / 's.jsonl'}") == 1 for name in "ab")
+    assert table.count("could be read in one of both orders alone") == 1
+
+
+def test_a_row_counts_once_in_each_group(tmp_path):
+    rows = [{"question_id": 1, "scores": [8, 4], "type": "mri", "domain": "mri"}]
+    rows += [{"question_id": 2, "scores": [8, 4], "type": "overall"}, {"question_id": 3, "scores": [8, 4], "type": [1]}]
+    groups = read_scores_file(write(tmp_path / "s.jsonl", rows)).summary.groups
+    assert {name: group.data_size for name, group in groups.items()} == {"mri": 1, "[1]": 1, "overall": 3}

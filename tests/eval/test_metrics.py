@@ -1,6 +1,8 @@
 """Metrics: what the strict set counts and the published one doesn't, and the other way round."""
 
 import re
+from collections import Counter
+from math import comb
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from llava.eval.metrics import OPEN, Answer, normalize_word, paper_item, paper_s
 from llava.eval.metrics.calibration import calibrate
 from llava.eval.metrics.chrf import open_chrf
 from llava.eval.metrics.intervals import bootstrap_interval, compare_paired, mcnemar, share_interval, wilson_interval
+from llava.eval.metrics.paper import Candidates
 from llava.eval.metrics.registry import all_metrics
 from llava.eval.metrics.strict import question_options
 from llava.eval.reports.compare import comparison_cells, turned
@@ -191,6 +194,17 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert mcnemar(0, 0) == 1
     assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
     assert mcnemar(5, 5) == 1
+    assert mcnemar(30_000, 30_000) == 1  # each of the numbers computed anew would take hours
+    assert mcnemar(900, 1000) == 2 * sum(comb(1900, count) for count in range(901)) / 2**1900
+
+
+@given(st.lists(st.text("abcd ", max_size=9), min_size=1, max_size=9), st.text("abcdx ", max_size=9))
+def test_the_nearest_candidate_is_the_first_of_those_most_of_whose_words_are_said(candidates, text):
+    def share(words):
+        return sum(word in said for word in words) / len(words) if words else 0.0
+
+    said, kept = Counter(normalize_word(text).split()), [Counter(normalize_word(one).split()) for one in candidates]
+    assert Candidates(candidates).nearest(said) == max(kept, key=share)
 
 
 def test_comparison_sees_a_difference_and_its_absence():

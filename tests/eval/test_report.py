@@ -9,9 +9,9 @@ from PIL import Image
 
 from llava.data import audit
 from llava.errors import LlavaError
-from llava.eval import report, run_eval
+from llava.eval import report, run_eval, run_eval_batch
 from llava.eval.metrics import paper_item, strict_item
-from llava.manifests import write_manifest
+from llava.manifests import sha256_of, write_manifest
 from llava.pages.printing import BROWSERS
 from tests.made_files import made_record, write, yes_no_set
 
@@ -40,10 +40,10 @@ def files(tmp_path):
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         ablation = "none" if name == "seen" else "blank"
-        questions = str(folder / "test.json")
+        questions = {"questions": str(folder / "test.json"), "questions_sha256": sha256_of(folder / "test.json")}
         counts = {"questions": 20, "cut_at_max_new_tokens": 3 if name == "blank" else 0}
         decoding = {"max_new_tokens": 8}
-        facts = {"ablate_image": ablation, "questions": questions, "counts": counts, "decoding": decoding}
+        facts = {"ablate_image": ablation, **questions, "counts": counts, "decoding": decoding}
         write_manifest(path, checkpoint="/models/m", template="v1", **facts)
     return folder
 
@@ -212,3 +212,109 @@ def test_an_audit_of_one_of_two_sets(tmp_path):
     main(["--pred", f"x={pred}", f"y={pred_b}", "--gt", gt, gt_b, *flags])
     page = (tmp_path / "r.html").read_text()
     assert "unseen image" in page and "other questions than those of y" in page
+
+
+def test_what_is_missing_or_was_changed_is_said_wherever_there_are_scores(files, tmp_path, capsys):
+    answers, questions = files / "seen.jsonl", files / "test.json"
+    lines = answers.read_text().splitlines()
+    answers.write_text("\n".join(lines[:-1]) + "\n")
+    questions.write_text(questions.read_text() + "\n")
+    words = [
+        "the answers were CHANGED after their manifest was written",
+        "the questions were CHANGED after they were answered",
+        "missing answers: 1, counted as empty answers",
+    ]
+    html, _ = make(files, "--on-missing", "wrong")
+    assert re.findall("<strong>m: (.*?)</strong>", html) == words
+    flags = ["--gt", str(questions), "--pred", str(answers), "--on-missing", "wrong", "--bootstrap-samples", "0"]
+    run_eval.main([*flags, "--output", str(tmp_path / "o.json")])
+    assert [line for line in capsys.readouterr().out.splitlines() if line in words] == words
+    assert json.loads((tmp_path / "o.json").read_text())["changed_since_answered"] == ["answers", "questions"]
+    run_eval_batch.main([*flags, "--output", str(tmp_path / "all.jsonl")])
+    assert [f"{answers}: {line}" for line in words] == capsys.readouterr().out.splitlines()[3:6]
+
+
+def test_answers_that_a_server_refused_are_said(files, capsys):
+    lines = [json.loads(line) for line in (files / "seen.jsonl").read_text().splitlines()]
+    lines[0] |= {"text": "", "metadata": {"finish_reason": "content_filter", "refused": "content_filter"}}
+    other = write(files / "other.jsonl", lines)
+    said = "answers that the server refused to give: 1, scored by the text that came, if any"
+    flags = ["--gt", str(files / "test.json")]
+    assert f"<strong>m: {said}</strong>" in make(files, "--pred", f"m={other}", *flags)[0]
+    capsys.readouterr()
+    run_eval.main(["--pred", other, *flags, "--bootstrap-samples", "0"])
+    assert said in capsys.readouterr().out.splitlines()
+
+
+def test_each_answer_file_is_read_once(files, monkeypatch):
+    from llava.eval.reports import evaluation
+
+    read, paths = evaluation.read_answers, []
+    monkeypatch.setattr(evaluation, "read_answers", lambda path: paths.append(path) or read(path))
+    make(files, "--pred", *(f"{name}={files / 'seen.jsonl'}" for name in "abc"))
+    assert len(paths) == 3
+
+
+def test_pairs_say_which_questions_both_answer(files):
+    lines = (files / "seen.jsonl").read_text().splitlines()
+    (files / "few.jsonl").write_text("\n".join(lines[:15]) + "\n")
+    pairs = ["--pred", f"m={files / 'seen.jsonl'}", f"few={files / 'few.jsonl'}", "--gt", str(files / "test.json")]
+    html, _ = make(files, *pairs, "--on-missing", "skip")
+    section = html.partition("Differences between models</h2>")[2].partition("</section>")[0]
+    assert "m and few: compared on the 15 of 20 questions that both answer" in section
+
+
+def test_a_page_is_not_written_without_its_table(files):
+    (files / "notes.md").write_text("mine")
+    flags = ["--pred", str(files / "seen.jsonl"), "--bootstrap-samples", "0", "--output"]
+    with pytest.raises(LlavaError, match=r"notes\.md is there and holds something else"):
+        report.main([*flags, str(files / "notes.html")])
+    with pytest.raises(LlavaError, match=r"page\.md: the table goes there; give the page a name that ends in \.html"):
+        report.main([*flags, str(files / "page.md")])
+    assert not (files / "notes.html").exists() and not (files / "page.md").exists()
+
+
+def test_files_of_one_name_and_folders_that_are_not_there_are_refused(files):
+    for folder in ("a", "b"):
+        (files / folder / "run").mkdir(parents=True)
+        shutil.copy(files / "seen.jsonl", files / folder / "run" / "answers.jsonl")
+    both = [str(files / folder / "run" / "answers.jsonl") for folder in ("a", "b")]
+    with pytest.raises(LlavaError, match="--pred: 2 files are called 'run/answers'; give each a name: NAME=FILE"):
+        make(files, "--pred", *both, "--gt", str(files / "test.json"))
+    with pytest.raises(LlavaError, match="--image-folder is not a folder: none_here"):
+        make(files, "--image-folder", "none_here")
+
+
+def test_without_resamples_no_interval_is_spoken_of(files):
+    for samples in ("0", "50"):
+        html, _ = make(files, "--pred", f"m={files / 'seen.jsonl'}", "--bootstrap-samples", samples)
+        assert ("95 %" in html) == (samples == "50")
+
+
+def test_multiple_choice_questions_are_examples_too(tmp_path):
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": n, "conversations": turns, "answer_type": "CHOICE", "options": ["lung", "heart"]} for n in range(5)]
+    gt = write(tmp_path / "test.json", rows)
+    pred = write(tmp_path / "a.jsonl", [{"question_id": n, "text": "AB"[n % 2]} for n in range(5)])
+    page = tmp_path / "page.html"
+    report.main(["--gt", gt, "--pred", f"m={pred}", "--output", str(page), "--bootstrap-samples", "0"])
+    assert "m: 3 wholly right, 2 wholly wrong" in page.read_text()
+
+
+def test_multiple_choice_questions_are_counted_in_every_table(tmp_path, capsys):
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "A"}]
+    rows = [{"id": n, "conversations": turns, "answer_type": "CHOICE", "options": ["x", "y"]} for n in range(5)]
+    gt = write(tmp_path / "test.json", [row | {"modality": "ab"[row["id"] % 2]} for row in rows])
+    pred = write(tmp_path / "a.jsonl", [{"question_id": n, "text": "A"} for n in range(5)])
+    files = ["--gt", gt, "--bootstrap-samples", "0"]
+    train = write(tmp_path / "train.json", [rows[0] | {"image": "a.png"}])
+    run_eval.main([*files, "--pred", pred, "--audit", "--train", train])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "0", "0", "3"] in [line[:4] for line in shown] and ["all", "0", "0", "5"] in [
+        line[:4] for line in shown
+    ]
+    run_eval_batch.main([*files, "--pred", pred, "--output", str(tmp_path / "all.jsonl")])
+    assert capsys.readouterr().out.splitlines()[0].split()[3:6] == ["open", "closed", "choice"]
+    report.main([*files, "--pred", f"m={pred}", "--output", str(tmp_path / "page.html")])
+    assert "| m | test | 0 / 0 / 5 |" in (tmp_path / "page.md").read_text()
+    assert "choice questions" in (tmp_path / "page.html").read_text()

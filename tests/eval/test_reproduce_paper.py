@@ -51,6 +51,29 @@ def test_results_that_name_no_cell_are_an_error(text):
         paper_table.main(["--results", text])
 
 
+def test_results_that_do_not_fit_the_table_are_an_error(tmp_path):
+    file = result(tmp_path / "scores.json", 64.0, 50.0)
+    with pytest.raises(LlavaError, match="--results: fine-tuned:vqa-rad stands more than once; give one file for it"):
+        paper_table.main(["--results", *[f"fine-tuned:vqa-rad={file}"] * 2])
+    scored = json.loads(file.read_text()) | {"settings": {"script": "run_eval_pvqa"}}
+    for content, message in (
+        (scored, "scored by run_eval_pvqa's rules; the published table is run_eval_batch's"),
+        ({"paper": {}}, "not a result of run_eval --output"),
+        ({"paper": 1}, "not a result of run_eval --output"),
+        ([], "not a result of run_eval --output"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(LlavaError, match=message):
+            paper_table.main(["--results", f"fine-tuned:vqa-rad={file}"])
+
+
+def test_missing_answers_are_said_in_the_table(tmp_path, capsys):
+    file = result(tmp_path / "scores.json", 64.0, 50.0)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"missing_answers": 7}))
+    paper_table.main(["--results", f"fine-tuned:vqa-rad={file}"])
+    assert capsys.readouterr().out.count(", 7 answers of the file missing)") == 2
+
+
 @pytest.mark.long
 def test_from_deltas_to_the_table(tmp_path):
     """The script as written, every step a real process: LLaMA + delta, answers, scores, table."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -88,6 +89,13 @@ def test_groups_by_record_fields(files, tmp_path):
     assert groups["CHEST"]["questions"] == 2
 
 
+def test_a_field_that_is_null_groups_with_one_that_is_absent(files, tmp_path):
+    questions = [*QUESTIONS[:2], QUESTIONS[2] | {"organ": None}, {**QUESTIONS[3]}]
+    del questions[3]["organ"]
+    groups = run_json(files(questions), tmp_path, "--group-by", "organ")["groups"]["organ"]
+    assert {key: group["questions"] for key, group in groups.items()} == {"CHEST": 2, "-": 2}
+
+
 def test_groups_and_what_the_bootstrap_draws_can_be_chosen(files, tmp_path):
     questions = [{**question, "image": "one.jpg", "site": "A"} for question in QUESTIONS]
     content = run_json(files(questions), tmp_path, "--group-by", "site")
@@ -97,6 +105,12 @@ def test_groups_and_what_the_bootstrap_draws_can_be_chosen(files, tmp_path):
     content = run_json(files(questions), tmp_path, "--bootstrap-unit", "image")
     found = content["strict"]["closed accuracy"]
     assert (found["value"], found["low"], found["high"]) == (50, None, None)
+
+
+def test_images_are_drawn_where_ids_are_lists(files, tmp_path):
+    rows = [{"qid": [key], "question": "q", "answer": "no", "answer_type": "CLOSED"} for key in "ab"]
+    content = run_json(files(rows, [(["a"], "no"), (["b"], "no")]), tmp_path, "--bootstrap-unit", "image")
+    assert content["strict"]["closed accuracy"]["low"] is not None
 
 
 def test_candidates_and_the_rules_of_another_script(files, tmp_path):
@@ -121,6 +135,32 @@ def test_compare_two_models(files, tmp_path):
     other.write_text("".join(json.dumps({"question_id": key, "text": "no"}) + "\n" for key in ANSWERS))
     found = run_json(flags, tmp_path, "--compare", str(other))["comparison"]["strict closed"]
     assert (found["only_first"], found["only_second"], found["difference"]) == (1, 1, 0)
+
+
+def test_a_comparison_says_which_questions_it_is_on(files, tmp_path, capsys):
+    flags = [*files(), "--on-missing", "skip"]
+    other = tmp_path / "other.jsonl"
+    lines = [json.dumps({"question_id": key, "text": text}) + "\n" for key, text in ANSWERS.items()]
+    for shared in (3, 4):
+        other.write_text("".join(lines[:shared]))
+        found = run_json(flags, tmp_path, "--compare", str(other))["comparison"]
+        assert (found["answered_by_both"], found["questions"]) == (shared, 4)
+        assert ("compared on the 3 of 4 questions that both answer\n" in capsys.readouterr().out) == (shared == 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--group-by", "organ", "orgn"], "test.json: no record has 'orgn' of --group-by; there are: organ"),
+        (["--train", "train.json"], "--train is for an audit that is made here; give --audit without a file too"),
+        (["--audit", "audit.json", "--train", "train.json"], "--train is for an audit that is made here"),
+        (["--image-folder", "images"], "--image-folder is for an audit that is made here"),
+        (["--audit", "--train", "t.json", "--image-folder", "none_here"], "--image-folder is not a folder: none_here"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(files, flags, message):
+    with pytest.raises(LlavaError, match=re.escape(message)):
+        run_eval.main([*files(), *flags])
 
 
 def test_missing_answers_by_choice(files, tmp_path):
@@ -172,6 +212,21 @@ def test_chinese_answers_in_a_sentence_score_as_english_ones(files, tmp_path):
     assert wrong["strict"]["closed accuracy"]["value"] == wrong["strict"]["open recall"]["value"] == 0
 
 
+def test_metadata_of_other_programs_are_no_matter(files, tmp_path):
+    lines = [{"question_id": key, "text": text, "metadata": "run 3"} for key, text in ANSWERS.items()]
+    content = run_json(files(raw="".join(json.dumps(line) + "\n" for line in lines)), tmp_path)
+    assert content["questions"] == 4 and "calibration" not in content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"splits": ["train", "test"]}, {"splits": {"test": "test.json"}}, {"splits": {"test": {"file": "test.json"}}}],
+)
+def test_a_manifest_of_another_program_says_nothing_of_the_questions(files, tmp_path, content):
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert run_json(files(), tmp_path)["questions_from"] is None
+
+
 BAD = {
     "missing": ({"answers": [("1", "a"), ("2", "b"), ("3", "c")]}, "1 missing (first '4')"),
     "doubled": ({"answers": [*ANSWERS.items(), ("2", "no")]}, "1 doubled (first '2')"),
@@ -183,6 +238,15 @@ BAD = {
     "no text": ({"raw": '{"question_id": "1"}\n'}, 'no "text"'),
     "null id": ({"raw": '{"question_id": null, "text": "a"}\n'}, 'no "question_id"'),
     "text of parts": ({"raw": '{"question_id": "1", "text": ["a"]}\n'}, '"text" is a list'),
+    "no probability": (
+        {"raw": '{"question_id": "1", "text": "a", "metadata": {"p_yes": "high"}}\n'},
+        "answer 1: \"p_yes\" is 'high'; expected a number from 0 to 1",
+    ),
+    "probability above 1": ({"raw": '{"question_id": "1", "text": "a", "metadata": {"p_yes": 1.5}}\n'}, "is 1.5"),
+    "no likelihoods": (
+        {"raw": '{"question_id": "1", "text": "a", "metadata": {"option_texts": [1, 2]}}\n'},
+        'answer 1: "option_texts" has to be a list of',
+    ),
     "null reference": ({"questions": [record("x7", "q", None, "OPEN")]}, 'record 0 ("x7"): turn 2 of the conv'),
     "null raw reference": (
         {"questions": [{"qid": 7, "question": "q", "answer": None, "answer_type": "OPEN"}]},

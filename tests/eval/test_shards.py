@@ -96,6 +96,16 @@ def test_processes_of_torchrun_have_their_ranks(finished, model, data, tmp_path)
     assert path.read_bytes() == finished.read_bytes() and names(tmp_path) == WHOLE
 
 
+def test_parts_are_joined_again_where_the_whole_is_gone_and_its_manifest_is_not(finished, model, data, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    words = flags(model, data, path, "--device", "cpu")
+    for _ in range(2):
+        for index in range(2):
+            model_vqa_med.main([*words, "--shard", f"{index}/2"])
+        assert path.read_bytes() == finished.read_bytes() and names(tmp_path) == WHOLE
+        path.unlink()
+
+
 def test_answering_anew_forgets_the_parts(finished, model, data, tmp_path):
     path = tmp_path / "answers.jsonl"
     model_vqa_med.main(flags(model, data, path, "--shard", "1/2"))

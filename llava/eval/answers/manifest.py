@@ -66,16 +66,18 @@ def describe(manifest: dict[str, Any] | None) -> str:
 def read_dataset_manifest(questions: str | Path) -> dict[str, Any] | None:
     """What the converter wrote about a file of questions: its data set, sources and this split's counts.
 
-    `changed` says that the file is no longer the one that was converted. None if no manifest names the file.
+    `changed` says that the file is no longer the one that was converted. None if no manifest names the file; a
+    manifest.json that another program wrote names none.
     """
     questions = Path(questions)
     path = questions.parent / MANIFEST_FILE
     if not path.is_file():
         return None
     manifest = read_json(path)
-    splits = manifest.get("splits") if isinstance(manifest, dict) else None
-    for name, split in (splits or {}).items():
-        if split.get("file") == questions.name:
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict) or "data_set" not in manifest:
+        return None
+    for name, split in manifest["splits"].items():
+        if isinstance(split, dict) and split.get("file") == questions.name:
             about = {key: manifest[key] for key in ("data_set", "sources", "left_out", "corrected") if key in manifest}
             return about | {"split": name, **split, "changed": sha256_of(questions) != split.get("sha256")}
     return None

@@ -5,9 +5,8 @@ exp(likeness). What likeness is, is the caller's: words and images (`text_and_im
 """
 
 import math
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,11 @@ from llava.data.vqa_items import VqaItem, plain_question, read_vqa_items, vqa_it
 from llava.errors import LlavaError
 from llava.eval.answers.answering import answer_record, question_settings
 from llava.eval.answers.questions import Question
-from llava.manifests import write_manifest
+from llava.eval.metrics.words import WHOLE_WORD
+from llava.manifests import sha256_of, write_manifest
 from llava.record_content import image_key, question_answer_pairs, read_named, record_images
 from llava.records import iter_records, write_records
 
-_WORD = re.compile(r"\w+")
 _TIE = 1e-9
 
 
@@ -72,6 +71,7 @@ def write_memory_answers(
     neighbours: int,
     name: str,
     *,
+    settings: Mapping[str, Any] | None = None,
     overwrite: bool = True,
 ) -> int:
     """Answer the questions of `test` by those of `train`, with a manifest; returns how many have no answer ("").
@@ -79,6 +79,7 @@ def write_memory_answers(
     Args:
         likeness: of questions; only the `neighbours` most like ones vote.
         name: what the manifest calls this memory.
+        settings: what else decides the answers, for the manifest.
         overwrite: replace other answers that are there.
     """
     known, asked = read_known(train), read_vqa_items(test)
@@ -99,13 +100,15 @@ def write_memory_answers(
         ),
         overwrite=overwrite,
     )
-    settings: dict[str, Any] = question_settings(test, [Question(item.id, item.question) for item in asked])
-    write_manifest(answers, **settings, checkpoint=name, memory={"train": str(train), "neighbours": neighbours})
+    questions = question_settings(test, [Question(item.id, item.question) for item in asked])
+    source = {"train": str(train), "train_sha256": sha256_of(Path(train)), "neighbours": neighbours}
+    write_manifest(answers, **questions, checkpoint=name, memory={**source, **(settings or {})})
     return found.count("")
 
 
 def vote(likeness: np.ndarray, answers: Sequence[str], neighbours: int) -> str:
-    """The answer with the greatest sum of exp(likeness) among the nearest (and those as near as the last), case apart.
+    """The answer with the greatest sum of exp(likeness) among the nearest (and those as near as the last), case apart;
+    of equal sums, the first one's of the nearest, as training lists them.
 
     "" where none has a vote.
     """
@@ -208,4 +211,4 @@ class WordWeights:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    return WHOLE_WORD.findall(text.lower())

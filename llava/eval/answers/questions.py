@@ -85,6 +85,10 @@ def _from_line(record: Record, where: str) -> Question:
 
 def _question(key, text, record: Record, where: str, system: str | None = None) -> Question:
     """The question with its tags checked against its images; a text without tags gets them in front."""
+    if isinstance(key, (list, dict)):
+        raise LlavaError(f"{where}: the id is a {type(key).__name__}; give a text or a number")
+    if isinstance(text, (list, dict)):
+        raise LlavaError(f'{where} ("{key}"): the question is a {type(text).__name__}; give a text')
     images = tuple(images_of(record, f'{where} ("{key}")'))
     text = as_text(text).strip()
     tags = text.count(DEFAULT_IMAGE_TOKEN)

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.errors import LlavaError
 from llava.folders import PART, writing
-from llava.manifests import give_up, manifest_path, read_manifest, write_manifest
+from llava.manifests import finished, give_up, manifest_path, read_manifest, write_manifest
 from llava.records import read_records, write_records
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def join_when_complete(answers_file: Path, count: int, order: Sequence[Any], run
     parts = [Shard(index, count).path(answers_file) for index in range(count)]
     lock = answers_file.with_name(f".{answers_file.name}.lock{PART}")
     with writing(answers_file, "the parts are kept"), FileLock(lock, timeout=_LOCK_SECONDS):
-        if (read_manifest(answers_file) or {}).get("run") != run:
+        if not finished(answers_file, "run", run):
             done = sum(part.is_file() and manifest_path(part).is_file() for part in parts)
             if done < count:
                 log.info("%d of %d parts are answered; the last one joins them", done, count)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from llava.constants import FIGURE_DOMAINS
-from llava.record_content import figure_domain
+from llava.record_content import as_text, figure_domain
 from llava.records import Record
 
 UNREADABLE = (-1.0, -1.0)
@@ -79,15 +79,20 @@ def summarize_chat(rows: Iterable[Record]) -> ChatSummary:
             unreadable += pair[0] != 0
             left_out.append(row.get("question_id"))
             continue
-        domain = figure_domain(row)
-        without_domain += domain is None
-        for group in (row.get("type"), domain, OVERALL):
-            if group is not None:
-                scores[group].append(pair)
+        without_domain += figure_domain(row) is None
+        for group in groups_of(row):
+            scores[group].append(pair)
     known = [*QUESTION_TYPES, *FIGURE_DOMAINS]
     order = [*known, *(name for name in scores if name not in known and name != OVERALL), OVERALL]
     groups = {name: _group_scores(scores[name]) for name in order if scores.get(name)}
     return ChatSummary(groups, count, unreadable, zero, without_domain, left_out)
+
+
+def groups_of(row: Record) -> list[str]:
+    """The groups that a row counts in, each once: its type, its domain, and all rows."""
+    kind = row.get("type")
+    given = (None if kind is None else as_text(kind), figure_domain(row), OVERALL)
+    return list(dict.fromkeys(name for name in given if name is not None))
 
 
 def row_scores(row: Record) -> tuple[float, float]:

@@ -3,24 +3,28 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llava.errors import LlavaError
-from llava.eval.chat.scores import OVERALL, ChatSummary, is_usable, row_scores, summarize_chat
+from llava.eval.chat.scores import OVERALL, ChatSummary, groups_of, is_usable, row_scores, summarize_chat
 from llava.eval.metrics.intervals import bootstrap_interval
 from llava.eval.reports.tables import text_table
-from llava.record_content import figure_domain
 from llava.records import Record, read_records
 
 
 @dataclass
 class Judged:
-    """One scores file: summary, 95 % intervals of the relative score by group, and agreement of the two orders."""
+    """One scores file: summary, 95 % intervals of the relative score by group, and agreement of the two orders.
+
+    `half_read` counts the questions that were judged in both orders and could be read in one alone.
+    """
 
     name: str
     judge: str
     summary: ChatSummary
     intervals: dict[str, tuple[float, float] | None]
     agreement: dict | None
+    half_read: int = 0
 
     def as_dict(self) -> dict:
         return {
@@ -29,35 +33,43 @@ class Judged:
             **self.summary.as_dict(),
             "intervals": self.intervals,
             "agreement": self.agreement,
+            "half_read": self.half_read,
         }
 
 
 def read_scores_file(path: str | Path) -> Judged:
-    """Read and sum up one scores file; of judgements in both orders each question counts once, with their mean."""
+    """Read and sum up one scores file; of judgements in both orders each question counts once, with their mean.
+
+    Raises:
+        LlavaError: no rows, or a question that is judged twice in one order.
+    """
     rows = read_records(path)
     if not rows:
         raise LlavaError(f"{path}: holds no rows")
-    judges = Counter(row.get("judge_model") or "not recorded" for row in rows)
+    orders = Counter((str(row["question_id"]), bool(row.get("swapped"))) for row in rows if _has_id(row))
+    if doubled := [key for (key, _), count in orders.items() if count > 1]:
+        raise LlavaError(
+            f"{path}: {len(doubled)} questions are judged more than once in one order, first {doubled[0]!r}; "
+            f"give the judgements of each model a file of their own"
+        )
+    judges = Counter(str(row.get("judge_model") or "not recorded") for row in rows)
     agreement = order_agreement(rows)
+    readable = [sum(is_usable(row_scores(row)) for row in same) / len(same) for same in _by_question(rows)]
     rows = merge_orders(rows)
     summary = summarize_chat(rows)
     intervals = {}
     for group in summary.groups:
-        members = [row for row in rows if group in (OVERALL, row.get("type"), figure_domain(row))]
-        pairs = [row_scores(row) for row in members]
+        pairs = [row_scores(row) for row in rows if group in groups_of(row)]
         ratios = [pair[1] / pair[0] * 100 for pair in pairs if is_usable(pair)]
         intervals[group] = bootstrap_interval(ratios)
-    return Judged(Path(path).name, ", ".join(judges), summary, intervals, agreement)
+    half_read = sum(0 < share < 1 for share in readable)
+    return Judged(str(path), ", ".join(judges), summary, intervals, agreement, half_read)
 
 
 def merge_orders(rows: list[Record]) -> list[Record]:
-    """One row a question: where it was judged in both orders and both could be read, the mean of the scores."""
-    by_question: dict = {}
-    for index, row in enumerate(rows):
-        key = row.get("question_id")
-        by_question.setdefault(f"row {index}" if key is None else str(key), []).append(row)
+    """One row a question: where it was judged in both orders, the mean of the scores that could be read."""
     merged = []
-    for same in by_question.values():
+    for same in _by_question(rows):
         pairs = [row_scores(row) for row in same]
         usable = [pair for pair in pairs if is_usable(pair)]
         if len(same) > 1 and usable:
@@ -66,6 +78,18 @@ def merge_orders(rows: list[Record]) -> list[Record]:
         else:
             merged.append(same[0])
     return merged
+
+
+def _by_question(rows: list[Record]) -> list[list[Record]]:
+    """The rows of each question; one without an id stays alone."""
+    found: dict[Any, list[Record]] = {}
+    for index, row in enumerate(rows):
+        found.setdefault(str(row["question_id"]) if _has_id(row) else index, []).append(row)
+    return list(found.values())
+
+
+def _has_id(row: Record) -> bool:
+    return row.get("question_id") is not None
 
 
 def order_agreement(rows: list[Record]) -> dict | None:
@@ -77,7 +101,7 @@ def order_agreement(rows: list[Record]) -> dict | None:
     orders: dict = {}
     for row in rows:
         pair = row_scores(row)
-        if "swapped" in row and row.get("question_id") is not None and is_usable(pair):
+        if "swapped" in row and _has_id(row) and is_usable(pair):
             orders.setdefault(str(row["question_id"]), {})[row["swapped"]] = pair
     both = [(pairs[False], pairs[True]) for pairs in orders.values() if len(pairs) == 2]
     if not both:
@@ -125,4 +149,6 @@ def summary_table(judged: list[Judged]) -> str:
                 f"  both orders of {agreement['questions']} questions: the same winner in "
                 f"{agreement['same_winner']:.0%}, {agreement['bias_to_first']:+.2f} points for standing first"
             )
+        if one.half_read:
+            lines.append(f"  {one.half_read} questions could be read in one of both orders alone, and count with that")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from llava.errors import LlavaError
+from llava.eval.metrics.joined import metadata_of
 from llava.eval.metrics.registry import CHOICE, Answer, metric
 from llava.eval.metrics.words import strict_words
 from llava.record_content import OPTION_LETTERS, record_options
@@ -84,9 +85,16 @@ def _chosen(answer: Answer) -> int | None:
 
 def _likeliest(answer: Answer, kind: str) -> int | None:
     """The option of the highest log probability per token, None where the answers were made without likelihoods."""
-    found = (answer.record.get("metadata") or {}).get(f"option_{kind}s")
-    if not found:
+    name = f"option_{kind}s"
+    found = metadata_of(answer.record).get(name)
+    if found is None:
         return None
+    options = _options(answer)
+    if len(found) != len(options):
+        raise LlavaError(
+            f'question "{answer.id}": its answer has {len(found)} "{name}" for {len(options)} options; '
+            f"answer these questions again with --option-likelihoods"
+        )
     scores = [one["log_probability"] / max(1, one["tokens"]) for one in found]
     return max(range(len(scores)), key=scores.__getitem__)
 

@@ -117,7 +117,10 @@ def compare_paired(
 def mcnemar(only_first: int, only_second: int) -> float:
     """McNemar's exact two-sided p value from the two counts of questions that one model alone has right."""
     total, smaller = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(total, count) for count in range(smaller + 1))
+    tail = ways = 1
+    for count in range(1, smaller + 1):  # each of Pascal's numbers from the one before it
+        ways = ways * (total - count + 1) // count
+        tail += ways
     return min(1.0, 2 * tail / (1 << total))
 
 

@@ -69,10 +69,17 @@ class Candidates:
         self._words = [_counts(str(answer)) for answer in answers]
         if not self._words:
             raise ValueError("no candidate answers")
+        self._places: dict[str, list[int]] = {}
+        for place, words in enumerate(self._words):
+            for word in words:
+                self._places.setdefault(word, []).append(place)
 
     def nearest(self, said: Counter[str]) -> Counter[str]:
         """The candidate most of whose distinct words are said; the first of equals."""
-        return max(self._words, key=lambda words: sum(w in said for w in words) / len(words) if words else 0.0)
+        hits = Counter(place for word in said for place in self._places.get(word, ()))
+        if not hits:
+            return self._words[0]
+        return self._words[min(hits, key=lambda place: (-hits[place] / len(self._words[place]), place))]
 
 
 def paper_summary(

@@ -188,12 +188,15 @@ def _group(
     joined: Sequence[JoinedItem], name: str, found: dict[Metric, list[float | None]]
 ) -> dict[str, dict[str, Any]]:
     """Headline means of each value of the field; a record without it is under "-"."""
-    keys = [str(entry.item.fields.get(name, "-")).strip() for entry in joined]
+    places: dict[str, list[int]] = {}
+    for index, entry in enumerate(joined):
+        value = entry.item.fields.get(name)
+        places.setdefault("-" if value is None else str(value).strip(), []).append(index)
     table = {}
-    for key in sorted(set(keys)):
-        inside = [index for index, found_key in enumerate(keys) if found_key == key]
+    for key, inside in sorted(places.items()):
         kinds = [joined[index].item.answer_type for index in inside]
-        row: dict[str, Any] = {"questions": len(inside), "open": kinds.count(OPEN), "closed": kinds.count(CLOSED)}
+        row: dict[str, Any] = {"questions": len(inside)}
+        row |= {kind.lower(): kinds.count(kind) for kind in (OPEN, CLOSED, CHOICE)}
         for metric, column in found.items():
             if metric.is_headline:
                 row[metric.title] = metric.mean(column[index] for index in inside)

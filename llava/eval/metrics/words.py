@@ -43,6 +43,8 @@ def strict_words(text: str) -> list[str]:
 _UNSPACED = "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _UNSPACED += "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _LETTER = rf"[^\W_{_UNSPACED}]"
+WHOLE_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+")
+"""Letters, digits and underscores that stand together; in scripts without blanks each character."""
 _WORD = re.compile(rf"\d+(?:\.\d+)+|[{_UNSPACED}]|{_LETTER}+(?:'{_LETTER}+)*")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = frozenset({"a", "an", "the"})

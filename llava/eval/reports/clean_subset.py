@@ -11,7 +11,7 @@ from llava.errors import LlavaError
 from llava.eval.metrics.joined import clusters_of
 from llava.eval.metrics.score import Scores, headlines, score_items
 from llava.eval.reports.evaluation import Evaluation, read_candidates
-from llava.eval.reports.tables import number_cell, text_table
+from llava.eval.reports.tables import count_cells, kinds_of, number_cell, text_table
 from llava.records import read_json
 
 
@@ -29,15 +29,12 @@ class CleanScores:
         return {"audit": audit, "scores": found}
 
     def text(self) -> str:
-        shown = headlines([self.all_questions])
+        shown, kinds = headlines([self.all_questions]), kinds_of([self.all_questions])
         rows = []
         for name, scores in (("all", self.all_questions), *self.subsets.items()):
-            if scores is None:
-                rows.append([name, "0", "0", *("no question" for _ in shown)])
-            else:
-                cells = [number_cell(scores.number(metric)) for metric in shown]
-                rows.append([name, str(scores.open), str(scores.closed), *cells])
-        header = ["test questions", "open", "closed", *(metric.heading for metric in shown)]
+            cells = [number_cell(scores.number(metric)) if scores else "no question" for metric in shown]
+            rows.append([name, *count_cells(scores, kinds), *cells])
+        header = ["test questions", *kinds, *(metric.heading for metric in shown)]
         return "\n".join([*audit_lines(self.audit), "", text_table(header, rows)])
 
 

@@ -13,17 +13,27 @@ from llava.eval.reports.tables import plain, text_table
 
 @dataclass
 class AnswerComparison:
-    """The headline numbers of two answer files compared."""
+    """The headline numbers of two answer files compared, on the `shared` of `questions` that both answer."""
 
     first: Path
     second: Path
     numbers: dict[Metric, Comparison]
+    shared: int
+    questions: int
     labels: tuple[str, str] = ("first", "second")
     subtracted: str = "second minus first"
 
     def as_dict(self) -> dict:
         numbers = {metric.title: asdict(found) for metric, found in self.numbers.items()}
-        return {"first": str(self.first), "second": str(self.second), **numbers}
+        counts = {"questions": self.questions, "answered_by_both": self.shared}
+        return {"first": str(self.first), "second": str(self.second), **counts, **numbers}
+
+    @property
+    def remark(self) -> str | None:
+        """Which questions are compared, where it isn't all: the scores of each file alone are of others."""
+        if self.shared == self.questions:
+            return None
+        return f"compared on the {self.shared} of {self.questions} questions that both answer"
 
     def text(self) -> str:
         rows = []
@@ -33,7 +43,8 @@ class AnswerComparison:
             rows.append([metric.heading, *comparison_cells(metric, found), alone, mcnemar])
         first, second = self.labels
         header = ["metric (%)", first, second, self.subtracted, "p (bootstrap)", "right alone", "p (McNemar)"]
-        return f"{first}: {self.first}\n{second}: {self.second}\n\n{text_table(header, rows)}"
+        files = f"{first}: {self.first}\n{second}: {self.second}\n{self.remark or ''}"
+        return f"{files.rstrip()}\n\n{text_table(header, rows)}"
 
 
 def turned(found: Comparison) -> Comparison:
@@ -42,24 +53,29 @@ def turned(found: Comparison) -> Comparison:
     return replace(found, difference=-found.difference, low=low, high=high)
 
 
-def compare_with_memory(model: Evaluation, memory: str | Path) -> AnswerComparison:
+def compare_with_memory(model: Evaluation, memory: Evaluation) -> AnswerComparison:
     """A model's answers beside those from memory; the difference is what the model adds."""
-    found = compare_answers(model, memory)
+    found = compare_evaluations(model, memory)
     numbers = {metric: turned(number) for metric, number in found.numbers.items()}
     return replace(found, numbers=numbers, labels=("model", "memory"), subtracted="model minus memory")
 
 
 def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
     """Compare an evaluated answer file with another one to the same questions; the difference is second minus first."""
+    return compare_evaluations(first, evaluate_alike(first, second))
+
+
+def evaluate_alike(first: Evaluation, pred: str | Path) -> Evaluation:
+    """The answers of `pred` to the questions of `first`, scored by the same rules, to be compared with it."""
     settings = first.settings
-    other = evaluate(
-        first.gt,
-        second,
-        on_missing=settings["on_missing"],
-        script=settings["script"],
-        group_by=(),
-        resamples=0,
+    return evaluate(
+        first.gt, pred, on_missing=settings["on_missing"], script=settings["script"], group_by=(), resamples=0
     )
+
+
+def compare_evaluations(first: Evaluation, other: Evaluation) -> AnswerComparison:
+    """Compare two evaluated answer files to the same questions, scored by the same rules."""
+    settings = first.settings
     places = {str(entry.item.id): index for index, entry in enumerate(other.joined)}
     shared = [(i, places[str(e.item.id)]) for i, e in enumerate(first.joined) if str(e.item.id) in places]
     clusters = clusters_of([first.joined[i] for i, _ in shared], settings["unit"])
@@ -78,7 +94,7 @@ def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
         )
         if found is not None:
             numbers[metric] = found
-    return AnswerComparison(first.pred, Path(second), numbers)
+    return AnswerComparison(first.pred, other.pred, numbers, len(shared), first.asked)
 
 
 def p_text(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """One answer file evaluated: read, join, score, and what is said about it. Commands and the report use it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
 from llava.eval.answers.manifest import describe, read_dataset_manifest
 from llava.eval.metrics.calibration import Calibration, calibrate
-from llava.eval.metrics.joined import JoinedItem, clusters_of, join, read_answers
+from llava.eval.metrics.joined import JoinedItem, clusters_of, join, metadata_of, read_answers
 from llava.eval.metrics.score import Scores, group_keys, score_items
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.tables import calibration_line, group_table, score_table
 from llava.eval.scoring_flags import RESAMPLES
-from llava.manifests import read_manifest
+from llava.manifests import read_manifest, sha256_of
 from llava.records import read_json
 
 
@@ -33,6 +33,34 @@ class Evaluation:
     missing: int
     inferred_types: int
     calibration: Calibration | None = None
+    changed: dict[str, bool] = field(default_factory=dict)
+    """What of "answers" and "questions" has no longer the checksum that the answers' manifest gives."""
+
+    @property
+    def asked(self) -> int:
+        """How many questions there are, those left out included."""
+        return self.scores.questions + (self.missing if self.settings["on_missing"] == "skip" else 0)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What nobody may overlook who reads the scores: answers that are missing, files that were changed."""
+        after = {"answers": "their manifest was written", "questions": "they were answered"}
+        found = [f"the {what} were CHANGED after {after[what]}" for what, is_so in self.changed.items() if is_so]
+        if self.dataset and self.dataset["changed"]:
+            found.append("the questions were CHANGED after they were converted")
+        if self.missing:
+            fate = "left out" if self.settings["on_missing"] == "skip" else "counted as empty answers"
+            found.append(f"missing answers: {self.missing}, {fate}")
+        if self.refused:
+            found.append(
+                f"answers that the server refused to give: {self.refused}, scored by the text that came, if any"
+            )
+        return found
+
+    @property
+    def refused(self) -> int:
+        """How many answers the server that was asked declined to give, or broke off (`metadata.refused`)."""
+        return sum(bool(metadata_of(entry.record).get("refused")) for entry in self.joined)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the scores, and what made questions and answers."""
@@ -40,7 +68,9 @@ class Evaluation:
             "gt": str(self.gt),
             "pred": str(self.pred),
             "missing_answers": self.missing,
+            "refused_answers": self.refused,
             "inferred_answer_types": self.inferred_types,
+            "changed_since_answered": [what for what, is_so in self.changed.items() if is_so],
             "settings": self.settings,
             "produced_by": self.manifest,
             "questions_from": self.dataset,
@@ -56,11 +86,8 @@ class Evaluation:
             f"produced by: {describe(self.manifest)}",
         ]
         if self.dataset:
-            changed = "; CHANGED since it was converted" if self.dataset["changed"] else ""
-            lines.append(f"questions: {self.dataset['data_set']}, split {self.dataset['split']}{changed}")
-        if self.missing:
-            fate = "left out" if self.settings["on_missing"] == "skip" else "counted as empty answers"
-            lines.append(f"missing answers: {self.missing}, {fate}")
+            lines.append(f"questions: {self.dataset['data_set']}, split {self.dataset['split']}")
+        lines += self.remarks
         if self.inferred_types:
             lines.append(f"{self.inferred_types} records say neither OPEN nor CLOSED: yes/no answers are CLOSED")
         if self.settings["resamples"]:
@@ -94,13 +121,17 @@ def evaluate(
         unit: what the bootstrap draws, "question" or "image".
 
     Raises:
-        LlavaError: fewer than 0 resamples, a seed below 0; files that can't be read or joined.
+        LlavaError: fewer than 0 resamples, a seed below 0; files that can't be read or joined; a field of `group_by`
+            that no record has.
     """
     if resamples < 0:
         raise LlavaError(f"--bootstrap-samples is {resamples}; give 0 or more")
     if seed < 0:
         raise LlavaError(f"--seed is {seed}; give 0 or more")
     items = read_vqa_items(gt)
+    there = dict.fromkeys(name for item in items for name in item.fields)
+    if unknown := [name for name in group_by or () if name not in there]:
+        raise LlavaError(f"{gt}: no record has {unknown[0]!r} of --group-by; there are: {', '.join(there) or 'none'}")
     joined = join(items, read_answers(pred), gt, pred, on_missing)
     scores = score_items(
         joined,
@@ -113,12 +144,13 @@ def evaluate(
         progress=lambda entries: tqdm(entries, desc="scoring", unit="answer", leave=False, disable=None),
     )
     answered = sum(bool(entry.record) for entry in joined)
+    manifest = read_manifest(pred)
     return Evaluation(
         gt=Path(gt),
         pred=Path(pred),
         joined=joined,
         scores=scores,
-        manifest=read_manifest(pred),
+        manifest=manifest,
         dataset=read_dataset_manifest(gt),
         settings={
             "on_missing": on_missing,
@@ -131,14 +163,25 @@ def evaluate(
         missing=len(items) - answered,
         inferred_types=sum(item.type_inferred for item in items),
         calibration=calibration_of(joined),
+        changed=changed_since_answered(manifest or {}, gt, pred),
     )
+
+
+def changed_since_answered(manifest: dict[str, Any], gt: str | Path, pred: str | Path) -> dict[str, bool]:
+    """Whether the answers, and the questions where they are the file that was asked, are others than the manifest's."""
+    given = {"answers": (pred, manifest.get("sha256"))}
+    if manifest.get("questions") and Path(manifest["questions"]).resolve() == Path(gt).resolve():
+        given["questions"] = gt, manifest.get("questions_sha256")
+    return {
+        what: checksum is not None and sha256_of(Path(file)) != checksum for what, (file, checksum) in given.items()
+    }
 
 
 def calibration_of(joined: Sequence[JoinedItem]) -> Calibration | None:
     """Of the closed questions whose reference says yes or no and whose answer carries the probability of yes."""
     chances, truth = [], []
     for entry in joined:
-        chance = (entry.record.get("metadata") or {}).get("p_yes")
+        chance = metadata_of(entry.record).get("p_yes")
         polarity = reference_polarity(entry.item.answer)
         if entry.item.answer_type == "CLOSED" and chance is not None and polarity in {"yes", "no"}:
             chances.append(chance)

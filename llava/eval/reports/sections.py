@@ -18,10 +18,16 @@ from llava.eval.metrics.registry import CLOSED, Metric
 from llava.eval.metrics.score import headlines
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.clean_subset import CleanScores
-from llava.eval.reports.compare import compare_answers, compare_with_memory, comparison_cells, p_text
+from llava.eval.reports.compare import (
+    AnswerComparison,
+    compare_evaluations,
+    compare_with_memory,
+    comparison_cells,
+    p_text,
+)
 from llava.eval.reports.evaluation import Evaluation
 from llava.eval.reports.published import DATASET_NAMES, PUBLISHED, TEST_COUNTS, recognise_dataset
-from llava.eval.reports.tables import calibration_line, number_cell, plain
+from llava.eval.reports.tables import calibration_line, count_cells, kinds_of, number_cell, plain
 from llava.folders import is_file
 from llava.image_options import with_options_of
 from llava.images import open_image
@@ -79,7 +85,8 @@ class Entry:
 def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], list[str]]:
     """(header, rows, CSS classes): our answer files by data set, the published rows below each set's."""
     shown = headlines(entry.result.scores for entry in entries)
-    header = ["model", "data set", "open / closed", *(metric.heading for metric in shown)]
+    kinds = kinds_of(entry.result.scores for entry in entries)
+    header = ["model", "data set", " / ".join(kinds), *(metric.heading for metric in shown)]
     rows, classes = [], []
     for dataset in dict.fromkeys(entry.dataset for entry in entries):
         ours = [entry for entry in entries if entry.dataset == dataset]
@@ -87,12 +94,12 @@ def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], li
             scores = entry.result.scores
             name = DATASET_NAMES.get(dataset or "", entry.result.gt.stem)
             cells = [number_cell(scores.number(metric)) for metric in shown]
-            rows.append([entry.label, name, f"{scores.open} / {scores.closed}", *cells])
+            rows.append([entry.label, name, " / ".join(count_cells(scores, kinds)), *cells])
             classes.append("")
         if dataset is None:
             continue
         for row in PUBLISHED.get(dataset, ()):
-            counts = "{} / {}".format(*TEST_COUNTS[dataset])
+            counts = " / ".join(map(str, [*TEST_COUNTS[dataset], 0][: len(kinds)]))
             name = f"{DATASET_NAMES[dataset]}, published"
             rows.append([row.model, name, counts, plain(row.open), plain(row.closed), *[""] * (len(shown) - 2)])
             classes.append("published")
@@ -102,6 +109,7 @@ def score_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]], li
 def scores_section(entries: Sequence[Entry]) -> Markup:
     """The table, and bars of the headline numbers."""
     header, rows, classes = score_rows(entries)
+    settings = entries[0].result.settings
     drawn = []
     for metric in headlines(entry.result.scores for entry in entries):
         if metric.unit != "%":  # the bars end at 100
@@ -110,30 +118,36 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
         # A row for each, also without a number: places decide the colours.
         rows_drawn = [(label, n.value, n.low, n.high) if n else (label, None, None, None) for label, n in numbers]
         shown = bars(metric.title, rows_drawn)
-        drawn.append(figure(shown, f"{metric.label}, with 95 % intervals."))
-    settings = entries[0].result.settings
-    lone = settings["resamples"] and any(entry.result.scores.lack_interval for entry in entries)
+        drawn.append(figure(shown, f"{metric.label}{', with 95 % intervals' if settings['resamples'] else ''}."))
+    lone = any(entry.result.scores.lack_interval for entry in entries)
     text = (
-        f"Percent with 95 % bootstrap intervals (resampled {settings['unit']}s"
-        f"{'; a single one gives none' if lone else ''}). paper: the published scripts' numbers, faults "
+        f"Percent{_interval_words(settings, lone)}. paper: the published scripts' numbers, faults "
         "included; open is recall, closed is accuracy, and a closed answer is right wherever the reference's letters "
         'stand in it: a no also in "nodule". strict: whole words counted once, yes or no only where the answer says '
         "one of them. Published rows were made with the paper set."
     )
-    return table(header, rows, classes) + _cut_answers(entries) + figures(*drawn) + note(text)
+    return table(header, rows, classes) + _warnings(entries) + figures(*drawn) + note(text)
 
 
-def _cut_answers(entries: Sequence[Entry]) -> Markup:
-    """Which files hold answers that ended at the limit of tokens, by their manifests."""
+def _interval_words(settings: dict[str, Any], lone: bool) -> str:
+    if not settings["resamples"]:
+        return ""
+    return (
+        f" with 95 % bootstrap intervals (resampled {settings['unit']}s{'; a single one gives none' if lone else ''})"
+    )
+
+
+def _warnings(entries: Sequence[Entry]) -> Markup:
+    """What an evaluation says of its files, and which hold answers that ended at the limit of tokens, by their
+    manifests."""
     parts = []
     for entry in entries:
+        words = [*entry.result.remarks]
         counts = (entry.result.manifest or {}).get("counts") or {}
         if cut := counts.get("cut_at_max_new_tokens"):
             limit = (entry.result.manifest or {}).get("decoding", {}).get("max_new_tokens")
-            words = (
-                f"{entry.label}: {cut:,} of {counts['questions']:,} answers were cut at the limit of {limit} tokens."
-            )
-            parts.append(warning(words))
+            words.append(f"{cut:,} of {counts['questions']:,} answers were cut at the limit of {limit} tokens.")
+        parts += [warning(f"{entry.label}: {line}") for line in words]
     return Markup().join(parts)
 
 
@@ -143,11 +157,13 @@ SIGNIFICANT = 0.05
 
 def differences_section(entries: Sequence[Entry]) -> Markup:
     """Each pair of files that answer the same questions: the paired difference, and what it says."""
-    rows = []
+    rows, remarks = [], []
     for first, second in combinations(entries, 2):
         if first.questions != second.questions:
             continue
-        for metric, found in compare_answers(first.result, second.result.pred).numbers.items():
+        compared = compare_evaluations(first.result, second.result)
+        remarks += _shared(first, second, compared)
+        for metric, found in compared.numbers.items():
             mcnemar = "" if found.mcnemar_p is None else p_text(found.mcnemar_p)
             said = _direction(first, second, metric, found)
             rows.append([first.label, second.label, metric.heading, *comparison_cells(metric, found), mcnemar, said])
@@ -159,7 +175,12 @@ def differences_section(entries: Sequence[Entry]) -> Markup:
         "stands for one comparison: of twenty without a difference, one falls below 0.05 by chance. A model is called "
         "better where the interval is on one side of 0 and McNemar's exact test, where there is one, is below 0.05 too."
     )
-    return table(header, rows) + note(text)
+    return table(header, rows) + Markup().join(remarks) + note(text)
+
+
+def _shared(first: Entry, second: Entry, compared: AnswerComparison) -> list[Markup]:
+    """Which questions two files are compared on, where it isn't all."""
+    return [warning(f"{first.label} and {second.label}: {compared.remark}")] if compared.remark else []
 
 
 def _direction(first: Entry, second: Entry, metric: Metric, found: Comparison) -> str:
@@ -175,32 +196,36 @@ def _direction(first: Entry, second: Entry, metric: Metric, found: Comparison) -
 
 def ablation_section(entries: Sequence[Entry]) -> Markup:
     """What is left of each score without the image, with the paired difference to the answers with it."""
-    rows = []
+    rows, remarks = [], []
     for base in (entry for entry in entries if entry.ablation == "none"):
         for other in ablations_of(base, entries):
-            compared = compare_answers(base.result, other.result.pred).numbers
-            for metric, found in compared.items():
+            compared = compare_evaluations(base.result, other.result)
+            remarks += _shared(base, other, compared)
+            for metric, found in compared.numbers.items():
                 rows.append([base.label, other.ablation, metric.heading, *comparison_cells(metric, found)])
     if not rows:
         return Markup()
     header = ["model", "images", "metric", "with images", "ablated", "difference", "p (paired bootstrap)"]
-    return table(header, rows) + note("A model that looks at the image loses much; one that guesses loses nothing.")
+    text = "A model that looks at the image loses much; one that guesses loses nothing."
+    return table(header, rows) + Markup().join(remarks) + note(text)
 
 
 def memory_section(entries: Sequence[Entry]) -> Markup:
     """What each model adds to answers from memory of the training questions, with paired intervals."""
-    rows = []
+    rows, remarks = [], []
     for memory in (entry for entry in entries if entry.is_memory):
         for model in entries:
             if model.is_memory or model.ablation != "none" or model.questions != memory.questions:
                 continue
-            for metric, found in compare_with_memory(model.result, memory.result.pred).numbers.items():
+            compared = compare_with_memory(model.result, memory.result)
+            remarks += _shared(model, memory, compared)
+            for metric, found in compared.numbers.items():
                 rows.append([model.label, memory.label, metric.heading, *comparison_cells(metric, found)])
     if not rows:
         return Markup()
     header = ["model", "memory", "metric", "model's", "memory's", "the model adds", "p (paired bootstrap)"]
     text = "Memory answers with what training says to the most similar questions: no model is asked."
-    return table(header, rows) + note(text)
+    return table(header, rows) + Markup().join(remarks) + note(text)
 
 
 def ablations_of(base: Entry, entries: Sequence[Entry]) -> list[Entry]:
@@ -229,13 +254,13 @@ def groups_section(entries: Sequence[Entry]) -> Markup:
     parts = []
     for entry in entries:
         for name, groups in entry.result.scores.groups.items():
-            shown = headlines([entry.result.scores])
+            shown, kinds = headlines([entry.result.scores]), kinds_of([entry.result.scores])
             rows = [
-                [key, str(row["open"]), str(row["closed"]), *(plain(row[metric.title]) for metric in shown)]
+                [key, *(str(row[kind]) for kind in kinds), *(plain(row[metric.title]) for metric in shown)]
                 for key, row in groups.items()
             ]
             parts.append(subheading(f"{entry.label}, by {name}"))
-            header = [name, "open questions", "closed questions", *(metric.heading for metric in shown)]
+            header = [name, *(f"{kind} questions" for kind in kinds), *(metric.heading for metric in shown)]
             parts.append(table(header, rows))
     return Markup().join(parts)
 
@@ -277,26 +302,27 @@ def audit_section(clean: Sequence[tuple[str, CleanScores]], others: Sequence[str
 
     rows = []
     shown = headlines(scores.all_questions for _, scores in clean)
+    kinds = kinds_of(scores.all_questions for _, scores in clean)
     for label, scores in clean:
         for name, part in (("all", scores.all_questions), *scores.subsets.items()):
             cells = ["no question"] * len(shown) if part is None else [number_cell(part.number(m)) for m in shown]
-            counts = "0 / 0" if part is None else f"{part.open} / {part.closed}"
-            rows.append([label, name, counts, *cells])
-    header = ["model", "test questions", "open / closed", *(metric.heading for metric in shown)]
+            rows.append([label, name, " / ".join(count_cells(part, kinds)), *cells])
+    header = ["model", "test questions", " / ".join(kinds), *(metric.heading for metric in shown)]
     left = note(f"The audit is of other questions than those of {', '.join(others)}.") if others else Markup()
     return preformatted(audit_lines(clean[0][1].audit)) + table(header, rows) + left
 
 
 def examples_section(entries: Sequence[Entry], image_folder: str | Path | None, each: int = 4, seed: int = 0) -> Markup:
-    """A random sample: right and wrong answers, open and closed, with their images where a folder is given."""
+    """A random sample of right and wrong answers, of every kind of question, with images where a folder is given."""
     parts = []
     for entry in entries:
-        values = entry.result.scores.values["strict"]
+        values = entry.result.scores.values
+        columns = [values["strict"]["closed accuracy"], values["strict"]["open recall"]]
+        columns += [values["further"]["choice accuracy"]] if "choice accuracy" in values["further"] else []
         right: list[JoinedItem] = []
         wrong: list[JoinedItem] = []
-        for index, joined in enumerate(entry.result.joined):
-            score = values["closed accuracy"][index]
-            score = values["open recall"][index] if score is None else score
+        for joined, *scores in zip(entry.result.joined, *columns, strict=True):
+            score = next((score for score in scores if score is not None), None)
             if score in (0, 1):
                 (right if score else wrong).append(joined)
         chosen = random.Random(seed)

@@ -1,6 +1,6 @@
 """Scores as text: aligned columns for the terminal, pipes for Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from llava.errors import one_line
 from llava.eval.metrics.calibration import Calibration
@@ -26,12 +26,22 @@ def _row_label(metric: Metric) -> str:
 
 def group_table(name: str, groups: dict[str, dict], scores: Scores) -> str:
     """The headline numbers of each group of questions."""
-    shown = headlines([scores])
+    shown, kinds = headlines([scores]), kinds_of([scores])
     rows = [
-        [key, str(row["open"]), str(row["closed"]), *(plain(row[metric.title]) for metric in shown)]
+        [key, *(str(row[kind]) for kind in kinds), *(plain(row[metric.title]) for metric in shown)]
         for key, row in groups.items()
     ]
-    return text_table([name, "open", "closed", *(metric.heading for metric in shown)], rows)
+    return text_table([name, *kinds, *(metric.heading for metric in shown)], rows)
+
+
+def kinds_of(several: Iterable[Scores]) -> list[str]:
+    """The kinds of question that tables count: open and closed ones, and multiple-choice where there are some."""
+    return ["open", "closed", *(["choice"] if any(scores.choice for scores in several) else [])]
+
+
+def count_cells(scores: Scores | None, kinds: Sequence[str]) -> list[str]:
+    """How many questions of each kind were scored; None scored none."""
+    return [str(getattr(scores, kind) if scores else 0) for kind in kinds]
 
 
 def calibration_line(found: Calibration) -> str:
