@@ -4,7 +4,7 @@
 name only when it is complete.
 
 Half of a character pair (a lone surrogate, which JSON can hold and UTF-8 can't) becomes U+FFFD wherever text is read or
-written; how many is logged.
+written; how many is logged. In a record NaN is null: pandas writes it for an empty cell.
 """
 
 import codecs
@@ -35,6 +35,8 @@ _NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets 
 _BLANKS = (" ", "\n", "\r", "\t")
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_DECODER = json.JSONDecoder()
+_RECORD_DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
 _ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half next to it
 _ESCAPE_IN_TEXT, _ESCAPE_IN_BYTES = re.compile(_ESCAPE), re.compile(_ESCAPE.encode())
 
@@ -80,7 +82,7 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
                 yield number, parse_record(line, replaced, "line", number)
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, decoder: json.JSONDecoder = _DECODER) -> Any:
     """The content of a JSON file of at most `MOST_JSON` bytes; errors name the file."""
     path = Path(path)
     check_file(path)
@@ -93,7 +95,7 @@ def read_json(path: str | Path) -> Any:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             text, may_hold = content.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), True
-        value = json.loads(text)
+        value = decoder.decode(text)
     except _NOT_JSON as error:
         raise LlavaError(f"{path}: not JSON ({error})") from error
     if not may_hold:
@@ -166,7 +168,7 @@ def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Rec
             text = line.decode()
         except UnicodeDecodeError:
             text, may_hold = line.decode("utf-8", "surrogatepass"), True
-        record = json.loads(text)
+        record = _RECORD_DECODER.decode(text)
     except _NOT_JSON as error:
         raise LlavaError(f"{replaced.path} {unit} {number}: not JSON ({error})") from error
     if not isinstance(record, dict):
@@ -224,7 +226,7 @@ def _atomic_path(path: Path, overwrite: bool, private: bool) -> Iterator[Path]:
 
 def _iter_json(path: Path) -> Iterator[Record]:
     """The objects of a JSON list, parsed one by one out of a window of the file."""
-    decode = json.JSONDecoder().raw_decode
+    decode = _RECORD_DECODER.raw_decode
     text, place, index = "", 0, 0
     with path.open(encoding="utf-8-sig") as file, Replaced(path) as replaced:
         try:
@@ -274,7 +276,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
 
 def read_json_list(path: Path) -> list[Record]:
     """The objects of a JSON list, read whole; errors name the file and the record."""
-    records: list[Record] = read_json(path)
+    records: list[Record] = read_json(path, _RECORD_DECODER)
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
@@ -291,9 +293,12 @@ def _iter_parquet(path: Path) -> Iterator[Record]:
     for part in iter_parquet(path):
         with library_errors(f"{path}: not a whole Parquet file"):
             rows = part.to_pylist()
-        for row in rows:
-            # What a record doesn't have is null in its column.
-            yield {name: value for name, value in row.items() if value is not None}
+        yield from map(without_nulls, rows)
+
+
+def without_nulls(row: Record) -> Record:
+    """A row of a table as a record: what that doesn't have is null in its column, or NaN."""
+    return {name: value for name, value in row.items() if value is not None and value == value}
 
 
 def _write_json_list(path: Path, records: Iterable[Record], name: Path) -> int:

@@ -21,6 +21,7 @@ from llava.records import (
     write_records,
 )
 from llava.resumable import ResumableJsonl
+from llava.train.data.record_store import open_records
 
 RECORDS = [{"id": "a", "text": "Fraktur – links"}, {"id": "b", "n": 3}]
 
@@ -209,6 +210,26 @@ def test_parquet_keeps_what_the_first_record_lacks(tmp_path):
     with pytest.raises(LlavaError, match="'answer' can't be a column"):
         write_records(tmp_path / "b.parquet", [{"answer": 1}, {"answer": "one"}])
     assert not (tmp_path / "b.parquet").exists()
+
+
+NAN = '{"id": "1", "image": NaN, "depth": -Infinity, "conversations": [{"value": NaN}]}'
+
+
+@pytest.mark.parametrize("form", ["[{}]", "{}\n"])
+def test_what_pandas_writes_for_an_empty_cell_is_null(tmp_path, form):
+    """It was an image of the type float, and the answer "nan"."""
+    path = tmp_path / "a.json"
+    path.write_text(form.replace("{}", NAN))
+    wanted = {"id": "1", "image": None, "depth": float("-inf"), "conversations": [{"value": None}]}
+    assert read_records(path) == [wanted]
+    assert open_records(path, tmp_path)[0] == wanted
+
+
+def test_nan_in_a_column_of_parquet_is_null(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_records(path, [{"id": "1", "answer": 4.0}, {"id": "2", "answer": float("nan")}])
+    assert read_records(path) == [{"id": "1", "answer": 4.0}, {"id": "2"}]
+    assert open_records(path, tmp_path)[1] == {"id": "2"}
 
 
 @pytest.mark.parametrize("read", [read_json, read_records])
