@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava.errors import LlavaError, library_errors
+from llava.errors import LlavaError, first_line, library_errors
 from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
 from llava.lines import MOST_LINE, bounded_lines
 from llava.parquet import iter_parquet
@@ -96,12 +96,12 @@ def read_json(path: str | Path, decoder: json.JSONDecoder = _DECODER) -> Any:
         except UnicodeDecodeError:
             text, may_hold = content.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), True
         value = decoder.decode(text)
+        if not may_hold:
+            return value
+        with Replaced(path) as replaced:
+            return replaced.mend(value)
     except _NOT_JSON as error:
         raise LlavaError(f"{path}: not JSON ({error})") from error
-    if not may_hold:
-        return value
-    with Replaced(path) as replaced:
-        return replaced.mend(value)
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2, *, overwrite: bool = True) -> None:
@@ -169,11 +169,12 @@ def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Rec
         except UnicodeDecodeError:
             text, may_hold = line.decode("utf-8", "surrogatepass"), True
         record = _RECORD_DECODER.decode(text)
+        record = replaced.mend(record, f"{unit} {number}") if may_hold else record
     except _NOT_JSON as error:
         raise LlavaError(f"{replaced.path} {unit} {number}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise LlavaError(f"{replaced.path} {unit} {number}: expected an object, got {type(record).__name__}")
-    return replaced.mend(record, f"{unit} {number}") if may_hold else record
+    return record
 
 
 def sound_text(text: str) -> str:
@@ -184,7 +185,17 @@ def sound_text(text: str) -> str:
 
 
 def json_text(content: Any, path: str | Path, indent: int | None = None) -> str:
-    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    """`content` as JSON; `path`, for messages, is where it goes.
+
+    Raises:
+        LlavaError: it holds what JSON has no form for.
+    """
+    try:
+        text = json.dumps(content, ensure_ascii=False, indent=indent)
+    except (TypeError, ValueError, RecursionError) as error:  # bytes, a date; lists in lists in lists
+        raise LlavaError(
+            f"{path}: JSON can't hold it ({first_line(error)}); embedded images and dates go into .parquet"
+        ) from error
     sound = sound_text(text)
     if sound != text:
         logger.warning("%s: half of a character pair in what is written, replaced by U+FFFD", path)
@@ -331,7 +342,10 @@ def _write_parquet(path: Path, records: Iterable[Record], name: Path) -> int:
     for column in dict.fromkeys(key for row in rows for key in row):
         try:
             columns[column] = pyarrow.array([row.get(column) for row in rows])
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        except (pyarrow.ArrowException, OverflowError) as error:
             raise LlavaError(f"{column!r} can't be a column of Parquet ({error}); write .jsonl instead") from error
-    parquet.write_table(pyarrow.table(columns), path)
+    try:
+        parquet.write_table(pyarrow.table(columns), path)
+    except pyarrow.ArrowNotImplementedError as error:  # {} alone; it names the column
+        raise LlavaError(f"{name}: Parquet can't hold a record ({error}); write .jsonl instead") from error
     return len(rows)

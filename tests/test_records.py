@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 import pytest
 
@@ -230,6 +231,31 @@ def test_nan_in_a_column_of_parquet_is_null(tmp_path):
     write_records(path, [{"id": "1", "answer": 4.0}, {"id": "2", "answer": float("nan")}])
     assert read_records(path) == [{"id": "1", "answer": 4.0}, {"id": "2"}]
     assert open_records(path, tmp_path)[1] == {"id": "2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("a.json", b"\xff\xd8", "JSON can't hold it"),
+        ("a.jsonl", datetime(2026, 1, 1), "go into .parquet"),
+        ("a.parquet", {}, "write .jsonl instead"),
+        ("a.parquet", 1 << 70, "write .jsonl instead"),
+    ],
+)
+def test_what_a_form_cannot_hold_is_one_line(tmp_path, name, value, words):
+    """The bytes of an image out of Parquet, most often."""
+    with pytest.raises(LlavaError, match=words):
+        write_records(tmp_path / name, [{"id": "1", "what": value}])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("read", [read_json, read_records])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_nesting_with_half_of_a_pair_is_bad_input(tmp_path, read, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text('{"s": "\\ud83d", "deep": ' + "[" * 800 + "]" * 800 + "}")
+    with pytest.raises(LlavaError, match="not JSON"):
+        read(path)
 
 
 @pytest.mark.parametrize("read", [read_json, read_records])
