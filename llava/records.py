@@ -101,7 +101,7 @@ def read_json(path: str | Path, decoder: json.JSONDecoder = _DECODER) -> Any:
         with Replaced(path) as replaced:
             return replaced.mend(value)
     except _NOT_JSON as error:
-        raise LlavaError(f"{path}: not JSON ({error})") from error
+        raise _not_json(path, error) from error
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2, *, overwrite: bool = True) -> None:
@@ -171,10 +171,16 @@ def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Rec
         record = _RECORD_DECODER.decode(text)
         record = replaced.mend(record, f"{unit} {number}") if may_hold else record
     except _NOT_JSON as error:
-        raise LlavaError(f"{replaced.path} {unit} {number}: not JSON ({error})") from error
+        raise _not_json(f"{replaced.path} {unit} {number}", error) from error
     if not isinstance(record, dict):
         raise LlavaError(f"{replaced.path} {unit} {number}: expected an object, got {type(record).__name__}")
     return record
+
+
+def _not_json(where: str | Path, error: Exception) -> LlavaError:
+    if isinstance(error, UnicodeDecodeError):
+        return LlavaError(f"{where}: not UTF-8 ({error}); save the file as UTF-8")
+    return LlavaError(f"{where}: not JSON ({error})")
 
 
 def sound_text(text: str) -> str:
@@ -282,7 +288,7 @@ def _iter_json(path: Path) -> Iterator[Record]:
             # Halves of pairs written out, perhaps; so rare that such a file may be read whole.
             yield from islice(read_json_list(path), index, None)
         except _NOT_JSON as error:
-            raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
+            raise _not_json(f"{path} record {index}", error) from error
 
 
 def read_json_list(path: Path) -> list[Record]:

@@ -233,6 +233,17 @@ def test_nan_in_a_column_of_parquet_is_null(tmp_path):
     assert open_records(path, tmp_path)[1] == {"id": "2"}
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "gb18030"])
+@pytest.mark.parametrize("read", [read_json, read_records])
+@pytest.mark.parametrize("form", ["[{}]", "{}"])
+def test_another_encoding_is_said(tmp_path, encoding, read, form):
+    """PowerShell writes UTF-16."""
+    path = tmp_path / "a.json"
+    path.write_text(form.replace("{}", '{"question": "肝脏大吗"}'), encoding=encoding)
+    with pytest.raises(LlavaError, match=r"not UTF-8 .*; save the file as UTF-8"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
