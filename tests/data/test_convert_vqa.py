@@ -276,6 +276,26 @@ def test_csv_split_shares_no_image(work):
     assert not {row["image"] for row in train} & {row["image"] for row in test}
 
 
+def test_a_split_that_is_not_made_any_more_does_not_stay(work, caplog):
+    """All its images would be in the new training split."""
+    table = "image,question,answer\na.jpg,q?,a\nb.jpg,q?,a\n"
+    csv_table(work, table, "--test-fraction", "0.5")
+    with pytest.raises(LlavaError, match="holds test.json, which this conversion doesn't make"):
+        csv_table(work, table)
+    assert len(read_records(work / "out" / "train.json")) == 1
+    csv_table(work, table, "--overwrite")
+    assert not (work / "out" / "test.json").exists()
+    assert len(read_records(work / "out" / "train.json")) == 2
+    assert "test.json of an earlier conversion is removed" in caplog.text
+
+
+def test_splits_that_are_made_one_by_one_stay(work):
+    vqa_rad(work, "--train", put(work / "train.json", ROWS))
+    vqa_rad(work, "--test", put(work / "test.json", ROWS))
+    vqa_rad(work, "--train", str(work / "train.json"))
+    assert {path.name for path in (work / "out").iterdir()} >= {"train.json", "test.json"}
+
+
 @pytest.mark.parametrize("fraction", ["0.001", "0.999"])
 def test_csv_of_few_images_is_split_too(work, fraction):
     rows = "".join(f"{name},q?,a\n" for name in ("a.jpg", "b.jpg", "b.jpg"))
