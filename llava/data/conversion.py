@@ -17,7 +17,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, one_line
 from llava.folders import is_file, stage_files
 from llava.manifests import sha256_of
-from llava.record_content import as_text
+from llava.record_content import as_text, image_key
 from llava.records import Record, read_json, write_json, write_records
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ class Tally:
             self._ids.add(record["id"])
             self.records += 1
             if "image" in record:
-                self.images.add(record["image"])
+                self.images.add(image_key(record["image"]))
             if "answer_type" in record:
                 self.answer_types[record["answer_type"]] += 1
                 if record["answer_type"] == "OPEN":

@@ -7,8 +7,11 @@ import pickle
 
 import pytest
 
+from llava.data.audit_checks import audit_splits
 from llava.data.convert import main
+from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
+from llava.record_content import image_key
 from llava.records import read_json, read_records, write_records
 
 ROWS = [
@@ -276,11 +279,31 @@ def test_csv_split_shares_no_image(work):
     assert not {row["image"] for row in train} & {row["image"] for row in test}
 
 
+def test_an_image_of_two_spellings_is_one(work):
+    """Half of the test images were trained on, and the audit said that none was."""
+    spellings = [("a.jpg", "./a.jpg"), ("b.jpg", ".//b.jpg"), ("c/c.jpg", "c//c.jpg"), ("d.jpg", "c/../d.jpg")]
+    for name in ("c/c.jpg", "d.jpg"):
+        (work / "images" / name).parent.mkdir(exist_ok=True)
+        (work / "images" / name).write_bytes(b"x")
+    rows = "".join(f"{name},q?,a\n" for pair in spellings[:3] for name in pair)
+    csv_table(work, "image,question,answer\n" + rows, "--test-fraction", "0.5")
+    train, test = (work / "out" / f"{name}.json" for name in ("train", "test"))
+    seen = [{image_key(record["image"]) for record in read_records(path)} for path in (train, test)]
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == {"a.jpg", "b.jpg", "c/c.jpg"}
+    for first, second in spellings:
+        asked = [[{"id": "1", "image": name, "question": "q", "answer": "a"}] for name in (first, second)]
+        train.write_text(json.dumps(asked[0]))
+        test.write_text(json.dumps(asked[1]))
+        assert audit_splits(read_vqa_items(train), read_vqa_items(test))["images"]["same_name"] == 1
+        assert audit_splits(read_vqa_items(train), read_vqa_items(test))["items"][0]["image_seen"]
+
+
 def test_a_split_that_is_not_made_any_more_does_not_stay(work, caplog):
     """All its images would be in the new training split."""
     table = "image,question,answer\na.jpg,q?,a\nb.jpg,q?,a\n"
     csv_table(work, table, "--test-fraction", "0.5")
-    with pytest.raises(LlavaError, match="holds test.json, which this conversion doesn't make"):
+    with pytest.raises(LlavaError, match=r"holds test\.json, which this conversion doesn't make"):
         csv_table(work, table)
     assert len(read_records(work / "out" / "train.json")) == 1
     csv_table(work, table, "--overwrite")

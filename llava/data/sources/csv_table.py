@@ -21,6 +21,7 @@ from llava.data.conversion import (
 )
 from llava.data.sources.tables import read_table
 from llava.errors import LlavaError
+from llava.record_content import image_key
 from llava.records import Record
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def _kept_columns(args) -> list[str]:
 
 def _split_key(record: Record) -> str:
     """What the split goes by, so that no test image is ever seen in training."""
-    return str(record.get("image", record["id"]))
+    return image_key(record.get("image", record["id"]))
 
 
 def _choose(images: set[str], args) -> set[str]:
