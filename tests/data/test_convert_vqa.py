@@ -356,11 +356,17 @@ def test_csv_flags_that_cannot_be_are_named(work, flags, message):
             r"1 images of 1 records not found .* out; left out besides: 1 with empty question$",
         ),
         ("image,question,answer\n", "no records"),
+        ("image,question,answer,answer\na.jpg,q,yes,no\n", "2 columns are called answer; rename"),
     ],
 )
 def test_csv_faults_are_named(work, text, message):
     with pytest.raises(LlavaError, match=message):
         csv_table(work, text)
+
+
+def test_a_row_without_its_id_is_named(work):
+    with pytest.raises(LlavaError, match='line 3: "name" is empty'):
+        csv_table(work, "name,image,question,answer\n1,a.jpg,q,a\n ,a.jpg,q,a\n", "--id-column", "name")
 
 
 def test_a_comma_at_the_end_of_keep_columns(tmp_path):

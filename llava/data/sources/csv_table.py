@@ -16,6 +16,7 @@ from llava.data.conversion import (
     ImageFolder,
     fault_of_texts,
     read_answer_type,
+    text_of,
     vqa_record,
     yes_no_type,
 )
@@ -92,7 +93,7 @@ def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
         if image is not None and not conversion.accepts(image):
             continue
         kind = row[args.answer_type_column] if args.answer_type_column else yes_no_type(answer)
-        name = row[args.id_column].strip() if args.id_column else f"{line:06d}"
+        name = text_of(row, args.id_column, where) if args.id_column else f"{line:06d}"
         further = {column: row[column].strip() for column in kept}
         yield vqa_record(name, image, question, answer, read_answer_type(kind, where), **further)
 
