@@ -5,6 +5,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llava.errors import LlavaError
 from llava.openai_client.limits import LIST_PRICES, Account
@@ -42,8 +43,10 @@ class ApiSettings:
         """Who is asked, for messages."""
         return self.base_url or self.azure_endpoint or "OpenAI"
 
+    @cached_property
     def account(self) -> Account:
-        """An empty account at this model's prices (half of them through the Batch API)."""
+        """The account of all that is asked with these settings, at this model's prices (half of them through the Batch
+        API): `max_cost` holds for a whole command, however often it calls `run_jobs`."""
         listed = LIST_PRICES.get(self.model, (None, None))
         prices = [
             given if given is not None else known
