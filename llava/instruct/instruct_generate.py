@@ -84,6 +84,7 @@ def main(argv=None) -> int:
             "fig_label": figure.label,
             "fig_caption": figure.caption,
             "result": result.text,
+            "finish_reason": result.finish_reason,
             "refused": result.refused,
             "model": result.model,
         }

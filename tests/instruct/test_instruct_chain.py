@@ -10,7 +10,7 @@ import pytest
 from llava.constants import FIGURE_DOMAINS
 from llava.errors import LlavaError
 from llava.instruct.figures import Figure, in_turn, read_figures
-from llava.instruct.instruct_postprocess import to_training_record
+from llava.instruct.instruct_postprocess import summarise, to_training_record
 from llava.instruct.prompts import build_messages
 from llava.records import read_records, write_json
 from tests.made_files import write
@@ -108,6 +108,7 @@ def test_chain_through_the_commands(tmp_path):
         assert done.returncode == 0, done.stderr
         requests = server.stats()["requests"]
     assert len(requests) == 12
+    assert {row["finish_reason"] for row in read_records(generated)} == {"stop"}
     assert all("A plain mention." in text for text in requests)
     words = ["--input_path", str(generated), "--output_path", str(final), "--summary", str(tmp_path / "counts.json")]
     done = command("llava.instruct.instruct_postprocess", *words)
@@ -118,6 +119,19 @@ def test_chain_through_the_commands(tmp_path):
     assert len(records) == 12
     assert sum(turn["value"].count("<image>") for record in records for turn in record["conversations"]) == 12
     assert {tuple(record["domain"]) for record in records} == {FIGURE_DOMAINS}
+
+
+def test_an_answer_that_was_cut_off_is_left_out_and_counted():
+    """It ended in the middle of a word, and was trained on."""
+    counts, whole = Counter(), "User: A?\nAssistant: B.\nUser: C?\nAssistant: The left lu"
+    row = {"pair_id": "p", "finish_reason": "length"}
+    for text, turns in ((whole, 2), (whole + "ng.\nUser: An", 4), ("Assistant: B", 0)):
+        record = to_training_record({**row, "result": text}, 0, counts, "row")
+        assert len(record["conversations"] if record else []) == turns
+    assert counts["cut_off"] == 1 and counts["turns_out"] == 3
+    assert "cut off at --max-answer-tokens: 1" in summarise(counts)
+    stopped = to_training_record({**row, "result": whole, "finish_reason": "stop"}, 0, counts, "row")
+    assert len(stopped["conversations"]) == 4
 
 
 def test_nothing_left_is_an_error(tmp_path):
