@@ -115,6 +115,38 @@ def test_kept_archives_are_whole_and_used_again(wanted, server, tmp_path):
     assert len(list((tmp_path / "tars").iterdir())) == 1
 
 
+@pytest.mark.parametrize("content", ["cut", "damaged", "empty"])
+def test_an_archive_that_cannot_be_read_is_not_kept(wanted, server, tmp_path, content):
+    """It was, and each later run read it in place of asking again."""
+    body = archive(("PMC1/w.jpg", content_of(2)), ("PMC1/x.jpg", content_of(1)))
+    bad = {"cut": [body[:6000]], "damaged": b"<html>busy</html>", "empty": b""}[content]
+    server.pages["/PMC1.tar.gz"] = Reply(bad)
+    wanted.add("x", "/PMC1.tar.gz", "PMC1/x.jpg", content_of(1))
+    tars = tmp_path / "tars"
+    keep = ["--keep-archives", "--pmc_output_path", str(tars)]
+    main([*wanted.flags(), *keep])
+    assert list(tars.iterdir()) == []
+    server.pages["/PMC1.tar.gz"] = Reply(body)
+    (tars / "PMC1.tar.gz").write_bytes(bad[0] if content == "cut" else bad)  # as a power cut leaves it
+    main([*wanted.flags(), *keep])
+    wanted.check()
+    assert (tars / "PMC1.tar.gz").read_bytes() == body
+
+
+def test_archives_of_one_name_are_kept_apart(wanted, server, tmp_path):
+    """The second article's archive was read for the first one's image."""
+    for number in (1, 2):
+        server.pages[f"/{number}/figures.tar.gz"] = Reply(archive(("f/1.jpg", content_of(number))))
+        wanted.add(f"p{number}", f"/{number}/figures.tar.gz", "f/1.jpg", content_of(number))
+    keep = ["--keep-archives", "--pmc_output_path", str(tmp_path / "tars")]
+    for requests in (2, 2):
+        main([*wanted.flags(), *keep])
+        wanted.check()
+        assert server.requests.total() == requests
+        for path in (tmp_path / "images").glob("*.jpg"):
+            path.unlink()
+
+
 def test_too_many_failures_set_the_exit_code(wanted, server):
     wanted.add("a", "/gone", "x.jpg", reason="HTTP 404")
     wanted.add("b", "/gone", "y.jpg", reason="HTTP 404")

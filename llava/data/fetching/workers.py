@@ -143,13 +143,14 @@ class _Result:
 
 
 async def _fetch(article: Article, transfer: Transfer, run: _Run) -> _Result:
-    """Try the article's own address, then the one that the open-access service gives."""
+    """Try the kept archive, the article's own address, then the one that the open-access service gives."""
     result = _Result()
     kept = run.settings.keep_archives / article.archive_name if run.settings.keep_archives else None
     if kept is not None and kept.is_file():
         with _Kept(kept) as source:
             await _take(article, source, result, run)
-        return result
+        if not result.reason:
+            return result
     await _try_address(article, article.url, transfer, result, run, kept)
     service, pmc_id = run.settings.oa_service, article.pmc_id
     if result.reason and result.wanted(article) and service and pmc_id:
@@ -179,6 +180,8 @@ async def _try_address(
                 else:
                     async with _Tee(body, kept) as copy:
                         await _take(article, copy, result, run)
+                        if result.reason:  # what can't be read isn't kept
+                            raise TransferError(result.reason, result.permanent)
         except TransferError as error:
             result.reason, result.permanent = error.reason, error.permanent
             if result.wanted(article):
