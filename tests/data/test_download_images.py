@@ -289,6 +289,34 @@ def test_a_disk_that_takes_no_more_stops_the_run(wanted, server):
     assert [path.name for path in images.iterdir() if path.name != f"{FAILURES_FILE}.part"] == ["small.jpg"]
 
 
+def test_a_disk_that_takes_no_more_failures_stops_the_run(wanted, server):
+    """What it refused was tried again while the list was closed: a traceback."""
+    for number in range(200):
+        wanted.add(f"gone{number}", "/gone", f"{number}.jpg")
+    command = [sys.executable, "-m", "llava.data.download_images", *wanted.flags(), "--oa-service", ""]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("error: ") and "(File too large); what is done is kept" in run.stderr
+    kept = (wanted.folder / "images" / f"{FAILURES_FILE}.part").read_bytes()
+    assert 15_000 < len(kept) <= 20_000
+
+
+def test_of_an_archive_that_is_not_whole_nothing_is_left(wanted, server):
+    server.pages["/PMC1.tar.gz"] = Reply(
+        archive(("x.jpg", content_of(1)), ("text", b"t" * 9), ("y", content_of(2, 300_000)))
+    )
+    wanted.add("x", "/PMC1.tar.gz", "x.jpg")
+    tars = wanted.folder / "tars"
+    tars.mkdir()
+    (tars / ".PMC2.tar.gz.7.part").write_bytes(b"of a run that was killed")
+    command = [sys.executable, "-m", "llava.data.download_images", *wanted.flags(), "--keep-archives"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    run = subprocess.run([*command, "--pmc_output_path", str(tars)], capture_output=True, text=True, preexec_fn=limit)
+    assert run.returncode == 2 and "File too large" in run.stderr, run.stderr
+    assert list(tars.iterdir()) == []
+
+
 def test_a_folder_that_is_gone_stops_the_writer(tmp_path):
     """Nothing can be removed there either: the error is told all the same, to every later image and at the end."""
 

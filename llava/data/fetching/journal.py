@@ -11,8 +11,9 @@ from pathlib import Path
 
 from llava.data.fetching.articles import Image
 from llava.errors import LlavaError
-from llava.folders import PART
+from llava.folders import PART, writing
 from llava.records import Record, write_records
+from llava.resumable import write_whole
 
 _FIELDS = {"pair_id", "pmc_tar_url", "image_file_path", "reason", "permanent"}
 
@@ -32,7 +33,8 @@ class Journal:
         self._failed: dict[tuple[str, str, str], Record] = {}
         for path in (failures, self._part):
             self._read(path)
-        self._file = self._part.open("ab")
+        # Without a buffer: what a full disk refused must not be tried again while the file is closed.
+        self._file = self._part.open("ab", buffering=0)
 
     def path_of(self, image: Image) -> Path:
         return self.folder / f"{image.pair_id}.jpg"
@@ -54,8 +56,8 @@ class Journal:
             "permanent": permanent,
         }
         self._remember(record)
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        with writing(self._part, "what is done is kept"):
+            write_whole(self._file, json.dumps(record).encode() + b"\n")
 
     def finish(self, failures: Iterable[Record]) -> None:
         """Write the final list of failures and drop the running one."""

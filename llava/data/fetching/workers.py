@@ -22,6 +22,7 @@ from llava.data.fetching.transfer import Transfer, TransferError
 from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
 from llava.folders import PART
+from llava.resumable import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,9 @@ class _Run:
         self._unreachable = 0
 
     async def work(self) -> Totals:
+        if self.settings.keep_archives is not None:
+            for left in self.settings.keep_archives.glob(f".*{PART}"):  # by a run that was killed
+                left.unlink(missing_ok=True)
         async with ImageWriter() as self.writer, Transfer(self.settings.limits) as transfer:
             tasks = [asyncio.create_task(self._fetch_all(transfer)) for _ in range(self.settings.connections)]
             try:
@@ -262,12 +266,12 @@ class _Tee:
     async def __aenter__(self) -> "_Tee":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self._path.with_name(f".{self._path.name}.{id(self)}{PART}")
-        self._file = self._temporary.open("wb")
+        self._file = self._temporary.open("wb", buffering=0)
         return self
 
     async def read(self) -> bytes:
         chunk = await self._source.read()
-        self._file.write(chunk)
+        write_whole(self._file, chunk)
         return chunk
 
     async def __aexit__(self, kind, error, trace) -> None:
