@@ -152,6 +152,33 @@ def test_resumable_drops_a_torn_line_and_keeps_order(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
+def test_a_file_in_work_is_of_one_process(tmp_path):
+    """Two of the same command at once asked a paid server for all twice."""
+    path = tmp_path / "answers.jsonl"
+    script = (
+        "import sys\n"
+        "from llava.resumable import ResumableJsonl\n"
+        "with ResumableJsonl(sys.argv[1]) as log:\n"
+        "    log.add({'question_id': 2})\n"
+        "    print('ready', flush=True)\n"
+        "    input()\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(LlavaError, match=r"answers\.jsonl\.part: another process is writing it"):
+            ResumableJsonl(path)
+        other.kill()
+    with ResumableJsonl(path) as log:
+        assert set(log.done) == {2}
+        second = subprocess.run(command, input=b"\n", capture_output=True)
+        assert b"another process is writing it" in second.stderr
+        log.finish()
+        third = subprocess.run(command, input=b"\n", capture_output=True)
+    assert third.returncode == 0, third.stderr
+    assert read_records(path) == [{"question_id": 2}]
+
+
 def test_resumable_survives_sigkill(tmp_path):
     path = tmp_path / "answers.jsonl"
     script = (

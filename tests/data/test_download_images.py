@@ -317,6 +317,20 @@ def test_of_an_archive_that_is_not_whole_nothing_is_left(wanted, server):
     assert list(tars.iterdir()) == []
 
 
+def test_a_folder_is_filled_by_one_process(wanted, server):
+    """A second one removed what the first was writing."""
+    server.pages["/x"] = Reply(archive(("x.jpg", content_of(1))), delay=2)
+    wanted.add("x", "/x", "x.jpg", content_of(1))
+    command = [sys.executable, "-m", "llava.data.download_images", *wanted.flags(), "--timeout", "9"]
+    first = subprocess.Popen(command)
+    while not server.requests["/x"]:
+        time.sleep(0.01)
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 2 and "another process is writing it" in second.stderr
+    assert first.wait() == 0
+    wanted.check()
+
+
 def test_a_folder_that_is_gone_stops_the_writer(tmp_path):
     """Nothing can be removed there either: the error is told all the same, to every later image and at the end."""
 
