@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
 
 from llava.errors import LlavaError
+from llava.folders import open_to_others
 from llava.records import (
     MOST_JSON,
     atomic_path,
@@ -132,6 +134,27 @@ def test_atomic_path_keeps_the_umask(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_files_of_several_threads_have_the_umasks_mode(tmp_path):
+    """Each one's look at the umask was a moment in which the others' files could be written by anyone."""
+
+    def modes(thread):
+        path = tmp_path / str(thread)
+        path.touch()
+        for _ in range(2000):
+            open_to_others(path)
+            yield path.stat().st_mode & 0o777
+
+    interval, umask = sys.getswitchinterval(), os.umask(0o027)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = set().union(*pool.map(lambda thread: set(modes(thread)), range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+        assert os.umask(umask) == 0o027
+    assert found == {0o640}
 
 
 def test_resumable_drops_a_torn_line_and_keeps_order(tmp_path):
