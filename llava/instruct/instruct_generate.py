@@ -80,7 +80,7 @@ def main(argv=None) -> int:
         return {
             "pair_id": figure.key,
             "image": figure.image or f"{figure.key}.jpg",
-            "domain": figure.domain,
+            "domain": list(figure.domains),
             "fig_label": figure.label,
             "fig_caption": figure.caption,
             "result": result.text,

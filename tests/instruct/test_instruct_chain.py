@@ -59,6 +59,44 @@ def test_a_single_mention_is_one_sentence(tmp_path):
     assert (figure.mentions, figure.domain) == ((), None)
 
 
+def test_a_figure_of_two_domains_is_one(tmp_path):
+    """The same file made records for stage 1, and was refused here."""
+    pair = {"pair_id": "a", "fig_caption": "A scan."}
+    write_json(tmp_path / "f.json", {"mri": [pair], "ct_scan": [pair, {**pair, "pair_id": "b"}]})
+    figures = read_figures(tmp_path / "f.json")
+    assert [(figure.key, figure.domains) for figure in figures] == [("a", ("mri", "ct_scan")), ("b", ("ct_scan",))]
+    for other in ({"mri": [pair, pair]}, {"mri": [pair], "ct_scan": [{**pair, "fig_caption": "Another."}]}):
+        write_json(tmp_path / "f.json", other)
+        with pytest.raises(LlavaError, match="id 'a' stands there twice"):
+            read_figures(tmp_path / "f.json")
+
+
+def test_figures_without_a_caption_are_left_out_and_counted(tmp_path, caplog):
+    write_json(tmp_path / "f.json", [{"id": "a", "caption": " "}, {"id": "b", "caption": "c"}, {"id": "d"}])
+    assert [figure.key for figure in read_figures(tmp_path / "f.json")] == ["b"]
+    assert "2 figures without a caption are left out (first: " in caplog.text and "record 0)" in caplog.text
+
+
+def test_a_fault_in_captions_by_domain_is_named_by_its_line(tmp_path):
+    """All of the file was read, and its first line was said to be at fault."""
+    path = tmp_path / "f.json"
+    text = json.dumps(FIGURES, indent=1)
+    path.write_text(text.replace('"Caption 3 of mri."', '"Caption 3 of mri.'))
+    line = text.splitlines().index('   "fig_caption": "Caption 3 of mri.",') + 1
+    with pytest.raises(LlavaError, match=rf"f\.json: not JSON \(.*: line {line} "):
+        read_figures(path)
+
+
+def test_captions_in_lines_need_no_name_of_lines(tmp_path, monkeypatch):
+    rows = [{"pair_id": str(number), "caption": "A scan."} for number in range(3)]
+    path = tmp_path / "f.json"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("llava.data.caption_files.read_json", lambda path: pytest.fail("read whole"))
+    assert len(read_figures(path)) == 3
+    path.write_text(json.dumps({"mri": rows}))
+    assert {figure.domain for figure in read_figures(path)} == {"mri"}
+
+
 @pytest.mark.parametrize(
     "rows", [[{"id": "a"}], [{"id": "a", "caption": "c"}, {"id": "a", "caption": "d"}], [], {"mri": [3]}]
 )
