@@ -44,7 +44,7 @@ RULES: tuple[Rule, ...] = (
         question=False,
     ),
     _rule("leading_phrase", "cut", rf"^{_AS_SAID}|from|given)\s+{_SOURCE}\s*,?\s*"),
-    _rule("inner_phrase", "cut", rf",?\s*\(?\b{_AS_SAID}|in)\s+{_SOURCE}\)?,?(?=[\s.;:?!]|$)"),
+    _rule("inner_phrase", "cut", rf"(?:,|(?<!\s))\s*\(?\b{_AS_SAID}|in)\s+{_SOURCE}\)?,?(?=[\s.;:?!]|$)"),
     _rule("mentions_text", "drop", r"\b(?:captions?|descriptions?|legends?|context)\b|\bin-?text mentions?\b"),
 )
 

@@ -115,6 +115,18 @@ def test_kept_archives_are_whole_and_used_again(wanted, server, tmp_path):
     assert len(list((tmp_path / "tars").iterdir())) == 1
 
 
+@pytest.mark.timeout(100)
+def test_a_long_reply_of_the_service_is_read_in_a_moment(wanted, server):
+    """Searching it took half an hour, in which nothing else was fetched."""
+    server.pages["/oa?id=PMC77"] = Reply(b"<link " * 170_000)
+    server.pages["/oa?id=PMC78"] = Reply(b"<link " + b'format="tgz" ' * 80_000)
+    for name in ("PMC77", "PMC78"):
+        wanted.add(name, f"/{name}.tar.gz", "x.jpg", reason="HTTP 404")
+    main(wanted.flags())
+    wanted.check()
+    assert server.requests["/oa?id=PMC77"] == server.requests["/oa?id=PMC78"] == 1
+
+
 @pytest.mark.parametrize("content", ["cut", "damaged", "empty"])
 def test_an_archive_that_cannot_be_read_is_not_kept(wanted, server, tmp_path, content):
     """It was, and each later run read it in place of asking again."""
