@@ -311,6 +311,22 @@ def test_missing_settings_are_named(words, env, message):
         settings_from_args(parsed(*words), env)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("concurrency", "requests-per-minute", "tokens-per-minute", "request-timeout", "max-retries"),
+        *("price-in", "price-out", "max-cost"),
+    ],
+)
+def test_numbers_below_what_they_can_be_are_named(flag):
+    """A negative timeout let each item fail after all its tries, a negative price broke the limit of money."""
+    with pytest.raises(LlavaError, match=f"--{flag} is -1(.0)?; give "):
+        settings_from_args(parsed("--api-model", "x", f"--{flag}", "-1"), {"OPENAI_API_KEY": "k"})
+    if flag not in ("concurrency", "max-retries"):
+        with pytest.raises(LlavaError, match=f"--{flag} is nan"):
+            settings_from_args(parsed("--api-model", "x", f"--{flag}", "nan"), {"OPENAI_API_KEY": "k"})
+
+
 def test_dry_run_shows_the_first_prompt_and_the_cost():
     config = ApiSettings(model="gpt-4o", api_key="k")
     text = describe_dry_run(jobs(1000, "look at item {} please"), config)

@@ -209,11 +209,14 @@ def test_generated_marks_and_lists_of_domains():
     assert made["domain"]["mri"] is True
 
 
-@pytest.mark.parametrize("size", ["-1", "0"])
-def test_no_figures_is_not_a_size(tmp_path, size):
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--max-size", "-1"), ("--max-size", "0"), ("--max-answer-tokens", "0"), ("--temperature", "nan")],
+)
+def test_numbers_that_cannot_be_are_named(tmp_path, flag, value):
     from llava.instruct.instruct_generate import main
 
     captions = write(tmp_path / "c.json", [{"pair_id": str(i), "fig_caption": "A scan."} for i in range(3)])
     flags = ["--api-model", "m", "--api-key", "k", "--api-base", "http://127.0.0.1:9/v1", "--dry-run"]
-    with pytest.raises(LlavaError, match="--max-size"):
-        main(["--input_path", captions, "--output_path", str(tmp_path / "o.jsonl"), "--max-size", size, *flags])
+    with pytest.raises(LlavaError, match=f"{flag} is {value}; give"):
+        main(["--input_path", captions, "--output_path", str(tmp_path / "o.jsonl"), flag, value, *flags])
