@@ -167,6 +167,19 @@ def test_cost_limit_holds(tmp_path):
         assert set(server.stats()["requests"].values()) == {1}
 
 
+def test_the_cost_limit_is_one_for_all_runs_with_the_same_settings(tmp_path):
+    """Each round of instruct_generate, and each 512 answers, had the whole limit for itself."""
+    items = [ChatJob(n, [{"role": "user", "content": f"item {n}"}], max_tokens=5) for n in range(100)]
+    with OpenAIServer() as server:
+        config = settings(server, max_cost=0.5, price_in=1e3, price_out=1e3, concurrency=4)
+        first = ask(items, config, tmp_path / "out.jsonl")
+        done, spent, requests = first.done, first.account.spent, first.account.requests
+        second = ask(items, config, tmp_path / "out.jsonl")
+    assert first.over_budget and second.over_budget
+    assert second.resumed == done and second.done < done / 2
+    assert spent <= second.account.spent <= 0.5 and requests <= second.account.requests
+
+
 @pytest.mark.parametrize("batch", [False, True])
 def test_answers_that_are_empty_are_paid_for(tmp_path, batch):
     config = {"price_in": 0.0, "price_out": 2e5 if batch else 1e5, "batch_api": batch, "poll_seconds": 0.01}
@@ -313,6 +326,22 @@ def test_settings_come_from_flags_over_environment():
 def test_missing_settings_are_named(words, env, message):
     with pytest.raises(LlavaError, match=message):
         settings_from_args(parsed(*words), env)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("concurrency", "requests-per-minute", "tokens-per-minute", "request-timeout", "max-retries"),
+        *("price-in", "price-out", "max-cost"),
+    ],
+)
+def test_numbers_below_what_they_can_be_are_named(flag):
+    """A negative timeout let each item fail after all its tries, a negative price broke the limit of money."""
+    with pytest.raises(LlavaError, match=f"--{flag} is -1(.0)?; give "):
+        settings_from_args(parsed("--api-model", "x", f"--{flag}", "-1"), {"OPENAI_API_KEY": "k"})
+    if flag not in ("concurrency", "max-retries"):
+        with pytest.raises(LlavaError, match=f"--{flag} is nan"):
+            settings_from_args(parsed("--api-model", "x", f"--{flag}", "nan"), {"OPENAI_API_KEY": "k"})
 
 
 def test_dry_run_shows_the_first_prompt_and_the_cost():

@@ -102,10 +102,13 @@ def _refuse_another(state: dict, todo: Sequence[ChatJob], settings: ApiSettings,
 
 async def _submit(client, todo, settings, summary) -> dict:
     tokens = [sum(column) for column in zip(*(job.tokens for job in todo), strict=True)]
-    if summary.account.reserve(*tokens) is None:
+    reserved = summary.account.reserve(*tokens)
+    if reserved is None:
         raise LlavaError(
-            f"a batch of {len(todo)} requests could cost {summary.account.cost(*tokens):.2f} USD, above --max-cost"
+            f"a batch of {len(todo)} requests could cost {summary.account.cost(*tokens):.2f} USD, above what is left "
+            f"of --max-cost"
         )
+    summary.account.release(reserved)  # nothing else is asked meanwhile
     lines = [
         {
             "custom_id": f"item-{number}",

@@ -59,6 +59,7 @@ class RunSummary:
     total: int
     resumed: int
     account: Account
+    """What the settings' runs so far have used together."""
     done: int = 0
     refused: int = 0
     retries: int = 0
@@ -97,7 +98,7 @@ def describe_dry_run(jobs: Sequence[ChatJob], settings: ApiSettings) -> str:
     """The first prompt and what the whole run would cost, by estimate."""
     tokens_in = sum(job.tokens[0] for job in jobs)
     tokens_out = sum(job.tokens[1] for job in jobs)
-    cost = settings.account().cost(tokens_in, tokens_out)
+    cost = settings.account.cost(tokens_in, tokens_out)
     money = "prices unknown: give --price-in and --price-out" if cost is None else f"about {cost:.2f} USD at most"
     lines = [f"--- {message['role']}\n{_shown(message['content'])}" for message in (jobs[0].messages if jobs else [])]
     lines.append(

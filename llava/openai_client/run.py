@@ -40,7 +40,7 @@ def run_jobs(
         LlavaError: the server refuses us altogether (wrong key, unknown model, no quota left).
     """
     todo = [job for job in jobs if job.key not in output.done]
-    summary = RunSummary(total=len(jobs), resumed=len(jobs) - len(todo), account=settings.account())
+    summary = RunSummary(total=len(jobs), resumed=len(jobs) - len(todo), account=settings.account)
     if todo and settings.batch_api:
         run_batch(todo, settings, output, to_record, follow_up, summary)
     elif todo:

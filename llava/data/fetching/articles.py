@@ -1,5 +1,6 @@
 """The list of wanted images, grouped by article: one request per archive, however many figures come out of it."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,9 +45,12 @@ class Article:
 
     @property
     def archive_name(self) -> str:
-        """A file name for the archive, safe whatever the address holds."""
+        """A file name for the archive, safe whatever the address holds: PubMed Central's own, which names one article
+        alone, or one that no other address has."""
         name = urlsplit(self.url).path.rsplit("/", 1)[-1]
-        return name if _SAFE_NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9]+", "_", self.url)[-150:].strip("_")
+        if re.fullmatch(r"PMC\d{1,20}\.tar\.gz", name):
+            return name
+        return f"{hashlib.sha256(self.url.encode()).hexdigest()[:16]}.tar.gz"
 
 
 @dataclass

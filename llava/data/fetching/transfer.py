@@ -108,7 +108,9 @@ class Transfer:
             while len(answer) < 1 << 20 and (chunk := await body.read()):
                 answer += chunk
         # One attribute of one element; a pattern can't be led into expanding entities, as XML parsers can.
-        link = re.search(rb'<link\b[^>]*\bformat="tgz"[^>]*\bhref="([^"<>\s]+)"', answer)
+        links = re.findall(rb"<link\b[^<>]*", answer)
+        archives = (link for link in links if b'format="tgz"' in link)
+        link = re.search(rb'\bhref="([^"<>\s]+)"', next(archives, b""))
         if link is None:
             return None
         url = link[1].decode("ascii", "replace").replace("&amp;", "&")
