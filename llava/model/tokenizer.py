@@ -237,7 +237,8 @@ def _add_in_order(tokenizer: PreTrainedTokenizerFast, added: dict[int, AddedToke
     # The library goes over all added tokens at each call.
     for special, indices in groupby(order, lambda index: added[index].special):
         tokenizer.add_tokens([added[index] for index in indices], special_tokens=special)
-    for index, found in zip(order, tokenizer.convert_tokens_to_ids([added[index].content for index in order])):
+    ids = cast(list[int], tokenizer.convert_tokens_to_ids([added[index].content for index in order]))
+    for index, found in zip(order, ids):
         if found != index:
             raise LlavaError(
                 f"{folder}: added token {added[index].content!r} should have id {index} but gets {found}; "

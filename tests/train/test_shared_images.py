@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.tokenization import encode_conversation
+from llava.tokenization import Encoded, encode_conversation
 from llava.train.data.collator import Collator
-from llava.train.data.dataset import LlavaDataset, Sample
+from llava.train.data.dataset import LlavaDataset, PackedDataset, Sample
 from llava.train.data.image_source import ImageSource
 from llava.train.data.shared_images import groups_of_one_image, join, joinable, seen_by
 from llava.train.step import padded_attention
@@ -66,6 +67,19 @@ def test_a_joined_sample_keeps_each_ones_positions_and_targets():
     seen, places = seen_by([lengths, [2]])
     assert seen.tolist() == [3, 5, 6, 2]
     assert places.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9]
+
+
+def test_an_image_is_decoded_once_for_a_batch():
+    decoded = []
+    records = [{"image": [name, "c.png"]} for name in ("a.png", "b.png", "a.png")]
+    dataset = LlavaDataset(
+        records, lambda record, features: Encoded([1, *IMAGE * 2, 5, 6], [5] * 7, 2), SimpleNamespace(read=str),
+        lambda source: decoded.append(source) or np.full((1, 3, 2, 2), ord(source[0])), count_features=lambda image: 2,
+        max_length=100, lazy=True,
+    )  # fmt: skip
+    items = PackedDataset(dataset, [[0, 1, 2], [2]])[0]
+    assert decoded == ["a.png", "c.png", "b.png"]
+    assert [item["pixel_values"][:, 0, 0, 0].tolist() for item in items] == [[97, 99], [98, 99], [97, 99]]
 
 
 def test_a_batch_has_each_image_once():

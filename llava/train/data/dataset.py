@@ -135,6 +135,10 @@ class LlavaDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: `number` (of its record), `sample`, `pixel_values` [n, 3, H, W] or `feature_rows`; or the number
         and, under `skipped`, why it is left out."""
+        return self.item(index, {})
+
+    def item(self, index: int, loaded: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The same; `loaded` holds images by their keys, and gets those that weren't there."""
         number = int(self.numbers[index])
         item: dict[str, Any] = {"number": number, "skipped": None}
         try:
@@ -142,8 +146,10 @@ class LlavaDataset(Dataset):
             if sample.images and self.feature_row is not None:
                 item["feature_rows"] = [self.feature_row(image) for image in sample.images]
             elif sample.images:
-                images = [self.load_image(self.image_source.read(image)) for image in sample.images]
-                item["pixel_values"] = np.concatenate(images)
+                for image in sample.images:
+                    if (key := image_key(image)) not in loaded:
+                        loaded[key] = self.load_image(self.image_source.read(image))
+                item["pixel_values"] = np.concatenate([loaded[image_key(image)] for image in sample.images])
         except (FileNotFoundError, LlavaError) as error:
             item["skipped"] = self._left_out(number, error)
         return item
@@ -296,7 +302,8 @@ class PackedDataset(Dataset):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self.dataset[number] for number in self.groups[index]]
+        loaded: dict[str, np.ndarray] = {}  # questions of one image are often in one batch
+        return [self.dataset.item(number, loaded) for number in self.groups[index]]
 
 
 def fitting(input_ids: np.ndarray, features: list[int], max_length: int) -> tuple[int, int]:

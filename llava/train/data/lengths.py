@@ -1,4 +1,4 @@
-"""Lengths of all samples, counted once without opening an image and kept next to the data."""
+"""Lengths of all samples, counted once without decoding an image and kept next to the data."""
 
 import logging
 from pathlib import Path
