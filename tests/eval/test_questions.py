@@ -1,9 +1,11 @@
 """Questions to answer: what they may be."""
 
 import pytest
+from PIL import Image
 
 from llava.errors import LlavaError
-from llava.eval.answers.questions import read_line_questions, read_med_questions
+from llava.eval.answers.ablation import QuestionImages
+from llava.eval.answers.questions import Question, read_line_questions, read_med_questions
 from tests.made_files import made_record, write
 
 
@@ -20,3 +22,18 @@ def test_a_question_that_is_a_list_is_not_asked_as_python_writes_it(tmp_path):
     with pytest.raises(LlavaError, match=r'record 1 \("2"\): the question is a list; give a text'):
         rows = [{"question_id": 1, "text": 4}, {"question_id": 2, "text": ["What?"]}]
         read_line_questions(write(tmp_path / "q.jsonl", rows))
+
+
+def test_shuffled_images_are_of_other_questions(tmp_path):
+    for number in range(12):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    pairs = [Question(n, "Which?", (f"{2 * n}.png", f"{2 * n + 1}.png")) for n in range(6)]
+    for seed in range(20):
+        shown = QuestionImages(tmp_path, pairs, "shuffle", seed)
+        given = [[path.name for path in shown.of(question)] for question in pairs]
+        assert len({name for names in given for name in names}) == 12
+        assert all(set(names).isdisjoint(question.images) for names, question in zip(given, pairs))
+    with pytest.raises(LlavaError, match=r"of 2 there is none for \"[01]\.png\""):
+        QuestionImages(tmp_path, pairs[:1], "shuffle")
+    with pytest.raises(LlavaError, match="at least two different images; there are 0"):
+        QuestionImages(tmp_path, [Question(1, "Which?")], "shuffle")
