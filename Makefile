@@ -48,7 +48,7 @@ $(LMMS_EVAL): $(STAMP)
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@.part lmms-eval==0.7.3 \
 		&& rm -rf $@ && mv $@.part $@
 
-demo: $(STAMP)  ## train, evaluate and compare small models on the built-in images (about 10 minutes, no GPU)
+demo: $(STAMP)  ## train, evaluate and compare small models on the built-in images (about six minutes, no GPU)
 	$(BIN)/python -m llava.demo --output-dir runs/demo
 
 serve: $(STAMP)  ## the web page and the API with the demo's model
@@ -135,6 +135,7 @@ images: $(STAMP)  ## draw the logo and the pipeline in images/
 
 docs: $(STAMP)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'built: site/index.html (to search in the pages: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8080)'
 
 format: $(STAMP)  ## let ruff format and fix
 	$(BIN)/ruff check --fix .

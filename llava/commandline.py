@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -192,6 +193,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if debug or error.errno not in _REFUSED or error.filename is None:
             raise
         complain(f"error: {error.filename}: {error.strerror}; choose another place")
+        sys.exit(EXIT_BAD_INPUT)
+    except BrokenExecutor:  # a RuntimeError too
+        if debug:
+            raise
+        complain(
+            "error: a process of this command was ended from outside, most likely as the machine's memory is used up; "
+            "end what else uses it, or give fewer --workers or --processes"
+        )
         sys.exit(EXIT_BAD_INPUT)
     except (RuntimeError, MemoryError) as error:  # torch's are RuntimeErrors, of the GPU and of the CPU
         if debug or not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):

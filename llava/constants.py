@@ -31,3 +31,5 @@ RESEARCH_NOTICE = (
     "For research only. Not a medical device: never use its answers for diagnosis, treatment "
     "or any other clinical decision."
 )
+NO_IMAGE = "No image: the answer is made from the words alone."
+"""What whoever asks without an image reads."""

@@ -13,6 +13,8 @@ import filecmp
 import logging
 import os
 import shutil
+import stat
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,9 +222,12 @@ def sync_tree(folder: Path) -> None:
 
 def open_to_others(path: Path) -> None:
     """Give a file the mode that the umask lets new files have; some libraries write private ones."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    # Taken from a new file: the umask can be read only by setting it, for all threads.
+    new = path.parent / f".{uuid.uuid4().hex}{PART}"
+    with new.open("x") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    new.unlink(missing_ok=True)
+    path.chmod(stat.S_IMODE(mode))
 
 
 def sync(path: Path) -> None:

@@ -7,6 +7,7 @@ these as `path` or `bytes` and, beside it, how it is shown (`llava.image_options
 """
 
 import hashlib
+import posixpath
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -191,13 +192,16 @@ def image_file(image: Any) -> Any:
 
 
 def image_key(image: Any) -> str:
-    """A name that tells distinct images apart: the path, or a digest of an embedded file; with its options, as two
-    slices of a volume are two images."""
+    """A name that tells distinct images apart: the path (`a.jpg` for `./a.jpg` too), or a digest of an embedded file;
+    with its options, as two slices of a volume are two images."""
     if isinstance(image, ImageWithOptions):
         return f"{image_key(image.source)} [{image.options}]"
     if not isinstance(image, str):
         return "sha256:" + hashlib.sha256(image_bytes(image)).hexdigest()
-    return "sha256:" + hashlib.sha256(image.encode()).hexdigest() if image.startswith("data:") else image
+    if image.startswith("data:"):
+        return "sha256:" + hashlib.sha256(image.encode()).hexdigest()
+    is_spelt_otherwise = ("./" in image or "//" in image) and "://" not in image
+    return posixpath.normpath(image) if is_spelt_otherwise else image
 
 
 def image_bytes(image: Any) -> bytes:

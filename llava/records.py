@@ -4,7 +4,7 @@
 name only when it is complete.
 
 Half of a character pair (a lone surrogate, which JSON can hold and UTF-8 can't) becomes U+FFFD wherever text is read or
-written; how many is logged.
+written; how many is logged. In a record NaN is null: pandas writes it for an empty cell.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava.errors import LlavaError, library_errors
+from llava.errors import LlavaError, first_line, library_errors
 from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
 from llava.lines import MOST_LINE, bounded_lines
 from llava.parquet import iter_parquet
@@ -35,6 +35,8 @@ _NOT_JSON = (ValueError, RecursionError)  # the second for brackets in brackets 
 _BLANKS = (" ", "\n", "\r", "\t")
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_DECODER = json.JSONDecoder()
+_RECORD_DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
 _ESCAPE = r"\\u[dD][89a-fA-F]"  # of half of a pair, which may have its other half next to it
 _ESCAPE_IN_TEXT, _ESCAPE_IN_BYTES = re.compile(_ESCAPE), re.compile(_ESCAPE.encode())
 
@@ -80,7 +82,7 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Record]]:
                 yield number, parse_record(line, replaced, "line", number)
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, decoder: json.JSONDecoder = _DECODER) -> Any:
     """The content of a JSON file of at most `MOST_JSON` bytes; errors name the file."""
     path = Path(path)
     check_file(path)
@@ -93,13 +95,13 @@ def read_json(path: str | Path) -> Any:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             text, may_hold = content.decode("utf-8", "surrogatepass").removeprefix("\ufeff"), True
-        value = json.loads(text)
+        value = decoder.decode(text)
+        if not may_hold:
+            return value
+        with Replaced(path) as replaced:
+            return replaced.mend(value)
     except _NOT_JSON as error:
-        raise LlavaError(f"{path}: not JSON ({error})") from error
-    if not may_hold:
-        return value
-    with Replaced(path) as replaced:
-        return replaced.mend(value)
+        raise _not_json(path, error) from error
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2, *, overwrite: bool = True) -> None:
@@ -166,12 +168,19 @@ def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Rec
             text = line.decode()
         except UnicodeDecodeError:
             text, may_hold = line.decode("utf-8", "surrogatepass"), True
-        record = json.loads(text)
+        record = _RECORD_DECODER.decode(text)
+        record = replaced.mend(record, f"{unit} {number}") if may_hold else record
     except _NOT_JSON as error:
-        raise LlavaError(f"{replaced.path} {unit} {number}: not JSON ({error})") from error
+        raise _not_json(f"{replaced.path} {unit} {number}", error) from error
     if not isinstance(record, dict):
         raise LlavaError(f"{replaced.path} {unit} {number}: expected an object, got {type(record).__name__}")
-    return replaced.mend(record, f"{unit} {number}") if may_hold else record
+    return record
+
+
+def _not_json(where: str | Path, error: Exception) -> LlavaError:
+    if isinstance(error, UnicodeDecodeError):
+        return LlavaError(f"{where}: not UTF-8 ({error}); save the file as UTF-8")
+    return LlavaError(f"{where}: not JSON ({error})")
 
 
 def sound_text(text: str) -> str:
@@ -182,7 +191,17 @@ def sound_text(text: str) -> str:
 
 
 def json_text(content: Any, path: str | Path, indent: int | None = None) -> str:
-    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    """`content` as JSON; `path`, for messages, is where it goes.
+
+    Raises:
+        LlavaError: it holds what JSON has no form for.
+    """
+    try:
+        text = json.dumps(content, ensure_ascii=False, indent=indent)
+    except (TypeError, ValueError, RecursionError) as error:  # bytes, a date; lists in lists in lists
+        raise LlavaError(
+            f"{path}: JSON can't hold it ({first_line(error)}); embedded images and dates go into .parquet"
+        ) from error
     sound = sound_text(text)
     if sound != text:
         logger.warning("%s: half of a character pair in what is written, replaced by U+FFFD", path)
@@ -224,7 +243,7 @@ def _atomic_path(path: Path, overwrite: bool, private: bool) -> Iterator[Path]:
 
 def _iter_json(path: Path) -> Iterator[Record]:
     """The objects of a JSON list, parsed one by one out of a window of the file."""
-    decode = json.JSONDecoder().raw_decode
+    decode = _RECORD_DECODER.raw_decode
     text, place, index = "", 0, 0
     with path.open(encoding="utf-8-sig") as file, Replaced(path) as replaced:
         try:
@@ -269,12 +288,12 @@ def _iter_json(path: Path) -> Iterator[Record]:
             # Halves of pairs written out, perhaps; so rare that such a file may be read whole.
             yield from islice(read_json_list(path), index, None)
         except _NOT_JSON as error:
-            raise LlavaError(f"{path} record {index}: not JSON ({error})") from error
+            raise _not_json(f"{path} record {index}", error) from error
 
 
 def read_json_list(path: Path) -> list[Record]:
     """The objects of a JSON list, read whole; errors name the file and the record."""
-    records: list[Record] = read_json(path)
+    records: list[Record] = read_json(path, _RECORD_DECODER)
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise LlavaError(f"{path} record {index}: expected an object, got {type(record).__name__}")
@@ -291,9 +310,12 @@ def _iter_parquet(path: Path) -> Iterator[Record]:
     for part in iter_parquet(path):
         with library_errors(f"{path}: not a whole Parquet file"):
             rows = part.to_pylist()
-        for row in rows:
-            # What a record doesn't have is null in its column.
-            yield {name: value for name, value in row.items() if value is not None}
+        yield from map(without_nulls, rows)
+
+
+def without_nulls(row: Record) -> Record:
+    """A row of a table as a record: what that doesn't have is null in its column, or NaN."""
+    return {name: value for name, value in row.items() if value is not None and value == value}
 
 
 def _write_json_list(path: Path, records: Iterable[Record], name: Path) -> int:
@@ -326,7 +348,10 @@ def _write_parquet(path: Path, records: Iterable[Record], name: Path) -> int:
     for column in dict.fromkeys(key for row in rows for key in row):
         try:
             columns[column] = pyarrow.array([row.get(column) for row in rows])
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        except (pyarrow.ArrowException, OverflowError) as error:
             raise LlavaError(f"{column!r} can't be a column of Parquet ({error}); write .jsonl instead") from error
-    parquet.write_table(pyarrow.table(columns), path)
+    try:
+        parquet.write_table(pyarrow.table(columns), path)
+    except pyarrow.ArrowNotImplementedError as error:  # {} alone; it names the column
+        raise LlavaError(f"{name}: Parquet can't hold a record ({error}); write .jsonl instead") from error
     return len(rows)

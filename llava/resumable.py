@@ -1,8 +1,11 @@
 """JSONL files that are collected record by record: a killed run loses at most the line that it was writing."""
 
+import errno
+import fcntl
 import json
-from collections.abc import Iterable
-from io import RawIOBase
+import os
+from collections.abc import Iterable, Iterator
+from io import BufferedReader, FileIO, RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,40 @@ def write_whole(file: RawIOBase, content: bytes) -> None:
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) :]
+
+
+def open_part(path: Path) -> FileIO:
+    """An unfinished file, to be read (`read_lines`) and appended to by this process alone until it is closed.
+
+    It has no buffer: what a full disk refused must not be tried again while it is closed. No other handle of it may be
+    closed meanwhile, which would let other processes in.
+
+    Raises:
+        LlavaError: another process has it.
+    """
+    while True:
+        file = FileIO(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems have no locks.
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                file.close()
+                raise LlavaError(f"{path}: another process is writing it; wait for it or give another name") from error
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # another process has just finished it
+
+
+def read_lines(file: FileIO) -> Iterator[bytes]:
+    """The lines of a file of `open_part`, from its beginning."""
+    file.seek(0)
+    reader = BufferedReader(file)
+    try:
+        while line := reader.readline():
+            yield line
+    finally:
+        reader.detach()
 
 
 class ResumableJsonl:
@@ -34,10 +71,8 @@ class ResumableJsonl:
         self.done: dict[Any, Record] = {}
         with writing(self.part):
             self.part.parent.mkdir(parents=True, exist_ok=True)
-            if self.part.exists():
-                self._read_part()
-            # Without a buffer: what a full disk refused must not be tried again while the file is closed.
-            self._file = self.part.open("ab", buffering=0)
+            self._file = open_part(self.part)
+            self._read_part()
 
     def add(self, record: Record) -> None:
         key = record[self.key]
@@ -58,9 +93,9 @@ class ResumableJsonl:
         if missing:
             raise LlavaError(f"{self.part}: {len(missing)} records are missing, first {self.key} {missing[0]!r}")
         write_records(self.path, (self.done[key] for key in keys))
-        self.close()
         if not keep_part:
             self.part.unlink(missing_ok=True)
+        self.close()
 
     def close(self) -> None:
         self._file.close()
@@ -73,15 +108,13 @@ class ResumableJsonl:
 
     def _read_part(self) -> None:
         end = 0
-        with self.part.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # the line that was being written when the run was killed
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break
-                self.done[record[self.key]] = record
-                end += len(line)
-        with self.part.open("rb+") as file:
-            file.truncate(end)
+        for line in read_lines(self._file):
+            if not line.endswith(b"\n"):
+                break  # the line that was being written when the run was killed
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            self.done[record[self.key]] = record
+            end += len(line)
+        self._file.truncate(end)

@@ -3,6 +3,7 @@
 import importlib
 import re
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
@@ -85,6 +86,20 @@ def file_names() -> frozenset[str]:
     return frozenset(path.name for folder in folders for path in (ROOT / folder).rglob("*.*")) | {
         path.name for path in ROOT.glob("*.*")
     }
+
+
+@pytest.mark.parametrize("name", ["docs/tutorial.md", "data/README.md"])
+def test_what_a_reader_makes_of_own_images_is_ignored_by_git(name):
+    text = (ROOT / name).read_text().split("## Training and VQA records")[0]
+    places = [
+        word
+        for words in commands_in(text)
+        for flag, word in pairwise(words)
+        if flag in {"--output-dir", "--output_dir", "--output", "--save", "--table", "--sources", "--answers-file"}
+    ]
+    assert len(places) >= 3
+    assert {"data/*", "checkpoints/", "runs/"} <= set((ROOT / ".gitignore").read_text().splitlines())
+    assert [place for place in places if not place.startswith(("data/", "checkpoints/", "runs/"))] == []
 
 
 def test_commands_of_the_published_releases(shared_dir):

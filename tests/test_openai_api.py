@@ -167,6 +167,19 @@ def test_cost_limit_holds(tmp_path):
         assert set(server.stats()["requests"].values()) == {1}
 
 
+def test_the_cost_limit_is_one_for_all_runs_with_the_same_settings(tmp_path):
+    """Each round of instruct_generate, and each 512 answers, had the whole limit for itself."""
+    items = [ChatJob(n, [{"role": "user", "content": f"item {n}"}], max_tokens=5) for n in range(100)]
+    with OpenAIServer() as server:
+        config = settings(server, max_cost=0.5, price_in=1e3, price_out=1e3, concurrency=4)
+        first = ask(items, config, tmp_path / "out.jsonl")
+        done, spent, requests = first.done, first.account.spent, first.account.requests
+        second = ask(items, config, tmp_path / "out.jsonl")
+    assert first.over_budget and second.over_budget
+    assert second.resumed == done and second.done < done / 2
+    assert spent <= second.account.spent <= 0.5 and requests <= second.account.requests
+
+
 @pytest.mark.parametrize("batch", [False, True])
 def test_answers_that_are_empty_are_paid_for(tmp_path, batch):
     config = {"price_in": 0.0, "price_out": 2e5 if batch else 1e5, "batch_api": batch, "poll_seconds": 0.01}
@@ -209,6 +222,23 @@ def test_batch_api(tmp_path):
     assert list(summary.failed) == ["bad"]
     assert summary.account.price_in == 1.0
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl.part"]
+
+
+def test_what_a_batch_would_ask_again_is_counted(tmp_path):
+    config = {"batch_api": True, "poll_seconds": 0.01}
+    with OpenAIServer("--polls", "1") as server:
+        again = {"follow_up": lambda job, result: job if job.key % 2 else None}
+        summary = ask(jobs(10), settings(server, **config), tmp_path / "out.jsonl", **again)
+    assert (summary.done, summary.first_kept) == (10, 5) and "5 first replies kept as they are" in str(summary)
+
+
+def test_an_answer_of_a_batch_has_at_most_the_bytes_of_a_reply(tmp_path, monkeypatch):
+    monkeypatch.setattr("llava.openai_client.batch.MOST_REPLY", 100)
+    with (
+        OpenAIServer("--polls", "1") as server,
+        pytest.raises(LlavaError, match=r"can't be read.*larger than 100 bytes"),
+    ):
+        ask(jobs(1), settings(server, batch_api=True, poll_seconds=0.01), tmp_path / "out.jsonl")
 
 
 def test_an_answer_of_a_batch_may_hold_other_ends_of_lines(tmp_path):
@@ -296,6 +326,22 @@ def test_settings_come_from_flags_over_environment():
 def test_missing_settings_are_named(words, env, message):
     with pytest.raises(LlavaError, match=message):
         settings_from_args(parsed(*words), env)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("concurrency", "requests-per-minute", "tokens-per-minute", "request-timeout", "max-retries"),
+        *("price-in", "price-out", "max-cost"),
+    ],
+)
+def test_numbers_below_what_they_can_be_are_named(flag):
+    """A negative timeout let each item fail after all its tries, a negative price broke the limit of money."""
+    with pytest.raises(LlavaError, match=f"--{flag} is -1(.0)?; give "):
+        settings_from_args(parsed("--api-model", "x", f"--{flag}", "-1"), {"OPENAI_API_KEY": "k"})
+    if flag not in ("concurrency", "max-retries"):
+        with pytest.raises(LlavaError, match=f"--{flag} is nan"):
+            settings_from_args(parsed("--api-model", "x", f"--{flag}", "nan"), {"OPENAI_API_KEY": "k"})
 
 
 def test_dry_run_shows_the_first_prompt_and_the_cost():

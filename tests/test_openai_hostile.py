@@ -170,6 +170,25 @@ def test_an_answer_longer_than_what_was_asked_for_is_cut_off(name):
 
 
 @pytest.mark.parametrize(
+    ("written", "kept"), [([0xE6], [0xE6]), (None, None), ([256], None), ("x", None), ([[]], None), ([1] * 999, None)]
+)
+def test_bytes_of_a_part_of_a_character_are_passed_on(written, kept):
+    entry = {"token": "\ufffd", "bytes": written, "logprob": -1.0}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    choice = {"index": 0, "delta": {"content": ""}, "logprobs": {"content": [entry | {"top_logprobs": [entry]}]}}
+
+    def stream(self):
+        reply(self, b"", "text/event-stream")
+        for reason in (None, "stop"):
+            self.wfile.write(
+                f"data: {json.dumps(chunk | {'choices': [choice | {'finish_reason': reason}]})}\n\n".encode()
+            )
+
+    first, *_, last = pieces_of(stream, logprobs=1)
+    assert last.error is None and first.logprobs[0].get("bytes") == first.logprobs[0]["top"][0].get("bytes") == kept
+
+
+@pytest.mark.parametrize(
     "usage", [None, {}, {"prompt_tokens": -1, "completion_tokens": 10**400}, {"prompt_tokens": "x"}]
 )
 def test_a_count_that_is_none_loses_no_answer(usage):

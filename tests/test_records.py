@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import pytest
 
 from llava.errors import LlavaError
+from llava.folders import open_to_others
 from llava.records import (
     MOST_JSON,
     atomic_path,
@@ -21,6 +24,7 @@ from llava.records import (
     write_records,
 )
 from llava.resumable import ResumableJsonl
+from llava.train.data.record_store import open_records
 
 RECORDS = [{"id": "a", "text": "Fraktur – links"}, {"id": "b", "n": 3}]
 
@@ -132,6 +136,27 @@ def test_atomic_path_keeps_the_umask(tmp_path):
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
 
 
+def test_files_of_several_threads_have_the_umasks_mode(tmp_path):
+    """Each one's look at the umask was a moment in which the others' files could be written by anyone."""
+
+    def modes(thread):
+        path = tmp_path / str(thread)
+        path.touch()
+        for _ in range(2000):
+            open_to_others(path)
+            yield path.stat().st_mode & 0o777
+
+    interval, umask = sys.getswitchinterval(), os.umask(0o027)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = set().union(*pool.map(lambda thread: set(modes(thread)), range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+        assert os.umask(umask) == 0o027
+    assert found == {0o640}
+
+
 def test_resumable_drops_a_torn_line_and_keeps_order(tmp_path):
     path = tmp_path / "answers.jsonl"
     with ResumableJsonl(path) as log:
@@ -148,6 +173,33 @@ def test_resumable_drops_a_torn_line_and_keeps_order(tmp_path):
         log.finish([1, 2])
     assert [row["question_id"] for row in read_records(path)] == [1, 2]
     assert [entry.name for entry in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_a_file_in_work_is_of_one_process(tmp_path):
+    """Two of the same command at once asked a paid server for all twice."""
+    path = tmp_path / "answers.jsonl"
+    script = (
+        "import sys\n"
+        "from llava.resumable import ResumableJsonl\n"
+        "with ResumableJsonl(sys.argv[1]) as log:\n"
+        "    log.add({'question_id': 2})\n"
+        "    print('ready', flush=True)\n"
+        "    input()\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(LlavaError, match=r"answers\.jsonl\.part: another process is writing it"):
+            ResumableJsonl(path)
+        other.kill()
+    with ResumableJsonl(path) as log:
+        assert set(log.done) == {2}
+        second = subprocess.run(command, input=b"\n", capture_output=True)
+        assert b"another process is writing it" in second.stderr
+        log.finish()
+        third = subprocess.run(command, input=b"\n", capture_output=True)
+    assert third.returncode == 0, third.stderr
+    assert read_records(path) == [{"question_id": 2}]
 
 
 def test_resumable_survives_sigkill(tmp_path):
@@ -209,6 +261,62 @@ def test_parquet_keeps_what_the_first_record_lacks(tmp_path):
     with pytest.raises(LlavaError, match="'answer' can't be a column"):
         write_records(tmp_path / "b.parquet", [{"answer": 1}, {"answer": "one"}])
     assert not (tmp_path / "b.parquet").exists()
+
+
+NAN = '{"id": "1", "image": NaN, "depth": -Infinity, "conversations": [{"value": NaN}]}'
+
+
+@pytest.mark.parametrize("form", ["[{}]", "{}\n"])
+def test_what_pandas_writes_for_an_empty_cell_is_null(tmp_path, form):
+    """It was an image of the type float, and the answer "nan"."""
+    path = tmp_path / "a.json"
+    path.write_text(form.replace("{}", NAN))
+    wanted = {"id": "1", "image": None, "depth": float("-inf"), "conversations": [{"value": None}]}
+    assert read_records(path) == [wanted]
+    assert open_records(path, tmp_path)[0] == wanted
+
+
+def test_nan_in_a_column_of_parquet_is_null(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_records(path, [{"id": "1", "answer": 4.0}, {"id": "2", "answer": float("nan")}])
+    assert read_records(path) == [{"id": "1", "answer": 4.0}, {"id": "2"}]
+    assert open_records(path, tmp_path)[1] == {"id": "2"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "gb18030"])
+@pytest.mark.parametrize("read", [read_json, read_records])
+@pytest.mark.parametrize("form", ["[{}]", "{}"])
+def test_another_encoding_is_said(tmp_path, encoding, read, form):
+    """PowerShell writes UTF-16."""
+    path = tmp_path / "a.json"
+    path.write_text(form.replace("{}", '{"question": "肝脏大吗"}'), encoding=encoding)
+    with pytest.raises(LlavaError, match=r"not UTF-8 .*; save the file as UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("a.json", b"\xff\xd8", "JSON can't hold it"),
+        ("a.jsonl", datetime(2026, 1, 1), "go into .parquet"),
+        ("a.parquet", {}, "write .jsonl instead"),
+        ("a.parquet", 1 << 70, "write .jsonl instead"),
+    ],
+)
+def test_what_a_form_cannot_hold_is_one_line(tmp_path, name, value, words):
+    """The bytes of an image out of Parquet, most often."""
+    with pytest.raises(LlavaError, match=words):
+        write_records(tmp_path / name, [{"id": "1", "what": value}])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("read", [read_json, read_records])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_nesting_with_half_of_a_pair_is_bad_input(tmp_path, read, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text('{"s": "\\ud83d", "deep": ' + "[" * 800 + "]" * 800 + "}")
+    with pytest.raises(LlavaError, match="not JSON"):
+        read(path)
 
 
 @pytest.mark.parametrize("read", [read_json, read_records])

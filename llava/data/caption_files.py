@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llava.errors import LlavaError, one_line
 from llava.folders import check_file
-from llava.records import Record, iter_records, read_json
+from llava.records import Record, iter_jsonl, iter_records, read_json
 
 _FIGURE_KEYS = {"pair_id", "id", "image"}
 
@@ -41,7 +41,12 @@ def _one_object(path: Path) -> Record | None:
         head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head.startswith(b"{") or head[1:].lstrip()[:1] not in (b'"', b"}") or path.suffix == ".jsonl":
         return None
+    lines = iter_jsonl(path)
     try:
-        return read_json(path)
+        _, first = next(lines)
     except LlavaError:
-        return None  # lines of JSON: read one by one, with errors that name the line
+        return read_json(path)  # an object of several lines, or of one that is longer than lines are
+    try:
+        return first if next(lines, None) is None else None
+    except LlavaError:
+        return None  # said with the line's number when the lines are read

@@ -4,6 +4,8 @@ A converter (llava/data/sources/) yields records and counts what it leaves out; 
 split, the candidate answers of the training split, and a manifest with sources, counts and checksums.
 """
 
+import glob
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +17,10 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, one_line
 from llava.folders import is_file, stage_files
 from llava.manifests import sha256_of
-from llava.record_content import as_text
-from llava.records import Record, write_json, write_records
+from llava.record_content import as_text, image_key
+from llava.records import Record, read_json, write_json, write_records
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("json", "jsonl", "parquet")
 MISSING_CHOICES = ("error", "drop", "keep")
@@ -163,19 +167,27 @@ def write_conversion(
 ) -> dict[str, Any]:
     """Write `<split>.<format>` per split, `candidates.json` and `manifest.json`; returns the manifest.
 
-    Nothing appears in `output_dir` before everything is written; the manifest comes last.
+    Nothing appears in `output_dir` before everything is written; the manifest comes last. Where the folder's splits
+    are made anew, those that aren't made any more go.
 
     Raises:
         LlavaError: an id occurs twice in a split, a split is empty, images are missing and may not be, or
             `output_dir` holds other records that may not be replaced.
     """
+    stale = _splits_not_made(conversion.splits, Path(output_dir).expanduser())
+    if stale and not overwrite:
+        raise LlavaError(
+            f"{output_dir} holds {', '.join(stale)}, which this conversion doesn't make; give another folder, or "
+            f"--overwrite to remove it"
+        )
     manifest: dict[str, Any] = {
         "data_set": conversion.name,
         "written_by": {"llava-med": version("llava-med")},
         "sources": [_describe(path, path.name) for path in conversion.sources],
         "splits": {},
     }
-    with stage_files(output_dir, last=MANIFEST_FILE, overwrite=overwrite) as temporary:
+    patterns = map(glob.escape, stale)
+    with stage_files(output_dir, last=MANIFEST_FILE, stale=patterns, overwrite=overwrite) as temporary:
         tallies: list[Tally] = []
         for split, records in conversion.splits.items():
             path = temporary / f"{split}.{file_format}"
@@ -204,7 +216,20 @@ def write_conversion(
         manifest["left_out"] = dict(conversion.left_out)
         manifest["corrected"] = dict(conversion.corrected)
         write_json(temporary / MANIFEST_FILE, manifest)
+    for name in stale:
+        logger.warning("%s: %s of an earlier conversion is removed; this one doesn't make it", output_dir, name)
     return manifest
+
+
+def _splits_not_made(splits: Iterable[str], folder: Path) -> list[str]:
+    """Files of splits that an earlier conversion wrote along with some of `splits`: the images of a test.json that
+    stayed might be in the new train.json."""
+    content = read_json(folder / MANIFEST_FILE) if is_file(folder / MANIFEST_FILE) else None
+    earlier = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(earlier, dict) or earlier.keys().isdisjoint(splits):
+        return []
+    others = [f"{split}.{form}" for split in earlier.keys() - set(splits) for form in FORMATS]
+    return sorted(name for name in others if is_inside(name) and is_file(folder / name))
 
 
 class Tally:
@@ -225,7 +250,7 @@ class Tally:
             self._ids.add(record["id"])
             self.records += 1
             if "image" in record:
-                self.images.add(record["image"])
+                self.images.add(image_key(record["image"]))
             if "answer_type" in record:
                 self.answer_types[record["answer_type"]] += 1
                 if record["answer_type"] == "OPEN":

@@ -3,7 +3,6 @@
 Evaluation joins answers to them, the audit compares two splits of them.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,7 +104,7 @@ def vqa_item(record: Record, where: str) -> VqaItem:
 
 def plain_question(text: str) -> str:
     """A question without its image tag."""
-    return re.sub(rf"\s*{re.escape(DEFAULT_IMAGE_TOKEN)}\s*", " ", str(text)).strip()
+    return " ".join(part.strip() for part in str(text).split(DEFAULT_IMAGE_TOKEN)).strip()
 
 
 def _from_turns(record: Record, where: str) -> VqaItem:

@@ -4,7 +4,7 @@ A language model and a vision tower are made from scratch, then come stage 1, st
 training command, answers and scores, the same without seeing the images, and a page of all of it.
 For research only, never for clinical use.
 
-python -m llava.demo --small --output-dir runs/demo-small
+python -m llava.demo --small --output-dir runs/small
 """
 
 import shutil

@@ -109,7 +109,7 @@ def write_report(
             if not_audited(entry.result, audited):
                 others.append(entry.label)
             else:
-                clean.append((entry.label, score_clean_subset(entry.result, audited)))
+                clean.append((entry.label, score_clean_subset(entry.result, audited, audit)))
     if others and not clean:
         raise LlavaError(f"{audit}: the audit is of other questions than those of --pred; give that of theirs")
     questions = len(entries), sum(entry.result.scores.questions for entry in entries)

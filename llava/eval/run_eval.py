@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         from llava.eval.reports.clean_subset import audit_against, read_audit, score_clean_subset
 
         audit = read_audit(args.audit) if args.audit else audit_against(result, args.train, args.image_folder)
-        clean = score_clean_subset(result, audit)
+        clean = score_clean_subset(result, audit, args.audit)
         sections.append(clean.text())
         content["clean_subset"] = clean.as_dict()
     if args.compare or args.memory:

@@ -8,8 +8,8 @@ python -m llava.eval.run_llava --model-path CHECKPOINT --image-file scan.png --q
 from argparse import Namespace
 from typing import Any
 
-from llava.commandline import ArgumentParser, run, write_line
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.commandline import ArgumentParser, complain, run, write_line
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, NO_IMAGE
 from llava.image_options import add_image_flags, image_options_from_args
 from llava.sampling_params import add_sampling_flags, sampling_from_args
 
@@ -44,6 +44,8 @@ def eval_model(args: Namespace) -> None:
     # Before the model, which takes longer: an image that can't be read is found out at once.
     paths = [path for path in (args.image_file or "").split(args.sep) if path]
     images = [open_image(image) for image in with_default_options(paths, image_options_from_args(args))]
+    if not images:
+        complain(f"{NO_IMAGE} --image-file names one.")
 
     from llava.assistant import load
 

@@ -38,8 +38,9 @@ class Generation:
         """Positions in the cache."""
         self.cached = 0
         self.chooser = TokenChooser(self.sampling, prompt.ids, prompt.constraint)
-        follows_text = is_streamed or prompt.stop_strings
-        self.text = TextStream(detokenizer, prompt.stop_strings) if follows_text else None
+        before = prompt.ids[-4:].tolist() if prompt.request.is_continued else None
+        follows_text = is_streamed or prompt.stop_strings or before is not None
+        self.text = TextStream(detokenizer, prompt.stop_strings, before) if follows_text else None
         self._told = 0
         self._in_prompt = 0
         """How many tokens became part of the prompt, because the row was given up for a while."""

@@ -34,6 +34,8 @@ class Request:
     images: Sequence[Any] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     id: Any = None
+    is_continued: bool = False
+    """Whether the answer goes on with a text: its outer blanks stay."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Piece:
 
 @dataclass
 class Answer:
-    """`text` is without outer blanks and without what ended it.
+    """`text` is without what ended it and, unless it goes on with a text, without outer blanks.
 
     `finish_reason` is "stop" (end mark or stop string), "length" (max_new_tokens, or the context is full),
     "cancelled" or "error". `token_ids` are all that were generated but for the end mark.

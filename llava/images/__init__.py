@@ -4,12 +4,12 @@ from llava.errors import ImageError
 from llava.image_options import ImageOptions, ImageWithOptions
 from llava.images.facts import ImageFacts
 from llava.images.limits import UPLOAD_LIMITS, Limits
+from llava.images.modes import png_bytes, png_data_url
 from llava.images.opening import (
     describe_image,
+    image_size,
     open_image,
     open_uploaded_image,
-    png_bytes,
-    png_data_url,
     read_upload,
     with_default_options,
 )
@@ -24,6 +24,7 @@ __all__ = [
     "ImageWithOptions",
     "Limits",
     "describe_image",
+    "image_size",
     "open_image",
     "open_uploaded_image",
     "png_bytes",

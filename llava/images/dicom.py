@@ -78,6 +78,21 @@ def read_dicom(
             return grey_to_rgb(_grey(pydicom, values, header, module, chosen))
 
 
+def dicom_size(content: bytes, name: str, limits: Limits) -> tuple[int, int]:
+    """(width, height) of what `read_dicom` would show of any frame.
+
+    Raises:
+        ImageError: as `read_dicom`, but of damaged pixels.
+    """
+    pydicom = require("pydicom", "medical")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        header = read_dicom_file(pydicom, content, name, limits).header
+        _check(header, name, limits)
+        return int(header.Columns), int(header.Rows)
+
+
 def describe_dicom(
     content: bytes,
     name: str,

@@ -1,9 +1,11 @@
-"""Pillow's many pixel modes to 8-bit RGB, without the silent losses of `convert("RGB")`."""
+"""Pillow's many pixel modes to 8-bit RGB, without the silent losses of `convert("RGB")`; RGB as a PNG file."""
 
+import base64
+import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 WHITE = (255, 255, 255)
 _BIT_DEPTHS = (8, 10, 12, 14, 16)
@@ -103,3 +105,22 @@ def in_bands(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -
 def _bands(values: np.ndarray) -> list[np.ndarray]:
     rows = max(1, _BAND_VALUES // max(1, values[:1].size))
     return [values[start : start + rows] for start in range(0, len(values), rows)] or [values]
+
+
+def png_data_url(image: Image.Image) -> str:
+    """The image without loss as a data: URL, which every OpenAI-compatible server and browser can read."""
+    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file.
+
+    Three equal channels are written as one, and packed lightly: a noisy grey image takes a tenth of the time.
+    """
+    if image.mode == "RGB":
+        red, green, blue = image.split()
+        if not any(ImageChops.difference(red, other).getbbox() for other in (green, blue)):
+            image = red
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -71,6 +71,25 @@ def read_nifti(
         return grey_to_rgb(in_bands(lambda band: apply_window(band, chosen), slice_))
 
 
+def nifti_size(file: BinaryIO, name: str, limits: Limits, *, axis: int = 2) -> tuple[int, int]:
+    """(width, height) of what `read_nifti` would show of any slice along the axis.
+
+    Raises:
+        ImageError: as `read_nifti`, but of damaged voxels.
+    """
+    nibabel = require("nibabel", "medical")
+    logging.getLogger("nibabel").setLevel(logging.CRITICAL)
+    with plain_errors(name, "damaged, or no NIfTI volume"):
+        source = _Source(file, name, limits)
+        header = _read_header(nibabel, source)
+        _check(header, source)
+        sides = (*header.get_data_shape(), 1)[:3]
+        canonical = nibabel.orientations.io_orientation(_affine(header))[:, 0].astype(int)
+        # Of the two axes of RAS+ that are shown the first goes across.
+        across, down = (sides[int(np.flatnonzero(canonical == one)[0])] for one in range(3) if one != axis)
+        return across, down
+
+
 def describe_nifti(
     file: BinaryIO,
     name: str,

@@ -9,18 +9,19 @@ import io
 import logging
 import os
 import re
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava.errors import ImageError, LlavaError
 from llava.image_options import NO_OPTIONS, ImageOptions, ImageWithOptions
 from llava.images.facts import ImageFacts
-from llava.images.headers.containers import read_container
+from llava.images.headers.containers import Container, read_container
 from llava.images.headers.frames import MOST_FRAMES, count_frames
+from llava.images.headers.kinds import HEAD, image_file, image_kind, kind_of_head, unreadable
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
 from llava.images.slides import describe_slide, is_slide, read_slide
@@ -30,10 +31,6 @@ log = logging.getLogger(__name__)
 # Nothing is given back (`*+`): the time would be the square of the length.
 _DATA_URL = re.compile(r"data:[\w.+-]*+/?[\w.+-]*+(?:;[\w-]++=[\w.+-]++)*+;base64,", re.IGNORECASE)
 _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-_DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
-_NIFTI_SUFFIXES = (".nii", ".nii.gz")
-_HEAD = 512
-"""Bytes that tell the kind of a file."""
 _SLOW_DECODER = 25.0
 """Cost of a pixel in those of Pillow's decoders that are written in Python (RLE in BMP, plain PPM)."""
 _TRANSPOSED = {
@@ -46,6 +43,8 @@ _TRANSPOSED = {
     8: Image.Transpose.ROTATE_90,
 }
 """What EXIF's orientations ask for."""
+_LYING = (5, 6, 7, 8)
+"""Those by which width and height change places."""
 
 
 class _How(NamedTuple):
@@ -57,6 +56,10 @@ class _How(NamedTuple):
     axis: int
     draft: int | None = None
     options: ImageOptions = NO_OPTIONS
+
+
+_Made = TypeVar("_Made")
+_Make = Callable[[str, Any, str, _How], _Made]
 
 
 def open_image(
@@ -86,13 +89,29 @@ def open_image(
         LlavaError: a missing extra for DICOM or NIfTI; a frame, window or axis that there isn't; options that files of
             this kind don't take.
     """
-    source, how = _taken_apart(source, _How(limits or Limits(), frame, window, axis, draft))
+    return _shown(source, _How(limits or Limits(), frame, window, axis, draft), _pixels)
+
+
+def image_size(source: str | os.PathLike | bytes | Image.Image | ImageWithOptions) -> tuple[int, int]:
+    """(width, height) in pixels of what `open_image` makes of the same source, by the file's header: of a slide alone
+    pixels are read.
+
+    Raises:
+        ImageError, LlavaError: as `open_image`, but of damaged pixels, and of a frame or slice that there isn't.
+    """
+    return _shown(source, _How(Limits(), None, None, 2), _size)
+
+
+def _shown(source: Any, how: _How, make: _Make[_Made]) -> _Made:
+    """What `make` makes of the image, by its kind and content (of a volume the file; `rgb` is an image as shown)."""
+    source, how = _taken_apart(source, how)
     limits = how.limits
     if isinstance(source, Image.Image):
         how.options.check_kind("image", "image")
         limits.check_size(*source.size, "image")
         with plain_errors("image", "the image is damaged or cut off"):
-            return to_rgb(ImageOps.exif_transpose(source))
+            rgb = to_rgb(ImageOps.exif_transpose(source))
+        return make("rgb", rgb, "image", how)
     if isinstance(source, (bytes, bytearray, memoryview)):
         content, name = bytes(source), "image"
         limits.check_bytes(len(content), name)
@@ -101,10 +120,10 @@ def open_image(
     elif isinstance(source, str) and _WEB_ADDRESS.match(source):
         raise ImageError("images aren't fetched from the web; download it and give the file, or a data: URL")
     elif isinstance(source, (str, os.PathLike)):
-        return _open_file(Path(source).expanduser(), str(source), how)
+        return _open_file(Path(source).expanduser(), str(source), how, make)
     else:
         raise ImageError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
-    return _open(io.BytesIO(content), len(content), name, how)
+    return _open(io.BytesIO(content), len(content), name, how, make)
 
 
 def _taken_apart(source: Any, how: _How) -> tuple[Any, _How]:
@@ -161,7 +180,7 @@ def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
     if path is not None and (facts := _describe_slide(path, name, how)) is not None:
         return facts
     with io.BytesIO(source) if path is None else path.open("rb") as file:
-        kind = _kind(file.read(_HEAD), name)
+        kind = kind_of_head(file.read(HEAD), name)
         file.seek(0)
         if kind == "nifti":
             from llava.images.nifti import describe_nifti
@@ -192,40 +211,65 @@ def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
     return facts
 
 
-def _open_file(path: Path, name: str, how: _How) -> Image.Image:
-    with _file(path) as file:
+def _open_file(path: Path, name: str, how: _How, make: _Make[_Made]) -> _Made:
+    with image_file(path) as file:
         if is_slide(path, file, name) and (shown := read_slide(path, name, how.limits, level=how.frame)) is not None:
             how.options.check_kind("slide", name)
-            return shown.image
-        return _open(file, os.fstat(file.fileno()).st_size, name, how)
+            return make("rgb", shown.image, name, how)
+        return _open(file, os.fstat(file.fileno()).st_size, name, how, make)
 
 
-def _open(file: BinaryIO, size: int, name: str, how: _How) -> Image.Image:
+def _open(file: BinaryIO, size: int, name: str, how: _How, make: _Make[_Made]) -> _Made:
     """`file` holds `size` bytes. A volume is read where it lies, everything else whole."""
     limits = how.limits
     try:
-        head = file.read(_HEAD)
+        head = file.read(HEAD)
         file.seek(0)
         if not head:
             raise ImageError(f"{name}: the image is empty (0 bytes)")
-        kind = _kind(head, name)
+        kind = kind_of_head(head, name)
         how.options.check_kind(kind, name)
         if kind == "nifti":
             limits.check_volume(size, name)
-            from llava.images.nifti import read_nifti
-
-            return read_nifti(file, name, limits, index=how.frame, axis=how.axis, window=how.window)
+            return make(kind, file, name, how)
         limits.check_bytes(size, name)
         # The size may have changed since: never read more than one byte beyond the cap.
         content = file.read(limits.max_bytes + 1)
         limits.check_bytes(len(content), name)
     except OSError as error:
-        raise _unreadable(name, error) from None
+        raise unreadable(name, error) from None
+    return make(kind, content, name, how)
+
+
+def _pixels(kind: str, content: Any, name: str, how: _How) -> Image.Image:
+    """The image as RGB."""
+    if kind == "rgb":
+        return content
+    if kind == "nifti":
+        from llava.images.nifti import read_nifti
+
+        return read_nifti(content, name, how.limits, index=how.frame, axis=how.axis, window=how.window)
     if kind == "dicom":
         from llava.images.dicom import read_dicom
 
-        return read_dicom(content, name, limits, frame=how.frame, window=how.window)
-    return _decode(content, name, limits, how.draft)
+        return read_dicom(content, name, how.limits, frame=how.frame, window=how.window)
+    return _decode(content, name, how.limits, how.draft)
+
+
+def _size(kind: str, content: Any, name: str, how: _How) -> tuple[int, int]:
+    """(width, height), without the pixels."""
+    if kind == "rgb":
+        return content.size
+    if kind == "nifti":
+        from llava.images.nifti import nifti_size
+
+        return nifti_size(content, name, how.limits, axis=how.axis)
+    if kind == "dicom":
+        from llava.images.dicom import dicom_size
+
+        return dicom_size(content, name, how.limits)
+    with _decoder(content, name, how.limits) as (image, container):
+        return image.size[::-1] if container.orientation in _LYING else image.size
 
 
 def with_default_options(images: Sequence[Any], defaults: ImageOptions) -> list[Any]:
@@ -283,10 +327,6 @@ def read_upload(source: bytes | str, limits: Limits = UPLOAD_LIMITS) -> bytes:
     return bytes(source)
 
 
-def _unreadable(name: Any, error: Exception) -> ImageError:
-    return ImageError(f"{name}: the image can't be read ({getattr(error, 'strerror', None) or 'not a usable path'})")
-
-
 def _from_base64(text: str, limits: Limits) -> bytes:
     start = 0
     if text[:5].lower() == "data:":
@@ -306,54 +346,21 @@ def _from_base64(text: str, limits: Limits) -> bytes:
     return content
 
 
-def image_kind(path: str | os.PathLike | bytes) -> str:
-    """`dicom`, `nifti` or `image` (anything else), by a file's first bytes.
-
-    Raises:
-        ImageError: it can't be read.
-    """
-    if isinstance(path, bytes):
-        return _kind(path[:_HEAD], "image")
-    with _file(Path(path)) as file:
-        try:
-            return _kind(file.read(_HEAD), str(path))
-        except OSError as error:
-            raise _unreadable(path, error) from None
-
-
-def _file(path: Path) -> BinaryIO:
-    """The image's file; a pipe, which may never hold anything, is none."""
-    try:
-        if not path.is_file():
-            raise ImageError(f"image not found: {path}" if not path.is_dir() else f"{path}: a folder, not an image")
-        return path.open("rb")
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _kind(head: bytes, name: str) -> str:
-    """By content; by name only for what has no signature of its own."""
-    lower = name.lower()
-    if head[128:132] == b"DICM":
-        return "dicom"
-    if head[344:348] in (b"n+1\0", b"ni1\0") and head[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c"):
-        return "nifti"
-    if head[4:8] in (b"n+2\0", b"ni2\0") or lower.endswith(_NIFTI_SUFFIXES) or head[:2] == b"\x1f\x8b":
-        return "nifti"
-    return "dicom" if lower.endswith(_DICOM_SUFFIXES) or _is_bare_dicom(head) else "image"
-
-
-def _is_bare_dicom(head: bytes) -> bool:
-    """DICOM without preamble: it begins with an element of the group 2 or 8, as every old data set does."""
-    if len(head) < 8 or head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
-        return False
-    if head[4:6].isalpha() and head[4:6].isupper():
-        return True
-    # Without the type of the value: its length, which is that of a UID, a date or the group at most.
-    return head[0] != 0 and struct.unpack("<L", head[4:8])[0] <= 64
-
-
 def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Image.Image:
+    with _decoder(content, name, limits) as (image, container):
+        if draft is not None:
+            image.draft(None, (draft, draft))
+        image.load()
+        rgb = to_rgb(image)
+        if container.is_white_zero and image.mode.startswith(("I", "F")):  # of fewer bits Pillow turns them itself
+            rgb = ImageOps.invert(rgb)
+        method = _TRANSPOSED.get(container.orientation)
+        return rgb.copy() if method is None else rgb.transpose(method)
+
+
+@contextmanager
+def _decoder(content: bytes, name: str, limits: Limits) -> Iterator[tuple[Image.Image, Container]]:
+    """Pillow's image, of which only the header is read yet, and its file; errors within are our own."""
     with plain_errors(name, "the image is damaged or cut off"):
         container = read_container(content, name, limits)
         if container is None:
@@ -367,34 +374,8 @@ def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Ima
         with image:
             is_slow = any(tile.codec_name in Image.DECODERS for tile in image.tile)
             limits.check_size(*image.size, name, _SLOW_DECODER if is_slow else 2.0 if container.kind == "WEBP" else 1.0)
-            if draft is not None:
-                image.draft(None, (draft, draft))
-            image.load()
-            rgb = to_rgb(image)
-            if container.is_white_zero and image.mode.startswith(("I", "F")):  # of fewer bits Pillow turns them itself
-                rgb = ImageOps.invert(rgb)
-            method = _TRANSPOSED.get(container.orientation)
-            return rgb.copy() if method is None else rgb.transpose(method)
+            yield image, container
 
 
 def _unknown(name: str, limits: Limits) -> ImageError:
     return ImageError(f"{name}: not an image that can be read (known: {', '.join(limits.formats)}, DICOM, NIfTI)")
-
-
-def png_data_url(image: Image.Image) -> str:
-    """The image without loss as a data: URL, which every OpenAI-compatible server and browser can read."""
-    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file.
-
-    Three equal channels are written as one, and packed lightly: a noisy grey image takes a tenth of the time.
-    """
-    if image.mode == "RGB":
-        red, green, blue = image.split()
-        if not any(ImageChops.difference(red, other).getbbox() for other in (green, blue)):
-            image = red
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.images.anyres import default_pinpoints, read_pinpoints, split_into_tiles
+from llava.images.anyres import best_pinpoint, default_pinpoints, read_pinpoints, split_into_tiles
 from llava.images.modes import pad_to_square, to_rgb
 from llava.records import read_json, write_json
 
@@ -142,6 +142,12 @@ class ImageProcessor:
             return [self._stack(self._tiles(image, grid_pinpoints)) for image in images]
         raise LlavaError(f"unknown image_aspect_ratio {aspect_ratio!r}; one of {', '.join(ASPECT_RATIOS)}")
 
+    def count_tiles(self, width: int, height: int, grid_pinpoints: str | Sequence[Sequence[int]] | None = None) -> int:
+        """How many tiles `anyres` makes of an image of this size in pixels, the whole one included."""
+        side = self.crop_size[0]
+        columns, rows = (-(-size // side) for size in best_pinpoint(width, height, self._pinpoints(grid_pinpoints)))
+        return 1 + columns * rows
+
     def fit(self, image: Image.Image) -> Image.Image:
         """Resized and cropped to `crop_size`, still 8-bit RGB: what `square` normalises."""
         return self._shrink(to_rgb(image))
@@ -239,9 +245,12 @@ class ImageProcessor:
     def _tiles(self, image: Image.Image, grid_pinpoints) -> list[Image.Image]:
         edge = self.size if isinstance(self.size, int) else min(self.size)
         side = self.crop_size[0]
-        pinpoints = read_pinpoints(grid_pinpoints, side) if grid_pinpoints else default_pinpoints(side)
-        tiles = split_into_tiles(image, pinpoints, side)
+        tiles = split_into_tiles(image, self._pinpoints(grid_pinpoints), side)
         return [self._shrink(tile) for tile in (image.resize((edge, edge)), *tiles)]
+
+    def _pinpoints(self, given) -> list[tuple[int, int]]:
+        side = self.crop_size[0]
+        return read_pinpoints(given, side) if given else default_pinpoints(side)
 
     @classmethod
     def _from_config(cls, config: Any, where: str) -> "ImageProcessor":

@@ -16,8 +16,8 @@ import numpy as np
 
 from llava.errors import ImageError, LlavaError, require
 from llava.images.headers.dicom_file import DicomFile, check_values, read_dicom_file, sequence
+from llava.images.headers.kinds import image_kind
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
-from llava.images.opening import image_kind
 
 _GROUPING_TAGS = (
     "SeriesInstanceUID",

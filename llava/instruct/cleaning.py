@@ -44,16 +44,16 @@ RULES: tuple[Rule, ...] = (
         question=False,
     ),
     _rule("leading_phrase", "cut", rf"^{_AS_SAID}|from|given)\s+{_SOURCE}\s*,?\s*"),
-    _rule("inner_phrase", "cut", rf",?\s*\(?\b{_AS_SAID}|in)\s+{_SOURCE}\)?,?(?=[\s.;:?!]|$)"),
+    _rule("inner_phrase", "cut", rf"(?:,|(?<!\s))\s*\(?\b{_AS_SAID}|in)\s+{_SOURCE}\)?,?(?=[\s.;:?!]|$)"),
     _rule("mentions_text", "drop", r"\b(?:captions?|descriptions?|legends?|context)\b|\bin-?text mentions?\b"),
 )
 
 
-def split_turns(text: str, counts: Counter) -> list[Turn]:
+def split_turns(text: str, counts: Counter, cut_off: bool = False) -> list[Turn]:
     """(question, answer) pairs of a dialogue written as "User: …" / "Assistant: …" lines.
 
-    A speaker who goes on in another paragraph is one turn; a question without answer, or an answer without
-    question, is left out and counted.
+    A speaker who goes on in another paragraph is one turn; a question without answer, an answer without question, or
+    the last answer of a text that was `cut_off` in it, is left out and counted.
     """
     parts = re.split(r"^[ \t]*\**(user|assistant|human)\**\s*:\**\s*", text, flags=re.IGNORECASE | re.MULTILINE)
     turns: list[Turn] = []
@@ -71,6 +71,9 @@ def split_turns(text: str, counts: Counter) -> list[Turn]:
             question = None
     if question is not None:
         counts["unpaired"] += 1
+    elif cut_off and turns:
+        counts["cut_off"] += 1
+        turns.pop()
     return turns
 
 

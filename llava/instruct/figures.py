@@ -1,8 +1,9 @@
 """Figures with captions, read from any of the files that carry them, and taken from the domains in turn."""
 
+import logging
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from llava.record_content import (
 )
 from llava.records import Record
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -29,30 +32,46 @@ class Figure:
     caption: str
     label: str = ""
     mentions: tuple[str, ...] = ()
-    domain: str | None = None
+    domains: tuple[str, ...] = ()
     image: str | None = None
+
+    @property
+    def domain(self) -> str | None:
+        """The one whose turn it is taken in."""
+        return next(iter(self.domains), None)
 
 
 def read_figures(path: str | Path) -> list[Figure]:
     """Figures of a caption file: LLaVA-Med's ({domain: [figure, …]}), rows with a caption, or caption records.
 
     Rows are JSON or JSONL objects with `pair_id` (or `id`) and `fig_caption` (or `caption`); caption records are
-    training records whose first answer is the caption, as the `roco` and `pmc` converters write them.
+    training records whose first answer is the caption, as the `roco` and `pmc` converters write them. A figure that is
+    listed under several domains is one of all of them; those without a caption are left out, and counted in the log.
 
     Raises:
-        LlavaError: a row without id or caption, or an id that stands twice.
+        LlavaError: a row without id, or an id that stands twice.
     """
     path = Path(path)
     if not path.is_file():
         raise LlavaError(f"{path}: no such file")
     figures: dict[str, Figure] = {}
+    without_caption: list[str] = []
     for where, domain, row in iter_captions(path):
         figure = _figure(row, domain, where)
-        if figure.key in figures:
+        if not figure.caption:
+            without_caption.append(where)
+            continue
+        earlier = figures.get(figure.key, figure)
+        joined = replace(earlier, domains=tuple(dict.fromkeys(earlier.domains + figure.domains)))
+        if figure.key in figures and (domain is None or domain in earlier.domains or joined.caption != figure.caption):
             raise LlavaError(f"{where}: id {figure.key!r} stands there twice")
-        figures[figure.key] = figure
+        figures[figure.key] = joined
     if not figures:
-        raise LlavaError(f"{path}: holds no figures")
+        raise LlavaError(f"{path}: holds no figures with a caption (fig_caption)")
+    if without_caption:
+        logger.warning(
+            "%d figures without a caption are left out (first: %s)", len(without_caption), without_caption[0]
+        )
     return list(figures.values())
 
 
@@ -83,14 +102,14 @@ def _figure(row: Record, domain: str | None, where: str) -> Figure:
     images = images_of(row, where)
     if len(images) > 1 or not all(isinstance(image, str) for image in images):
         raise LlavaError(f"{where}: expected one image at most, by its name")
-    if key is None or not isinstance(caption, str) or not caption.strip():
-        raise LlavaError(f"{where}: expected an id (pair_id) and a caption (fig_caption)")
+    if key is None or not isinstance(caption, (str, int, float, type(None))):
+        raise LlavaError(f"{where}: expected an id (pair_id) and a caption (fig_caption) of text")
     return Figure(
         key=str(key),
-        caption=caption,
+        caption="" if caption is None else as_text(caption).strip(),
         label=as_text(row.get("fig_label") or ""),
         mentions=tuple(_mentions(row.get("in_text_mention"))),
-        domain=domain or figure_domain(row) or next(iter(record_domains(row)), None),
+        domains=tuple(dict.fromkeys(filter(None, (domain, figure_domain(row), *record_domains(row))))),
         image=images[0] if images else None,
     )
 

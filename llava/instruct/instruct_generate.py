@@ -46,6 +46,10 @@ def main(argv=None) -> int:
         args.concurrency = args.batch_size
     if args.max_size is not None and args.max_size < 1:
         raise LlavaError(f"--max-size is {args.max_size}; give 1 or more, or leave it out for all figures")
+    if args.max_answer_tokens < 1:
+        raise LlavaError(f"--max-answer-tokens is {args.max_answer_tokens}; give 1 or more")
+    if not args.temperature >= 0:
+        raise LlavaError(f"--temperature is {args.temperature}; give 0 or more")
     settings = settings_from_args(args)
     figures = in_turn(read_figures(args.input_path), args.max_size, args.seed)
     jobs = [
@@ -80,10 +84,11 @@ def main(argv=None) -> int:
         return {
             "pair_id": figure.key,
             "image": figure.image or f"{figure.key}.jpg",
-            "domain": figure.domain,
+            "domain": list(figure.domains),
             "fig_label": figure.label,
             "fig_caption": figure.caption,
             "result": result.text,
+            "finish_reason": result.finish_reason,
             "refused": result.refused,
             "model": result.model,
         }

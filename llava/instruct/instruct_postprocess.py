@@ -61,7 +61,7 @@ def to_training_record(row: dict, seed: int, counts: Counter, where: str) -> dic
     if DEFAULT_IMAGE_TOKEN in text:  # the record's own is put below
         counts["image_marks"] += text.count(DEFAULT_IMAGE_TOKEN)
         text = text.replace(DEFAULT_IMAGE_TOKEN, " ")
-    turns = split_turns(text, counts)
+    turns = split_turns(text, counts, cut_off=row.get("finish_reason") == "length")
     counts["turns_in"] += len(turns)
     turns = clean_turns(turns, counts)
     if not turns:
@@ -90,7 +90,8 @@ def summarise(counts: Counter) -> str:
         f"{counts['records_in']} dialogues with {counts['turns_in']} turns → {counts['records_out']} records "
         f"with {counts['turns_out']} turns",
         f"  refused by the writing model: {counts['refused']}, left empty: {counts['records_left_empty']}",
-        f"  turns without a partner: {counts['unpaired']}, empty after cleaning: {counts['empty']}",
+        f"  turns without a partner: {counts['unpaired']}, empty after cleaning: {counts['empty']}, "
+        f"cut off at --max-answer-tokens: {counts['cut_off']}",
         f"  {DEFAULT_IMAGE_TOKEN} written by the model and taken out: {counts['image_marks']}",
     ]
     verbs = {"drop": "turns dropped", "cut": "texts changed"}

@@ -34,7 +34,7 @@ EXAMPLES: tuple[tuple[Figure, str], ...] = (
                 "rounded opacity in the right lower zone and blunting of the right costophrenic angle. "
                 "The left lung is clear."
             ),
-            domain="chest_xray",
+            domains=("chest_xray",),
         ),
         "User: What kind of picture is this?\n"
         "Assistant: This is a radiograph of the chest, taken from the front.\n"
@@ -53,7 +53,7 @@ EXAMPLES: tuple[tuple[Figure, str], ...] = (
                 "The nodule consisted of nests of uniform cells with round nuclei (Fig. 4B).",
                 "Thin bands of fibrous tissue separated the nests, and mitoses were rare (Fig. 4B).",
             ),
-            domain="histology",
+            domains=("histology",),
         ),
         "User: What am I looking at?\n"
         "Assistant: A stained section of tissue under the microscope; the pink and purple colours are typical of a "

@@ -8,6 +8,7 @@ time, which gives other ids for double blanks and for text next to special token
 import re
 import shutil
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -232,13 +233,14 @@ def _added_tokens(folder: Path, config: dict[str, Any], strip_blanks: bool) -> d
 
 
 def _add_in_order(tokenizer: PreTrainedTokenizerFast, added: dict[int, AddedToken], folder: Path) -> None:
-    for index in sorted(added):
-        token = added[index]
-        tokenizer.add_tokens([token], special_tokens=token.special)
-        found = tokenizer.convert_tokens_to_ids(token.content)
+    order = sorted(added)
+    # The library goes over all added tokens at each call.
+    for special, indices in groupby(order, lambda index: added[index].special):
+        tokenizer.add_tokens([added[index] for index in indices], special_tokens=special)
+    for index, found in zip(order, tokenizer.convert_tokens_to_ids([added[index].content for index in order])):
         if found != index:
             raise LlavaError(
-                f"{folder}: added token {token.content!r} should have id {index} but gets {found}; "
+                f"{folder}: added token {added[index].content!r} should have id {index} but gets {found}; "
                 f"added_tokens.json doesn't belong to this tokenizer.model"
             )
 

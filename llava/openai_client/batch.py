@@ -16,7 +16,7 @@ from llava.errors import LlavaError, library_errors, require
 from llava.openai_client.client import NoAnswer, make_client, read_completion, wants_other_fields
 from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
 from llava.openai_client.settings import ApiSettings
-from llava.openai_client.transport import MOST_FILE
+from llava.openai_client.transport import MOST_FILE, MOST_REPLY
 from llava.records import Record, read_json, write_json
 from llava.resumable import ResumableJsonl
 
@@ -32,17 +32,19 @@ def run_batch(
     settings: ApiSettings,
     output: ResumableJsonl,
     to_record: Callable[[ChatJob, ChatResult], Record],
+    follow_up: Callable[[ChatJob, ChatResult], ChatJob | None] | None,
     summary: RunSummary,
 ) -> None:
-    """Submit `todo` as one batch (or find the one submitted before), wait, and write its answers to `output`."""
-    asyncio.run(_run(todo, settings, output, to_record, summary))
+    """Submit `todo` as one batch (or find the one submitted before), wait, and write its answers to `output`. What
+    `follow_up` would ask again is counted alone."""
+    asyncio.run(_run(todo, settings, output, to_record, follow_up, summary))
 
 
-async def _run(todo, settings, output, to_record, summary) -> None:
+async def _run(todo, settings, output, to_record, follow_up, summary) -> None:
     openai = require("openai", "openai")
     state_path = output.path.with_name(output.path.name + ".batch.json")
     try:
-        batch = await _answered(state_path, todo, settings, output, to_record, summary)
+        batch = await _answered(state_path, todo, settings, output, to_record, follow_up, summary)
     except (openai.APIError, TimeoutError) as error:
         kept = f"the batch in {state_path} is asked for again" if state_path.exists() else "no batch was submitted"
         raise LlavaError(f"{settings.where}: {error}; mend that and run again: {kept}") from error
@@ -55,7 +57,7 @@ async def _run(todo, settings, output, to_record, summary) -> None:
             summary.failed[job.key] = f"not answered by the batch ({batch.status}); run again"
 
 
-async def _answered(state_path, todo, settings, output, to_record, summary):
+async def _answered(state_path, todo, settings, output, to_record, follow_up, summary):
     """The batch in its final state, what it answered written to `output`."""
     async with make_client(settings, MOST_FILE) as client:
         if state_path.exists():
@@ -72,11 +74,13 @@ async def _answered(state_path, todo, settings, output, to_record, summary):
         keys = state["keys"]
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
-                text = (await _whole(client.files.content(file_id))).text
-                # An answer may hold other ends of lines (U+2028), which `splitlines` would cut it at.
-                for line in filter(str.strip, text.split("\n")):
+                content = (await _whole(client.files.content(file_id))).content
+                # Bytes: an answer may hold other ends of lines (U+2028) than those at which a file of bytes is cut.
+                for line in filter(bytes.strip, io.BytesIO(content)):
                     with library_errors(f"{settings.where}: an answer of batch {batch.id} can't be read"):
-                        _take(json.loads(line), keys, jobs, settings, output, to_record, summary)
+                        if len(line) > MOST_REPLY:
+                            raise ValueError(f"it is larger than {MOST_REPLY:,} bytes")
+                        _take(json.loads(line), keys, jobs, settings, output, to_record, follow_up, summary)
     return batch
 
 
@@ -98,10 +102,13 @@ def _refuse_another(state: dict, todo: Sequence[ChatJob], settings: ApiSettings,
 
 async def _submit(client, todo, settings, summary) -> dict:
     tokens = [sum(column) for column in zip(*(job.tokens for job in todo), strict=True)]
-    if summary.account.reserve(*tokens) is None:
+    reserved = summary.account.reserve(*tokens)
+    if reserved is None:
         raise LlavaError(
-            f"a batch of {len(todo)} requests could cost {summary.account.cost(*tokens):.2f} USD, above --max-cost"
+            f"a batch of {len(todo)} requests could cost {summary.account.cost(*tokens):.2f} USD, above what is left "
+            f"of --max-cost"
         )
+    summary.account.release(reserved)  # nothing else is asked meanwhile
     lines = [
         {
             "custom_id": f"item-{number}",
@@ -143,7 +150,7 @@ async def _wait(client, batch_id: str, poll_seconds: float):
         await asyncio.sleep(poll_seconds)
 
 
-def _take(line, keys, jobs, settings, output, to_record, summary) -> None:
+def _take(line, keys, jobs, settings, output, to_record, follow_up, summary) -> None:
     """Book one line of the batch's output or error file."""
     key = keys.get(line["custom_id"])
     if key not in jobs or key in output.done:
@@ -162,5 +169,6 @@ def _take(line, keys, jobs, settings, output, to_record, summary) -> None:
         return
     summary.account.book(result.prompt_tokens, result.completion_tokens)
     output.add(to_record(jobs[key], result))
+    summary.first_kept += follow_up is not None and follow_up(jobs[key], result) is not None
     summary.done += 1
     summary.refused += result.refused is not None

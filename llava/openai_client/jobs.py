@@ -59,13 +59,14 @@ class RunSummary:
     total: int
     resumed: int
     account: Account
+    """What the settings' runs so far have used together."""
     done: int = 0
     refused: int = 0
     retries: int = 0
     failed: dict[Any, str] = field(default_factory=dict)
     over_budget: int = 0
     first_kept: int = 0
-    """Results that a second request was to better, and didn't."""
+    """Results that a second request was to better, and didn't, or, in a batch, wasn't sent."""
 
     @property
     def complete(self) -> bool:
@@ -80,7 +81,7 @@ class RunSummary:
             f"{self.account.prompt_tokens} + {self.account.completion_tokens} tokens, {money}"
         )
         if self.first_kept:
-            text += f"; {self.first_kept} first replies kept as they are: asking for better ones failed"
+            text += f"; {self.first_kept} first replies kept as they are: asking again failed, or isn't done in a batch"
         if self.over_budget:
             text += f"; stopped at the cost limit with {self.over_budget} items left"
         if self.failed:
@@ -97,7 +98,7 @@ def describe_dry_run(jobs: Sequence[ChatJob], settings: ApiSettings) -> str:
     """The first prompt and what the whole run would cost, by estimate."""
     tokens_in = sum(job.tokens[0] for job in jobs)
     tokens_out = sum(job.tokens[1] for job in jobs)
-    cost = settings.account().cost(tokens_in, tokens_out)
+    cost = settings.account.cost(tokens_in, tokens_out)
     money = "prices unknown: give --price-in and --price-out" if cost is None else f"about {cost:.2f} USD at most"
     lines = [f"--- {message['role']}\n{_shown(message['content'])}" for message in (jobs[0].messages if jobs else [])]
     lines.append(

@@ -30,7 +30,7 @@ def run_jobs(
     Args:
         to_record: the line to write; it must carry the job's key under `output.key`.
         follow_up: a second request for a result that isn't good enough (asked once), or None. Where it fails or is
-            refused, the first result stands, and the summary counts it.
+            refused, or in a batch, which asks once, the first result stands, and the summary counts it.
         progress: title of a progress bar.
 
     Returns:
@@ -40,9 +40,9 @@ def run_jobs(
         LlavaError: the server refuses us altogether (wrong key, unknown model, no quota left).
     """
     todo = [job for job in jobs if job.key not in output.done]
-    summary = RunSummary(total=len(jobs), resumed=len(jobs) - len(todo), account=settings.account())
+    summary = RunSummary(total=len(jobs), resumed=len(jobs) - len(todo), account=settings.account)
     if todo and settings.batch_api:
-        run_batch(todo, settings, output, to_record, summary)
+        run_batch(todo, settings, output, to_record, follow_up, summary)
     elif todo:
         asyncio.run(_run_concurrently(todo, settings, output, to_record, follow_up, progress, summary))
     return summary

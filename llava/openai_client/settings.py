@@ -5,10 +5,21 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llava.errors import LlavaError
 from llava.openai_client.limits import LIST_PRICES, Account
 
+_LEAST = {
+    "concurrency": 1,
+    "requests_per_minute": 0,
+    "tokens_per_minute": 0,
+    "request_timeout": 0.001,
+    "max_retries": 0,
+    "price_in": 0,
+    "price_out": 0,
+    "max_cost": 0,
+}
 PUBLISHED_MODEL, PUBLISHED_DEPLOYMENT = "gpt-4-0314", "deployment-name"
 """What LLaVA-Med's own files ask, of OpenAI and of Azure."""
 
@@ -42,8 +53,10 @@ class ApiSettings:
         """Who is asked, for messages."""
         return self.base_url or self.azure_endpoint or "OpenAI"
 
+    @cached_property
     def account(self) -> Account:
-        """An empty account at this model's prices (half of them through the Batch API)."""
+        """The account of all that is asked with these settings, at this model's prices (half of them through the Batch
+        API): `max_cost` holds for a whole command, however often it calls `run_jobs`."""
         listed = LIST_PRICES.get(self.model, (None, None))
         prices = [
             given if given is not None else known
@@ -70,7 +83,7 @@ def add_api_flags(parser: ArgumentParser) -> None:
     group.add_argument("--price-in", type=float, help="US dollars per million input tokens")
     group.add_argument("--price-out", type=float, help="US dollars per million output tokens")
     group.add_argument("--max-cost", type=float, help="US dollars; nothing is sent that could exceed it")
-    group.add_argument("--batch-api", action="store_true", help="the Batch API: half the price, up to a day")
+    group.add_argument("--batch-api", action="store_true", help="the Batch API: half the price, up to a day; asks once")
     group.add_argument(
         "--reasoning-model", action="store_true", help="send max_completion_tokens for max_tokens, and no temperature"
     )
@@ -94,8 +107,7 @@ def settings_from_args(args: Namespace, env: Mapping[str, str] = os.environ) -> 
     if not model:
         model = PUBLISHED_DEPLOYMENT if azure_endpoint else PUBLISHED_MODEL
         logger.warning("no model named: asking for %r, as published; --api-model names another", model)
-    if args.concurrency < 1:
-        raise LlavaError(f"--concurrency must be at least 1, got {args.concurrency}")
+    _check_numbers(args)
     return ApiSettings(
         model=model,
         api_key=api_key,
@@ -113,3 +125,10 @@ def settings_from_args(args: Namespace, env: Mapping[str, str] = os.environ) -> 
         batch_api=args.batch_api,
         reasoning_model=args.reasoning_model,
     )
+
+
+def _check_numbers(args: Namespace) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # not a number isn't either
+            raise LlavaError(f"--{name.replace('_', '-')} is {value}; give {least} or more")

@@ -7,7 +7,7 @@ from typing import Any
 from llava.errors import require
 
 MOST_REPLY, MOST_STREAM, MOST_FILE = 8 << 20, 256 << 20, 2 << 30
-"""Bytes of a reply, of one that comes piece by piece, and of a file of the Batch API.
+"""Bytes of a reply, of one that comes piece by piece, and of a file of the Batch API, each line of which is a reply.
 
 JSON that is read takes up to 28 times its bytes.
 """

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
-from llava.constants import DEFAULT_IMAGE_TOKEN, RESEARCH_NOTICE
+from llava.constants import DEFAULT_IMAGE_TOKEN, NO_IMAGE, RESEARCH_NOTICE
 from llava.errors import LlavaError, for_terminal
 from llava.image_options import NO_OPTIONS, ImageOptions, add_image_flags, image_options_from_args, options_of
 from llava.sampling_params import add_sampling_flags, sampling_from_args
@@ -20,7 +20,7 @@ from llava.sampling_params import add_sampling_flags, sampling_from_args
 HELP = """\
 /image PATH   add an image to your next question (as often as you like)
 /reset        start again, without images
-/save PATH    write the conversation as JSON
+/save PATH    write the conversation as JSON; again, to the same file, once there is more of it
 /help         this list
 /exit         leave (so does Ctrl-D; Ctrl-C stops an answer)"""
 
@@ -81,7 +81,6 @@ class Chat:
 
     def __init__(self, engine, template: str | None, sampling, shown: ImageOptions = NO_OPTIONS):
         self.engine, self.template, self.sampling, self.shown = engine, template, sampling, shown
-        self.saved: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -91,6 +90,8 @@ class Chat:
         self.images: list = []
         self.entries: list[str | dict] = []
         self.waiting = 0
+        self.saved: set[str] = set()
+        """Files that hold this conversation: they alone are written again."""
 
     def add_image(self, path: str, options: dict | None, image) -> None:
         self.images.append(image)
@@ -122,6 +123,8 @@ class Chat:
     def save(self, path: str) -> None:
         from llava.records import write_json
 
+        if path not in self.saved and Path(path).exists():
+            raise LlavaError(f"{path} is there and isn't of this conversation; give /save another name")
         names = dict(zip(self.conversation.roles, ("human", "gpt"), strict=False))
         start = self.conversation.offset
         turns = [{"from": names.get(role, role), "value": text} for role, text in self.conversation.messages[start:]]
@@ -145,6 +148,8 @@ def talk(chat: Chat) -> None:
             if line.startswith("/"):
                 command(chat, line)
             elif line:
+                if not chat.images:
+                    write_line(f"[{NO_IMAGE} /image PATH adds one.]")
                 for piece in chat.ask(line):
                     sys.stdout.write(for_terminal(piece))
                     sys.stdout.flush()

@@ -272,8 +272,9 @@ class _Unreachable(Exception):
 
 
 def answer_text(text: str, body: dict[str, Any]) -> str:
-    """What a chunk's text says in answer to a request: without its ready prompt, if it has one, and blanks in front."""
-    return text.removeprefix(body.get("prompt") or "").lstrip()
+    """What a chunk's text says in answer to a request: without its ready prompt, or the blanks in front of an answer
+    that doesn't go on with one."""
+    return text.removeprefix(body["prompt"]) if body.get("prompt") else text.lstrip()
 
 
 def _http_error(status: int, content: bytes) -> Exception:

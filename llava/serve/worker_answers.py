@@ -22,6 +22,8 @@ class Usage(Fields):
 class Alternative(Fields):
     token: str
     logprob: float
+    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None = None
+    """Where they aren't the text's: of a part of a character."""
 
 
 class TokenLogprob(Alternative):

@@ -7,8 +7,10 @@ text come out unchanged; where they don't, the segment is tokenised by itself. S
 tokenizer, and the ids equal those of the text in one piece wherever the borders allow it.
 """
 
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tokenizers.pre_tokenizers import Metaspace
 
@@ -127,6 +129,15 @@ class _Encoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _special_tokens(tokenizer: Any) -> dict[int, str]:
-    added = {index: str(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-    return added | {tokenizer.convert_tokens_to_ids(token): token for token in tokenizer.all_special_tokens}
+_ADDED: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
+"""A tokenizer's added tokens, by id: each time that they are asked for it makes them all anew. One that is added later
+isn't among them, so what is before it is tokenised again, to the same ids."""
+
+
+def _special_tokens(tokenizer: Any) -> Mapping[int, str]:
+    added = _ADDED.get(tokenizer)
+    if added is None:
+        tokens = getattr(tokenizer, "added_tokens_decoder", {})
+        added = _ADDED[tokenizer] = {index: str(token) for index, token in tokens.items()}
+    special = {tokenizer.convert_tokens_to_ids(token): token for token in tokenizer.all_special_tokens}
+    return ChainMap(special, added)

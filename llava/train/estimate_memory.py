@@ -5,6 +5,8 @@ full batches of random records with an image each are taken, and how many there 
 name. Models by name: llama-7b, llama-13b, mistral-7b, openai/clip-vit-large-patch14,
 openai/clip-vit-large-patch14-336; else their folders, of which only the configuration and the tokenizer are read.
 
+Exit code 0: it fits; 1: it doesn't, and flags that make it less are said; 2: flags or files that can't be used.
+
 python -m llava.train.estimate_memory --gpu a100-40g --gpus 8 --model_name_or_path llama-7b \\
     --vision_tower openai/clip-vit-large-patch14 --data_path train.json --bf16 True --gradient_checkpointing True
 """
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.json, figures, overwrite=args.overwrite)
     if prediction.fits:
         return 0
+    write_line("flags that make it less, each in addition to those above it:")
     found = False
     for flag, changed in remedies(flags, prediction, args.records):
         found = changed.fits

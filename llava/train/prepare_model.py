@@ -181,7 +181,6 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
 def _settings(model: LlavaForCausalLM, arguments: Arguments, chat_template: str | None) -> None:
     """Settings of this run that the checkpoint has to remember."""
     config, flags = model.config, arguments.model
-    config.use_cache = False
     for name in ("mm_use_im_start_end", "mm_use_im_patch_token", "mm_image_token_scheme"):
         if getattr(flags, name) is not None:
             setattr(config, name, getattr(flags, name))

@@ -11,7 +11,7 @@ import torch
 from llava.conversation import get_template
 from llava.errors import LlavaError
 from llava.folders import WEIGHTS, part_in, publish_files
-from llava.images import ImageProcessor, open_image
+from llava.images import ImageProcessor, image_size, open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
 from llava.train.arguments import Arguments, LlavaTrainingArguments
@@ -80,8 +80,8 @@ def build_dataset(
     def count_features(image) -> int:
         if aspect_ratio != "anyres":
             return patches
-        # How many tiles there are depends on the image's size, which only opening it tells for sure.
-        return patches * len(load_image(images.read(image)))
+        # How many tiles there are depends on the image's size.
+        return patches * processor.count_tiles(*image_size(images.read(image)), grid)
 
     dataset = LlavaDataset(
         store,

@@ -87,7 +87,10 @@ class LlavaTrainer(Trainer):
         **kwargs,
     ):
         kwargs["eval_dataset"] = None if validation is None else validation.dataset
+        use_cache = kwargs["model"].config.use_cache
         super().__init__(*args, **kwargs)
+        # The library's has switched it off in the config, which is written with the model: others read it to generate.
+        self.model.config.use_cache = use_cache or self.args.use_cache
         # Each micro-batch's own token mean, not a mean over the accumulated batch: the reference's arithmetic.
         self.model_accepts_loss_kwargs = False
         self.write_model = write_model

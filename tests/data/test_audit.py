@@ -12,7 +12,7 @@ from llava.data import audit
 from llava.data.audit_checks import audit_splits, question_words
 from llava.data.audit_text import audit_lines
 from llava.data.image_likeness import alike, fingerprint
-from llava.data.vqa_items import VqaItem, read_vqa_items
+from llava.data.vqa_items import VqaItem, plain_question, read_vqa_items
 from llava.errors import LlavaError
 from tests.made_files import made_record, write
 
@@ -225,3 +225,10 @@ def test_the_audit_reads_later_turns_of_training(tmp_path):
     assert audit["questions"]["identical"] == 1
     assert audit["subsets"]["no near-duplicate question"] == []
     assert audit["train"]["questions"] == 2 and audit["train_on_test_images"] == ["t"]
+
+
+@pytest.mark.timeout(100)
+def test_a_question_with_a_million_blanks_is_read_in_a_moment():
+    blanks = " \n" * 1_000_000
+    assert plain_question(f"What{blanks}is it?{blanks}<image>{blanks}") == f"What{blanks}is it?"
+    assert plain_question("What is \n<image>\n it?") == "What is it?"

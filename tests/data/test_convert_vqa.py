@@ -7,8 +7,11 @@ import pickle
 
 import pytest
 
+from llava.data.audit_checks import audit_splits
 from llava.data.convert import main
+from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
+from llava.record_content import image_key
 from llava.records import read_json, read_records, write_records
 
 ROWS = [
@@ -276,6 +279,46 @@ def test_csv_split_shares_no_image(work):
     assert not {row["image"] for row in train} & {row["image"] for row in test}
 
 
+def test_an_image_of_two_spellings_is_one(work):
+    """Half of the test images were trained on, and the audit said that none was."""
+    spellings = [("a.jpg", "./a.jpg"), ("b.jpg", ".//b.jpg"), ("c/c.jpg", "c//c.jpg"), ("d.jpg", "c/../d.jpg")]
+    for name in ("c/c.jpg", "d.jpg"):
+        (work / "images" / name).parent.mkdir(exist_ok=True)
+        (work / "images" / name).write_bytes(b"x")
+    rows = "".join(f"{name},q?,a\n" for pair in spellings[:3] for name in pair)
+    csv_table(work, "image,question,answer\n" + rows, "--test-fraction", "0.5")
+    train, test = (work / "out" / f"{name}.json" for name in ("train", "test"))
+    seen = [{image_key(record["image"]) for record in read_records(path)} for path in (train, test)]
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == {"a.jpg", "b.jpg", "c/c.jpg"}
+    for first, second in spellings:
+        asked = [[{"id": "1", "image": name, "question": "q", "answer": "a"}] for name in (first, second)]
+        train.write_text(json.dumps(asked[0]))
+        test.write_text(json.dumps(asked[1]))
+        assert audit_splits(read_vqa_items(train), read_vqa_items(test))["images"]["same_name"] == 1
+        assert audit_splits(read_vqa_items(train), read_vqa_items(test))["items"][0]["image_seen"]
+
+
+def test_a_split_that_is_not_made_any_more_does_not_stay(work, caplog):
+    """All its images would be in the new training split."""
+    table = "image,question,answer\na.jpg,q?,a\nb.jpg,q?,a\n"
+    csv_table(work, table, "--test-fraction", "0.5")
+    with pytest.raises(LlavaError, match=r"holds test\.json, which this conversion doesn't make"):
+        csv_table(work, table)
+    assert len(read_records(work / "out" / "train.json")) == 1
+    csv_table(work, table, "--overwrite")
+    assert not (work / "out" / "test.json").exists()
+    assert len(read_records(work / "out" / "train.json")) == 2
+    assert "test.json of an earlier conversion is removed" in caplog.text
+
+
+def test_splits_that_are_made_one_by_one_stay(work):
+    vqa_rad(work, "--train", put(work / "train.json", ROWS))
+    vqa_rad(work, "--test", put(work / "test.json", ROWS))
+    vqa_rad(work, "--train", str(work / "train.json"))
+    assert {path.name for path in (work / "out").iterdir()} >= {"train.json", "test.json"}
+
+
 @pytest.mark.parametrize("fraction", ["0.001", "0.999"])
 def test_csv_of_few_images_is_split_too(work, fraction):
     rows = "".join(f"{name},q?,a\n" for name in ("a.jpg", "b.jpg", "b.jpg"))
@@ -313,11 +356,17 @@ def test_csv_flags_that_cannot_be_are_named(work, flags, message):
             r"1 images of 1 records not found .* out; left out besides: 1 with empty question$",
         ),
         ("image,question,answer\n", "no records"),
+        ("image,question,answer,answer\na.jpg,q,yes,no\n", "2 columns are called answer; rename"),
     ],
 )
 def test_csv_faults_are_named(work, text, message):
     with pytest.raises(LlavaError, match=message):
         csv_table(work, text)
+
+
+def test_a_row_without_its_id_is_named(work):
+    with pytest.raises(LlavaError, match='line 3: "name" is empty'):
+        csv_table(work, "name,image,question,answer\n1,a.jpg,q,a\n ,a.jpg,q,a\n", "--id-column", "name")
 
 
 def test_a_comma_at_the_end_of_keep_columns(tmp_path):

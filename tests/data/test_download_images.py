@@ -100,6 +100,26 @@ def test_second_source_of_a_dead_article(wanted, server):
     wanted.check()
 
 
+@pytest.mark.parametrize("by", ["redirect", "second source"])
+def test_a_server_elsewhere_does_not_send_into_ones_own_network(wanted, server, monkeypatch, by):
+    """A list may name this machine. Here the test's server is also the proxy, by which names elsewhere are reached."""
+    monkeypatch.setenv("http_proxy", server.url(""))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    content, inside = content_of(1), server.url("/inside")
+    server.pages["/inside"] = server.pages[inside] = Reply(archive(("x.jpg", content)))
+    away = {"Location": inside}
+    link = Reply(f'<link format="tgz" href="{inside}" />'.encode())
+    server.pages["http://pmc.invalid/PMC1.tgz"] = Reply(b"", 302, headers=away) if by == "redirect" else Reply(b"", 404)
+    server.pages["http://oa.invalid/?id=PMC1"] = link if by == "second source" else Reply(b"", 404)
+    reason = "sent on into" if by == "redirect" else "HTTP 404"
+    wanted.add("x", "", "x.jpg", reason=reason)
+    wanted.rows[-1]["pmc_tar_url"] = "http://pmc.invalid/PMC1.tgz"
+    main([*wanted.flags(), "--oa-service", "http://oa.invalid/"])
+    wanted.check()
+    assert server.requests == {"http://pmc.invalid/PMC1.tgz": 1, "http://oa.invalid/?id=PMC1": 1}
+
+
 def test_kept_archives_are_whole_and_used_again(wanted, server, tmp_path):
     body = archive(("PMC1/x.jpg", content_of(1)), ("PMC1/text", b"t" * 500_000))
     server.pages["/PMC1.tar.gz"] = Reply(body)
@@ -113,6 +133,50 @@ def test_kept_archives_are_whole_and_used_again(wanted, server, tmp_path):
     assert server.requests["/PMC1.tar.gz"] == 1
     main([*wanted.flags()])
     assert len(list((tmp_path / "tars").iterdir())) == 1
+
+
+@pytest.mark.timeout(100)
+def test_a_long_reply_of_the_service_is_read_in_a_moment(wanted, server):
+    """Searching it took half an hour, in which nothing else was fetched."""
+    server.pages["/oa?id=PMC77"] = Reply(b"<link " * 170_000)
+    server.pages["/oa?id=PMC78"] = Reply(b"<link " + b'format="tgz" ' * 80_000)
+    for name in ("PMC77", "PMC78"):
+        wanted.add(name, f"/{name}.tar.gz", "x.jpg", reason="HTTP 404")
+    main(wanted.flags())
+    wanted.check()
+    assert server.requests["/oa?id=PMC77"] == server.requests["/oa?id=PMC78"] == 1
+
+
+@pytest.mark.parametrize("content", ["cut", "damaged", "empty"])
+def test_an_archive_that_cannot_be_read_is_not_kept(wanted, server, tmp_path, content):
+    """It was, and each later run read it in place of asking again."""
+    body = archive(("PMC1/w.jpg", content_of(2)), ("PMC1/x.jpg", content_of(1)))
+    bad = {"cut": [body[:6000]], "damaged": b"<html>busy</html>", "empty": b""}[content]
+    server.pages["/PMC1.tar.gz"] = Reply(bad)
+    wanted.add("x", "/PMC1.tar.gz", "PMC1/x.jpg", content_of(1))
+    tars = tmp_path / "tars"
+    keep = ["--keep-archives", "--pmc_output_path", str(tars)]
+    main([*wanted.flags(), *keep])
+    assert list(tars.iterdir()) == []
+    server.pages["/PMC1.tar.gz"] = Reply(body)
+    (tars / "PMC1.tar.gz").write_bytes(bad[0] if content == "cut" else bad)  # as a power cut leaves it
+    main([*wanted.flags(), *keep])
+    wanted.check()
+    assert (tars / "PMC1.tar.gz").read_bytes() == body
+
+
+def test_archives_of_one_name_are_kept_apart(wanted, server, tmp_path):
+    """The second article's archive was read for the first one's image."""
+    for number in (1, 2):
+        server.pages[f"/{number}/figures.tar.gz"] = Reply(archive(("f/1.jpg", content_of(number))))
+        wanted.add(f"p{number}", f"/{number}/figures.tar.gz", "f/1.jpg", content_of(number))
+    keep = ["--keep-archives", "--pmc_output_path", str(tmp_path / "tars")]
+    for requests in (2, 2):
+        main([*wanted.flags(), *keep])
+        wanted.check()
+        assert server.requests.total() == requests
+        for path in (tmp_path / "images").glob("*.jpg"):
+            path.unlink()
 
 
 def test_too_many_failures_set_the_exit_code(wanted, server):
@@ -255,6 +319,48 @@ def test_a_disk_that_takes_no_more_stops_the_run(wanted, server):
     assert server.requests["/large"] < 50, "it went on fetching what can't be kept"
     images = wanted.folder / "images"
     assert [path.name for path in images.iterdir() if path.name != f"{FAILURES_FILE}.part"] == ["small.jpg"]
+
+
+def test_a_disk_that_takes_no_more_failures_stops_the_run(wanted, server):
+    """What it refused was tried again while the list was closed: a traceback."""
+    for number in range(200):
+        wanted.add(f"gone{number}", "/gone", f"{number}.jpg")
+    command = [sys.executable, "-m", "llava.data.download_images", *wanted.flags(), "--oa-service", ""]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("error: ") and "(File too large); what is done is kept" in run.stderr
+    kept = (wanted.folder / "images" / f"{FAILURES_FILE}.part").read_bytes()
+    assert 15_000 < len(kept) <= 20_000
+
+
+def test_of_an_archive_that_is_not_whole_nothing_is_left(wanted, server):
+    server.pages["/PMC1.tar.gz"] = Reply(
+        archive(("x.jpg", content_of(1)), ("text", b"t" * 9), ("y", content_of(2, 300_000)))
+    )
+    wanted.add("x", "/PMC1.tar.gz", "x.jpg")
+    tars = wanted.folder / "tars"
+    tars.mkdir()
+    (tars / ".PMC2.tar.gz.7.part").write_bytes(b"of a run that was killed")
+    command = [sys.executable, "-m", "llava.data.download_images", *wanted.flags(), "--keep-archives"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    run = subprocess.run([*command, "--pmc_output_path", str(tars)], capture_output=True, text=True, preexec_fn=limit)
+    assert run.returncode == 2 and "File too large" in run.stderr, run.stderr
+    assert list(tars.iterdir()) == []
+
+
+def test_a_folder_is_filled_by_one_process(wanted, server):
+    """A second one removed what the first was writing."""
+    server.pages["/x"] = Reply(archive(("x.jpg", content_of(1))), delay=2)
+    wanted.add("x", "/x", "x.jpg", content_of(1))
+    command = [sys.executable, "-m", "llava.data.download_images", *wanted.flags(), "--timeout", "9"]
+    first = subprocess.Popen(command)
+    while not server.requests["/x"]:
+        time.sleep(0.01)
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 2 and "another process is writing it" in second.stderr
+    assert first.wait() == 0
+    wanted.check()
 
 
 def test_a_folder_that_is_gone_stops_the_writer(tmp_path):

@@ -1,5 +1,6 @@
 """Metrics: what the strict set counts and the published one doesn't, and the other way round."""
 
+import re
 from collections import Counter
 from math import comb
 
@@ -13,6 +14,7 @@ from llava.eval.metrics.chrf import open_chrf
 from llava.eval.metrics.intervals import bootstrap_interval, compare_paired, mcnemar, share_interval, wilson_interval
 from llava.eval.metrics.paper import Candidates
 from llava.eval.metrics.registry import all_metrics
+from llava.eval.metrics.strict import question_options
 from llava.eval.reports.compare import comparison_cells, turned
 
 
@@ -50,6 +52,29 @@ def test_closed_answers_other_than_yes_and_no_are_whole_words():
 def test_an_option_that_is_part_of_the_right_one_does_not_count_against_it():
     question = "Please choose from the following two options: [lobe, upper lobe]"
     assert strict_item("upper lobe", "upper lobe", question).correct == 1
+
+
+_PIECES = (
+    "Choose from the following ",
+    "two options:",
+    "options: ",
+    "choose from the following options:\n[",
+    "[",
+    "]",
+    ", a",
+)
+
+
+@given(st.lists(st.sampled_from(_PIECES)))
+def test_options_are_those_of_the_first_list_that_has_an_end(parts):
+    text = "".join(parts)
+    match = re.search(r"choose from the following(?: \w+)? options:\s*\[([^\]]*)\]", text, re.IGNORECASE)
+    assert question_options(text) == ([strict_words(one) for one in match.group(1).split(",")] if match else [])
+
+
+@pytest.mark.timeout(60)
+def test_many_lists_of_options_without_an_end_take_time_by_their_number():
+    assert question_options("choose from the following options:[" * 100_000) == []
 
 
 def test_precision_counts_a_word_as_often_as_the_reference_has_it():

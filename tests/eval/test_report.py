@@ -10,6 +10,7 @@ from PIL import Image
 from llava.data import audit
 from llava.errors import LlavaError
 from llava.eval import report, run_eval, run_eval_batch
+from llava.eval.metrics import paper_item, strict_item
 from llava.manifests import sha256_of, write_manifest
 from llava.pages.printing import BROWSERS
 from tests.made_files import made_record, write, yes_no_set
@@ -67,6 +68,14 @@ def test_page_holds_every_section_and_fetches_nothing(files):
         assert [label for label in labels if label.startswith(start)], start
     assert html.count("<img") == 8  # four right and four wrong answers, each with its image
     assert "data:image/jpeg;base64," in html
+
+
+def test_that_the_paper_set_finds_words_in_words_is_said_beside_it(files):
+    html, _ = make(files)
+    notes = [found for found in re.findall("<p[^>]*>(.*?)</p>", html, re.DOTALL) if "published scripts" in found]
+    assert any("nodule" in found for found in notes)
+    assert paper_item("Yes, there is a nodule.", "no").contained == 1
+    assert strict_item("Yes, there is a nodule.", "no").correct == 0
 
 
 def test_answers_cut_at_the_limit_are_bold(files):

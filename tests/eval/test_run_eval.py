@@ -361,7 +361,8 @@ def test_audit_scores_the_clean_subset(files, tmp_path):
 def test_audit_of_other_questions_is_refused(files, tmp_path):
     audit = tmp_path / "audit.json"
     audit.write_text(json.dumps({"items": [{"id": "7"}], "subsets": {}}))
-    with pytest.raises(LlavaError, match="of other questions"):
+    said = r"audit\.json: the audit is of other questions than .*\.json: 4 are .* \(first .*\); give .* --test .*json$"
+    with pytest.raises(LlavaError, match=said):
         run_eval.main([*files(), "--audit", str(audit)])
 
 

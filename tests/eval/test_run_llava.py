@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from llava.assistant import with_images
+from llava.constants import NO_IMAGE
 from llava.errors import LlavaError
 from tests import tiny
 
@@ -25,6 +26,9 @@ def test_one_and_several_images(tmp_path):
     assert one.stdout.strip()
     two = ask(checkpoint, "--image-file", f"{tmp_path / 'a.png'};{tmp_path / 'b.png'}", "--sep", ";", "--query", "Q?")
     assert two.returncode == 0, two.stderr
+    assert NO_IMAGE not in one.stderr + two.stderr
+    none = ask(checkpoint, "--query", "What is it?")
+    assert none.returncode == 0 and none.stdout.strip() and NO_IMAGE in none.stderr
     template = ask(checkpoint, "--query", "Q?", "--conv-mode", "nothing")
     assert template.returncode == 2
     assert "nothing" in template.stderr

@@ -1,11 +1,12 @@
 """Text that streams: whole characters only, stop strings never shown, and in sum the answer."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llava.generation.detokenize import Detokenizer, TextStream
 from tests import tiny
+from tests.tokenization.made_tokenizers import byte_level, unigram
 
 
 @pytest.fixture(scope="module")
@@ -13,8 +14,13 @@ def tokenizer(tmp_path_factory):
     return tiny.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def stream(tokenizer, ids, stop=()):
-    text = TextStream(Detokenizer(tokenizer), stop)
+@pytest.fixture(scope="module", params=[lambda: byte_level(True), lambda: unigram(False), None])
+def any_tokenizer(request, tokenizer):
+    return request.param() if request.param else tokenizer
+
+
+def stream(tokenizer, ids, stop=(), before=None):
+    text = TextStream(Detokenizer(tokenizer), stop, before)
     pieces = []
     for token in ids:
         pieces.append(text.push([token]))
@@ -23,6 +29,9 @@ def stream(tokenizer, ids, stop=()):
     pieces.append(text.flush())
     assert "".join(pieces) == text.text
     return pieces
+
+
+CHARACTERS = st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\ufffd")
 
 
 @given(text=st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=40))
@@ -74,3 +83,22 @@ def test_blanks_around_are_not_shown(tokenizer):
     ids = tokenizer("  yes  no  ", add_special_tokens=False)["input_ids"]
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == "yes  no"
+
+
+@given(texts=st.tuples(*[st.text(CHARACTERS, min_size=1, max_size=20)] * 2))
+@example(texts=("USER: yes ASSISTANT:", " no  no  "))
+@example(texts=("日本", "日本"))
+def test_a_text_that_is_gone_on_with_keeps_its_blanks(texts, any_tokenizer):
+    before, ids = (any_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    said, whole = (any_tokenizer.decode(part, skip_special_tokens=True) for part in (before, before + ids))
+    assert said + "".join(stream(any_tokenizer, ids, before=before)) == whole
+
+
+@given(text=st.text(CHARACTERS, max_size=20))
+@example(text="日本 é")
+def test_the_bytes_of_tokens_make_the_text(text, any_tokenizer):
+    detokenizer = Detokenizer(any_tokenizer)
+    ids = any_tokenizer(text, add_special_tokens=False)["input_ids"]
+    said = b"".join(map(detokenizer.token_bytes, ids)).decode()
+    assert said.removeprefix(" ") == any_tokenizer.decode(ids).removeprefix(" ")
+    assert detokenizer.token(any_tokenizer.eos_token_id) == any_tokenizer.eos_token

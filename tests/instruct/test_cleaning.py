@@ -89,3 +89,13 @@ def test_phrases_are_cut_whole(answer, kept):
     from llava.instruct.cleaning import clean_turns
 
     assert clean_turns([("What is it?", answer)], Counter()) == ([("What is it?", kept)] if kept else [])
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("blank", ["\n", " "])
+def test_a_million_blanks_take_a_moment(blank):
+    """They took hours: a model that writes empty lines until it is stopped is enough for minutes."""
+    answer = f"The lung is{blank * 1_000_000}clear, as seen in the caption."
+    turns, counts = clean("What is it?", answer)
+    assert turns == [("What is it?", f"The lung is{blank * 1_000_000}clear.")]
+    assert counts["inner_phrase"] == 1

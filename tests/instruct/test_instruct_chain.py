@@ -10,7 +10,7 @@ import pytest
 from llava.constants import FIGURE_DOMAINS
 from llava.errors import LlavaError
 from llava.instruct.figures import Figure, in_turn, read_figures
-from llava.instruct.instruct_postprocess import to_training_record
+from llava.instruct.instruct_postprocess import summarise, to_training_record
 from llava.instruct.prompts import build_messages
 from llava.records import read_records, write_json
 from tests.made_files import write
@@ -57,6 +57,44 @@ def test_a_single_mention_is_one_sentence(tmp_path):
     write_json(tmp_path / "one.json", {**row, "in_text_mention": 7})
     (figure,) = read_figures(tmp_path / "one.json")
     assert (figure.mentions, figure.domain) == ((), None)
+
+
+def test_a_figure_of_two_domains_is_one(tmp_path):
+    """The same file made records for stage 1, and was refused here."""
+    pair = {"pair_id": "a", "fig_caption": "A scan."}
+    write_json(tmp_path / "f.json", {"mri": [pair], "ct_scan": [pair, {**pair, "pair_id": "b"}]})
+    figures = read_figures(tmp_path / "f.json")
+    assert [(figure.key, figure.domains) for figure in figures] == [("a", ("mri", "ct_scan")), ("b", ("ct_scan",))]
+    for other in ({"mri": [pair, pair]}, {"mri": [pair], "ct_scan": [{**pair, "fig_caption": "Another."}]}):
+        write_json(tmp_path / "f.json", other)
+        with pytest.raises(LlavaError, match="id 'a' stands there twice"):
+            read_figures(tmp_path / "f.json")
+
+
+def test_figures_without_a_caption_are_left_out_and_counted(tmp_path, caplog):
+    write_json(tmp_path / "f.json", [{"id": "a", "caption": " "}, {"id": "b", "caption": "c"}, {"id": "d"}])
+    assert [figure.key for figure in read_figures(tmp_path / "f.json")] == ["b"]
+    assert "2 figures without a caption are left out (first: " in caplog.text and "record 0)" in caplog.text
+
+
+def test_a_fault_in_captions_by_domain_is_named_by_its_line(tmp_path):
+    """All of the file was read, and its first line was said to be at fault."""
+    path = tmp_path / "f.json"
+    text = json.dumps(FIGURES, indent=1)
+    path.write_text(text.replace('"Caption 3 of mri."', '"Caption 3 of mri.'))
+    line = text.splitlines().index('   "fig_caption": "Caption 3 of mri.",') + 1
+    with pytest.raises(LlavaError, match=rf"f\.json: not JSON \(.*: line {line} "):
+        read_figures(path)
+
+
+def test_captions_in_lines_need_no_name_of_lines(tmp_path, monkeypatch):
+    rows = [{"pair_id": str(number), "caption": "A scan."} for number in range(3)]
+    path = tmp_path / "f.json"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("llava.data.caption_files.read_json", lambda path: pytest.fail("read whole"))
+    assert len(read_figures(path)) == 3
+    path.write_text(json.dumps({"mri": rows}))
+    assert {figure.domain for figure in read_figures(path)} == {"mri"}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +146,7 @@ def test_chain_through_the_commands(tmp_path):
         assert done.returncode == 0, done.stderr
         requests = server.stats()["requests"]
     assert len(requests) == 12
+    assert {row["finish_reason"] for row in read_records(generated)} == {"stop"}
     assert all("A plain mention." in text for text in requests)
     words = ["--input_path", str(generated), "--output_path", str(final), "--summary", str(tmp_path / "counts.json")]
     done = command("llava.instruct.instruct_postprocess", *words)
@@ -118,6 +157,19 @@ def test_chain_through_the_commands(tmp_path):
     assert len(records) == 12
     assert sum(turn["value"].count("<image>") for record in records for turn in record["conversations"]) == 12
     assert {tuple(record["domain"]) for record in records} == {FIGURE_DOMAINS}
+
+
+def test_an_answer_that_was_cut_off_is_left_out_and_counted():
+    """It ended in the middle of a word, and was trained on."""
+    counts, whole = Counter(), "User: A?\nAssistant: B.\nUser: C?\nAssistant: The left lu"
+    row = {"pair_id": "p", "finish_reason": "length"}
+    for text, turns in ((whole, 2), (whole + "ng.\nUser: An", 4), ("Assistant: B", 0)):
+        record = to_training_record({**row, "result": text}, 0, counts, "row")
+        assert len(record["conversations"] if record else []) == turns
+    assert counts["cut_off"] == 1 and counts["turns_out"] == 3
+    assert "cut off at --max-answer-tokens: 1" in summarise(counts)
+    stopped = to_training_record({**row, "result": whole, "finish_reason": "stop"}, 0, counts, "row")
+    assert len(stopped["conversations"]) == 4
 
 
 def test_nothing_left_is_an_error(tmp_path):
@@ -157,11 +209,14 @@ def test_generated_marks_and_lists_of_domains():
     assert made["domain"]["mri"] is True
 
 
-@pytest.mark.parametrize("size", ["-1", "0"])
-def test_no_figures_is_not_a_size(tmp_path, size):
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--max-size", "-1"), ("--max-size", "0"), ("--max-answer-tokens", "0"), ("--temperature", "nan")],
+)
+def test_numbers_that_cannot_be_are_named(tmp_path, flag, value):
     from llava.instruct.instruct_generate import main
 
     captions = write(tmp_path / "c.json", [{"pair_id": str(i), "fig_caption": "A scan."} for i in range(3)])
     flags = ["--api-model", "m", "--api-key", "k", "--api-base", "http://127.0.0.1:9/v1", "--dry-run"]
-    with pytest.raises(LlavaError, match="--max-size"):
-        main(["--input_path", captions, "--output_path", str(tmp_path / "o.jsonl"), "--max-size", size, *flags])
+    with pytest.raises(LlavaError, match=f"{flag} is {value}; give"):
+        main(["--input_path", captions, "--output_path", str(tmp_path / "o.jsonl"), flag, value, *flags])

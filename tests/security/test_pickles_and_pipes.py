@@ -12,7 +12,8 @@ from llava.data.sources.plain_pickle import read_plain_pickle
 from llava.data.sources.tables import read_lines, read_table
 from llava.errors import LlavaError
 from llava.eval.answers.checkpoint_facts import checkpoint_facts
-from llava.images.opening import image_kind, open_image
+from llava.images.headers.kinds import image_kind
+from llava.images.opening import open_image
 
 # Not ru_maxrss: that of the process which started this one is in it.
 PEAK = "print(next(int(l.split()[1]) >> 10 for l in Path('/proc/self/status').open() if l.startswith('VmHWM:')))"

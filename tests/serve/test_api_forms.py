@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from llava.conversation import get_template
+from llava.model.tokenizer import load_tokenizer
 
 ASK = [{"role": "user", "content": "What is shown?"}]
 FINDING = {
@@ -121,6 +122,14 @@ def test_a_function_is_called(tiny_client, choice, names, reason, is_streamed):
     assert set(json.loads(arguments)) == ({"side"} if name == "point" else {"finding", "size"})
 
 
+def test_a_stream_of_a_call_has_the_logprobs_of_all_its_tokens(tiny_client):
+    given = {"tools": TOOLS, "tool_choice": "required", "logprobs": True}
+    whole = chat(tiny_client, **given).choices[0].logprobs.content
+    with chat(tiny_client, stream=True, **given) as stream:
+        parts = [entry for chunk in stream for entry in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in parts] == [entry.token for entry in whole]
+
+
 def test_functions_may_define_parts_of_their_schemas_or_take_nothing(tiny_client):
     inner = {"type": "object", "properties": {"side": {"$ref": "#/$defs/Side"}}, "required": ["side"]}
     inner |= {"additionalProperties": False}
@@ -128,10 +137,16 @@ def test_functions_may_define_parts_of_their_schemas_or_take_nothing(tiny_client
         tool("left", inner | {"$defs": {"Side": {"enum": ["left"]}}}),
         tool("right", inner | {"$defs": {"Side": {"enum": ["right"]}}}),
     ]
-    for seed in range(3):
-        reply = chat(tiny_client, tools=tools, tool_choice="required", temperature=1, seed=seed, max_tokens=300)
+    older = inner | {"properties": {"side": {"$ref": "#/definitions/Side"}}}  # as pydantic 1 writes it
+    within = inner | {"properties": {"side": {"$ref": "#/properties/other"}, "other": {"const": "both"}}}
+    tools += [tool("middle", older | {"definitions": {"Side": {"enum": ["middle"]}}}), tool("both", within)]
+    for seed, given in enumerate((tools, tools, tools, tools[2:], tools[2:], tools[2:])):
+        reply = chat(tiny_client, tools=given, tool_choice="required", temperature=1, seed=seed, max_tokens=300)
         (call,) = reply.choices[0].message.tool_calls
         assert json.loads(call.function.arguments)["side"] == call.function.name
+    own = {"type": "object", "properties": {"side": {"$ref": "#/$defs/None"}}}
+    with pytest.raises(openai.BadRequestError, match="defs/None' does not exist"):
+        chat(tiny_client, tools=[tool("own", own), *tools], tool_choice="required")
     (call,) = chat(tiny_client, tools=[tool("stop", {})], tool_choice="required").choices[0].message.tool_calls
     assert call.function.name == "stop" and call.function.arguments.startswith("{")
 
@@ -197,7 +212,7 @@ def test_completions(tiny_client, tiny_serving):
     expected = chat(tiny_client, max_tokens=8).choices[0].message.content
     given = {"model": "tiny", "prompt": prompt, "max_tokens": 8}
     reply = tiny_client.completions.create(**given, logprobs=2)
-    assert reply.object == "text_completion" and reply.choices[0].text == expected
+    assert reply.object == "text_completion" and reply.choices[0].text.strip() == expected
     assert reply.usage.completion_tokens == 8 and reply.choices[0].finish_reason == "length"
     logprobs = reply.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.text_offset) == 8 and len(logprobs.top_logprobs[0]) == 2
@@ -205,19 +220,41 @@ def test_completions(tiny_client, tiny_serving):
         chunks = list(stream)
     for index in range(2):
         parts = [choice.text for chunk in chunks for choice in chunk.choices if choice.index == index]
-        assert "".join(parts) == expected
+        assert "".join(parts) == reply.choices[0].text
     assert chunks[-1].usage.completion_tokens == 16
     with_image = given | {"prompt": prompt.replace("What", "<image>\nWhat")}
     seen = tiny_client.completions.create(**with_image, extra_body={"images": [data_url()]})
     content = [{"type": "image_url", "image_url": {"url": data_url()}}, {"type": "text", "text": "What is shown?"}]
     asked = chat(tiny_client, messages=[{"role": "user", "content": content}], max_tokens=8)
-    assert seen.choices[0].text == asked.choices[0].message.content
+    assert seen.choices[0].text.strip() == asked.choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="images: the prompt has 1 <image> but 0"):
         tiny_client.completions.create(**with_image)
     with pytest.raises(openai.BadRequestError, match="prompt"):
         tiny_client.completions.create(**given | {"prompt": ["a", "b"]})
     with pytest.raises(openai.BadRequestError, match="echo: not supported here"):
         tiny_client.completions.create(**given, echo=True)
+
+
+@pytest.mark.parametrize(("token", "text"), [("▁chest", " chest chest"), ("▁", "  ")])
+def test_a_completion_keeps_the_blanks_around_it(tiny_client, checkpoint, token, text):
+    forced = {load_tokenizer(checkpoint).convert_tokens_to_ids(token): 100}
+    given = {"model": "tiny", "prompt": "The left", "max_tokens": 2, "logit_bias": forced}
+    assert tiny_client.completions.create(**given).choices[0].text == text
+    with tiny_client.completions.create(**given, stream=True) as stream:
+        assert "".join(chunk.choices[0].text for chunk in stream) == text
+
+
+def test_bytes_of_tokens_make_the_text(tiny_client):
+    """The model has no token for these characters: it says them byte by byte."""
+    only = {"const": "日本 é"}
+    reply = chat(tiny_client, response_format=schema_format(only), logprobs=True, top_logprobs=1).choices[0]
+    content = reply.logprobs.content
+    assert bytes(byte for entry in content for byte in entry.bytes).decode() == reply.message.content == '"日本 é"'
+    first = next(entry for entry in content if entry.bytes == [0xE6])
+    assert first.top_logprobs[0].bytes and "\ufffd" in first.token
+    given = {"model": "tiny", "prompt": "Hi", "max_tokens": 60, "logprobs": 1, "extra_body": {"json_schema": only}}
+    told = tiny_client.completions.create(**given).choices[0].logprobs
+    assert "bytes:\\xe6" in told.tokens and told.text_offset[-1] == len('"日本 é')
 
 
 def test_responses(tiny_client):

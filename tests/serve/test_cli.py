@@ -8,6 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
+from llava.constants import NO_IMAGE
 from llava.serve.cli import build_parser
 from tests import tiny
 
@@ -44,9 +45,35 @@ def test_several_turns_and_images(model):
     assert len(content["images"]) == 2
 
 
+def test_a_saved_file_grows_with_its_conversation_and_is_not_replaced_by_another(model, tmp_path):
+    saved, other = tmp_path / "chat.json", tmp_path / "other.json"
+    save = f"/save {saved}"
+    done = chat(model, ["What is it?", save, "And else?", save, "/reset", "Hello", save, f"/save {other}", "/exit"])
+    assert done.stdout.count(f"[saved to {saved}]") == 2, done.stdout
+    assert f"error: {saved} is there and isn't of this conversation; give /save another name" in done.stdout
+    kept, fresh = (json.loads(path.read_text())["conversations"] for path in (saved, other))
+    assert [turn["value"] for turn in kept[::2]] == ["<image>\nWhat is it?", "And else?"]
+    assert [turn["value"] for turn in fresh[::2]] == ["Hello"]
+
+
 def test_that_there_is_no_image_is_said(model):
     assert "Ask about the image; /help" in chat(model, ["/exit"]).stdout
     assert "No image yet: /image PATH adds one. Ask; /help" in chat(model, ["/exit"], image=None).stdout
+
+
+def test_answers_without_an_image_are_said_to_be(model):
+    _, folder = model
+    lines = [
+        "Hello",
+        f"/image {folder / 'a.png'}",
+        "What is it?",
+        "And else?",
+        "/reset",
+        "Is there a fracture?",
+        "/exit",
+    ]
+    assert chat(model, lines, image=None).stdout.count(f"[{NO_IMAGE} /image PATH adds one.]\n") == 2
+    assert NO_IMAGE not in chat(model, ["What is it?", "/exit"]).stdout
 
 
 def test_paths_may_stand_in_quotes(model):

@@ -139,8 +139,9 @@ def test_images_go_on_as_png_in_their_places():
     text = "<image>\nbefore\n<image>\nafter"
     job = read_job({"messages": [{"role": "user", "content": "x"}], "stop": ["###"], "seed": 3, "top_k": 5})
     message = Message("user", text, (data_url(), data_url()))
-    request = to_request(dataclasses.replace(job, messages=(message,)), "m")
+    request, size = to_request(dataclasses.replace(job, messages=(message,)), "m")
     parts = request["messages"][0]["content"]
+    assert size == sum(len(part["image_url"]["url"]) for part in parts[::2])
     assert [part.get("text") for part in parts] == [None, "before", None, "after"]
     assert all(part["image_url"]["url"].startswith("data:image/png;base64,iVBOR") for part in parts[::2])
     assert (request["temperature"], request["top_p"], request["max_tokens"]) == (0.0, 1.0, 256)
@@ -154,7 +155,7 @@ def test_images_that_grow_too_large_as_png_are_refused(monkeypatch):
 
     def request(count):
         message = Message("user", "<image>\n" * count, (data_url(),) * count)
-        return to_request(dataclasses.replace(job, messages=(message, message)), "m")
+        return to_request(dataclasses.replace(job, messages=(message, message)), "m")[0]
 
     assert len(request(1)["messages"]) == 2
     with pytest.raises(ServeError, match="as PNG, as they are sent on") as caught:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from starlette.routing import Mount
 
+from llava.constants import NO_IMAGE
 from llava.errors import LlavaError
 from llava.records import iter_records
 from llava.serve import gradio_web_server
@@ -29,6 +30,7 @@ from llava.serve.web.chat_state import Chat, Exchange, Reply, UploadedImage
 from llava.serve.web.memory_budget import DrawnViews, MemoryBudget
 from llava.serve.web.page import CALLS_NOTED, MOST_SESSIONS, Page, PageOptions, build_page
 from llava.serve.web.parts.examples import EXAMPLES, draw_example
+from llava.serve.web.parts.scan_view import draft_of
 from llava.serve.web.parts.votes import Votes
 from llava.serve.web.sessions import Sessions
 from tests.serve.processes import Process
@@ -199,6 +201,13 @@ def test_images_of_a_question_without_an_answer_go_with_the_next_one():
     assert [part["image_url"]["url"] for part in first["content"][:2]] == [image.url, other.url]
     assert [part["text"] for part in last["content"]] == ["Sure?"]
     assert chat.sent(0) == chat.images() == [image, other]
+
+
+def test_the_page_says_that_there_is_no_image_until_there_is_one():
+    image = UploadedImage.from_bytes(draw_example("chest"))
+    assert NO_IMAGE in draft_of(Chat()) and NO_IMAGE in draft_of(Chat([Exchange("a", (), [Reply("m", "A"), None])]))
+    assert NO_IMAGE not in draft_of(Chat(draft=[image]))
+    assert draft_of(Chat([Exchange("a", (image,), [Reply("m", "A"), None])])) == ""
 
 
 def test_what_is_typed_is_shown_as_typed_and_errors_have_an_id():

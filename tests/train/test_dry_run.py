@@ -27,6 +27,7 @@ SAVING = ("--gradient_checkpointing", "True")
 BF16_ALONE = ("--optim", "adamw_torch_8bit", "--master_weights", "False")
 COMPILED = ("--packing", "True", "--torch_compile", "True")
 ACCUMULATED = ("--gradient_accumulation_steps", "3")
+HEADING = "each in addition to those above it:\n"  # of the flags that would make a recipe fit
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def test_the_command_writes_flat_figures(base, tmp_path, capsys):
     assert names <= set(figures)
     assert isinstance(figures["host_syncs_per_micro_batch"], int) and figures["fits"] is True
     out = capsys.readouterr().out
-    assert "peak of each GPU" in out and "0.1 GB on disk" in out
+    assert all(words in out for words in ("fullest", "optimizer's moments", "peak of each GPU", "0.1 GB on disk"))
 
 
 def test_what_is_being_predicted_is_shown_on_stderr(base, capsys, monkeypatch):
@@ -284,8 +285,7 @@ def test_what_helps_is_half_precision_first_and_nothing_is_said_of_a_run_that_is
     with caplog.at_level(logging.INFO):
         assert main([*base, *flags]) == 1
     said = capsys.readouterr()
-    assert "does not fit" in said.out
-    assert said.out.split("GB are usable\n")[1].split()[:2] == ["--bf16", "True"]
+    assert said.out.split(HEADING)[1].split()[:2] == ["--bf16", "True"]
     logged = caplog.text + said.err
     assert not any(word in logged for word in ("keep_half_weights", "Saving", "saved", "FSDP")), logged
 
@@ -309,15 +309,15 @@ def test_a_gpu_is_found_by_its_common_names():
 def test_a_flag_that_says_false_is_no_flag(base, capsys, monkeypatch):
     monkeypatch.setitem(GPUS, "h100", replace(H100, memory_gb=1.3))
     assert main([*base, *SMALL[2:], "--bf16", "False", "--tune_mm_mlp_adapter", "False"]) == 1
-    tried = capsys.readouterr().out.split("GB are usable\n")[1]
-    assert tried.split()[:2] == ["--bf16", "True"] and "--lora_enable True" in tried
+    tried = capsys.readouterr().out.split(HEADING)[1].split()
+    assert tried[:2] == ["--bf16", "True"] and "--lora_enable" in tried
 
 
 @pytest.mark.parametrize("name", ["v100-16g", "t4"])
 def test_a_gpu_without_bfloat16_is_offered_fp16(base, capsys, monkeypatch, name):
     monkeypatch.setitem(GPUS, name, replace(GPUS[name], memory_gb=1.3))
     assert main([*base, *SMALL[2:], "--gpu", name]) == 1
-    assert capsys.readouterr().out.split("GB are usable\n")[1].split()[:2] == ["--fp16", "True"]
+    assert capsys.readouterr().out.split(HEADING)[1].split()[:2] == ["--fp16", "True"]
 
 
 def test_refusals(base):

@@ -1,8 +1,11 @@
 import json
 
 import numpy as np
+import pytest
 import torch
+from PIL import ImageFile
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.record_content import image_key
 from llava.tokenization import Encoded
 from llava.train.arguments import parse_arguments
@@ -78,6 +81,27 @@ def test_tiles_of_another_grid_are_counted_anew(tmp_path, base):
         loaded.model.config.image_grid_pinpoints = grid
         paths.append(build_dataset(arguments, loaded, open_records(arguments.data.data_path))[0].lengths_path)
     assert len(set(paths)) == 3
+
+
+@pytest.mark.parametrize("lazy", ["True", "False"])
+def test_tiles_are_counted_by_the_size_and_an_image_is_decoded_once(tmp_path, base, monkeypatch, lazy):
+    words = flags(
+        tmp_path, make_records(tmp_path, 4), base, "--lazy_preprocess", lazy, "--image_aspect_ratio", "anyres"
+    )
+    arguments = parse_arguments(words)
+    loaded = prepare_model(arguments)
+    decoded = []
+    whole = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self) or whole(self))
+    dataset, _ = build_dataset(arguments, loaded, open_records(arguments.data.data_path))
+    lengths = dataset.lengths()
+    assert not decoded
+    items = [dataset[index] for index in range(4)]
+    assert len({id(image) for image in decoded}) == 4
+    patches = loaded.model.num_patches
+    for length, item in zip(lengths, items, strict=True):
+        assert len(item["sample"].input_ids) == length
+        assert (item["sample"].input_ids == IMAGE_TOKEN_INDEX).sum() == patches * len(item["pixel_values"])
 
 
 class Mean(torch.nn.Module):

@@ -2,19 +2,25 @@
 
 import json
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.tokenization import encode_conversation
 from llava.train.data.collator import Collator
-from llava.train.data.dataset import Sample
-from llava.train.data.shared_images import join, joinable, seen_by
+from llava.train.data.dataset import LlavaDataset, Sample
+from llava.train.data.image_source import ImageSource
+from llava.train.data.shared_images import groups_of_one_image, join, joinable, seen_by
 from llava.train.step import padded_attention
 from llava.train.step.packing import packed_attention
 from llava.train.train import train
+from tests.tokenization.made_tokenizers import get as tokenizer_of
 from tests.train.helpers import flags, losses
 
 IMAGE = [IMAGE_TOKEN_INDEX] * 2
@@ -99,6 +105,67 @@ def test_each_branch_attends_as_if_alone(window, dtype):
     for alone in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7], [8, 9]):
         expected = attend(torch.tensor(alone), [0, len(alone)])
         torch.testing.assert_close(joined[:, alone], expected, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=0)
+
+
+_IMAGES = ("a.png", "b.png")
+_POSITIONS = 3
+_WORDS = st.lists(st.sampled_from(["where", "is", "it", "yes", "no", "\n"]), min_size=1, max_size=4).map(" ".join)
+
+
+@st.composite
+def some_records(draw):
+    """Records of few images, so that many share them: with a system text, several images, several rounds."""
+    records = []
+    for number in range(draw(st.integers(1, 8))):
+        turns = [{"from": "system", "value": "Be brief."}] * draw(st.booleans())
+        images = []
+        for asked in range(draw(st.integers(1, 3))):
+            shown = draw(st.lists(st.sampled_from(_IMAGES), max_size=2)) if draw(st.booleans()) or not asked else []
+            images += shown
+            question = "".join("<image>\n" for _ in shown) + draw(_WORDS)
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": draw(_WORDS)}]
+        records.append({"id": str(number), "conversations": turns} | ({"image": images} if images else {}))
+    return records
+
+
+def as_seen(batch):
+    """Of each part that has targets: the ids that it sees, the images behind them, and its labels; and the parts."""
+    ids, labels, positions = (batch[name][0].numpy() for name in ("input_ids", "labels", "position_ids"))
+    borders, seen_borders = (batch[name].numpy() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    places = batch["key_places"].numpy() if "key_places" in batch else np.arange(len(ids))
+    images = np.full(len(ids), -1)
+    images[batch["image_positions"].numpy()] = np.repeat(np.array(batch["vision_features"], int), _POSITIONS)
+    found = []
+    for own, end, start, stop in zip(borders, borders[1:], seen_borders, seen_borders[1:]):
+        seen = places[start:stop]
+        assert seen[stop - start - (end - own) :].tolist() == list(range(own, end)), "its own tokens come last"
+        assert positions[seen].tolist() == list(range(stop - start))
+        learned = np.where(seen >= own, labels[seen], IGNORE_INDEX)
+        if (learned != IGNORE_INDEX).any():
+            found.append((ids[seen].tobytes(), images[seen].tobytes(), learned.tobytes()))
+    return Counter(found)
+
+
+@pytest.mark.parametrize("template", ["v1", "v0", "mistral_instruct"])
+@given(st.data())
+def test_whatever_the_records_each_is_seen_and_learned_as_if_alone(template, data):
+    tokenizer, longest = tokenizer_of("llama_like"), data.draw(st.sampled_from([20, 40, 60, 1000]))
+    dataset = LlavaDataset(
+        data.draw(some_records()),
+        lambda record, features: encode_conversation(record, template, tokenizer, features_per_image=features),
+        ImageSource(None), None, count_features=lambda image: _POSITIONS, max_length=longest, lazy=True,
+        feature_row=_IMAGES.index,
+    )  # fmt: skip
+    cache = type("Cache", (), {"take": staticmethod(lambda rows: rows)})()
+    shared, alone = (Collator(0, packing=True, share_images=share, cache=cache) for share in (True, False))
+    items = [dataset[index] for index in range(len(dataset))]
+    assert as_seen(shared(items)) == as_seen(alone(items))
+    groups, lengths = groups_of_one_image(dataset, data.draw(st.integers(2, 4)), seed=0)
+    assert sorted(number for group in groups for number in group) == list(range(len(items)))
+    for group, length in zip(groups, lengths, strict=True):
+        own = [items[number] for number in group]
+        batch = shared(own)
+        assert batch["num_tokens"] == length and as_seen(batch) == as_seen(alone(own))
 
 
 def test_what_many_branches_see_gets_a_gradient_summed_in_float32():

@@ -68,6 +68,15 @@ def test_the_checkpoint_says_what_it_was_made_from(stage1, bases):
     assert str(output_dir.parent) not in card.model_dump_json() and str(bases[0].parent) not in card.model_dump_json()
 
 
+@pytest.mark.parametrize(
+    ("own", "flag", "written"), [(True, (), True), (False, (), False), (False, ("--use_cache",), True)]
+)
+def test_the_written_config_holds_the_use_of_a_cache_that_the_base_had(tmp_path, data, own, flag, written):
+    base = make_llava(tmp_path / "base", use_cache=own)
+    train(flags(tmp_path / "out", data, base, "--max_steps", "1", *flag))
+    assert json.loads((tmp_path / "out/config.json").read_text())["use_cache"] is written
+
+
 def test_the_summary_and_the_curve_are_written(stage1):
     output_dir, summary = stage1
     written = json.loads((output_dir / "training_summary.json").read_text())

@@ -1,5 +1,6 @@
 """The list of wanted images, grouped by article: one request per archive, however many figures come out of it."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava.data.conversion import is_inside
+from llava.data.fetching.addresses import is_http
 from llava.errors import LlavaError
 from llava.records import Record, iter_jsonl
 
@@ -43,9 +45,12 @@ class Article:
 
     @property
     def archive_name(self) -> str:
-        """A file name for the archive, safe whatever the address holds."""
+        """A file name for the archive, safe whatever the address holds: PubMed Central's own, which names one article
+        alone, or one that no other address has."""
         name = urlsplit(self.url).path.rsplit("/", 1)[-1]
-        return name if _SAFE_NAME.fullmatch(name) else re.sub(r"[^A-Za-z0-9]+", "_", self.url)[-150:].strip("_")
+        if re.fullmatch(r"PMC\d{1,20}\.tar\.gz", name):
+            return name
+        return f"{hashlib.sha256(self.url.encode()).hexdigest()[:16]}.tar.gz"
 
 
 @dataclass
@@ -104,12 +109,7 @@ def _why_refused(image: Image, url: str) -> str | None:
         return "pair_id is no safe file name"
     if not is_inside(image.member):
         return "image_file_path leads out of the archive's folder"
-    try:
-        parts = urlsplit(url)
-        is_http = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
-        is_http = False
-    return None if is_http else "pmc_tar_url is no http(s) address"
+    return None if is_http(url) else "pmc_tar_url is no http(s) address"
 
 
 def _shown(row: Record) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from llava.data.fetching.articles import Image
 from llava.errors import LlavaError
-from llava.folders import PART
+from llava.folders import PART, writing
 from llava.records import Record, write_records
+from llava.resumable import open_part, read_lines, write_whole
 
 _FIELDS = {"pair_id", "pmc_tar_url", "image_file_path", "reason", "permanent"}
 
@@ -28,11 +29,13 @@ class Journal:
         self._part = failures.with_name(failures.name + PART)
         folder.mkdir(parents=True, exist_ok=True)
         failures.parent.mkdir(parents=True, exist_ok=True)
-        self.present = self._scan()
         self._failed: dict[tuple[str, str, str], Record] = {}
-        for path in (failures, self._part):
-            self._read(path)
-        self._file = self._part.open("ab")
+        if failures.exists():
+            with failures.open("rb") as file:
+                self._read(file, failures)
+        self._file = open_part(self._part)
+        self.present = self._scan()
+        self._file.truncate(self._read(read_lines(self._file), self._part))
 
     def path_of(self, image: Image) -> Path:
         return self.folder / f"{image.pair_id}.jpg"
@@ -54,14 +57,14 @@ class Journal:
             "permanent": permanent,
         }
         self._remember(record)
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        with writing(self._part, "what is done is kept"):
+            write_whole(self._file, json.dumps(record).encode() + b"\n")
 
     def finish(self, failures: Iterable[Record]) -> None:
         """Write the final list of failures and drop the running one."""
         write_records(self.failures, failures)
-        self._file.close()
         self._part.unlink(missing_ok=True)
+        self._file.close()
 
     def close(self) -> None:
         self._file.close()
@@ -81,21 +84,18 @@ class Journal:
                     present.add(entry.name)
         return present
 
-    def _read(self, path: Path) -> None:
-        if not path.exists():
-            return
+    def _read(self, lines: Iterable[bytes], path: Path) -> int:
+        """Remember the failures; returns where the last whole line ends."""
         end = 0
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    record = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    record = None
-                if record is None:
-                    break  # the line that was being written when the run was killed
-                if not isinstance(record, dict) or not _FIELDS.issubset(record):
-                    raise LlavaError(f"{path}: not a list of failures that this command wrote; give another --failures")
-                self._remember(record)
-                end += len(line)
-        if path == self._part:
-            os.truncate(path, end)
+        for line in lines:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if record is None:
+                break  # the line that was being written when the run was killed
+            if not isinstance(record, dict) or not _FIELDS.issubset(record):
+                raise LlavaError(f"{path}: not a list of failures that this command wrote; give another --failures")
+            self._remember(record)
+            end += len(line)
+        return end

@@ -11,6 +11,7 @@ import aiohttp
 from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
+from llava.data.fetching.addresses import is_http, leads_inside
 from llava.data.fetching.settings import Limits
 from llava.retries import AskedWait, retry_after
 
@@ -84,7 +85,8 @@ class Transfer:
 
     async def _get(self, url: str) -> aiohttp.ClientResponse:
         try:
-            return await self._session.get(url, max_redirects=_REDIRECTS, proxy=self._proxy(url))
+            guards = (_guard(url),)
+            return await self._session.get(url, max_redirects=_REDIRECTS, proxy=self._proxy(url), middlewares=guards)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _transfer_error(error) from error
         except ValueError as error:
@@ -100,17 +102,20 @@ class Transfer:
         return self._proxies[server]
 
     async def second_source(self, pmc_id: str, service: str) -> str | None:
-        """The address that the open-access service gives for an article now, or None."""
+        """The address that the open-access service gives for an article now; None where it gives none to be asked."""
         async with self.open(f"{service}?id={pmc_id}") as body:
             answer = b""
             while len(answer) < 1 << 20 and (chunk := await body.read()):
                 answer += chunk
         # One attribute of one element; a pattern can't be led into expanding entities, as XML parsers can.
-        link = re.search(rb'<link\b[^>]*\bformat="tgz"[^>]*\bhref="([^"<>\s]+)"', answer)
+        links = re.findall(rb"<link\b[^<>]*", answer)
+        archives = (link for link in links if b'format="tgz"' in link)
+        link = re.search(rb'\bhref="([^"<>\s]+)"', next(archives, b""))
         if link is None:
             return None
         url = link[1].decode("ascii", "replace").replace("&amp;", "&")
-        return re.sub(r"^ftp://ftp\.ncbi\.", "https://ftp.ncbi.", url)
+        url = re.sub(r"^ftp://ftp\.ncbi\.", "https://ftp.ncbi.", url)
+        return url if is_http(url) and not await leads_inside(service, url) else None
 
     async def retrying(self, attempt: Callable[[], Awaitable[None]]) -> None:
         """Call `attempt` until it raises no TransferError that another try may mend, or the tries are used up.
@@ -144,6 +149,19 @@ class Body:
         if self.received > self._limits.max_article_bytes:
             raise TransferError("the archive is larger than the cap", permanent=True)
         return chunk
+
+
+def _guard(url: str) -> aiohttp.ClientMiddlewareType:
+    """What sees each request for `url`: the first, and those to which servers send on."""
+    first: list[str] = []
+
+    async def see(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        if first and await leads_inside(url, str(request.url)):
+            raise TransferError("sent on into one's own network", permanent=True)
+        first.append(url)
+        return await handler(request)
+
+    return see
 
 
 def _status_error(response) -> TransferError:

@@ -22,6 +22,7 @@ from llava.data.fetching.transfer import Transfer, TransferError
 from llava.data.fetching.writer import ImageWriter
 from llava.errors import LlavaError
 from llava.folders import PART
+from llava.resumable import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,9 @@ class _Run:
         self._unreachable = 0
 
     async def work(self) -> Totals:
+        if self.settings.keep_archives is not None:
+            for left in self.settings.keep_archives.glob(f".*{PART}"):  # by a run that was killed
+                left.unlink(missing_ok=True)
         async with ImageWriter() as self.writer, Transfer(self.settings.limits) as transfer:
             tasks = [asyncio.create_task(self._fetch_all(transfer)) for _ in range(self.settings.connections)]
             try:
@@ -143,13 +147,14 @@ class _Result:
 
 
 async def _fetch(article: Article, transfer: Transfer, run: _Run) -> _Result:
-    """Try the article's own address, then the one that the open-access service gives."""
+    """Try the kept archive, the article's own address, then the one that the open-access service gives."""
     result = _Result()
     kept = run.settings.keep_archives / article.archive_name if run.settings.keep_archives else None
     if kept is not None and kept.is_file():
         with _Kept(kept) as source:
             await _take(article, source, result, run)
-        return result
+        if not result.reason:
+            return result
     await _try_address(article, article.url, transfer, result, run, kept)
     service, pmc_id = run.settings.oa_service, article.pmc_id
     if result.reason and result.wanted(article) and service and pmc_id:
@@ -160,7 +165,7 @@ async def _fetch(article: Article, transfer: Transfer, run: _Run) -> _Result:
         except TransferError as error:
             logger.debug("open-access service, %s: %s", pmc_id, error.reason)
             other = None
-        if other and other != article.url and other.startswith(("http://", "https://")):
+        if other and other != article.url:
             await _try_address(article, other, transfer, result, run, kept)
         if result.reason:
             result.reason, result.permanent = first
@@ -179,6 +184,8 @@ async def _try_address(
                 else:
                     async with _Tee(body, kept) as copy:
                         await _take(article, copy, result, run)
+                        if result.reason:  # what can't be read isn't kept
+                            raise TransferError(result.reason, result.permanent)
         except TransferError as error:
             result.reason, result.permanent = error.reason, error.permanent
             if result.wanted(article):
@@ -259,12 +266,12 @@ class _Tee:
     async def __aenter__(self) -> "_Tee":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self._path.with_name(f".{self._path.name}.{id(self)}{PART}")
-        self._file = self._temporary.open("wb")
+        self._file = self._temporary.open("wb", buffering=0)
         return self
 
     async def read(self) -> bytes:
         chunk = await self._source.read()
-        self._file.write(chunk)
+        write_whole(self._file, chunk)
         return chunk
 
     async def __aexit__(self, kind, error, trace) -> None:

@@ -16,11 +16,13 @@ from llava.data.conversion import (
     ImageFolder,
     fault_of_texts,
     read_answer_type,
+    text_of,
     vqa_record,
     yes_no_type,
 )
 from llava.data.sources.tables import read_table
 from llava.errors import LlavaError
+from llava.record_content import image_key
 from llava.records import Record
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ def _records(path: Path, args, conversion: Conversion) -> Iterator[Record]:
         if image is not None and not conversion.accepts(image):
             continue
         kind = row[args.answer_type_column] if args.answer_type_column else yes_no_type(answer)
-        name = row[args.id_column].strip() if args.id_column else f"{line:06d}"
+        name = text_of(row, args.id_column, where) if args.id_column else f"{line:06d}"
         further = {column: row[column].strip() for column in kept}
         yield vqa_record(name, image, question, answer, read_answer_type(kind, where), **further)
 
@@ -102,7 +104,7 @@ def _kept_columns(args) -> list[str]:
 
 def _split_key(record: Record) -> str:
     """What the split goes by, so that no test image is ever seen in training."""
-    return str(record.get("image", record["id"]))
+    return image_key(record.get("image", record["id"]))
 
 
 def _choose(images: set[str], args) -> set[str]:

@@ -56,6 +56,10 @@ def read_table(
             if absent:
                 what_to_do = f" ({hint})" if hint else ""
                 raise LlavaError(f"{path}: no column {', '.join(absent)}; there are: {', '.join(there)}{what_to_do}")
+            if doubled := [name for name in columns if there.count(name) > 1]:
+                raise LlavaError(
+                    f"{path}: {there.count(doubled[0])} columns are called {doubled[0]}; rename all but one"
+                )
             for row in reader:
                 if None in row or None in row.values():
                     line = f"{path} line {reader.line_num}"

@@ -104,10 +104,12 @@ def reference_polarity(reference: str) -> str:
 def question_options(question: str) -> list[list[str]]:
     """The options that a closed question of the released files offers, as words."""
     match = _OPTIONS.search(question)
-    return [strict_words(option) for option in match.group(1).split(",")] if match else []
+    # Looked for once: in a pattern, to the end of the text from each place that such a list begins at.
+    options, bracket, _ = question[match.end() :].partition("]") if match else ("", "", "")
+    return [strict_words(option) for option in options.split(",")] if bracket else []
 
 
-_OPTIONS = re.compile(r"choose from the following(?: \w+)? options:\s*\[([^\]]*)\]", re.IGNORECASE)
+_OPTIONS = re.compile(r"choose from the following(?: \w+)? options:\s*\[", re.IGNORECASE)
 
 
 def _is_correct(said: list[str], wanted: list[str], question: str) -> bool:

@@ -62,8 +62,8 @@ def not_audited(evaluation: Evaluation, audit: dict[str, Any]) -> list[str]:
     return [str(entry.item.id) for entry in evaluation.joined if str(entry.item.id) not in audited]
 
 
-def score_clean_subset(evaluation: Evaluation, audit: dict[str, Any]) -> CleanScores:
-    """Score each clean subset of an audit.
+def score_clean_subset(evaluation: Evaluation, audit: dict[str, Any], path: str | Path) -> CleanScores:
+    """Score each clean subset of an audit, read from `path`.
 
     Raises:
         LlavaError: the audit is of other questions.
@@ -71,7 +71,8 @@ def score_clean_subset(evaluation: Evaluation, audit: dict[str, Any]) -> CleanSc
     unknown = not_audited(evaluation, audit)
     if unknown:
         raise LlavaError(
-            f"the audit is of other questions than {evaluation.gt}: {len(unknown)} are not in it (first {unknown[0]!r})"
+            f"{path}: the audit is of other questions than {evaluation.gt}: {len(unknown)} are not in it (first "
+            f"{unknown[0]!r}); give the one made with python -m llava.data.audit … --test {evaluation.gt}"
         )
     settings = evaluation.settings
     candidates = None if settings["candidate"] is None else read_candidates(settings["candidate"])

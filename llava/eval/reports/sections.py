@@ -121,9 +121,10 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
         drawn.append(figure(shown, f"{metric.label}{', with 95 % intervals' if settings['resamples'] else ''}."))
     lone = any(entry.result.scores.lack_interval for entry in entries)
     text = (
-        f"Percent{_interval_words(settings, lone)}. paper: the published scripts' numbers, open is "
-        "recall, closed is accuracy; strict: whole words counted once, yes or no only where the answer says one of "
-        "them. Published rows were made with the paper set."
+        f"Percent{_interval_words(settings, lone)}. paper: the published scripts' numbers, faults "
+        "included; open is recall, closed is accuracy, and a closed answer is right wherever the reference's letters "
+        'stand in it: a no also in "nodule". strict: whole words counted once, yes or no only where the answer says '
+        "one of them. Published rows were made with the paper set."
     )
     return table(header, rows, classes) + _warnings(entries) + figures(*drawn) + note(text)
 

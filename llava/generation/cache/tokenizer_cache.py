@@ -29,7 +29,6 @@ class TokenizerCache:
         self._known: OrderedDict[tuple[Any, ...], list[int]] = OrderedDict()
         self._characters = 0
         self._lock = threading.Lock()
-        self.added_tokens_decoder = dict(getattr(tokenizer, "added_tokens_decoder", {}))
         self.all_special_tokens = list(tokenizer.all_special_tokens)
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:

@@ -69,10 +69,14 @@ class ChatForm:
     async def events(self, steps: AsyncGenerator[Choice, None]) -> AsyncGenerator[dict[str, Any], None]:
         deltas = [Deltas(self.functions) for _ in range(self.request.n)]
         whole = []
+        # Of steps that show nothing yet, as before a function's name is known: they go with the next one.
+        waiting: list[list[dict[str, Any]]] = [[] for _ in deltas]
         async for choice in steps:
             if choice.is_whole:
                 whole.append(choice)
+            choice.logprobs = waiting[choice.index] = waiting[choice.index] + choice.logprobs
             for delta in deltas[choice.index].of(choice):
+                waiting[choice.index] = []
                 yield self._chunk([self._delta(choice, delta)])
         if self.request.stream_options and self.request.stream_options.include_usage:
             yield self._chunk([]) | {"usage": usage_of(whole)}
@@ -156,11 +160,13 @@ def token_with_others(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def token(entry: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "token": entry["token"],
-        "logprob": entry["logprob"],
-        "bytes": list(entry["token"].encode("utf-8", "replace")),
-    }
+    return {"token": entry["token"], "logprob": entry["logprob"], "bytes": list(token_bytes(entry))}
+
+
+def token_bytes(entry: dict[str, Any]) -> bytes:
+    """What a token is in UTF-8, which may be a part of a character."""
+    given = entry.get("bytes")
+    return entry["token"].encode("utf-8", "replace") if given is None else bytes(given)
 
 
 def _call_id() -> str:

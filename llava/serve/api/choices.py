@@ -22,7 +22,7 @@ class Choice:
 
     index: int
     text: str = ""
-    """Without the blanks that templates leave before an answer."""
+    """Of an answer to messages without the blanks that templates leave before it."""
     delta: str = ""
     """What the last step added."""
     logprobs: list[dict[str, Any]] = field(default_factory=list)

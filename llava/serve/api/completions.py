@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from llava.sampling_params import MOST_LOGPROBS, Whole
-from llava.serve.api.chat import usage_of
+from llava.serve.api.chat import token_bytes, usage_of
 from llava.serve.api.choices import Choice, time_of_day
 from llava.serve.api.fields import ChoicesRequest
 from llava.serve.protocol import ErrorType, ServeError
@@ -86,10 +86,19 @@ class CompletionForm:
         offsets = []
         for entry in choice.logprobs:
             offsets.append(self.lengths[choice.index])
-            self.lengths[choice.index] += len(entry["token"])
+            # Characters that begin in it.
+            self.lengths[choice.index] += sum(byte & 0xC0 != 0x80 for byte in token_bytes(entry))
         return {
-            "tokens": [entry["token"] for entry in choice.logprobs],
+            "tokens": [_name(entry) for entry in choice.logprobs],
             "token_logprobs": [entry["logprob"] for entry in choice.logprobs],
-            "top_logprobs": [{one["token"]: one["logprob"] for one in entry["top"]} for entry in choice.logprobs],
+            "top_logprobs": [{_name(one): one["logprob"] for one in entry["top"]} for entry in choice.logprobs],
             "text_offset": offsets,
         }
+
+
+def _name(entry: dict[str, Any]) -> str:
+    """A token's text; of a part of a character its bytes, as OpenAI writes them."""
+    try:
+        return token_bytes(entry).decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(entry))

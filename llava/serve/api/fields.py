@@ -226,14 +226,13 @@ def calls_schema(functions: tuple[Function, ...]) -> dict[str, Any]:
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for place, function in enumerate(functions):
-        # References are from the root, where the functions' definitions now stand together.
-        renamed = json.dumps(function.parameters or _ANY_OBJECT).replace('"#/$defs/', f'"#/$defs/{place}-')
-        parameters = json.loads(renamed)
-        definitions |= {f"{place}-{name}": schema for name, schema in parameters.pop("$defs", {}).items()}
+        # A document of its own: what refers to its root ("#/…") goes on meaning that one. Draft 4 says "id".
+        name = f"urn:function:{place}"
+        definitions[f"{place}"] = (function.parameters or _ANY_OBJECT) | {"$id": name, "id": name}
         calls.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": function.name}, "arguments": parameters},
+                "properties": {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{place}"}},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }

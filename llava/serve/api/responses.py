@@ -155,9 +155,12 @@ class ResponsesForm:
 
     async def events(self, steps: AsyncGenerator[Choice, None]) -> AsyncGenerator[dict[str, Any], None]:
         logprobs: list[dict[str, Any]] = []
+        waiting: list[dict[str, Any]] = []
+        """Of steps that show nothing yet."""
         is_begun, said, choice = False, 0, Choice(0)
         async for choice in steps:
             logprobs += choice.logprobs
+            choice.logprobs = waiting = waiting + choice.logprobs
             content = self._content(choice)
             # Which function is called has to be known before anything is said of the call.
             if not is_begun and (self.call is None or self.call.name or choice.is_whole):
@@ -167,6 +170,7 @@ class ResponsesForm:
             new, said = content[said:], max(said, len(content))
             if new:
                 yield self._delta(new, choice)
+                waiting = []
         choice.logprobs = logprobs
         whole = await beside_loop(len(logprobs) > MOST_ENTRIES, self.whole, [choice])
         for event in self._closing(whole["output"][0]):

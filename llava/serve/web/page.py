@@ -141,7 +141,7 @@ class Page:
     def _lay_out_ask(self) -> None:
         self.examples = gr.HTML("", elem_id="examples", js_on_load=EXAMPLES_SCRIPT, apply_default_css=False)
         self.incoming = Incoming(self.scan)
-        self.draft = gr.HTML(elem_id="draft", apply_default_css=False)
+        self.draft = gr.HTML(draft_of(Chat()), elem_id="draft", apply_default_css=False)
         self.box = gr.MultimodalTextbox(
             file_count="multiple",
             sources=["upload"],

@@ -3,9 +3,8 @@
 A scan is in the server's memory alone, as the conversation that it belongs to. Needs neither torch nor gradio.
 """
 
-import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
@@ -15,7 +14,7 @@ from PIL import Image
 from llava.errors import ImageError
 from llava.image_options import ImageOptions, ImageWithOptions
 from llava.images import png_bytes
-from llava.images.opening import image_kind
+from llava.images.headers.kinds import image_kind
 from llava.serve.decoding.pool import DecodingPool
 from llava.serve.web.chat_state import LARGE, UploadedImage, reduced, reduced_url
 
@@ -158,6 +157,12 @@ class Scan:
             _, facts = self._describe(pool, (0, ImageOptions(axis=self.axis)))
             self.slices, self.place = [(0, None)] * int(facts["frames"]), int(facts["frame"])
 
+    def leave_out(self, number: int) -> None:
+        """One of the files goes; what is chosen is the middle of the others."""
+        self.slices = [(file - (file > number), frame) for file, frame in self.slices if file != number]
+        del self.files[number]
+        self.place = len(self.slices) // 2
+
     def view(self, pool: DecodingPool) -> UploadedImage:
         """The view as an image of a question."""
         file, options = self.source
@@ -168,22 +173,23 @@ class Scan:
         return UploadedImage.from_bytes(self.files[file], small, options, self.said())
 
 
-def read_scans(files: Sequence[tuple[str, bytes]], pool: DecodingPool) -> list[Scan]:
+def read_scans(files: Sequence[tuple[str, bytes]], pool: DecodingPool) -> tuple[list[Scan], list[str]]:
     """DICOM and NIfTI files (name, content) as scans: DICOM files of one series together, sorted by position, then by
-    number.
-
-    Raises:
-        ImageError: a file can't be read, or the first view of a scan not be opened; names the file.
+    number. And a line on each file that is left out: it can't be read, or its view, the first of a scan, not be opened.
     """
     scans: list[Scan] = []
+    refused: list[str] = []
     series: dict[str, list[tuple[tuple[float, float], list[int | None], bytes]]] = {}
     names = {id(content): name for name, content in files}
     for name, content in files:
-        if image_kind(content) == "nifti":
-            scans.append(Scan("nifti", [content], [(0, None)], 0))
-            continue
-        with _naming(name):
+        try:
+            if image_kind(content) == "nifti":
+                scans.append(Scan("nifti", [content], [(0, None)], 0))
+                continue
             place = pool.place(content)
+        except ImageError as error:
+            refused.append(f"{name}: {error}")
+            continue
         frames: list[int | None] = [*place.frames] or [None]
         series.setdefault(place.series, []).append(((place.position, place.number), frames, content))
     for members in series.values():
@@ -193,18 +199,14 @@ def read_scans(files: Sequence[tuple[str, bytes]], pool: DecodingPool) -> list[S
         ]
         scans.append(Scan("dicom", [content for *_, content in members], slices, len(slices) // 2))
     for scan in scans:
-        file, _ = scan.source
-        with _naming(names[id(scan.files[file])]):
-            scan.icon = reduced_url(scan.look(pool), ICON)
-    return scans
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
+        while scan.slices and not scan.icon:
+            file, _ = scan.source
+            try:
+                scan.icon = reduced_url(scan.look(pool), ICON)
+            except ImageError as error:
+                refused.append(f"{names[id(scan.files[file])]}: {error}")
+                scan.leave_out(file)
+    return [scan for scan in scans if scan.slices], refused
 
 
 def size_of(scan: Scan) -> int:

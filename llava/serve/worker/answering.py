@@ -23,7 +23,7 @@ class Piece:
 
     text: str = ""
     logprobs: tuple[dict[str, Any], ...] = ()
-    """Per token: {"token", "logprob", "top": [{"token", "logprob"}]}."""
+    """Per token: {"token", "logprob", "top": [{"token", "logprob"}]}, with "bytes" where they aren't the text's."""
     token_ids: tuple[int, ...] = ()
     """Where the engine knows them."""
     finish_reason: str | None = None

@@ -49,7 +49,8 @@ class EngineBackend:
 
     def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
         try:
-            return self.engine.submit(self._request(job), _listener(put, job.stream), pieces=job.stream).cancel
+            listener = self._listener(put, job.stream)
+            return self.engine.submit(self._request(job), listener, pieces=job.stream).cancel
         except (LlavaError, torch.OutOfMemoryError) as error:
             raise to_serve_error(error) from error
 
@@ -90,7 +91,44 @@ class EngineBackend:
 
     def _request(self, job: Job) -> Request:
         conversation = to_conversation(job.messages, self.template) if job.messages else job.prompt or ""
-        return Request(conversation, [_as_content(image) for image in job.images], job.sampling)
+        images = [_as_content(image) for image in job.images]
+        return Request(conversation, images, job.sampling, is_continued=job.messages is None)
+
+    def _listener(self, put: Callable[[Piece], None], is_streamed: bool) -> Callable[[EnginePiece | Answer], None]:
+        """The engine's news as this worker's pieces; the text of an answer that isn't streamed comes with the last."""
+        count = 0
+
+        def listen(news: EnginePiece | Answer) -> None:
+            nonlocal count
+            if isinstance(news, EnginePiece):
+                count += len(news.token_ids)
+                logprobs = tuple(self._logprob(entry) for entry in news.logprobs or ())
+                put(Piece(news.text, logprobs, tuple(news.token_ids)))
+            elif news.error is not None:
+                put(Piece(error=to_serve_error(news.error)))
+            elif news.finish_reason == "cancelled":
+                put(Piece(error=ServeError(ErrorType.CANCELLED)))
+            else:
+                usage = {
+                    "prompt_tokens": news.prompt_tokens,
+                    "completion_tokens": len(news.token_ids),
+                    "cached_tokens": news.cached_tokens,
+                }
+                late = tuple(self._logprob(entry) for entry in (news.logprobs or [])[count:])
+                text = "" if is_streamed else news.text
+                put(Piece(text, late, tuple(news.token_ids[count:]), news.finish_reason, usage))
+
+        return listen
+
+    def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
+        top = [self._token(token_id, text, logprob) for token_id, text, logprob in entry.top]
+        return self._token(entry.token_id, entry.text, entry.logprob) | {"top": top}
+
+    def _token(self, token_id: int, text: str, logprob: float) -> dict[str, Any]:
+        """With its bytes where they aren't the text's: in a part of a character."""
+        written = self.engine.scheduler.detokenizer.token_bytes(token_id)
+        part = {} if written == text.encode("utf-8", "replace") else {"bytes": list(written)}
+        return {"token": text, "logprob": logprob, **part}
 
 
 def to_serve_error(error: Exception) -> ServeError:
@@ -107,38 +145,6 @@ def to_serve_error(error: Exception) -> ServeError:
         return ServeError(ErrorType.BAD_REQUEST, str(error))
     logger.error("the engine failed", exc_info=error)
     return ServeError(ErrorType.INTERNAL)
-
-
-def _listener(put: Callable[[Piece], None], is_streamed: bool) -> Callable[[EnginePiece | Answer], None]:
-    """The engine's news as this worker's pieces; the text of an answer that isn't streamed comes with the last."""
-    count = 0
-
-    def listen(news: EnginePiece | Answer) -> None:
-        nonlocal count
-        if isinstance(news, EnginePiece):
-            count += len(news.token_ids)
-            logprobs = tuple(_logprob(entry) for entry in news.logprobs or ())
-            put(Piece(news.text, logprobs, tuple(news.token_ids)))
-        elif news.error is not None:
-            put(Piece(error=to_serve_error(news.error)))
-        elif news.finish_reason == "cancelled":
-            put(Piece(error=ServeError(ErrorType.CANCELLED)))
-        else:
-            usage = {
-                "prompt_tokens": news.prompt_tokens,
-                "completion_tokens": len(news.token_ids),
-                "cached_tokens": news.cached_tokens,
-            }
-            late = tuple(_logprob(entry) for entry in (news.logprobs or [])[count:])
-            text = "" if is_streamed else news.text
-            put(Piece(text, late, tuple(news.token_ids[count:]), news.finish_reason, usage))
-
-    return listen
-
-
-def _logprob(entry: TokenLogprob) -> dict:
-    top = [{"token": text, "logprob": logprob} for _, text, logprob in entry.top]
-    return {"token": entry.text, "logprob": entry.logprob, "top": top}
 
 
 def _as_content(image: SentImage) -> SentImage:

@@ -69,8 +69,7 @@ class UpstreamBackend:
                 ErrorType.BAD_REQUEST,
                 "this model is served through an OpenAI-compatible server: send messages, not a ready prompt",
             )
-        request = to_request(job, self.model, self.pool.open)
-        size = _image_characters(request)
+        request, size = to_request(job, self.model, self.pool.open)
         with self.lock:
             if self.counts["running"] + self.counts["waiting"] >= self.limit or self.held + size > MOST_HELD:
                 raise ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
@@ -144,19 +143,20 @@ class UpstreamBackend:
                 self.counts[name] += change
 
 
-def to_request(job: Job, model: str, open_upload: Callable = open_uploaded_image) -> dict[str, Any]:
-    """The keywords of the openai package's `chat.completions.create`; `open_upload` opens its images.
+def to_request(job: Job, model: str, open_upload: Callable = open_uploaded_image) -> tuple[dict[str, Any], int]:
+    """The keywords of the openai package's `chat.completions.create`, and how many characters its images have;
+    `open_upload` opens them.
 
     Raises:
         ServeError: BAD_IMAGE; TOO_LARGE, the images together have more than `MOST_SENT` characters.
     """
-    left = MOST_SENT
+    size = 0
 
     def png_url(image: SentImage) -> str:
-        nonlocal left
+        nonlocal size
         url = _png_url(image, open_upload)
-        left -= len(url)
-        if left < 0:
+        size += len(url)
+        if size > MOST_SENT:
             words = f"The images have more than {MOST_SENT >> 20} MiB as PNG, as they are sent on; send smaller ones."
             raise ServeError(ErrorType.TOO_LARGE, words)
         return url
@@ -174,7 +174,7 @@ def to_request(job: Job, model: str, open_upload: Callable = open_uploaded_image
         request |= {"logprobs": True, "top_logprobs": job.sampling.logprobs}
     # In addition to the package's own arguments, so that fields that OpenAI hasn't (vLLM's top_k) go through too.
     request["extra_body"] = job.sampling.openai_fields()
-    return request
+    return request, size
 
 
 def to_serve_error(error: Exception) -> ServeError:
@@ -217,11 +217,6 @@ def _png_url(image: SentImage, open_upload: Callable) -> str:
         raise ServeError(ErrorType.BAD_IMAGE, str(error)) from error
 
 
-def _image_characters(request: dict[str, Any]) -> int:
-    contents = [message["content"] for message in request["messages"] if isinstance(message["content"], list)]
-    return sum(len(part["image_url"]["url"]) for parts in contents for part in parts if "image_url" in part)
-
-
 def _usage(usage: Any) -> dict[str, int]:
     """What a server tells of its tokens, which may be nothing (None)."""
     details = getattr(usage, "prompt_tokens_details", None)
@@ -233,5 +228,13 @@ def _usage(usage: Any) -> dict[str, int]:
 
 
 def _logprob(entry: Any, top: int) -> dict[str, Any]:
-    others = [{"token": other.token, "logprob": other.logprob} for other in (entry.top_logprobs or ())[:top]]
-    return {"token": entry.token, "logprob": entry.logprob, "top": others}
+    return _token(entry) | {"top": [_token(other) for other in (entry.top_logprobs or ())[:top]]}
+
+
+def _token(entry: Any) -> dict[str, Any]:
+    """With the bytes that the server tells of a part of a character."""
+    written = getattr(entry, "bytes", None)
+    is_sound = isinstance(written, list) and len(written) <= MOST_OF_TOKEN
+    is_sound = is_sound and all(isinstance(byte, int) and 0 <= byte < 256 for byte in written)
+    part = {"bytes": written} if is_sound and bytes(written) != entry.token.encode() else {}
+    return {"token": entry.token, "logprob": entry.logprob, **part}

@@ -18,7 +18,7 @@ from llava.bars import tqdm
 from llava.errors import LlavaError, library_errors, one_line
 from llava.lines import MOST_LINE
 from llava.parquet import iter_parquet, parquet_schema
-from llava.records import Record, Replaced, atomic_path, parse_record, read_json_list
+from llava.records import Record, Replaced, atomic_path, parse_record, read_json_list, without_nulls
 from llava.train.data.kept_files import kept_path
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class ArrowRecords:
     def __getitem__(self, index: int) -> Record:
         with library_errors(f"{self.path} record {index}: can't be read"):
             row = self._table.slice(index, 1).to_pylist()[0]
-        return {key: value for key, value in row.items() if value is not None}
+        return without_nulls(row)
 
     def __reduce__(self):
         # A worker process maps the file itself; the table would travel with all its rows.

@@ -7,6 +7,9 @@ from llava.train.legacy_flags import is_true, split_flags
 
 Ranks = Sequence[tuple[tuple[int, ...], Prediction]]
 """Processes of a run, by number, and what is predicted for each of them."""
+IN_WORDS = {"moments": "the optimizer's moments", "gradients": "gradients, so far"}
+"""Parts of the memory as a reader is told of them: as a backward pass begins, when activations are most, few gradients
+are there."""
 
 
 def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
@@ -15,24 +18,27 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
     yield f"predicted, not measured: {p.gpus} × {gpu.name}" + (", rates from its data sheet" if gpu.is_scaled else "")
     for note in p.notes:
         yield f"note: {note}"
+    yield "memory of each GPU at the fullest moment of a step:"
     for name, size in p.parts_gb.items():
         if size >= 0.0005:
-            yield f"  {name:28}{size:9.2f} GB"
+            yield f"  {IN_WORDS.get(name, name):28}{size:9.2f} GB"
     yield f"  {'peak of each GPU':28}{p.peak_gb:9.2f} GB"
     for of, one in ranks if len(ranks) > 1 else ():
         name = f"process {of[0]}" if len(of) == 1 else f"processes {of[0]} to {of[-1]}"
         yield f"    {name:26}{one.peak_gb:9.2f} GB"
+    yield "work and time:"
     eager = f" ({p.mfu_eager:.1%} where nothing is compiled)" if p.mfu_eager not in (None, p.mfu) else ""
     rows = {
         "attention": p.attention,
         "gradients reduced in": p.reduce_dtype,
         "waits for the GPU": f"{p.host_syncs_per_micro_batch} a micro-batch, {p.host_syncs_per_step} a step more",
-        "optimizer step": f"{p.step_seconds:.2f} s, {p.micro_batches} micro-batches, {p.samples_per_step} samples",
+        "optimizer step": f"{p.step_seconds:.2f} s, {p.micro_batches} micro-batch{'es' * (p.micro_batches > 1)}, "
+        f"{p.samples_per_step} samples",
         "arithmetic, memory traffic": f"{p.flops_per_step / 1e12:.1f} TFLOP, {p.bytes_per_step / 1e9:.0f} GB a step",
         "tokens": f"{p.tokens_per_second:,.0f} a second on all GPUs",
         "MFU": f"{p.mfu:.1%} of {gpu.peak_tflops:g} TFLOP/s" + eager,
-        "a checkpoint": f"{p.checkpoint_gb:.1f} GB on disk; it takes {p.checkpoint_host_gb:.1f} GB of the first "
-        f"process's host memory and {p.checkpoint_peak_gb:.1f} GB of the GPU's",
+        "a checkpoint": f"{p.checkpoint_gb:.1f} GB on disk; writing it takes {p.checkpoint_peak_gb:.1f} GB of the "
+        f"GPU's memory and {p.checkpoint_host_gb:.1f} GB of the host's, in the first process",
         "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
     }
     unknown = p.records is None and p.max_steps <= 0
@@ -42,7 +48,7 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
     for name, text in rows.items():
         yield f"  {name:28}{text}"
     verdict = "fits" if p.fits else "does not fit"
-    yield f"{verdict}: {p.peak_gb:.1f} GB; of {gpu.memory_gb:g} GB, {gpu.usable_gb:.1f} GB are usable"
+    yield f"{verdict}: it takes {p.peak_gb:.1f} GB; of {gpu.memory_gb:g} GB, {gpu.usable_gb:.1f} GB are usable"
 
 
 def short(hours: float) -> str:

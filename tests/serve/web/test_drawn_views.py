@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
@@ -34,7 +35,7 @@ def pool():
 
 @pytest.fixture
 def scan(pool, tmp_path):
-    (scan,) = read_scans([(path.name, path.read_bytes()) for path in series(tmp_path, 64)], pool)
+    ((scan,), _) = read_scans([(path.name, path.read_bytes()) for path in series(tmp_path, 64)], pool)
     return scan
 
 
@@ -97,7 +98,7 @@ def test_views_make_way_for_images(pool, scan):
 
 
 def test_views_go_with_their_scan(pool, tmp_path):
-    (scan,) = read_scans([(path.name, path.read_bytes()) for path in series(tmp_path, 64)], pool)
+    ((scan,), _) = read_scans([(path.name, path.read_bytes()) for path in series(tmp_path, 64)], pool)
     budget = MemoryBudget(1 << 30)
     draw(scan, pool, DrawnViews(pool, budget), 1, 2)
     assert budget.taken > 0
@@ -142,13 +143,29 @@ def incoming(pool):
     return page.incoming
 
 
-def test_a_file_of_a_series_that_cannot_be_read_is_named(incoming, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "part"), [("IM001", 0.03), ("IM002", 0.5)], ids=["header", "pixels of the middle one"]
+)
+def test_a_file_of_a_series_that_cannot_be_read_is_named_and_left_out(incoming, tmp_path, name, part):
     paths = [str(path) for path in series(tmp_path, 64)[:3]]
-    content = (tmp_path / "IM001").read_bytes()
-    (tmp_path / "IM001").write_bytes(content[: len(content) // 30])
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(len(content) * part)])
     chat = Chat()
     asyncio.run(incoming.take(chat, paths, SimpleNamespace(request=None)))
-    assert len(chat.refused) == 1 and chat.refused[0].startswith("IM001: ") and not chat.scans
+    assert len(chat.refused) == 1 and chat.refused[0].startswith(f"{name}: ")
+    (scan,) = chat.scans
+    assert len(scan.files) == 2 and scan.slices == [(0, None), (1, None)] and scan.icon
+    assert content[: int(len(content) * part)] not in scan.files
+
+
+def test_of_many_that_cannot_be_read_it_is_said_how_many(incoming, tmp_path):
+    paths = [str(path) for path in series(tmp_path, 64)[:12]]
+    for path in paths[:10]:
+        Path(path).write_bytes(Path(path).read_bytes()[:300])
+    chat = Chat()
+    asyncio.run(incoming.take(chat, paths, SimpleNamespace(request=None)))
+    assert len(chat.refused) == 8 and chat.refused[-1] == "and 3 more of 12 files"
+    assert [len(scan.files) for scan in chat.scans] == [2]
 
 
 def test_an_upload_that_is_gone_takes_no_other_along(incoming, tmp_path):

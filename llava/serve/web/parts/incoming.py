@@ -102,9 +102,12 @@ class Incoming:
                 except FileNotFoundError:
                     refused.append(GONE)
             try:
-                await self.scans.take(chat, contents, _visitor(request))
+                refused += await self.scans.take(chat, contents, _visitor(request))
             except (LlavaError, ServeError) as error:
                 refused.append(str(error))
+            more = len(refused) - (MOST_REFUSED - 1)
+            if more > 1:
+                refused[-more:] = [f"and {more} more of {len(new)} files"]
             chat.refused = []
             for words in refused:
                 _note(chat, words)

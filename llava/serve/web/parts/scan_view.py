@@ -4,9 +4,10 @@ from typing import Any
 
 import gradio as gr
 
+from llava.constants import NO_IMAGE
 from llava.errors import ImageError, LlavaError
 from llava.image_options import AXES, CT_WINDOWS
-from llava.images.opening import image_kind
+from llava.images.headers.kinds import image_kind
 from llava.serve.decoding.pool import in_thread
 from llava.serve.protocol import ServeError
 from llava.serve.web.chat_state import Chat, UploadedImage, thumbnails
@@ -54,19 +55,28 @@ class ScanPart:
             slider.input(self.on_window, [chat, self.centre, self.width, model], [self.preset, *seen], **drawn)
         self.add.click(self.on_add, chat, draft, **quiet)
 
-    async def take(self, chat: Chat, files: list[tuple[str, bytes]], visitor: str) -> None:
-        """Read a visitor's uploads that are scans (name, content) into the chat.
+    async def take(self, chat: Chat, files: list[tuple[str, bytes]], visitor: str) -> list[str]:
+        """Read a visitor's uploads that are scans (name, content) into the chat; a line on each that is left out.
 
         Raises:
-            LlavaError, ServeError: they can't be read.
+            LlavaError, ServeError: none can be read.
         """
-        scans = await in_thread(read_scans, files, self.pool, seconds=READ_SECONDS) if files else []
+        if not files:
+            return []
+        scans, refused = await in_thread(read_scans, files, self.pool, seconds=READ_SECONDS)
+        taken = []
         for scan in scans:
-            self.budget.take(scan, size_of(scan))
+            try:
+                self.budget.take(scan, size_of(scan))
+            except LlavaError as error:
+                refused.append(str(error))
+                continue
             self.viewer.drawn.add(scan, visitor)
-        if scans:
+            taken.append(scan)
+        if taken:
             chat.current, chat.looked = len(chat.scans), None
-            chat.scans += scans
+            chat.scans += taken
+        return refused
 
     async def views(self, chat: Chat) -> list[UploadedImage]:
         """The chosen views, which a question is asked about.
@@ -153,7 +163,9 @@ def draft_of(chat: Chat) -> str:
     """HTML: what goes with the next question."""
     count = len(chat.draft) + sum(scan.is_wanted for scan in chat.scans)
     words = f"With your next question: {count} image{'s' if count > 1 else ''}." if count else ""
-    if not count and chat.scans:
+    if not count and not chat.images():
+        words = NO_IMAGE
+    elif not count and chat.scans:
         words = "The view is added already. Change the slice or the window to ask about another one."
     if not words:
         return ""
