@@ -134,6 +134,9 @@ def _by_id(path: str, needed: tuple[str, ...]) -> dict:
         lacking = [name for name in ("question_id", *needed) if row.get(name) is None]
         if lacking:
             raise LlavaError(f"{path} record {index}: no {' and no '.join(lacking)}")
+        if parts := [name for name in needed if isinstance(row[name], (list, dict))]:
+            kind = type(row[parts[0]]).__name__
+            raise LlavaError(f'{path} record {index}: "{parts[0]}" is a {kind}; expected a text')
         key = str(row["question_id"])  # one writer's 17 is another's "17"
         if key in rows:
             raise LlavaError(f"{path} record {index}: question_id {row['question_id']!r} stands there twice")

@@ -10,6 +10,7 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, complain, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, NO_IMAGE
+from llava.errors import LlavaError
 from llava.image_options import add_image_flags, image_options_from_args
 from llava.sampling_params import add_sampling_flags, sampling_from_args
 
@@ -40,6 +41,8 @@ def eval_model(args: Namespace) -> None:
 
     given = {name: value for name, value in _attributes(args).items() if value is not None}
     args = Namespace(**(vars(build_parser().parse_args(["--model-path", "", "--query", ""])) | given))
+    if not args.sep:
+        raise LlavaError("--sep is empty; give what stands between several images")
     sampling = sampling_from_args(args)
     # Before the model, which takes longer: an image that can't be read is found out at once.
     paths = [path for path in (args.image_file or "").split(args.sep) if path]

@@ -82,6 +82,20 @@ def test_the_manifest_says_what_decides_and_ids_of_training_may_stand_twice(file
     assert len(said[0]["train_sha256"]) == 64
 
 
+def test_a_model_without_a_vector_of_the_whole_image_is_refused(files):
+    from transformers import ViTMAEConfig, ViTMAEModel
+
+    tower = make_clip(files / "tower")  # for its image processor
+    size = dict.fromkeys(("hidden_size", "intermediate_size", "decoder_hidden_size", "decoder_intermediate_size"), 16)
+    size |= dict.fromkeys(("num_hidden_layers", "decoder_num_hidden_layers"), 1)
+    heads = dict.fromkeys(("num_attention_heads", "decoder_num_attention_heads"), 2)
+    side = read_json(tower / "config.json")["image_size"]
+    config = ViTMAEConfig(**size, **heads, image_size=side, patch_size=side)
+    ViTMAEModel(config).save_pretrained(tower)
+    with pytest.raises(LlavaError, match="tower: ViTMAEModel makes no vector of a whole image; CLIP and DINOv2 do"):
+        answer(files, "--vision-tower", str(tower), "--image-folder", str(files), "--device", "cpu")
+
+
 def test_one_name_in_two_folders_is_two_images(files):
     tower = make_clip(files / "tower")
     (files / "other").mkdir()

@@ -178,6 +178,9 @@ def test_answers_are_joined_by_id_as_text_and_have_to_be_texts(tmp_path):
     write_records(tmp_path / "a.jsonl", [{"question_id": "7", "text": None}])
     with pytest.raises(LlavaError, match=r"a\.jsonl record 0: no text"):
         join_by_id(str(tmp_path / "q.jsonl"), str(tmp_path / "a.jsonl"))
+    write_records(tmp_path / "a.jsonl", [{"question_id": "7", "text": ["a", "b"]}])
+    with pytest.raises(LlavaError, match=r'a\.jsonl record 0: "text" is a list; expected a text'):
+        join_by_id(str(tmp_path / "q.jsonl"), str(tmp_path / "a.jsonl"))
 
 
 def test_a_judge_that_hangs_is_given_up(files):

@@ -39,3 +39,10 @@ def test_placeholders_are_put_or_checked():
     assert with_images("Q? <image>", 1) == "Q? <image>"
     with pytest.raises(LlavaError, match="2 images"):
         with_images("<image> Q?", 2)
+
+
+def test_nothing_between_images_is_refused(tmp_path):
+    from llava.eval.run_llava import main
+
+    with pytest.raises(LlavaError, match="--sep is empty; give what stands between several images"):
+        main(["--model-path", str(tmp_path), "--query", "Q?", "--image-file", "a.png", "--sep", ""])

@@ -6,7 +6,8 @@ else ("shuffle"). What a model keeps of its score then, it doesn't get from the 
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class QuestionImages:
         defaults: how DICOM and NIfTI files are shown of which the questions say nothing.
 
     Raises:
-        LlavaError: images are missing (the number, the first question and path), or there is only one to shuffle.
+        LlavaError: images are missing (the number, the first question and path), or there are too few to shuffle.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class QuestionImages:
     ):
         self.ablation, self.seed = ablation, seed
         self.sources: dict[Any, Any] = {}
-        missing = []
+        missing, together = [], []
         for question in questions:
-            for image in question.images:
-                key = image_key(image)
+            keys = [image_key(image) for image in question.images]
+            together.append(keys)
+            for key, image in zip(keys, question.images, strict=True):
                 if key not in self.sources:
                     source = image_source(image_file(image), folder)
                     self.sources[key] = with_options_of(image, source)
@@ -66,7 +68,7 @@ class QuestionImages:
             self.sources = dict(zip(self.sources, with_default_options(list(self.sources.values()), defaults)))
         self._replacements: dict[Any, Any] = {}
         if ablation == "shuffle":
-            self._replacements = _derangement(list(self.sources), seed)
+            self._replacements = _derangement(together, seed)
 
     def of(self, question: Question) -> list[Any]:
         """What stands for the question's images: paths, bytes or PIL images; the same object for the same one."""
@@ -96,13 +98,32 @@ def image_source(image: Any, folder: str | Path | None) -> Any:
     return image if image.startswith("data:") else Path(folder or "") / image
 
 
-def _derangement(keys: list, seed: int) -> dict:
-    """Each image's replacement, never itself: a random cycle through all."""
-    if len(keys) < 2:
-        raise LlavaError(f"--ablate-image shuffle needs at least two different images; there are {len(keys)}")
-    order = sorted(keys)
+def _derangement(together: Sequence[Sequence[str]], seed: int) -> dict[str, str]:
+    """Each image's replacement, never one that a question shows beside it: a random cycle through all, with two
+    exchanged wherever it leads to such a one.
+
+    Args:
+        together: the images of each question.
+    """
+    own: dict[str, set[str]] = defaultdict(set)
+    for keys in together:
+        for key in keys:
+            own[key].update(keys)
+    if len(own) < 2:
+        raise LlavaError(f"--ablate-image shuffle needs at least two different images; there are {len(own)}")
+    order = sorted(own)
     random.Random(seed).shuffle(order)
-    return dict(zip(order, [*order[1:], order[0]]))
+    found = dict(zip(order, [*order[1:], order[0]]))
+    for key in order:
+        if found[key] in own[key]:
+            other = next((o for o in order if found[o] not in own[key] and found[key] not in own[o]), None)
+            if other is None:
+                raise LlavaError(
+                    f"--ablate-image shuffle needs an image of another question for each; of {len(own)} there is none "
+                    f'for "{key}": give more questions, or --ablate-image noise'
+                )
+            found[key], found[other] = found[other], found[key]
+    return found
 
 
 def _blank() -> Image.Image:

@@ -55,7 +55,9 @@ def image_vectors(
         batch = names[start : start + batch_size]
         pixels = torch.from_numpy(np.asarray(processor([open_image(sources[name]) for name in batch])))
         with torch.inference_mode():
-            found = model(pixels.to(model.device, model.dtype)).pooler_output
+            found = getattr(model(pixels.to(model.device, model.dtype)), "pooler_output", None)
+        if found is None:
+            raise LlavaError(f"{folder}: {type(model).__name__} makes no vector of a whole image; CLIP and DINOv2 do")
         vectors.update(zip(batch, found.float().cpu().numpy(), strict=True))
     return vectors
 

@@ -127,6 +127,10 @@ class LocalAnswers:
                 conversation.append_message(conversation.roles[0], ANSWER_PROMPT)
             finals = self._generate(engine, group, conversations, images)
             texts = [f"{text}\n{ANSWER_PROMPT} {final.text.strip()}" for text, final in zip(texts, finals)]
+            for about, final in zip(metadata, finals):
+                about["tokens"] += len(final.token_ids)
+                if final.finish_reason == "length":  # the text is cut, whichever of its two parts is
+                    about["finish_reason"] = "length"
         if self.yes_no_probabilities:
             from llava.eval.answers.yes_no import yes_probabilities
 
