@@ -36,6 +36,15 @@ def test_booleans_take_a_value_or_stand_alone(words, value):
     assert parser().parse_args(words).lazy_preprocess is value
 
 
+def test_the_home_folder_is_known_after_an_equals_sign(monkeypatch):
+    """A folder called ~ was made where the command ran."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = ArgumentParser()
+    parser.add_argument("--image-folder")
+    for given, taken in (("~/a~/b", "/home/me/a~/b"), ("a/~/b", "a/~/b"), ("~3", "~3")):
+        assert parser.parse_args([f"--image_folder={given}"]).image_folder == taken
+
+
 def test_no_abbreviations(capsys):
     with pytest.raises(SystemExit) as stop:
         parser().parse_args(["--model", "x"])
