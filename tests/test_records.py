@@ -263,6 +263,21 @@ def test_parquet_keeps_what_the_first_record_lacks(tmp_path):
     assert not (tmp_path / "b.parquet").exists()
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["bare", "marked"])
+@pytest.mark.parametrize("blanks", [b"\n" * 100, b" \r\n" * 700_000], ids=["some", "many"])
+@pytest.mark.parametrize("form", ["[{}]", "{}\n"])
+def test_blanks_may_stand_before_the_first_record(tmp_path, mark, blanks, form):
+    """Training read such a list, and validate took it for lines."""
+    path = tmp_path / "a.json"
+    path.write_bytes(mark + blanks + form.replace("{}", '{"id": "1"}').encode())
+    assert read_records(path) == [{"id": "1"}]
+    if form == "[{}]":
+        assert open_records(path, tmp_path)[0] == {"id": "1"}
+    path.write_bytes(mark + blanks)
+    with pytest.raises(LlavaError, match=r"a\.json: the file is empty"):
+        read_records(path)
+
+
 NAN = '{"id": "1", "image": NaN, "depth": -Infinity, "conversations": [{"value": NaN}]}'
 
 
