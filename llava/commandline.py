@@ -266,7 +266,8 @@ def existing_file(path: str | Path, what: str) -> Path:
     """`path` if it is a file, else a LlavaError that names it."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise LlavaError(f"{what} not found: {path}")
+        kind = "folder" if path.is_dir() else "device or a pipe"
+        raise LlavaError(f"{what} is a {kind}, not a file: {path}" if path.exists() else f"{what} not found: {path}")
     return path
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from llava.errors import LlavaError, first_line, library_errors
 from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
-from llava.lines import MOST_LINE, bounded_lines
+from llava.lines import MOST_LINE, bounded_lines, not_utf8
 from llava.parquet import iter_parquet
 
 Record = dict[str, Any]
@@ -187,7 +187,7 @@ def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Rec
 
 def _not_json(where: str | Path, error: Exception) -> LlavaError:
     if isinstance(error, UnicodeDecodeError):
-        return LlavaError(f"{where}: not UTF-8 ({error}); save the file as UTF-8")
+        return not_utf8(where, error)
     return LlavaError(f"{where}: not JSON ({error})")
 
 

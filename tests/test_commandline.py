@@ -1,12 +1,13 @@
 """Flags, booleans, one-line errors and exit codes, as every command has them."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from llava.commandline import ArgumentParser, parse_bool, write_line
-from llava.errors import first_line
+from llava.commandline import ArgumentParser, existing_file, parse_bool, write_line
+from llava.errors import LlavaError, first_line
 
 COMMAND = """
 from llava.commandline import ArgumentParser, run
@@ -43,6 +44,14 @@ def test_the_home_folder_is_known_after_an_equals_sign(monkeypatch):
     parser.add_argument("--image-folder")
     for given, taken in (("~/a~/b", "/home/me/a~/b"), ("a/~/b", "a/~/b"), ("~3", "~3")):
         assert parser.parse_args([f"--image_folder={given}"]).image_folder == taken
+
+
+def test_what_is_no_file_is_said(tmp_path):
+    """A pipe of the shell, <(zcat a.json.gz), was not found."""
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("pipe", "is a device or a pipe"), (".", "is a folder"), ("none", "not found")):
+        with pytest.raises(LlavaError, match=f"record file {words}"):
+            existing_file(tmp_path / name, "record file")
 
 
 def test_no_abbreviations(capsys):
