@@ -111,17 +111,17 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args([self._spell(arg) for arg in args], namespace)
 
     def _spell(self, arg: str) -> str:
-        """The known spelling of a flag written with the other kind of separator."""
+        """The known spelling of a flag written with the other kind of separator; `~/` after its `=`, which shells
+        leave as it is, is the home folder."""
         if not arg.startswith("--") or arg == "--":
             return arg
         flag, equals, value = arg.partition("=")
-        if flag in self._option_string_actions:
-            return arg
+        if value.startswith("~/"):
+            value = os.path.expanduser(value)
         wanted = flag.replace("_", "-")
-        for known in self._option_string_actions:
-            if known.replace("_", "-") == wanted:
-                return known + equals + value
-        return arg
+        spellings = (known for known in self._option_string_actions if known.replace("_", "-") == wanted)
+        known = flag if flag in self._option_string_actions else next(spellings, flag)
+        return known + equals + value
 
 
 _REQUIRED, _OPTIONS, _WRITTEN, _DEVICE, _GENERAL = (
@@ -266,7 +266,8 @@ def existing_file(path: str | Path, what: str) -> Path:
     """`path` if it is a file, else a LlavaError that names it."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise LlavaError(f"{what} not found: {path}")
+        kind = "folder" if path.is_dir() else "device or a pipe"
+        raise LlavaError(f"{what} is a {kind}, not a file: {path}" if path.exists() else f"{what} not found: {path}")
     return path
 
 

@@ -10,6 +10,13 @@ MOST_LINE = 64 << 20
 """Bytes or characters. What JSON makes of them takes up to 28 times as much memory."""
 
 
+def not_utf8(where: str | Path, error: UnicodeDecodeError) -> LlavaError:
+    """The error of a file of text that is something else."""
+    is_packed = error.object[:2] in (b"\x1f\x8b", b"PK")  # gzip; zip, as spreadsheets are
+    what_to_do = "unpack it, or save a spreadsheet as CSV in UTF-8" if is_packed else "save the file as UTF-8"
+    return LlavaError(f"{where}: not UTF-8 ({error}); {what_to_do}")
+
+
 def bounded_lines(file: IO[AnyStr], path: Path) -> Iterator[AnyStr]:
     """The lines with their ends.
 

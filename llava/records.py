@@ -21,7 +21,7 @@ from typing import Any
 
 from llava.errors import LlavaError, first_line, library_errors
 from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
-from llava.lines import MOST_LINE, bounded_lines
+from llava.lines import MOST_LINE, bounded_lines, not_utf8
 from llava.parquet import iter_parquet
 
 Record = dict[str, Any]
@@ -52,17 +52,25 @@ def iter_records(path: str | Path) -> Iterator[Record]:
     """
     path = Path(path)
     check_file(path)
-    with path.open("rb") as file:
-        head = file.read(64)
+    head = first_bytes(path)
     if head[:4] == b"PAR1":
         yield from _iter_parquet(path)
-    elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+    elif head[:1] == b"[":
         yield from _iter_json(path)
-    elif not head.strip() and path.stat().st_size <= len(head):
+    elif not head:
         raise LlavaError(f"{path}: the file is empty")
     else:
         for _, record in iter_jsonl(path):
             yield record
+
+
+def first_bytes(path: Path) -> bytes:
+    """Some bytes of a file from the first one that is no blank and no mark of UTF-8; none if there is no other."""
+    with path.open("rb") as file:
+        head = file.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()
+        while not head and (more := file.read(1 << 16)):
+            head = more.lstrip()
+    return head
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -179,7 +187,7 @@ def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Rec
 
 def _not_json(where: str | Path, error: Exception) -> LlavaError:
     if isinstance(error, UnicodeDecodeError):
-        return LlavaError(f"{where}: not UTF-8 ({error}); save the file as UTF-8")
+        return not_utf8(where, error)
     return LlavaError(f"{where}: not JSON ({error})")
 
 
@@ -247,7 +255,8 @@ def _iter_json(path: Path) -> Iterator[Record]:
     text, place, index = "", 0, 0
     with path.open(encoding="utf-8-sig") as file, Replaced(path) as replaced:
         try:
-            text = file.read(_WINDOW)
+            while not text.strip():
+                text = file.read(_WINDOW)
             place = _skip_blanks(text, 0) + 1  # after the "["
             while True:
                 if len(text) - place < _WINDOW // 4 and (more := file.read(_WINDOW)):

@@ -1,12 +1,13 @@
 """Flags, booleans, one-line errors and exit codes, as every command has them."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from llava.commandline import ArgumentParser, parse_bool, write_line
-from llava.errors import first_line
+from llava.commandline import ArgumentParser, existing_file, parse_bool, write_line
+from llava.errors import LlavaError, first_line
 
 COMMAND = """
 from llava.commandline import ArgumentParser, run
@@ -34,6 +35,23 @@ def test_dashes_and_underscores_are_the_same():
 @pytest.mark.parametrize(("words", "value"), [(["--lazy_preprocess", "False"], False), ([], False)])
 def test_booleans_take_a_value_or_stand_alone(words, value):
     assert parser().parse_args(words).lazy_preprocess is value
+
+
+def test_the_home_folder_is_known_after_an_equals_sign(monkeypatch):
+    """A folder called ~ was made where the command ran."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = ArgumentParser()
+    parser.add_argument("--image-folder")
+    for given, taken in (("~/a~/b", "/home/me/a~/b"), ("a/~/b", "a/~/b"), ("~3", "~3")):
+        assert parser.parse_args([f"--image_folder={given}"]).image_folder == taken
+
+
+def test_what_is_no_file_is_said(tmp_path):
+    """A pipe of the shell, <(zcat a.json.gz), was not found."""
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("pipe", "is a device or a pipe"), (".", "is a folder"), ("none", "not found")):
+        with pytest.raises(LlavaError, match=f"record file {words}"):
+            existing_file(tmp_path / name, "record file")
 
 
 def test_no_abbreviations(capsys):

@@ -1,16 +1,19 @@
 """Record files: read by content, written whole or not at all, resumed without a lost or doubled line."""
 
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
 
+from llava.data.sources.tables import read_table
 from llava.errors import LlavaError
 from llava.folders import open_to_others
 from llava.records import (
@@ -263,6 +266,21 @@ def test_parquet_keeps_what_the_first_record_lacks(tmp_path):
     assert not (tmp_path / "b.parquet").exists()
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["bare", "marked"])
+@pytest.mark.parametrize("blanks", [b"\n" * 100, b" \r\n" * 700_000], ids=["some", "many"])
+@pytest.mark.parametrize("form", ["[{}]", "{}\n"])
+def test_blanks_may_stand_before_the_first_record(tmp_path, mark, blanks, form):
+    """Training read such a list, and validate took it for lines."""
+    path = tmp_path / "a.json"
+    path.write_bytes(mark + blanks + form.replace("{}", '{"id": "1"}').encode())
+    assert read_records(path) == [{"id": "1"}]
+    if form == "[{}]":
+        assert open_records(path, tmp_path)[0] == {"id": "1"}
+    path.write_bytes(mark + blanks)
+    with pytest.raises(LlavaError, match=r"a\.json: the file is empty"):
+        read_records(path)
+
+
 NAN = '{"id": "1", "image": NaN, "depth": -Infinity, "conversations": [{"value": NaN}]}'
 
 
@@ -292,6 +310,17 @@ def test_another_encoding_is_said(tmp_path, encoding, read, form):
     path.write_text(form.replace("{}", '{"question": "肝脏大吗"}'), encoding=encoding)
     with pytest.raises(LlavaError, match=r"not UTF-8 .*; save the file as UTF-8"):
         read(path)
+
+
+@pytest.mark.parametrize("read", [read_json, read_records, lambda path: list(read_table(path, ["a"]))])
+def test_what_is_packed_is_to_be_unpacked(tmp_path, read):
+    """It was to be saved as UTF-8, a spreadsheet too."""
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'{"id": "1"}'))
+    with zipfile.ZipFile(tmp_path / "a.xlsx", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("[Content_Types].xml", "<Types/>" * 100)
+    for name in ("a.json.gz", "a.xlsx"):
+        with pytest.raises(LlavaError, match=f"{name}.*: not UTF-8 .*; unpack it, or save a spreadsheet as CSV"):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize(

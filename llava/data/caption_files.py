@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llava.errors import LlavaError, one_line
 from llava.folders import check_file
-from llava.records import Record, iter_jsonl, iter_records, read_json
+from llava.records import Record, first_bytes, iter_jsonl, iter_records, read_json
 
 _FIGURE_KEYS = {"pair_id", "id", "image"}
 
@@ -37,8 +37,7 @@ def iter_captions(path: Path) -> Iterator[tuple[str, str | None, Record]]:
 def _one_object(path: Path) -> Record | None:
     """The object that the whole file is; None if it is a list, lines or Parquet."""
     check_file(path)
-    with path.open("rb") as file:
-        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    head = first_bytes(path)
     if not head.startswith(b"{") or head[1:].lstrip()[:1] not in (b'"', b"}") or path.suffix == ".jsonl":
         return None
     lines = iter_jsonl(path)

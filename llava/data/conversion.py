@@ -61,7 +61,10 @@ class ImageFolder:
         """Whether a record with this image is to be written; counts the records whose image isn't there."""
         if name not in self._known:
             if not is_inside(name):
-                raise LlavaError(f"image {name!r} points outside the image folder; give a relative path without '..'")
+                raise LlavaError(
+                    f"image {name!r:.200} isn't read: it leads out of the image folder, or isn't spelt as Linux does; "
+                    f"give a path below the folder, with / and without '..'"
+                )
             self._known[name] = self.folder is None or is_file(self.folder / name)
         if self._known[name]:
             return True

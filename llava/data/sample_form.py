@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.errors import LlavaError
 from llava.records import read_json
 from llava.tokenization import ImageTokens
 
@@ -44,10 +45,13 @@ def form_of(
     """The form of samples that training from `folder` would make; what is given takes the place of the model's own.
 
     Raises:
-        LlavaError: a template or scheme that doesn't exist, a configuration that can't be read.
+        LlavaError: a template or scheme that doesn't exist, a number of positions that can't be, a configuration that
+            can't be read.
     """
     from llava.conversation import get_template
 
+    if features_per_image is not None and features_per_image < 1:
+        raise LlavaError(f"--features-per-image {features_per_image}: give 1 or more")
     own = _own_form(folder)
     get_template(template or own.template)  # an unknown name is an error now, not once per record
     tokens = own.image_tokens

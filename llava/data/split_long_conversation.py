@@ -53,6 +53,8 @@ def main(argv=None) -> int:
     end = args.end if args.end is not None and args.end >= 0 else None
     if args.begin < 0 or (end is not None and end <= args.begin):
         raise LlavaError(f"--begin {args.begin} --end {args.end}: no record lies between them")
+    if args.max_length < 1:
+        raise LlavaError(f"--max-length {args.max_length}: give 1 or more")
     if Path(args.out_file).resolve() == path.resolve():
         raise LlavaError(f"--out-file {args.out_file}: give another name than the input's")
     length_of = _length_function(args)
@@ -78,6 +80,9 @@ def split_all(
     """The records, long ones in pieces of at most `max_length` positions wherever that is possible.
 
     `begin` is the number of the first record, by which pieces are called whose record has no id.
+
+    Raises:
+        LlavaError: there are no records.
     """
     for number, record in enumerate(records, begin):
         counts.records += 1
@@ -85,6 +90,8 @@ def split_all(
         for piece in _pieces(record, name, length_of, max_length, counts):
             counts.pieces += 1
             yield piece
+    if not counts.records:
+        raise LlavaError(f"--in-file holds no record number {begin}")
 
 
 def _pieces(

@@ -9,7 +9,7 @@ such figures always are; how many sentences gave no pair is counted and shown.
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
-from llava.errors import one_line
+from llava.errors import LlavaError, one_line
 
 
 def build_parser() -> ArgumentParser:
@@ -28,6 +28,8 @@ def main(argv=None) -> int:
     from llava.records import write_json
 
     args = build_parser().parse_args(argv)
+    if args.max_records is not None and args.max_records < 1:
+        raise LlavaError(f"--max-records {args.max_records}: give 1 or more")
     stats = collect(args.input, args.max_records)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -246,15 +246,17 @@ def _make_checker(options: Options) -> Callable[[list[Record]], list]:
 
 
 def _options(args) -> Options:
-    for name in ("model_max_length", "features_per_image", "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise LlavaError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    for name in ("model_max_length", "workers"):
+        if getattr(args, name) < 1:
+            raise LlavaError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
     options = Options(
         image_folder=existing_dir(args.image_folder, "--image-folder") if args.image_folder else None,
         max_length=args.model_max_length,
     )
     if not args.tokenizer:
+        for name in ("template", "features_per_image", "mm_use_im_start_end", "image_tokens"):
+            if getattr(args, name) is not None:
+                raise LlavaError(f"--{name.replace('_', '-')} is about lengths: give --tokenizer too, or leave it out")
         return options
     folder = existing_dir(args.tokenizer, "--tokenizer")
     form = form_of(folder, args.template, args.features_per_image, args.image_tokens, args.mm_use_im_start_end)

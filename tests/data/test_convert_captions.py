@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from llava.data.convert import main
+from llava.data.record_checks import check_form
 from llava.data.sources.roco import read_captions, read_licences
 from llava.errors import LlavaError
 from llava.records import read_json, read_records
@@ -204,3 +205,16 @@ def test_options_that_are_letters_are_left_out_where_answers_are_texts(tmp_path)
     for one in json.loads((tmp_path / "o" / "test.json").read_text()):
         answer = one["conversations"][1]["value"]
         assert one["options"][chosen_option(answer, one["options"])] == answer
+
+
+def test_options_with_a_mark_of_an_image_are_left_out(tmp_path):
+    """Training would have looked for a second image."""
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "Figure_path,Question,Choice A,Choice B,Choice C,Choice D,Answer\n"
+        "a.jpg,Which?,A:<image>,B:b,C:c,D:d,B\na.jpg,Which side?,A:left,B:right,C:both,D:none,B\n"
+    )
+    main(["mcq", "--input", str(table), "--output-dir", str(tmp_path / "o")])
+    (record,) = read_records(tmp_path / "o" / "test.json")
+    assert check_form(record) == []
+    assert read_json(tmp_path / "o" / "manifest.json")["left_out"] == {"an option holds <image>": 1}

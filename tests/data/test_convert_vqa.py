@@ -357,6 +357,7 @@ def test_csv_flags_that_cannot_be_are_named(work, flags, message):
         ),
         ("image,question,answer\n", "no records"),
         ("image,question,answer,answer\na.jpg,q,yes,no\n", "2 columns are called answer; rename"),
+        ("image,question,answer\nsub\\a.jpg,q,a\n", "isn't spelt as Linux does; give a path below the folder, with /"),
     ],
 )
 def test_csv_faults_are_named(work, text, message):

@@ -76,6 +76,12 @@ def test_speakers_and_images_of_every_kind_are_counted(tmp_path):
     assert stats.lengths == {"instructions": [3, 3], "responses": [2, 4, 4]}
 
 
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_no_records_are_no_number_to_read(tmp_path, number):
+    with pytest.raises(LlavaError, match=f"--max-records {number}: give 1 or more"):
+        stats.main([str(tmp_path / "instruct.json"), "--output-dir", str(tmp_path), "--max-records", number])
+
+
 def test_the_first_so_many_records_are_read(tmp_path):
     write_json(tmp_path / "instruct.json", records())
     stats.main([str(tmp_path / "instruct.json"), "--output-dir", str(tmp_path / "out"), "--max-records", "3"])

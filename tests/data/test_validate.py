@@ -163,6 +163,12 @@ def test_bad_flags_are_one_clear_error(tmp_path):
         (["--tokenizer", str(tmp_path), "--template", "nonsense"], "nonsense"),
         (["--image-folder", "/no/such"], "not a folder"),
         (["--workers", "0"], "--workers 0"),
+        (["--tokenizer", str(tmp_path), "--features-per-image", "0"], "--features-per-image 0: give 1 or more"),
+        *(
+            ([flag, value], f"{flag} is about lengths: give --tokenizer too")
+            for flag, value in (("--template", "v1"), ("--image-tokens", "patch"), ("--features-per-image", "9"))
+        ),
+        (["--mm-use-im-start-end"], "--mm-use-im-start-end is about lengths: give --tokenizer too"),
     ):
         with pytest.raises(LlavaError, match=message):
             validate.main([path, *flags])
@@ -269,6 +275,20 @@ def test_split_takes_a_range_and_counts_what_is_too_long(tmp_path, capsys):
     pieces = split(tmp_path, records, "--max-length", "100", "--begin", "1", "--end", "3")
     assert [piece["id"] for piece in pieces] == ["1", "2"]
     assert "2 pieces are one question and answer longer than 100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-length", "0"), "--max-length 0: give 1 or more"),
+        (("--features-per-image", "0"), "--features-per-image 0: give 1 or more"),
+        (("--begin", "1"), "holds no record number 1"),
+    ],
+)
+def test_a_split_that_cannot_be_writes_nothing(tmp_path, flags, message):
+    with pytest.raises(LlavaError, match=message):
+        split(tmp_path, [GOOD], *flags)
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_pieces_of_records_without_an_id_are_told_apart_by_their_number(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.commandline import ArgumentParser
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import Conversion, ImageFolder, clean_text, fault_of_texts, text_of, value_of, vqa_record
 from llava.data.sources.tables import read_table
 from llava.errors import LlavaError
@@ -152,6 +153,8 @@ def _choice(
     lowered = [text.lower() for text in options]
     if fault := fault_of_texts(question, right):
         conversion.left_out[fault] += 1
+    elif any(DEFAULT_IMAGE_TOKEN in text for text in options):
+        conversion.left_out[f"an option holds {DEFAULT_IMAGE_TOKEN}"] += 1
     elif len(options) < 2:
         conversion.left_out["fewer than two options"] += 1
     elif len(set(lowered)) < len(lowered):

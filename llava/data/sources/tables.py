@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava.errors import LlavaError
 from llava.folders import check_file
-from llava.lines import bounded_lines
+from llava.lines import bounded_lines, not_utf8
 
 _LONGEST_CELL = 1 << 24
 _MOST_BYTES = 256 << 20
@@ -25,7 +25,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
-        raise LlavaError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
+        raise not_utf8(path, error) from error
 
 
 def read_table(
@@ -68,4 +68,4 @@ def read_table(
         except csv.Error as error:
             raise LlavaError(f"{path} line {reader.line_num}: not a readable table ({error})") from error
         except UnicodeDecodeError as error:
-            raise LlavaError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
+            raise not_utf8(path, error) from error

@@ -18,7 +18,7 @@ from llava.bars import tqdm
 from llava.errors import LlavaError, library_errors, one_line
 from llava.lines import MOST_LINE
 from llava.parquet import iter_parquet, parquet_schema
-from llava.records import Record, Replaced, atomic_path, parse_record, read_json_list, without_nulls
+from llava.records import Record, Replaced, atomic_path, first_bytes, parse_record, read_json_list, without_nulls
 from llava.train.data.kept_files import kept_path
 
 logger = logging.getLogger(__name__)
@@ -50,17 +50,14 @@ def open_records(path: str | Path, output_dir: str | Path = ".") -> RecordStore:
     path = Path(path).expanduser()
     if not path.is_file():
         raise LlavaError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(64)
-        while head and not head.strip():  # blanks may come first
-            head = file.read(64)
+    head = first_bytes(path)
     if not head:
         raise LlavaError(f"{path}: the file is empty")
     if head[:4] == b"PAR1":
         store: RecordStore = ArrowRecords(path, _unpacked(path, Path(output_dir)))
     elif head[:6] == b"ARROW1":
         store = ArrowRecords(path, path)
-    elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+    elif head[:1] == b"[":
         store = ListRecords(path)
     else:
         store = JsonlRecords(path)
