@@ -233,8 +233,10 @@ def _logprob(entry: Any, top: int) -> dict[str, Any]:
 
 def _token(entry: Any) -> dict[str, Any]:
     """With the bytes that the server tells of a part of a character."""
+    told = {"token": entry.token, "logprob": entry.logprob}
     written = getattr(entry, "bytes", None)
-    is_sound = isinstance(written, list) and len(written) <= MOST_OF_TOKEN
-    is_sound = is_sound and all(isinstance(byte, int) and 0 <= byte < 256 for byte in written)
-    part = {"bytes": written} if is_sound and bytes(written) != entry.token.encode() else {}
-    return {"token": entry.token, "logprob": entry.logprob, **part}
+    if isinstance(written, list) and len(written) <= MOST_OF_TOKEN:
+        is_sound = all(isinstance(byte, int) and 0 <= byte < 256 for byte in written)
+        if is_sound and bytes(written) != entry.token.encode():
+            told["bytes"] = written
+    return told
