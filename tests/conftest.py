@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -13,6 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported first
+
+
+# By default hypothesis fails an example that takes longer than 200 ms: on a busy machine any may.
+settings.register_profile("no time limit", deadline=None)
+settings.load_profile("no time limit")
 
 
 def pytest_configure(config):
