@@ -88,7 +88,8 @@ def _files_in(results: Path) -> set[str | None]:
 
     if not results.is_file() or not results.stat().st_size:
         return set()
-    return {record.get("pred") for record in iter_records(results)}
+    found = (record.get("pred") for record in iter_records(results))
+    return {pred if isinstance(pred, str) else None for pred in found}
 
 
 def answer_files(

@@ -318,3 +318,30 @@ def test_multiple_choice_questions_are_counted_in_every_table(tmp_path, capsys):
     report.main([*files, "--pred", f"m={pred}", "--output", str(tmp_path / "page.html")])
     assert "| m | test | 0 / 0 / 5 |" in (tmp_path / "page.md").read_text()
     assert "choice questions" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        ([], "what it holds has to be an object"),
+        ({"decoding": "greedy"}, "decoding has to be an object"),
+        ({"decoding": {"temperature": "hot"}}, "temperature has to be a number"),
+        ({"image_options": ["a"]}, "image_options has to be an object"),
+        ({"versions": ["a"]}, "versions has to be an object"),
+        ({"questions": 7}, "questions has to be a text"),
+        ({"sha256": 5}, "sha256 has to be a text"),
+    ],
+)
+def test_a_manifest_that_was_edited_to_nonsense_is_one_line(files, manifest, words):
+    path = files / "seen.jsonl.manifest.json"
+    path.write_text(json.dumps(manifest))
+    for flags in (["--gt", str(files / "test.json")], []):
+        with pytest.raises(LlavaError, match=rf"seen\.jsonl\.manifest\.json: {words}; restore the file, or remove it"):
+            make(files, *flags)
+
+
+def test_a_manifest_may_lack_what_it_usually_says(files):
+    path = files / "seen.jsonl.manifest.json"
+    path.write_text(json.dumps({"counts": {"cut_at_max_new_tokens": 3}, "decoding": None}))
+    html, _ = make(files, "--gt", str(files / "test.json"))
+    assert "<strong>m: 3 of 20 answers were cut at the limit of tokens.</strong>" in html

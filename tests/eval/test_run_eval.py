@@ -119,6 +119,9 @@ def test_candidates_and_the_rules_of_another_script(files, tmp_path):
     other = run_json(files(), tmp_path, "--candidate", str(tmp_path / "open.json"), "--script", "run_eval")
     assert plain["paper"]["open accuracy"]["value"] == 50, "the answer holds the reference"
     assert other["paper"]["open accuracy"]["value"] == 100, "the reference is the nearest candidate"
+    (tmp_path / "open.json").write_text(json.dumps({"0": ["left lung", None]}))
+    with pytest.raises(LlavaError, match="answer 2 is null; expected a text"):
+        run_eval.main([*files(), "--candidate", str(tmp_path / "open.json")])
 
 
 def test_per_item_output_has_every_question_with_both_sets(files, tmp_path):

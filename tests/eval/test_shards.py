@@ -3,16 +3,19 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
 from argparse import Namespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
 from llava.eval import model_vqa_med, run_med_datasets_eval_batch
 from llava.eval.answers.shards import Shard, shard_of
+from llava.model.convert.projector_extract import extract_projector
 from tests.eval.test_answers import NUMBER, flags
 from tests.eval.test_answers import data as data
 from tests.eval.test_answers import finished as finished
@@ -199,3 +202,16 @@ def test_a_dry_run_in_parts_shows_its_prompt(tmp_path, capsys):
     flags = ["--api-model", "m", "--api-key", "k", "--api-base", "http://127.0.0.1:9/v1", "--dry-run"]
     main(["--question-file", questions, "--answers-file", str(tmp_path / "a.jsonl"), "--num-chunks", "2", *flags])
     assert "What is it?" in capsys.readouterr().out
+
+
+def test_a_base_model_that_was_exchanged_is_another_run(model, data, tmp_path):
+    llm = shutil.copytree(model.parent / "llm", tmp_path / "llm")
+    extract_projector(model, tmp_path / "projector")
+    (projector,) = (tmp_path / "projector").glob("mm_projector.*")
+    words = flags(llm, data, tmp_path / "a.jsonl", "--mm-projector", str(projector), "--device", "cpu")
+    model_vqa_med.main(words)
+    (weights,) = llm.glob("*.safetensors")
+    other = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(other, weights, {"format": "pt"})
+    with pytest.raises(LlavaError, match=r"is complete and of another run \(different: model_base_digest\)"):
+        model_vqa_med.main(words)

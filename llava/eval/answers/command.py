@@ -137,6 +137,7 @@ def answer_file(
         "checkpoint": model.path,
         "model_base": model.base,
         **checkpoint_facts(model.path),
+        **_digests(model_base=model.base, vision_tower=args.vision_tower),
         "conv_mode": args.conv_mode,
         "quantized": 8 * args.load_8bit + 4 * args.load_4bit,
         "vision_tower": args.vision_tower,
@@ -157,6 +158,14 @@ def answer_file(
         option_likelihoods=args.option_likelihoods,
     )
     return answer_questions(questions, args.answers_file, settings, fill, overwrite=args.overwrite, whole=whole)
+
+
+def _digests(**folders: str | None) -> dict[str, str]:
+    """`<name>_digest` of each folder given beside the checkpoint: at its path another model may lie tomorrow."""
+    from llava.eval.answers.checkpoint_facts import checkpoint_facts
+
+    found = {f"{name}_digest": checkpoint_facts(path)["checkpoint_digest"] for name, path in folders.items() if path}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def local_model(args: Namespace):

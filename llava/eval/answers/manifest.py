@@ -10,11 +10,46 @@ from typing import Any
 from llava.commandline import existing_file
 from llava.data.conversion import MANIFEST_FILE
 from llava.errors import LlavaError
-from llava.manifests import read_manifest, sha256_of
+from llava.manifests import manifest_path, read_manifest, sha256_of
 from llava.records import read_json
 from llava.sampling_params import SamplingParams
 
 _ALWAYS_NAMED = ("temperature", "top_p", "num_beams", "max_new_tokens", "seed")
+
+
+def manifest_of(file: str | Path) -> dict[str, Any] | None:
+    """The manifest of an answer file, its entries of the kinds that they are written in; None if there is none.
+
+    Raises:
+        LlavaError: it is no object, or an entry is of another kind, as after an edit by hand.
+    """
+    manifest: Any = read_manifest(file)
+    if manifest is None:
+        return None
+    path, entries = manifest_path(file), manifest if isinstance(manifest, dict) else {}
+    _check_kind(path, "what it holds", manifest, dict)
+    for kind, names in _ENTRIES.items():
+        for name in names:
+            _check_kind(path, name, entries.get(name), kind)
+    for name in ("temperature", "num_beams"):
+        _check_kind(path, name, (entries.get("decoding") or {}).get(name), float)
+    return entries
+
+
+_ENTRIES = {
+    dict: ("decoding", "counts", "versions", "image_options", "memory"),
+    str: (
+        *("sha256", "questions", "questions_sha256", "checkpoint", "checkpoint_digest"),
+        *("template", "ablate_image", "image_folder"),
+    ),
+}
+
+
+def _check_kind(path: Path, name: str, value: Any, kind: type) -> None:
+    """Null is of every kind, and a whole number a number."""
+    if value is not None and not isinstance(value, int | float if kind is float else kind):
+        words = {dict: "an object", str: "a text", float: "a number"}[kind]
+        raise LlavaError(f"{path}: {name} has to be {words}; restore the file, or remove it")
 
 
 def questions_of(file: str | Path) -> Path:
@@ -23,7 +58,7 @@ def questions_of(file: str | Path) -> Path:
     Raises:
         LlavaError: there is no manifest, it names none, or they aren't there.
     """
-    questions = (read_manifest(file) or {}).get("questions")
+    questions = (manifest_of(file) or {}).get("questions")
     if not questions:
         raise LlavaError(f"{file}: no manifest says which questions it answers; give --gt")
     return existing_file(questions, "questions of the manifest")

@@ -8,14 +8,14 @@ from typing import Any
 from llava.bars import tqdm
 from llava.data.vqa_items import read_vqa_items
 from llava.errors import LlavaError
-from llava.eval.answers.manifest import describe, read_dataset_manifest
+from llava.eval.answers.manifest import describe, manifest_of, read_dataset_manifest
 from llava.eval.metrics.calibration import Calibration, calibrate
 from llava.eval.metrics.joined import JoinedItem, clusters_of, join, metadata_of, read_answers
 from llava.eval.metrics.score import Scores, group_keys, score_items
 from llava.eval.metrics.strict import reference_polarity
 from llava.eval.reports.tables import calibration_line, group_table, score_table
 from llava.eval.scoring_flags import RESAMPLES
-from llava.manifests import read_manifest, sha256_of
+from llava.manifests import sha256_of
 from llava.records import read_json
 
 
@@ -144,7 +144,7 @@ def evaluate(
         progress=lambda entries: tqdm(entries, desc="scoring", unit="answer", leave=False, disable=None),
     )
     answered = sum(bool(entry.record) for entry in joined)
-    manifest = read_manifest(pred)
+    manifest = manifest_of(pred)
     return Evaluation(
         gt=Path(gt),
         pred=Path(pred),
@@ -196,4 +196,8 @@ def read_candidates(path: str | Path) -> list[object]:
         content = next(iter(content.values()))
     if not isinstance(content, list) or not content:
         raise LlavaError(f'{path}: expected {{"0": [answer, …]}} with at least one answer')
+    for number, answer in enumerate(content, 1):
+        if answer is None or isinstance(answer, (list, dict)):
+            kind = "null" if answer is None else f"a {type(answer).__name__}"
+            raise LlavaError(f"{path}: answer {number} is {kind}; expected a text")
     return content

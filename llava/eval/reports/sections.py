@@ -143,10 +143,12 @@ def _warnings(entries: Sequence[Entry]) -> Markup:
     parts = []
     for entry in entries:
         words = [*entry.result.remarks]
-        counts = (entry.result.manifest or {}).get("counts") or {}
+        manifest = entry.result.manifest or {}
+        counts = manifest.get("counts") or {}
         if cut := counts.get("cut_at_max_new_tokens"):
-            limit = (entry.result.manifest or {}).get("decoding", {}).get("max_new_tokens")
-            words.append(f"{cut:,} of {counts['questions']:,} answers were cut at the limit of {limit} tokens.")
+            limit = (manifest.get("decoding") or {}).get("max_new_tokens")
+            asked = counts.get("questions", entry.result.asked)
+            words.append(f"{cut:,} of {asked:,} answers were cut at the limit of {f'{limit} ' if limit else ''}tokens.")
         parts += [warning(f"{entry.label}: {line}") for line in words]
     return Markup().join(parts)
 
