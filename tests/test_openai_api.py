@@ -83,6 +83,20 @@ def test_an_item_that_keeps_failing_is_reported_and_asked_again_next_time(tmp_pa
     assert [row["question_id"] for row in read_records(path)] == list(range(30))
 
 
+def test_a_server_that_is_down_ends_the_run(tmp_path):
+    """All items had all their tries: an hour for 200 of them, three times over."""
+    path = tmp_path / "out.jsonl"
+    items = jobs(200)
+    with OpenAIServer() as server:
+        config = settings(server, concurrency=4, max_retries=1)
+        assert ask(items[:3], config, path).done == 3
+        path.rename(f"{path}.part")
+    with pytest.raises(LlavaError, match=r"8 items in a row couldn't be asked \(connection failed.*is the server up\?"):
+        ask(items, config, path)
+    assert config.account.requests < 3 + 2 * (8 + 4)
+    assert len(read_records(f"{path}.part")) == 3
+
+
 def test_killed_and_resumed_nothing_is_asked_twice_but_what_was_in_flight(tmp_path):
     path, count, concurrency, kills = tmp_path / "out.jsonl", 400, 8, 0
     script = (
@@ -304,6 +318,11 @@ def test_settings_come_from_flags_over_environment():
         (["--api-model", "x"], {}, "OPENAI_API_KEY"),
         ([], {"AZURE_OPENAI_ENDPOINT": "e", "AZURE_OPENAI_API_KEY": "k"}, "OPENAI_API_VERSION"),
         (["--api-model", "x", "--concurrency", "0"], {"OPENAI_API_KEY": "k"}, "--concurrency"),
+        (
+            ["--api-model", "x", "--api-base", "localhost:9/v1"],
+            {},
+            "localhost:9/v1 is no address of a server; it begins",
+        ),
     ],
 )
 def test_missing_settings_are_named(words, env, message):
