@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import NoReturn
@@ -277,3 +277,17 @@ def existing_dir(path: str | Path, what: str) -> Path:
     if not path.is_dir():
         raise LlavaError(f"{what} is not a folder: {path}")
     return path
+
+
+def check_outputs(args: argparse.Namespace, read: Iterable[str | Path], *flags: str) -> None:
+    """A LlavaError if a file that a flag names is one of those that are `read`, or that another flag names."""
+    taken = {Path(path).resolve() for path in read}
+    for flag in flags:
+        given = getattr(args, flag)
+        if given is None:
+            continue
+        path = Path(given).resolve()
+        if path in taken:
+            name = flag.replace("_", "-")
+            raise LlavaError(f"--{name} {given}: it is read, or written by another flag; give another name")
+        taken.add(path)

@@ -107,14 +107,16 @@ class ResumableJsonl:
         self.close()
 
     def _read_part(self) -> None:
-        end = 0
-        for line in read_lines(self._file):
-            if not line.endswith(b"\n"):
-                break  # the line that was being written when the run was killed
+        end, lines = 0, read_lines(self._file)
+        for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
+                record = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
-                break
+                record = None
+            if record is None:
+                if next(lines, None) is not None:
+                    raise LlavaError(f"{self.part} line {number}: not JSON, and more follows; remove that line")
+                break  # the line that was being written when the run was killed
             self.done[record[self.key]] = record
             end += len(line)
         self._file.truncate(end)

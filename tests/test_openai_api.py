@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
 
 import pytest
 
@@ -14,7 +13,6 @@ from llava.errors import LlavaError
 from llava.openai_api import (
     ApiSettings,
     ChatJob,
-    add_api_flags,
     describe_dry_run,
     run_jobs,
     settings_from_args,
@@ -24,6 +22,7 @@ from llava.records import read_records
 from llava.resumable import ResumableJsonl
 from tests.openai_server import OpenAIServer
 from tests.skipping_loop import run_skipping
+from tests.test_openai_settings import parsed
 
 pytest.importorskip("openai", reason='the openai package is in the extra "openai"')
 
@@ -81,6 +80,20 @@ def test_an_item_that_keeps_failing_is_reported_and_asked_again_next_time(tmp_pa
         again = ask(jobs(30), settings(server, max_retries=2), path)
     assert again.resumed == 30 - len(summary.failed)
     assert [row["question_id"] for row in read_records(path)] == list(range(30))
+
+
+def test_a_server_that_is_down_ends_the_run(tmp_path):
+    """All items had all their tries: an hour for 200 of them, three times over."""
+    path = tmp_path / "out.jsonl"
+    items = jobs(200)
+    with OpenAIServer() as server:
+        config = settings(server, concurrency=4, max_retries=1)
+        assert ask(items[:3], config, path).done == 3
+        path.rename(f"{path}.part")
+    with pytest.raises(LlavaError, match=r"8 items in a row couldn't be asked \(connection failed.*is the server up\?"):
+        ask(items, config, path)
+    assert config.account.requests < 3 + 2 * (8 + 4)
+    assert len(read_records(f"{path}.part")) == 3
 
 
 def test_killed_and_resumed_nothing_is_asked_twice_but_what_was_in_flight(tmp_path):
@@ -297,51 +310,6 @@ def test_azure(tmp_path):
             api_version="2024-06-01",
         )
         assert ask(jobs(3), config, tmp_path / "out.jsonl").done == 3
-
-
-def parsed(*words):
-    parser = ArgumentParser()
-    add_api_flags(parser)
-    return parser.parse_args(words)
-
-
-def test_settings_come_from_flags_over_environment():
-    env = {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://a/v1"}
-    got = settings_from_args(parsed("--api-model", "x"), env)
-    assert (got.model, got.api_key, got.base_url) == ("x", "k", "http://a/v1")
-    assert settings_from_args(parsed("--api-model", "x", "--api-base", "http://b/v1"), env).base_url == "http://b/v1"
-    azure = {"AZURE_OPENAI_ENDPOINT": "http://z", "AZURE_OPENAI_API_KEY": "a", "AZURE_OPENAI_DEPLOYMENT": "d"}
-    got = settings_from_args(parsed("--api-version", "v"), azure)
-    assert (got.model, got.api_key, got.azure_endpoint, got.base_url) == ("d", "a", "http://z", None)
-
-
-@pytest.mark.parametrize(
-    ("words", "env", "message"),
-    [
-        (["--api-model", "x"], {}, "OPENAI_API_KEY"),
-        ([], {"AZURE_OPENAI_ENDPOINT": "e", "AZURE_OPENAI_API_KEY": "k"}, "OPENAI_API_VERSION"),
-        (["--api-model", "x", "--concurrency", "0"], {"OPENAI_API_KEY": "k"}, "--concurrency"),
-    ],
-)
-def test_missing_settings_are_named(words, env, message):
-    with pytest.raises(LlavaError, match=message):
-        settings_from_args(parsed(*words), env)
-
-
-@pytest.mark.parametrize(
-    "flag",
-    [
-        *("concurrency", "requests-per-minute", "tokens-per-minute", "request-timeout", "max-retries"),
-        *("price-in", "price-out", "max-cost"),
-    ],
-)
-def test_numbers_below_what_they_can_be_are_named(flag):
-    """A negative timeout let each item fail after all its tries, a negative price broke the limit of money."""
-    with pytest.raises(LlavaError, match=f"--{flag} is -1(.0)?; give "):
-        settings_from_args(parsed("--api-model", "x", f"--{flag}", "-1"), {"OPENAI_API_KEY": "k"})
-    if flag not in ("concurrency", "max-retries"):
-        with pytest.raises(LlavaError, match=f"--{flag} is nan"):
-            settings_from_args(parsed("--api-model", "x", f"--{flag}", "nan"), {"OPENAI_API_KEY": "k"})
 
 
 def test_dry_run_shows_the_first_prompt_and_the_cost():

@@ -75,6 +75,30 @@ CHEAP = [
 ]  # fmt: skip
 
 
+ITSELF = [
+    ("llava.data.validate", "{r} --report {r}"),
+    ("llava.data.validate", "{r} --fix {out} --report {out}"),
+    ("llava.data.filter_missing", "{r} --image-folder {here} --output {out} --missing-list {out}"),
+    ("llava.data.audit", "--train {r} --test {r} --output {r}"),
+    ("llava.data.audit", "--train {r} --test {r} --clean-train {r}"),
+    ("llava.data.split_long_conversation", "--in-file {r} --out-file {r} --model-name-or-path {here}"),
+    ("llava.instruct.instruct_postprocess", "--input_path {here}/g.jsonl --output_path {here}/g.jsonl"),
+    ("llava.instruct.instruct_postprocess", "--input_path {here}/g.jsonl --output_path {out} --summary {out}"),
+    ("llava.instruct.instruct_generate", "--input_path {r} --output_path {r}"),
+]
+
+
+@pytest.mark.parametrize(("module", "words"), ITSELF)
+def test_no_command_replaces_what_it_reads(module, words, here, tmp_path):
+    """Not even with --overwrite, which was enough to put a report in the place of the records."""
+    before = {path: path.read_bytes() for path in here.glob("*.json*")}
+    argv = words.format(r=here / "r.json", here=here, out=tmp_path / "out.json").split()
+    with pytest.raises(LlavaError, match="it is read, or written by another flag; give another name"):
+        importlib.import_module(module).main([*argv, "--overwrite"])
+    assert {path: path.read_bytes() for path in here.glob("*.json*")} == before
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("here")

@@ -178,6 +178,19 @@ def test_resumable_drops_a_torn_line_and_keeps_order(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
+def test_what_follows_a_damaged_line_is_not_dropped(tmp_path):
+    """It was, with all that had been paid for after it."""
+    part = tmp_path / "answers.jsonl.part"
+    content = b'{"question_id": 1}\n\0\0\0\n{"question_id": 2}\n{"question_id": 3, "te'
+    part.write_bytes(content)
+    with pytest.raises(LlavaError, match=r"part line 2: not JSON, and more follows; remove that line"):
+        ResumableJsonl(tmp_path / "answers.jsonl")
+    assert part.read_bytes() == content
+    part.write_bytes(content.replace(b"\0\0\0\n", b""))
+    with ResumableJsonl(tmp_path / "answers.jsonl") as log:
+        assert set(log.done) == {1, 2}
+
+
 def test_a_file_in_work_is_of_one_process(tmp_path):
     """Two of the same command at once asked a paid server for all twice."""
     path = tmp_path / "answers.jsonl"

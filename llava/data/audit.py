@@ -8,7 +8,7 @@ python -m llava.data.audit --train train.json --test test.json --image-folder im
 
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
 
 
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.records import iter_records, write_json, write_records
 
     train, test = existing_file(args.train, "--train"), existing_file(args.test, "--test")
+    check_outputs(args, [train, test], "output", "clean_train")
     folder = args.image_folder and existing_dir(args.image_folder, "--image-folder")
     train_folder = args.train_image_folder and existing_dir(args.train_image_folder, "--train-image-folder")
     audit = audit_splits(

@@ -8,7 +8,7 @@ Only the presence of images is looked at; `llava.data.validate` opens them.
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
 from llava.folders import is_file
 from llava.record_content import image_file, images_of
@@ -47,8 +47,7 @@ def build_parser() -> ArgumentParser:
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     path = existing_file(args.input, "record file")
-    if Path(args.output).resolve() == path.resolve():
-        raise LlavaError(f"--output {args.output}: give another name than the input's")
+    check_outputs(args, [path], "output", "missing_list")
     missing = Missing(existing_dir(args.image_folder, "--image-folder"))
     kept = write_records(args.output, with_images(path, missing), overwrite=args.overwrite)
     if args.missing_list:

@@ -11,9 +11,8 @@ about an image shows the image again, in its first question; ids become `<id>_<f
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.sample_form import add_form_flags, form_of
 from llava.errors import LlavaError
@@ -55,8 +54,7 @@ def main(argv=None) -> int:
         raise LlavaError(f"--begin {args.begin} --end {args.end}: no record lies between them")
     if args.max_length < 1:
         raise LlavaError(f"--max-length {args.max_length}: give 1 or more")
-    if Path(args.out_file).resolve() == path.resolve():
-        raise LlavaError(f"--out-file {args.out_file}: give another name than the input's")
+    check_outputs(args, [path], "out_file")
     length_of = _length_function(args)
     counts = Counts()
     records = islice(iter_records(path), args.begin, end)

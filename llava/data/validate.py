@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.data.sample_form import SampleForm, add_form_flags, form_of
 from llava.errors import LlavaError, one_line
 from llava.processes import process_pool
@@ -126,8 +126,7 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     path = existing_file(args.input, "record file")
     options = _options(args)
-    if args.fix and Path(args.fix).resolve() == path.resolve():
-        raise LlavaError(f"--fix {args.fix}: give another name than the file that is checked")
+    check_outputs(args, [path], "fix", "report")
     report = Report(args.first)
     if args.fix:
         write_records(args.fix, validate(path, report, options, args.workers, fix=True), overwrite=args.overwrite)

@@ -9,7 +9,7 @@ python -m llava.instruct.instruct_generate --input_path captions.json --output_p
 import logging
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, run, write_line
 from llava.errors import LlavaError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def main(argv=None) -> int:
     from llava.resumable import ResumableJsonl
 
     args = build_parser().parse_args(argv)
+    check_outputs(args, [args.input_path], "output_path")
     if args.batch_size is not None:
         args.concurrency = args.batch_size
     if args.max_size is not None and args.max_size < 1:

@@ -8,7 +8,7 @@ python -m llava.instruct.instruct_postprocess --input_path generated.jsonl --out
 import random
 from collections import Counter
 
-from llava.commandline import ArgumentParser, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN, FIGURE_DOMAINS
 from llava.errors import LlavaError
 from llava.instruct.cleaning import RULES, clean_turns, split_turns
@@ -29,6 +29,7 @@ def main(argv=None) -> int:
     from llava.records import iter_records, write_json, write_records
 
     args = build_parser().parse_args(argv)
+    check_outputs(args, [args.input_path], "output_path", "summary")
     counts: Counter = Counter()
     records = []
     for index, row in enumerate(iter_records(args.input_path)):

@@ -33,6 +33,10 @@ class UnusableReply(NoAnswer):
         self.seconds = seconds
 
 
+class Unreachable(UnusableReply):
+    """The server wasn't reached, or was silent, or broke off."""
+
+
 class FailedItem(NoAnswer):
     """This item can't be had, trying again won't help."""
 
@@ -74,9 +78,9 @@ async def request(client, job: ChatJob, settings: ApiSettings) -> ChatResult:
     except openai.APIStatusError as error:
         return _status_error(error, settings.model)
     except (openai.APITimeoutError, TimeoutError) as error:
-        raise UnusableReply("timed out") from error
+        raise Unreachable("timed out") from error
     except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
-        raise UnusableReply(f"connection failed: {error.__cause__ or error}") from error
+        raise Unreachable(f"connection failed: {error.__cause__ or error}") from error
     except (ValueError, RecursionError) as error:
         raise UnusableReply(f"the reply is not JSON: {error}") from error
     return read_completion(answer, settings.model)

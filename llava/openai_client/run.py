@@ -7,13 +7,23 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from llava.errors import LlavaError
 from llava.openai_client.batch import run_batch
-from llava.openai_client.client import FailedItem, NoAnswer, RefusedByServer, UnusableReply, make_client, request
+from llava.openai_client.client import (
+    FailedItem,
+    NoAnswer,
+    RefusedByServer,
+    Unreachable,
+    UnusableReply,
+    make_client,
+    request,
+)
 from llava.openai_client.jobs import ChatJob, ChatResult, RunSummary
 from llava.openai_client.limits import RateGate
 from llava.openai_client.settings import ApiSettings
 from llava.records import Record
 from llava.resumable import ResumableJsonl
 from llava.retries import AskedWait
+
+_GIVE_UP_AFTER = 8
 
 
 def run_jobs(
@@ -37,7 +47,8 @@ def run_jobs(
         the summary. Items that failed after all retries are not in `output`: the next run asks for them again.
 
     Raises:
-        LlavaError: the server refuses us altogether (wrong key, unknown model, no quota left).
+        LlavaError: the server refuses us altogether (wrong key, unknown model, no quota left), or isn't reached for
+            `_GIVE_UP_AFTER` items in a row, each with all its tries.
     """
     todo = [job for job in jobs if job.key not in output.done]
     summary = RunSummary(total=len(jobs), resumed=len(jobs) - len(todo), account=settings.account)
@@ -55,7 +66,10 @@ async def _run_concurrently(todo, settings, output, to_record, follow_up, progre
     queue: Iterator[ChatJob] = iter(todo)
     bar = tqdm(total=summary.total, initial=summary.resumed, desc=progress, unit="item", disable=progress is None)
 
+    unreachable = 0
+
     async def worker(client) -> None:
+        nonlocal unreachable
         for job in queue:
             try:
                 result = await _ask(client, job, settings, gate, summary)
@@ -67,7 +81,14 @@ async def _run_concurrently(todo, settings, output, to_record, follow_up, progre
                     result = await _better(client, second, result, settings, gate, summary)
             except FailedItem as error:
                 summary.failed[job.key] = str(error)
+                unreachable = unreachable + 1 if isinstance(error.__cause__, Unreachable) else 0
+                if unreachable >= _GIVE_UP_AFTER:
+                    raise LlavaError(
+                        f"{settings.where}: {unreachable} items in a row couldn't be asked ({error}); is the server "
+                        f"up? What is done is kept: run again to go on"
+                    ) from error
             else:
+                unreachable = 0
                 output.add(to_record(job, result))
                 summary.done += 1
                 summary.refused += result.refused is not None

@@ -108,6 +108,9 @@ def settings_from_args(args: Namespace, env: Mapping[str, str] = os.environ) -> 
         model = PUBLISHED_DEPLOYMENT if azure_endpoint else PUBLISHED_MODEL
         logger.warning("no model named: asking for %r, as published; --api-model names another", model)
     _check_numbers(args)
+    address = base_url or azure_endpoint
+    if address and not address.lower().startswith(("http://", "https://")):
+        raise LlavaError(f"{address} is no address of a server; it begins with http:// or https://")
     return ApiSettings(
         model=model,
         api_key=api_key,
