@@ -117,8 +117,8 @@ def test_empty_answers_are_left_out_and_counted(work):
     [
         ({"answer_type": "MAYBE"}, "record 2: answer_type is 'MAYBE'"),
         ({"qid": 7}, 'the id "7" occurs twice'),
-        ({"image_name": "../secret.jpg"}, "outside the image folder"),
-        ({"image_name": "/etc/passwd"}, "outside the image folder"),
+        ({"image_name": "../secret.jpg"}, "leads out of the image folder"),
+        ({"image_name": "/etc/passwd"}, "leads out of the image folder"),
         ({"image_name": None}, 'record 2: "image_name" is empty'),
         ({"qid": " "}, 'record 2: "qid" is empty'),
         ({"answer": ["yes"]}, 'record 2: "answer" has to be text or a number, not list'),
