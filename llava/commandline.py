@@ -279,9 +279,9 @@ def existing_dir(path: str | Path, what: str) -> Path:
     return path
 
 
-def check_outputs(args: argparse.Namespace, read: Iterable[str | Path], *flags: str) -> None:
+def check_outputs(args: argparse.Namespace, read: Iterable[str | Path | None], *flags: str) -> None:
     """A LlavaError if a file that a flag names is one of those that are `read`, or that another flag names."""
-    taken = {Path(path).resolve() for path in read}
+    taken = {Path(path).resolve() for path in read if path}
     for flag in flags:
         given = getattr(args, flag)
         if given is None:

@@ -85,17 +85,29 @@ ITSELF = [
     ("llava.instruct.instruct_postprocess", "--input_path {here}/g.jsonl --output_path {here}/g.jsonl"),
     ("llava.instruct.instruct_postprocess", "--input_path {here}/g.jsonl --output_path {out} --summary {out}"),
     ("llava.instruct.instruct_generate", "--input_path {r} --output_path {r}"),
+    ("llava.images.info", "{here}/a.png --save {here}/a.png"),
+    ("llava.images.info", "{here}/a.png --save {out} --json {out}"),
+    ("llava.eval.model_vqa_med", "--model-path {here} --question-file {r} --answers-file {r}"),
+    ("llava.eval.model_vqa", "--model-path {here} --question-file {r} --answers-file {r}"),
+    ("llava.eval.run_med_datasets_eval_batch", "--model-path {here} --question-file {r} --answers-file {r}"),
+    ("llava.eval.run_eval", "--gt {r} --pred {here}/a.jsonl --output {here}/a.jsonl"),
+    ("llava.eval.run_eval", "--gt {r} --pred {here}/a.jsonl --output {out} --per-item {out}"),
+    ("llava.eval.run_eval_batch", "--gt {r} --pred {here}/a.jsonl --output {here}/a.jsonl"),
+    ("llava.eval.report", "--gt {r} --pred m={here}/a.jsonl --output {r}"),
+    ("llava.eval.paper_table", "--results fine-tuned:vqa-rad={here}/c.json --output {here}/c.json"),
+    ("llava.eval.summarize_gpt_review", "--scores-file {here}/j.jsonl --json {here}/j.jsonl"),
+    ("llava.eval.eval_multimodal_chat_gpt_score", "--question-file {r} --answers-file {r} --scores-file {r}"),
 ]
 
 
 @pytest.mark.parametrize(("module", "words"), ITSELF)
 def test_no_command_replaces_what_it_reads(module, words, here, tmp_path):
     """Not even with --overwrite, which was enough to put a report in the place of the records."""
-    before = {path: path.read_bytes() for path in here.glob("*.json*")}
+    before = {path: path.read_bytes() for path in here.glob("*.*")}
     argv = words.format(r=here / "r.json", here=here, out=tmp_path / "out.json").split()
     with pytest.raises(LlavaError, match="it is read, or written by another flag; give another name"):
         importlib.import_module(module).main([*argv, "--overwrite"])
-    assert {path: path.read_bytes() for path in here.glob("*.json*")} == before
+    assert {path: path.read_bytes() for path in here.glob("*.*")} == before
     assert list(tmp_path.iterdir()) == []
 
 

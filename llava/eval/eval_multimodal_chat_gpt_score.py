@@ -9,7 +9,7 @@ python -m llava.eval.eval_multimodal_chat_gpt_score --question-file llava_med_ev
 import logging
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, run, write_line
 from llava.errors import LlavaError
 from llava.openai_api import add_api_flags
 
@@ -50,6 +50,7 @@ def main(argv=None) -> int:
     from llava.resumable import ResumableJsonl
 
     args = build_parser().parse_args(argv)
+    check_outputs(args, [args.question_file, args.answers_file], "scores_file")
     settings = settings_from_args(args)
     pairs = join_by_id(args.question_file, args.answers_file)
     orders = (False, True) if args.swap else (False,)

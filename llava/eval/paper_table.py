@@ -9,7 +9,7 @@ python -m llava.eval.paper_table --results fine-tuned:vqa-rad=scores.json --outp
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_file, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_file, run, write_line
 from llava.errors import LlavaError
 
 ROWS = {"fine-tuned": "released weights, 9 epochs", "zero-shot": "LLaVA-Med zero-shot"}
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from llava.eval.reports.tables import markdown_table
     from llava.records import atomic_path
 
+    check_outputs(args, [text.partition("=")[2] for text in args.results], "output")
     by_row: dict[tuple[str, str], list[Cell]] = {}
     for text in args.results:
         open_cell, closed_cell = read_cells(text)

@@ -9,7 +9,7 @@ python -m llava.eval.report --pred ours=answers.jsonl grey=answers-blank.jsonl -
 from collections import Counter
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
 from llava.eval.scoring_flags import add_scoring_flags
 
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     browser = printing_browser() if args.pdf else None
     named = [_label_and_file(text) for text in args.pred]
+    check_outputs(args, [*(file for _, file in named), *(args.gt or ()), args.candidate, args.audit], "output")
     labels = Counter(label for label, _ in named)
     if doubled := [label for label, count in labels.items() if count > 1]:
         raise LlavaError(f"--pred: {labels[doubled[0]]} files are called {doubled[0]!r}; give each a name: NAME=FILE")

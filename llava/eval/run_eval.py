@@ -7,7 +7,7 @@ python -m llava.eval.run_eval --gt test.json --pred answers.jsonl --output score
 
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
 from llava.eval.scoring_flags import add_scoring_flags
 
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     for flag, value in (("--train", args.train), ("--image-folder", args.image_folder)):
         if value is not None and args.audit != "":
             raise LlavaError(f"{flag} is for an audit that is made here; give --audit without a file too")
+    read = [args.gt, args.pred, args.candidate, args.compare, args.memory, args.audit, args.train]
+    check_outputs(args, read, "output", "per_item")
     if args.image_folder:
         existing_dir(args.image_folder, "--image-folder")
     from llava.eval.reports.evaluation import evaluate

@@ -11,7 +11,7 @@ import logging
 import re
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, existing_dir, existing_file, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
 from llava.eval.scoring_flags import add_scoring_flags
 
@@ -44,9 +44,10 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    output = Path(args.output).with_suffix(".jsonl")
+    output = args.output = Path(args.output).with_suffix(".jsonl")
     files = answer_files(args.pred, args.pred_file_parent_path, args.target_test_type, output)
     questions = {pred: find_questions(pred, args.gt, args.gt_parent_path) for pred in files}
+    check_outputs(args, [*files, *(gt for _, gt in questions.values()), args.candidate], "output")
     from llava.eval.metrics.score import headlines
     from llava.eval.reports.evaluation import evaluate
     from llava.eval.reports.tables import count_cells, kinds_of, number_cell, text_table

@@ -9,7 +9,7 @@ import logging
 import os
 from pathlib import Path
 
-from llava.commandline import ArgumentParser, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, run, write_line
 from llava.errors import LlavaError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,9 @@ def main(argv=None) -> int:
     from llava.records import write_json
 
     args = build_parser().parse_args(argv)
-    judged = [read_scores_file(path) for path in args.scores_files or [newest_scores(Path.cwd())]]
+    files = args.scores_files or [newest_scores(Path.cwd())]
+    check_outputs(args, files, "json")
+    judged = [read_scores_file(path) for path in files]
     write_line(summary_table(judged))
     if args.json:
         write_json(args.json, [one.as_dict() for one in judged], overwrite=args.overwrite)

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, complain, run, write_line
+from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, check_outputs, complain, run, write_line
 from llava.errors import LlavaError
 from llava.image_options import CT_WINDOWS, parse_window, take_negative_windows
 from llava.images.facts import ImageFacts
@@ -35,6 +35,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    check_outputs(args, args.files, "json", "save")
     options = {"frame": args.frame, "axis": args.axis, "window": args.window and parse_window(args.window)}
     save = _Saver(args) if args.save else None
     found: list[dict[str, Any]] = []

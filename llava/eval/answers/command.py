@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.commandline import ArgumentParser, existing_dir, existing_file
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file
 from llava.errors import LlavaError
 from llava.image_options import add_image_flags, image_options_from_args
 from llava.sampling_params import add_sampling_flags, sampling_from_args
@@ -68,6 +68,7 @@ def check_flags(args: Namespace) -> None:
     for flag, (value, least) in limits.items():
         if value < least:
             raise LlavaError(f"{flag} is {value}; give {least} or more")
+    check_outputs(args, [args.question_file], "answers_file")
     sampling_from_args(args)
     image_options_from_args(args)
     if args.load_8bit and args.load_4bit:
