@@ -236,7 +236,7 @@ BAD = {
     "unknown": ({"answers": [*ANSWERS.items(), ("9", "no")]}, "1 unknown (first '9')"),
     "other ids": ({"answers": [("a", "x"), ("b", "y")]}, "4 missing (first '1'), 2 unknown (first 'a')"),
     "empty": ({"raw": ""}, "empty"),
-    "blank": ({"raw": "\n" * 100}, "no answers"),
+    "blank": ({"raw": "\n" * 100}, "empty"),
     "not JSON": ({"raw": '{"question_id": "1", "text": "a"}\n{"question_id": "2", "te\n'}, "answers.jsonl line 2"),
     "no text": ({"raw": '{"question_id": "1"}\n'}, 'no "text"'),
     "null id": ({"raw": '{"question_id": null, "text": "a"}\n'}, 'no "question_id"'),
