@@ -1,6 +1,7 @@
 """Write the difference of a model to its base: what may be published where the base may not.
 
-Whoever has the base adds both up again with llava.model.apply_delta, and gets the model bit for bit.
+Whoever has the base adds both up again with llava.model.apply_delta, and gets the model back: in its own precision,
+but for the last place of single values, as base and difference are rounded apart.
 
 python -m llava.model.make_delta --base-model-path LLAMA --target-model-path MODEL --delta-path DELTA
 """
@@ -15,7 +16,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--delta-path", "--delta", required=True, help="folder for the delta")
     parser.add_argument("--hub-repo-id", help="upload the delta to this repository of the hub (made if needed)")
     parser.add_argument(
-        "--dtype", choices=["float16", "bfloat16", "float32"], help="default: the target's if 16-bit, else float16"
+        "--dtype", choices=["float16", "bfloat16", "float32"], help="default: the target's; the releases are float16"
     )
     parser.add_overwrite()
     return parser

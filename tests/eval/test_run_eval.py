@@ -60,8 +60,8 @@ def test_both_sets_with_counts_and_intervals(files, tmp_path, capsys):
     assert "paper" in shown and "strict" in shown and "4 questions (2 open, 2 closed)" in shown
 
 
-def test_a_single_question_gives_no_interval_and_that_is_said(files, tmp_path, capsys):
-    said = "a single question gives no interval"
+def test_a_single_question_gives_an_interval_of_0_and_100_alone_and_that_is_said(files, tmp_path, capsys):
+    said = "a single question gives one of 0 and 100 alone"
     for questions in (2, 4):
         shown = QUESTIONS[:questions]
         content = run_json(files(shown, [(one["id"], ANSWERS[one["id"]]) for one in shown]), tmp_path)

@@ -428,6 +428,10 @@ def test_plain_base_without_added_tokens(tmp_path):
         load_pretrained_model(tmp_path / "delta", device="cpu")
     apply_delta(tmp_path / "llm", tmp_path / "target", tmp_path / "delta")
     load_pretrained_model(tmp_path / "target", device="cpu")
+    trained, again = (WeightFiles.of_folder(tmp_path / name) for name in ("llava", "target"))
+    assert {trained.dtype(name) for name in trained} == {torch.float32}  # no less of it by default
+    for name in trained:
+        torch.testing.assert_close(again.read(name), trained.read(name), rtol=1e-6, atol=1e-7)
 
 
 def test_damaged_values_are_taken_if_checking_is_switched_off(work):

@@ -91,7 +91,7 @@ class Evaluation:
         if self.inferred_types:
             lines.append(f"{self.inferred_types} records say neither OPEN nor CLOSED: yes/no answers are CLOSED")
         if self.settings["resamples"]:
-            lone = f"; a single {self.settings['unit']} gives no interval" if scores.lack_interval else ""
+            lone = f"; a single {self.settings['unit']} gives one of 0 and 100 alone" if scores.lack_interval else ""
             lines.append(f"95 % intervals: {self.settings['resamples']} resamples of {self.settings['unit']}s{lone}")
         lines += ["", score_table(scores)]
         if self.calibration:

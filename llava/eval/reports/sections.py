@@ -133,7 +133,7 @@ def _interval_words(settings: dict[str, Any], lone: bool) -> str:
     if not settings["resamples"]:
         return ""
     return (
-        f" with 95 % bootstrap intervals (resampled {settings['unit']}s{'; a single one gives none' if lone else ''})"
+        f" with 95 % bootstrap intervals (resampled {settings['unit']}s{'; a single one gives one of 0 and 100 alone' if lone else ''})"
     )
 
 

@@ -1,7 +1,9 @@
 """A prediction in words, and the flags that would make a recipe fit."""
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
+from llava.errors import LlavaError
 from llava.train.estimate.dry_run import ASSUMED_RECORDS, Prediction, dry_run
 from llava.train.legacy_flags import is_true, split_flags
 
@@ -56,6 +58,10 @@ def short(hours: float) -> str:
     return f"{hours:.2f}" if hours < 1 else f"{hours:.1f}"
 
 
+_LEAN = ["--optim", "adamw_torch_8bit", "--master_weights", "False"]
+"""Moments in 8 bits and no weights in float32, as `scripts/one_80gb_gpu.sh` has it."""
+
+
 def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) -> Iterator[tuple[str, Prediction]]:
     """Flags that lower the peak, gentlest first, each with those before it, until it fits; predicted like the rest."""
     steps = [
@@ -63,6 +69,7 @@ def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) 
         ["--gradient_checkpointing", "True"],
         ["--keep_half_weights", "False"] if prediction.gpus == 1 else [],
         ["--per_device_train_batch_size", "1"],
+        _LEAN if prediction.gpus == 1 and prediction.gpu.has_bf16 and find_spec("torchao") else [],
         ["--fsdp", "full_shard auto_wrap"] if prediction.gpus > 1 else [],
         ["--lora_enable", "True"],
         ["--model_max_length", "1024"],
@@ -73,10 +80,13 @@ def remedies(flags: Sequence[str], prediction: Prediction, records: int | None) 
             continue
         if step[0] == "--keep_half_weights" and not _is_set(flags, "bf16", "fp16"):
             continue
-        changed = dry_run(
-            [*flags, *step], prediction.gpu, prediction.gpus, records, progress="predicting what would help"
-        )
-        if changed.peak_gb >= 0.99 * best:
+        try:
+            changed = dry_run(
+                [*flags, *step], prediction.gpu, prediction.gpus, records, progress="predicting what would help"
+            )
+        except LlavaError:
+            continue  # the flags above exclude it
+        if changed.peak_gb >= 0.99 * best or (step is _LEAN and not changed.fits):  # no LoRA goes with that one
             continue
         flags, best = [*flags, *step], changed.peak_gb
         yield " ".join(f'"{word}"' if " " in word else word for word in step), changed
