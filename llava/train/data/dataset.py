@@ -4,7 +4,7 @@ Ids are expanded here (one IMAGE_TOKEN_INDEX per feature), so every length is kn
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -135,10 +135,15 @@ class LlavaDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: `number` (of its record), `sample`, `pixel_values` [n, 3, H, W] or `feature_rows`; or the number
         and, under `skipped`, why it is left out."""
-        return self.item(index, {})
+        return self.items([index])[0]
 
-    def item(self, index: int, loaded: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The same; `loaded` holds images by their keys, and gets those that weren't there."""
+    def items(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Items of one batch: questions of one image are often in one, which is decoded once."""
+        loaded: dict[str, np.ndarray] = {}
+        return [self._item(index, loaded) for index in indices]
+
+    def _item(self, index: int, loaded: dict[str, np.ndarray]) -> dict[str, Any]:
+        """`loaded` holds images by their keys, and gets those that weren't there."""
         number = int(self.numbers[index])
         item: dict[str, Any] = {"number": number, "skipped": None}
         try:
@@ -302,8 +307,7 @@ class PackedDataset(Dataset):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        loaded: dict[str, np.ndarray] = {}  # questions of one image are often in one batch
-        return [self.dataset.item(number, loaded) for number in self.groups[index]]
+        return self.dataset.items(self.groups[index])
 
 
 def fitting(input_ids: np.ndarray, features: list[int], max_length: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Batches of a recipe's lengths: samples with random text, and images without content."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +100,9 @@ class StandIns(Dataset):
         if tiles:
             item["pixel_values"] = np.zeros((tiles, 3, self.image_size, self.image_size), np.float32)
         return item
+
+    def items(self, numbers: Iterable[int]) -> list[dict]:
+        return [self[number] for number in numbers]
 
     def sample_if_readable(self, number: int) -> Sample:
         return self[number]["sample"]
