@@ -75,7 +75,7 @@ class ImageFolder:
         """Names the missing images, and counts the records that were left out for another reason too."""
         if self.missing and self.policy == "error":
             first = ", ".join(list(self.missing)[:3])
-            further = "".join(f"; left out besides: {count} with {why}" for why, count in left_out.items())
+            further = "".join(f"; left out besides: {line}" for line in counted(left_out))
             raise LlavaError(
                 f"{len(self.missing)} images of {sum(self.missing.values())} records not found under {self.folder} "
                 f"(first: {first}); get them, or pass --missing drop to leave these records out{further}"
@@ -208,7 +208,7 @@ def write_conversion(
         if folder is not None:
             folder.raise_if_missing(conversion.left_out)
         for tally in tallies:
-            tally.raise_if_empty()
+            tally.raise_if_empty(conversion.left_out)
         if folder is not None:
             manifest["missing_images"] = {
                 "policy": folder.policy,
@@ -233,6 +233,11 @@ def _splits_not_made(splits: Iterable[str], folder: Path) -> list[str]:
         return []
     others = [f"{split}.{form}" for split in earlier.keys() - set(splits) for form in FORMATS]
     return sorted(name for name in others if is_inside(name) and is_file(folder / name))
+
+
+def counted(left_out: Mapping[str, int]) -> Iterator[str]:
+    """How many records were left out, by reason."""
+    return (f"{count} with {why}" for why, count in left_out.items())
 
 
 class Tally:
@@ -260,9 +265,11 @@ class Tally:
                     self.open_answers.add(record["conversations"][-1]["value"].lower())
             yield record
 
-    def raise_if_empty(self) -> None:
+    def raise_if_empty(self, left_out: Mapping[str, int]) -> None:
         if not self.records:
-            raise LlavaError(f"{self.where}: no records; is this the right file, and are the images there?")
+            why = "; ".join(counted(left_out))
+            question = "is this the right file, and are the images there?"
+            raise LlavaError(f"{self.where}: no records; {f'left out: {why}' if why else question}")
 
     def summary(self) -> dict[str, Any]:
         return {"records": self.records, "images": len(self.images), "answer_types": dict(self.answer_types)}

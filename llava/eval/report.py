@@ -126,7 +126,7 @@ def write_report(
         write_page(
             page,
             title,
-            f"{questions[0]} answer files, {questions[1]:,} answers",
+            f"answer files: {questions[0]}, answers: {questions[1]:,}",
             [
                 ("Scores", sections.scores_section(entries)),
                 ("Differences between models", sections.differences_section(plain)),
