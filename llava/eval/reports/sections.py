@@ -118,7 +118,8 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
         # A row for each, also without a number: places decide the colours.
         rows_drawn = [(label, n.value, n.low, n.high) if n else (label, None, None, None) for label, n in numbers]
         shown = bars(metric.title, rows_drawn)
-        drawn.append(figure(shown, f"{metric.label}{', with 95 % intervals' if settings['resamples'] else ''}."))
+        has_intervals = any(low is not None for _, _, low, _ in rows_drawn)
+        drawn.append(figure(shown, f"{metric.label}{', with 95 % intervals' if has_intervals else ''}."))
     lone = any(entry.result.scores.lack_interval for entry in entries)
     text = (
         f"Percent{_interval_words(settings, lone)}. paper: the published scripts' numbers, faults "
