@@ -133,9 +133,8 @@ def scores_section(entries: Sequence[Entry]) -> Markup:
 def _interval_words(settings: dict[str, Any], lone: bool) -> str:
     if not settings["resamples"]:
         return ""
-    return (
-        f" with 95 % bootstrap intervals (resampled {settings['unit']}s{'; a single one gives one of 0 and 100 alone' if lone else ''})"
-    )
+    alone = "; a single one gives one of 0 and 100 alone" if lone else ""
+    return f" with 95 % bootstrap intervals (resampled {settings['unit']}s{alone})"
 
 
 def _warnings(entries: Sequence[Entry]) -> Markup:
