@@ -32,7 +32,7 @@ def _image_lines(found: dict[str, Any]) -> list[str]:
         ):
             if found[key]:
                 lines.append(f"  {len(found[key]):,} {what}")
-        lines.append(f"  {found['seen']:,} are training images, {found['seen_or_nearly']:,} with nearly identical ones")
+        lines.append(f"  {found['seen']:,} are training images, {found['seen_or_nearly']:,} counting nearly identical ones too")
     return lines
 
 
