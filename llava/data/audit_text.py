@@ -32,7 +32,8 @@ def _image_lines(found: dict[str, Any]) -> list[str]:
         ):
             if found[key]:
                 lines.append(f"  {len(found[key]):,} {what}")
-        lines.append(f"  {found['seen']:,} are training images, {found['seen_or_nearly']:,} counting nearly identical ones too")
+        seen, nearly = found["seen"], found["seen_or_nearly"]
+        lines.append(f"  {seen:,} are training images, {nearly:,} counting nearly identical ones too")
     return lines
 
 
