@@ -79,10 +79,11 @@ def main(argv: list[str] | None = None) -> None:
         sections.append(clean.text())
         content["clean_subset"] = clean.as_dict()
     if args.compare or args.memory:
-        from llava.eval.reports.compare import compare_answers, compare_with_memory, evaluate_alike
+        from llava.eval.reports.compare import compare_evaluations, compare_with_memory, evaluate_alike
 
         if args.compare:
-            comparison = compare_answers(result, existing_file(args.compare, "--compare"))
+            other = evaluate_alike(result, existing_file(args.compare, "--compare"))
+            comparison = compare_evaluations(result, other)
             sections.append(comparison.text())
             content["comparison"] = comparison.as_dict()
         if args.memory:

@@ -60,11 +60,6 @@ def compare_with_memory(model: Evaluation, memory: Evaluation) -> AnswerComparis
     return replace(found, numbers=numbers, labels=("model", "memory"), subtracted="model minus memory")
 
 
-def compare_answers(first: Evaluation, second: str | Path) -> AnswerComparison:
-    """Compare an evaluated answer file with another one to the same questions; the difference is second minus first."""
-    return compare_evaluations(first, evaluate_alike(first, second))
-
-
 def evaluate_alike(first: Evaluation, pred: str | Path) -> Evaluation:
     """The answers of `pred` to the questions of `first`, scored by the same rules, to be compared with it."""
     settings = first.settings
@@ -74,7 +69,7 @@ def evaluate_alike(first: Evaluation, pred: str | Path) -> Evaluation:
 
 
 def compare_evaluations(first: Evaluation, other: Evaluation) -> AnswerComparison:
-    """Compare two evaluated answer files to the same questions, scored by the same rules."""
+    """Compare two evaluated answer files to the same questions, scored by the same rules: second minus first."""
     settings = first.settings
     places = {str(entry.item.id): index for index, entry in enumerate(other.joined)}
     shared = [(i, places[str(e.item.id)]) for i, e in enumerate(first.joined) if str(e.item.id) in places]
