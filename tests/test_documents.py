@@ -1,6 +1,8 @@
 """Documents are true: they name modules, flags and files that exist, and their links lead somewhere."""
 
+import ast
 import importlib
+import json
 import re
 from functools import cache
 from itertools import pairwise
@@ -49,6 +51,41 @@ def test_what_does_not_exist_is_found():
     ]
     there = "`llava/eval/metrics/`, `benchmarks/NAME.py`, `python -m llava.demo`, `cpu.sh`, `llava.images.open_image`"
     assert len(named_in(there)) == 5 and all(exists(word) for word in named_in(there))
+
+
+CODE = [*DOCUMENTS, *sorted(ROOT.glob("llava/notebook/*.ipynb"))]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_what_examples_import_exists(path):
+    """`from llava… import …` in code blocks of documents and in cells of notebooks, which no linter follows."""
+    assert [name for block in python_in(path) for name in imports_of(block) if not exists(name)] == []
+
+
+def test_imports_that_lead_nowhere_are_found():
+    code = "from llava.images import open_image, gone\nif True:\n    import llava.lost\nimport json"
+    assert [name for name in imports_of(code) if not exists(name)] == ["llava.images.gone", "llava.lost"]
+    assert sum(len(imports_of(block)) for path in CODE for block in python_in(path)) >= 10
+
+
+def python_in(path) -> list[str]:
+    if path.suffix == ".ipynb":
+        cells = json.loads(path.read_text())["cells"]
+        blocks = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    else:
+        blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [re.sub(r"^[!%].*$", "", block, flags=re.MULTILINE) for block in blocks]
+
+
+def imports_of(code: str) -> list[str]:
+    """The dotted names of this project that a piece of Python imports."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.startswith("llava.")]
 
 
 def named_in(text: str) -> list[str]:
