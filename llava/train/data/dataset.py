@@ -151,13 +151,15 @@ class LlavaDataset(Dataset):
             if sample.images and self.feature_row is not None:
                 item["feature_rows"] = [self.feature_row(image) for image in sample.images]
             elif sample.images:
-                for image in sample.images:
-                    if (key := image_key(image)) not in loaded:
-                        loaded[key] = self.load_image(self.image_source.read(image))
-                item["pixel_values"] = np.concatenate([loaded[image_key(image)] for image in sample.images])
+                item["pixel_values"] = np.concatenate([self._pixels(image, loaded) for image in sample.images])
         except (FileNotFoundError, LlavaError) as error:
             item["skipped"] = self._left_out(number, error)
         return item
+
+    def _pixels(self, image: Any, loaded: dict[str, np.ndarray]) -> np.ndarray:
+        if (key := image_key(image)) not in loaded:
+            loaded[key] = self.load_image(self.image_source.read(image))
+        return loaded[key]
 
     def sample(self, index: int) -> Sample:
         """The tokenised sample, without its images (whose sizes may have to be known)."""
