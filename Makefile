@@ -130,8 +130,11 @@ lint: $(STAMP)  ## linter, formatter, the contract of the layers, types, repeate
 	$(BIN)/mypy
 	$(BIN)/pylint llava
 
-images: $(STAMP)  ## draw the logo and the pipeline in images/
+images: $(STAMP)  ## draw images/, photograph the demo's report and the page for docs/images (Chromium; after make demo)
 	PYTHONPATH=. $(BIN)/python scripts/images.py
+	$(BIN)/python scripts/report_images.py runs/demo/report.html
+	LLAVA_SCREENSHOT_DIR=docs/images $(BIN)/python -m pytest -q -m 'not long and not gpu' -n 2 --dist loadfile \
+		tests/serve/web/test_life.py tests/serve/test_web_scans.py tests/serve/test_web_browser.py
 
 docs: $(STAMP)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
