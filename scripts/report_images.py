@@ -21,6 +21,8 @@ SECTIONS = {
 
 def photograph(report: Path, folder: Path) -> list[Path]:
     """The pictures made, in the order of `SECTIONS`."""
+    if not report.is_file():
+        sys.exit(f"{report}: not found; make demo writes it")
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     with sync_api.sync_playwright() as driver:
