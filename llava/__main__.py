@@ -63,6 +63,7 @@ VERBS = {
         "make-delta": "llava.model.make_delta",
         "merge-lora": "llava.model.merge_lora",
         "consolidate": "llava.model.consolidate",
+        "average": "llava.model.average",
         "quantize": "llava.model.quantize",
         "export": "llava.model.export_hf",
         "import": "llava.model.import_hf",

@@ -85,7 +85,7 @@ answer() { # checkpoint, images, answer file, flags …
 # The questions' words alone tell most training answers, and a model that learns these first never looks. So stage 1
 # starts from a projector whose patches stand near the words of their image (--fit_projector); then each answer is asked
 # for by its kind alone, which only the image can tell more of; then by some of the question's words, others each time;
-# then by the whole question, as the test asks.
+# then by the whole question, as the test asks: twice from there, in two orders, and the mean of the two is the model.
 every_stage() { # split, seeing or blind
     here="$OUT/$1" run="$2"
     train "$here/${run}_stage_1" --model_name_or_path "$MODELS/smollm2-135m" --version plain \
@@ -97,9 +97,14 @@ every_stage() { # split, seeing or blind
     train "$here/${run}_parts" --model_name_or_path "$here/${run}_kinds" --version smollm2 \
         --data_path "$here/data/parts.json" --image_folder "$(images_of "$run")" --num_train_epochs "$PART_EPOCHS" \
         --learning_rate "$PART_RATE"
-    train "$here/$run" --model_name_or_path "$here/${run}_parts" --version smollm2 \
-        --data_path "$(questions_of "$1")" --image_folder "$(images_of "$run")" --num_train_epochs "$WHOLE_EPOCHS" \
-        --learning_rate "$WHOLE_RATE"
+    for order in "$SEED" "$((SEED + 1))"; do
+        train "$here/${run}_whole_$order" --model_name_or_path "$here/${run}_parts" --version smollm2 \
+            --data_path "$(questions_of "$1")" --image_folder "$(images_of "$run")" --num_train_epochs "$WHOLE_EPOCHS" \
+            --learning_rate "$WHOLE_RATE" --seed "$order"
+    done
+    if [ ! -f "$here/$run/config.json" ]; then
+        python -m llava.model.average --models "$here/${run}_whole_"* --output "$here/$run"
+    fi
 }
 
 images_of() { if [ "$1" = blind ]; then echo "$OUT/grey"; else echo "$RAD/images"; fi; }

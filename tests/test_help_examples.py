@@ -40,6 +40,7 @@ NEEDS = {
     "llava.images.convert": "hospital",
     "llava.images.info": "scan.dcm volume.nii.gz",
     "llava.model.apply_delta": "LLM:LLAMA DELTA",
+    "llava.model.average": "CHECKPOINT CHECKPOINT:OTHER",
     "llava.model.consolidate": "CHECKPOINT",
     "llava.model.export_gguf": "CHECKPOINT",
     "llava.model.export_hf": "CHECKPOINT",

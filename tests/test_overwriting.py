@@ -156,6 +156,7 @@ FOLDERS = {
     "llava.model.make_delta": "--base {here} --target {here} --delta {out}",
     "llava.model.merge_lora": "--model-path {here}/lora --model-base {here} --save-model-path {out}",
     "llava.model.consolidate": "--src {here} --dst {out}",
+    "llava.model.average": "--models {here} {here} --output {out}",
     "llava.model.quantize": "--model-path {here} --output {out}",
     "llava.model.export_hf": "--model-path {here} --output {out}",
     "llava.model.import_hf": "--model-path {here} --output {out}",
