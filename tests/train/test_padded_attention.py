@@ -1,5 +1,6 @@
 """Attention of packed samples without a kernel for them, against softmax written out for each sequence."""
 
+import math
 import tracemalloc
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.train.step import padded_attention
-from llava.train.step.padded_attention import LONGEST_PADDED
+from llava.train.step.padded_attention import MOST_SCORES
 
 SIZE = 8
+LONG = math.isqrt(MOST_SCORES) + 60
 # Two images: what is shared, then questions; a sample alone; one that is too long to be padded.
-OWN = [30, 7, 9, 5, 33, 6, 8, 40, LONGEST_PADDED + 60]
-SEEN = [30, 37, 39, 35, 33, 39, 41, 40, LONGEST_PADDED + 60]
+OWN = [30, 7, 9, 5, 33, 6, 8, 40, LONG]
+SEEN = [30, 37, 39, 35, 33, 39, 41, 40, LONG]
 
 
 def borders(sizes):
@@ -119,7 +121,7 @@ def test_sequences_of_about_one_size_are_computed_together():
     layout = padded_attention._layout(tuple(OWN), tuple(SEEN), None)
     sizes = [tuple(bucket.keys.shape) for bucket in layout.buckets]
     assert sizes[0] == (5, 41), "the questions"
-    assert sizes[-1] == (1, LONGEST_PADDED + 60) and layout.buckets[-1].hidden is None
+    assert sizes[-1] == (1, LONG) and layout.buckets[-1].hidden is None
     computed = sum(bucket.queries.numel() * bucket.keys.shape[1] for bucket in layout.buckets)
     assert computed <= 1.5 * sum(own * seen for own, seen in zip(OWN, SEEN))
     assert sorted(layout.places.tolist()) == layout.places.unique().tolist(), "no row is taken twice"

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-LONGEST_PADDED = 512
-"""Keys of a sequence that is computed with others. A longer one goes to SDPA, which doesn't hold all its scores."""
+MOST_SCORES = 48_000
+"""Queries times keys of a sequence that is computed with others; from about there on SDPA, which leaves out what isn't
+seen and doesn't hold all scores, is faster by itself (on CPUs, 2 to 9 heads of 64)."""
 _PADDED_SHARE = 1.5
 """Scores computed together, padding included, for each score that is needed, at most."""
 _HIDDEN = -1e30
@@ -75,7 +76,7 @@ def padded_attention(
             rows(tensor, places).transpose(1, 2) for tensor, places in ((query, queries), (key, seen), (value, seen))
         )
         scale = scale or q.shape[-1] ** -0.5
-        if hidden is None or keys.shape[1] > LONGEST_PADDED:
+        if hidden is None or queries.shape[1] * keys.shape[1] > MOST_SCORES:
             out = _by_sdpa(q, k, v, hidden, scale, dropout)
         else:
             out = _by_products(q, k, v, hidden, scale, dropout)
@@ -134,7 +135,7 @@ def _layout(queries: tuple[int, ...], keys: tuple[int, ...], window: int | None)
         first, first_key = (begin[members][:, None] for begin in (starts, key_starts))
         # The last query sees all keys of its sequence, the one before it one less.
         last = (own_keys - own + rank)[..., None]
-        is_plain = longest_keys > LONGEST_PADDED and longest == longest_keys <= (window or longest_keys)
+        is_plain = longest * longest_keys > MOST_SCORES and longest == longest_keys <= (window or longest_keys)
         hidden = None
         if not is_plain:
             sees = (key_rank <= last) & (key_rank < own_keys[..., None]) & (key_rank > last - (window or longest_keys))
@@ -160,7 +161,7 @@ def _alike(queries: tuple[int, ...], keys: tuple[int, ...]) -> Iterator[list[int
         longest, longest_keys = max(longest, queries[each]), max(longest_keys, keys[each])
         needed += queries[each] * keys[each]
         if members and (
-            longest * longest_keys * (len(members) + 1) > _PADDED_SHARE * needed or longest_keys > LONGEST_PADDED
+            longest * longest_keys * (len(members) + 1) > _PADDED_SHARE * needed or longest * longest_keys > MOST_SCORES
         ):
             yield members
             members, needed = [], queries[each] * keys[each]
