@@ -170,12 +170,12 @@ class Scheduler:
             self.runner.encoder.prepare(first.prompt.images)
             if first.sampling.num_beams == 1:
                 return True
-            first.tokens = beam_search(self.runner, first.prompt)
+            reasons = map(first.take, beam_search(self.runner, first.prompt))
+            reason = next(filter(None, reasons), "stop")
         except (torch.OutOfMemoryError, LlavaError) as error:
             self._leave_queue(first).finish("error", _for_user(error))
         else:
-            is_whole = len(first.tokens) >= first.prompt.max_new_tokens
-            self._leave_queue(first).finish("length" if is_whole else "stop")
+            self._leave_queue(first).finish(reason)
             self.counts.finished += 1
         return False
 

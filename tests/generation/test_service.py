@@ -202,3 +202,15 @@ def test_stop_answers_what_was_taken_in(llama):
     engine.stop(drain=False)
     with pytest.raises(LlavaError, match="stopped"):
         list(handle)
+
+
+def test_beams_are_streamed_and_end_at_stop_strings(llama):
+    beams = {"num_beams": 2, "max_new_tokens": 12, "ignore_eos": True}
+    (whole,) = Engine(llama).generate([ask("Hi", **beams)])
+    assert len(whole.text) > 4 and whole.finish_reason == "length"
+    assert "".join(Engine(llama).stream(ask("Hi", **beams))) == whole.text
+    (other,) = Engine(llama).generate([ask("Hi", stop=("not in it",), **beams)])
+    assert (other.text, other.token_ids) == (whole.text, whole.token_ids)
+    middle = whole.text[len(whole.text) // 2 :][:2]
+    (ended,) = Engine(llama).generate([ask("Hi", stop=(middle,), **beams)])
+    assert (ended.text, ended.finish_reason) == (whole.text.partition(middle)[0].strip(), "stop")
