@@ -76,12 +76,13 @@ class PromptBuilder:
         `known` collects images by the identity of their source, so that a source used again isn't hashed again.
 
         Raises:
-            LlavaError: images and `<image>` differ in number, an image's file is missing, an id of the sampling
-                parameters isn't in the vocabulary, a schema isn't understood.
+            LlavaError: images and `<image>` differ in number, an image's file is missing, the prompt is empty, an id of
+                it or of the sampling parameters isn't in the vocabulary, a schema isn't understood.
             ContextTooLong: no room for an answer; the message names both lengths.
         """
         self._check(request)
         ids = np.asarray(self._tokenize(request.conversation), np.int64)
+        self._check_ids(request, ids)
         places = int((ids == IMAGE_TOKEN_INDEX).sum())
         if places != len(request.images):
             raise LlavaError(
@@ -136,6 +137,17 @@ class PromptBuilder:
                 raise LlavaError(
                     f"{_name(request)}{name}: {unknown} is no id of the model's vocabulary of {self._vocabulary}"
                 )
+
+    def _check_ids(self, request: Request, ids: np.ndarray) -> None:
+        """What no embedding is there for would end the answers of all who are in a step with it."""
+        if not len(ids):
+            raise LlavaError(f"{_name(request)}the prompt is empty; ask something")
+        unknown = ids[(ids != IMAGE_TOKEN_INDEX) & ((ids < 0) | (ids >= self._vocabulary))]
+        if len(unknown):
+            raise LlavaError(
+                f"{_name(request)}the prompt has the id {unknown[0]}, which isn't in the model's vocabulary of "
+                f"{self._vocabulary}; leave that token out"
+            )
 
     def _tokenize(self, conversation: Conversation | str | Sequence[int]) -> Sequence[int]:
         if isinstance(conversation, Conversation):
