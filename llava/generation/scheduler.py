@@ -123,11 +123,13 @@ class Scheduler:
                 continue
             lengths.append(len(first.prompt) + min(_ROOM, first.left))
             if not self.runner.cache.holds(lengths):
-                if not self.running and not self.starting:
+                if self.running or self.starting:
+                    break
+                lengths = [len(first.prompt) + 1]  # alone it may have all the memory
+                if not self.runner.cache.holds(lengths):
                     self._refuse(self.waiting.popleft())
-                    lengths.pop()
+                    lengths = []
                     continue
-                break
             positions += len(first.prompt)
             if self.starting and positions > self.max_prefill:
                 break
@@ -315,9 +317,16 @@ class Scheduler:
         return [one.length + 1 for one in self.running]
 
     def _make_room(self) -> None:
-        """If memory is short for the next tokens, the latest requests wait again."""
-        while len(self.running) > 1 and not self.runner.cache.holds(self._next_lengths()):
-            last = self.running.pop()
+        """If memory is short for the next tokens, the latest requests wait again; one that has all of it ends."""
+        while self.running and not self.runner.cache.holds(self._next_lengths()):
+            last = self.running[-1]
+            if not self.runner.cache.holds_alone(last.length + 1):
+                log.warning("an answer ends at %d tokens: it takes all of the engine's cache_bytes", len(last.tokens))
+                self._leave({len(self.running) - 1: "length"})
+                continue
+            if len(self.running) == 1:
+                break
+            self.running.pop()
             self.counts.preempted += 1
             self.announce([last.prompt])
             last.continue_later()
