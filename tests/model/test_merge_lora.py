@@ -138,6 +138,20 @@ def test_extracted_projector_loads_over_the_language_model(llava, tmp_path, caps
     assert torch.equal(logits(over_base), logits(load_pretrained_model(llava, device="cpu")))
 
 
+def test_a_projector_replaces_nothing_of_another_models_folder(llava, tmp_path):
+    """Its configuration and tokenizer go along: the language model there would be one no more."""
+    there = shutil.copytree(llava.parent / "llm", tmp_path / "llm")
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    words = ["--model-path", str(llava), "--output"]
+    with pytest.raises(LlavaError, match=r"llm/\w+\.json is there and holds something else.*--overwrite"):
+        extract_mm_projector.main([*words, str(there)])
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+    extract_mm_projector.main([*words, str(tmp_path / "projector-v1.5")])
+    assert (tmp_path / "projector-v1.5" / "mm_projector.bin").is_file()
+    with pytest.raises(LlavaError, match=r"p\.pt: give a \.bin or \.safetensors file, or a folder"):
+        extract_mm_projector.main([*words, str(tmp_path / "p.pt")])
+
+
 def test_projector_of_other_layouts(llava, lora, tmp_path):
     weights = WeightFiles.of_folder(llava)
     name = "model.mm_projector.2.weight"
