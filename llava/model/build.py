@@ -8,13 +8,14 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, SCHEME_PATCH
 from llava.errors import LlavaError, first_line
+from llava.model.checkpoint.layouts import model_weights
 from llava.model.families import family_of_llm, model_class_of
 from llava.model.language_model import LlavaForCausalLM
 from llava.model.loader import LoadedModel, context_length, load_image_processor
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.towers import read_vision_config
 from llava.model.weights.assemble import Source, build_empty, fill_model
-from llava.model.weights.files import WeightFiles, is_harmless
+from llava.model.weights.files import is_harmless
 from llava.model.weights.locate import locate_model
 from llava.model.weights.placement import best_device
 from llava.tokenization import ImageTokens
@@ -48,7 +49,7 @@ def build_model_from_llm(
     tower_name = str(tower_folder.absolute()) if Path(vision_tower).expanduser().is_dir() else str(vision_tower)
     config = llava_config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)
     model = build_empty(model_class_of(config), config, attn_implementation)
-    weights = WeightFiles.of_folder(llm_folder)
+    weights = model_weights(llm_folder)
     names = {name: name for name in weights if not is_harmless(name)}
     sources = [Source("language model", weights, names), model.get_vision_tower().source(tower_folder)]
     fill_model(model, sources, dtype, torch.device(device or best_device()), fresh=lambda name: "mm_projector" in name)
