@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, SCHEME_PATCH
-from llava.errors import LlavaError, first_line
+from llava.errors import LlavaError, library_errors
 from llava.model.checkpoint.layouts import model_weights
 from llava.model.families import family_of_llm, model_class_of
 from llava.model.language_model import LlavaForCausalLM
@@ -88,10 +88,8 @@ def resize_embeddings(model: LlavaForCausalLM, rows: int) -> None:
 
 def llava_config(llm_folder: Path, tower_name: str, vision_config: dict, mm_fields: dict[str, Any]):
     """The configuration of a new LLaVA: the language model's own, the tower's, and fields of `build_model_from_llm`."""
-    try:
+    with library_errors(f"{llm_folder}: config.json can't be read"):
         llm_config = AutoConfig.from_pretrained(llm_folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise LlavaError(f"{llm_folder}: config.json can't be read ({first_line(error)})") from error
     config_class = family_of_llm(llm_config.model_type, llm_folder).config_class
     fields = llm_config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.towers.base import VisionTower
 from llava.model.towers.clip import KIND as CLIP
 from llava.records import read_json
@@ -85,12 +85,13 @@ def read_vision_config(folder: Path) -> dict[str, Any]:
     Raises:
         LlavaError: the folder holds no vision model, or one that can't be a tower.
     """
-    for tower in TOWERS:
-        found = tower.read_config(folder)
-        if found is not None:
-            return found
-    path = folder / "config.json"
-    kind = read_json(path).get("model_type") if path.is_file() else None
+    with library_errors(f"{folder}: config.json describes no vision tower"):
+        for tower in TOWERS:
+            found = tower.read_config(folder)
+            if found is not None:
+                return found
+        path = folder / "config.json"
+        kind = read_json(path).get("model_type") if path.is_file() else None
     raise LlavaError(f"{folder}: not a vision tower (config.json has model_type {kind!r}); {_taken()}")
 
 
