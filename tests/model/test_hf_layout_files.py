@@ -216,6 +216,15 @@ def test_import_of_a_native_folder_is_refused(tmp_path):
         import_hf(native, tmp_path / "back")
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_settings_that_no_model_can_have_are_one_line(exported, tmp_path, part):
+    folder = shutil.copytree(exported[1], tmp_path / "hf")
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {part: config[part] | {"hidden_size": "wide"}})
+    with pytest.raises(LlavaError, match=r"config\.json describes no"):
+        import_hf(folder, tmp_path / "back")
+
+
 def test_import_without_our_note(exported, tmp_path):
     """A folder made by others: what lies behind <image> is what was added."""
     native, hf = exported

@@ -42,9 +42,10 @@ def build_vision_tower(config: Any) -> VisionTower:
         LlavaError: the library has no such vision model, the selected layer doesn't exist, or a class token is
             asked for that the tower doesn't have.
     """
-    vision_config = _without_code(config.mm_vision_config or {})
-    tower_class = find_tower_class(vision_config)
-    tower = tower_class(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
+    with library_errors("config.json describes no vision tower that can be built"):
+        vision_config = _without_code(config.mm_vision_config or {})
+        tower_class = find_tower_class(vision_config)
+        tower = tower_class(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
     if tower.select_feature == "cls_patch" and not tower.prefix_tokens:
         kind = vision_config.get("model_type")
         raise LlavaError(f"mm_vision_select_feature cls_patch: the tower {kind!r} has no class token; use patch")
