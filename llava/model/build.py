@@ -17,7 +17,7 @@ from llava.model.towers import read_vision_config
 from llava.model.weights.assemble import Source, build_empty, fill_model
 from llava.model.weights.files import is_harmless
 from llava.model.weights.locate import locate_model
-from llava.model.weights.placement import best_device
+from llava.model.weights.placement import usable_device
 from llava.tokenization import ImageTokens
 
 
@@ -52,7 +52,7 @@ def build_model_from_llm(
     weights = model_weights(llm_folder)
     names = {name: name for name in weights if not is_harmless(name)}
     sources = [Source("language model", weights, names), model.get_vision_tower().source(tower_folder)]
-    fill_model(model, sources, dtype, torch.device(device or best_device()), fresh=lambda name: "mm_projector" in name)
+    fill_model(model, sources, dtype, usable_device(device), fresh=lambda name: "mm_projector" in name)
     tokenizer = load_tokenizer(llm_folder)
     add_image_tokens(model, tokenizer)
     processor = load_image_processor([tower_folder], model)
