@@ -161,6 +161,11 @@ def _open_native(folder: Path, find_tower: Callable[..., Path | None]) -> Parts:
 
 def _open_hf(folder: Path) -> Parts:
     weights = WeightFiles.of_folder(folder)
+    if is_quantized(weights):
+        raise LlavaError(
+            f"{folder}: weights that are stored in 8 or 4 bits aren't loaded from transformers' layout; bring them "
+            f"into LLaVA's first: python -m llava.model.import_hf --model-path {folder} --output OUTPUT_FOLDER"
+        )
     return Parts(native_config(folder), weights, lambda model: [hf_source(weights, model)], [folder])
 
 
