@@ -95,3 +95,9 @@ def for_user(error: Exception) -> LlavaError:
     if isinstance(error, LlavaError):
         return error
     return OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer images")
+
+
+def name_request(error: LlavaError, id: Any) -> None:
+    """Have the words of an error begin with which of several requests it is of, where that has an id."""
+    if id is not None:
+        error.args = (f"request {id!r}: {error}",)

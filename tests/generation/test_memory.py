@@ -2,7 +2,8 @@
 
 import pytest
 
-from llava.generation import Engine
+from llava.errors import ImageError
+from llava.generation import Engine, OutOfMemory
 from tests.generation.conftest import ask
 
 
@@ -52,3 +53,14 @@ def test_what_waited_for_memory_may_have_all_of_it(llama):
     assert engine.scheduler.counts.preempted == 0
     tight = paged(llama, max(positions(llama, *requests)) + 16, prefix_bytes=0)
     assert [len(answer.token_ids) > 0 for answer in tight.generate(requests)] == [True, True]
+
+
+def test_of_several_requests_the_one_that_fails_is_named(llama):
+    """Whatever it fails for: an image without a name of its own, memory, a file."""
+    large = ask("left right " * 60, id="large")
+    with pytest.raises(OutOfMemory, match="request 'large': a prompt of"):
+        paged(llama, 100).generate([ask("Hi", id="small"), large])
+    for image, words in ((b"no image", "not an image that can be read"), ("none.png", "image not found")):
+        with pytest.raises(Exception, match=f"request 7: .*{words}") as caught:
+            Engine(llama).generate([ask("Hi", id=6), ask("Hi", [image], id=7)])
+        assert isinstance(caught.value, ImageError) == (words != "image not found")
