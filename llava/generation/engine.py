@@ -27,7 +27,7 @@ from llava.generation.prompts import Prompt, PromptBuilder
 from llava.generation.runner import Runner
 from llava.generation.scheduler import Scheduler
 from llava.generation.state import Generation, Listener
-from llava.generation.types import Answer, ContextTooLong, EngineBusy, OutOfMemory, Piece, Request
+from llava.generation.types import Answer, ContextTooLong, EngineBusy, OutOfMemory, Piece, Request, name_request
 from llava.model import LoadedModel
 from llava.model.products import use_onednn
 
@@ -121,6 +121,7 @@ class Engine:
         done = [answer for answer in answers if answer is not None]
         for answer in done:
             if answer.error is not None:
+                name_request(answer.error, answer.id)
                 raise answer.error
         return done
 
@@ -244,7 +245,11 @@ class Engine:
             try:
                 while not tasks.empty():
                     index, task = tasks.get()
-                    task.result()
+                    try:
+                        task.result()
+                    except LlavaError as error:
+                        name_request(error, prompts[index].request.id)
+                        raise
                     for following in islice(remaining, 1):
                         tasks.put((following, pool.submit(self.encoder.prepare, prompts[following].images)))
                     yield index

@@ -15,7 +15,7 @@ from llava.generation.cache.prefix_store import BLOCK
 from llava.generation.cache.tokenizer_cache import TokenizerCache
 from llava.generation.constraint import Constraint, Constraints
 from llava.generation.image_features import ImageEncoder, RequestImage
-from llava.generation.types import ContextTooLong, Request
+from llava.generation.types import ContextTooLong, Request, name_request
 from llava.model.configuration import LlavaConfigFields
 from llava.tokenization import ImageTokens, encode_prompt, expand_images, stop_token_ids, tokenize_prompt
 
@@ -76,25 +76,33 @@ class PromptBuilder:
         `known` collects images by the identity of their source, so that a source used again isn't hashed again.
 
         Raises:
-            LlavaError: images and `<image>` differ in number, an image's file is missing, an id of the sampling
-                parameters isn't in the vocabulary, a schema isn't understood.
+            LlavaError: images and `<image>` differ in number, an image's file is missing, the prompt is empty, an id of
+                it or of the sampling parameters isn't in the vocabulary, a schema isn't understood.
             ContextTooLong: no room for an answer; the message names both lengths.
         """
+        try:
+            return self._built(request, {} if known is None else known)
+        except LlavaError as error:
+            name_request(error, request.id)
+            raise
+
+    def _built(self, request: Request, known: dict[int, RequestImage]) -> Prompt:
         self._check(request)
         ids = np.asarray(self._tokenize(request.conversation), np.int64)
+        self._check_ids(ids)
         places = int((ids == IMAGE_TOKEN_INDEX).sum())
         if places != len(request.images):
             raise LlavaError(
-                f"{_name(request)}the text has {places} <image> but {len(request.images)} image(s) were given; "
+                f"the text has {places} <image> but {len(request.images)} image(s) were given; "
                 f"each image needs its <image> in the text"
             )
-        images = [self._identify(source, {} if known is None else known) for source in request.images]
+        images = [self._identify(source, known) for source in request.images]
         lengths = [self.encoder.num_positions(image) for image in images]
         ids, _ = expand_images(ids, None, lengths)
         left = self.context_len - len(ids)
         if left < 1:
             raise ContextTooLong(
-                f"{_name(request)}the prompt takes {len(ids)} positions and the model's context is "
+                f"the prompt takes {len(ids)} positions and the model's context is "
                 f"{self.context_len}; shorten the conversation or give fewer images"
             )
         where = np.flatnonzero(ids == IMAGE_TOKEN_INDEX)
@@ -127,15 +135,24 @@ class PromptBuilder:
         length = sum(map(len, texts))
         if length > self._longest_text:
             raise ContextTooLong(
-                f"{_name(request)}the text has {length} characters, more than the model's context of "
+                f"the text has {length} characters, more than the model's context of "
                 f"{self.context_len} can hold; shorten the conversation"
             )
         for name in ("stop_token_ids", "logit_bias"):
             unknown = max(getattr(request.sampling, name), default=0)
             if unknown >= self._vocabulary:
-                raise LlavaError(
-                    f"{_name(request)}{name}: {unknown} is no id of the model's vocabulary of {self._vocabulary}"
-                )
+                raise LlavaError(f"{name}: {unknown} is no id of the model's vocabulary of {self._vocabulary}")
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        """What no embedding is there for would end the answers of all who are in a step with it."""
+        if not len(ids):
+            raise LlavaError("the prompt is empty; ask something")
+        unknown = ids[(ids != IMAGE_TOKEN_INDEX) & ((ids < 0) | (ids >= self._vocabulary))]
+        if len(unknown):
+            raise LlavaError(
+                f"the prompt has the id {unknown[0]}, which isn't in the model's vocabulary of "
+                f"{self._vocabulary}; leave that token out"
+            )
 
     def _tokenize(self, conversation: Conversation | str | Sequence[int]) -> Sequence[int]:
         if isinstance(conversation, Conversation):
@@ -170,7 +187,3 @@ def _beginning(key: np.ndarray, length: int) -> Beginning | None:
     if not BLOCK <= length < len(key):
         return None
     return Beginning(length, hashlib.blake2b(key[:length].tobytes(), digest_size=16).digest())
-
-
-def _name(request: Request) -> str:
-    return "" if request.id is None else f"request {request.id!r}: "

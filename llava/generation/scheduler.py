@@ -8,7 +8,6 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,24 +22,12 @@ from llava.generation.prompts import Prompt
 from llava.generation.runner import Runner
 from llava.generation.sampling import SamplingTable
 from llava.generation.state import Generation, Plan
-from llava.generation.types import OutOfMemory
+from llava.generation.types import Counts, OutOfMemory, for_user
 
 log = logging.getLogger(__name__)
 
 _ROOM = 64
 """Positions beyond its prompt for which a request has to find memory before it is taken in."""
-
-
-@dataclass
-class Counts:
-    """What the scheduler has done since it was made."""
-
-    steps: int = 0
-    finished: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preempted: int = 0
 
 
 class Scheduler:
@@ -103,13 +90,11 @@ class Scheduler:
         try:
             self._admit()
             if self.running or self.starting:
-                self._compute(len(self.running), list(self.starting))
-        except (torch.OutOfMemoryError, LlavaError) as error:
-            if not self.starting:
-                raise
-            counts = len(self.starting), len(self.running)
-            log.warning("%d prompts and %d running requests failed (%s)", *counts, type(error).__name__)
-            self._start_apart()
+                error = self._try(len(self.running), list(self.starting))
+                if error is not None:
+                    counts = len(self.starting), len(self.running)
+                    log.warning("%d prompts and %d running requests failed (%s)", *counts, type(error).__name__)
+                    self._start_apart()
         finally:
             self._put_back()
         self.counts.steps += 1
@@ -138,11 +123,13 @@ class Scheduler:
                 continue
             lengths.append(len(first.prompt) + min(_ROOM, first.left))
             if not self.runner.cache.holds(lengths):
-                if not self.running and not self.starting:
+                if self.running or self.starting:
+                    break
+                lengths = [len(first.prompt) + 1]  # alone it may have all the memory
+                if not self.runner.cache.holds(lengths):
                     self._refuse(self.waiting.popleft())
-                    lengths.pop()
+                    lengths = []
                     continue
-                break
             positions += len(first.prompt)
             if self.starting and positions > self.max_prefill:
                 break
@@ -170,12 +157,12 @@ class Scheduler:
             self.runner.encoder.prepare(first.prompt.images)
             if first.sampling.num_beams == 1:
                 return True
-            first.tokens = beam_search(self.runner, first.prompt)
+            reasons = map(first.take, beam_search(self.runner, first.prompt))
+            reason = next(filter(None, reasons), "stop")
         except (torch.OutOfMemoryError, LlavaError) as error:
-            self._leave_queue(first).finish("error", _for_user(error))
+            self._leave_queue(first).finish("error", for_user(error))
         else:
-            is_whole = len(first.tokens) >= first.prompt.max_new_tokens
-            self._leave_queue(first).finish("length" if is_whole else "stop")
+            self._leave_queue(first).finish(reason)
             self.counts.finished += 1
         return False
 
@@ -198,17 +185,28 @@ class Scheduler:
         todo = [list(self.starting)]
         while todo:
             part = todo.pop(0)
-            try:
-                self.prefixes.clear()
-                self._compute(0, part)
-            except (torch.OutOfMemoryError, LlavaError) as error:
-                if len(part) == 1:
-                    self.starting.remove(part[0])
-                    part[0].finish("error", _for_user(error))
-                else:
-                    log.warning("%d prompts at once failed (%s); trying fewer", len(part), type(error).__name__)
-                    half = len(part) // 2 if isinstance(error, torch.OutOfMemoryError) else 1
-                    todo[:0] = [part[start : start + half] for start in range(0, len(part), half)]
+            self.prefixes.clear()
+            error = self._try(0, part)
+            if error is not None and len(part) == 1:
+                self.starting.remove(part[0])
+                part[0].finish("error", for_user(error))
+            elif error is not None:
+                log.warning("%d prompts at once failed (%s); trying fewer", len(part), type(error).__name__)
+                half = len(part) // 2 if isinstance(error, torch.OutOfMemoryError) else 1
+                todo[:0] = [part[start : start + half] for start in range(0, len(part), half)]
+
+    def _try(self, decoding: int, admitted: list[Generation]) -> Exception | None:
+        """`_compute`; the error, if there was one and prompts are left that it may be tried with in another way.
+
+        Without its traceback, which would keep the memory of all that the pass had made.
+        """
+        try:
+            self._compute(decoding, admitted)
+        except (torch.OutOfMemoryError, LlavaError) as error:
+            if not set(admitted).intersection(self.starting):
+                raise
+            return error.with_traceback(None)
+        return None
 
     def _compute(self, decoding: int, admitted: list[Generation]) -> None:
         """Run one forward pass: one more token of the first `decoding` running requests, and the prompts of `admitted`.
@@ -319,9 +317,16 @@ class Scheduler:
         return [one.length + 1 for one in self.running]
 
     def _make_room(self) -> None:
-        """If memory is short for the next tokens, the latest requests wait again."""
-        while len(self.running) > 1 and not self.runner.cache.holds(self._next_lengths()):
-            last = self.running.pop()
+        """If memory is short for the next tokens, the latest requests wait again; one that has all of it ends."""
+        while self.running and not self.runner.cache.holds(self._next_lengths()):
+            last = self.running[-1]
+            if not self.runner.cache.holds_alone(last.length + 1):
+                log.warning("an answer ends at %d tokens: it takes all of the engine's cache_bytes", len(last.tokens))
+                self._leave({len(self.running) - 1: "length"})
+                continue
+            if len(self.running) == 1:
+                break
+            self.running.pop()
             self.counts.preempted += 1
             self.announce([last.prompt])
             last.continue_later()
@@ -391,9 +396,3 @@ class Scheduler:
         self.counts.finished += len(leaving)
         for one, _, reason in leaving:
             one.finish(reason)
-
-
-def _for_user(error: Exception) -> LlavaError:
-    if isinstance(error, LlavaError):
-        return error
-    return OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer images")

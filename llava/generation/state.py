@@ -62,7 +62,7 @@ class Generation:
         self.prompt = replace(self.prompt, ids=ids, key=key)
         self._in_prompt, self.length = len(self.tokens), 0
 
-    def take(self, token: int, logprob: TokenLogprob | None) -> str | None:
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> str | None:
         """Add a token; the reason if the answer ends with it."""
         if token in self.prompt.stop_ids:
             return "stop"

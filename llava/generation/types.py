@@ -62,8 +62,8 @@ class Piece:
 class Answer:
     """`text` is without what ended it and, unless it goes on with a text, without outer blanks.
 
-    `finish_reason` is "stop" (end mark or stop string), "length" (max_new_tokens, or the context is full),
-    "cancelled" or "error". `token_ids` are all that were generated but for the end mark.
+    `finish_reason` is "stop" (end mark or stop string), "length" (max_new_tokens, or the context or the engine's memory
+    is full), "cancelled" or "error". `token_ids` are all that were generated but for the end mark.
     """
 
     text: str
@@ -76,3 +76,28 @@ class Answer:
     """How many of them were taken from earlier work."""
     logprobs: list[TokenLogprob] | None = None
     error: LlavaError | None = None
+
+
+@dataclass
+class Counts:
+    """What the engine has done since it was made."""
+
+    steps: int = 0
+    finished: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preempted: int = 0
+
+
+def for_user(error: Exception) -> LlavaError:
+    """What ended a request, as whoever asked reads it."""
+    if isinstance(error, LlavaError):
+        return error
+    return OutOfMemory("the device ran out of memory for this request; send a shorter one or fewer images")
+
+
+def name_request(error: LlavaError, id: Any) -> None:
+    """Have the words of an error begin with which of several requests it is of, where that has an id."""
+    if id is not None:
+        error.args = (f"request {id!r}: {error}",)

@@ -7,16 +7,17 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, SCHEME_PATCH
-from llava.errors import LlavaError, first_line
+from llava.errors import LlavaError, library_errors
+from llava.model.checkpoint.layouts import model_weights
 from llava.model.families import family_of_llm, model_class_of
 from llava.model.language_model import LlavaForCausalLM
 from llava.model.loader import LoadedModel, context_length, load_image_processor
 from llava.model.tokenizer import add_tokens, load_tokenizer
 from llava.model.towers import read_vision_config
 from llava.model.weights.assemble import Source, build_empty, fill_model
-from llava.model.weights.files import WeightFiles, is_harmless
+from llava.model.weights.files import is_harmless
 from llava.model.weights.locate import locate_model
-from llava.model.weights.placement import best_device
+from llava.model.weights.placement import usable_device
 from llava.tokenization import ImageTokens
 
 
@@ -48,10 +49,10 @@ def build_model_from_llm(
     tower_name = str(tower_folder.absolute()) if Path(vision_tower).expanduser().is_dir() else str(vision_tower)
     config = llava_config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)
     model = build_empty(model_class_of(config), config, attn_implementation)
-    weights = WeightFiles.of_folder(llm_folder)
+    weights = model_weights(llm_folder)
     names = {name: name for name in weights if not is_harmless(name)}
     sources = [Source("language model", weights, names), model.get_vision_tower().source(tower_folder)]
-    fill_model(model, sources, dtype, torch.device(device or best_device()), fresh=lambda name: "mm_projector" in name)
+    fill_model(model, sources, dtype, usable_device(device), fresh=lambda name: "mm_projector" in name)
     tokenizer = load_tokenizer(llm_folder)
     add_image_tokens(model, tokenizer)
     processor = load_image_processor([tower_folder], model)
@@ -87,10 +88,8 @@ def resize_embeddings(model: LlavaForCausalLM, rows: int) -> None:
 
 def llava_config(llm_folder: Path, tower_name: str, vision_config: dict, mm_fields: dict[str, Any]):
     """The configuration of a new LLaVA: the language model's own, the tower's, and fields of `build_model_from_llm`."""
-    try:
+    with library_errors(f"{llm_folder}: config.json can't be read"):
         llm_config = AutoConfig.from_pretrained(llm_folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise LlavaError(f"{llm_folder}: config.json can't be read ({first_line(error)})") from error
     config_class = family_of_llm(llm_config.model_type, llm_folder).config_class
     fields = llm_config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):

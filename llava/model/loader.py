@@ -18,7 +18,7 @@ from llava.model.language_model import LlavaForCausalLM
 from llava.model.tokenizer import add_tokens, load_tokenizer_of
 from llava.model.weights.assemble import build_empty, fill_model
 from llava.model.weights.locate import locate_model
-from llava.model.weights.placement import Placement, best_device, choose_dtype
+from llava.model.weights.placement import Placement, choose_dtype, usable_device
 from llava.model.weights.quantized import (
     Quantization,
     finish_quantized,
@@ -93,7 +93,7 @@ def load_pretrained_model(
     _replace_fields(parts.config, dict(config_fields or {}))
     if conversation_template:
         parts.config.conversation_template = conversation_template
-    device = torch.device(device or best_device())
+    device = usable_device(device)
     dtype = choose_dtype(dtype, parts.config, parts.weights, device)
     # Before the weights: a tokenizer that can't be read is found out in a second.
     tokenizer = load_tokenizer_of(parts.folders, folder)

@@ -6,7 +6,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.generation import Engine, Request
-from llava.generation.attention.kernels import GATHERED, Batch, flash_2_kernel, flash_3_kernel, torch_kernel
+from llava.generation.attention.kernels import (
+    GATHERED,
+    Batch,
+    flash_2_kernel,
+    flash_3_kernel,
+    torch_kernel,
+    working_fused,
+    working_kernel,
+)
 from llava.generation.cache.pages import PageCache
 from llava.generation.cache.rows import RowCache
 from llava.generation.decoding import Decoder
@@ -261,6 +269,15 @@ def test_a_signature_without_pages_is_no_kernel():
 
     assert torch_kernel(varlen_attn_2_11) is None and flash_2_kernel(varlen_attn_2_11) is None
     assert flash_3_kernel(varlen_attn_2_11) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is a GPU")
+def test_kernels_that_fail_in_any_way_are_done_without(caplog):
+    """A GPU that isn't there is an AssertionError of torch's, a header that Triton misses one of its own."""
+    with caplog.at_level("INFO"):
+        kernel = working_kernel(torch.device("cuda"), torch.float16, 4, 2, 64)
+        assert working_fused(torch.device("cuda")) is None
+    assert kernel is GATHERED and "no kernels of Triton here (" in caplog.text
 
 
 def test_text_prompts_need_no_image(llama):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava.errors import LlavaError
-from llava.generation import Answer, Engine, EngineBusy, Piece
+from llava.generation import Answer, Engine, EngineBusy, Piece, Request
 from tests.generation.conftest import answer_alone, ask, assert_same, mixed_requests
 
 
@@ -202,3 +202,25 @@ def test_stop_answers_what_was_taken_in(llama):
     engine.stop(drain=False)
     with pytest.raises(LlavaError, match="stopped"):
         list(handle)
+
+
+def test_beams_are_streamed_and_end_at_stop_strings(llama):
+    beams = {"num_beams": 2, "max_new_tokens": 12, "ignore_eos": True}
+    (whole,) = Engine(llama).generate([ask("Hi", **beams)])
+    assert len(whole.text) > 4 and whole.finish_reason == "length"
+    assert "".join(Engine(llama).stream(ask("Hi", **beams))) == whole.text
+    (other,) = Engine(llama).generate([ask("Hi", stop=("not in it",), **beams)])
+    assert (other.text, other.token_ids) == (whole.text, whole.token_ids)
+    middle = whole.text[len(whole.text) // 2 :][:2]
+    (ended,) = Engine(llama).generate([ask("Hi", stop=(middle,), **beams)])
+    assert (ended.text, ended.finish_reason) == (whole.text.partition(middle)[0].strip(), "stop")
+
+
+@pytest.mark.parametrize("ids, words", [([], "prompt is empty"), ([1, 5, 999_999], "id 999999"), ([1, -3], "id -3")])
+def test_a_prompt_that_the_model_can_not_read_is_refused_before_it_meets_others(running, ids, words):
+    """In a step it would have ended the others' answers, or have been answered from another row's last position."""
+    beside = running.submit(ask("Hi", max_new_tokens=40, ignore_eos=True))
+    with pytest.raises(LlavaError, match=f"'x'.*{words}"):
+        running.submit(Request(ids, id="x"))
+    list(beside)
+    assert len(beside.answer.token_ids) == 40

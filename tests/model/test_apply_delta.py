@@ -83,6 +83,17 @@ def test_apply_gives_back_the_target(work):
     assert not part_of(target).exists()
 
 
+def test_a_delta_keeps_the_precision_of_each_tensor(work):
+    """A projector in float32 beside a language model in half precision is whole in the delta, and stays exact."""
+    name = "model.mm_projector.weight"
+    exact = torch.rand(load_file(work / "llava" / "model.safetensors")[name].shape)
+    edit_tensors(work / "llava", lambda tensors: tensors.update({name: exact}))
+    for target, dtype in (("own", torch.float32), ("half", torch.float16)):
+        make_delta(work / "llm", work / "llava", work / target, dtype=None if target == "own" else dtype)
+        delta = load_file(work / target / "model.safetensors")
+        assert torch.equal(delta[name], exact.to(dtype)) and delta["model.norm.weight"].dtype == torch.float16
+
+
 def test_mistral_with_added_tokens(tmp_path):
     make_pair(tmp_path, "mistral")
     assert_applied(tmp_path, apply_delta(tmp_path / "llm", tmp_path / "target", tmp_path / "delta"))

@@ -111,3 +111,24 @@ def test_tied_embeddings(clip, tmp_path):
     assert "lm_head.weight" not in load_file(llm / "model.safetensors")
     model = build_model_from_llm(llm, clip, device="cpu", mm_use_im_start_end=True).model
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        ("llm", {"hidden_size": "wide"}),
+        ("llm", {"num_attention_heads": 0}),
+        ("clip", {"hidden_size": "wide"}),
+        ("clip", {"num_attention_heads": 5}),
+        ("clip", {"model_type": "clip"}),
+        ("clip", {"model_type": ["clip"]}),
+        ("clip", None),
+    ],
+)
+def test_settings_that_no_model_can_have_are_said_in_one_line(tmp_path, part, fields):
+    folders = {"llm": make_llm(tmp_path / "llm"), "clip": make_clip(tmp_path / "clip")}
+    path = folders[part] / "config.json"
+    path.write_text(json.dumps([] if fields is None else json.loads(path.read_text()) | fields))
+    with pytest.raises(LlavaError, match=f"{part}: config.json ") as caught:
+        build_model_from_llm(folders["llm"], folders["clip"], device="cpu")
+    assert "\n" not in str(caught.value)

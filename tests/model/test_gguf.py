@@ -144,8 +144,26 @@ def rewrite(source, target, kind=None, leave_out=(), fields=(), tensors=()):
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "'yarn'"),
         ({"fields": {"tokenizer.ggml.eos_token_id": 9999}}, "eos_token_id is 9999, but there are"),
         ({"tensors": ["rope_freqs.weight"]}, "rope_freqs.weight aren't the factors"),
+        ({"fields": {"llama.block_count": 1_000_000}}, "block_count is 1000000, but there are tensors of 2 blocks"),
+        ({"fields": {"tokenizer.ggml.eos_token_id": "x"}}, "other.gguf: .*can't be read|imported"),
+        ({"fields": {"llama.context_length": "long"}}, "other.gguf: .*can't be read"),
+        ({"fields": {"llama.attention.head_count": 0}}, "other.gguf: .*can't be read"),
+        ({"fields": {"llama.rope.scaling.factor": "q"}}, "other.gguf: no language model that can be imported"),
     ],
-    ids=["extra tensor", "missing tensor", "architecture", "experts", "yarn", "token", "factors"],
+    ids=[
+        "extra tensor",
+        "missing tensor",
+        "architecture",
+        "experts",
+        "yarn",
+        "token",
+        "factors",
+        "blocks",
+        "text as token",
+        "text as length",
+        "no heads",
+        "text as factor",
+    ],
 )
 def test_what_would_not_be_the_same_is_refused(changes, words, tmp_path):
     source = export_gguf(make_chat_llava(tmp_path)[0], tmp_path / "gguf", kind="f32") / "model-f32.gguf"

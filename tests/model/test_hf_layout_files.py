@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -214,6 +215,28 @@ def test_import_of_a_native_folder_is_refused(tmp_path):
     native = make_llava(tmp_path)
     with pytest.raises(LlavaError, match="needs no import"):
         import_hf(native, tmp_path / "back")
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_settings_that_no_model_can_have_are_one_line(exported, tmp_path, part):
+    folder = shutil.copytree(exported[1], tmp_path / "hf")
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {part: config[part] | {"hidden_size": "wide"}})
+    with pytest.raises(LlavaError, match=r"config\.json describes no"):
+        import_hf(folder, tmp_path / "back")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_this_layout_in_8_or_4_bits_is_sent_to_the_import(exported, tmp_path, bits):
+    folder = shutil.copytree(exported[1], tmp_path / "hf")
+    name = "language_model.model.layers.0.mlp.up_proj."
+    tensors = load_file(folder / "model.safetensors")
+    statistics = {8: {name + "SCB": torch.ones(64)}, 4: {name + "weight.absmax": torch.ones(32)}}[bits]
+    save_file(
+        tensors | {name + "weight": tensors[name + "weight"].to(torch.int8)} | statistics, folder / "model.safetensors"
+    )
+    with pytest.raises(LlavaError, match=r"in 8 or 4 bits aren't loaded .*import_hf --model-path"):
+        load_pretrained_model(folder, device="cpu")
 
 
 def test_import_without_our_note(exported, tmp_path):

@@ -43,6 +43,14 @@ def test_missing(tiny, tmp_path, name, cause):
     assert re.search(rf"missing tensor {re.escape(name)}; looked in .*a/model\.safetensors; likely .*{cause}", message)
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("safetensors", torch.int32), ("bin", torch.int32), ("bin", torch.cfloat)])
+def test_numbers_that_are_no_weights(tiny, tmp_path, kind, dtype):
+    tensors = tiny.tensors | {UP: tiny.tensors[UP].to(dtype)}
+    name = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind]
+    message = error(write(tmp_path / "a", tensors, tiny.config, tiny.folder, name))
+    assert re.search(rf"a/{name}: .*{re.escape(UP)}.* holds {dtype}", message)
+
+
 def test_many_missing_are_counted(tiny, tmp_path):
     tensors = tiny.without("model.layers.1.")
     assert "(and 8 more)" in error(write(tmp_path / "a", tensors, tiny.config, tiny.folder))

@@ -5,13 +5,18 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava.constants import SCHEME_PATCH, SCHEME_PLACEHOLDER
 from llava.errors import LlavaError
-from llava.model import LlavaMistralForCausalLM, load_pretrained_model
+from llava.model import LlavaMistralForCausalLM, build_model_from_llm, load_pretrained_model
+from llava.model.convert.projector_extract import extract_projector
 from llava.model.towers.clip import CLIP_PREFIX
+from llava.records import read_json
 from tests.model.checkpoints import PROJECTOR, TOWER, Tiny, logits, save, write
+from tests.tiny import make_llava
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +192,30 @@ def test_delta_is_refused_with_the_command(v10, tmp_path):
     folder = write(tmp_path / "a", delta, v10_config(v10), v10.folder)
     with pytest.raises(LlavaError, match=r"delta weights.*llava\.model\.apply_delta --base .* --delta .*a --target"):
         load_pretrained_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("over_it", ["projector", "adapter", "new model"])
+def test_a_delta_is_no_base_either(tmp_path, over_it):
+    """Loaded as one it would answer, but as nobody has trained it."""
+    llava = make_llava(tmp_path)
+    delta = write(
+        tmp_path / "delta",
+        {name: tensor * 0.01 for name, tensor in load_file(tmp_path / "llm" / "model.safetensors").items()},
+        read_json(tmp_path / "llm" / "config.json"),
+        tmp_path / "llm",
+    )
+    with pytest.raises(LlavaError, match=r"delta holds delta weights.*llava\.model\.apply_delta --base"):
+        if over_it == "projector":
+            extract_projector(llava, tmp_path / "projector")
+            load_pretrained_model(tmp_path / "projector", delta, device="cpu")
+        elif over_it == "adapter":
+            loaded = load_pretrained_model(llava, device="cpu")
+            peft = get_peft_model(loaded.model, LoraConfig(r=4, target_modules=["q_proj"]))
+            peft.save_pretrained(tmp_path / "adapter")
+            loaded.model.config.save_pretrained(tmp_path / "adapter")
+            load_pretrained_model(tmp_path / "adapter", delta, device="cpu")
+        else:
+            build_model_from_llm(delta, tmp_path / "clip", device="cpu")
 
 
 def test_adapter_is_refused_with_the_command(tmp_path):

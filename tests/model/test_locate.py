@@ -10,9 +10,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 
 from llava.errors import LlavaError
 from llava.model import load_pretrained_model
+from llava.model.convert.hub_upload import upload_folder
 from llava.model.weights import locate
 from llava.model.weights.files import WeightFiles
 from llava.model.weights.locate import find_model, locate_model
@@ -202,3 +204,13 @@ def test_a_tower_that_a_checkpoint_names_is_in_that_cache_too(tmp_path):
     cache = hub_cache(tmp_path / "cache", {"some/tower": tmp_path / "clip"})
     loaded = load_pretrained_model(folder, device="cpu", cache_dir=cache).model.state_dict()
     assert loaded.keys() == whole.keys() and all(torch.equal(loaded[name], whole[name]) for name in whole)
+
+
+def test_an_upload_that_finds_no_hub_is_said_in_one_line(tmp_path, monkeypatch):
+    """Once the work is done: the folder stays."""
+    for name, value in (("ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_OFFLINE", False)):
+        monkeypatch.setattr(constants, name, value)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(LlavaError, match="is complete, but uploading it to some/model failed"):
+        upload_folder(tmp_path, "some/model")
+    assert (tmp_path / "config.json").is_file()

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from llava.errors import LlavaError
 from llava.model import consolidate, extract_mm_projector, load_pretrained_model, merge_lora, quantize
 from llava.model.convert.hf_writer import export_hf
+from llava.model.weights import shards
 from llava.model.weights.files import WeightFiles
 from llava.records import read_json, write_json
 from tests.tiny import make_llava, make_llm
@@ -136,6 +137,41 @@ def test_extracted_projector_loads_over_the_language_model(llava, tmp_path, caps
         tmp_path / "folder", llava.parent / "llm", vision_tower=llava.parent / "clip", device="cpu"
     )
     assert torch.equal(logits(over_base), logits(load_pretrained_model(llava, device="cpu")))
+
+
+def test_a_merge_that_was_stopped_does_not_go_on_with_another_scale(llava, lora, tmp_path, monkeypatch):
+    adapter = shutil.copytree(lora, tmp_path / "adapter")
+    words = ["--model-path", str(adapter), "--model-base", str(llava.parent / "llm"), "--save-model-path"]
+    add = shards._Journal.add
+
+    def add_and_stop(self, name, checksum):
+        add(self, name, checksum)
+        if "self_attn.q_proj" in name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards._Journal, "add", add_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge_lora.main([*words, str(tmp_path / "merged")])
+    write_json(adapter / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"lora_alpha": 80})
+    for name in ("merged", "afresh"):
+        merge_lora.main([*words, str(tmp_path / name)])
+    found, expected = (WeightFiles.of_folder(tmp_path / name) for name in ("merged", "afresh"))
+    assert all(torch.equal(found.read(name), expected.read(name)) for name in expected)
+
+
+def test_a_projector_replaces_nothing_of_another_models_folder(llava, tmp_path):
+    """Its configuration and tokenizer go along: the language model there would be one no more."""
+    there = shutil.copytree(llava.parent / "llm", tmp_path / "llm")
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    words = ["--model-path", str(llava), "--output"]
+    with pytest.raises(LlavaError, match=r"llm/\w+\.json is there and holds something else.*--overwrite"):
+        extract_mm_projector.main([*words, str(there)])
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+    extract_mm_projector.main([*words, str(tmp_path / "projector-v1.5")])
+    assert (tmp_path / "projector-v1.5" / "mm_projector.bin").is_file()
+    with pytest.raises(LlavaError, match=r"p\.pt: give a \.bin or \.safetensors file, or a folder"):
+        extract_mm_projector.main([*words, str(tmp_path / "p.pt")])
 
 
 def test_projector_of_other_layouts(llava, lora, tmp_path):

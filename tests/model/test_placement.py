@@ -96,3 +96,11 @@ def test_a_checkpoint_names_no_code_to_run(folder, tmp_path, name):
     for part in (model, model.get_vision_tower().vision_tower):
         chosen = {one.config._attn_implementation for one in part.modules() if hasattr(one, "config")}
         assert "kernels-community/flash-attn" not in chosen
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_said_before_weights_are_read(folder, device, monkeypatch):
+    monkeypatch.setattr(placement, "choose_dtype", None)
+    monkeypatch.setattr("llava.model.loader.load_model", None)
+    with pytest.raises(LlavaError, match=f"the device '{device}' can't be used here; leave it out"):
+        load_pretrained_model(folder, device=device)

@@ -16,7 +16,7 @@ from llava.image_options import with_options_of
 from llava.images import ImageProcessor, open_image
 from llava.model.library_model import load_library_model
 from llava.model.weights.locate import locate_model
-from llava.model.weights.placement import best_device
+from llava.model.weights.placement import usable_device
 from llava.record_content import image_file
 
 Key = TypeVar("Key", bound=Hashable)
@@ -47,7 +47,7 @@ def image_vectors(
     if missing:
         raise LlavaError(f"{len(missing)} images are missing, first {missing[0]}; check --image-folder")
     sources = {name: with_options_of(image, files[name]) for name, (image, _) in images.items()}
-    model = _vision_model(folder).to(device or best_device())
+    model = _vision_model(folder).to(usable_device(device))
     names = list(sources)
     vectors: dict[Key, np.ndarray] = {}
     starts = range(0, len(names), batch_size)

@@ -14,6 +14,8 @@ import torch
 from einops import rearrange
 from torch.nn.functional import scaled_dot_product_attention
 
+from llava.errors import LlavaError, library_errors
+
 log = logging.getLogger(__name__)
 
 
@@ -157,9 +159,11 @@ def working_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_head
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         for kernel in signatures():
             try:
-                _try(kernel, device, dtype, heads, kv_heads, size)
-            except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-                log.info("%s takes no pages here (%s)", kernel.name, " ".join(str(error).split())[:200])
+                # Triton has errors of its own kind, and those of the C compiler that it calls.
+                with library_errors(f"{kernel.name} takes no pages here"):
+                    _try(kernel, device, dtype, heads, kv_heads, size)
+            except LlavaError as error:
+                log.info("%s", error)
             else:
                 log.info("attention over pages: %s", kernel.name)
                 return kernel
@@ -172,10 +176,11 @@ def working_fused(device: torch.device) -> Any:
     if device.type != "cuda":
         return None
     try:
-        fused = importlib.import_module("llava.generation.attention.fused")
-        fused.gated(torch.ones(2, 16, device=device))
-    except (ImportError, RuntimeError) as error:
-        log.info("no kernels of Triton here (%s)", " ".join(str(error).split())[:200])
+        with library_errors("no kernels of Triton here"):
+            fused = importlib.import_module("llava.generation.attention.fused")
+            fused.gated(torch.ones(2, 16, device=device))
+    except LlavaError as error:
+        log.info("%s", error)
         return None
     return fused
 

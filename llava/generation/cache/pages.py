@@ -50,6 +50,10 @@ class PageCache:
         """Whether rows of so many positions fit beside each other, kept beginnings given up."""
         return max(lengths) <= self.max_width and sum(map(self._pages, lengths)) <= self.num_pages
 
+    def holds_alone(self, length: int) -> bool:
+        """Whether a row of so many positions fits with no other beside it."""
+        return self._pages(length) <= self.num_pages
+
     def prepare(self, lengths: Sequence[int], used_rows: int) -> None:
         """Have pages for rows of so many positions; the first `used_rows` rows keep theirs, others are empty.
 

@@ -47,13 +47,16 @@ class RowCache:
         """Whether rows of so many positions fit the memory limit."""
         return len(lengths) <= self.rows and max(lengths) <= self.max_width and self._bytes(lengths) <= self.max_bytes
 
+    def holds_alone(self, length: int) -> bool:
+        """A row that runs alone may go beyond the limit."""
+        return True
+
     def prepare(self, lengths: Sequence[int], used_rows: int) -> None:
         """Have room for rows of so many positions; the first `used_rows` rows keep theirs.
 
         Only if what earlier requests have left behind takes too much memory are rows copied, to give that back.
         """
         self.written = _longer(self.written, lengths)
-        # A row that runs alone may go beyond the limit.
         if self._bytes(self.written) > max(self.max_bytes, self._bytes(lengths)):
             for index, old in enumerate(self.layers):
                 if old is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.images.processor import find_settings
 from llava.model.checkpoint.config import infer_template
 from llava.model.configuration import LlavaConfigFields
@@ -32,9 +32,9 @@ _PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}
 _PROJECTOR = r"(?:model\.)?multi_modal_projector\.linear_([12])\.(weight|bias)"
 
 
-def is_hf_config(config: dict[str, Any]) -> bool:
+def is_hf_config(config: Any) -> bool:
     """Whether a config.json is transformers' own LLaVA: the fields tell, `model_type` has two meanings."""
-    return "text_config" in config and "vision_config" in config
+    return isinstance(config, dict) and "text_config" in config and "vision_config" in config
 
 
 def native_name(hf_name: str, linear: bool = False, tower: VisionTower | None = None) -> str | None:
@@ -61,9 +61,15 @@ def native_config(folder: Path) -> LlavaConfigFields:
     """The configuration of an HF folder as ours.
 
     Raises:
-        LlavaError: a language model, a projector or a selection of layers that LLaVA's layout doesn't know.
+        LlavaError: a language model, a projector or a selection of layers that LLaVA's layout doesn't know, or fields
+            that no model can have.
     """
     hf = read_json(folder / "config.json")
+    with library_errors(f"{folder}: config.json describes no LLaVA of transformers"):
+        return _native_config(hf, folder)
+
+
+def _native_config(hf: dict[str, Any], folder: Path) -> LlavaConfigFields:
     text = dict(hf["text_config"])
     config_class = family_of_llm(text.get("model_type", "llama"), folder).config_class
     layer = hf.get("vision_feature_layer", -2)

@@ -103,6 +103,21 @@ def is_quantized(weights: WeightFiles) -> bool:
     return any(name.endswith((".SCB", ".absmax")) for name in weights)
 
 
+def model_weights(folder: Path) -> WeightFiles:
+    """The weights of a model's folder.
+
+    Raises:
+        LlavaError: there are none, or they are differences to a base; the message has the command that adds them.
+    """
+    weights = WeightFiles.of_folder(folder)
+    if is_delta(weights):
+        raise LlavaError(
+            f"{folder} holds delta weights, not a model; add them to their base first: python -m "
+            f"llava.model.apply_delta --base BASE_MODEL --delta {folder} --target OUTPUT_FOLDER"
+        )
+    return weights
+
+
 def projector_file(folder: Path) -> Path | None:
     """The file of a trained projector in a folder."""
     return next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
@@ -129,12 +144,7 @@ def native_source(weights: WeightFiles, model: LlavaForCausalLM, what: str = "ch
 
 def _open_native(folder: Path, find_tower: Callable[..., Path | None]) -> Parts:
     config = read_config(folder)
-    weights = WeightFiles.of_folder(folder)
-    if is_delta(weights):
-        raise LlavaError(
-            f"{folder} holds delta weights, not a model; add them to their base first: python -m "
-            f"llava.model.apply_delta --base BASE_MODEL --delta {folder} --target OUTPUT_FOLDER"
-        )
+    weights = model_weights(folder)
     if not config.mm_vision_tower and not config.mm_vision_config:
         raise LlavaError(
             f"{folder}: a language model without a vision tower (config.json has no mm_vision_tower); give the "
@@ -151,6 +161,11 @@ def _open_native(folder: Path, find_tower: Callable[..., Path | None]) -> Parts:
 
 def _open_hf(folder: Path) -> Parts:
     weights = WeightFiles.of_folder(folder)
+    if is_quantized(weights):
+        raise LlavaError(
+            f"{folder}: weights that are stored in 8 or 4 bits aren't loaded from transformers' layout; bring them "
+            f"into LLaVA's first: python -m llava.model.import_hf --model-path {folder} --output OUTPUT_FOLDER"
+        )
     return Parts(native_config(folder), weights, lambda model: [hf_source(weights, model)], [folder])
 
 
@@ -174,7 +189,7 @@ def _open_adapter(
     else:
         config = native_config(base_folder) if is_hf else read_config(base_folder)
     _grow_vocabulary(config, adapter)
-    weights = WeightFiles.of_folder(base_folder)
+    weights = model_weights(base_folder)
     if is_quantized(weights):
         raise LlavaError(
             f"{base_folder}: an adapter can't be added to weights that are stored in 8 or 4 bits; give the base in "
@@ -220,7 +235,7 @@ def _open_projector(folder: Path, base_folder: Path | None, find_tower: Callable
             f"the model that it was trained with"
         )
     config = read_config(folder)
-    weights = WeightFiles.of_folder(base_folder)
+    weights = model_weights(base_folder)
     projector = WeightFiles([path])
     tower_folder = find_tower(config, folder, weights)
 

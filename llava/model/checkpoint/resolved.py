@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llava.errors import LlavaError
+from llava.model.checkpoint.adapter import ADAPTER_CONFIG
 from llava.model.checkpoint.layouts import Parts, open_checkpoint
 from llava.model.families import model_class_of
 from llava.model.language_model import LlavaForCausalLM
@@ -17,10 +18,13 @@ from llava.model.weights.assemble import Source, build_empty, match_sources
 from llava.model.weights.locate import locate_model
 from llava.model.weights.shards import Planned, fill_from
 
+_SETTINGS = ("config.json", ADAPTER_CONFIG)
+"""Files that say what is computed of the weights: an adapter's scale, say."""
+
 
 @dataclass(frozen=True)
 class ResolvedCheckpoint:
-    """`names` are in the order of the model; `model` has shapes but no memory."""
+    """`names` are in the order of the model; `model` has shapes but no memory; of `files` the tensors depend."""
 
     folder: Path
     parts: Parts
@@ -76,4 +80,5 @@ def resolve_checkpoint(
     for source in sources:
         chosen.update((name, source) for name in source.unused_layers)
     files = dict.fromkeys(path for source in sources for path in source.weights.files)
-    return ResolvedCheckpoint(folder, parts, model, chosen, tuple(files))
+    settings = [path for place in parts.folders for name in _SETTINGS if (path := place / name).is_file()]
+    return ResolvedCheckpoint(folder, parts, model, chosen, (*files, *settings))

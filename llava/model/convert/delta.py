@@ -95,7 +95,7 @@ def make_delta(
 ) -> Path:
     """Write the difference of the model `target` to `base` into the folder `delta`; returns it.
 
-    `dtype` is the target's by default; a smaller one makes the sum as much less exact.
+    `dtype` is each tensor's own in the target by default; a smaller one makes the sum as much less exact.
 
     Raises:
         LlavaError: what doesn't fit, found before any work.
@@ -103,7 +103,7 @@ def make_delta(
     delta = check_target(delta, overwrite)
     base_folder, target_folder = locate_model(base, "base model"), locate_model(target, "target model")
     pair = open_pair(base_folder, target_folder, "target")
-    tensors = _plan(pair, -1, dtype or _dtype_of(pair), True)
+    tensors = _plan(pair, -1, dtype, True)
     check_space(delta, sum(tensor.nbytes for tensor in tensors))
     with stage(delta, overwrite=overwrite, resume=RESUMABLE) as folder:
         write_shards(folder, tensors, pair.base.files + pair.upper.files, max_shard_bytes=max_shard_bytes)
@@ -307,11 +307,6 @@ class _Checked:
                     f"{self.expected:08x}; the file was damaged, fetch it again"
                 )
         return chunk
-
-
-def _dtype_of(pair: Pair) -> torch.dtype:
-    """The larger model's."""
-    return pair.upper.dtype(EMBEDDING if EMBEDDING in pair.upper else pair.names[0])
 
 
 def _numel(weights: WeightFiles, name: str) -> int:

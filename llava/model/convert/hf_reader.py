@@ -53,7 +53,7 @@ def import_hf(
     config = native_config(source)
     note = content.get(EXPORT_NOTE) or {}
     rows = note.get("vocab_size") or content.get("image_token_index") or content.get("image_token_id")
-    if not rows:
+    if not isinstance(rows, int) or rows < 1:
         raise LlavaError(f"{source / 'config.json'}: has no image_token_index, so the vocabulary's size is unknown")
     processor = ImageProcessor.find(source)
     if processor is None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llava.errors import LlavaError, first_line
+from llava.errors import LlavaError, library_errors
 
 
 def check_can_upload(repo_id: str) -> None:
@@ -20,15 +20,15 @@ def check_can_upload(repo_id: str) -> None:
 
 
 def upload_folder(folder: Path, repo_id: str) -> str:
-    """Make the repository if needed and upload the folder; returns its address."""
+    """Make the repository if needed and upload the folder; returns its address.
+
+    Raises:
+        LlavaError: the hub can't be reached or refuses; the folder stays.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi()
-    try:
+    with library_errors(f"{folder} is complete, but uploading it to {repo_id} failed"):
         address = api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        words = f"{folder} is complete, but uploading it to {repo_id} failed ({first_line(error)})"
-        raise LlavaError(words) from error
     return str(address)

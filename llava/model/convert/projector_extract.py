@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from llava.constants import SCHEME_PATCH
 from llava.errors import LlavaError
+from llava.folders import stage_files
 from llava.model.checkpoint.adapter import non_lora_file
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
 from llava.model.checkpoint.layouts import projector_file
@@ -21,6 +22,8 @@ from llava.records import atomic_path, read_json
 from llava.tokenization import ImageTokens
 
 FILE_NAME = "mm_projector.bin"
+_OTHER_FILES = {".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".json"}
+"""What a file's name ends in that isn't written; a folder's name may hold dots."""
 
 _PROJECTOR = re.compile(r"(?:.*\.)?(mm_projector\..+)")
 
@@ -36,35 +39,41 @@ def extract_projector(model_path: str | Path, output: str | Path, *, overwrite: 
             its language model (`load_pretrained_model(folder, model_base)`).
 
     Raises:
-        LlavaError: no projector in the checkpoint, or a file is there that may not be replaced.
+        LlavaError: no projector in the checkpoint, or a file is there that may not be replaced (in a folder also one of
+            another configuration or tokenizer).
     """
     folder, output = locate_model(model_path), Path(output).expanduser()
-    if output.suffix in {".bin", ".safetensors"}:
-        path = output
-    elif output.suffix == "" or output.is_dir():
-        path = output / FILE_NAME
-    else:
+    is_file = output.suffix in {".bin", ".safetensors"}
+    if not is_file and output.suffix in _OTHER_FILES and not output.is_dir():
         raise LlavaError(f"--output {output}: give a .bin or .safetensors file, or a folder")
-    if path != output and output.resolve() == folder.resolve():
+    if not is_file and output.resolve() == folder.resolve():
         raise LlavaError(
             f"--output {output}: the checkpoint itself; give another folder, or a .bin or .safetensors file"
         )
+    path = output if is_file else output / FILE_NAME
     if path.exists() and not overwrite:
         raise LlavaError(f"{path} is there already; give another name, or --overwrite to replace it")
     tensors = _projector(folder) | _image_rows(folder)
+    if is_file:
+        _write(path, tensors)
+        return path, list(tensors)
+    with stage_files(output, last=FILE_NAME, overwrite=overwrite) as staged:
+        _write(staged / FILE_NAME, tensors)
+        copy_side_files(folder, staged)
+        write_model_card(
+            staged,
+            "The projector of a LLaVA alone: load it over its language model (`--model-base`).",
+            source=str(model_path),
+        )
+    return path, list(tensors)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with atomic_path(path) as temporary:
         if path.suffix == ".bin":
             torch.save(tensors, temporary)
         else:
             save_file(tensors, temporary, metadata={"format": "pt"})
-    if path != output:
-        copy_side_files(folder, output)
-        write_model_card(
-            output,
-            "The projector of a LLaVA alone: load it over its language model (`--model-base`).",
-            source=str(model_path),
-        )
-    return path, list(tensors)
 
 
 def _projector(folder: Path) -> dict[str, torch.Tensor]:

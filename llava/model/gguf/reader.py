@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llava.errors import LlavaError, first_line
+from llava.errors import LlavaError, first_line, library_errors
 from llava.folders import check_space, check_target, stage
 from llava.model.convert.model_card import write_model_card
 from llava.model.families import HEAD
@@ -62,22 +62,9 @@ def import_gguf(
     output = check_target(output, overwrite)
     file = _open(source)
     dtype = dtype or _own_dtype(file)
-    rope = _rope(file, source)
-    with _alone(source) as place:
-        model, tokenizer = _read_model(place, source, dtype), _read_tokenizer(place, source, file)
-    _check_tensors(file, model, source)
+    with library_errors(f"{source}: no language model that can be imported"):
+        model, tokenizer = _read(file, source, dtype)
     config = model.config
-    if rope is not None:
-        config.rope_parameters = dict(config.rope_parameters) | rope
-    ids = {f"{role}_token_id": _field(file, f"tokenizer.ggml.{key}") for role, key in _ROLES.items() if role != "unk"}
-    for name, value in ids.items():
-        setattr(config, name, value)
-    config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
-    config.dtype = dtype
-    config.architectures = [type(model).__name__]
-    for name in ("_model_name_or_path", "quantization_config"):
-        if hasattr(config, name):
-            delattr(config, name)
     state = {
         name: tensor for name, tensor in model.state_dict().items() if not (config.tie_word_embeddings and name == HEAD)
     }
@@ -91,7 +78,7 @@ def import_gguf(
         save_tokenizer(tokenizer, folder)
         config.save_pretrained(folder)
         generation = model.generation_config
-        generation.update(**ids | {"eos_token_id": _end_ids(file)})
+        generation.update(**_special_ids(file) | {"eos_token_id": _end_ids(file)})
         generation.save_pretrained(folder)
         kinds = ", ".join(sorted({tensor.tensor_type.name for tensor in file.tensors}))
         write_model_card(
@@ -100,6 +87,27 @@ def import_gguf(
             source=source.name,
         )
     return output
+
+
+def _read(file: GGUFReader, source: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model with the configuration that the file describes, and its tokenizer."""
+    rope = _rope(file, source)
+    _check_blocks(file, source)
+    with _alone(source) as place:
+        model, tokenizer = _read_model(place, source, dtype), _read_tokenizer(place, source, file)
+    _check_tensors(file, model, source)
+    config = model.config
+    if rope is not None:
+        config.rope_parameters = dict(config.rope_parameters) | rope
+    for name, value in _special_ids(file).items():
+        setattr(config, name, value)
+    config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    for name in ("_model_name_or_path", "quantization_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return model, tokenizer
 
 
 def _open(source: Path) -> GGUFReader:
@@ -177,10 +185,16 @@ def _alone(source: Path) -> Iterator[Path]:
 
 
 def _read_model(place: Path, source: Path, dtype: torch.dtype) -> Any:
-    try:
+    with library_errors(f"{source}: the weights can't be read"):
         return AutoModelForCausalLM.from_pretrained(place, gguf_file=_NAME, dtype=dtype)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError) as error:
-        raise LlavaError(f"{source}: the weights can't be read ({first_line(error)})") from error
+
+
+def _check_blocks(file: GGUFReader, source: Path) -> None:
+    """The library makes as many blocks as the header asks for, before it looks for their tensors."""
+    blocks = _field(file, f"{ARCHITECTURE}.block_count")
+    found = len({tensor.name.split(".")[1] for tensor in file.tensors if tensor.name.startswith("blk.")})
+    if blocks != found:
+        raise LlavaError(f"{source}: block_count is {blocks}, but there are tensors of {found} blocks")
 
 
 def _check_tensors(file: GGUFReader, model: Any, source: Path) -> None:
@@ -210,10 +224,8 @@ def _read_tokenizer(place: Path, source: Path, file: GGUFReader) -> PreTrainedTo
     for key, index in roles.items():
         if index is not None and not 0 <= index < len(tokens):
             raise LlavaError(f"{source}: tokenizer.ggml.{key} is {index}, but there are {len(tokens)} tokens")
-    try:
+    with library_errors(f"{source}: the tokenizer can't be read"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file=_NAME)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise LlavaError(f"{source}: the tokenizer can't be read ({first_line(error)})") from error
     backend = tokenizer.backend_tokenizer
     pre = _field(file, "tokenizer.ggml.pre")
     if pre in DIGITS_APART:
@@ -233,6 +245,11 @@ def _read_tokenizer(place: Path, source: Path, file: GGUFReader) -> PreTrainedTo
     tokenizer.model_max_length = int(_field(file, f"{ARCHITECTURE}.context_length"))
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _special_ids(file: GGUFReader) -> dict[str, Any]:
+    """What a configuration says of special tokens; the unknown one isn't among them."""
+    return {f"{role}_token_id": _field(file, f"tokenizer.ggml.{key}") for role, key in _ROLES.items() if role != "unk"}
 
 
 def _end_ids(file: GGUFReader) -> int | list[int] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.towers.base import VisionTower
 from llava.model.towers.clip import KIND as CLIP
 from llava.records import read_json
@@ -42,9 +42,10 @@ def build_vision_tower(config: Any) -> VisionTower:
         LlavaError: the library has no such vision model, the selected layer doesn't exist, or a class token is
             asked for that the tower doesn't have.
     """
-    vision_config = _without_code(config.mm_vision_config or {})
-    tower_class = find_tower_class(vision_config)
-    tower = tower_class(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
+    with library_errors("config.json describes no vision tower that can be built"):
+        vision_config = _without_code(config.mm_vision_config or {})
+        tower_class = find_tower_class(vision_config)
+        tower = tower_class(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
     if tower.select_feature == "cls_patch" and not tower.prefix_tokens:
         kind = vision_config.get("model_type")
         raise LlavaError(f"mm_vision_select_feature cls_patch: the tower {kind!r} has no class token; use patch")
@@ -85,12 +86,13 @@ def read_vision_config(folder: Path) -> dict[str, Any]:
     Raises:
         LlavaError: the folder holds no vision model, or one that can't be a tower.
     """
-    for tower in TOWERS:
-        found = tower.read_config(folder)
-        if found is not None:
-            return found
-    path = folder / "config.json"
-    kind = read_json(path).get("model_type") if path.is_file() else None
+    with library_errors(f"{folder}: config.json describes no vision tower"):
+        for tower in TOWERS:
+            found = tower.read_config(folder)
+            if found is not None:
+                return found
+        path = folder / "config.json"
+        kind = read_json(path).get("model_type") if path.is_file() else None
     raise LlavaError(f"{folder}: not a vision tower (config.json has model_type {kind!r}); {_taken()}")
 
 

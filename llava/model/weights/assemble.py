@@ -155,7 +155,8 @@ def match_sources(
     quantization_state: Mapping[str, list[str]] | None = None,
 ) -> dict[str, Source]:
     """Which source gives each weight, or the error that says what doesn't fit."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     sources = list(sources)
     quantization_state = quantization_state or {}
     state_keys = {key for keys in quantization_state.values() for key in keys}
@@ -176,8 +177,16 @@ def match_sources(
         raise LlavaError(_describe_missing(sources, missing))
     for name, source in chosen.items():
         # A 4-bit weight is packed; bitsandbytes knows its shape.
-        if source.shape(name) != wanted[name] and name not in quantization_state:
+        if name in quantization_state:
+            continue
+        if source.shape(name) != wanted[name]:
             raise LlavaError(_describe_shape(source, name, wanted[name]))
+        key = source.names[name]
+        if state[name].is_floating_point() and not source.weights.dtype(key).is_floating_point:
+            raise LlavaError(
+                f"{source.weights.file_of(key)}: {key} holds {source.weights.dtype(key)}, not floating-point numbers; "
+                f"of quantized weights only bitsandbytes' can be read, give the 16-bit checkpoint"
+            )
     return chosen
 
 

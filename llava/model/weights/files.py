@@ -192,6 +192,8 @@ class _PickledFile:
                 raise LlavaError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
             if value.layout is not torch.strided or value.is_quantized:
                 raise LlavaError(f"{path}: {name!r} is a sparse or quantized tensor; save it as a plain one")
+            if value.dtype not in DTYPE_NAMES:
+                raise LlavaError(f"{path}: {name!r} holds {value.dtype}; only {', '.join(_DTYPES)} can be read")
             # A view may repeat its values without end: in a copy they would all be there.
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise LlavaError(f"{path}: {name!r} has the shape {tuple(value.shape)} but not as many values")

@@ -10,7 +10,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, library_errors
 from llava.model.weights.files import WeightFiles
 
 if TYPE_CHECKING:
@@ -26,6 +26,18 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The named device, else the best there is.
+
+    Raises:
+        LlavaError: it isn't there, or no name of a device.
+    """
+    with library_errors(f"the device {str(device)!r} can't be used here; leave it out for the best there is"):
+        found = torch.device(device or best_device())
+        torch.empty(1, device=found)
+    return found
 
 
 def choose_dtype(
