@@ -9,6 +9,7 @@ import argparse
 import copy
 import errno
 import inspect
+import io
 import logging
 import os
 import re
@@ -174,6 +175,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` as a command: bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
     debug = "--debug" in sys.argv
     setup_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: what its encoding lacks is shown as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except LlavaError as error:
