@@ -136,17 +136,17 @@ def describe_dicom(
             facts.shown.append(f"frame {index} of {frames}, {'as asked' if frame is not None else 'the middle one'}")
         if int(header.get("SamplesPerPixel") or 1) == 3 or meaning == "PALETTE COLOR":
             facts.shown.append("its colours" if chosen is None else "its colours, to which no window applies")
-            return facts
-        module = grey_module(pydicom, file, groups)
-        facts.window = chosen or (None if "VOILUTSequence" in module else own_window(module))
-        stored = _decode(pydicom, file, index, frames, name, limits)
-        stored = stored[:: max(1, stored.size >> 24)]
-        facts.values = value_range(_rescaled(pydicom, stored, module), _is_padding(stored, _padding(header)))
-        facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
-        if _is_inverse(header):
-            facts.shown.append(f"inverted, since low values are white ({meaning})")
-        if _padding(header) is not None:
-            facts.shown.append("padding is black")
+        else:
+            module = grey_module(pydicom, file, groups)
+            facts.window = chosen or (None if "VOILUTSequence" in module else own_window(module))
+            stored = _decode(pydicom, file, index, frames, name, limits)
+            stored = stored[:: max(1, stored.size >> 24)]
+            facts.values = value_range(_rescaled(pydicom, stored, module), _is_padding(stored, _padding(header)))
+            facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
+            if _is_inverse(header):
+                facts.shown.append(f"inverted, since low values are white ({meaning})")
+            if _padding(header) is not None:
+                facts.shown.append("padding is black")
     if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
         facts.shown.append("the file says that text is burnt into its pixels; it stays there and may name the patient")
     return facts

@@ -75,6 +75,16 @@ def test_frames_windows_and_inversion(tmp_path):
     assert shown[2] == "padding is black" and "burnt into its pixels" in shown[3]
 
 
+@pytest.mark.parametrize("name", ["SC_rgb_rle_2frame.dcm", "examples_palette.dcm"])
+def test_text_burnt_into_a_colour_image_is_told_too(tmp_path, name):
+    """As in ultrasound and screenshots, where it is most common."""
+    header = pydicom.dcmread(FILES / name)
+    header.BurnedInAnnotation = "YES"
+    header.save_as(tmp_path / name)
+    *_, colours, burnt = describe_image(tmp_path / name).shown
+    assert colours == "its colours" and "burnt into its pixels" in burnt
+
+
 @pytest.mark.parametrize(("axis", "plane", "slices", "size"), [(0, "sagittal", 4, (5, 6)), (2, "axial", 6, (4, 5))])
 def test_a_volume(volume, axis, plane, slices, size):
     facts = describe_image(volume, axis=axis)
