@@ -181,9 +181,9 @@ class LeftOut:
 
 def _digest(path: Path) -> str | None:
     """The first 16 characters; None for a file that can't be read, and for what is none (a link, a device)."""
-    if path.is_symlink() or not path.is_file():
-        return None
     try:
+        if path.is_symlink() or not path.is_file():
+            return None
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError:
