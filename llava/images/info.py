@@ -13,13 +13,12 @@ from typing import Any
 
 from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, check_outputs, complain, run, write_line
 from llava.errors import LlavaError
-from llava.image_options import CT_WINDOWS, parse_window, take_negative_windows
+from llava.image_options import add_window_flag
 from llava.images.facts import ImageFacts
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    take_negative_windows(parser)
     parser.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, TIFF, DICOM, NIfTI, …")
     parser.add_argument("--json", metavar="PATH", help="write what was found here; - is the terminal")
     parser.add_argument("--save", metavar="PATH", help="write what a model would see: a PNG, or a folder of them")
@@ -27,7 +26,7 @@ def build_parser() -> ArgumentParser:
         "--frame", "--slice", type=int, help="of a multi-frame file, or slice of a volume; default: the middle one"
     )
     parser.add_argument("--axis", type=int, default=2, help="of a volume: 0 sagittal, 1 coronal, 2 axial")
-    parser.add_argument("--window", "--preset", help=f"CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}")
+    add_window_flag(parser, "")
     parser.add_argument("--model-path", help="with --save: crop and size as this checkpoint's tower gets it")
     parser.add_overwrite()
     return parser
@@ -36,7 +35,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_outputs(args, args.files, "json", "save")
-    options = {"frame": args.frame, "axis": args.axis, "window": args.window and parse_window(args.window)}
+    options = {"frame": args.frame, "axis": args.axis, "window": args.window}
     save = _Saver(args) if args.save else None
     found: list[dict[str, Any]] = []
     failed = 0

@@ -127,7 +127,15 @@ def test_windows_as_text():
 
 def test_a_window_below_zero_needs_no_equals_sign():
     for parser, words in ((info_parser(), ["ct.dcm"]), (convert_parser(), ["in", "--output-dir", "out"])):
-        assert parser.parse_args([*words, "--window", "-600,1500"]).window == "-600,1500"
+        assert parser.parse_args([*words, "--window", "-600,1500"]).window == (-600, 1500)
+
+
+@pytest.mark.parametrize("flag", ["--window", "--preset"])
+def test_what_is_wrong_with_a_window_is_said_of_the_flag_that_was_typed(flag):
+    for parser, words in ((info_parser(), ["ct.dcm"]), (convert_parser(), ["in", "--output-dir", "out"])):
+        with pytest.raises(LlavaError, match=f"^{flag} lungs: give centre and width, such as 40,80, or one of brain"):
+            parser.parse_args([*words, flag, "lungs"])
+    assert convert_parser().parse_args(["in", "--output-dir", "out", flag, "auto"]).window == "auto"
 
 
 def test_the_command(tmp_path, volume, capsys):
