@@ -1,5 +1,6 @@
 """`python -m llava.images.info`: what is in a file and what is shown of it, and nothing of whom it is of."""
 
+import base64
 import json
 import tracemalloc
 from pathlib import Path
@@ -15,6 +16,7 @@ from llava.images.convert import build_parser as convert_parser
 from llava.images.facts import plane_of
 from llava.images.info import build_parser as info_parser
 from llava.images.info import main
+from llava.images.opening import open_and_describe
 from tests.tiny import make_llava
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom isn't installed (extra medical)")
@@ -92,6 +94,25 @@ def test_a_volume(volume, axis, plane, slices, size):
     assert (facts.width, facts.height) == size == open_image(volume, axis=axis).size
     assert facts.spacing_mm == (1, 2, 3) and "axes LAS" in facts.stored and "int16" in facts.stored
     assert any("percentile" in line for line in facts.shown)
+
+
+def test_what_is_described_is_decoded_once(monkeypatch):
+    """As the web page asks for each slice: its pixels, and why they look so."""
+    decoder, decoded = pydicom.pixels.decoders.base.Decoder, []
+    whole = decoder.as_array
+    monkeypatch.setattr(decoder, "as_array", lambda self, *a, **b: decoded.append(1) or whole(self, *a, **b))
+    for name in ("CT_small.dcm", "MR_small_jp2klossless.dcm", "SC_rgb_rle_2frame.dcm"):
+        decoded.clear()
+        image, facts = open_and_describe(FILES / name)
+        assert len(decoded) == 1 and facts == describe_image(FILES / name)
+        assert image.size == (facts.width, facts.height) and image == open_image(FILES / name)
+
+
+def test_a_data_url_is_described(volume):
+    for path in (Path(ct()), volume):
+        content = path.read_bytes()
+        url = "data:application/octet-stream;base64," + base64.b64encode(content).decode()
+        assert describe_image(url) == describe_image(content) == describe_image(path)
 
 
 def test_photographs(tmp_path):
