@@ -305,6 +305,14 @@ def find_settings(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def find_aspect_ratio(folder: Path) -> str | None:
+    """How a model folder has images fitted into the square: config.json's word, or `pad` where its image processor pads
+    them, as LLaVA-1.5's does; None where neither says."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    pads = (find_settings(folder) or {}).get("do_pad")
+    return config.get("image_aspect_ratio") or ("pad" if pads else None)
+
+
 def _with_shortest(width: int, height: int, edge: int) -> tuple[int, int]:
     """(width, height) scaled so that the shorter one is `edge`; the longer one is rounded down."""
     if width <= height:

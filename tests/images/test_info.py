@@ -203,10 +203,27 @@ def test_a_folder(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "CT_small.dcm: DICOM" in said.out
     assert f"name files in it ({tmp_path}/scans/*), or make a training set" in said.err
-    assert f"python -m llava.images.convert {tmp_path}/scans --output-dir" in said.err
+    assert f"llava-med image-convert {tmp_path}/scans --output-dir" in said.err
 
 
-def test_what_the_tower_gets(tmp_path, capsys):
+def test_what_the_tower_gets(tmp_path):
     folder = make_llava(tmp_path / "model")
     assert main([ct(), "--save", str(tmp_path / "seen.png"), "--model-path", str(folder)]) == 0
     assert Image.open(tmp_path / "seen.png").size == (28, 28)
+    # In transformers' layout the image processor's file says that images are padded, and may be part of another.
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (80, 20), "white").save(wide)
+    settings = json.loads((folder / "preprocessor_config.json").read_text()) | {"do_pad": True}
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert main([str(wide), "--save", str(tmp_path / "wide"), "--model-path", str(folder)]) == 0
+    seen = np.asarray(Image.open(tmp_path / "wide" / "wide.png.png"))
+    assert (seen[14] > 250).all() and (seen[:9] < 150).all() and (seen[-9:] < 150).all(), "the whole image, padded"
+
+
+def test_a_model_path_alone_says_nothing(tmp_path):
+    for words, match in (([], "it says what --save writes"), (["--save", "x.png"], "--model-path is not a folder")):
+        with pytest.raises(LlavaError, match=match):
+            main([ct(), "--model-path", str(tmp_path / "none"), *words])
+    with pytest.raises(LlavaError, match=r"has no preprocessor_config\.json"):
+        main([ct(), "--model-path", str(tmp_path), "--save", "x.png"])
