@@ -136,11 +136,10 @@ def _facts(cut: _Cut, is_asked: bool) -> ImageFacts:
     height, width = cut.values.shape[:2]
     codes = "".join(require("nibabel", "medical").orientations.ornt2axcodes(cut.orientation))
     stored = f"{header.get_data_dtype()}, {' × '.join(map(str, header.get_data_shape()))}, axes {codes}"
-    zooms = tuple(float(size) for size in header.get_zooms()[:3])
     values = value_range(cut.values) if cut.values.ndim == 2 else None
-    facts = ImageFacts("NIfTI", width, height, cut.count, cut.place, stored, chosen, values, plane, zooms)
+    facts = ImageFacts("NIfTI", width, height, cut.count, cut.place, stored, chosen, values, plane, _spacing(cut))
     facts.shown.append(f"{plane} slice {cut.place} of {cut.count}, {'as asked' if is_asked else 'the middle one'}")
-    if len(header.get_data_shape()) > 3:
+    if max(header.get_data_shape()[3:], default=1) > 1:
         facts.shown.append("of the first volume of several")
     if values is None:
         facts.shown.append("its colours")
@@ -150,6 +149,14 @@ def _facts(cut: _Cut, is_asked: bool) -> ImageFacts:
         facts.shown.append("grey from the 0.5th to the 99.5th percentile of the slice")
     facts.shown.append(f"turned upright: {_UPRIGHT[cut.axis]}")
     return facts
+
+
+def _spacing(cut: _Cut) -> tuple[float, ...]:
+    """Millimetres between rows, columns and, of a volume, slices as they are shown."""
+    millimetres = {"micron": 1e-3, "meter": 1e3}.get(cut.header.get_xyzt_units()[0], 1.0)
+    sizes = dict(zip(cut.orientation[:, 0].tolist(), cut.header.get_zooms()))  # by axis of RAS+
+    across, down = (axis for axis in range(3) if axis != cut.axis)
+    return tuple(round(float(sizes[axis]) * millimetres, 6) for axis in (down, across, cut.axis) if axis in sizes)
 
 
 class _Source:

@@ -87,13 +87,31 @@ def test_text_burnt_into_a_colour_image_is_told_too(tmp_path, name):
     assert colours == "its colours" and "burnt into its pixels" in burnt
 
 
-@pytest.mark.parametrize(("axis", "plane", "slices", "size"), [(0, "sagittal", 4, (5, 6)), (2, "axial", 6, (4, 5))])
-def test_a_volume(volume, axis, plane, slices, size):
+@pytest.mark.parametrize(
+    ("axis", "plane", "slices", "size", "spacing"),
+    [
+        (0, "sagittal", 4, (5, 6), (3, 2, 1)),
+        (1, "coronal", 5, (4, 6), (3, 1, 2)),
+        (2, "axial", 6, (4, 5), (2, 1, 3)),
+    ],
+)
+def test_a_volume(volume, axis, plane, slices, size, spacing):
+    """`spacing`: between rows, columns and slices, of voxels of 1 x 2 x 3 mm."""
     facts = describe_image(volume, axis=axis)
     assert (facts.kind, facts.orientation, facts.frames, facts.frame) == ("NIfTI", plane, slices, slices // 2)
     assert (facts.width, facts.height) == size == open_image(volume, axis=axis).size
-    assert facts.spacing_mm == (1, 2, 3) and "axes LAS" in facts.stored and "int16" in facts.stored
+    assert facts.spacing_mm == spacing and "axes LAS" in facts.stored and "int16" in facts.stored
     assert any("percentile" in line for line in facts.shown)
+
+
+def test_the_spacing_of_a_volume_is_in_millimetres_whatever_its_axes_and_unit():
+    values = np.zeros((4, 5, 6), np.int16)
+    turned = nibabel.Nifti1Image(values, np.array([[0, 0, 1, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1.0]]))
+    for unit, factor in (("mm", 1), ("unknown", 1), ("micron", 0.001), ("meter", 1000)):
+        turned.header.set_xyzt_units(unit)
+        assert describe_image(turned.to_bytes()).spacing_mm == pytest.approx((2 * factor, factor, 3 * factor))
+    flat = nibabel.Nifti1Image(values[..., 0], np.diag([1.0, 2.0, 3.0, 1.0])).to_bytes()
+    assert describe_image(flat).spacing_mm == (2, 1)
 
 
 def test_what_is_described_is_decoded_once(monkeypatch):
