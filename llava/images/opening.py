@@ -121,7 +121,7 @@ def _shown(source: Any, how: _How, make: _Make[_Made]) -> _Made:
     elif isinstance(source, str) and _WEB_ADDRESS.match(source):
         raise ImageError("images aren't fetched from the web; download it and give the file, or a data: URL")
     elif isinstance(source, (str, os.PathLike)):
-        return _open_file(Path(source).expanduser(), str(source), how, make)
+        return _open_file(_expanded(source), str(source), how, make)
     else:
         raise ImageError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
     return _open(io.BytesIO(content), len(content), name, how, make)
@@ -163,6 +163,11 @@ def open_and_describe(
 ) -> tuple[Image.Image, ImageFacts]:
     """`open_image` and `describe_image` in one: the file is read and decoded once."""
     return _shown(source, _How(limits or Limits(), frame, window, axis), _pixels_and_facts)
+
+
+def _expanded(path: str | os.PathLike) -> Path:
+    """With the home folder in place of `~`; what names no user's stays as it is (Path.expanduser would fail)."""
+    return Path(os.path.expanduser(path))
 
 
 def _open_file(path: Path, name: str, how: _How, make: _Make[_Made]) -> _Made:
@@ -288,7 +293,13 @@ def _kind_of(source: Any) -> str:
     try:
         if isinstance(source, str) and source[:5].lower() == "data:":
             source = read_upload(source, Limits())
-        return "image" if isinstance(source, Image.Image) else image_kind(source)
+        if isinstance(source, Image.Image):
+            return "image"
+        if isinstance(source, bytes):
+            return image_kind(source)
+        path = _expanded(source)
+        with image_file(path) as file:
+            return "slide" if is_slide(path, file, str(source)) else image_kind(path)
     except ImageError:
         return "image"
 
