@@ -251,6 +251,8 @@ def _pixels_and_facts(kind: str, content: Any, name: str, how: _How) -> tuple[Im
         return read_and_describe_dicom(content, name, how.limits, frame=how.frame, window=how.window)
     with _decoder(content, name, how.limits) as (image, container):
         facts = _facts(image, container, count_frames(container.kind, content))
+        if ignored := [name for name in ("window", "frame") if getattr(how, name) is not None]:
+            facts.shown.append(f"no {' or '.join(ignored)} can be chosen of it")
         return _upright(image, container), facts
 
 

@@ -146,6 +146,13 @@ def test_photographs(tmp_path):
     assert "transparency over white" in describe_image(tmp_path / "clear.png").shown
     pixels.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (9, 6), "white")])
     assert describe_image(tmp_path / "moving.gif").frames == 2
+    # What was asked for in vain isn't passed over.
+    for asked, words in (
+        ({"window": "lung"}, "window"),
+        ({"frame": 1}, "frame"),
+        ({"window": (1, 2), "frame": 0}, "window or frame"),
+    ):
+        assert describe_image(tmp_path / "moving.gif", **asked).shown[-1] == f"no {words} can be chosen of it"
 
 
 def test_planes():
