@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.commandline import ArgumentParser, existing_dir, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, run, write_line
 from llava.errors import LlavaError
 from llava.image_options import add_window_flag
 from llava.images.opening import open_image
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.folders import check_target, stage
     from llava.records import write_records
 
+    check_outputs(args, [args.folder], "sources", "table")
     choose = parse_slices(args.slices)
     window = None if args.window == "auto" else args.window
     target = check_target(args.output_dir, args.overwrite)

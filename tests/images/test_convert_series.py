@@ -232,6 +232,14 @@ def test_a_table_to_fill_in(hospital, tmp_path):
         convert(hospital, tmp_path / "inside", "--table", str(tmp_path / "inside" / "my.csv"))
 
 
+def test_two_tables_are_two_files(hospital, tmp_path):
+    """The private list of sources was replaced by the other table, once all had been drawn."""
+    both = str(tmp_path / "both.csv")
+    with pytest.raises(LlavaError, match=r"--table .*both\.csv: it is read, or written by another flag"):
+        convert(hospital, tmp_path / "out", "--sources", both, "--table", both, "--overwrite")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_name_of_a_file_is_a_formula(tmp_path):
     folder = tmp_path / "scans"
     for place, name in enumerate(("=1+1.dcm", "+1.dcm", "-1.dcm", "@x.dcm", "plain.dcm")):
