@@ -96,7 +96,7 @@ class _Cut(NamedTuple):
     """`[height, width]`, or `[height, width, 3]` of colours."""
     axis: int
     place: int
-    count: int
+    slices: int
     """Of slices along the axis."""
     orientation: np.ndarray
     """Of each axis of the storage: (which one of RAS+ it is, 1 or -1)."""
@@ -137,8 +137,8 @@ def _facts(cut: _Cut, is_asked: bool) -> ImageFacts:
     codes = "".join(require("nibabel", "medical").orientations.ornt2axcodes(cut.orientation))
     stored = f"{header.get_data_dtype()}, {' × '.join(map(str, header.get_data_shape()))}, axes {codes}"
     values = value_range(cut.values) if cut.values.ndim == 2 else None
-    facts = ImageFacts("NIfTI", width, height, cut.count, cut.place, stored, chosen, values, plane, _spacing(cut))
-    facts.shown.append(f"{plane} slice {cut.place} of {cut.count}, {'as asked' if is_asked else 'the middle one'}")
+    facts = ImageFacts("NIfTI", width, height, cut.slices, cut.place, stored, chosen, values, plane, _spacing(cut))
+    facts.shown.append(f"{plane} slice {cut.place} of {cut.slices}, {'as asked' if is_asked else 'the middle one'}")
     if max(header.get_data_shape()[3:], default=1) > 1:
         facts.shown.append("of the first volume of several")
     if values is None:

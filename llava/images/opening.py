@@ -238,7 +238,7 @@ def _size(kind: str, content: Any, name: str, how: _How) -> tuple[int, int]:
 def _pixels_and_facts(kind: str, content: Any, name: str, how: _How) -> tuple[Image.Image, ImageFacts]:
     """The image as RGB, and what is told of it."""
     if kind == "rgb":
-        return content, ImageFacts("image", *content.size, shown=["as RGB"])
+        return content, ImageFacts("image", content.width, content.height, shown=["as RGB"])
     if kind == "slide":
         return content.image, slide_facts(content, is_asked=how.frame is not None)
     if kind == "nifti":
