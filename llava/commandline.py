@@ -211,7 +211,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         reason = str(error).split("\n")[0] or "the machine's memory is used up"
         complain(
             f"error: out of memory: {reason[:300]}; end what else uses the device, or take smaller batches "
-            "(`python -m llava.train.estimate_memory` tells what a training needs)"
+            "(`llava-med estimate` tells what a training needs)"
         )
         sys.exit(EXIT_BAD_INPUT)
     except BaseException as error:

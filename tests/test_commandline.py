@@ -94,7 +94,7 @@ def test_no_memory_is_one_line(raised):
     code = f"import torch; from llava.commandline import run\ndef main(): raise {raised}\nrun(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: out of memory: ") and "estimate_memory" in done.stderr
+    assert done.stderr.startswith("error: out of memory: ") and "llava-med estimate" in done.stderr
 
 
 def test_other_errors_keep_their_traceback():

@@ -132,8 +132,8 @@ def _open_native(folder: Path, find_tower: Callable[..., Path | None]) -> Parts:
     weights = WeightFiles.of_folder(folder)
     if is_delta(weights):
         raise LlavaError(
-            f"{folder} holds delta weights, not a model; add them to their base first: python -m "
-            f"llava.model.apply_delta --base BASE_MODEL --delta {folder} --target OUTPUT_FOLDER"
+            f"{folder} holds delta weights, not a model; add them to their base first: llava-med "
+            f"apply-delta --base BASE_MODEL --delta {folder} --target OUTPUT_FOLDER"
         )
     if not config.mm_vision_tower and not config.mm_vision_config:
         raise LlavaError(
@@ -165,8 +165,8 @@ def _open_adapter(
     if base_folder is None:
         base = adapter.base_name or "BASE_MODEL"
         raise LlavaError(
-            f"{folder} is a LoRA adapter, not a whole model; add --model-base {base}, or merge it once: python -m "
-            f"llava.model.merge_lora --model-path {folder} --model-base {base} --save-model-path OUTPUT_FOLDER"
+            f"{folder} is a LoRA adapter, not a whole model; add --model-base {base}, or merge it once: llava-med "
+            f"merge-lora --model-path {folder} --model-base {base} --save-model-path OUTPUT_FOLDER"
         )
     is_hf = is_hf_config(read_json(base_folder / "config.json"))
     if (folder / "config.json").is_file():
