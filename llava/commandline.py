@@ -9,6 +9,7 @@ import argparse
 import copy
 import errno
 import inspect
+import io
 import logging
 import os
 import re
@@ -174,6 +175,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` as a command: bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
     debug = "--debug" in sys.argv
     setup_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: what its encoding lacks is shown as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except LlavaError as error:
@@ -208,7 +211,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         reason = str(error).split("\n")[0] or "the machine's memory is used up"
         complain(
             f"error: out of memory: {reason[:300]}; end what else uses the device, or take smaller batches "
-            "(`python -m llava.train.estimate_memory` tells what a training needs)"
+            "(`llava-med estimate` tells what a training needs)"
         )
         sys.exit(EXIT_BAD_INPUT)
     except BaseException as error:

@@ -64,8 +64,8 @@ def model_name(path: str | Path) -> str:
 def check_file(path: Path) -> None:
     """A LlavaError unless `path` is a file: a device or a pipe has no end, or none yet."""
     if not path.is_file():
-        other = path.exists() and not path.is_dir()
-        raise LlavaError(f"{path}: {'a device or a pipe, not a file' if other else 'no such file'}")
+        kind = "a folder, not a file" if path.is_dir() else "a device or a pipe, not a file"
+        raise LlavaError(f"{path}: {kind if path.exists() else 'no such file'}")
 
 
 def check_target(target: str | Path, overwrite: bool = False) -> Path:

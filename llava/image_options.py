@@ -7,7 +7,7 @@ requests of the API beside its address (`image_options`), commands as flags, the
 
 import os
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -192,6 +192,20 @@ def add_image_flags(parser: ArgumentParser) -> None:
     group.add_argument("--slice", type=int, help="slice of volumes; default: the middle one")
 
 
+def add_window_flag(parser: ArgumentParser, help: str, default: str | None = None) -> None:
+    """`--window`, which may be called `--preset` too: `parse_window` of what is given, or the default."""
+    take_negative_windows(parser)
+    help = f"{help}CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}"
+    parser.add_argument("--window", "--preset", action=_ReadWindow, default=default, help=help)
+
+
+class _ReadWindow(Action):
+    """What is wrong is said of the flag that was typed."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values if values == self.default else parse_window(values, option_string))
+
+
 def take_negative_windows(parser: ArgumentParser) -> None:
     """`-600,1500` is a window, though argparse would take it for a flag."""
     parser._negative_number_matcher = re.compile(r"-\d[\d.,/-]*$")
@@ -215,8 +229,8 @@ def image_options_from_args(args: Namespace) -> ImageOptions:
         raise LlavaError(f"--{error}") from error
 
 
-def parse_window(text: str) -> str | tuple[float, float]:
-    """`40,80` (or `40/80`), or a preset's name.
+def parse_window(text: str, flag: str = "--window") -> str | tuple[float, float]:
+    """`40,80` (or `40/80`), or a preset's name, which was given as `flag`.
 
     Raises:
         LlavaError: it is neither.
@@ -227,7 +241,7 @@ def parse_window(text: str) -> str | tuple[float, float]:
         return _window([float(part) for part in text.replace("/", ",").split(",")])
     except (ValueError, LlavaError):
         raise LlavaError(
-            f"--window {text}: give centre and width, such as 40,80, or one of {', '.join(CT_WINDOWS)}"
+            f"{flag} {text}: give centre and width, such as 40,80, or one of {', '.join(CT_WINDOWS)}"
         ) from None
 
 

@@ -186,6 +186,21 @@ def images_of(record: Mapping[str, Any], where: str) -> list[Any]:
         raise LlavaError(f"{where}: {error}") from error
 
 
+def first_pair(record: RecordOrTurns, where: str) -> tuple[str, str]:
+    """The first question of a record and its answer.
+
+    Raises:
+        LlavaError: there is none, or what `read_turns` refuses; `where` opens the message.
+    """
+    try:
+        pairs = question_answer_pairs(read_turns(record))
+    except LlavaError as error:
+        raise LlavaError(f"{where}: {error}") from error
+    if not pairs:
+        raise LlavaError(f"{where}: the conversation holds no question with an answer")
+    return pairs[0]
+
+
 def image_file(image: Any) -> Any:
     """One of `record_images` without its options."""
     return image.source if isinstance(image, ImageWithOptions) else image

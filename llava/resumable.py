@@ -117,6 +117,11 @@ class ResumableJsonl:
                 if next(lines, None) is not None:
                     raise LlavaError(f"{self.part} line {number}: not JSON, and more follows; remove that line")
                 break  # the line that was being written when the run was killed
+            if not isinstance(record, dict) or self.key not in record:
+                raise LlavaError(
+                    f"{self.part} line {number}: no {self.key!r}, so another command began it; finish that one, give "
+                    f"another name, or remove the file"
+                )
             self.done[record[self.key]] = record
             end += len(line)
         self._file.truncate(end)

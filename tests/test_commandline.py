@@ -94,7 +94,7 @@ def test_no_memory_is_one_line(raised):
     code = f"import torch; from llava.commandline import run\ndef main(): raise {raised}\nrun(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: out of memory: ") and "estimate_memory" in done.stderr
+    assert done.stderr.startswith("error: out of memory: ") and "llava-med estimate" in done.stderr
 
 
 def test_other_errors_keep_their_traceback():
@@ -107,3 +107,15 @@ def test_results_do_not_steer_the_terminal(capsys):
     """A model may answer anything, and a file may be called so."""
     write_line("\x1b]0;title\x07no\x9b2Jdule\r\nin the\tlung\rtwo\n胸部 👩\u200d⚕")
     assert capsys.readouterr().out == ("\\x1b]0;title\\x07no\\x9b2Jdule\r\nin the\tlung\\rtwo\n胸部 👩\u200d⚕\n")
+
+
+@pytest.mark.parametrize(("encoding", "arrow"), [("ascii", r"\u2192"), ("utf-8", "→")])
+def test_results_are_shown_whatever_the_terminal_can_write(encoding, arrow):
+    """A name of a file that isn't UTF-8, as old archives have them; a terminal that isn't either."""
+    code = "import sys; from llava.commandline import run, write_line; run(lambda: write_line(sys.argv[1]))"
+    words = [sys.executable, "-c", code, b"m\xfcller \xe2\x86\x92"]
+    done = subprocess.run(
+        words, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == rf"m\udcfcller {arrow}" + "\n"

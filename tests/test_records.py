@@ -107,6 +107,8 @@ def test_no_file_is_written_with_half_of_a_pair(tmp_path, caplog, name):
 def test_missing_file(tmp_path):
     with pytest.raises(LlavaError, match="no such file"):
         list(iter_records(tmp_path / "none.json"))
+    with pytest.raises(LlavaError, match="a folder, not a file"):
+        list(iter_records(tmp_path))
 
 
 def test_unknown_suffix_writes_nothing(tmp_path):
@@ -189,6 +191,15 @@ def test_what_follows_a_damaged_line_is_not_dropped(tmp_path):
     part.write_bytes(content.replace(b"\0\0\0\n", b""))
     with ResumableJsonl(tmp_path / "answers.jsonl") as log:
         assert set(log.done) == {1, 2}
+
+
+def test_a_part_of_another_command_is_no_part(tmp_path):
+    """It may be keyed by another field."""
+    for line in ('{"id": 1}', "[1]"):
+        (tmp_path / "x.jsonl.part").write_text(f"{line}\n")
+        with pytest.raises(LlavaError, match=r"x.jsonl.part line 1: no 'question_id', so another command began it"):
+            ResumableJsonl(tmp_path / "x.jsonl")
+        assert (tmp_path / "x.jsonl.part").read_text() == f"{line}\n"
 
 
 def test_a_file_in_work_is_of_one_process(tmp_path):

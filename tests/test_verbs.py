@@ -1,7 +1,10 @@
 """`llava-med VERB`: every command module has a verb, help imports none of them, mistakes are one line."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +91,17 @@ def test_mistakes_are_one_line():
     with pytest.raises(LlavaError, match="llava-med --help lists them"):
         find_module("xyzzy")
     assert run_script("validate", "/nowhere.json").returncode == 2
+
+
+def test_messages_name_the_verb_that_a_user_types():
+    """Docstrings name modules: of a command's example the verb takes the place as it is shown."""
+    verbs = {module.removesuffix(".__main__"): verb for verb, module in KNOWN.items()}
+    found = []
+    for path in sorted(Path(llava.__file__).parent.rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for text in (node for node in texts if id(node) not in alone):
+            modules = re.findall(r"python -m (llava\.[a-z_.]*[a-z])", text.value)
+            found += [(path.name, text.lineno, verbs[name]) for name in modules if name in verbs]
+    assert found == []

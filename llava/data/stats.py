@@ -36,8 +36,9 @@ def main(argv=None) -> int:
     write_json(folder / "stats.json", stats.as_json(), overwrite=args.overwrite)
     read = {"input": args.input, "sha256": sha256_of(Path(args.input)), "max_records": args.max_records}
     page = write_figures(stats, folder, Path(args.input).name, {**read, "versions": versions()})
-    domains = one_line(str(dict(stats.domains.most_common())), 500)
-    write_line(f"{stats.records} records, {sum(stats.turns)} turns, domains {domains}")
+    domains = ", ".join(f"{name} ({count})" for name, count in stats.domains.most_common())
+    domains = one_line(domains, 500) or "none given"
+    write_line(f"{stats.records} records, {sum(stats.turns)} turns, domains: {domains}")
     for name, pairs in stats.verbs.items():
         top = ", ".join(f"{verb} {noun} ({count})" for (verb, noun), count in pairs.most_common(5))
         top = one_line(top, 500)

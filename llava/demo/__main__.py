@@ -32,16 +32,19 @@ def main(argv: list[str] | None = None) -> None:
     from llava.demo.settings import FULL, SMALL
     from llava.demo.steps import run_steps
     from llava.errors import LlavaError
+    from llava.folders import check_target
     from llava.records import read_json, write_json
 
     output, settings = Path(args.output_dir), SMALL if args.small else FULL
     kind, note = {"seed": args.seed, "small": args.small}, output / "demo.json"
+    if not note.is_file():
+        check_target(output, args.overwrite)  # what isn't the demo's may lie under its names
     there = read_json(note) if note.is_file() else kind
     if there != kind and not args.overwrite:
         known = there if isinstance(there, dict) else {}
         raise LlavaError(
             f"{output}: holds the {'small' if known.get('small') else 'whole'} demo of seed {known.get('seed')}; name "
-            f"another folder with --output-dir, or replace it: llava-med demo --overwrite"
+            f"another folder with --output-dir, or replace it with --overwrite"
         )
     write_json(note, kind)
     pipeline = run_steps(output, settings, args.seed)

@@ -6,6 +6,7 @@ operations are too small to be divided.
 
 import math
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.multiprocessing
 from torch import nn
 
 from llava.bars import tqdm
+from llava.commandline import EXIT_BAD_INPUT
 from llava.demo.muon import Muon
 from llava.errors import LlavaError
 from llava.records import write_json
@@ -76,14 +78,26 @@ def fit(
 
 
 def in_processes(function: Callable[..., None], args, count: int) -> None:
-    """Call `function(args)` in `count` processes of one thread that form a group; in this one if `count` is 1."""
+    """Call `function(args)` in `count` processes of one thread that form a group; in this one if `count` is 1.
+
+    Raises:
+        LlavaError: that of a process, in its words.
+    """
+    if count < 1:
+        raise LlavaError(f"--processes {count}: give 1 or more")
     if count == 1:
-        _start(0, function, args, 1, 0)
+        _start(0, function, args, 1, 0, None)
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (function, args, count, port), nprocs=count)
+    complaints = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        torch.multiprocessing.spawn(_start, (function, args, count, port, complaints), nprocs=count)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.exit_code != EXIT_BAD_INPUT:
+            raise
+        raise LlavaError(complaints.get()) from None
 
 
 def process_number() -> int:
@@ -95,13 +109,18 @@ def is_first() -> bool:
     return process_number() == 0
 
 
-def _start(rank: int, function: Callable[..., None], args, count: int, port: int) -> None:
+def _start(rank: int, function: Callable[..., None], args, count: int, port: int, complaints: Any) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     if count > 1:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     try:
         function(args)
+    except LlavaError as error:
+        if complaints is None:
+            raise
+        complaints.put(str(error))
+        sys.exit(EXIT_BAD_INPUT)
     finally:
         if count > 1:
             dist.destroy_process_group()

@@ -100,17 +100,21 @@ def read_samples(args, tokenizer) -> list[tuple[list[int], list[int]]]:
 
     Of a record with an image the answer is learned, as plain text.
     """
+    from llava.record_content import first_pair, images_of
     from llava.records import read_records
     from llava.tokenization import encode_conversation
 
     samples = []
-    for record in (record for path in args.data_path for record in read_records(path)):
-        if record.get("plain") or record.get("image"):
-            shown, caption = (turn["value"] for turn in record["conversations"][:2])
-            samples.append(_plain("" if record.get("image") else shown, caption, tokenizer))
-        else:
-            encoded = encode_conversation(record, args.template, tokenizer)
-            samples.append((encoded.input_ids, encoded.labels))
+    for path in args.data_path:
+        for number, record in enumerate(read_records(path)):
+            where = f"{path} record {number}"
+            shown, caption = first_pair(record, where)
+            has_image = bool(images_of(record, where))
+            if record.get("plain") or has_image:
+                samples.append(_plain("" if has_image else shown, caption, tokenizer))
+            else:
+                encoded = encode_conversation(record, args.template, tokenizer)
+                samples.append((encoded.input_ids, encoded.labels))
     return samples
 
 

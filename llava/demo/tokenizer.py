@@ -36,12 +36,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def texts_of(paths: Iterable[str | Path], limit: int | None = None) -> list[str]:
     """What is said in records (in the first `limit` of each file), and how a prompt is written."""
+    from llava.constants import DEFAULT_IMAGE_TOKEN
+    from llava.errors import LlavaError
+    from llava.record_content import read_turns
     from llava.records import iter_records
 
     texts = ["Describe the picture. Please answer: yes, no."] * 10
     for path in paths:
-        for record in islice(iter_records(path), limit):
-            texts += [str(turn["value"]).replace("<image>", "") for turn in record["conversations"]]
+        for number, record in enumerate(islice(iter_records(path), limit)):
+            try:
+                texts += [turn.text.replace(DEFAULT_IMAGE_TOKEN, "") for turn in read_turns(record)]
+            except LlavaError as error:
+                raise LlavaError(f"{path} record {number}: {error}") from error
     return texts
 
 

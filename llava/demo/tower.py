@@ -45,14 +45,19 @@ def train_tower(args) -> None:
 
     from llava.demo.fitting import fit, is_first, own_part, process_number, shuffled
     from llava.demo.tower_model import SentenceMatching, sentence_embeddings, standardise, start_embeddings
+    from llava.errors import LlavaError
     from llava.images import ImageProcessor
+    from llava.record_content import first_pair
     from llava.records import read_records
 
     records = read_records(args.data_path)
+    if not records:
+        raise LlavaError(f"{args.data_path}: holds no records")
+    told = [first_pair(record, f"{args.data_path} record {number}")[1] for number, record in enumerate(records)]
     size = args.image_size
     processor = ImageProcessor(size=size, crop_size=(size, size))
-    pixels = _read_images([Path(args.image_folder) / record["image"] for record in records], processor)
-    sentences, captions = caption_sentences([record["conversations"][1]["value"] for record in records])
+    pixels = _read_images(records, args, processor)
+    sentences, captions = caption_sentences(told)
     levels = torch.from_numpy(processor._levels())
     texts = sentence_embeddings(sentences, args.language_model)
     model = SentenceMatching(args, texts, exclusions(captions, len(sentences)))
@@ -133,20 +138,27 @@ def normalise(pixels, levels):
     return torch.stack([levels[channel][pixels[:, channel].long()] for channel in range(3)], dim=1)
 
 
-def _read_images(paths: list[Path], processor):
-    """All images as uint8 [n, 3, size, size]: a quarter of what their float32 pixel values take."""
+def _read_images(records: list[dict], args, processor):
+    """The image of each record as uint8 [n, 3, size, size]: a quarter of what their float32 pixel values take."""
     import numpy as np
     import torch
 
     from llava.bars import tqdm
     from llava.demo.fitting import is_first
+    from llava.errors import LlavaError
+    from llava.image_options import with_options_of
     from llava.images import open_image
+    from llava.record_content import image_file, images_of
 
-    pixels = np.empty((len(paths), 3, *processor.crop_size), np.uint8)
-    for index, path in enumerate(
-        tqdm(paths, desc="reading images", unit="image", mininterval=0.5, disable=not is_first())
-    ):
-        pixels[index] = np.asarray(processor.fit(open_image(path))).transpose(2, 0, 1)
+    pixels = np.empty((len(records), 3, *processor.crop_size), np.uint8)
+    bar = tqdm(records, desc="reading images", unit="image", mininterval=0.5, disable=not is_first())
+    for number, record in enumerate(bar):
+        where = f"{args.data_path} record {number}"
+        images = images_of(record, where)
+        if len(images) != 1 or not isinstance(name := image_file(images[0]), str):
+            raise LlavaError(f"{where}: a caption is of one image, named by its path; here are {len(images)}")
+        image = open_image(with_options_of(images[0], Path(args.image_folder) / name))
+        pixels[number] = np.asarray(processor.fit(image)).transpose(2, 0, 1)
     return torch.from_numpy(pixels)
 
 

@@ -81,7 +81,7 @@ def main(argv=None) -> int:
             return 1
         output.finish([job.key for job in jobs], keep_part=True)
     write_manifest(scores, **about, fingerprint=fingerprint_of(about))
-    write_line(f"wrote {args.scores_file}; sum it up with: python -m llava.eval.summarize_gpt_review")
+    write_line(f"wrote {args.scores_file}; sum it up with: llava-med judge-summary")
     return 0
 
 

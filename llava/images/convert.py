@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image
 
-from llava.commandline import ArgumentParser, existing_dir, run, write_line
+from llava.commandline import ArgumentParser, check_outputs, existing_dir, run, write_line
 from llava.errors import LlavaError
-from llava.image_options import CT_WINDOWS, parse_window, take_negative_windows
+from llava.image_options import add_window_flag
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
 from llava.processes import process_pool
@@ -33,18 +33,12 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    take_negative_windows(parser)
     parser.add_argument("folder", metavar="DIR", help="DICOM files and NIfTI volumes, at any depth")
     parser.add_argument("--output-dir", required=True, help="gets images/, records.json and left_out.jsonl")
     parser.add_argument(
         "--slices", default="middle", help="of each series: middle, all, 'every N', or 'montage RxC' in one image"
     )
-    parser.add_argument(
-        "--window",
-        "--preset",
-        default="auto",
-        help=f"auto (CT by the part of the body, else the file's own), CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}",
-    )
+    add_window_flag(parser, "auto (CT by the part of the body, else the file's own), ", default="auto")
     parser.add_argument("--axis", type=int, default=2, choices=(0, 1, 2), help="of volumes: sagittal, coronal, axial")
     parser.add_argument("--question", help="give each record a conversation that begins with this question")
     parser.add_argument(
@@ -74,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     from llava.folders import check_target, stage
     from llava.records import write_records
 
+    check_outputs(args, [args.folder], "sources", "table")
     choose = parse_slices(args.slices)
-    window = None if args.window == "auto" else parse_window(args.window)
+    window = None if args.window == "auto" else args.window
     target = check_target(args.output_dir, args.overwrite)
     sources = args.sources and Sources(Path(args.sources), Path(args.folder), target, args.overwrite)
     table = args.table and Table(Path(args.table), target, args.overwrite, "is no part of")
@@ -181,9 +176,9 @@ class LeftOut:
 
 def _digest(path: Path) -> str | None:
     """The first 16 characters; None for a file that can't be read, and for what is none (a link, a device)."""
-    if path.is_symlink() or not path.is_file():
-        return None
     try:
+        if path.is_symlink() or not path.is_file():
+            return None
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError:

@@ -1,10 +1,12 @@
-"""A DICOM file's pixels as RGB (extra "medical": pydicom).
-
-Text burnt into the pixels stays there (a warning says when the file admits it).
-"""
+"""A DICOM file's pixels as RGB (extra "medical": pydicom). Text burnt into them stays there; a warning says so."""
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,31 +53,17 @@ def read_dicom(
             decoder (with the package to install), damaged.
         LlavaError: no such frame or window.
     """
-    pydicom = require("pydicom", "medical")
-    # Its log and its warnings quote the tags' values.
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    chosen = None if window is None else read_window(window)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        file = read_dicom_file(pydicom, content, name, limits)
-        header = file.header
-        if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
-            log.warning("a DICOM image says that it has text burnt into its pixels; it may name the patient")
-        frames = _check(header, name, limits)
-        index = _choose_frame(frame, frames, name)
-        values = _decode(pydicom, file, index, frames, name, limits)
-        with plain_errors(name, "the DICOM file's grey or colour tables can't be applied"):
-            has_palette = header.get("PhotometricInterpretation") == "PALETTE COLOR"
-            is_rgb = values.ndim == 3 and values.shape[-1] == 3
-            if chosen is not None and (is_rgb or has_palette):
-                log.warning("a DICOM image is in colour; the window that was chosen isn't applied to it")
-            if is_rgb:
-                return _colour(pydicom, values, header)
-            if has_palette:
-                check_palettes(header, name)
-                return Image.fromarray(_palette(pydicom, values, header, name))
-            module = grey_module(pydicom, file, frame_groups(pydicom, file, index))
-            return grey_to_rgb(_grey(pydicom, values, header, module, chosen))
+    with _quiet() as pydicom:
+        return _image(_read(pydicom, content, name, limits, frame=frame, window=window))
+
+
+def read_and_describe_dicom(
+    content: bytes, name: str, limits: Limits, **options: Any
+) -> tuple[Image.Image, ImageFacts]:
+    """As `read_dicom`, and why it looks as it does; no tag that could name a patient is read."""
+    with _quiet() as pydicom:
+        shown = _read(pydicom, content, name, limits, **options)
+        return _image(shown), _facts(shown, is_asked=options.get("frame") is not None)
 
 
 def dicom_size(content: bytes, name: str, limits: Limits) -> tuple[int, int]:
@@ -84,48 +72,89 @@ def dicom_size(content: bytes, name: str, limits: Limits) -> tuple[int, int]:
     Raises:
         ImageError: as `read_dicom`, but of damaged pixels.
     """
-    pydicom = require("pydicom", "medical")
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet() as pydicom:
         header = read_dicom_file(pydicom, content, name, limits).header
         _check(header, name, limits)
         return int(header.Columns), int(header.Rows)
 
 
-def describe_dicom(
-    content: bytes,
-    name: str,
-    limits: Limits,
-    *,
-    frame: int | None = None,
-    window: str | tuple[float, float] | None = None,
-) -> ImageFacts:
-    """What `read_dicom` would show with these options, and why; no tag that could name a patient is read.
-
-    Raises:
-        ImageError, LlavaError: as `read_dicom`.
-    """
+@contextmanager
+def _quiet() -> Iterator[Any]:
+    """pydicom, whose log and warnings quote the tags' values."""
     pydicom = require("pydicom", "medical")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    chosen = None if window is None else read_window(window)
-    with warnings.catch_warnings(), plain_errors(name, "the DICOM header can't be read"):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        file = read_dicom_file(pydicom, content, name, limits)
-        header = file.header
-        frames = _check(header, name, limits)
-        index = _choose_frame(frame, frames, name)
-        groups = frame_groups(pydicom, file, index)
-        place = geometry(pydicom, file, groups)
+        yield pydicom
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A frame that was decoded, and what its file says of it."""
+
+    pydicom: Any
+    file: DicomFile
+    name: str
+    frames: int
+    index: int
+    stored: np.ndarray
+    """`[rows, columns]`, or `[rows, columns, 3]` of colours."""
+    chosen: tuple[float, float] | None
+    """The window that was asked for."""
+
+    @property
+    def is_rgb(self) -> bool:
+        return self.stored.ndim == 3 and self.stored.shape[-1] == 3
+
+    @property
+    def has_palette(self) -> bool:
+        return self.file.header.get("PhotometricInterpretation") == "PALETTE COLOR"
+
+    @cached_property
+    def groups(self) -> list:
+        return frame_groups(self.pydicom, self.file, self.index)
+
+    @cached_property
+    def module(self) -> Any:
+        return grey_module(self.pydicom, self.file, self.groups)
+
+
+def _read(pydicom, content: bytes, name: str, limits: Limits, *, frame=None, window=None) -> _Frame:
+    chosen = None if window is None else read_window(window)
+    file = read_dicom_file(pydicom, content, name, limits)
+    if _is_burnt_in(file.header):
+        log.warning("a DICOM image says that it has text burnt into its pixels; it may name the patient")
+    frames = _check(file.header, name, limits)
+    index = _choose_frame(frame, frames, name)
+    return _Frame(pydicom, file, name, frames, index, _decode(pydicom, file, index, frames, name, limits), chosen)
+
+
+def _image(shown: _Frame) -> Image.Image:
+    pydicom, header = shown.pydicom, shown.file.header
+    with plain_errors(shown.name, "the DICOM file's grey or colour tables can't be applied"):
+        if shown.chosen is not None and (shown.is_rgb or shown.has_palette):
+            log.warning("a DICOM image is in colour; the window that was chosen isn't applied to it")
+        if shown.is_rgb:
+            return _colour(pydicom, shown.stored, header)
+        if shown.has_palette:
+            check_palettes(header, shown.name)
+            return Image.fromarray(_palette(pydicom, shown.stored, header, shown.name))
+        return grey_to_rgb(_grey(pydicom, shown.stored, header, shown.module, shown.chosen))
+
+
+def _facts(shown: _Frame, is_asked: bool) -> ImageFacts:
+    pydicom, header, frames, chosen = shown.pydicom, shown.file.header, shown.frames, shown.chosen
+    with plain_errors(shown.name, "the DICOM header can't be read"):
+        place = geometry(pydicom, shown.file, shown.groups)
         meaning = str(header.get("PhotometricInterpretation") or "unknown")
         facts = ImageFacts(
             "DICOM",
             int(header.Columns),
             int(header.Rows),
             frames,
-            index,
+            shown.index,
             f"{header.get('BitsStored') or header.get('BitsAllocated')} bits, {meaning}, "
-            f"{transfer_syntax_name(file.syntax)}",
+            f"{transfer_syntax_name(shown.file.syntax)}",
             modality=_word(header.get("Modality")),
             spacing_mm=place.spacing_mm,
             position_mm=place.position_mm,
@@ -133,23 +162,26 @@ def describe_dicom(
         if place.directions is not None:
             facts.orientation = plane_of(*place.directions)
         if frames > 1:
-            facts.shown.append(f"frame {index} of {frames}, {'as asked' if frame is not None else 'the middle one'}")
-        if int(header.get("SamplesPerPixel") or 1) == 3 or meaning == "PALETTE COLOR":
+            facts.shown.append(f"frame {shown.index} of {frames}, {'as asked' if is_asked else 'the middle one'}")
+        if shown.is_rgb or shown.has_palette:
             facts.shown.append("its colours" if chosen is None else "its colours, to which no window applies")
-            return facts
-        module = grey_module(pydicom, file, groups)
-        facts.window = chosen or (None if "VOILUTSequence" in module else own_window(module))
-        stored = _decode(pydicom, file, index, frames, name, limits)
-        stored = stored[:: max(1, stored.size >> 24)]
-        facts.values = value_range(_rescaled(pydicom, stored, module), _is_padding(stored, _padding(header)))
-        facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
-        if _is_inverse(header):
-            facts.shown.append(f"inverted, since low values are white ({meaning})")
-        if _padding(header) is not None:
-            facts.shown.append("padding is black")
-    if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
+        else:
+            module = shown.module
+            facts.window = chosen or (None if "VOILUTSequence" in module else own_window(module))
+            some = shown.stored[:: max(1, shown.stored.size >> 24)]
+            facts.values = value_range(_rescaled(pydicom, some, module), _is_padding(some, _padding(header)))
+            facts.shown.append(_why(chosen, facts.window, "VOILUTSequence" in module))
+            if _is_inverse(header):
+                facts.shown.append(f"inverted, since low values are white ({meaning})")
+            if _padding(header) is not None:
+                facts.shown.append("padding is black")
+    if _is_burnt_in(header):
         facts.shown.append("the file says that text is burnt into its pixels; it stays there and may name the patient")
     return facts
+
+
+def _is_burnt_in(header) -> bool:
+    return str(header.get("BurnedInAnnotation", "")).upper() == "YES"
 
 
 def _why(chosen: tuple[float, float] | None, window: tuple[float, float] | None, has_table: bool) -> str:

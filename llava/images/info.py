@@ -6,20 +6,22 @@ python -m llava.images.info scan.dcm volume.nii.gz --save seen/
 """
 
 import json
+import os
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, check_outputs, complain, run, write_line
+from PIL import Image
+
+from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, check_outputs, complain, existing_dir, run, write_line
 from llava.errors import LlavaError
-from llava.image_options import CT_WINDOWS, parse_window, take_negative_windows
+from llava.image_options import add_window_flag
 from llava.images.facts import ImageFacts
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    take_negative_windows(parser)
     parser.add_argument("files", nargs="+", metavar="FILE", help="PNG, JPEG, TIFF, DICOM, NIfTI, …")
     parser.add_argument("--json", metavar="PATH", help="write what was found here; - is the terminal")
     parser.add_argument("--save", metavar="PATH", help="write what a model would see: a PNG, or a folder of them")
@@ -27,7 +29,7 @@ def build_parser() -> ArgumentParser:
         "--frame", "--slice", type=int, help="of a multi-frame file, or slice of a volume; default: the middle one"
     )
     parser.add_argument("--axis", type=int, default=2, help="of a volume: 0 sagittal, 1 coronal, 2 axial")
-    parser.add_argument("--window", "--preset", help=f"CENTRE,WIDTH, or one of {', '.join(CT_WINDOWS)}")
+    add_window_flag(parser, "")
     parser.add_argument("--model-path", help="with --save: crop and size as this checkpoint's tower gets it")
     parser.add_overwrite()
     return parser
@@ -36,21 +38,23 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_outputs(args, args.files, "json", "save")
-    options = {"frame": args.frame, "axis": args.axis, "window": args.window and parse_window(args.window)}
+    if args.model_path and not args.save:
+        raise LlavaError(f"--model-path {args.model_path}: it says what --save writes; give that too")
+    options = {"frame": args.frame, "axis": args.axis, "window": args.window}
     save = _Saver(args) if args.save else None
     found: list[dict[str, Any]] = []
     failed = 0
     for file in args.files:
-        from llava.images import describe_image
+        from llava.images.opening import open_and_describe
 
         try:
-            if Path(file).expanduser().is_dir():
+            if os.path.isdir(os.path.expanduser(file)):
                 raise LlavaError(
-                    f"{file}: a folder; name files in it ({Path(file) / '*'}), or make a training set of it: python -m "
-                    f"llava.images.convert {file} --output-dir OUTPUT_FOLDER"
+                    f"{file}: a folder; name files in it ({Path(file) / '*'}), or make a training set of it: llava-med "
+                    f"image-convert {file} --output-dir OUTPUT_FOLDER"
                 )
-            facts = describe_image(file, **options)
-            saved = save(file, options) if save else None
+            image, facts = open_and_describe(file, **options)
+            saved = save(file, image) if save else None
         except LlavaError as error:
             failed += 1
             complain(f"error: {error}")
@@ -80,16 +84,16 @@ class _Saver:
         self.processor, self.ratio, self.overwrite = None, None, args.overwrite
         if args.model_path:
             from llava.images import ImageProcessor
-            from llava.records import read_json
+            from llava.images.processor import find_aspect_ratio
 
-            self.processor = ImageProcessor.from_pretrained(args.model_path)
-            self.ratio = read_json(Path(args.model_path) / "config.json").get("image_aspect_ratio")
+            folder = existing_dir(args.model_path, "--model-path")
+            self.processor, self.ratio = ImageProcessor.find(folder), find_aspect_ratio(folder)
+            if self.processor is None:
+                raise LlavaError(f"{folder}: has no preprocessor_config.json; copy it from the model's source")
 
-    def __call__(self, file: str, options: dict[str, Any]) -> Path:
-        from llava.images import open_image
+    def __call__(self, file: str, image: Image.Image) -> Path:
         from llava.records import atomic_path
 
-        image = open_image(file, **options)
         if self.processor is not None:
             pixels = self.processor([image], self.ratio)[0]
             image = self.processor.restore(pixels if pixels.ndim == 3 else pixels[0])

@@ -6,7 +6,8 @@ neither a compressed volume nor its extensions are ever in memory.
 
 import io
 import logging
-from typing import BinaryIO
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ _HEADERS = {348: 352, 540: 544}
 """Bytes of the header (NIfTI 1 and 2) and the least offset of the voxels after it."""
 _COST = 4.0
 """Of a voxel of the slice against a pixel: it is scaled as a double."""
+_DAMAGED = "damaged, or no NIfTI volume"
 _UPRIGHT = {
     0: "head is up, front is left",
     1: "head is up, the patient's left is right",
@@ -54,21 +56,17 @@ def read_nifti(
         ImageError: not NIfTI, a header and image in two files, beyond the limits, damaged.
         LlavaError: no such slice, axis or window.
     """
-    nibabel = require("nibabel", "medical")
-    logging.getLogger("nibabel").setLevel(logging.CRITICAL)
-    if axis not in (0, 1, 2):
-        raise LlavaError(f"a volume's axis is 0 (sagittal), 1 (coronal) or 2 (axial), not {axis!r}")
-    chosen = None if window is None else read_window(window)
-    with plain_errors(name, "damaged, or no NIfTI volume"):
-        source = _Source(file, name, limits)
-        header = _read_header(nibabel, source)
-        _check(header, source)
-        slice_ = _slice(nibabel, header, source, index, axis)
-        if slice_.ndim == 3:
-            return Image.fromarray(np.ascontiguousarray(slice_))
-        if chosen is None:
-            return grey_to_rgb(percentile_window(slice_))
-        return grey_to_rgb(in_bands(lambda band: apply_window(band, chosen), slice_))
+    with plain_errors(name, _DAMAGED):
+        return _image(_cut(file, name, limits, index=index, axis=axis, window=window))
+
+
+def read_and_describe_nifti(
+    file: BinaryIO, name: str, limits: Limits, **options: Any
+) -> tuple[Image.Image, ImageFacts]:
+    """As `read_nifti`, and why it looks as it does."""
+    with plain_errors(name, _DAMAGED):
+        cut = _cut(file, name, limits, **options)
+        return _image(cut), _facts(cut, is_asked=options.get("index") is not None)
 
 
 def nifti_size(file: BinaryIO, name: str, limits: Limits, *, axis: int = 2) -> tuple[int, int]:
@@ -79,7 +77,7 @@ def nifti_size(file: BinaryIO, name: str, limits: Limits, *, axis: int = 2) -> t
     """
     nibabel = require("nibabel", "medical")
     logging.getLogger("nibabel").setLevel(logging.CRITICAL)
-    with plain_errors(name, "damaged, or no NIfTI volume"):
+    with plain_errors(name, _DAMAGED):
         source = _Source(file, name, limits)
         header = _read_header(nibabel, source)
         _check(header, source)
@@ -90,43 +88,75 @@ def nifti_size(file: BinaryIO, name: str, limits: Limits, *, axis: int = 2) -> t
         return across, down
 
 
-def describe_nifti(
-    file: BinaryIO,
-    name: str,
-    limits: Limits,
-    size: tuple[int, int],
-    *,
-    index: int | None = None,
-    axis: int = 2,
-    window: str | tuple[float, float] | None = None,
-) -> ImageFacts:
-    """What `read_nifti`, whose image had this size (width, height), has shown with these options, and why."""
+class _Cut(NamedTuple):
+    """A slice that was read."""
+
+    header: Any
+    values: np.ndarray
+    """`[height, width]`, or `[height, width, 3]` of colours."""
+    axis: int
+    place: int
+    slices: int
+    """Of slices along the axis."""
+    orientation: np.ndarray
+    """Of each axis of the storage: (which one of RAS+ it is, 1 or -1)."""
+    chosen: tuple[float, float] | None
+    """The window that was asked for."""
+
+
+def _cut(file: BinaryIO, name: str, limits: Limits, *, index=None, axis=2, window=None) -> _Cut:
     nibabel = require("nibabel", "medical")
+    logging.getLogger("nibabel").setLevel(logging.CRITICAL)
+    if axis not in (0, 1, 2):
+        raise LlavaError(f"a volume's axis is 0 (sagittal), 1 (coronal) or 2 (axial), not {axis!r}")
+    chosen = None if window is None else read_window(window)
     source = _Source(file, name, limits)
     header = _read_header(nibabel, source)
-    shape = (*header.get_data_shape(), 1)[:3]
+    _check(header, source)
     orientation = nibabel.orientations.io_orientation(_affine(header)).astype(int)
     along = int(np.flatnonzero(orientation[:, 0] == axis)[0])
-    chosen = None if window is None else read_window(window)
-    slice_ = shape[along] // 2 if index is None else index
-    codes = "".join(nibabel.orientations.ornt2axcodes(orientation))
+    count = (*header.get_data_shape(), 1)[:3][along]
+    place = count // 2 if index is None else index
+    if not 0 <= place < count:
+        raise LlavaError(f"{name}: {AXES[axis]} slice {place} doesn't exist; there are {count} (0 to {count - 1})")
+    values = _slice(header, source, orientation, along, place)
+    return _Cut(header, values, axis, place, count, orientation, chosen)
+
+
+def _image(cut: _Cut) -> Image.Image:
+    if cut.values.ndim == 3:
+        return Image.fromarray(np.ascontiguousarray(cut.values))
+    if cut.chosen is None:
+        return grey_to_rgb(percentile_window(cut.values))
+    return grey_to_rgb(in_bands(partial(apply_window, window=cut.chosen), cut.values))
+
+
+def _facts(cut: _Cut, is_asked: bool) -> ImageFacts:
+    header, chosen, plane = cut.header, cut.chosen, AXES[cut.axis]
+    height, width = cut.values.shape[:2]
+    codes = "".join(require("nibabel", "medical").orientations.ornt2axcodes(cut.orientation))
     stored = f"{header.get_data_dtype()}, {' × '.join(map(str, header.get_data_shape()))}, axes {codes}"
-    zooms = tuple(float(size) for size in header.get_zooms()[:3])
-    shown = _slice(nibabel, header, source, index, axis)
-    values = value_range(shown) if shown.ndim == 2 else None
-    facts = ImageFacts("NIfTI", *size, shape[along], slice_, stored, chosen, values, AXES[axis], zooms)
-    which = "the middle one" if index is None else "as asked"
-    facts.shown.append(f"{AXES[axis]} slice {slice_} of {shape[along]}, {which}")
-    if len(header.get_data_shape()) > 3:
+    values = value_range(cut.values) if cut.values.ndim == 2 else None
+    facts = ImageFacts("NIfTI", width, height, cut.slices, cut.place, stored, chosen, values, plane, _spacing(cut))
+    facts.shown.append(f"{plane} slice {cut.place} of {cut.slices}, {'as asked' if is_asked else 'the middle one'}")
+    if max(header.get_data_shape()[3:], default=1) > 1:
         facts.shown.append("of the first volume of several")
-    if header.get_data_dtype().fields:
+    if values is None:
         facts.shown.append("its colours")
     elif chosen:
         facts.shown.append(f"window {chosen[0]:g}/{chosen[1]:g} (centre/width), as asked")
     else:
         facts.shown.append("grey from the 0.5th to the 99.5th percentile of the slice")
-    facts.shown.append(f"turned upright: {_UPRIGHT[axis]}")
+    facts.shown.append(f"turned upright: {_UPRIGHT[cut.axis]}")
     return facts
+
+
+def _spacing(cut: _Cut) -> tuple[float, ...]:
+    """Millimetres between rows, columns and, of a volume, slices as they are shown."""
+    millimetres = {"micron": 1e-3, "meter": 1e3}.get(cut.header.get_xyzt_units()[0], 1.0)
+    sizes = dict(zip(cut.orientation[:, 0].tolist(), cut.header.get_zooms()))  # by axis of RAS+
+    across, down = (axis for axis in range(3) if axis != cut.axis)
+    return tuple(round(float(sizes[axis]) * millimetres, 6) for axis in (down, across, cut.axis) if axis in sizes)
 
 
 class _Source:
@@ -200,25 +230,16 @@ def _offset(header) -> int:
     return max(int(header.get_data_offset()), _HEADERS[int(header["sizeof_hdr"])])
 
 
-def _slice(nibabel, header, source: _Source, index: int | None, axis: int) -> np.ndarray:
-    """`[height, width]` after rescaling, or `[height, width, 3]` for colour."""
+def _slice(header, source: _Source, orientation: np.ndarray, along: int, place: int) -> np.ndarray:
+    """`[height, width]` after rescaling, or `[height, width, 3]` for colour: the slice `place`, counted as RAS+ goes,
+    of the storage axis `along`."""
     shape = (*header.get_data_shape(), 1)[:3]
-    # [storage axis, (canonical axis, 1 or -1)]
-    orientation = nibabel.orientations.io_orientation(_affine(header)).astype(int)
-    along = int(np.flatnonzero(orientation[:, 0] == axis)[0])
-    index = shape[along] // 2 if index is None else index
-    if not 0 <= index < shape[along]:
-        raise LlavaError(
-            f"{source.name}: {AXES[axis]} slice {index} doesn't exist; "
-            f"there are {shape[along]} (0 to {shape[along] - 1})"
-        )
-    if orientation[along, 1] < 0:
-        index = shape[along] - 1 - index
+    index = place if orientation[along, 1] > 0 else shape[along] - 1 - place
     data = _scaled(header, _stored(header, source, shape, along, index))
-    across = [place for place in range(3) if place != along]
-    for place, stored in enumerate(across):
+    across = [axis for axis in range(3) if axis != along]
+    for number, stored in enumerate(across):
         if orientation[stored, 1] < 0:
-            data = np.flip(data, place)
+            data = np.flip(data, number)
     if orientation[across[0], 0] > orientation[across[1], 0]:
         data = data.swapaxes(0, 1)
     # The axes of RAS+ go to the patient's right, his front and his head: from the picture's right to its left, and up.

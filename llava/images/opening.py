@@ -24,7 +24,7 @@ from llava.images.headers.frames import MOST_FRAMES, count_frames
 from llava.images.headers.kinds import HEAD, image_file, image_kind, kind_of_head, unreadable
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 from llava.images.modes import to_rgb
-from llava.images.slides import describe_slide, is_slide, read_slide
+from llava.images.slides import is_slide, read_slide, slide_facts
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ def image_size(source: str | os.PathLike | bytes | Image.Image | ImageWithOption
 
 
 def _shown(source: Any, how: _How, make: _Make[_Made]) -> _Made:
-    """What `make` makes of the image, by its kind and content (of a volume the file; `rgb` is an image as shown)."""
+    """What `make` makes of the image, by its kind and content (of a volume the file, of
+    a slide its thumbnail; `rgb` is an image as shown)."""
     source, how = _taken_apart(source, how)
     limits = how.limits
     if isinstance(source, Image.Image):
@@ -120,7 +121,7 @@ def _shown(source: Any, how: _How, make: _Make[_Made]) -> _Made:
     elif isinstance(source, str) and _WEB_ADDRESS.match(source):
         raise ImageError("images aren't fetched from the web; download it and give the file, or a data: URL")
     elif isinstance(source, (str, os.PathLike)):
-        return _open_file(Path(source).expanduser(), str(source), how, make)
+        return _open_file(_expanded(source), str(source), how, make)
     else:
         raise ImageError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
     return _open(io.BytesIO(content), len(content), name, how, make)
@@ -144,7 +145,7 @@ def describe_image(
     window: str | tuple[float, float] | None = None,
     axis: int = 2,
 ) -> ImageFacts:
-    """What is in a file (its path or its content), and what `open_image` shows of it with these options.
+    """What is in a file (its path, its content or a `data:` URL), and what `open_image` shows of it with these options.
 
     Raises:
         ImageError, LlavaError: as `open_image`.
@@ -160,62 +161,20 @@ def open_and_describe(
     window: str | tuple[float, float] | None = None,
     axis: int = 2,
 ) -> tuple[Image.Image, ImageFacts]:
-    """`open_image` and `describe_image` in one."""
-    limits = limits or Limits()
-    image = open_image(source, limits=limits, frame=frame, window=window, axis=axis)
-    source, how = _taken_apart(source, _How(limits, frame, window, axis))
-    return image, _describe(source, image, how)
+    """`open_image` and `describe_image` in one: the file is read and decoded once."""
+    return _shown(source, _How(limits or Limits(), frame, window, axis), _pixels_and_facts)
 
 
-def _describe_slide(path: Path, name: str, how: _How) -> ImageFacts | None:
-    with path.open("rb") as file:
-        if not is_slide(path, file, name):
-            return None
-    return describe_slide(path, name, how.limits, level=how.frame)
-
-
-def _describe(source: Any, image: Image.Image, how: _How) -> ImageFacts:
-    path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source).expanduser()
-    name = "image" if path is None else str(source)
-    if path is not None and (facts := _describe_slide(path, name, how)) is not None:
-        return facts
-    with io.BytesIO(source) if path is None else path.open("rb") as file:
-        kind = kind_of_head(file.read(HEAD), name)
-        file.seek(0)
-        if kind == "nifti":
-            from llava.images.nifti import describe_nifti
-
-            return describe_nifti(file, name, how.limits, image.size, index=how.frame, axis=how.axis, window=how.window)
-        content = file.read()
-    if kind == "dicom":
-        from llava.images.dicom import describe_dicom
-
-        return describe_dicom(content, name, how.limits, frame=how.frame, window=how.window)
-    container = read_container(content, name, how.limits)
-    assert container is not None, "it has just been opened"
-    with plain_errors(name, "the image is damaged or cut off"):
-        frames = count_frames(container.kind, content)
-        with Image.open(io.BytesIO(container.content), formats=(container.kind,)) as opened:
-            facts = ImageFacts(container.kind, *image.size, frames, 0, f"mode {opened.mode}")
-    if facts.frames > 1:
-        said = f"more than {MOST_FRAMES:,}" if facts.frames > MOST_FRAMES else facts.frames
-        facts.shown.append(f"the first of {said} frames")
-    if container.orientation != 1:
-        facts.orientation = f"EXIF {container.orientation}"
-        facts.shown.append("turned upright as its EXIF orientation says")
-    if opened.mode == "F" or opened.mode.startswith("I"):
-        facts.shown.append("grey of more than 8 bits, scaled by the bits in use")
-    elif opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
-        facts.shown.append("transparency over white")
-    facts.shown.append("as RGB")
-    return facts
+def _expanded(path: str | os.PathLike) -> Path:
+    """With the home folder in place of `~`; what names no user's stays as it is (Path.expanduser would fail)."""
+    return Path(os.path.expanduser(path))
 
 
 def _open_file(path: Path, name: str, how: _How, make: _Make[_Made]) -> _Made:
     with image_file(path) as file:
         if is_slide(path, file, name) and (shown := read_slide(path, name, how.limits, level=how.frame)) is not None:
             how.options.check_kind("slide", name)
-            return make("rgb", shown.image, name, how)
+            return make("slide", shown, name, how)
         return _open(file, os.fstat(file.fileno()).st_size, name, how, make)
 
 
@@ -245,6 +204,8 @@ def _pixels(kind: str, content: Any, name: str, how: _How) -> Image.Image:
     """The image as RGB."""
     if kind == "rgb":
         return content
+    if kind == "slide":
+        return content.image
     if kind == "nifti":
         from llava.images.nifti import read_nifti
 
@@ -260,6 +221,8 @@ def _size(kind: str, content: Any, name: str, how: _How) -> tuple[int, int]:
     """(width, height), without the pixels."""
     if kind == "rgb":
         return content.size
+    if kind == "slide":
+        return content.image.size
     if kind == "nifti":
         from llava.images.nifti import nifti_size
 
@@ -269,7 +232,45 @@ def _size(kind: str, content: Any, name: str, how: _How) -> tuple[int, int]:
 
         return dicom_size(content, name, how.limits)
     with _decoder(content, name, how.limits) as (image, container):
-        return image.size[::-1] if container.orientation in _LYING else image.size
+        return _upright_size(image, container)
+
+
+def _pixels_and_facts(kind: str, content: Any, name: str, how: _How) -> tuple[Image.Image, ImageFacts]:
+    """The image as RGB, and what is told of it."""
+    if kind == "rgb":
+        return content, ImageFacts("image", content.width, content.height, shown=["as RGB"])
+    if kind == "slide":
+        return content.image, slide_facts(content, is_asked=how.frame is not None)
+    if kind == "nifti":
+        from llava.images.nifti import read_and_describe_nifti
+
+        return read_and_describe_nifti(content, name, how.limits, index=how.frame, axis=how.axis, window=how.window)
+    if kind == "dicom":
+        from llava.images.dicom import read_and_describe_dicom
+
+        return read_and_describe_dicom(content, name, how.limits, frame=how.frame, window=how.window)
+    with _decoder(content, name, how.limits) as (image, container):
+        facts = _facts(image, container, count_frames(container.kind, content))
+        if ignored := [name for name in ("window", "frame") if getattr(how, name) is not None]:
+            facts.shown.append(f"no {' or '.join(ignored)} can be chosen of it")
+        return _upright(image, container), facts
+
+
+def _facts(image: Image.Image, container: Container, frames: int) -> ImageFacts:
+    """Of Pillow's image, of which only the header has been read."""
+    facts = ImageFacts(container.kind, *_upright_size(image, container), frames, 0, f"mode {image.mode}")
+    if frames > 1:
+        said = f"more than {MOST_FRAMES:,}" if frames > MOST_FRAMES else frames
+        facts.shown.append(f"the first of {said} frames")
+    if container.orientation != 1:
+        facts.orientation = f"EXIF {container.orientation}"
+        facts.shown.append("turned upright as its EXIF orientation says")
+    if image.mode == "F" or image.mode.startswith("I"):
+        facts.shown.append("grey of more than 8 bits, scaled by the bits in use")
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        facts.shown.append("transparency over white")
+    facts.shown.append("as RGB")
+    return facts
 
 
 def with_default_options(images: Sequence[Any], defaults: ImageOptions) -> list[Any]:
@@ -294,7 +295,13 @@ def _kind_of(source: Any) -> str:
     try:
         if isinstance(source, str) and source[:5].lower() == "data:":
             source = read_upload(source, Limits())
-        return "image" if isinstance(source, Image.Image) else image_kind(source)
+        if isinstance(source, Image.Image):
+            return "image"
+        if isinstance(source, bytes):
+            return image_kind(source)
+        path = _expanded(source)
+        with image_file(path) as file:
+            return "slide" if is_slide(path, file, str(source)) else image_kind(path)
     except ImageError:
         return "image"
 
@@ -350,12 +357,21 @@ def _decode(content: bytes, name: str, limits: Limits, draft: int | None) -> Ima
     with _decoder(content, name, limits) as (image, container):
         if draft is not None:
             image.draft(None, (draft, draft))
-        image.load()
-        rgb = to_rgb(image)
-        if container.is_white_zero and image.mode.startswith(("I", "F")):  # of fewer bits Pillow turns them itself
-            rgb = ImageOps.invert(rgb)
-        method = _TRANSPOSED.get(container.orientation)
-        return rgb.copy() if method is None else rgb.transpose(method)
+        return _upright(image, container)
+
+
+def _upright(image: Image.Image, container: Container) -> Image.Image:
+    """As RGB, turned as its orientation says."""
+    image.load()
+    rgb = to_rgb(image)
+    if container.is_white_zero and image.mode.startswith(("I", "F")):  # of fewer bits Pillow turns them itself
+        rgb = ImageOps.invert(rgb)
+    method = _TRANSPOSED.get(container.orientation)
+    return rgb.copy() if method is None else rgb.transpose(method)
+
+
+def _upright_size(image: Image.Image, container: Container) -> tuple[int, int]:
+    return image.size[::-1] if container.orientation in _LYING else image.size
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, first_line
 from llava.images.anyres import best_pinpoint, default_pinpoints, read_pinpoints, split_into_tiles
 from llava.images.modes import pad_to_square, to_rgb
 from llava.records import read_json, write_json
@@ -181,6 +181,12 @@ class ImageProcessor:
         pixels = [np.asarray(image) for image in images]
         if not pixels:
             return np.empty((0, 3, *self.crop_size), np.float32)
+        for height, width, _ in (image.shape for image in pixels):
+            if (height, width) != self.crop_size:
+                raise LlavaError(
+                    f"the image processor leaves an image at {width} × {height} pixels, not {self.crop_size[1]} × "
+                    f"{self.crop_size[0]}; its settings need do_center_crop, or a size of height and width"
+                )
         return self._normalise(np.stack(pixels))
 
     def _normalise(self, pixels: np.ndarray | Image.Image) -> np.ndarray:
@@ -266,11 +272,16 @@ class ImageProcessor:
                 known["size"] = (known["size"], known["size"])
             cropped = known.get("do_center_crop", True)
             known["crop_size"] = _read_crop(known.get("crop_size", known["size"]) if cropped else known["size"])
+            known["resample"] = int(Image.Resampling(known.get("resample", cls.resample)))
+            known["rescale_factor"] = _finite(known.get("rescale_factor", cls.rescale_factor))
             for name in ("image_mean", "image_std"):
                 if name in known:
-                    known[name] = tuple(float(value) for value in known[name])
+                    known[name] = tuple(map(_finite, known[name]))
         except (TypeError, ValueError, KeyError) as error:
-            raise LlavaError(f"{where}: size, crop_size, image_mean or image_std can't be read ({error})") from error
+            raise LlavaError(
+                f"{where}: one of size, crop_size, resample, rescale_factor, image_mean and image_std can't be read "
+                f"({first_line(error)})"
+            ) from error
         processor = cls(**known)
         if len(processor.image_mean) != 3 or len(processor.image_std) != 3 or 0 in processor.image_std:
             raise LlavaError(f"{where}: image_mean and image_std need three values each, none of image_std 0")
@@ -305,6 +316,14 @@ def find_settings(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def find_aspect_ratio(folder: Path) -> str | None:
+    """How a model folder has images fitted into the square: config.json's word, or `pad` where its image processor pads
+    them, as LLaVA-1.5's does; None where neither says."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    pads = (find_settings(folder) or {}).get("do_pad")
+    return config.get("image_aspect_ratio") or ("pad" if pads else None)
+
+
 def _with_shortest(width: int, height: int, edge: int) -> tuple[int, int]:
     """(width, height) scaled so that the shorter one is `edge`; the longer one is rounded down."""
     if width <= height:
@@ -323,6 +342,12 @@ def _read_size(size: Any) -> int | tuple[int, int]:
 def _read_crop(size: Any) -> tuple[int, int]:
     size = _read_size(size)
     return (size, size) if isinstance(size, int) else size
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no number")
+    return float(value)
 
 
 def _positive(value: Any) -> int:

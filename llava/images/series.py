@@ -24,7 +24,6 @@ _GROUPING_TAGS = (
     "ImageOrientationPatient",
     "ImagePositionPatient",
     "InstanceNumber",
-    "AcquisitionNumber",
     "EchoNumbers",
     "Rows",
     "Columns",
@@ -97,7 +96,7 @@ def survey(folder: str | Path, *, axis: int = 2, keep_burned_in: bool = False) -
     """
     found = Survey()
     groups: dict[tuple[Any, ...], list[_Member]] = {}
-    for path in _files(Path(folder)):
+    for path in _files(Path(folder), found.left_out):
         try:
             if path.is_symlink() or not path.is_file():
                 raise ImageError("a link, a device or a pipe; give the file itself")
@@ -128,10 +127,16 @@ class _Member:
     body_part: str
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder):
+def _files(folder: Path, unread: list[tuple[Path, str]]) -> Iterator[Path]:
+    """All files and links below a folder; a folder that can't be looked into goes to `unread`, with the reason."""
+
+    def note(error: OSError) -> None:
+        unread.append((Path(error.filename), f"a folder that can't be read ({error.strerror})"))
+
+    for where, folders, names in os.walk(folder, onerror=note):
         folders.sort()
-        yield from (Path(where) / name for name in sorted(names))
+        links = (name for name in folders if os.path.islink(os.path.join(where, name)))
+        yield from (Path(where) / name for name in sorted([*names, *links]))
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,8 @@ def _read(
             position = 0.0
             if len(directions) == 6 and len(place) == 3:
                 position = float(np.dot(np.cross(directions[:3], directions[3:]), place))
-            # Localisers and repetitions stand in one series with the slices that they aren't.
-            key = (*common, tuple(round(value, 2) for value in directions), echo)
+            # Localisers and repetitions stand in one series with the slices that they aren't. Zero has no sign (+ 0.0).
+            key = (*common, tuple(round(value, 2) + 0.0 for value in directions), echo)
             found.append((key, _Member(path, frame if frames > 1 else None, position, number, *codes)))
         return found
 

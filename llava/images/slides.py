@@ -216,15 +216,12 @@ def _check_jpeg2000(data: mmap.mmap, size: tuple[int, int], tiles: int, name: st
         directory = directory.next()
 
 
-def describe_slide(path: Path, name: str, limits: Limits, *, level: int | None = None) -> ImageFacts | None:
-    """What `read_slide` shows, and why; None where OpenSlide doesn't know the file."""
-    shown = read_slide(path, name, limits, level=level)
-    if shown is None:
-        return None
+def slide_facts(shown: Thumbnail, is_asked: bool) -> ImageFacts:
+    """What `read_slide` has made of a slide, and why; `is_asked`: whether of a level that was named."""
     size, (width, height) = shown.image.size, shown.sizes[shown.level]
     stored = f"{shown.vendor}, levels {', '.join(f'{wide} × {high}' for wide, high in shown.sizes)}"
     facts = ImageFacts("slide", *size, len(shown.sizes), shown.level, stored, spacing_mm=shown.spacing_mm)
-    which = "as asked" if level is not None else f"the smallest of {SIDE} pixels, never the full size"
+    which = "as asked" if is_asked else f"the smallest of {SIDE} pixels, never the full size"
     facts.shown.append(f"level {shown.level} of {len(shown.sizes)} ({width} × {height}), {which}")
     if size != (width, height):
         facts.shown.append(f"made smaller to {size[0]} × {size[1]}")

@@ -37,7 +37,10 @@ def main(argv=None) -> int:
         if record is not None:
             records.append(record)
     if not records:
-        raise LlavaError(f"{args.input_path}: no dialogue is left after cleaning ({dict(counts)})")
+        raise LlavaError(
+            f"{args.input_path}: no dialogue is left after cleaning (of {counts['records_in']}: "
+            f"{counts['refused']} refused by the writing model, {counts['records_left_empty']} left empty)"
+        )
     write_records(args.output_path, records, overwrite=args.overwrite)
     if args.summary:
         write_json(args.summary, dict(counts), overwrite=args.overwrite)

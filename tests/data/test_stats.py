@@ -50,6 +50,7 @@ def test_counts_and_figure(tmp_path):
     assert (out / "stats.png").read_bytes()[:4] == b"\x89PNG"
     page = (out / "stats.html").read_text()
     assert page.count("<svg ") == page.count("<figcaption>") == 5
+    assert done.stdout.startswith("6 records, 9 turns, domains: mri (6)\n")
     assert "describe" in page and "<td>image</td>" in page
     assert "://" not in page
 
@@ -82,7 +83,8 @@ def test_no_records_are_no_number_to_read(tmp_path, number):
         stats.main([str(tmp_path / "instruct.json"), "--output-dir", str(tmp_path), "--max-records", number])
 
 
-def test_the_first_so_many_records_are_read(tmp_path):
-    write_json(tmp_path / "instruct.json", records())
+def test_the_first_so_many_records_are_read(tmp_path, capsys):
+    write_json(tmp_path / "instruct.json", [{**one, "domain": None} for one in records()])
     stats.main([str(tmp_path / "instruct.json"), "--output-dir", str(tmp_path / "out"), "--max-records", "3"])
     assert json.loads((tmp_path / "out" / "stats.json").read_text())["turns"] == {"1": 2, "2": 1}
+    assert "domains: none given\n" in capsys.readouterr().out

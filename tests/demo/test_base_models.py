@@ -156,6 +156,28 @@ def test_the_commands_one_after_the_other(tmp_path):
     assert read_json(tmp_path / "tower" / "config.json")["image_size"] == 32
 
 
+def test_records_are_read_as_everywhere_and_a_bad_one_is_named(tmp_path):
+    """Whatever they call their turns; from processes of its own too a command ends with one line."""
+    data = ["--data-path", str(tmp_path / "records.json")]
+    turns = [{"role": "user", "content": "<image>Say it."}, {"role": "assistant", "content": "A scan."}]
+    write_json(tmp_path / "records.json", [{"messages": turns}])
+    assert tokenizer.texts_of(data[1:])[-2:] == ["Say it.", "A scan."]
+    write_json(tmp_path / "records.json", [{"messages": turns}, {"text": "A scan."}])
+    folder = ["--output-dir", str(tmp_path / "out")]
+    for main, words in (
+        (tokenizer.main, []),
+        (tower.main, ["--image-folder", str(tmp_path), "--language-model", str(tmp_path), "--processes", "2"]),
+    ):
+        with pytest.raises(LlavaError, match=r"records.json record 1: the record has no .conversations."):
+            main([*data, *folder, *words])
+    with pytest.raises(LlavaError, match="--processes 0: give 1 or more"):
+        tower.main([*data, *folder, "--image-folder", "x", "--language-model", "x", "--processes", "0"])
+    write_json(tmp_path / "records.json", [{"messages": turns, "images": ["a.png", "b.png"]}])
+    with pytest.raises(LlavaError, match="record 0: a caption is of one image, named by its path; here are 2"):
+        tower.main([*data, *folder, "--image-folder", "x", "--language-model", "x", "--processes", "1"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_few_samples_of_the_base_models():
     from llava.demo.fitting import shuffled
     from llava.demo.language_model import in_order

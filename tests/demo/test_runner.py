@@ -30,6 +30,16 @@ def test_a_demo_of_another_size_or_seed_is_not_mixed_into_the_one_that_is_there(
     assert [file.name for file in tmp_path.iterdir()] == ["demo.json"]
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    """A run of one's own called `vqa` would be removed for the demo's."""
+    (tmp_path / "vqa").mkdir()
+    (tmp_path / "vqa" / "config.json").write_text("mine")
+    with pytest.raises(LlavaError, match="the folder isn't empty; give another one, or --overwrite"):
+        main(["--output-dir", str(tmp_path), "--small"])
+    assert [file.name for file in tmp_path.iterdir()] == ["vqa"]
+    assert (tmp_path / "vqa" / "config.json").read_text() == "mine"
+
+
 def test_finished_steps_are_not_run_again_and_changed_settings_run_all_that_follows(tmp_path):
     calls = []
 

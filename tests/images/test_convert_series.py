@@ -123,11 +123,28 @@ def test_links_devices_and_pipes_are_left_out(tmp_path):
     write(folder / "a.dcm", "1.2.4", 0.0, "CHEST", fill=2)
     (folder / "link.dcm").symlink_to(outside)
     (folder / "device.dcm").symlink_to("/dev/zero")
+    (folder / "elsewhere").symlink_to(outside.parent)
     os.mkfifo(folder / "pipe.dcm")
     assert len(convert(folder, tmp_path / "out", "--name-files")) == 1
     entries = left_out(tmp_path / "out")
-    assert [entry["file"] for entry in entries] == ["device.dcm", "link.dcm", "pipe.dcm"]
+    assert [entry["file"] for entry in entries] == ["device.dcm", "elsewhere", "link.dcm", "pipe.dcm"]
     assert all(entry["sha256"] is None and entry["why"].startswith("a link, a device") for entry in entries)
+
+
+def test_a_folder_that_cannot_be_read_is_left_out(tmp_path, capsys):
+    """Here as its path is longer than the system takes."""
+    folder = tmp_path / "scans"
+    write(folder / "a.dcm", "1.2.4", 0.0, "CHEST", fill=2)
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("x" * 250, dir_fd=here)
+        above, here = here, os.open("x" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(above)
+    os.close(here)
+    assert len(convert(folder, tmp_path / "out")) == 1
+    (entry,) = left_out(tmp_path / "out")
+    assert entry["why"] == "a folder that can't be read (File name too long)" and entry["sha256"] is None
+    assert "left out: 1 × a folder that can't be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -213,6 +230,14 @@ def test_a_table_to_fill_in(hospital, tmp_path):
     assert all(row["question"] == "Seen?" and not row["answer"] for row in csv.DictReader(asked.open(newline="")))
     with pytest.raises(LlavaError, match="give a path outside --output-dir"):
         convert(hospital, tmp_path / "inside", "--table", str(tmp_path / "inside" / "my.csv"))
+
+
+def test_two_tables_are_two_files(hospital, tmp_path):
+    """The private list of sources was replaced by the other table, once all had been drawn."""
+    both = str(tmp_path / "both.csv")
+    with pytest.raises(LlavaError, match=r"--table .*both\.csv: it is read, or written by another flag"):
+        convert(hospital, tmp_path / "out", "--sources", both, "--table", both, "--overwrite")
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_name_of_a_file_is_a_formula(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava.errors import ImageError
 from llava.images import describe_image, open_image
-from llava.images.series import survey
+from llava.images.series import series_place, survey
 from tests.images.test_medical import dicom, grey
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom isn't installed (extra medical)")
@@ -233,6 +233,17 @@ def test_frames_of_two_directions_are_two_series(tmp_path):
         group.update(items(PlaneOrientationSequence={"ImageOrientationPatient": across}))
     dataset.save_as(tmp_path / "x.dcm")
     assert sorted([one.frame for one in series.slices] for series in survey(tmp_path).series) == [[0, 1], [4, 2, 3]]
+
+
+def test_a_series_is_one_however_the_zeros_of_its_directions_are_signed(tmp_path):
+    """As scanners write them, for the page, which sees one file at a time, and in a folder."""
+    for place, small in enumerate((-1e-4, 0.0, 1e-4)):
+        tags = {"ImageOrientationPatient": [1, small, 0, 0, 1, -small], "ImagePositionPatient": [0, 0, place]}
+        content = dicom(STACK[0], SeriesInstanceUID="1.2.3.4", InstanceNumber=place, **tags)
+        (tmp_path / f"{place}.dcm").write_bytes(content)
+    (series,) = survey(tmp_path).series
+    assert len(series.slices) == 3
+    assert len({series_place(path.read_bytes()).series for path in tmp_path.iterdir()}) == 1
 
 
 def test_a_jpeg_inside_and_outside_dicom_is_the_same():

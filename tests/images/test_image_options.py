@@ -136,3 +136,14 @@ def test_defaults_fill_what_an_image_does_not_say(files, caplog):
     assert with_default_options(images, ImageOptions()) == images
     own_window = ImageWithOptions(files / "ct.dcm", ImageOptions(window=(0, 9)))
     assert with_default_options([own_window], ImageOptions(preset="bone")) == [own_window]
+
+
+def test_a_tilde_is_the_home_folder_or_part_of_a_name(files, monkeypatch):
+    monkeypatch.setenv("HOME", str(files))
+    (shown,) = with_default_options(["~/ct.dcm"], ImageOptions(preset="bone"))
+    np.testing.assert_array_equal(pixels(shown), pixels(files / "ct.dcm", window="bone"))
+    monkeypatch.chdir(files)
+    (files / "~no-user.png").write_bytes((files / "photo.png").read_bytes())
+    assert open_image("~no-user.png").size == (8, 8)
+    with pytest.raises(LlavaError, match="image not found: ~no-user/a"):
+        open_image("~no-user/a.png")

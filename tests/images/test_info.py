@@ -1,5 +1,6 @@
 """`python -m llava.images.info`: what is in a file and what is shown of it, and nothing of whom it is of."""
 
+import base64
 import json
 import tracemalloc
 from pathlib import Path
@@ -15,6 +16,7 @@ from llava.images.convert import build_parser as convert_parser
 from llava.images.facts import plane_of
 from llava.images.info import build_parser as info_parser
 from llava.images.info import main
+from llava.images.opening import open_and_describe
 from tests.tiny import make_llava
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom isn't installed (extra medical)")
@@ -75,13 +77,60 @@ def test_frames_windows_and_inversion(tmp_path):
     assert shown[2] == "padding is black" and "burnt into its pixels" in shown[3]
 
 
-@pytest.mark.parametrize(("axis", "plane", "slices", "size"), [(0, "sagittal", 4, (5, 6)), (2, "axial", 6, (4, 5))])
-def test_a_volume(volume, axis, plane, slices, size):
+@pytest.mark.parametrize("name", ["SC_rgb_rle_2frame.dcm", "examples_palette.dcm"])
+def test_text_burnt_into_a_colour_image_is_told_too(tmp_path, name):
+    """As in ultrasound and screenshots, where it is most common."""
+    header = pydicom.dcmread(FILES / name)
+    header.BurnedInAnnotation = "YES"
+    header.save_as(tmp_path / name)
+    *_, colours, burnt = describe_image(tmp_path / name).shown
+    assert colours == "its colours" and "burnt into its pixels" in burnt
+
+
+@pytest.mark.parametrize(
+    ("axis", "plane", "slices", "size", "spacing"),
+    [
+        (0, "sagittal", 4, (5, 6), (3, 2, 1)),
+        (1, "coronal", 5, (4, 6), (3, 1, 2)),
+        (2, "axial", 6, (4, 5), (2, 1, 3)),
+    ],
+)
+def test_a_volume(volume, axis, plane, slices, size, spacing):
+    """`spacing`: between rows, columns and slices, of voxels of 1 x 2 x 3 mm."""
     facts = describe_image(volume, axis=axis)
     assert (facts.kind, facts.orientation, facts.frames, facts.frame) == ("NIfTI", plane, slices, slices // 2)
     assert (facts.width, facts.height) == size == open_image(volume, axis=axis).size
-    assert facts.spacing_mm == (1, 2, 3) and "axes LAS" in facts.stored and "int16" in facts.stored
+    assert facts.spacing_mm == spacing and "axes LAS" in facts.stored and "int16" in facts.stored
     assert any("percentile" in line for line in facts.shown)
+
+
+def test_the_spacing_of_a_volume_is_in_millimetres_whatever_its_axes_and_unit():
+    values = np.zeros((4, 5, 6), np.int16)
+    turned = nibabel.Nifti1Image(values, np.array([[0, 0, 1, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1.0]]))
+    for unit, factor in (("mm", 1), ("unknown", 1), ("micron", 0.001), ("meter", 1000)):
+        turned.header.set_xyzt_units(unit)
+        assert describe_image(turned.to_bytes()).spacing_mm == pytest.approx((2 * factor, factor, 3 * factor))
+    flat = nibabel.Nifti1Image(values[..., 0], np.diag([1.0, 2.0, 3.0, 1.0])).to_bytes()
+    assert describe_image(flat).spacing_mm == (2, 1)
+
+
+def test_what_is_described_is_decoded_once(monkeypatch):
+    """As the web page asks for each slice: its pixels, and why they look so."""
+    decoder, decoded = pydicom.pixels.decoders.base.Decoder, []
+    whole = decoder.as_array
+    monkeypatch.setattr(decoder, "as_array", lambda self, *a, **b: decoded.append(1) or whole(self, *a, **b))
+    for name in ("CT_small.dcm", "MR_small_jp2klossless.dcm", "SC_rgb_rle_2frame.dcm"):
+        decoded.clear()
+        image, facts = open_and_describe(FILES / name)
+        assert len(decoded) == 1 and facts == describe_image(FILES / name)
+        assert image.size == (facts.width, facts.height) and image == open_image(FILES / name)
+
+
+def test_a_data_url_is_described(volume):
+    for path in (Path(ct()), volume):
+        content = path.read_bytes()
+        url = "data:application/octet-stream;base64," + base64.b64encode(content).decode()
+        assert describe_image(url) == describe_image(content) == describe_image(path)
 
 
 def test_photographs(tmp_path):
@@ -97,6 +146,13 @@ def test_photographs(tmp_path):
     assert "transparency over white" in describe_image(tmp_path / "clear.png").shown
     pixels.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (9, 6), "white")])
     assert describe_image(tmp_path / "moving.gif").frames == 2
+    # What was asked for in vain isn't passed over.
+    for asked, words in (
+        ({"window": "lung"}, "window"),
+        ({"frame": 1}, "frame"),
+        ({"window": (1, 2), "frame": 0}, "window or frame"),
+    ):
+        assert describe_image(tmp_path / "moving.gif", **asked).shown[-1] == f"no {words} can be chosen of it"
 
 
 def test_planes():
@@ -117,7 +173,15 @@ def test_windows_as_text():
 
 def test_a_window_below_zero_needs_no_equals_sign():
     for parser, words in ((info_parser(), ["ct.dcm"]), (convert_parser(), ["in", "--output-dir", "out"])):
-        assert parser.parse_args([*words, "--window", "-600,1500"]).window == "-600,1500"
+        assert parser.parse_args([*words, "--window", "-600,1500"]).window == (-600, 1500)
+
+
+@pytest.mark.parametrize("flag", ["--window", "--preset"])
+def test_what_is_wrong_with_a_window_is_said_of_the_flag_that_was_typed(flag):
+    for parser, words in ((info_parser(), ["ct.dcm"]), (convert_parser(), ["in", "--output-dir", "out"])):
+        with pytest.raises(LlavaError, match=f"^{flag} lungs: give centre and width, such as 40,80, or one of brain"):
+            parser.parse_args([*words, flag, "lungs"])
+    assert convert_parser().parse_args(["in", "--output-dir", "out", flag, "auto"]).window == "auto"
 
 
 def test_the_command(tmp_path, volume, capsys):
@@ -164,10 +228,27 @@ def test_a_folder(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "CT_small.dcm: DICOM" in said.out
     assert f"name files in it ({tmp_path}/scans/*), or make a training set" in said.err
-    assert f"python -m llava.images.convert {tmp_path}/scans --output-dir" in said.err
+    assert f"llava-med image-convert {tmp_path}/scans --output-dir" in said.err
 
 
-def test_what_the_tower_gets(tmp_path, capsys):
+def test_what_the_tower_gets(tmp_path):
     folder = make_llava(tmp_path / "model")
     assert main([ct(), "--save", str(tmp_path / "seen.png"), "--model-path", str(folder)]) == 0
     assert Image.open(tmp_path / "seen.png").size == (28, 28)
+    # In transformers' layout the image processor's file says that images are padded, and may be part of another.
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (80, 20), "white").save(wide)
+    settings = json.loads((folder / "preprocessor_config.json").read_text()) | {"do_pad": True}
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert main([str(wide), "--save", str(tmp_path / "wide"), "--model-path", str(folder)]) == 0
+    seen = np.asarray(Image.open(tmp_path / "wide" / "wide.png.png"))
+    assert (seen[14] > 250).all() and (seen[:9] < 150).all() and (seen[-9:] < 150).all(), "the whole image, padded"
+
+
+def test_a_model_path_alone_says_nothing(tmp_path):
+    for words, match in (([], "it says what --save writes"), (["--save", "x.png"], "--model-path is not a folder")):
+        with pytest.raises(LlavaError, match=match):
+            main([ct(), "--model-path", str(tmp_path / "none"), *words])
+    with pytest.raises(LlavaError, match=r"has no preprocessor_config\.json"):
+        main([ct(), "--model-path", str(tmp_path), "--save", "x.png"])

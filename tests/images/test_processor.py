@@ -174,3 +174,19 @@ def test_wrong_settings(tmp_path):
             ImageProcessor.from_pretrained(tmp_path)
     with pytest.raises(LlavaError, match="stretch"):
         ImageProcessor()([noise(4, 4)], "stretch")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"resample": 99}, {"resample": "x"}, {"rescale_factor": "x"}, {"image_mean": [float("nan")] * 3}]
+)
+def test_settings_that_no_image_could_be_made_with_are_refused_at_once(settings):
+    with pytest.raises(LlavaError, match=r"one of size, crop_size, resample, .* can't be read"):
+        ImageProcessor.from_pretrained(settings)
+
+
+def test_images_of_other_sides_than_the_towers_are_refused():
+    """They went on into the tower, or ended in an error of numpy's where they differed."""
+    processor = ImageProcessor.from_pretrained({"do_center_crop": False, "size": {"shortest_edge": 30}})
+    assert processor(noise(60, 40), "pad").shape == (1, 3, 30, 30)
+    with pytest.raises(LlavaError, match="leaves an image at 45 × 30 pixels, not 30 × 30"):
+        processor([noise(40, 40), noise(60, 40)])

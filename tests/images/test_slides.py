@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.images import ImageError, Limits, describe_image, open_image
+from llava.image_options import ImageOptions
+from llava.images import ImageError, Limits, describe_image, open_image, with_default_options
 from llava.images.info import main as info
 
 openslide = pytest.importorskip("openslide", reason="openslide isn't installed (extra slides)")
@@ -69,6 +70,12 @@ def test_a_suitable_level_is_shown_never_the_full_size(slide, monkeypatch):
         with pytest.raises(LlavaError, match=f"level {level} can't be shown; a level from 1 to 2 can"):
             open_image(slide, frame=level)
     assert all(level for _, level, _ in read)
+
+
+def test_a_level_is_a_default_too(slide):
+    """`--frame 1` of a command, for images that say nothing themselves."""
+    (shown,) = with_default_options([slide], ImageOptions(frame=1, preset="lung"))
+    assert shown.options == ImageOptions(frame=1) and colour(open_image(shown)) == COLOURS[1]
 
 
 def test_small_slides_show_their_largest_smaller_level(tmp_path):

@@ -4,7 +4,10 @@ from collections import Counter
 
 import pytest
 
+from llava.errors import LlavaError
+from llava.instruct import instruct_postprocess
 from llava.instruct.cleaning import clean_turns, split_turns
+from llava.records import write_records
 
 
 def split(text):
@@ -99,3 +102,11 @@ def test_a_million_blanks_take_a_moment(blank):
     turns, counts = clean("What is it?", answer)
     assert turns == [("What is it?", f"The lung is{blank * 1_000_000}clear.")]
     assert counts["inner_phrase"] == 1
+
+
+def test_what_became_of_all_is_said_where_nothing_is_left(tmp_path):
+    rows = [{"pair_id": n, "result": "", "refused": n == 0} for n in range(3)]
+    write_records(tmp_path / "a.jsonl", rows)
+    words = ["--input_path", str(tmp_path / "a.jsonl"), "--output_path", str(tmp_path / "b.json")]
+    with pytest.raises(LlavaError, match=r"\(of 3: 1 refused by the writing model, 2 left empty\)$"):
+        instruct_postprocess.main(words)

@@ -190,7 +190,7 @@ def _text_config(tiny: Tiny) -> dict:
 def test_delta_is_refused_with_the_command(v10, tmp_path):
     delta = {name: tensor * 0.01 for name, tensor in v10.without(TOWER).items()}
     folder = write(tmp_path / "a", delta, v10_config(v10), v10.folder)
-    with pytest.raises(LlavaError, match=r"delta weights.*llava\.model\.apply_delta --base .* --delta .*a --target"):
+    with pytest.raises(LlavaError, match=r"delta weights.*llava-med apply-delta --base .* --delta .*a --target"):
         load_pretrained_model(folder, device="cpu")
 
 
@@ -230,7 +230,7 @@ def test_adapter_is_refused_with_the_command(tmp_path):
         name="adapter_model.safetensors",
     )
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(LlavaError, match=r"LoRA adapter.*--model-base some/base.*llava\.model\.merge_lora"):
+    with pytest.raises(LlavaError, match=r"LoRA adapter.*--model-base some/base.*llava-med merge-lora"):
         load_pretrained_model(folder, device="cpu")
 
 

@@ -299,7 +299,9 @@ def test_a_missing_image_names_record_path_and_what_to_do(tmp_path, stage1, lazy
     data = make_records(tmp_path)
     (tmp_path / "images" / "green.png").unlink()
     more = ("--version", "v1", "--num_train_epochs", "1", "--lazy_preprocess", lazy)
-    with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\): image ".*green\.png" not found.*filter_missing'):
+    with pytest.raises(
+        LlavaError, match=r'record \d+ \("r\d+"\): image ".*green\.png" not found.*llava-med filter-missing'
+    ):
         train(flags(tmp_path / "out", data, stage1[0], *more))
     summary = train(flags(tmp_path / "out", data, stage1[0], *more, "--skip_unreadable_images"))
     assert summary["left_out"]["count"] == 3
@@ -320,7 +322,9 @@ def test_a_missing_image_that_is_looked_for_early_is_named_too(tmp_path, stage1,
     data = make_records(tmp_path)
     (tmp_path / "images" / "green.png").unlink()
     more = ("--version", "v1", "--lazy_preprocess", "True", *early)
-    with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\): image ".*green\.png" not found.*filter_missing'):
+    with pytest.raises(
+        LlavaError, match=r'record \d+ \("r\d+"\): image ".*green\.png" not found.*llava-med filter-missing'
+    ):
         train(flags(tmp_path / "out", data, stage1[0], *more))
 
 

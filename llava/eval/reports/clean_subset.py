@@ -42,7 +42,7 @@ def read_audit(path: str | Path) -> dict[str, Any]:
     """What `llava.data.audit --output` wrote."""
     audit = read_json(path)
     if not isinstance(audit, dict) or "subsets" not in audit or "items" not in audit:
-        raise LlavaError(f"{path}: not an audit; make one with python -m llava.data.audit … --output FILE")
+        raise LlavaError(f"{path}: not an audit; make one with llava-med audit … --output FILE")
     return audit
 
 
@@ -72,7 +72,7 @@ def score_clean_subset(evaluation: Evaluation, audit: dict[str, Any], path: str 
     if unknown:
         raise LlavaError(
             f"{path}: the audit is of other questions than {evaluation.gt}: {len(unknown)} are not in it (first "
-            f"{unknown[0]!r}); give the one made with python -m llava.data.audit … --test {evaluation.gt}"
+            f"{unknown[0]!r}); give the one made with llava-med audit … --test {evaluation.gt}"
         )
     settings = evaluation.settings
     candidates = None if settings["candidate"] is None else read_candidates(settings["candidate"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llava.errors import LlavaError, library_errors
-from llava.images.processor import find_settings
+from llava.images.processor import find_aspect_ratio
 from llava.model.checkpoint.config import infer_template
 from llava.model.configuration import LlavaConfigFields
 from llava.model.families import family_of_llm
@@ -87,7 +87,7 @@ def _native_config(hf: dict[str, Any], folder: Path) -> LlavaConfigFields:
     ours = {
         "mm_projector_type": _PROJECTORS[activation],
         "mm_vision_select_layer": layer,
-        "image_aspect_ratio": _aspect_ratio(folder),
+        "image_aspect_ratio": find_aspect_ratio(folder),
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     }
     # An export of ours keeps the fields that HF has no place for.
@@ -146,8 +146,3 @@ def check_identity(weights: WeightFiles, hf_name: str) -> None:
             f"{weights.file_of(hf_name)}: {hf_name} isn't the identity, but projector_hidden_act is linear; "
             f"two linear layers in a row have no counterpart in LLaVA's layout"
         )
-
-
-def _aspect_ratio(folder: Path) -> str | None:
-    """`pad` where the image processor pads to a square before it resizes, as LLaVA-1.5's does."""
-    return "pad" if (find_settings(folder) or {}).get("do_pad") else None

@@ -112,8 +112,8 @@ def model_weights(folder: Path) -> WeightFiles:
     weights = WeightFiles.of_folder(folder)
     if is_delta(weights):
         raise LlavaError(
-            f"{folder} holds delta weights, not a model; add them to their base first: python -m "
-            f"llava.model.apply_delta --base BASE_MODEL --delta {folder} --target OUTPUT_FOLDER"
+            f"{folder} holds delta weights, not a model; add them to their base first: llava-med "
+            f"apply-delta --base BASE_MODEL --delta {folder} --target OUTPUT_FOLDER"
         )
     return weights
 
@@ -164,7 +164,7 @@ def _open_hf(folder: Path) -> Parts:
     if is_quantized(weights):
         raise LlavaError(
             f"{folder}: weights that are stored in 8 or 4 bits aren't loaded from transformers' layout; bring them "
-            f"into LLaVA's first: python -m llava.model.import_hf --model-path {folder} --output OUTPUT_FOLDER"
+            f"into LLaVA's first: llava-med import --model-path {folder} --output OUTPUT_FOLDER"
         )
     return Parts(native_config(folder), weights, lambda model: [hf_source(weights, model)], [folder])
 
@@ -180,8 +180,8 @@ def _open_adapter(
     if base_folder is None:
         base = adapter.base_name or "BASE_MODEL"
         raise LlavaError(
-            f"{folder} is a LoRA adapter, not a whole model; add --model-base {base}, or merge it once: python -m "
-            f"llava.model.merge_lora --model-path {folder} --model-base {base} --save-model-path OUTPUT_FOLDER"
+            f"{folder} is a LoRA adapter, not a whole model; add --model-base {base}, or merge it once: llava-med "
+            f"merge-lora --model-path {folder} --model-base {base} --save-model-path OUTPUT_FOLDER"
         )
     is_hf = is_hf_config(read_json(base_folder / "config.json"))
     if (folder / "config.json").is_file():

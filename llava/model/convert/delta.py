@@ -111,7 +111,7 @@ def make_delta(
         write_model_card(
             folder,
             "Delta weights: not a model by themselves. Apply them to the base with "
-            "`python -m llava.model.apply_delta --base BASE --target RESULT --delta THIS`. The sum is rounded twice, "
+            "`llava-med apply-delta --base BASE --target RESULT --delta THIS`. The sum is rounded twice, "
             "so single values may differ from the original's in the last place.",
             base=str(base),
             source=str(target),
@@ -216,7 +216,7 @@ def _check_configs(base: dict, upper: dict, base_name: str, upper_name: str, wha
         if family is None or "text_config" in config:
             raise LlavaError(
                 f"{name}: config.json has model_type {config.get('model_type')!r} and isn't {family_names()} in "
-                f"the native layout; convert it with python -m llava.model.import_hf first"
+                f"the native layout; convert it with llava-med import first"
             )
         families.append(family.name)
     if families[0] != families[1]:

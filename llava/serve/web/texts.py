@@ -11,7 +11,7 @@ WAITING = """## No model is ready yet
 
 The page looks for one every few seconds and opens by itself. Whoever runs this server starts a model with
 
-    python -m llava.serve.model_worker --model-path CHECKPOINT"""
+    llava-med worker --model-path CHECKPOINT"""
 HEADING = f"<strong>{TITLE}</strong> <span>Research only, never for clinical use.</span>"
 KEYS = """<h2>Keys</h2><dl><dt>Enter</dt><dd>send the question</dd><dt>Escape</dt><dd>stop the answer; close this</dd>
 <dt>Alt ← / →, or ← / → outside the question</dt><dd>previous, next image</dd>

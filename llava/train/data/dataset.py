@@ -236,10 +236,10 @@ class LlavaDataset(Dataset):
             folder = " (no --image_folder was given)" if self.image_source.folder is None else ""
             return LlavaError(
                 f'{where}: image "{error.args[0]}" not found{folder}; correct --image_folder, run '
-                f'"python -m llava.data.filter_missing" {skip}'
+                f'"llava-med filter-missing" {skip}'
             )
         if isinstance(error, ImageError):
-            return LlavaError(f'{where}: {error}; run "python -m llava.data.validate" with --fix {skip}')
+            return LlavaError(f'{where}: {error}; run "llava-med validate" with --fix {skip}')
         return LlavaError(f"{where}: {error}")
 
     @contextmanager
