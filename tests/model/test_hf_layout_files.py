@@ -235,7 +235,7 @@ def test_this_layout_in_8_or_4_bits_is_sent_to_the_import(exported, tmp_path, bi
     save_file(
         tensors | {name + "weight": tensors[name + "weight"].to(torch.int8)} | statistics, folder / "model.safetensors"
     )
-    with pytest.raises(LlavaError, match=r"in 8 or 4 bits aren't loaded .*import_hf --model-path"):
+    with pytest.raises(LlavaError, match=r"in 8 or 4 bits aren't loaded .*llava-med import --model-path"):
         load_pretrained_model(folder, device="cpu")
 
 

@@ -204,7 +204,7 @@ def test_a_delta_is_no_base_either(tmp_path, over_it):
         read_json(tmp_path / "llm" / "config.json"),
         tmp_path / "llm",
     )
-    with pytest.raises(LlavaError, match=r"delta holds delta weights.*llava\.model\.apply_delta --base"):
+    with pytest.raises(LlavaError, match=r"delta holds delta weights.*llava-med apply-delta --base"):
         if over_it == "projector":
             extract_projector(llava, tmp_path / "projector")
             load_pretrained_model(tmp_path / "projector", delta, device="cpu")
