@@ -16,13 +16,13 @@ from llava.eval.scoring_flags import add_scoring_flags
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files")
+    parser.add_argument("--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files; NAME is the row in the tables")
     parser.add_argument("--gt", nargs="+", help="questions: one file, or one per --pred (default: the manifests')")
     parser.add_argument("--output", default="report.html", help="the page; the table goes next to it as .md")
     parser.add_argument("--title", default="Medical visual question answering", help="heading of the page")
     parser.add_argument("--image-folder", help="images, for the examples")
     parser.add_argument("--candidate", help="open answers of the training split")
-    parser.add_argument("--audit", help="JSON of llava.data.audit")
+    parser.add_argument("--audit", help="what llava-med audit --output wrote")
     parser.add_argument("--examples", type=int, default=4, help="right and wrong ones of each answer file")
     add_scoring_flags(parser, seed="of the bootstrap and of the examples")
     parser.add_bool("--pdf", help="write the page as a PDF too, by a browser that is installed")

@@ -264,3 +264,12 @@ def test_missing_image_tokens(v10, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 3}))
     with pytest.raises(LlavaError, match=r"<im_start>, <im_end>.*tokenizer doesn't have them"):
         load_pretrained_model(folder, device="cpu")
+
+
+def test_a_named_tower_that_is_not_used_is_said(v15, tmp_path, caplog):
+    config = v15.reference_config(mm_vision_tower="clip", mm_vision_config=v15.config["mm_vision_config"])
+    folder = write(tmp_path / "a", v15.tensors, config, v15.folder)
+    load_pretrained_model(folder, device="cpu", vision_tower="clip")
+    assert "not used" not in caplog.text
+    load_pretrained_model(folder, device="cpu", vision_tower="another/tower")
+    assert f"vision tower another/tower: not used; {folder} holds its own, trained with it (clip)" in caplog.text

@@ -16,7 +16,7 @@ def add_answer_flags(parser: ArgumentParser) -> None:
     """The flags of every command that answers questions."""
     parser.add_argument("--model-path", "--model-name", help="checkpoint: a folder or a hub id")
     parser.add_argument("--model-base", help="base model of a LoRA or projector checkpoint")
-    parser.add_argument("--mm-projector", help="projector file over the language model --model-name")
+    parser.add_argument("--mm-projector", help="projector file over the language model --model-path")
     parser.add_argument("--vision-tower", help="vision tower's folder or hub id in place of the checkpoint's")
     parser.add_argument("--image-folder", default="", help="where the questions' images lie")
     parser.add_argument("--question-file", required=True, help="questions: JSON, JSONL or Parquet")

@@ -73,7 +73,12 @@ def open_checkpoint(
     """
     with library_errors(f"{folder}: no checkpoint that can be opened; a file of settings in it is wrong"):
         find_tower = partial(_find_tower, override=vision_tower, cache_dir=cache_dir)
-        return _open(folder, base_folder, find_tower, cache_dir)
+        parts = _open(folder, base_folder, find_tower, cache_dir)
+    if vision_tower is not None and parts.tower_folder is None:
+        own = parts.config.mm_vision_tower
+        if own is None or Path(vision_tower).expanduser().resolve() != Path(own).expanduser().resolve():
+            log.warning("vision tower %s: not used; %s holds its own, trained with it (%s)", vision_tower, folder, own)
+    return parts
 
 
 def _open(
