@@ -16,7 +16,9 @@ from llava.eval.scoring_flags import add_scoring_flags
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files; NAME is the row in the tables")
+    parser.add_argument(
+        "--pred", nargs="+", required=True, metavar="[NAME=]FILE", help="answer files; NAME is the row in the tables"
+    )
     parser.add_argument("--gt", nargs="+", help="questions: one file, or one per --pred (default: the manifests')")
     parser.add_argument("--output", default="report.html", help="the page; the table goes next to it as .md")
     parser.add_argument("--title", default="Medical visual question answering", help="heading of the page")
