@@ -106,7 +106,7 @@ $(OLDEST): $(STAMP)
 OLDEST_TESTS := tests/tokenization tests/model tests/generation tests/golden $(addprefix tests/train/test_, \
 	arguments.py legacy_flags.py step.py group_of_one.py train.py lora.py dry_run.py dry_run_inputs.py)
 test-oldest: $(OLDEST)  ## models, training, answers and golden vectors with the oldest packages that are allowed
-	$(OLDEST)/bin/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile $(OLDEST_TESTS)
+	PYTHONPATH="$(CURDIR)" $(OLDEST)/bin/python -m pytest -m 'not long and not gpu' -n 2 --dist loadfile $(OLDEST_TESTS)
 
 # Routes without a body have only one request, so some more are asked for than are made.
 fuzz-api: $(STAMP)  ## 10,000 requests made from the servers' descriptions (minutes)
