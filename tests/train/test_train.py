@@ -352,7 +352,7 @@ def test_an_unreadable_image_is_an_error_or_counted(tmp_path, stage1, cached):
     data = make_records(tmp_path)
     (tmp_path / "images" / "blue.png").write_bytes(b"not an image")
     more = ("--version", "v1", "--num_train_epochs", "1", *cached)
-    with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\).*blue\.png.*llava\.data\.validate" with --fix'):
+    with pytest.raises(LlavaError, match=r'record \d+ \("r\d+"\).*blue\.png.*llava-med validate" with --fix'):
         train(flags(tmp_path / "out", data, stage1[0], *more))
     summary = train(flags(tmp_path / "out", data, stage1[0], *more, "--skip_unreadable_images"))
     assert summary["left_out"]["count"] == 3
