@@ -6,7 +6,7 @@ neither a compressed volume nor its extensions are ever in memory.
 
 import io
 import logging
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ def nifti_size(file: BinaryIO, name: str, limits: Limits, *, axis: int = 2) -> t
         header = _read_header(nibabel, source)
         _check(header, source)
         sides = (*header.get_data_shape(), 1)[:3]
-        canonical = nibabel.orientations.io_orientation(_affine(header))[:, 0].astype(int)
+        canonical = nibabel.orientations.io_orientation(_affine(header, name))[:, 0].astype(int)
         # Of the two axes of RAS+ that are shown the first goes across.
         across, down = (sides[int(np.flatnonzero(canonical == one)[0])] for one in range(3) if one != axis)
         return across, down
@@ -113,7 +113,7 @@ def _cut(file: BinaryIO, name: str, limits: Limits, *, index=None, axis=2, windo
     source = _Source(file, name, limits)
     header = _read_header(nibabel, source)
     _check(header, source)
-    orientation = nibabel.orientations.io_orientation(_affine(header)).astype(int)
+    orientation = nibabel.orientations.io_orientation(_affine(header, name)).astype(int)
     along = int(np.flatnonzero(orientation[:, 0] == axis)[0])
     count = (*header.get_data_shape(), 1)[:3][along]
     place = count // 2 if index is None else index
@@ -246,7 +246,7 @@ def _slice(header, source: _Source, orientation: np.ndarray, along: int, place: 
     return np.flip(data.swapaxes(0, 1), (0, 1))
 
 
-def _affine(header) -> np.ndarray:
+def _affine(header, name: str) -> np.ndarray:
     """The header's first usable one: sform or qform as it says, then the other, then the voxels' sizes alone."""
     affines = [header.get_best_affine, header.get_qform, header.get_base_affine]
     for place, read in enumerate(affines):
@@ -256,10 +256,16 @@ def _affine(header) -> np.ndarray:
             continue
         if np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
             if place:
-                log.warning("a NIfTI volume's affine has no direction for an axis; its next best orientation is used")
+                _warn_once(f"{name}: the affine has no direction for an axis; the next best orientation is used")
             return affine
-    log.warning("a NIfTI volume has no usable orientation; it is taken to be stored in the order of RAS+")
+    _warn_once(f"{name}: no usable orientation; it is taken to be stored in the order of RAS+")
     return np.eye(4)
+
+
+@lru_cache(maxsize=1000)
+def _warn_once(text: str) -> None:
+    """A volume's header is read for its size, then for each slice."""
+    log.warning("%s", text)
 
 
 def _stored(header, source: _Source, shape: tuple[int, ...], along: int, index: int) -> np.ndarray:

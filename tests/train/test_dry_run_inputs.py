@@ -188,7 +188,9 @@ def test_the_published_commands_end_with_hours_and_gigabytes_as_written(capsys):
     for flags in commands:
         assert main([*flags, "--gpu", "a100-40g", "--gpus", "8"]) == 0
         out = capsys.readouterr().out
-        assert re.search(r"the whole recipe +[\d.]+ hours\n", out) and re.search(r"fits: it takes [\d.]+ GB", out)
+        assert re.search(r"the whole recipe +[\d.]+ hours, \d+ epochs?\n", out) and re.search(
+            r"fits: it takes [\d.]+ GB", out
+        )
         assert "predicted for llama-7b, by its name" in out and "by its name" in out.split("--data_path")[1]
 
 

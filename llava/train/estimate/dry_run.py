@@ -72,6 +72,8 @@ class Prediction:
     """Of the data; None where their number isn't known."""
     max_steps: int
     """That `--max_steps` sets, else 0 or less."""
+    epochs: float
+    """Of the recipe, where `max_steps` doesn't end it."""
     hours: float
     """Of the whole recipe; where the number of records isn't known, of ASSUMED_RECORDS."""
     notes: tuple[str, ...]
@@ -271,6 +273,7 @@ def _prediction(
         samples_per_hour=per_hour,
         records=records,
         max_steps=plan.max_steps,
+        epochs=plan.epochs,
         hours=hours,
         notes=tuple(notes),
         unlike_ranks=others,

@@ -44,8 +44,9 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
         "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
     }
     unknown = p.records is None and p.max_steps <= 0
-    rows["the whole recipe"] = f"{short(p.hours)} hours" + (
-        f" for {ASSUMED_RECORDS:,} records (give their number: --records)" if unknown else ""
+    length = f"{p.max_steps} steps" if p.max_steps > 0 else f"{p.epochs:g} epoch{'s' * (p.epochs != 1)}"
+    rows["the whole recipe"] = f"{short(p.hours)} hours, {length}" + (
+        f" of {ASSUMED_RECORDS:,} records (give their number: --records)" if unknown else ""
     )
     for name, text in rows.items():
         yield f"  {name:28}{text}"
