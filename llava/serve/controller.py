@@ -1,6 +1,6 @@
 """The controller: knows the workers, tells clients where a model is, and passes requests on.
 
-    python -m llava.serve.controller --host 0.0.0.0 --port 10000
+    python -m llava.serve.controller
 
 It never loads a model and never calls an address that a client names: only addresses registered with the shared secret.
 """
