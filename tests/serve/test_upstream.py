@@ -73,7 +73,7 @@ def queue_length(process):
 def test_an_answer_comes_through_in_pieces_with_its_account(worker):
     chunks = ask(worker, "one two three four five six", data_url(), logprobs=1)
     assert chunks[-1]["text"] == "echo: <image> one two three four five six ", "the image in its place"
-    assert chunks[-1]["finish_reason"] == "stop" and len(chunks) > 2
+    assert chunks[-1]["finish_reason"] == "stop" and len(chunks) >= 2
     assert chunks[-1]["usage"]["completion_tokens"] == 8
     assert ask(worker, "one two three", max_new_tokens=2)[-1]["finish_reason"] == "length"
 

@@ -76,7 +76,7 @@ def test_what_is_not_there_is_said(base, capsys):
     known = dry_run([*base, *SMALL], H100, 1, records=ASSUMED_RECORDS)
     assert unknown.hours == known.hours and unknown.records is None
     assert main([*base, *SMALL]) == 0
-    assert "for 100,000 records (give their number: --records)" in capsys.readouterr().out
+    assert "of 100,000 records (give their number: --records)" in capsys.readouterr().out
 
 
 def test_lengths_and_images_are_read_where_the_data_are_there(tmp_path, capsys):
