@@ -103,7 +103,8 @@ every_stage() { # split, seeing or blind
             --learning_rate "$WHOLE_RATE" --seed "$order"
     done
     if [ ! -f "$here/$run/config.json" ]; then
-        python -m llava.model.average --models "$here/${run}_whole_"* --output "$here/$run"
+        python -m llava.model.average --output "$here/$run" \
+            --models "$here/${run}_whole_$SEED" "$here/${run}_whole_$((SEED + 1))"
     fi
 }
 
