@@ -126,8 +126,10 @@ def test_a_ct_series(open_page, controller, web, tmp_path):
         upload(page, series(tmp_path))
         expect(page.locator("#box").get_by_role("listitem", name="File thumbnail")).to_have_count(0, timeout=PATIENCE)
         wait_for_view(page, 20)
-        expect(page.locator("#viewer")).to_contain_text("window 40/400 (centre/width), the file's own")
-        expect(page.locator("#viewer")).to_contain_text("Beside it: what scan-model sees")
+        expect(page.locator("#viewer")).to_contain_text(
+            "window 40/400 (centre/width), the file's own", timeout=PATIENCE
+        )
+        expect(page.locator("#viewer")).to_contain_text("Beside it: what scan-model sees", timeout=PATIENCE)
         expect(page.locator("#scan-axis")).to_have_count(0)
 
         set_slider(page, "scan-place", 27)
@@ -136,7 +138,7 @@ def test_a_ct_series(open_page, controller, web, tmp_path):
         wait_for_view(page, 27, preset="lung")
         expect(page.locator("#scan-centre input[type=number]")).to_have_value("-600", timeout=PATIENCE)
         expect(page.locator("#scan-width input[type=number]")).to_have_value("1500", timeout=PATIENCE)
-        expect(page.locator("#draft")).to_contain_text("With your next question: 1 image.")
+        expect(page.locator("#draft")).to_contain_text("With your next question: 1 image.", timeout=PATIENCE)
         screenshot(page, "web_scan")
         ask(page, "Is there a nodule?")
         expect(last_answer(page)).to_contain_text("nodule?", timeout=PATIENCE)
