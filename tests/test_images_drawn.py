@@ -1,8 +1,6 @@
 """images/ holds what its script draws, small, and links that lead somewhere."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -10,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.documented_commands import ROOT
+from tests.serve.browsing import CHROMIUM
 
 IMAGES = ROOT / "images"
 
@@ -29,7 +28,7 @@ def test_the_list_of_images_names_files_that_are_there():
 
 
 def test_the_reports_sections_are_photographed(tmp_path):
-    if not (os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")):
+    if CHROMIUM is None:
         pytest.skip("no Chromium here; install it or set LLAVA_CHROMIUM")
     pytest.importorskip("playwright", reason="playwright isn't installed")
     script, page = ROOT / "scripts" / "report_images.py", tmp_path / "report.html"
