@@ -103,8 +103,8 @@ def image_size(source: str | os.PathLike | bytes | Image.Image | ImageWithOption
 
 
 def _shown(source: Any, how: _How, make: _Make[_Made]) -> _Made:
-    """What `make` makes of the image, by its kind and content (of a volume the file, of
-    a slide its thumbnail; `rgb` is an image as shown)."""
+    """What `make` makes of the image, by its kind and content: of a volume the file, of a slide its thumbnail, of `rgb`
+    the image as shown."""
     source, how = _taken_apart(source, how)
     limits = how.limits
     if isinstance(source, Image.Image):
