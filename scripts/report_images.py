@@ -10,6 +10,8 @@ from pathlib import Path
 
 from playwright import sync_api
 
+from llava.pages.printing import BROWSERS
+
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 SECTIONS = {
     "demo_scores.png": ("Scores", 490),
@@ -26,7 +28,7 @@ def photograph(report: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     with sync_api.sync_playwright() as driver:
-        chromium = os.environ.get("LLAVA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+        chromium = os.environ.get("LLAVA_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1000, "height": 900})
         page.goto(report.resolve().as_uri())
