@@ -1,7 +1,6 @@
 """Pages hold everything themselves, whoever wrote the text on them, and their figures say what they show."""
 
 import re
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +27,7 @@ from llava.pages import (
     write_page,
 )
 from llava.pages.charts import INK, Line, bars, curves, reliability
+from tests.serve.browsing import CHROMIUM
 from tests.serve.web.accessibility import findings
 
 EVIL = '<script>alert("1")</script> & <img src="http://outside/x.png">'
@@ -105,11 +105,10 @@ def test_drawing_twice_gives_the_same():
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
+    if CHROMIUM is None:
         pytest.skip("no Chromium here")
     with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
 
 
 def text_of(browser, path) -> str:
