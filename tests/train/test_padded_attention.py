@@ -78,6 +78,30 @@ def test_values_and_gradients_are_those_of_each_sequence_alone(key_heads, window
         torch.testing.assert_close(mine.grad, true.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [[LONG, 12, 14, LONG + 40, 300], [LONG, LONG + 7], [9, 0, LONG]], ids=str)
+@pytest.mark.parametrize("window", [None, 36])
+def test_long_sequences_among_short_ones_are_each_alone_too(sizes, window):
+    """What packs of whole samples hold, each of which sees itself."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(sum(sizes), heads, SIZE) for heads in (6, 2, 2)]
+    ours = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    out = padded_attention.padded_attention(*ours, borders(sizes), borders(sizes), window=window)
+    alone = [
+        padded_attention.padded_attention(
+            *sequence, *[borders([size])] * 2, key_places=torch.arange(size), window=window
+        )
+        for size, *sequence in zip(sizes, *(tensor.split(sizes) for tensor in theirs))
+        if size
+    ]
+    torch.testing.assert_close(out, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    weights = torch.randn(out.shape, generator=generator)
+    (out * weights).sum().backward()
+    (torch.cat(alone) * weights).sum().backward()
+    for mine, true in zip(ours, theirs):
+        torch.testing.assert_close(mine.grad, true.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_in_bfloat16_it_is_as_near_as_bfloat16_is():
     ours, theirs = (tensors(6, 2, torch.bfloat16) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):

@@ -64,18 +64,40 @@ def padded_attention(
     Returns:
         `[tokens, heads, size]`.
     """
-    counts = (tuple(border.diff().tolist()) for border in (borders, key_borders))
-    layout = _layout(*counts, window)
+    own, seen = (border.diff().tolist() for border in (borders, key_borders))
+    alone = [] if key_places is not None else [n for n in range(len(own)) if _is_alone(own[n], seen[n], window)]
+    if not alone:
+        return _in_buckets(query, key, value, own, seen, key_places, scale, dropout, window)
+    parts = [tensor.split(sizes) for tensor, sizes in ((query, own), (key, seen), (value, seen))]
+    outputs = {}
+    for number in alone:
+        q, k, v = (part[number].transpose(0, 1).unsqueeze(0) for part in parts)
+        outputs[number] = _by_sdpa(q, k, v, None, scale, dropout).squeeze(0).transpose(0, 1)
+    if others := [number for number in range(len(own)) if number not in outputs]:
+        q, k, v = (torch.cat([part[number] for number in others]) for part in parts)
+        sizes, seen_sizes = ([each[number] for number in others] for each in (own, seen))
+        out = _in_buckets(q, k, v, sizes, seen_sizes, None, scale, dropout, window)
+        outputs |= dict(zip(others, out.split(sizes)))
+    return torch.cat([outputs[number] for number in range(len(own))])
+
+
+def _is_alone(queries: int, keys: int, window: int | None) -> bool:
+    """Whether SDPA computes a sequence by itself, which needs no table of what is seen."""
+    return queries * keys > MOST_SCORES and queries == keys <= (window or keys)
+
+
+def _in_buckets(query, key, value, own: list[int], seen: list[int], key_places, scale, dropout, window) -> torch.Tensor:
+    """`padded_attention` of sequences with so many queries and keys, gathered by size."""
+    layout = _layout(tuple(own), tuple(seen), window)
     outputs = []
     for bucket in layout.buckets:
         queries, keys = bucket.queries.to(query.device), bucket.keys.to(query.device)
         hidden = None if bucket.hidden is None else bucket.hidden.to(query.device)
-        seen = keys if key_places is None else key_places[keys]
+        places = keys if key_places is None else key_places[keys]
         # [sequences, heads, tokens, size]
         q, k, v = (
-            rows(tensor, places).transpose(1, 2) for tensor, places in ((query, queries), (key, seen), (value, seen))
+            rows(tensor, where).transpose(1, 2) for tensor, where in ((query, queries), (key, places), (value, places))
         )
-        scale = scale or q.shape[-1] ** -0.5
         if hidden is None or queries.shape[1] * keys.shape[1] > MOST_SCORES:
             out = _by_sdpa(q, k, v, hidden, scale, dropout)
         else:
@@ -93,7 +115,7 @@ def rows(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return taken.to(tensor.dtype).unflatten(-1, tensor.shape[1:])
 
 
-def _by_products(q, k, v, hidden: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
+def _by_products(q, k, v, hidden: torch.Tensor, scale: float | None, dropout: float) -> torch.Tensor:
     """Scores, softmax in float32, and the sum of values; key heads' own query heads lie below each other.
 
     All of it is float32 on the CPU: sizes change from step to step, and bfloat16's products (oneDNN) keep half a
@@ -102,6 +124,7 @@ def _by_products(q, k, v, hidden: torch.Tensor, scale: float, dropout: float) ->
     count, heads, length, size = q.shape
     groups = k.shape[1]
     dtype = v.dtype
+    scale = scale or size**-0.5
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu":
             q, k, v = q.float(), k.float(), v.float()
@@ -113,7 +136,7 @@ def _by_products(q, k, v, hidden: torch.Tensor, scale: float, dropout: float) ->
     return out.view(count, heads, length, size).to(dtype)
 
 
-def _by_sdpa(q, k, v, hidden: torch.Tensor | None, scale: float, dropout: float) -> torch.Tensor:
+def _by_sdpa(q, k, v, hidden: torch.Tensor | None, scale: float | None, dropout: float) -> torch.Tensor:
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=None if hidden is None else hidden.to(q.dtype), is_causal=hidden is None, scale=scale,
         dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1],
@@ -135,7 +158,7 @@ def _layout(queries: tuple[int, ...], keys: tuple[int, ...], window: int | None)
         first, first_key = (begin[members][:, None] for begin in (starts, key_starts))
         # The last query sees all keys of its sequence, the one before it one less.
         last = (own_keys - own + rank)[..., None]
-        is_plain = longest * longest_keys > MOST_SCORES and longest == longest_keys <= (window or longest_keys)
+        is_plain = _is_alone(longest, longest_keys, window)
         hidden = None
         if not is_plain:
             sees = (key_rank <= last) & (key_rank < own_keys[..., None]) & (key_rank > last - (window or longest_keys))
