@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llava.errors import LlavaError, for_terminal, one_line
+from llava.folders import expanded
 
 EXIT_BAD_INPUT = 2
 TRUE_WORDS = frozenset({"true", "t", "yes", "y", "1", "on"})
@@ -267,7 +268,7 @@ def write_line(text: str = "") -> None:
 
 def existing_file(path: str | Path, what: str) -> Path:
     """`path` if it is a file, else a LlavaError that names it."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         kind = "folder" if path.is_dir() else "device or a pipe"
         raise LlavaError(f"{what} is a {kind}, not a file: {path}" if path.exists() else f"{what} not found: {path}")
@@ -276,7 +277,7 @@ def existing_file(path: str | Path, what: str) -> Path:
 
 def existing_dir(path: str | Path, what: str) -> Path:
     """`path` if it is a folder, else a LlavaError that names it."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_dir():
         raise LlavaError(f"{what} is not a folder: {path}")
     return path

@@ -38,6 +38,11 @@ def is_file(path: str | Path) -> bool:
     return os.path.isfile(path)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with the home folder in place of `~`; the name of no user's stays as it is (`Path.expanduser` raises)."""
+    return Path(os.path.expanduser(path))
+
+
 def part_of(target: Path) -> Path:
     """Where `target` is put together: next to it, so that it can be renamed."""
     return target.parent / f".{target.name}{PART}"
@@ -55,7 +60,7 @@ def final_name(folder: Path) -> str:
 
 def model_name(path: str | Path) -> str:
     """What a checkpoint is called: its path's or hub id's last part; of a run's `checkpoint-N` with the run's name."""
-    parts = [part for part in Path(path).expanduser().parts if part not in ("/", ".", "..")]
+    parts = [part for part in expanded(path).parts if part not in ("/", ".", "..")]
     if not parts:
         parts = list(Path(path).resolve().parts[-2:])
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
@@ -74,7 +79,7 @@ def check_target(target: str | Path, overwrite: bool = False) -> Path:
     Raises:
         LlavaError: it is a file, or a folder with something in it and `overwrite` isn't set.
     """
-    target = Path(target).expanduser().absolute()
+    target = expanded(target).absolute()
     if target.exists() and not target.is_dir():
         raise LlavaError(f"{target}: is a file; give a folder to write to")
     if target.is_dir() and any(target.iterdir()) and not overwrite:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from llava.commandline import existing_dir, existing_file
 from llava.errors import LlavaError
 from llava.eval.answers.local import LocalModel
 from llava.folders import (
     PART,
+    check_target,
+    expanded,
     final_name,
     model_name,
     part_in,
@@ -44,6 +47,19 @@ def test_a_checkpoint_is_called_by_its_folder_however_it_is_named(tmp_path, monk
         assert model_name(path) == "vqa_checkpoint-40"
     assert model_name("microsoft/llava-med-7b") == "llava-med-7b"
     assert LocalModel(".").model_id == "vqa_checkpoint-40"
+
+
+def test_the_home_folder_of_nobody_is_a_name_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert expanded("~/models") == tmp_path / "models"
+    assert expanded("~no-such-user/models") == Path("~no-such-user/models")
+    assert check_target("~no-such-user/models") == tmp_path / "~no-such-user" / "models"
+    for find, kind in ((existing_file, "question file"), (existing_dir, "image folder")):
+        with pytest.raises(LlavaError, match=f"{kind}.*~no-such-user"):
+            find("~no-such-user/models", kind)
+    others = [path for path in (ROOT / "llava").rglob("*.py") if ".expanduser()" in path.read_text()]
+    assert not others, "Path.expanduser raises for a user that isn't there; llava.folders.expanded doesn't"
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["at once", "a disk that can't"])

@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, one_line
-from llava.folders import is_file, stage_files
+from llava.folders import expanded, is_file, stage_files
 from llava.manifests import sha256_of
 from llava.record_content import as_text, image_key
 from llava.records import Record, read_json, write_json, write_records
@@ -177,7 +177,7 @@ def write_conversion(
         LlavaError: an id occurs twice in a split, a split is empty, images are missing and may not be, or
             `output_dir` holds other records that may not be replaced.
     """
-    stale = _splits_not_made(conversion.splits, Path(output_dir).expanduser())
+    stale = _splits_not_made(conversion.splits, expanded(output_dir))
     if stale and not overwrite:
         raise LlavaError(
             f"{output_dir} holds {', '.join(stale)}, which this conversion doesn't make; give another folder, or "

@@ -18,6 +18,7 @@ import torch
 from PIL import ExifTags, Image
 
 from llava.errors import LlavaError
+from llava.folders import expanded
 from llava.image_options import ImageWithOptions
 from llava.images import ImageProcessor, open_image
 from llava.model.language_model import LlavaForCausalLM
@@ -184,7 +185,7 @@ def _digest(source: Any) -> bytes:
     elif isinstance(source, str) and source[:5].lower() == "data:":
         digest.update(source.encode())
     elif isinstance(source, (str, os.PathLike)):
-        digest.update(_file_identity(Path(source).expanduser()))
+        digest.update(_file_identity(expanded(source)))
     else:
         raise LlavaError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
     return digest.digest()

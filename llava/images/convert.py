@@ -20,6 +20,7 @@ from PIL import Image
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, run, write_line
 from llava.errors import LlavaError
+from llava.folders import expanded
 from llava.image_options import add_window_flag
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     table = args.table and Table(Path(args.table), target, args.overwrite, "is no part of")
     found = survey(existing_dir(args.folder, "folder of scans"), axis=args.axis, keep_burned_in=args.keep_burned_in)
     jobs = [Job(series, choose, window) for series in found.series]
-    left_out = LeftOut(Path(args.folder).expanduser(), args.name_files)
+    left_out = LeftOut(expanded(args.folder), args.name_files)
     for file, why in found.left_out:
         left_out.add(why, file)
     records: dict[str, dict[str, Any]] = {}
@@ -116,7 +117,7 @@ class Table:
     """Rows that go into a CSV file of their own, outside the set, the image first."""
 
     def __init__(self, path: Path, target: Path, overwrite: bool, why: str):
-        self.path, self.overwrite = path.expanduser().absolute(), overwrite
+        self.path, self.overwrite = expanded(path).absolute(), overwrite
         if self.path.resolve().is_relative_to(target.resolve()):
             raise LlavaError(f"{path}: {why} the set; give a path outside --output-dir")
         self.rows: list[tuple[str, str, int | str]] = []
@@ -139,7 +140,7 @@ class Sources(Table):
 
     def __init__(self, path: Path, folder: Path, target: Path, overwrite: bool):
         super().__init__(path, target, overwrite, "would name patients in")
-        self.folder = folder.expanduser()
+        self.folder = expanded(folder)
 
     def add(self, images: list[str], drawn: "Drawn", series: Series) -> None:
         for image, (said, _) in zip(images, drawn, strict=True):

@@ -6,7 +6,6 @@ python -m llava.images.info scan.dcm volume.nii.gz --save seen/
 """
 
 import json
-import os
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from llava.commandline import EXIT_BAD_INPUT, ArgumentParser, check_outputs, complain, existing_dir, run, write_line
 from llava.errors import LlavaError
+from llava.folders import expanded
 from llava.image_options import add_window_flag
 from llava.images.facts import ImageFacts
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         from llava.images.opening import open_and_describe
 
         try:
-            if os.path.isdir(os.path.expanduser(file)):
+            if expanded(file).is_dir():
                 raise LlavaError(
                     f"{file}: a folder; name files in it ({Path(file) / '*'}), or make a training set of it: llava-med "
                     f"image-convert {file} --output-dir OUTPUT_FOLDER"

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava.errors import ImageError, LlavaError
+from llava.folders import expanded
 from llava.image_options import NO_OPTIONS, ImageOptions, ImageWithOptions
 from llava.images.facts import ImageFacts
 from llava.images.headers.containers import Container, read_container
@@ -121,7 +122,7 @@ def _shown(source: Any, how: _How, make: _Make[_Made]) -> _Made:
     elif isinstance(source, str) and _WEB_ADDRESS.match(source):
         raise ImageError("images aren't fetched from the web; download it and give the file, or a data: URL")
     elif isinstance(source, (str, os.PathLike)):
-        return _open_file(_expanded(source), str(source), how, make)
+        return _open_file(expanded(source), str(source), how, make)
     else:
         raise ImageError(f"an image is a path, bytes, a data: URL or a Pillow image, not {type(source).__name__}")
     return _open(io.BytesIO(content), len(content), name, how, make)
@@ -163,11 +164,6 @@ def open_and_describe(
 ) -> tuple[Image.Image, ImageFacts]:
     """`open_image` and `describe_image` in one: the file is read and decoded once."""
     return _shown(source, _How(limits or Limits(), frame, window, axis), _pixels_and_facts)
-
-
-def _expanded(path: str | os.PathLike) -> Path:
-    """With the home folder in place of `~`; what names no user's stays as it is (Path.expanduser would fail)."""
-    return Path(os.path.expanduser(path))
 
 
 def _open_file(path: Path, name: str, how: _How, make: _Make[_Made]) -> _Made:
@@ -299,7 +295,7 @@ def _kind_of(source: Any) -> str:
             return "image"
         if isinstance(source, bytes):
             return image_kind(source)
-        path = _expanded(source)
+        path = expanded(source)
         with image_file(path) as file:
             return "slide" if is_slide(path, file, str(source)) else image_kind(path)
     except ImageError:

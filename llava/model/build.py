@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN, SCHEME_PATCH
 from llava.errors import LlavaError, library_errors
+from llava.folders import expanded
 from llava.model.checkpoint.layouts import model_weights
 from llava.model.families import family_of_llm, model_class_of
 from llava.model.language_model import LlavaForCausalLM
@@ -46,7 +47,7 @@ def build_model_from_llm(
     llm_folder = locate_model(llm_path, "language model", cache_dir=cache_dir)
     tower_folder = locate_model(vision_tower, "vision tower", cache_dir=cache_dir)
     # A folder's absolute path, so that the note of its origin stays true from any working directory.
-    tower_name = str(tower_folder.absolute()) if Path(vision_tower).expanduser().is_dir() else str(vision_tower)
+    tower_name = str(tower_folder.absolute()) if expanded(vision_tower).is_dir() else str(vision_tower)
     config = llava_config(llm_folder, tower_name, read_vision_config(tower_folder), mm_fields)
     model = build_empty(model_class_of(config), config, attn_implementation)
     weights = model_weights(llm_folder)

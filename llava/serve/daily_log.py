@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava.errors import LlavaError
+from llava.folders import expanded
 from llava.records import sound_text
 from llava.resumable import write_whole
 from llava.serve.transport.background import repeating
@@ -41,7 +42,7 @@ class DailyLog:
     def __init__(self, folder: str | Path, keep_days: float):
         if not keep_days >= 0:
             raise LlavaError(f"{folder}: logs can't be kept for {keep_days:g} days; give 0 or more")
-        self.folder, self.keep_days = Path(folder).expanduser(), keep_days
+        self.folder, self.keep_days = expanded(folder), keep_days
         self.lost = 0
         self._counting = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)

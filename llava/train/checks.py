@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from llava.conversation import get_template
 from llava.errors import LlavaError, library_errors, require
+from llava.folders import expanded
 from llava.train.step import gpu
 from llava.train.step.optimizers import TORCHAO, takes_plain_tensors
 from llava.train.validation.flags import check_validation
@@ -47,7 +48,7 @@ def _check_paths(arguments: "Arguments") -> None:
         ("pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
         ("lora_weight_path", training.lora_weight_path),
     ):
-        if value and not Path(value).expanduser().exists():
+        if value and not expanded(value).exists():
             raise LlavaError(f"--{flag} {value}: no such file or folder")
     for flag, value in (
         ("model_name_or_path", model.model_name_or_path),
@@ -56,7 +57,7 @@ def _check_paths(arguments: "Arguments") -> None:
         # A hub id has one slash at most; what looks like a path has to be one.
         value = value or ""
         looks_like_path = value.startswith((".", "/", "~")) or value.count("/") > 1
-        if looks_like_path and not Path(value).expanduser().is_dir():
+        if looks_like_path and not expanded(value).is_dir():
             raise LlavaError(f"--{flag} {value}: no such folder")
     if Path(training.output_dir).is_file():
         raise LlavaError(f"--output_dir {training.output_dir} is a file")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llava.errors import LlavaError, library_errors
+from llava.folders import expanded
 from llava.model.convert.model_card import write_model_card
 from llava.model.language_model import LlavaForCausalLM
 from llava.train.arguments import Arguments
@@ -37,7 +38,7 @@ def add_adapters(model: LlavaForCausalLM, arguments: Arguments) -> "PeftModel":
     if training.bits < 16:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.recomputes_activations)
     if training.lora_weight_path:
-        folder = Path(training.lora_weight_path).expanduser()
+        folder = expanded(training.lora_weight_path)
         if not (folder / "adapter_config.json").is_file():
             raise LlavaError(f"--lora_weight_path {folder}: no adapter_config.json, so this is no LoRA folder")
         with library_errors(f"--lora_weight_path {folder}: not an adapter of this model"):
@@ -54,7 +55,7 @@ def add_adapters(model: LlavaForCausalLM, arguments: Arguments) -> "PeftModel":
             task_type="CAUSAL_LM",
         )
         peft_model = get_peft_model(model, config)
-        base = str(Path(arguments.model.model_name_or_path).expanduser())
+        base = str(expanded(arguments.model.model_name_or_path))
         peft_model.peft_config["default"].base_model_name_or_path = (
             str(Path(base).resolve()) if Path(base).exists() else base
         )

@@ -10,7 +10,7 @@ import torch
 
 from llava.conversation import get_template
 from llava.errors import LlavaError
-from llava.folders import WEIGHTS, part_in, publish_files
+from llava.folders import WEIGHTS, expanded, part_in, publish_files
 from llava.images import ImageProcessor, image_size, open_image
 from llava.model import LoadedModel, save_model
 from llava.tokenization import ImageTokens, encode_conversation
@@ -317,7 +317,7 @@ def _cache_features(arguments, loaded: LoadedModel, dataset: LlavaDataset) -> Fe
     }
     if data.jpeg_draft:
         settings["draft"] = draft_size(loaded.image_processor)
-    root = Path(data.vision_cache_dir or Path(training.output_dir) / "vision_cache").expanduser()
+    root = expanded(data.vision_cache_dir or Path(training.output_dir) / "vision_cache")
 
     def identify(number: int, image) -> str:
         with dataset.record_errors(number):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llava.errors import LlavaError, library_errors
+from llava.folders import expanded
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, LoraAdapter, native_name, non_lora_file
 from llava.model.checkpoint.config import read_config
 from llava.model.checkpoint.hf_layout import hf_source, is_hf_config, native_config
@@ -76,7 +77,7 @@ def open_checkpoint(
         parts = _open(folder, base_folder, find_tower, cache_dir)
     if vision_tower is not None and parts.tower_folder is None:
         own = parts.config.mm_vision_tower
-        if own is None or Path(vision_tower).expanduser().resolve() != Path(own).expanduser().resolve():
+        if own is None or expanded(vision_tower).resolve() != expanded(own).resolve():
             log.warning("vision tower %s: not used; %s holds its own, trained with it (%s)", vision_tower, folder, own)
     return parts
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llava.errors import LlavaError
-from llava.folders import check_space, check_target, stage
+from llava.folders import check_space, check_target, expanded, stage
 from llava.model.convert.delta_archive import DeltaArchive
 from llava.model.convert.model_card import write_model_card
 from llava.model.convert.other_files import copy_side_files
@@ -59,7 +59,7 @@ def apply_delta(
     base_folder = locate_model(base, "base model")
     with ExitStack() as stack:
         if str(delta).endswith(".zip"):
-            archive = stack.enter_context(DeltaArchive(Path(delta).expanduser()))
+            archive = stack.enter_context(DeltaArchive(expanded(delta)))
             _check_configs(read_json_of(base_folder, "base"), archive.config(), str(base_folder), str(delta))
             check_space(target, archive.unpacked_bytes() * 2, "unpacking the delta and writing the result")
             staged = stage(target, overwrite=overwrite, resume=(*RESUMABLE, _UNPACKED))

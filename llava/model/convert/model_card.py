@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import RESEARCH_NOTICE
-from llava.folders import final_name
+from llava.folders import expanded, final_name
 from llava.records import atomic_path, read_json
 
 _FACTS = {
@@ -66,7 +66,7 @@ def write_model_card(
 
 def shown_name(path: str) -> str:
     """A hub id as it is, of a folder its last part: a path would tell of the machine that it was on."""
-    as_path = Path(path).expanduser()
+    as_path = expanded(path)
     return as_path.name or str(as_path.absolute().name) if as_path.exists() or as_path.is_absolute() else path
 
 

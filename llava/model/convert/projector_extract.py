@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from llava.constants import SCHEME_PATCH
 from llava.errors import LlavaError
-from llava.folders import stage_files
+from llava.folders import expanded, stage_files
 from llava.model.checkpoint.adapter import non_lora_file
 from llava.model.checkpoint.hf_layout import check_identity, is_hf_config, native_config, native_name
 from llava.model.checkpoint.layouts import projector_file
@@ -42,7 +42,7 @@ def extract_projector(model_path: str | Path, output: str | Path, *, overwrite: 
         LlavaError: no projector in the checkpoint, or a file is there that may not be replaced (in a folder also one of
             another configuration or tokenizer).
     """
-    folder, output = locate_model(model_path), Path(output).expanduser()
+    folder, output = locate_model(model_path), expanded(output)
     is_file = output.suffix in {".bin", ".safetensors"}
     if not is_file and output.suffix in _OTHER_FILES and not output.is_dir():
         raise LlavaError(f"--output {output}: give a .bin or .safetensors file, or a folder")

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 from llava.errors import LlavaError, library_errors
+from llava.folders import expanded
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def locate_model(
         LlavaError: there is no such folder, and the hub has no such model or can't be reached; a file of the folder
             other than weights is too large, or a link to one elsewhere but in the hub's cache.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     candidates = [path]
     if relative_to is not None and not path.is_absolute():
         candidates += [relative_to / path, relative_to.parent / path]
@@ -62,7 +63,7 @@ def locate_model(
 
 def find_model(name: str, relative_to: Path, cache_dir: str | Path | None = None) -> Path | None:
     """`locate_model` of what is on this machine already, the hub's cache included; None if it isn't."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     for candidate in (path, relative_to / path, relative_to.parent / path):
         if candidate.is_dir():
             _check_files(candidate)
@@ -103,7 +104,7 @@ def _looks_like_hub_id(name: str) -> bool:
 def _download(repo_id: str, what: str, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import constants, list_repo_files, snapshot_download
 
-    cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+    cache_dir = None if cache_dir is None else expanded(cache_dir)
     if constants.HF_HUB_OFFLINE:
         return _cached(repo_id, what, cache_dir, "HF_HUB_OFFLINE is set")
     if not _answers(constants.ENDPOINT):

@@ -6,9 +6,9 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from llava.errors import LlavaError
+from llava.folders import expanded
 from llava.serve.protocol import ErrorType, ServeError
 
 VARIABLE = "LLAVA_API_KEYS"
@@ -100,7 +100,7 @@ def read_keys(path: str | None, per_minute: float | None) -> Keys:
         values = [value.strip() for value in os.environ.get(VARIABLE, "").split(",") if value.strip()]
         keys = [_key(f"key{number}", value, None, f"${VARIABLE}") for number, value in enumerate(values, 1)]
         return Keys(keys, per_minute)
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         mode, lines = file.stat().st_mode, file.read_text("utf-8").splitlines()
     except OSError as error:

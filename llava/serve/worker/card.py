@@ -1,7 +1,6 @@
 """What a worker tells of its model: the facts that the checkpoint holds, in words."""
 
-from pathlib import Path
-
+from llava.folders import expanded
 from llava.model.convert.model_card import shown_name
 from llava.model.language_model import LlavaForCausalLM
 from llava.records import read_json
@@ -24,7 +23,7 @@ def card_of(model_path: str, model: LlavaForCausalLM) -> ModelCard:
         "context": f"{config.max_position_embeddings:,} tokens",
         "trained_on": getattr(config, "trained_on", None),
     }
-    file = Path(model_path).expanduser() / "training_summary.json"
+    file = expanded(model_path) / "training_summary.json"
     summary = read_json(file) if file.is_file() else {}
     if base := summary.get("base"):
         lines["base"] = shown_name(base)

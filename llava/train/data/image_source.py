@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import LlavaError
-from llava.folders import is_file
+from llava.folders import expanded, is_file
 from llava.image_options import ImageWithOptions
 from llava.record_content import image_bytes, image_file, image_key
 from llava.train.data.tar_index import Place, TarIndex
@@ -20,7 +20,7 @@ class ImageSource:
     """
 
     def __init__(self, folder: str | Path | None, output_dir: str | Path = "."):
-        self.folder = Path(folder).expanduser() if folder else None
+        self.folder = expanded(folder) if folder else None
         shards: list[Path] = []
         if self.folder is not None and self.folder.is_file():
             if not tarfile.is_tarfile(self.folder):

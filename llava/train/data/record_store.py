@@ -16,6 +16,7 @@ import numpy as np
 
 from llava.bars import tqdm
 from llava.errors import LlavaError, library_errors, one_line
+from llava.folders import expanded
 from llava.lines import MOST_LINE
 from llava.parquet import iter_parquet, parquet_schema
 from llava.records import Record, Replaced, atomic_path, first_bytes, parse_record, read_json_list, without_nulls
@@ -47,7 +48,7 @@ def open_records(path: str | Path, output_dir: str | Path = ".") -> RecordStore:
     Raises:
         LlavaError: the file is missing, empty or none of these.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise LlavaError(f"{path}: no such file")
     head = first_bytes(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.commandline import parse_bool
 from llava.errors import LlavaError
-from llava.folders import remove_parts
+from llava.folders import expanded, remove_parts
 from llava.records import read_json, write_json
 from llava.train.output.checkpoints import checksum, find_damage, last_good_checkpoint, list_checkpoints
 from llava.train.output.summary import CURVE, PAGE, SUMMARY
@@ -64,7 +64,7 @@ def _wanted(text: str | None) -> bool | Path:
     try:
         return parse_bool(text or "False")
     except argparse.ArgumentTypeError:
-        return Path(text or "").expanduser()
+        return expanded(text or "")
 
 
 def _described(arguments: "Arguments") -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _described(arguments: "Arguments") -> dict[str, Any]:
     given = {name: value for name, value in arguments.given.items() if not name.startswith(_MAY_DIFFER)}
     for name in _DATA:
         if given.get(name):
-            path = Path(given[name]).expanduser()
+            path = expanded(given[name])
             given[name] = f"{path.name}, {path.stat().st_size:,} bytes, checksum {checksum(path)}"
     flags: dict[str, Any] = json.loads(json.dumps(given, default=str))
     return flags

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from llava.errors import LlavaError, first_line
+from llava.folders import expanded
 from llava.model.language_model import LlavaForCausalLM
 from llava.records import atomic_path
 
@@ -37,7 +38,7 @@ def load_projector(model: LlavaForCausalLM, path: str | Path, token_ids: Sequenc
     Raises:
         LlavaError: not such a file, or made for another projector.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():

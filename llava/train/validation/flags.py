@@ -1,10 +1,10 @@
 """Flags of validation: held-out records, what is measured on them, and when that ends a run."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import LlavaError
+from llava.folders import expanded
 
 ANSWER_METRICS = {"strict_open": "OPEN", "strict_closed": "CLOSED"}
 """What `--eval_generate` adds to the held-out loss, and the kind of question that counts."""
@@ -40,7 +40,7 @@ def check_validation(validation: ValidationArguments, training: Any) -> None:
     if validation.eval_data_path:
         for flag in ("eval_data_path", "eval_image_folder"):
             path = getattr(validation, flag)
-            if path and not Path(path).expanduser().exists():
+            if path and not expanded(path).exists():
                 raise LlavaError(f"--{flag} {path}: no such file or folder")
         if not evaluates:
             raise LlavaError("--eval_data_path: say when it is measured, with --eval_strategy epoch or steps")

@@ -1,12 +1,12 @@
 """The lengths that a recipe's samples have: its data's own where they are at hand, else random ones."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
+from llava.folders import expanded
 from llava.images.anyres import default_pinpoints, read_pinpoints
 from llava.model import LoadedModel
 from llava.record_content import images_of, read_turns
@@ -47,7 +47,7 @@ class Lengths:
 def lengths_of(arguments: Arguments, loaded: LoadedModel, records: int | None) -> Lengths:
     """Those of `--data_path` where it exists, else random ones; `records` is what the user says of its number."""
     path = arguments.data.data_path
-    if path and Path(path).expanduser().is_file():
+    if path and expanded(path).is_file():
         return _read(arguments, loaded, open_records(path, arguments.training.output_dir))
     longest, number = arguments.training.model_max_length, records
     tiles = min(_tiles_per_image(loaded), _most_tiles(loaded, longest))
@@ -68,7 +68,7 @@ def _read(arguments: Arguments, loaded: LoadedModel, store: RecordStore) -> Leng
     spread = Spread(store)
     longest = arguments.training.model_max_length
     patches = loaded.model.num_patches
-    can_open = bool(arguments.data.image_folder) and Path(str(arguments.data.image_folder)).expanduser().exists()
+    can_open = bool(arguments.data.image_folder) and expanded(str(arguments.data.image_folder)).exists()
     known = can_open or loaded.model.config.image_aspect_ratio != "anyres"
     if known and not isinstance(loaded.tokenizer, TextlessTokenizer):
         data = replace(arguments.data, lazy_preprocess=True, cache_vision_features=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from llava.errors import LlavaError
+from llava.folders import expanded
 from llava.train.estimate.inputs.known_models import KNOWN
 
 SIZES = {"7b": "llama-7b", "13b": "llama-13b"}
@@ -24,7 +25,7 @@ def present_model(name: str | None) -> tuple[str, str | None]:
     """
     if not name:
         raise LlavaError("--model_name_or_path is needed")
-    if name in KNOWN or Path(name).expanduser().is_dir() or _is_cached(name):
+    if name in KNOWN or expanded(name).is_dir() or _is_cached(name):
         return name, None
     told = _told_model(name.lower())
     if told is None:

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llava.errors import LlavaError
+from llava.folders import expanded
 from llava.images import ImageProcessor
 from llava.model import LoadedModel
 from llava.model.build import llava_config
@@ -79,7 +80,7 @@ def forget_content(model: nn.Module, mode: FakeTensorMode) -> None:
 def _folder(name: str) -> Iterator[Path]:
     """The folder of a model; for one known by name, a passing folder with its config.json."""
     if name not in KNOWN:
-        if not Path(name).expanduser().is_dir() and name.count("/") != 1:
+        if not expanded(name).is_dir() and name.count("/") != 1:
             raise LlavaError(f"--model_name_or_path {name}: no such folder, and none of {', '.join(KNOWN)}")
         yield locate_model(name)
         return
