@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from llava.constants import IGNORE_INDEX
-from llava.model.products import product
+from llava.model.products import padded_rows, product
 
 CHUNK_ELEMENTS = 1 << 25
 """Largest block of logits that is held at once: 128 MB in float32."""
@@ -115,4 +115,8 @@ def sum_of_losses(
 
 
 def _sum(hidden_states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
+    if hidden_states.is_cpu and torch.is_autocast_enabled("cpu"):
+        # oneDNN keeps megabytes for each new number of rows.
+        added = padded_rows(len(targets)) - len(targets)
+        hidden_states, targets = pad(hidden_states, (0, 0, 0, added)), pad(targets, (0, added), value=IGNORE_INDEX)
     return cross_entropy(lm_head(hidden_states).float(), targets, reduction="sum")

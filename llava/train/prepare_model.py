@@ -181,6 +181,11 @@ def _load(folder: Path, arguments: Arguments) -> LoadedModel:
 def _settings(model: LlavaForCausalLM, arguments: Arguments, chat_template: str | None) -> None:
     """Settings of this run that the checkpoint has to remember."""
     config, flags = model.config, arguments.model
+    if flags.mm_use_im_start_end not in (None, config.mm_use_im_start_end):
+        logger.warning(
+            "--mm_use_im_start_end %s: the checkpoint was made with %s; without the flag that is kept",
+            *(flags.mm_use_im_start_end, config.mm_use_im_start_end),
+        )
     for name in ("mm_use_im_start_end", "mm_use_im_patch_token", "mm_image_token_scheme"):
         if getattr(flags, name) is not None:
             setattr(config, name, getattr(flags, name))

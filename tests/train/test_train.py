@@ -126,6 +126,16 @@ def test_another_template_than_the_checkpoints_own_is_said(tmp_path, data, caplo
     assert said == ["--version v1: the checkpoint's own template is llava_llama_2; without the flag it is kept"] * other
 
 
+def test_other_tokens_around_images_than_the_checkpoints_are_said(tmp_path, data, caplog):
+    model = make_llava(tmp_path / "model")
+    for value in ("False", "True"):
+        more = ("--mm_use_im_start_end", value)
+        loaded = prepare_model(parse_arguments(flags(tmp_path / "out", data, model, *more)))
+        assert loaded.model.config.mm_use_im_start_end == (value == "True")
+    said = [line for line in caplog.messages if line.startswith("--mm_use_im_start_end")]
+    assert said == ["--mm_use_im_start_end True: the checkpoint was made with False; without the flag that is kept"]
+
+
 def test_hub_ids_are_looked_for_in_the_cache_that_is_named(tmp_path, bases, data):
     llm, clip = bases
     cache = hub_cache(tmp_path / "cache", {"some/llm": llm, "some/tower": clip})
