@@ -213,8 +213,9 @@ def _choose_frame(frame: int | None, frames: int, name: str) -> int:
 
 def _colour(pydicom, values: np.ndarray, header) -> Image.Image:
     """RGB (pydicom has converted YBR already); the colour profile applies to 8 bits only."""
-    if values.dtype != np.uint8:
-        top = (1 << int(header.get("BitsStored") or 8 * values.dtype.itemsize)) - 1
+    most = 8 * values.dtype.itemsize
+    top = (1 << min(int(header.get("BitsStored") or most), most)) - 1
+    if top != 255:
         return Image.fromarray(in_bands(lambda band: scale_range(band, 0, top), values))
     if header.get("ICCProfile"):
         try:

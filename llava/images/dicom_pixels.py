@@ -3,7 +3,7 @@
 import numpy as np
 
 from llava.errors import ImageError
-from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, unpack_rle
+from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, sample_bits, unpack_rle
 from llava.images.headers.dicom_file import DicomFile, transfer_syntax_name
 from llava.images.limits import Limits, plain_errors
 
@@ -37,8 +37,9 @@ def decode_frame(pydicom, file: DicomFile, index: int, frames: int, name: str, l
         samples = options.get("samples_per_pixel", 1)
         cost = (_YBR_COST if is_ybr else _NATIVE_COST) * samples / 3
         source: bytes | memoryview
+        coded = None
         if decoder.is_encapsulated:
-            source = frame = file.frame(pydicom, index, frames, name)
+            frame = file.frame(pydicom, index, frames, name)
             options |= {"number_of_frames": 1}
             options.pop("extended_offsets", None)
             index = 0
@@ -47,13 +48,18 @@ def decode_frame(pydicom, file: DicomFile, index: int, frames: int, name: str, l
                 source = _unpacked_rle(pydicom, frame, options, name)
                 decoder = pydicom.pixels.get_decoder(pydicom.uid.ExplicitVRLittleEndian)
             else:
+                coded = frame
                 source = _checked(pydicom, frame, syntax, options, name, limits)
         else:
             limits.check_size(options["columns"], options["rows"], name, cost)
             source = pixels = file.pixels()
             _check_length(pixels, options, frames, name)
+        low = _low_bits(file, options, coded, name)
+        if low:  # pydicom takes the lowest bits for the stored ones
+            options["bits_stored"] += low
         try:
-            return np.asarray(decoder.as_array(source, index=index, view_only=decoder.is_native, **options)[0])
+            values = np.asarray(decoder.as_array(source, index=index, view_only=decoder.is_native, **options)[0])
+            return values >> low if low else values
         except RuntimeError:
             # Pillow, which is always there, decodes some of a syntax's images only.
             if decoder.is_encapsulated and "pylibjpeg" not in decoder.available_plugins:
@@ -70,6 +76,21 @@ def _checked(pydicom, frame: bytes, syntax, options: dict, name: str, limits: Li
     else:
         raise _no_decoder(syntax, name)
     return pydicom.encaps.encapsulate([frame], has_bot=False)
+
+
+def _low_bits(file: DicomFile, options: dict, coded: bytes | None, name: str) -> int:
+    """How many bits of a sample lie below those that count.
+
+    HighBit says where these end; PS3.5 8.1.1 wants none below them only since 2014. A frame that is `coded` (JPEG and
+    its kin) has the bits below where its own samples have so many.
+    """
+    high, stored = file.header.get("HighBit"), options.get("bits_stored")
+    if file.keyword != "PixelData" or not isinstance(high, int) or not isinstance(stored, int):
+        return 0
+    if not 0 < stored <= high:
+        return 0
+    bits = options["bits_allocated"] if coded is None else sample_bits(coded, name)
+    return high + 1 - stored if high < bits else 0
 
 
 def _high_throughput(pydicom) -> tuple:

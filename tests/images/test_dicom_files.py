@@ -257,3 +257,46 @@ def test_a_jpeg_inside_and_outside_dicom_is_the_same():
     inside = io.BytesIO()
     dataset.save_as(inside)
     np.testing.assert_array_equal(grey(inside.getvalue()), grey(buffer.getvalue()))
+
+
+CELLS = np.random.default_rng(3).integers(-2048, 2048, (48, 64)).astype(np.int16)
+
+
+@pytest.mark.parametrize("kind", ["plain", "RLE", "JPEG 2000"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_high_bit_says_where_a_sample_ends(kind, signed):
+    """As older files have it: 12 bits at the top of 16, with anything below."""
+    stored = CELLS if signed else (CELLS + 2048).astype(np.uint16)
+    window = {"WindowCenter": 0 if signed else 2048, "WindowWidth": 3000}
+    expected = grey(dicom(stored, **window))
+    below = np.arange(CELLS.size).reshape(CELLS.shape) % 16
+    cells = ((stored.astype(np.int32) << 4) | below).astype(stored.dtype)
+    np.testing.assert_array_equal(grey(with_bits(dicom(cells, **window), kind, stored=12, high=15)), expected)
+    # A high bit that can't be isn't followed.
+    np.testing.assert_array_equal(grey(with_bits(dicom(stored, **window), kind, stored=12, high=40)), expected)
+
+
+def test_a_codec_of_fewer_bits_has_none_below():
+    stored = (CELLS + 2048).astype(np.uint16)
+    content = dicom(stored, BitsStored=12, HighBit=11, WindowCenter=2048, WindowWidth=3000)
+    np.testing.assert_array_equal(grey(with_bits(content, "JPEG 2000", stored=12, high=15)), grey(content))
+
+
+def with_bits(content: bytes, kind: str, stored: int, high: int) -> bytes:
+    """Compressed as `kind`, and with another BitsStored and HighBit in the header."""
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    if kind != "plain":
+        syntax = pydicom.uid.RLELossless if kind == "RLE" else pydicom.uid.JPEG2000Lossless
+        dataset.compress(syntax, generate_instance_uid=False)
+    dataset.BitsStored, dataset.HighBit = stored, high
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def test_colours_of_fewer_bits_than_a_byte_are_as_bright():
+    colours = np.random.default_rng(4).integers(0, 64, (6, 8, 3)).astype(np.uint8)
+    expected = np.round(colours / 63 * 255)
+    for stored, high in ((colours, 5), (colours << 2, 7)):
+        shown = np.asarray(open_image(dicom(stored, BitsStored=6, HighBit=high)))
+        assert np.abs(shown - expected).max() <= 1
