@@ -14,7 +14,7 @@ from PIL import Image
 from llava.errors import ImageError, LlavaError, require
 from llava.images.dicom_pixels import decode_frame
 from llava.images.facts import ImageFacts, plane_of
-from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer_syntax_name
+from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer_syntax_name, whole_number
 from llava.images.headers.dicom_frames import frame_groups, geometry, grey_module, own_window
 from llava.images.headers.palettes import check_palettes
 from llava.images.limits import Limits, plain_errors
@@ -192,10 +192,9 @@ def _word(value) -> str | None:
 
 def _check(header, name: str, limits: Limits) -> int:
     """The number of frames, once all sizes that the header states are within the limits."""
-    with plain_errors(name, "the DICOM header states no usable size"):
-        rows, columns = int(header.Rows), int(header.Columns)
-        frames = int(header.get("NumberOfFrames") or 1)
-        samples, bits = int(header.get("SamplesPerPixel") or 1), int(header.get("BitsAllocated") or 0)
+    rows, columns = (whole_number(header, keyword, name) for keyword in ("Rows", "Columns"))
+    frames, samples = (whole_number(header, keyword, name, 1) for keyword in ("NumberOfFrames", "SamplesPerPixel"))
+    bits = whole_number(header, "BitsAllocated", name)
     limits.check_size(columns, rows, name)
     if frames < 1 or bits not in (1, 8, 16, 32, 64) or samples not in (1, 3):
         raise ImageError(f"{name}: the DICOM header is wrong ({frames} frames, {samples} samples of {bits} bits)")

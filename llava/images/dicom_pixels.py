@@ -4,7 +4,7 @@ import numpy as np
 
 from llava.errors import ImageError
 from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, sample_bits, unpack_rle
-from llava.images.headers.dicom_file import DicomFile, transfer_syntax_name
+from llava.images.headers.dicom_file import DicomFile, element_errors, transfer_syntax_name
 from llava.images.limits import Limits, plain_errors
 
 _NATIVE_COST, _YBR_COST, _RLE_COST = 1.0, 5.0, 2.0
@@ -30,6 +30,7 @@ def decode_frame(pydicom, file: DicomFile, index: int, frames: int, name: str, l
             raise _no_decoder(syntax, name) from None
         if decoder.is_encapsulated and syntax != pydicom.uid.RLELossless and not decoder.is_available:
             raise _missing_decoder(syntax.name, name)
+        _check_described(pydicom, file, name)
         options = pydicom.pixels.utils.as_pixel_options(
             file.header, transfer_syntax_uid=syntax, pixel_keyword=file.keyword, pixel_vr=file.vr or "OW"
         )
@@ -65,6 +66,15 @@ def decode_frame(pydicom, file: DicomFile, index: int, frames: int, name: str, l
             if decoder.is_encapsulated and "pylibjpeg" not in decoder.available_plugins:
                 raise _missing_decoder(syntax.name, name) from None
             raise
+
+
+def _check_described(pydicom, file: DicomFile, name: str) -> None:
+    """That the elements without which no pixels can be decoded have a value."""
+    for keyword in ("SamplesPerPixel", "BitsStored", "PixelRepresentation") if file.keyword == "PixelData" else ():
+        with element_errors(keyword, name):
+            int(file.header[keyword].value)
+    with element_errors("PhotometricInterpretation", name):
+        pydicom.pixels.common.PhotometricInterpretation(file.header.PhotometricInterpretation)
 
 
 def _checked(pydicom, frame: bytes, syntax, options: dict, name: str, limits: Limits) -> bytes:

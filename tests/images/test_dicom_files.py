@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
 import warnings
@@ -100,6 +101,7 @@ import sys
 for name in ("pylibjpeg", "libjpeg", "openjpeg", "gdcm", "jpeg_ls", "pyjpegls"):
     sys.modules[name] = None
 import json
+import struct
 from llava.errors import ImageError
 from llava.images import open_image
 found = {}
@@ -300,3 +302,57 @@ def test_colours_of_fewer_bits_than_a_byte_are_as_bright():
     for stored, high in ((colours, 5), (colours << 2, 7)):
         shown = np.asarray(open_image(dicom(stored, BitsStored=6, HighBit=high)))
         assert np.abs(shown - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [
+        *(
+            (keyword, (b"", b"\x08", b"\x08\0\0", b"\x08\0\x08\0"))
+            for keyword in ("Rows", "BitsAllocated", "BitsStored")
+        ),
+        ("PixelRepresentation", (b"", b"\x01\0\0")),
+        ("SamplesPerPixel", (b"", b"\x01\0\0")),
+        ("HighBit", (b"\x0f",)),
+        ("PixelPaddingValue", (b"\x0f\0\0",)),
+        ("PhotometricInterpretation", (b"", b"MONOCHROM")),
+        ("NumberOfFrames", (b"one ", b"1\\1 ")),
+        ("WindowCenter", (b"middle", bytes(300_000))),
+        ("RescaleSlope", (b"steep ",)),
+    ],
+)
+@pytest.mark.parametrize("is_implicit", [False, True])
+def test_a_damaged_element_is_named(keyword, values, is_implicit, tmp_path):
+    tags = {"WindowCenter": 500, "WindowWidth": 900, "RescaleSlope": 1, "PixelPaddingValue": 0, "NumberOfFrames": 1}
+    for value in values:
+        if len(value) < 65_536 or is_implicit:
+            (tmp_path / "x.dcm").write_bytes(with_value(dicom(STACK[0], **tags), keyword, value, is_implicit))
+            with pytest.raises(
+                ImageError, match=rf"the DICOM header is damaged \({keyword} has .*; correct this element"
+            ):
+                open_image(tmp_path / "x.dcm")
+            if keyword in ("Rows", "NumberOfFrames"):
+                ((_, why),) = survey(tmp_path).left_out
+                assert f"({keyword} has " in why
+
+
+def test_a_damaged_spacing_is_named_where_it_is_told():
+    content = with_value(dicom(STACK[0], PixelSpacing=[1, 1]), "PixelSpacing", b"1\\wide", False)
+    assert open_image(content)
+    with pytest.raises(ImageError, match=r"\(PixelSpacing has no usable value\)"):
+        describe_image(content)
+
+
+def with_value(content: bytes, keyword: str, value: bytes, is_implicit: bool) -> bytes:
+    """The file with other bytes for the value of an element of a short type."""
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    if is_implicit:
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, implicit_vr=is_implicit, little_endian=True)
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    start = buffer.getvalue().index(struct.pack("<HH", tag >> 16, tag & 0xFFFF), 132) + (4 if is_implicit else 6)
+    form, content = "<L" if is_implicit else "<H", buffer.getvalue()
+    (size,) = struct.unpack_from(form, content, start)
+    after = start + struct.calcsize(form)
+    return content[:start] + struct.pack(form, len(value)) + value + content[after + size :]
