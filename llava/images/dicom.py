@@ -168,6 +168,7 @@ def _facts(shown: _Frame, is_asked: bool) -> ImageFacts:
                 facts.shown.append(f"inverted, since low values are white ({meaning})")
             if _padding(header) is not None:
                 facts.shown.append("padding is black")
+        facts.note_proportions()
     if _is_burnt_in(header):
         facts.shown.append("the file says that text is burnt into its pixels; it stays there and may name the patient")
     return facts

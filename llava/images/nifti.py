@@ -148,6 +148,7 @@ def _facts(cut: _Cut, is_asked: bool) -> ImageFacts:
     else:
         facts.shown.append("grey from the 0.5th to the 99.5th percentile of the slice")
     facts.shown.append(f"turned upright: {_UPRIGHT[cut.axis]}")
+    facts.note_proportions()
     return facts
 
 
