@@ -21,6 +21,8 @@ from PIL import Image
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, run, write_line
 from llava.errors import LlavaError
 from llava.image_options import add_window_flag
+from llava.images.limits import Limits
+from llava.images.nifti import read_nifti_slices
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
 from llava.processes import process_pool
@@ -233,11 +235,12 @@ def draw(job: Job) -> tuple[Drawn, list[tuple[Slice, str]]]:
     series, why = job.series, []
     window = job.window or series.preset
     images: list[tuple[int, Image.Image]] = []
-    for place in job.choice.of(len(series.slices)):
-        try:
-            images.append((place, _open(series.slices[place], series, window)))
-        except LlavaError as error:
-            why.append((series.slices[place], without_path(error, series.slices[place].path)))
+    chosen = job.choice.of(len(series.slices))
+    for place, image in zip(chosen, _opened(series, chosen, window), strict=True):
+        if isinstance(image, Image.Image):
+            images.append((place, image))
+        else:
+            why.append((series.slices[place], without_path(image, series.slices[place].path)))
     said: dict[str, Any] = {"window": list(window) if isinstance(window, tuple) else window}
     said |= {"modality": series.modality or None, "body_part": series.body_part or None, "of": len(series.slices)}
     if job.choice.rows and images:
@@ -254,8 +257,22 @@ def _drawn(jobs: list[Job], workers: int) -> Iterator[tuple[Drawn, list[tuple[Sl
         yield from pool.map(draw, jobs)
 
 
-def _open(one: Slice, series: Series, window: str | tuple[float, float] | None) -> Image.Image:
-    return open_image(one.path, frame=one.frame, axis=series.axis, window=window)
+def _opened(
+    series: Series, chosen: list[int], window: str | tuple[float, float] | None
+) -> list[Image.Image | LlavaError]:
+    """Each of these slices, or why it can't be opened."""
+    if series.volume is not None:
+        try:
+            return list(read_nifti_slices(series.volume, Limits(), chosen, axis=series.axis, window=window))
+        except LlavaError as error:
+            return [error] * len(chosen)
+    opened: list[Image.Image | LlavaError] = []
+    for one in (series.slices[place] for place in chosen):
+        try:
+            opened.append(open_image(one.path, frame=one.frame, window=window))
+        except LlavaError as error:
+            opened.append(error)
+    return opened
 
 
 def _montage(images: list[Image.Image], choice: Choice) -> Image.Image:

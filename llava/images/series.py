@@ -74,8 +74,9 @@ class Series:
     modality: str = ""
     body_part: str = ""
     """One of DICOM's words for parts of the body; "" for anything else."""
+    volume: Path | None = None
+    """The file, if it is a volume's; its slices are counted along `axis`."""
     axis: int = 2
-    """Of a volume: along which its slices are counted."""
 
     @property
     def preset(self) -> str | None:
@@ -260,7 +261,7 @@ def _volume(path: Path, axis: int) -> Series:
         count = describe_image(path, axis=axis).frames
     except LlavaError as error:
         raise ImageError(without_path(error, path)) from error
-    return Series([Slice(path, frame) for frame in range(count)], axis=axis)
+    return Series([Slice(path, frame) for frame in range(count)], volume=path, axis=axis)
 
 
 def _code(value: Any) -> str:
