@@ -268,6 +268,19 @@ def test_two_tables_are_two_files(hospital, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_table_that_is_refused_leaves_nothing_written(hospital, tmp_path):
+    sources, table, blocked = tmp_path / "sources.csv", tmp_path / "my.csv", tmp_path / "my.csv" / "in a file.csv"
+    table.write_text("mine")
+    for wrong, flags, said in (
+        (table, (), "is there and holds something else"),
+        (blocked, ("--overwrite",), "Not a directory|File exists"),
+        (tmp_path, ("--overwrite",), "is a folder; give the name of a file"),
+    ):
+        with pytest.raises(LlavaError, match=said):
+            convert(hospital, tmp_path / "out", "--sources", str(sources), "--table", str(wrong), *flags)
+        assert [path.name for path in tmp_path.iterdir()] == ["my.csv"] and table.read_text() == "mine"
+
+
 def test_no_name_of_a_file_is_a_formula(tmp_path):
     folder = tmp_path / "scans"
     for place, name in enumerate(("=1+1.dcm", "+1.dcm", "-1.dcm", "@x.dcm", "plain.dcm")):
