@@ -203,17 +203,20 @@ class LlavaDataset(Dataset):
         return 1 if sample is None else len(sample.input_ids) * (1 if sample.images else -1)
 
     def drop_unreadable(self) -> None:
-        """Open every image once and leave out the samples whose image can't be read (counted in `report`).
+        """Open every image once and leave out the samples whose image can't be read (counted in `report`); one that
+        can't is tried again for each of its samples.
 
         Raises:
             LlavaError: none is left.
         """
-        good = []
+        good, opened = [], set[str]()
         for index in self._progress("checking images"):
             number = int(self.numbers[index])
             try:
                 for image in self._sample(index).images:
-                    self.load_image(self.image_source.read(image))
+                    if (key := image_key(image)) not in opened:
+                        self.load_image(self.image_source.read(image))
+                        opened.add(key)
             except (FileNotFoundError, LlavaError) as error:
                 self.report.skipped[number] = self._left_out(number, error)
             else:
