@@ -14,8 +14,9 @@ import logging
 import os
 import shutil
 import stat
+import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,26 @@ _REFUSED = _NO_SPACE | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, e
 def is_file(path: str | Path) -> bool:
     """Whether a file is there; False also for a name that is too long for one, at which `Path.is_file` raises."""
     return os.path.isfile(path)
+
+
+def in_other_form(path: Path) -> bool:
+    """Whether there is a file whose path differs by its Unicode form alone: macOS writes é as two characters (NFD)."""
+    parts = path.parts
+    for place in range(len(parts) - 1, -1, -1):
+        for form in ("NFC", "NFD") if not parts[place].isascii() else ():
+            other = Path(*parts[:place], *(unicodedata.normalize(form, part) for part in parts[place:]))
+            if other != path and is_file(other):
+                return True
+    return False
+
+
+def other_form_note(missing: Collection[Path]) -> str:
+    """What to add to a message on files that aren't there: how many are, under a name in another Unicode form."""
+    found = sum(map(in_other_form, missing))
+    if not found:
+        return ""
+    which = "a file of that name" if len(missing) == 1 else f"of {found:,} of them a file"
+    return f"; {which} is there in another Unicode form (NFC, NFD): rename it, or write the name as it is there"
 
 
 def part_of(target: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError, one_line
-from llava.folders import is_file, stage_files
+from llava.folders import in_other_form, is_file, other_form_note, stage_files
 from llava.manifests import sha256_of
 from llava.record_content import as_text, image_key
 from llava.records import Record, read_json, write_json, write_records
@@ -71,14 +71,18 @@ class ImageFolder:
         self.missing[name] = self.missing.get(name, 0) + 1
         return self.policy == "keep"
 
+    def missing_paths(self) -> list[Path]:
+        """Where the missing images would be."""
+        return [] if self.folder is None else [self.folder / name for name in self.missing]
+
     def raise_if_missing(self, left_out: Mapping[str, int]) -> None:
         """Names the missing images, and counts the records that were left out for another reason too."""
         if self.missing and self.policy == "error":
-            first = ", ".join(list(self.missing)[:3])
+            first, note = ", ".join(list(self.missing)[:3]), other_form_note(self.missing_paths())
             further = "".join(f"; left out besides: {line}" for line in counted(left_out))
             raise LlavaError(
                 f"{len(self.missing)} images of {sum(self.missing.values())} records not found under {self.folder} "
-                f"(first: {first}); get them, or pass --missing drop to leave these records out{further}"
+                f"(first: {first}){note}; get them, or pass --missing drop to leave these records out{further}"
             )
 
 
@@ -215,6 +219,7 @@ def write_conversion(
                 "images": len(folder.missing),
                 "records": sum(folder.missing.values()),
                 "first": list(folder.missing)[:20],
+                "in_another_unicode_form": sum(map(in_other_form, folder.missing_paths())),
             }
         manifest["left_out"] = dict(conversion.left_out)
         manifest["corrected"] = dict(conversion.corrected)
@@ -290,6 +295,8 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
     if missing.get("records"):
         done = "left out" if missing["policy"] == "drop" else "kept"
         lines.append(f"{missing['records']:,} records {done}: their {missing['images']:,} images don't exist")
+        if other := missing.get("in_another_unicode_form"):
+            lines.append(f"  of {other:,} of them a file is there whose name has another Unicode form (NFC, NFD)")
     lines += [f"{count:,} records left out: {one_line(reason, 200)}" for reason, count in manifest["left_out"].items()]
     lines += [f"{count:,} corrected: {what}" for what, count in manifest["corrected"].items()]
     return lines

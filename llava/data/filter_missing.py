@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.errors import LlavaError
-from llava.folders import is_file
+from llava.folders import is_file, other_form_note
 from llava.record_content import image_file, images_of
 from llava.records import Record, iter_records, write_json, write_records
 
@@ -33,6 +33,9 @@ class Missing:
             self.images[name] = None
         return self._there[name]
 
+    def note(self) -> str:
+        return other_form_note([self.folder / name for name in self.images])
+
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
@@ -54,7 +57,7 @@ def main(argv=None) -> int:
         write_json(args.missing_list, list(missing.images), overwrite=args.overwrite)
     write_line(
         f"{args.output}: {kept:,} of {missing.records:,} records ({missing.text_only:,} of text alone); "
-        f"{missing.dropped:,} dropped for {len(missing.images):,} missing images"
+        f"{missing.dropped:,} dropped for {len(missing.images):,} missing images{missing.note()}"
     )
     return 0
 
@@ -80,7 +83,7 @@ def with_images(path: Path, missing: Missing) -> Iterator[Record]:
     if missing.dropped == missing.records:
         raise LlavaError(
             f"{path}: none of its {missing.records:,} records has its image under {missing.folder} "
-            f"(first: {next(iter(missing.images), '')}); is it the right folder?"
+            f"(first: {next(iter(missing.images), '')}){missing.note()}; is it the right folder?"
         )
 
 

@@ -90,6 +90,20 @@ def test_missing_images_stop_or_are_counted(work):
     assert len(read_records(work / "out" / "train.json")) == 3
 
 
+def test_images_whose_names_are_in_another_unicode_form_are_counted(work, capsys):
+    name = next(path.name for path in (work / "images").iterdir())
+    (work / "images" / "ro\u0308.jpg").write_bytes((work / "images" / name).read_bytes())
+    rows = [
+        {**ROWS[0], "qid": number, "image_name": name} for number, name in enumerate((name, "r\u00f6.jpg", "no.jpg"))
+    ]
+    train = put(work / "train.json", rows)
+    with pytest.raises(LlavaError, match=r"; of 1 of them a file is there in another Unicode form .*--missing drop"):
+        vqa_rad(work, "--train", train)
+    vqa_rad(work, "--train", train, "--missing", "drop")
+    assert read_json(work / "out" / "manifest.json")["missing_images"]["in_another_unicode_form"] == 1
+    assert "  of 1 of them a file is there whose name has another Unicode form" in capsys.readouterr().out
+
+
 def test_a_question_that_is_a_number_is_text_and_counted(work):
     vqa_rad(work, "--train", put(work / "train.json", [{**ROWS[0], "question": 4}]))
     (record,) = read_records(work / "out" / "train.json")

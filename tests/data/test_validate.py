@@ -35,6 +35,7 @@ CASES = {
     "image_in_answer": record("image_in_answer", "<image> q", "a <image>"),
     "image_name": record("image_name", "<image> q", "a", image="../a.png"),
     "image_missing": record("image_missing", "<image> q", "a", image="none.png"),
+    "image_other_form": record("image_other_form", "<image> q", "a", image="r\u00f6.png"),
     "image_unreadable": record("image_unreadable", "<image> q", "a", image="cut.png"),
 }  # fmt: skip
 NOTES = {
@@ -51,6 +52,7 @@ def images(tmp_path):
     Image.effect_noise((40, 40), 90).convert("RGB").save(folder / "a.png")
     whole = (folder / "a.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "ro\u0308.png").write_bytes(whole)  # as macOS writes it
     return folder
 
 
@@ -232,6 +234,9 @@ def test_filter_missing(tmp_path, images, capsys):
     assert [row["id"] for row in read_records(tmp_path / "out.jsonl")] == ["good", "text", "inside"]
     assert read_json(tmp_path / "missing.json") == ["none.png"]
     assert "3 of 4 records (1 of text alone)" in capsys.readouterr().out
+    write_records(tmp_path / "in.json", [*records, CASES["image_other_form"]])
+    filter_missing.main([*flags, "--overwrite"])
+    assert "; of 1 of them a file is there in another Unicode form (NFC, NFD)" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     write_records(tmp_path / "in.json", [GOOD])
     flags[2] = str(tmp_path / "empty")

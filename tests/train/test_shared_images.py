@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import LlavaError
 from llava.images import open_image
 from llava.tokenization import Encoded, encode_conversation
 from llava.train.data.collator import Collator
@@ -103,6 +104,17 @@ def test_an_image_is_checked_once_for_all_its_records(tmp_path):
     dataset.drop_unreadable()
     assert checked == ["a.png", "b.png", "bad.png"]
     assert dataset.numbers.tolist() == [0, 1, 2, 4] and list(dataset.report.skipped) == [3]
+
+
+def test_an_image_whose_name_is_in_another_unicode_form_is_said(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "ro\u0308.png")
+    (tmp_path / "records.json").write_text(json.dumps([{"image": "r\u00f6.png"}]))
+    dataset = LlavaDataset(
+        open_records(tmp_path / "records.json"), lambda record, features: Encoded([1, *IMAGE, 5, 6], [5] * 5, 1),
+        ImageSource(tmp_path), open_image, count_features=lambda image: 2, max_length=100, lazy=True,
+    )  # fmt: skip
+    with pytest.raises(LlavaError, match="not found; a file of that name is there in another Unicode form"):
+        dataset[0]
 
 
 def test_a_batch_has_each_image_once():

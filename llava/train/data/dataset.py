@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from llava.bars import tqdm
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import ImageError, LlavaError
+from llava.folders import other_form_note
 from llava.record_content import image_key, record_images
 from llava.records import Record
 from llava.tokenization import Encoded
@@ -237,8 +238,9 @@ class LlavaDataset(Dataset):
         where, skip = self.describe(number), "to drop such records, or add --skip_unreadable_images True"
         if isinstance(error, FileNotFoundError):
             folder = " (no --image_folder was given)" if self.image_source.folder is None else ""
+            note = other_form_note([Path(error.args[0])])
             return LlavaError(
-                f'{where}: image "{error.args[0]}" not found{folder}; correct --image_folder, run '
+                f'{where}: image "{error.args[0]}" not found{folder}{note}; correct --image_folder, run '
                 f'"llava-med filter-missing" {skip}'
             )
         if isinstance(error, ImageError):
