@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, run, write_line
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.image_options import add_window_flag
 from llava.images.limits import Limits
 from llava.images.nifti import read_nifti_slices
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
             if table:
                 written.enter_context(table.written(("image", "question", "answer")))
     count = sum(len(record["images"]) for record in records.values())
-    write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
+    write_line(f"{len(records):,} series, {amount(count, 'image')}: {target / 'records.json'}")
     for reason in left_out.reasons():
         write_line(f"left out: {reason}")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.errors import ImageError, LlavaError, require
+from llava.errors import ImageError, LlavaError, amount, require
 from llava.images.dicom_pixels import decode_frame
 from llava.images.facts import ImageFacts, plane_of
 from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer_syntax_name, whole_number
@@ -198,7 +198,10 @@ def _check(header, name: str, limits: Limits) -> int:
     bits = whole_number(header, "BitsAllocated", name)
     limits.check_size(columns, rows, name)
     if frames < 1 or bits not in (1, 8, 16, 32, 64) or samples not in (1, 3):
-        raise ImageError(f"{name}: the DICOM header is wrong ({frames} frames, {samples} samples of {bits} bits)")
+        raise ImageError(
+            f"{name}: the DICOM header is wrong ({amount(frames, 'frame')}, {amount(samples, 'sample')} of "
+            f"{amount(bits, 'bit')})"
+        )
     limits.check_volume(rows * columns * frames * samples * bits // 8, name)
     return frames
 

@@ -279,7 +279,7 @@ def test_split_takes_a_range_and_counts_what_is_too_long(tmp_path, capsys):
     records = [record(str(n), "<image> q", "word " * 200) for n in range(5)]
     pieces = split(tmp_path, records, "--max-length", "100", "--begin", "1", "--end", "3")
     assert [piece["id"] for piece in pieces] == ["1", "2"]
-    assert "2 pieces are one question and answer longer than 100" in capsys.readouterr().out
+    assert "pieces of one question and answer longer than 100 positions: 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -349,4 +349,4 @@ def test_a_lone_surrogate_stops_no_command(tmp_path, images, caplog):
     assert read_records(tmp_path / "fixed.jsonl")[0]["conversations"][1]["value"] == "fine \ufffd"
     filter_missing.main([str(path), "--image-folder", str(images), "--output", str(tmp_path / "out.parquet")])
     assert read_records(tmp_path / "out.parquet")[0]["conversations"][1]["value"] == "fine \ufffd"
-    assert "1 texts held half of a character pair (first: record 0)" in caplog.text
+    assert "1 text held half of a character pair (first: record 0)" in caplog.text

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.eval.answers.questions import Question
 from llava.folders import is_file, other_form_note
 from llava.image_options import ImageOptions, options_of, with_options_of
@@ -63,8 +63,8 @@ class QuestionImages:
             which, path = missing[0]
             note = other_form_note([path for _, path in missing])
             raise LlavaError(
-                f'{len(missing)} images are missing, first that of question "{which}": {path}{note}; '
-                f"check --image-folder"
+                f'{amount(len(missing), "image is", "images are")} missing, first that of question "{which}": '
+                f"{path}{note}; check --image-folder"
             )
         if defaults:
             self.sources = dict(zip(self.sources, with_default_options(list(self.sources.values()), defaults)))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llava.errors import amount
 from llava.model.convert.model_card import shown_name
 from llava.model.language_model import LlavaForCausalLM
 from llava.records import read_json
@@ -29,7 +30,7 @@ def card_of(model_path: str, model: LlavaForCausalLM) -> ModelCard:
     if base := summary.get("base"):
         lines["base"] = shown_name(base)
     if summary.get("steps") and summary.get("samples"):
-        lines["training"] = f"{summary['steps']:,} steps over {summary['samples']:,} samples"
+        lines["training"] = f"{amount(summary['steps'], 'step')} over {amount(summary['samples'], 'sample')}"
     return ModelCard(**{name: None if line is None else str(line)[:MOST] for name, line in lines.items()})
 
 
