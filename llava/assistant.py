@@ -9,7 +9,7 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, get_template
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.generation import Answer, Request, SamplingParams
 from llava.image_options import ImageWithOptions, read_image_entry
 from llava.images import open_image
@@ -109,7 +109,7 @@ def with_images(question: str, count: int) -> str:
     """
     named = question.count(DEFAULT_IMAGE_TOKEN)
     if named not in (0, count):
-        raise LlavaError(f"the question has {named} {DEFAULT_IMAGE_TOKEN} but there are {count} images")
+        raise LlavaError(f"the question has {named} {DEFAULT_IMAGE_TOKEN} for {amount(count, 'image')}")
     return question if named else (DEFAULT_IMAGE_TOKEN + "\n") * count + question
 
 

@@ -39,6 +39,11 @@ def library_errors(words: str) -> Iterator[None]:
         raise LlavaError(f"{words} ({one_line(str(error) or type(error).__name__, 300)})") from error
 
 
+def amount(count: int, one: str, many: str = "") -> str:
+    """A count and what it is of, for messages: `1 record`, `2,000 records`; `many` where it isn't `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def one_line(text: str, most: int = MOST_LINE) -> str:
     """`text` without characters that move a terminal's cursor or end a line; of a long one `most` characters, from its
     beginning and its end."""

@@ -4,6 +4,8 @@ A folder is put together aside, in a hidden one whose name ends in `.part`, by o
 complete it is flushed to the disk, and then either takes the target's place (`stage`) or has its files moved into
 a folder that keeps what else it holds, the file that marks the folder as complete last (`stage_files`). Writers of
 several processes use the two steps themselves: `publish_folder` and `publish_files`.
+
+Also how a path that somebody gave is read (`expanded`, `is_file`, `other_form_note`).
 """
 
 import contextlib
@@ -14,8 +16,9 @@ import logging
 import os
 import shutil
 import stat
+import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +44,26 @@ def is_file(path: str | Path) -> bool:
 def expanded(path: str | os.PathLike[str]) -> Path:
     """`path` with the home folder in place of `~`; the name of no user's stays as it is (`Path.expanduser` raises)."""
     return Path(os.path.expanduser(path))
+
+
+def in_other_form(path: Path) -> bool:
+    """Whether there is a file whose path differs by its Unicode form alone: macOS writes é as two characters (NFD)."""
+    parts = path.parts
+    for place in range(len(parts) - 1, -1, -1):
+        for form in ("NFC", "NFD") if not parts[place].isascii() else ():
+            other = Path(*parts[:place], *(unicodedata.normalize(form, part) for part in parts[place:]))
+            if other != path and is_file(other):
+                return True
+    return False
+
+
+def other_form_note(missing: Collection[Path]) -> str:
+    """What to add to a message on files that aren't there: how many are, under a name in another Unicode form."""
+    found = sum(map(in_other_form, missing))
+    if not found:
+        return ""
+    which = "a file of that name" if len(missing) == 1 else f"of {found:,} of them a file"
+    return f"; {which} is there in another Unicode form (NFC, NFD): rename it, or write the name as it is there"
 
 
 def part_of(target: Path) -> Path:

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava.errors import LlavaError, first_line, library_errors
+from llava.errors import LlavaError, amount, first_line, library_errors
 from llava.folders import PART, check_file, open_to_others, refuse_other_content, sync, writing
 from llava.lines import MOST_LINE, bounded_lines, not_utf8
 from llava.parquet import iter_parquet
@@ -158,9 +158,8 @@ class Replaced:
     def __exit__(self, *_: object) -> None:
         if self.count:
             first = f" (first: {self.first})" if self.first else ""
-            logger.warning(
-                "%s: %d texts held half of a character pair%s, replaced by U+FFFD", self.path, self.count, first
-            )
+            texts = amount(self.count, "text")
+            logger.warning("%s: %s held half of a character pair%s, replaced by U+FFFD", self.path, texts, first)
 
 
 def parse_record(line: bytes, replaced: Replaced, unit: str, number: int) -> Record:

@@ -9,7 +9,7 @@ from io import BufferedReader, FileIO, RawIOBase
 from pathlib import Path
 from typing import Any
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.folders import PART, writing
 from llava.records import Record, check_suffix, json_text, write_records
 
@@ -79,7 +79,7 @@ class ResumableJsonl:
         if key in self.done:
             raise LlavaError(f"{self.part}: {self.key} {key!r} was written twice")
         line = json_text(record, self.path).encode() + b"\n"
-        with writing(self.part, f"{len(self.done)} records are kept"):
+        with writing(self.part, f"{amount(len(self.done), 'record is', 'records are')} kept"):
             write_whole(self._file, line)
         self.done[key] = record
 
@@ -91,7 +91,8 @@ class ResumableJsonl:
         keys = list(self.done) if order is None else list(order)
         missing = [key for key in keys if key not in self.done]
         if missing:
-            raise LlavaError(f"{self.part}: {len(missing)} records are missing, first {self.key} {missing[0]!r}")
+            which = amount(len(missing), "record is", "records are")
+            raise LlavaError(f"{self.part}: {which} missing, first {self.key} {missing[0]!r}")
         write_records(self.path, (self.done[key] for key in keys))
         if not keep_part:
             self.part.unlink(missing_ok=True)

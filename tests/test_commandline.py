@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llava.commandline import ArgumentParser, existing_file, parse_bool, write_line
-from llava.errors import LlavaError, first_line
+from llava.errors import LlavaError, amount, first_line
 
 COMMAND = """
 from llava.commandline import ArgumentParser, run
@@ -72,6 +72,12 @@ def test_bad_boolean():
 )
 def test_the_first_line_of_an_error_is_there_whatever_it_says(error, line):
     assert first_line(error) == line
+
+
+def test_a_count_agrees_with_what_it_is_of():
+    said = [amount(count, "record") for count in (0, 1, 2000)]
+    assert said == ["0 records", "1 record", "2,000 records"]
+    assert [amount(count, "reply is", "replies are") for count in (1, 2)] == ["1 reply is", "2 replies are"]
 
 
 def test_bad_input_is_one_line_and_exit_code_2():

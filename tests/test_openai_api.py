@@ -317,7 +317,7 @@ def test_dry_run_shows_the_first_prompt_and_the_cost():
     text = describe_dry_run(jobs(1000, "look at item {} please"), config)
     assert "look at item 0 please" in text
     assert "USD" in text
-    assert "1000 requests" in text
+    assert "1,000 requests" in text
 
 
 def test_images_count_as_tokens():

@@ -9,7 +9,7 @@ python -m llava.data.audit --train train.json --test test.json --image-folder im
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 
 
 def build_parser() -> ArgumentParser:
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         items = zip(iter_records(train), read_vqa_items(train), strict=True)
         clean = (record for record, item in items if str(item.id) not in left_out)
         kept = write_records(args.clean_train, clean, overwrite=args.overwrite)
-        write_line(f"{args.clean_train}: {kept:,} training records, {len(left_out):,} on an image of the test left out")
+        kept_records = amount(kept, "training record")
+        write_line(f"{args.clean_train}: {kept_records}, {len(left_out):,} on an image of the test left out")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from llava.bars import tqdm
 from llava.data.image_likeness import Fingerprint, alike, fingerprint, groups
 from llava.data.vqa_items import VqaItem
 from llava.errors import LlavaError
-from llava.folders import is_file
+from llava.folders import is_file, other_form_note
 from llava.image_options import with_options_of
 from llava.record_content import image_bytes, image_file, image_key
 
@@ -172,7 +172,7 @@ def _fingerprints(images: dict[str, Any], folder: Path, split: str) -> dict[str,
         elif not file.startswith("data:"):
             source = path = folder / file
             if not is_file(path):
-                raise LlavaError(f"{split} image not found: {path}; check --image-folder")
+                raise LlavaError(f"{split} image not found: {path}{other_form_note([path])}; check --image-folder")
         prints[name] = fingerprint(with_options_of(image, source))
     return prints
 

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+from llava.errors import amount
+
 
 def audit_lines(audit: dict[str, Any]) -> list[str]:
     """What was found, most serious first, one finding per line."""
     train, test = audit["train"], audit["test"]
     lines = [
-        f"{split}: {count['questions']:,} questions ({count['open']:,} open, {count['closed']:,} closed) "
-        f"on {count['images']:,} images"
+        f"{split}: {amount(count['questions'], 'question')} ({count['open']:,} open, {count['closed']:,} closed) "
+        f"on {amount(count['images'], 'image')}"
         for split, count in (("training", train), ("test", test))
     ]
     lines += ["", *_image_lines(audit["images"]), "", *_question_lines(audit["questions"], test["questions"]), ""]

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import LlavaError, one_line
-from llava.folders import expanded, is_file, stage_files
+from llava.errors import LlavaError, amount, one_line
+from llava.folders import expanded, in_other_form, is_file, other_form_note, stage_files
 from llava.manifests import sha256_of
 from llava.record_content import as_text, image_key
 from llava.records import Record, read_json, write_json, write_records
@@ -71,14 +71,19 @@ class ImageFolder:
         self.missing[name] = self.missing.get(name, 0) + 1
         return self.policy == "keep"
 
+    def missing_paths(self) -> list[Path]:
+        """Where the missing images would be."""
+        return [] if self.folder is None else [self.folder / name for name in self.missing]
+
     def raise_if_missing(self, left_out: Mapping[str, int]) -> None:
         """Names the missing images, and counts the records that were left out for another reason too."""
         if self.missing and self.policy == "error":
-            first = ", ".join(list(self.missing)[:3])
+            first, note = ", ".join(list(self.missing)[:3]), other_form_note(self.missing_paths())
             further = "".join(f"; left out besides: {line}" for line in counted(left_out))
             raise LlavaError(
-                f"{len(self.missing)} images of {sum(self.missing.values())} records not found under {self.folder} "
-                f"(first: {first}); get them, or pass --missing drop to leave these records out{further}"
+                f"{amount(len(self.missing), 'image')} of {amount(sum(self.missing.values()), 'record')} not found "
+                f"under {self.folder} (first: {first}){note}; get them, or pass --missing drop to leave these records "
+                f"out{further}"
             )
 
 
@@ -215,6 +220,7 @@ def write_conversion(
                 "images": len(folder.missing),
                 "records": sum(folder.missing.values()),
                 "first": list(folder.missing)[:20],
+                "in_another_unicode_form": sum(map(in_other_form, folder.missing_paths())),
             }
         manifest["left_out"] = dict(conversion.left_out)
         manifest["corrected"] = dict(conversion.corrected)
@@ -281,16 +287,21 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
     for split in manifest["splits"].values():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(split["answer_types"].items(), reverse=True))
         lines.append(
-            f"{split['file']}: {split['records']:,} records, {split['images']:,} images"
+            f"{split['file']}: {amount(split['records'], 'record')}, {amount(split['images'], 'image')}"
             + (f" ({kinds})" if kinds else "")
         )
     if "candidates" in manifest:
-        lines.append(f"{manifest['candidates']['file']}: {manifest['candidates']['answers']:,} open answers of train")
+        open_answers = amount(manifest["candidates"]["answers"], "open answer")
+        lines.append(f"{manifest['candidates']['file']}: {open_answers} of train")
     missing = manifest.get("missing_images", {})
     if missing.get("records"):
         done = "left out" if missing["policy"] == "drop" else "kept"
-        lines.append(f"{missing['records']:,} records {done}: their {missing['images']:,} images don't exist")
-    lines += [f"{count:,} records left out: {one_line(reason, 200)}" for reason, count in manifest["left_out"].items()]
+        gone = amount(missing["images"], "image doesn't exist", "images don't exist")
+        lines.append(f"{amount(missing['records'], 'record')} {done}: {gone}")
+        if other := missing.get("in_another_unicode_form"):
+            lines.append(f"  of {other:,} of them a file is there whose name has another Unicode form (NFC, NFD)")
+    left_out = manifest["left_out"].items()
+    lines += [f"{amount(count, 'record')} left out: {one_line(reason, 200)}" for reason, count in left_out]
     lines += [f"{count:,} corrected: {what}" for what, count in manifest["corrected"].items()]
     return lines
 

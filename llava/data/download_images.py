@@ -14,7 +14,7 @@ from pathlib import Path
 from llava.commandline import ArgumentParser, existing_file, run, write_line
 from llava.data.fetching.articles import OA_SERVICE
 from llava.data.fetching.settings import Limits, Settings
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 
 EXIT_TOO_MANY_FAILURES = 1
 FAILURES_FILE = "download_failures.jsonl"
@@ -83,9 +83,9 @@ def main(argv=None) -> int:
     left = sum(len(article.images) for article in articles)
     _check_disk(folder, left, settings.min_free_bytes)
     write_line(
-        f"{plan.images:,} images listed: {there:,} there already, {given_up:,} known to be gone, "
-        f"{len(plan.refused):,} refused, {plan.duplicates:,} lines listed again, "
-        f"{left:,} to fetch from {len(articles):,} articles"
+        f"{amount(plan.images, 'image')} listed: {there:,} there already, {given_up:,} known to be gone, "
+        f"{len(plan.refused):,} refused, {amount(plan.duplicates, 'line')} listed again, "
+        f"{left:,} to fetch from {amount(len(articles), 'article')}"
     )
     started = time.monotonic()
     # The bar's rate and time left are in images; it is drawn on stderr only.
@@ -174,11 +174,11 @@ def _failures(plan, journal, saved_pairs: set[str]) -> list[dict]:
 
 def _summary(totals, there: int, failures: list[dict], path: Path, seconds: float) -> None:
     write_line(
-        f"{totals.saved:,} images saved ({totals.saved_bytes / 1e6:,.1f} MB) out of "
-        f"{totals.received_bytes / 1e6:,.1f} MB received with {totals.requests:,} requests in {seconds:,.1f} s; "
-        f"{there + totals.saved:,} there now"
+        f"{amount(totals.saved, 'image')} saved ({totals.saved_bytes / 1e6:,.1f} MB) out of "
+        f"{totals.received_bytes / 1e6:,.1f} MB received with {amount(totals.requests, 'request')} in "
+        f"{seconds:,.1f} s; {there + totals.saved:,} there now"
     )
-    write_line(f"{len(failures):,} images failed; each with its reason in {path}")
+    write_line(f"{amount(len(failures), 'image')} failed; each with its reason in {path}")
     for reason, count in Counter(failure["reason"] for failure in failures).most_common():
         write_line(f"  {count:,}: {reason}")
 

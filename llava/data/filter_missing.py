@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
-from llava.errors import LlavaError
-from llava.folders import is_file
+from llava.errors import LlavaError, amount
+from llava.folders import is_file, other_form_note
 from llava.record_content import image_file, images_of
 from llava.records import Record, iter_records, write_json, write_records
 
@@ -33,6 +33,9 @@ class Missing:
             self.images[name] = None
         return self._there[name]
 
+    def note(self) -> str:
+        return other_form_note([self.folder / name for name in self.images])
+
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
@@ -53,8 +56,8 @@ def main(argv=None) -> int:
     if args.missing_list:
         write_json(args.missing_list, list(missing.images), overwrite=args.overwrite)
     write_line(
-        f"{args.output}: {kept:,} of {missing.records:,} records ({missing.text_only:,} of text alone); "
-        f"{missing.dropped:,} dropped for {len(missing.images):,} missing images"
+        f"{args.output}: {kept:,} of {amount(missing.records, 'record')} ({missing.text_only:,} of text alone); "
+        f"{missing.dropped:,} dropped for {amount(len(missing.images), 'missing image')}{missing.note()}"
     )
     return 0
 
@@ -79,8 +82,8 @@ def with_images(path: Path, missing: Missing) -> Iterator[Record]:
         raise LlavaError(f"{path}: there are no records in it")
     if missing.dropped == missing.records:
         raise LlavaError(
-            f"{path}: none of its {missing.records:,} records has its image under {missing.folder} "
-            f"(first: {next(iter(missing.images), '')}); is it the right folder?"
+            f"{path}: none of its {amount(missing.records, 'record')} has its image under {missing.folder} "
+            f"(first: {next(iter(missing.images), '')}){missing.note()}; is it the right folder?"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import is_inside
 from llava.errors import LlavaError
-from llava.folders import is_file
+from llava.folders import in_other_form, is_file
 from llava.image_options import with_options_of
 from llava.record_content import (
     ASSISTANT,
@@ -39,6 +39,7 @@ FAULTS = {
     "image_options": "an image's option that is unknown or wrong, or two that exclude each other",
     "image_name": "an image's name that leads out of the image folder",
     "image_missing": "an image that isn't there",
+    "image_other_form": "an image whose file has its name in another Unicode form (NFC, NFD); rename it",
     "image_unreadable": "an image that can't be opened",
     "template": "a conversation that the template can't take",
     "no_target": "nothing left to learn after truncation",
@@ -187,7 +188,9 @@ class ImageCheck:
         if not is_inside(name):
             return Finding("image_name", name)
         path = self._folder / name
-        return _open(path, image, name) if is_file(path) else Finding("image_missing", name)
+        if is_file(path):
+            return _open(path, image, name)
+        return Finding("image_other_form" if in_other_form(path) else "image_missing", name)
 
 
 def _open(source: Any, image: Any, name: str) -> Finding | None:

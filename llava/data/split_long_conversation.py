@@ -15,7 +15,7 @@ from itertools import islice
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.sample_form import add_form_flags, form_of
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.record_content import plain_entries, with_entries
 from llava.records import Record, iter_records, write_records
 
@@ -61,9 +61,9 @@ def main(argv=None) -> int:
     pieces = split_all(records, length_of, args.max_length, counts, args.begin)
     write_records(args.out_file, pieces, overwrite=args.overwrite)
     write_line(
-        f"{args.out_file}: {counts.records:,} records became {counts.pieces:,}; {counts.split:,} were split, "
-        f"{counts.too_long:,} pieces are one question and answer longer than {args.max_length:,} positions, "
-        f"{counts.unanswered:,} unanswered questions left out"
+        f"{args.out_file}: {amount(counts.records, 'record')} became {counts.pieces:,}; split: {counts.split:,}, "
+        f"pieces of one question and answer longer than {args.max_length:,} positions: {counts.too_long:,}, "
+        f"{amount(counts.unanswered, 'unanswered question')} left out"
     )
     return 0
 

@@ -9,7 +9,7 @@ such figures always are; how many sentences gave no pair is counted and shown.
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, run, write_line
-from llava.errors import LlavaError, one_line
+from llava.errors import LlavaError, amount, one_line
 
 
 def build_parser() -> ArgumentParser:
@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     page = write_figures(stats, folder, Path(args.input).name, {**read, "versions": versions()})
     domains = ", ".join(f"{name} ({count})" for name, count in stats.domains.most_common())
     domains = one_line(domains, 500) or "none given"
-    write_line(f"{stats.records} records, {sum(stats.turns)} turns, domains: {domains}")
+    write_line(f"{amount(stats.records, 'record')}, {amount(sum(stats.turns), 'turn')}, domains: {domains}")
     for name, pairs in stats.verbs.items():
         top = ", ".join(f"{verb} {noun} ({count})" for (verb, noun), count in pairs.most_common(5))
         top = one_line(top, 500)

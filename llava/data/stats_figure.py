@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from llava.data.stats_count import InstructStats
+from llava.errors import amount
 from llava.pages import figure, figures, note, table, what_was_run, write_page
 from llava.pages.charts import COLORS, INK, PAPER, chart, style
 from llava.records import atomic_path
@@ -22,14 +23,15 @@ LONGEST = 200
 def write_figures(stats: InstructStats, folder: Path, title: str, run: Mapping[str, Any]) -> Path:
     """Write stats.png and stats.html into `folder`; returns the page's path. `run`: what the page says was run."""
     with atomic_path(folder / "stats.png") as temporary:
-        _write_png(stats, temporary, f"{title}: {stats.records:,} records, {sum(stats.turns):,} turns")
+        _write_png(stats, temporary, f"{title}: {amount(stats.records, 'record')}, {amount(sum(stats.turns), 'turn')}")
     names = ("instructions", "responses")
     bursts = [_verbs(stats, name) for name in names]
     counts = [figure(chart(partial(draw, stats=stats), caption, 300), caption) for draw, caption in _COUNTS]
     return write_page(
         folder / "stats.html",
         title,
-        f"{stats.records:,} records, {sum(stats.turns):,} turns; {stats.text_only:,} records without an image.",
+        f"{amount(stats.records, 'record')}, {amount(sum(stats.turns), 'turn')}; "
+        f"{amount(stats.text_only, 'record')} without an image.",
         [
             ("What is asked and answered", figures(*bursts)),
             ("Domains, lengths, turns", figures(*counts)),

@@ -18,7 +18,7 @@ from typing import Any
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
 from llava.data.sample_form import SampleForm, add_form_flags, form_of
-from llava.errors import LlavaError, one_line
+from llava.errors import LlavaError, amount, one_line
 from llava.processes import process_pool
 from llava.records import Record, iter_records, write_json, write_records
 from llava.tokenization.image_tokens import SCHEMES
@@ -285,10 +285,10 @@ def _spread(lengths: Counter) -> dict[str, float]:
 
 
 def _show(report: dict[str, Any], fixed: str | None) -> None:
-    write_line(f"{report['file']}: {report['records']:,} records, {report['faulty']:,} faulty")
+    write_line(f"{report['file']}: {amount(report['records'], 'record')}, {report['faulty']:,} faulty")
     for title in ("faults", "notes"):
         for kind in report[title].values():
-            write_line(f"  {title[:-1]}: {kind['records']:,} records: {kind['meaning']}")
+            write_line(f"  {title[:-1]}: {amount(kind['records'], 'record')}: {kind['meaning']}")
             for case in kind["first"] if title == "faults" else ():
                 detail = f": {one_line(case['detail'], 300)}" if case["detail"] else ""
                 write_line(f"    record {case['record']} (id {one_line(repr(case['id']), 100)}){detail}")
@@ -298,7 +298,7 @@ def _show(report: dict[str, Any], fixed: str | None) -> None:
     if fixed:
         left_out = report["faulty"] - report["repaired"]
         written = report["records"] - left_out
-        write_line(f"{fixed}: {written:,} records; {report['repaired']:,} put right, {left_out:,} left out")
+        write_line(f"{fixed}: {amount(written, 'record')}; {report['repaired']:,} put right, {left_out:,} left out")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import clean_text, yes_no_type
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.record_content import (
     TURN_KEYS,
     first_given,
@@ -66,7 +66,8 @@ def read_vqa_items(path: str | Path, *, later_turns: bool = False) -> list[VqaIt
         raise LlavaError(f"{path}: no questions")
     doubled = [key for key, count in Counter(str(item.id) for item in items).items() if count > 1]
     if doubled:
-        raise LlavaError(f"{path}: {len(doubled)} ids stand more than once, first {doubled[0]!r}; make them unique")
+        stand = amount(len(doubled), "id stands", "ids stand")
+        raise LlavaError(f"{path}: {stand} more than once, first {doubled[0]!r}; make them unique")
     if later_turns:
         return [item for first, record in zip(items, iter_records(path)) for item in (first, *_later(first, record))]
     return items

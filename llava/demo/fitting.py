@@ -19,7 +19,7 @@ from torch import nn
 from llava.bars import tqdm
 from llava.commandline import EXIT_BAD_INPUT
 from llava.demo.muon import Muon
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.records import write_json
 
 LOSSES = "losses.json"
@@ -153,7 +153,10 @@ def own_part(batches: Iterable[Any]) -> Iterator[Any]:
 def shuffled(count: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
     """Numbers below `count` in batches, without end; a new order for each round."""
     if count < batch:
-        raise LlavaError(f"{count} records give no batch of {batch}; bring more, or give a smaller --batch-size")
+        raise LlavaError(
+            f"{amount(count, 'record gives', 'records give')} no batch of {batch}; bring more, or give a smaller "
+            f"--batch-size"
+        )
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, check_outputs, run, write_line
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.openai_api import add_api_flags
 
 logger = logging.getLogger(__name__)
@@ -97,8 +97,9 @@ def join_by_id(question_file: str, answers_file: str) -> list[tuple[dict, dict]]
     unknown = [key for key in answers if key not in questions]
     if missing or unknown:
         raise LlavaError(
-            f"{answers_file}: {len(missing)} questions of {question_file} have no answer (first: {missing[:3]}), "
-            f"{len(unknown)} answers belong to no question (first: {unknown[:3]})"
+            f"{answers_file}: {amount(len(missing), 'question')} of {question_file} without an answer "
+            f"(first: {missing[:3]}), "
+            f"{amount(len(unknown), 'answer')} to no question (first: {unknown[:3]})"
         )
     return [(question, answers[key]) for key, question in questions.items()]
 

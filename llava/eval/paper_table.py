@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, check_outputs, existing_file, run, write_line
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 
 ROWS = {"fine-tuned": "released weights, 9 epochs", "zero-shot": "LLaVA-Med zero-shot"}
 
@@ -57,9 +57,9 @@ class Cell:
         ours = "no question" if self.ours is None else f"{self.ours:.2f}"
         verdict = "ok" if self.is_within else "off"
         if self.questions != self.published_questions:
-            verdict += f", {self.questions} questions instead of {self.published_questions}"
+            verdict += f", {amount(self.questions, 'question')} instead of {self.published_questions}"
         if self.missing:
-            verdict += f", {self.missing} answers of the file missing"
+            verdict += f", {amount(self.missing, 'answer')} of the file missing"
         return f"{self.expected:.2f} / {ours} ± {self.tolerance:.2f} ({verdict})"
 
 

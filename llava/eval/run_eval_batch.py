@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, existing_file, run, write_line
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.eval.scoring_flags import add_scoring_flags
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def answer_files(
     ]
     parts = [path for path in found if _PART_NAME.search(path.stem)]
     if parts:
-        logger.warning("%d parts of runs that aren't joined are left out, first %s", len(parts), parts[0])
+        logger.warning("left out: %s of runs that aren't joined, first %s", amount(len(parts), "part"), parts[0])
         found = [path for path in found if not _PART_NAME.search(path.stem)]
     if not found:
         wanted = f'"{test_type}" in the name' if test_type else ".jsonl"

@@ -18,7 +18,7 @@ import torch
 from PIL import ExifTags, Image
 
 from llava.errors import LlavaError
-from llava.folders import expanded
+from llava.folders import expanded, other_form_note
 from llava.image_options import ImageWithOptions
 from llava.images import ImageProcessor, open_image
 from llava.model.language_model import LlavaForCausalLM
@@ -195,5 +195,5 @@ def _file_identity(path: Path) -> bytes:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        raise LlavaError(f"image not found: {path}") from error
+        raise LlavaError(f"image not found: {path}{other_form_note([path])}") from error
     return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode()

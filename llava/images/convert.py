@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 from PIL import Image
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, run, write_line
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.folders import expanded
 from llava.image_options import add_window_flag
+from llava.images.limits import Limits
+from llava.images.nifti import read_nifti_slices
 from llava.images.opening import open_image
 from llava.images.series import Series, Slice, survey, without_path
 from llava.processes import process_pool
@@ -103,12 +106,13 @@ def main(argv: list[str] | None = None) -> None:
             raise LlavaError(f"{args.folder}: no series that can be used{why}")
         write_records(part / "records.json", [records[name] for name in sorted(records)])
         write_records(part / "left_out.jsonl", left_out.entries)
-        if sources:
-            sources.write(("image", "file", "frame"), private=True)
-        if table:
-            table.write(("image", "question", "answer"))
+        with ExitStack() as written:  # all of them are there before one takes its place
+            if sources:
+                written.enter_context(sources.written(("image", "file", "frame"), private=True))
+            if table:
+                written.enter_context(table.written(("image", "question", "answer")))
     count = sum(len(record["images"]) for record in records.values())
-    write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
+    write_line(f"{len(records):,} series, {amount(count, 'image')}: {target / 'records.json'}")
     for reason in left_out.reasons():
         write_line(f"left out: {reason}")
 
@@ -120,19 +124,26 @@ class Table:
         self.path, self.overwrite = expanded(path).absolute(), overwrite
         if self.path.resolve().is_relative_to(target.resolve()):
             raise LlavaError(f"{path}: {why} the set; give a path outside --output-dir")
+        if self.path.is_dir():
+            raise LlavaError(f"{path}: is a folder; give the name of a file")
         self.rows: list[tuple[str, str, int | str]] = []
 
-    def write(self, header: tuple[str, ...], *, private: bool = False) -> None:
+    @contextmanager
+    def written(self, header: tuple[str, ...], *, private: bool = False) -> Iterator[None]:
+        """The file takes its place when the block ends well; before it begins, one that may not be replaced is
+        refused (a LlavaError)."""
+        from llava.folders import refuse_other_content
         from llava.records import atomic_path
 
         rows = sorted(self.rows, key=lambda row: row[:2])
-        with (
-            atomic_path(self.path, overwrite=self.overwrite, private=private) as temporary,
-            temporary.open("w", encoding="utf-8", newline="") as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(header)
-            table.writerows(rows)
+        with atomic_path(self.path, overwrite=self.overwrite, private=private) as temporary:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(header)
+                table.writerows(rows)
+            if not self.overwrite:
+                refuse_other_content(temporary, self.path)
+            yield
 
 
 class Sources(Table):
@@ -234,11 +245,12 @@ def draw(job: Job) -> tuple[Drawn, list[tuple[Slice, str]]]:
     series, why = job.series, []
     window = job.window or series.preset
     images: list[tuple[int, Image.Image]] = []
-    for place in job.choice.of(len(series.slices)):
-        try:
-            images.append((place, _open(series.slices[place], series, window)))
-        except LlavaError as error:
-            why.append((series.slices[place], without_path(error, series.slices[place].path)))
+    chosen = job.choice.of(len(series.slices))
+    for place, image in zip(chosen, _opened(series, chosen, window), strict=True):
+        if isinstance(image, Image.Image):
+            images.append((place, image))
+        else:
+            why.append((series.slices[place], without_path(image, series.slices[place].path)))
     said: dict[str, Any] = {"window": list(window) if isinstance(window, tuple) else window}
     said |= {"modality": series.modality or None, "body_part": series.body_part or None, "of": len(series.slices)}
     if job.choice.rows and images:
@@ -255,8 +267,22 @@ def _drawn(jobs: list[Job], workers: int) -> Iterator[tuple[Drawn, list[tuple[Sl
         yield from pool.map(draw, jobs)
 
 
-def _open(one: Slice, series: Series, window: str | tuple[float, float] | None) -> Image.Image:
-    return open_image(one.path, frame=one.frame, axis=series.axis, window=window)
+def _opened(
+    series: Series, chosen: list[int], window: str | tuple[float, float] | None
+) -> list[Image.Image | LlavaError]:
+    """Each of these slices, or why it can't be opened."""
+    if series.volume is not None:
+        try:
+            return list(read_nifti_slices(series.volume, Limits(), chosen, axis=series.axis, window=window))
+        except LlavaError as error:
+            return [error] * len(chosen)
+    opened: list[Image.Image | LlavaError] = []
+    for one in (series.slices[place] for place in chosen):
+        try:
+            opened.append(open_image(one.path, frame=one.frame, window=window))
+        except LlavaError as error:
+            opened.append(error)
+    return opened
 
 
 def _montage(images: list[Image.Image], choice: Choice) -> Image.Image:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.errors import ImageError, LlavaError, require
+from llava.errors import ImageError, LlavaError, amount, require
+from llava.images.dicom_pixels import decode_frame
 from llava.images.facts import ImageFacts, plane_of
-from llava.images.headers.codestreams import check_jpeg, check_jpeg2000, unpack_rle
-from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer_syntax_name
+from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer_syntax_name, whole_number
 from llava.images.headers.dicom_frames import frame_groups, geometry, grey_module, own_window
 from llava.images.headers.palettes import check_palettes
 from llava.images.limits import Limits, plain_errors
@@ -23,14 +23,7 @@ from llava.images.windows import apply_window, percentile_range, read_window, us
 
 log = logging.getLogger(__name__)
 
-_NATIVE_COST, _YBR_COST, _RLE_COST = 1.0, 5.0, 2.0
-"""Of a sample against a pixel of a plain JPEG."""
 _MAX_PROFILE_PIXELS = 16_000_000
-_DECODERS = {
-    "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
-    "JPEG": "pylibjpeg pylibjpeg-libjpeg",
-}
-"""Packages that decode a compressed transfer syntax, by what its name holds; the first match counts."""
 
 
 def read_dicom(
@@ -126,7 +119,7 @@ def _read(pydicom, content: bytes, name: str, limits: Limits, *, frame=None, win
         log.warning("a DICOM image says that it has text burnt into its pixels; it may name the patient")
     frames = _check(file.header, name, limits)
     index = _choose_frame(frame, frames, name)
-    return _Frame(pydicom, file, name, frames, index, _decode(pydicom, file, index, frames, name, limits), chosen)
+    return _Frame(pydicom, file, name, frames, index, decode_frame(pydicom, file, index, frames, name, limits), chosen)
 
 
 def _image(shown: _Frame) -> Image.Image:
@@ -175,6 +168,7 @@ def _facts(shown: _Frame, is_asked: bool) -> ImageFacts:
                 facts.shown.append(f"inverted, since low values are white ({meaning})")
             if _padding(header) is not None:
                 facts.shown.append("padding is black")
+        facts.note_proportions()
     if _is_burnt_in(header):
         facts.shown.append("the file says that text is burnt into its pixels; it stays there and may name the patient")
     return facts
@@ -199,13 +193,15 @@ def _word(value) -> str | None:
 
 def _check(header, name: str, limits: Limits) -> int:
     """The number of frames, once all sizes that the header states are within the limits."""
-    with plain_errors(name, "the DICOM header states no usable size"):
-        rows, columns = int(header.Rows), int(header.Columns)
-        frames = int(header.get("NumberOfFrames") or 1)
-        samples, bits = int(header.get("SamplesPerPixel") or 1), int(header.get("BitsAllocated") or 0)
+    rows, columns = (whole_number(header, keyword, name) for keyword in ("Rows", "Columns"))
+    frames, samples = (whole_number(header, keyword, name, 1) for keyword in ("NumberOfFrames", "SamplesPerPixel"))
+    bits = whole_number(header, "BitsAllocated", name)
     limits.check_size(columns, rows, name)
     if frames < 1 or bits not in (1, 8, 16, 32, 64) or samples not in (1, 3):
-        raise ImageError(f"{name}: the DICOM header is wrong ({frames} frames, {samples} samples of {bits} bits)")
+        raise ImageError(
+            f"{name}: the DICOM header is wrong ({amount(frames, 'frame')}, {amount(samples, 'sample')} of "
+            f"{amount(bits, 'bit')})"
+        )
     limits.check_volume(rows * columns * frames * samples * bits // 8, name)
     return frames
 
@@ -218,98 +214,11 @@ def _choose_frame(frame: int | None, frames: int, name: str) -> int:
     return frame
 
 
-def _decode(pydicom, file: DicomFile, index: int, frames: int, name: str, limits: Limits) -> np.ndarray:
-    """Stored values `[rows, columns]` or `[rows, columns, 3]` of one frame."""
-    syntax = file.syntax
-    with plain_errors(name, "the DICOM pixels are damaged, missing or cut off"):
-        try:
-            decoder = pydicom.pixels.get_decoder(syntax)
-        except NotImplementedError:
-            raise _no_decoder(syntax, name) from None
-        if decoder.is_encapsulated and syntax != pydicom.uid.RLELossless and not decoder.is_available:
-            raise _missing_decoder(syntax.name, name)
-        options = pydicom.pixels.utils.as_pixel_options(
-            file.header, transfer_syntax_uid=syntax, pixel_keyword=file.keyword, pixel_vr=file.vr or "OW"
-        )
-        is_ybr = str(options.get("photometric_interpretation", "")).startswith("YBR")
-        samples = options.get("samples_per_pixel", 1)
-        cost = (_YBR_COST if is_ybr else _NATIVE_COST) * samples / 3
-        source: bytes | memoryview
-        if decoder.is_encapsulated:
-            source = frame = file.frame(pydicom, index, frames, name)
-            options |= {"number_of_frames": 1}
-            options.pop("extended_offsets", None)
-            index = 0
-            if syntax == pydicom.uid.RLELossless:
-                limits.check_size(options["columns"], options["rows"], name, max(cost, _RLE_COST * samples / 3))
-                source = _unpacked_rle(pydicom, frame, options, name)
-                decoder = pydicom.pixels.get_decoder(pydicom.uid.ExplicitVRLittleEndian)
-            else:
-                source = _checked(pydicom, frame, syntax, options, name, limits)
-        else:
-            limits.check_size(options["columns"], options["rows"], name, cost)
-            source = pixels = file.pixels()
-            _check_length(pixels, options, frames, name)
-        try:
-            return np.asarray(decoder.as_array(source, index=index, view_only=decoder.is_native, **options)[0])
-        except RuntimeError:
-            # Pillow, which is always there, decodes some of a syntax's images only.
-            if decoder.is_encapsulated and "pylibjpeg" not in decoder.available_plugins:
-                raise _missing_decoder(syntax.name, name) from None
-            raise
-
-
-def _checked(pydicom, frame: bytes, syntax, options: dict, name: str, limits: Limits) -> bytes:
-    """A compressed frame whose own size is the header's, alone in its capsule."""
-    if syntax in (*pydicom.uid.JPEG2000TransferSyntaxes, *_high_throughput(pydicom)):
-        frame = check_jpeg2000(frame, options["rows"], options["columns"], name, limits)
-    elif syntax in (*pydicom.uid.JPEGTransferSyntaxes, *pydicom.uid.JPEGLSTransferSyntaxes):
-        frame = check_jpeg(frame, options["rows"], options["columns"], name, limits)
-    else:
-        raise _no_decoder(syntax, name)
-    return pydicom.encaps.encapsulate([frame], has_bot=False)
-
-
-def _high_throughput(pydicom) -> tuple:
-    return pydicom.uid.HTJ2KLossless, pydicom.uid.HTJ2KLosslessRPCL, pydicom.uid.HTJ2K
-
-
-def _unpacked_rle(pydicom, frame: bytes, options: dict, name: str) -> bytes:
-    samples, bits = options.get("samples_per_pixel", 1), options["bits_allocated"]
-    # Its planes are whole, also where the header says that colours are shared by neighbours.
-    if options.get("photometric_interpretation") == "YBR_FULL_422":
-        options["photometric_interpretation"] = "YBR_FULL"
-    options |= {"transfer_syntax_uid": pydicom.uid.ExplicitVRLittleEndian, "planar_configuration": 1}
-    return unpack_rle(frame, options["rows"], options["columns"], samples, bits, name)
-
-
-def _check_length(pixels: memoryview, options: dict, frames: int, name: str) -> None:
-    """Of uncompressed pixels that share their colours: whole colours under that name would be read as noise."""
-    if options.get("photometric_interpretation") == "YBR_FULL_422":
-        size = options["rows"] * options["columns"] * options["bits_allocated"] // 8 * frames
-        if len(pixels) >= 3 * size:
-            raise ImageError(
-                f"{name}: the DICOM header says YBR_FULL_422, but the pixels hold whole colours "
-                f"({len(pixels):,} bytes, not {2 * size:,}); correct PhotometricInterpretation to RGB or YBR_FULL"
-            )
-
-
-def _no_decoder(syntax, name: str) -> ImageError:
-    return ImageError(
-        f"{name}: no decoder for the DICOM transfer syntax {transfer_syntax_name(syntax)}; convert the file, or export "
-        f"a frame of it as PNG"
-    )
-
-
-def _missing_decoder(syntax: str, name: str) -> ImageError:
-    packages = next(packages for part, packages in _DECODERS.items() if part in syntax)
-    return ImageError(f"{name}: compressed as {syntax}; to read it, pip install {packages}")
-
-
 def _colour(pydicom, values: np.ndarray, header) -> Image.Image:
     """RGB (pydicom has converted YBR already); the colour profile applies to 8 bits only."""
-    if values.dtype != np.uint8:
-        top = (1 << int(header.get("BitsStored") or 8 * values.dtype.itemsize)) - 1
+    most = 8 * values.dtype.itemsize
+    top = (1 << min(int(header.get("BitsStored") or most), most)) - 1
+    if top != 255:
         return Image.fromarray(in_bands(lambda band: scale_range(band, 0, top), values))
     if header.get("ICCProfile"):
         try:

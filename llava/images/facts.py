@@ -38,6 +38,13 @@ class ImageFacts:
     shown: list[str] = field(default_factory=list)
     """What the model would see, and why."""
 
+    def note_proportions(self) -> None:
+        """Says in `shown` that the image isn't as high or as wide as what it is of; a hundredth isn't told."""
+        high, wide = self.spacing_mm[:2] if self.spacing_mm else (1.0, 1.0)
+        if min(high, wide) > 0 and max(high, wide) > 1.01 * min(high, wide):
+            more, which = (high / wide, "high") if high > wide else (wide / high, "wide")
+            self.shown.append(f"not stretched: in the patient it is {more:.3g} times as {which}")
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

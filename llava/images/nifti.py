@@ -6,7 +6,10 @@ neither a compressed volume nor its extensions are ever in memory.
 
 import io
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -15,7 +18,8 @@ from PIL import Image
 from llava.errors import ImageError, LlavaError, require
 from llava.image_options import AXES
 from llava.images.facts import ImageFacts
-from llava.images.headers.inflating import GZIP, gunzip
+from llava.images.headers.inflating import GZIP, Unpacked, gunzip
+from llava.images.headers.kinds import image_file
 from llava.images.limits import Limits, plain_errors
 from llava.images.modes import grey_to_rgb, in_bands
 from llava.images.windows import apply_window, percentile_window, read_window, value_range
@@ -57,7 +61,7 @@ def read_nifti(
         LlavaError: no such slice, axis or window.
     """
     with plain_errors(name, _DAMAGED):
-        return _image(_cut(file, name, limits, index=index, axis=axis, window=window))
+        return _image(_cut(_Source(file, name, limits), index=index, axis=axis, window=window))
 
 
 def read_and_describe_nifti(
@@ -65,8 +69,38 @@ def read_and_describe_nifti(
 ) -> tuple[Image.Image, ImageFacts]:
     """As `read_nifti`, and why it looks as it does."""
     with plain_errors(name, _DAMAGED):
-        cut = _cut(file, name, limits, **options)
+        cut = _cut(_Source(file, name, limits), **options)
         return _image(cut), _facts(cut, is_asked=options.get("index") is not None)
+
+
+def read_nifti_slices(
+    path: Path,
+    limits: Limits,
+    indexes: Sequence[int],
+    *,
+    axis: int = 2,
+    window: str | tuple[float, float] | None = None,
+) -> Iterator[Image.Image | LlavaError]:
+    """As `read_nifti` of each of these slices, or why one can't be read; a volume that is packed is unpacked once.
+
+    Raises:
+        ImageError: the file can't be opened.
+    """
+    name = str(path)
+    with (
+        image_file(path) as file,
+        plain_errors(name, _DAMAGED),
+        closing(_Source(file, name, limits, keep=len(indexes) > 1)) as source,
+    ):
+        for index in indexes:
+            try:
+                with plain_errors(name, _DAMAGED):
+                    source.skip_to(0)
+                    image = _image(_cut(source, index=index, axis=axis, window=window))
+            except LlavaError as error:
+                yield error
+            else:
+                yield image
 
 
 def nifti_size(file: BinaryIO, name: str, limits: Limits, *, axis: int = 2) -> tuple[int, int]:
@@ -104,21 +138,22 @@ class _Cut(NamedTuple):
     """The window that was asked for."""
 
 
-def _cut(file: BinaryIO, name: str, limits: Limits, *, index=None, axis=2, window=None) -> _Cut:
+def _cut(source: "_Source", *, index=None, axis=2, window=None) -> _Cut:
     nibabel = require("nibabel", "medical")
     logging.getLogger("nibabel").setLevel(logging.CRITICAL)
     if axis not in (0, 1, 2):
         raise LlavaError(f"a volume's axis is 0 (sagittal), 1 (coronal) or 2 (axial), not {axis!r}")
     chosen = None if window is None else read_window(window)
-    source = _Source(file, name, limits)
     header = _read_header(nibabel, source)
     _check(header, source)
-    orientation = nibabel.orientations.io_orientation(_affine(header, name)).astype(int)
+    orientation = nibabel.orientations.io_orientation(_affine(header, source.name)).astype(int)
     along = int(np.flatnonzero(orientation[:, 0] == axis)[0])
     count = (*header.get_data_shape(), 1)[:3][along]
     place = count // 2 if index is None else index
     if not 0 <= place < count:
-        raise LlavaError(f"{name}: {AXES[axis]} slice {place} doesn't exist; there are {count} (0 to {count - 1})")
+        raise LlavaError(
+            f"{source.name}: {AXES[axis]} slice {place} doesn't exist; there are {count} (0 to {count - 1})"
+        )
     values = _slice(header, source, orientation, along, place)
     return _Cut(header, values, axis, place, count, orientation, chosen)
 
@@ -148,6 +183,7 @@ def _facts(cut: _Cut, is_asked: bool) -> ImageFacts:
     else:
         facts.shown.append("grey from the 0.5th to the 99.5th percentile of the slice")
     facts.shown.append(f"turned upright: {_UPRIGHT[cut.axis]}")
+    facts.note_proportions()
     return facts
 
 
@@ -160,16 +196,21 @@ def _spacing(cut: _Cut) -> tuple[float, ...]:
 
 
 class _Source:
-    """The bytes of a volume from first to last, unpacked on the way."""
+    """The bytes of a volume from first to last, unpacked on the way; from anywhere where what is unpacked is kept."""
 
-    def __init__(self, file: BinaryIO, name: str, limits: Limits):
-        self.file, self.name, self.limits = file, name, limits
+    def __init__(self, file: BinaryIO, name: str, limits: Limits, keep: bool = False):
+        self.name, self.limits = name, limits
         self.is_packed = file.read(2) == GZIP
         self.size = file.seek(0, io.SEEK_END)
+        limits.check_volume(self.size, name)
         file.seek(0)
         self.position = 0
-        self._pieces = gunzip(file, name) if self.is_packed else iter(())
+        self.file: BinaryIO | Unpacked = Unpacked(file, name) if self.is_packed and keep else file
+        self._pieces = gunzip(file, name) if self.is_packed and not keep else None
         self._rest = memoryview(b"")
+
+    def close(self) -> None:
+        self.file.close()
 
     def read(self, size: int) -> bytes:
         parts = []
@@ -180,7 +221,7 @@ class _Source:
         return b"".join(parts)
 
     def skip_to(self, position: int) -> None:
-        if not self.is_packed:
+        if self._pieces is None:
             self.file.seek(position)
             self.position = position
         while self.position < position:
@@ -189,7 +230,7 @@ class _Source:
     def _next(self, size: int) -> memoryview | bytes:
         """At most `size` bytes, at least one."""
         part: memoryview | bytes
-        if not self.is_packed:
+        if self._pieces is None:
             part = self.file.read(size)
         else:
             if not self._rest:

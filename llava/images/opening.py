@@ -185,7 +185,6 @@ def _open(file: BinaryIO, size: int, name: str, how: _How, make: _Make[_Made]) -
         kind = kind_of_head(head, name)
         how.options.check_kind(kind, name)
         if kind == "nifti":
-            limits.check_volume(size, name)
             return make(kind, file, name, how)
         limits.check_bytes(size, name)
         # The size may have changed since: never read more than one byte beyond the cap.

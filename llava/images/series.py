@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from llava.errors import ImageError, LlavaError, require
-from llava.images.headers.dicom_file import DicomFile, check_values, read_dicom_file, sequence
+from llava.images.headers.dicom_file import (
+    DicomFile,
+    check_values,
+    element_errors,
+    read_dicom_file,
+    sequence,
+    whole_number,
+)
 from llava.images.headers.kinds import image_kind
 from llava.images.limits import UPLOAD_LIMITS, Limits, plain_errors
 
@@ -67,8 +74,9 @@ class Series:
     modality: str = ""
     body_part: str = ""
     """One of DICOM's words for parts of the body; "" for anything else."""
+    volume: Path | None = None
+    """The file, if it is a volume's; its slices are counted along `axis`."""
     axis: int = 2
-    """Of a volume: along which its slices are counted."""
 
     @property
     def preset(self) -> str | None:
@@ -189,10 +197,12 @@ def _read(
         header = file.header
         if str(header.get("BurnedInAnnotation", "")).upper() == "YES" and not keep_burned_in:
             raise ImageError("says that text is burnt into its pixels (--keep-burned-in uses it all the same)")
-        common = str(header.get("SeriesInstanceUID") or path), int(header.Rows), int(header.Columns)
-        echo, number = str(header.get("EchoNumbers") or ""), float(header.get("InstanceNumber") or 0)
+        sides = whole_number(header, "Rows", name), whole_number(header, "Columns", name)
+        common, echo = (str(header.get("SeriesInstanceUID") or path), *sides), str(header.get("EchoNumbers") or "")
+        with element_errors("InstanceNumber", name):
+            number = float(header.get("InstanceNumber") or 0)
         codes = _code(header.get("Modality")), _code(header.get("BodyPartExamined"))
-        frames = int(header.get("NumberOfFrames") or 1)
+        frames = whole_number(header, "NumberOfFrames", name, 1)
         if not 1 <= frames <= len(content):
             raise ImageError(f"the DICOM header is wrong ({frames:,} frames)")
         if frames > _MOST_FRAMES:
@@ -226,14 +236,15 @@ class _Groups:
         scopes = [self.file.header]
         for item in (*self.shared[:1], *self.own[frame : frame + 1]):
             scopes += sequence(self.pydicom, item, group, self.file.budget)[:1]
-        values = None
+        values: list[float] = []
         for scope in scopes:
             check_values(scope, self.file.budget.name)
             element = scope.get_item(keyword)
             if element is not None and isinstance(element.value, bytes) and len(element.value) > _MAX_NUMBERS:
-                raise ImageError(f"the DICOM header is damaged (a value of {len(element.value):,} bytes)")
-            values = scope.get(keyword) or values
-        return [float(value) for value in values or ()]
+                raise ImageError(f"the DICOM header is damaged ({keyword} of {len(element.value):,} bytes)")
+            with element_errors(keyword, self.file.budget.name):
+                values = [float(value) for value in scope.get(keyword) or ()] or values
+        return values
 
 
 def _series(members: Sequence[_Member]) -> Series:
@@ -250,7 +261,7 @@ def _volume(path: Path, axis: int) -> Series:
         count = describe_image(path, axis=axis).frames
     except LlavaError as error:
         raise ImageError(without_path(error, path)) from error
-    return Series([Slice(path, frame) for frame in range(count)], axis=axis)
+    return Series([Slice(path, frame) for frame in range(count)], volume=path, axis=axis)
 
 
 def _code(value: Any) -> str:

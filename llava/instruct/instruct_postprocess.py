@@ -10,7 +10,7 @@ from collections import Counter
 
 from llava.commandline import ArgumentParser, check_outputs, run, write_line
 from llava.constants import DEFAULT_IMAGE_TOKEN, FIGURE_DOMAINS
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.instruct.cleaning import RULES, clean_turns, split_turns
 from llava.record_content import record_domains
 
@@ -45,7 +45,7 @@ def main(argv=None) -> int:
     if args.summary:
         write_json(args.summary, dict(counts), overwrite=args.overwrite)
     write_line(summarise(counts))
-    write_line(f"wrote {len(records)} records to {args.output_path}")
+    write_line(f"wrote {amount(len(records), 'record')} to {args.output_path}")
     return 0
 
 
@@ -91,8 +91,8 @@ def to_training_record(row: dict, seed: int, counts: Counter, where: str) -> dic
 def summarise(counts: Counter) -> str:
     """What the rules did, in lines."""
     lines = [
-        f"{counts['records_in']} dialogues with {counts['turns_in']} turns → {counts['records_out']} records "
-        f"with {counts['turns_out']} turns",
+        f"{amount(counts['records_in'], 'dialogue')} with {amount(counts['turns_in'], 'turn')} → "
+        f"{amount(counts['records_out'], 'record')} with {amount(counts['turns_out'], 'turn')}",
         f"  refused by the writing model: {counts['refused']}, left empty: {counts['records_left_empty']}",
         f"  turns without a partner: {counts['unpaired']}, empty after cleaning: {counts['empty']}, "
         f"cut off at --max-answer-tokens: {counts['cut_off']}",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.commandline import write_line
+from llava.errors import amount
 from llava.openai_client.limits import Account, estimate_tokens
 from llava.openai_client.settings import ApiSettings
 
@@ -76,14 +77,15 @@ class RunSummary:
         spent = self.account.spent
         money = "prices unknown" if spent is None else f"{spent:.4f} USD"
         text = (
-            f"{self.total} items: {self.resumed} from an earlier run, {self.done} new ({self.refused} refused), "
-            f"{len(self.failed)} failed, {self.account.requests} requests ({self.retries} retries), "
+            f"{amount(self.total, 'item')}: {self.resumed} from an earlier run, {self.done} new "
+            f"({self.refused} refused), {len(self.failed)} failed, {amount(self.account.requests, 'request')} "
+            f"({amount(self.retries, 'retry', 'retries')}), "
             f"{self.account.prompt_tokens} + {self.account.completion_tokens} tokens, {money}"
         )
         if self.first_kept:
             text += f"; {self.first_kept} first replies kept as they are: asking again failed, or isn't done in a batch"
         if self.over_budget:
-            text += f"; stopped at the cost limit with {self.over_budget} items left"
+            text += f"; stopped at the cost limit with {amount(self.over_budget, 'item')} left"
         if self.failed:
             key, reason = next(iter(self.failed.items()))
             text += f"; first failure {key!r}: {reason}"
@@ -102,7 +104,7 @@ def describe_dry_run(jobs: Sequence[ChatJob], settings: ApiSettings) -> str:
     money = "prices unknown: give --price-in and --price-out" if cost is None else f"about {cost:.2f} USD at most"
     lines = [f"--- {message['role']}\n{_shown(message['content'])}" for message in (jobs[0].messages if jobs else [])]
     lines.append(
-        f"--- {len(jobs)} requests to {settings.model}, about {tokens_in} input tokens and at most "
+        f"--- {amount(len(jobs), 'request')} to {settings.model}, about {tokens_in} input tokens and at most "
         f"{tokens_out} output tokens: {money}"
     )
     return "\n".join(lines)

@@ -80,7 +80,7 @@ def test_other_formats_hold_the_same_records(work, suffix):
 def test_missing_images_stop_or_are_counted(work):
     rows = [*ROWS, {**ROWS[0], "qid": 9, "image_name": "gone.jpg"}]
     train = put(work / "train.json", rows)
-    with pytest.raises(LlavaError, match=r"1 images of 1 records .*gone\.jpg.*--missing drop"):
+    with pytest.raises(LlavaError, match=r"1 image of 1 record not .*gone\.jpg.*--missing drop"):
         vqa_rad(work, "--train", train)
     assert not (work / "out").exists(), "something half-written was left"
     vqa_rad(work, "--train", train, "--missing", "drop")
@@ -88,6 +88,20 @@ def test_missing_images_stop_or_are_counted(work):
     assert read_json(work / "out" / "manifest.json")["missing_images"]["records"] == 1
     vqa_rad(work, "--train", train, "--missing", "keep", "--overwrite")
     assert len(read_records(work / "out" / "train.json")) == 3
+
+
+def test_images_whose_names_are_in_another_unicode_form_are_counted(work, capsys):
+    name = next(path.name for path in (work / "images").iterdir())
+    (work / "images" / "ro\u0308.jpg").write_bytes((work / "images" / name).read_bytes())
+    rows = [
+        {**ROWS[0], "qid": number, "image_name": name} for number, name in enumerate((name, "r\u00f6.jpg", "no.jpg"))
+    ]
+    train = put(work / "train.json", rows)
+    with pytest.raises(LlavaError, match=r"; of 1 of them a file is there in another Unicode form .*--missing drop"):
+        vqa_rad(work, "--train", train)
+    vqa_rad(work, "--train", train, "--missing", "drop")
+    assert read_json(work / "out" / "manifest.json")["missing_images"]["in_another_unicode_form"] == 1
+    assert "  of 1 of them a file is there whose name has another Unicode form" in capsys.readouterr().out
 
 
 def test_a_question_that_is_a_number_is_text_and_counted(work):
@@ -103,7 +117,7 @@ def test_a_long_reason_is_shown_in_short(work, capsys):
     main(["slake", "--train", put(work / "t.json", rows), "--image-folder", str(work / "images"),
           "--output-dir", str(work / "out")])  # fmt: skip
     shown = capsys.readouterr().out
-    assert "1 records left out: question in another language (xxx" in shown and max(map(len, shown.splitlines())) < 300
+    assert "1 record left out: question in another language (xxx" in shown and max(map(len, shown.splitlines())) < 300
 
 
 def test_empty_answers_are_left_out_and_counted(work):
@@ -123,7 +137,7 @@ def test_empty_answers_are_left_out_and_counted(work):
         ({"qid": " "}, 'record 2: "qid" is empty'),
         ({"answer": ["yes"]}, 'record 2: "answer" has to be text or a number, not list'),
         ({"question": {"text": "How many?"}}, 'record 2: "question" has to be text or a number, not dict'),
-        ({"image_name": 300 * "a" + ".jpg"}, "images of 1 records not found"),
+        ({"image_name": 300 * "a" + ".jpg"}, "image of 1 record not found"),
     ],
 )
 def test_bad_rows_are_named(work, change, message):
@@ -350,10 +364,10 @@ def test_csv_flags_that_cannot_be_are_named(work, flags, message):
         ("scan,question,answer\n", "no column image; there are: scan, question, answer"),
         ("image,question,answer\na.jpg,q\n", "line 2: 3 columns expected"),
         ('image,question,answer\na.jpg,"q,a\n', "not a readable table"),
-        ("image,question,answer\nz.jpg,q,a\n", r"1 images of 1 records not found .*z\.jpg"),
+        ("image,question,answer\nz.jpg,q,a\n", r"1 image of 1 record not found .*z\.jpg"),
         (
             "image,question,answer\nz.jpg,q,a\nz.jpg,,a\n",
-            r"1 images of 1 records not found .* out; left out besides: 1 with empty question$",
+            r"1 image of 1 record not found .* out; left out besides: 1 with empty question$",
         ),
         ("image,question,answer\n", "no records; is this the right file"),
         ("image,question,answer\na.png,,\n", "no records; left out: 1 with empty question"),

@@ -77,7 +77,7 @@ def test_one_category_and_one_image_folder(folder, tmp_path):
     [
         ("Training/QAPairsByCategory/C2_Plane_train.txt", "synpic1|a question\n", r"line 1: expected image\|question"),
         ("Test/VQAMed2019_Test_Questions_w_Ref_Answers.txt", "synpic4|age|how old?|9\n", "the category is 'age'"),
-        ("Training/QAPairsByCategory/C1_Modality_train.txt", "gone|q?|a\n", r"1 images of 1 records not found .*gone"),
+        ("Training/QAPairsByCategory/C1_Modality_train.txt", "gone|q?|a\n", r"1 image of 1 record not found .*gone"),
     ],
 )
 def test_faults_are_named_and_nothing_is_written(folder, name, text, message):

@@ -35,6 +35,7 @@ CASES = {
     "image_in_answer": record("image_in_answer", "<image> q", "a <image>"),
     "image_name": record("image_name", "<image> q", "a", image="../a.png"),
     "image_missing": record("image_missing", "<image> q", "a", image="none.png"),
+    "image_other_form": record("image_other_form", "<image> q", "a", image="r\u00f6.png"),
     "image_unreadable": record("image_unreadable", "<image> q", "a", image="cut.png"),
 }  # fmt: skip
 NOTES = {
@@ -51,6 +52,7 @@ def images(tmp_path):
     Image.effect_noise((40, 40), 90).convert("RGB").save(folder / "a.png")
     whole = (folder / "a.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "ro\u0308.png").write_bytes(whole)  # as macOS writes it
     return folder
 
 
@@ -232,6 +234,9 @@ def test_filter_missing(tmp_path, images, capsys):
     assert [row["id"] for row in read_records(tmp_path / "out.jsonl")] == ["good", "text", "inside"]
     assert read_json(tmp_path / "missing.json") == ["none.png"]
     assert "3 of 4 records (1 of text alone)" in capsys.readouterr().out
+    write_records(tmp_path / "in.json", [*records, CASES["image_other_form"]])
+    filter_missing.main([*flags, "--overwrite"])
+    assert "; of 1 of them a file is there in another Unicode form (NFC, NFD)" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     write_records(tmp_path / "in.json", [GOOD])
     flags[2] = str(tmp_path / "empty")
@@ -274,7 +279,7 @@ def test_split_takes_a_range_and_counts_what_is_too_long(tmp_path, capsys):
     records = [record(str(n), "<image> q", "word " * 200) for n in range(5)]
     pieces = split(tmp_path, records, "--max-length", "100", "--begin", "1", "--end", "3")
     assert [piece["id"] for piece in pieces] == ["1", "2"]
-    assert "2 pieces are one question and answer longer than 100" in capsys.readouterr().out
+    assert "pieces of one question and answer longer than 100 positions: 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -344,4 +349,4 @@ def test_a_lone_surrogate_stops_no_command(tmp_path, images, caplog):
     assert read_records(tmp_path / "fixed.jsonl")[0]["conversations"][1]["value"] == "fine \ufffd"
     filter_missing.main([str(path), "--image-folder", str(images), "--output", str(tmp_path / "out.parquet")])
     assert read_records(tmp_path / "out.parquet")[0]["conversations"][1]["value"] == "fine \ufffd"
-    assert "1 texts held half of a character pair (first: record 0)" in caplog.text
+    assert "1 text held half of a character pair (first: record 0)" in caplog.text

@@ -94,7 +94,7 @@ print([name for name in ("torch", "transformers") if name in sys.modules])
 def test_mistakes_are_said(model):
     with pytest.raises(LlavaError, match="image not found"):
         model.answer("Which?", ["nowhere.png"])
-    with pytest.raises(LlavaError, match="has 2 <image> but there are 0"):
+    with pytest.raises(LlavaError, match="has 2 <image> for 0"):
         model.answer("<image> <image> Which?")
     with pytest.raises(LlavaError, match="temperature"):
         model.answer("Which?", temperature=-1)

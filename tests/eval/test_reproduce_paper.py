@@ -115,5 +115,5 @@ def test_from_deltas_to_the_table(tmp_path):
     scores = json.loads((tmp_path / "out" / "fine-tuned" / "vqa-rad" / "scores.json").read_text())
     assert (scores["open"], scores["closed"]) == (1, 1)
     ours = scores["paper"]["recall"]["value"]
-    assert f"66.26 / {ours:.2f} ± 3.53" in done.stdout and "1 questions instead of 179" in done.stdout
+    assert f"66.26 / {ours:.2f} ± 3.53" in done.stdout and "1 question instead of 179" in done.stdout
     assert (tmp_path / "out" / "table.md").is_file()

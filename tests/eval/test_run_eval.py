@@ -381,7 +381,7 @@ def test_run_eval_batch_runs_twice_and_says_what_it_leaves_out(tmp_path, caplog)
     for _ in range(2):
         main(["--pred_file_parent_path", str(runs), *flags])
     assert len((runs / "all.jsonl").read_text().splitlines()) == 2
-    assert "1 parts of runs that aren't joined are left out" in caplog.text
+    assert "left out: 1 part of runs that aren't joined" in caplog.text
 
 
 def test_a_seed_below_zero_is_one_line(tmp_path):

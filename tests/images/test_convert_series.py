@@ -16,6 +16,7 @@ from llava.data.convert import main as convert_data
 from llava.errors import LlavaError
 from llava.images import open_image
 from llava.images.convert import Choice, main, parse_slices
+from llava.images.headers import inflating
 from llava.images.series import survey
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom isn't installed (extra medical)")
@@ -157,6 +158,33 @@ def test_slices(hospital, tmp_path, slices, images, size):
     assert Image.open(tmp_path / "out" / "images" / chest["images"][0]).size == size
 
 
+@pytest.mark.parametrize("axis", [0, 2])
+def test_a_volume_is_unpacked_once_for_all_its_slices(tmp_path, monkeypatch, axis):
+    values = np.random.default_rng(5).integers(0, 900, (10, 11, 12)).astype(np.int16)
+    path = tmp_path / "scans" / "volume.nii.gz"
+    path.parent.mkdir()
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([-1.0, 1.0, -1.0, 1.0])), path)
+    unpacked, unpacker = [], inflating.zlib.decompressobj
+    monkeypatch.setattr(inflating.zlib, "decompressobj", lambda **how: unpacked.append(how) or unpacker(**how))
+    (record,) = convert(path.parent, tmp_path / "out", "--slices", "all", "--axis", str(axis))
+    assert len(unpacked) == 2, "once to count its slices, once to draw them"
+    assert len(record["images"]) == values.shape[axis]
+    for place, image in enumerate(record["images"]):
+        shown = Image.open(tmp_path / "out" / "images" / image)
+        assert (np.asarray(shown) == np.asarray(open_image(path, frame=place, axis=axis))).all()
+
+
+def test_the_slices_before_a_cut_are_drawn(tmp_path):
+    path = tmp_path / "scans" / "volume.nii.gz"
+    path.parent.mkdir()
+    values = np.random.default_rng(5).integers(0, 900, (40, 40, 20)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+    path.write_bytes(path.read_bytes()[: -path.stat().st_size // 4])
+    (record,) = convert(path.parent, tmp_path / "out", "--slices", "all")
+    assert 11 <= len(record["images"]) < 20
+    assert {entry["why"] for entry in left_out(tmp_path / "out")} == {"the compressed data is cut off"}
+
+
 def test_names_depend_on_the_images_alone(hospital, tmp_path):
     first = convert(hospital, tmp_path / "a")
     main([str(hospital / "study"), "--output-dir", str(tmp_path / "b"), "--workers", "2"])
@@ -238,6 +266,19 @@ def test_two_tables_are_two_files(hospital, tmp_path):
     with pytest.raises(LlavaError, match=r"--table .*both\.csv: it is read, or written by another flag"):
         convert(hospital, tmp_path / "out", "--sources", both, "--table", both, "--overwrite")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_that_is_refused_leaves_nothing_written(hospital, tmp_path):
+    sources, table, blocked = tmp_path / "sources.csv", tmp_path / "my.csv", tmp_path / "my.csv" / "in a file.csv"
+    table.write_text("mine")
+    for wrong, flags, said in (
+        (table, (), "is there and holds something else"),
+        (blocked, ("--overwrite",), "Not a directory|File exists"),
+        (tmp_path, ("--overwrite",), "is a folder; give the name of a file"),
+    ):
+        with pytest.raises(LlavaError, match=said):
+            convert(hospital, tmp_path / "out", "--sources", str(sources), "--table", str(wrong), *flags)
+        assert [path.name for path in tmp_path.iterdir()] == ["my.csv"] and table.read_text() == "mine"
 
 
 def test_no_name_of_a_file_is_a_formula(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
 import warnings
@@ -100,6 +101,7 @@ import sys
 for name in ("pylibjpeg", "libjpeg", "openjpeg", "gdcm", "jpeg_ls", "pyjpegls"):
     sys.modules[name] = None
 import json
+import struct
 from llava.errors import ImageError
 from llava.images import open_image
 found = {}
@@ -257,3 +259,100 @@ def test_a_jpeg_inside_and_outside_dicom_is_the_same():
     inside = io.BytesIO()
     dataset.save_as(inside)
     np.testing.assert_array_equal(grey(inside.getvalue()), grey(buffer.getvalue()))
+
+
+CELLS = np.random.default_rng(3).integers(-2048, 2048, (48, 64)).astype(np.int16)
+
+
+@pytest.mark.parametrize("kind", ["plain", "RLE", "JPEG 2000"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_high_bit_says_where_a_sample_ends(kind, signed):
+    """As older files have it: 12 bits at the top of 16, with anything below."""
+    stored = CELLS if signed else (CELLS + 2048).astype(np.uint16)
+    window = {"WindowCenter": 0 if signed else 2048, "WindowWidth": 3000}
+    expected = grey(dicom(stored, **window))
+    below = np.arange(CELLS.size).reshape(CELLS.shape) % 16
+    cells = ((stored.astype(np.int32) << 4) | below).astype(stored.dtype)
+    np.testing.assert_array_equal(grey(with_bits(dicom(cells, **window), kind, stored=12, high=15)), expected)
+    # A high bit that can't be isn't followed.
+    np.testing.assert_array_equal(grey(with_bits(dicom(stored, **window), kind, stored=12, high=40)), expected)
+
+
+def test_a_codec_of_fewer_bits_has_none_below():
+    stored = (CELLS + 2048).astype(np.uint16)
+    content = dicom(stored, BitsStored=12, HighBit=11, WindowCenter=2048, WindowWidth=3000)
+    np.testing.assert_array_equal(grey(with_bits(content, "JPEG 2000", stored=12, high=15)), grey(content))
+
+
+def with_bits(content: bytes, kind: str, stored: int, high: int) -> bytes:
+    """Compressed as `kind`, and with another BitsStored and HighBit in the header."""
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    if kind != "plain":
+        syntax = pydicom.uid.RLELossless if kind == "RLE" else pydicom.uid.JPEG2000Lossless
+        dataset.compress(syntax, generate_instance_uid=False)
+    dataset.BitsStored, dataset.HighBit = stored, high
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def test_colours_of_fewer_bits_than_a_byte_are_as_bright():
+    colours = np.random.default_rng(4).integers(0, 64, (6, 8, 3)).astype(np.uint8)
+    expected = np.round(colours / 63 * 255)
+    for stored, high in ((colours, 5), (colours << 2, 7)):
+        shown = np.asarray(open_image(dicom(stored, BitsStored=6, HighBit=high)))
+        assert np.abs(shown - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [
+        *(
+            (keyword, (b"", b"\x08", b"\x08\0\0", b"\x08\0\x08\0"))
+            for keyword in ("Rows", "BitsAllocated", "BitsStored")
+        ),
+        ("PixelRepresentation", (b"", b"\x01\0\0")),
+        ("SamplesPerPixel", (b"", b"\x01\0\0")),
+        ("HighBit", (b"\x0f",)),
+        ("PixelPaddingValue", (b"\x0f\0\0",)),
+        ("PhotometricInterpretation", (b"", b"MONOCHROM")),
+        ("NumberOfFrames", (b"one ", b"1\\1 ")),
+        ("WindowCenter", (b"middle", bytes(300_000))),
+        ("RescaleSlope", (b"steep ",)),
+    ],
+)
+@pytest.mark.parametrize("is_implicit", [False, True])
+def test_a_damaged_element_is_named(keyword, values, is_implicit, tmp_path):
+    tags = {"WindowCenter": 500, "WindowWidth": 900, "RescaleSlope": 1, "PixelPaddingValue": 0, "NumberOfFrames": 1}
+    for value in values:
+        if len(value) < 65_536 or is_implicit:
+            (tmp_path / "x.dcm").write_bytes(with_value(dicom(STACK[0], **tags), keyword, value, is_implicit))
+            with pytest.raises(
+                ImageError, match=rf"the DICOM header is damaged \({keyword} has .*; correct this element"
+            ):
+                open_image(tmp_path / "x.dcm")
+            if keyword in ("Rows", "NumberOfFrames"):
+                ((_, why),) = survey(tmp_path).left_out
+                assert f"({keyword} has " in why
+
+
+def test_a_damaged_spacing_is_named_where_it_is_told():
+    content = with_value(dicom(STACK[0], PixelSpacing=[1, 1]), "PixelSpacing", b"1\\wide", False)
+    assert open_image(content)
+    with pytest.raises(ImageError, match=r"\(PixelSpacing has no usable value\)"):
+        describe_image(content)
+
+
+def with_value(content: bytes, keyword: str, value: bytes, is_implicit: bool) -> bytes:
+    """The file with other bytes for the value of an element of a short type."""
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    if is_implicit:
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, implicit_vr=is_implicit, little_endian=True)
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    start = buffer.getvalue().index(struct.pack("<HH", tag >> 16, tag & 0xFFFF), 132) + (4 if is_implicit else 6)
+    form, content = "<L" if is_implicit else "<H", buffer.getvalue()
+    (size,) = struct.unpack_from(form, content, start)
+    after = start + struct.calcsize(form)
+    return content[:start] + struct.pack(form, len(value)) + value + content[after + size :]

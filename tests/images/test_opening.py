@@ -5,6 +5,7 @@ import contextlib
 import io
 import re
 import struct
+import unicodedata
 
 import numpy as np
 import pytest
@@ -250,6 +251,20 @@ def test_formats_can_be_restricted():
     for format in ("ICO", "EPS", "PCX", "SGI", "TGA", "JPEG2000"):
         with pytest.raises(LlavaError):
             open_image(encoded(Image.fromarray(RAMP), format))
+
+
+@pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_name_in_another_unicode_form_is_said(tmp_path, there, asked):
+    """Of the folder as of the file, and of those alone that differ in nothing else."""
+    path = tmp_path / unicodedata.normalize(there, "Kopf\u00fcber") / unicodedata.normalize(there, "r\u00f6.png")
+    path.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(path)
+    wanted = tmp_path / unicodedata.normalize(asked, f"{path.parent.name}/{path.name}")
+    for other in (wanted, path.with_name(wanted.name)):
+        with pytest.raises(LlavaError, match=r"; a file of that name is there in another Unicode form .*: rename it"):
+            open_image(other)
+    with pytest.raises(LlavaError, match=r"image not found: \S*a\S*png$"):
+        open_image(wanted.with_name("ra\u0308.png"))
 
 
 def test_a_data_url_loses_nothing_and_grey_is_one_channel():

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import LlavaError
+from llava.images import open_image
 from llava.tokenization import Encoded, encode_conversation
 from llava.train.data.collator import Collator
 from llava.train.data.dataset import LlavaDataset, PackedDataset, Sample
 from llava.train.data.image_source import ImageSource
+from llava.train.data.record_store import open_records
 from llava.train.data.shared_images import groups_of_one_image, join, joinable, seen_by
 from llava.train.step import padded_attention
 from llava.train.step.packing import packed_attention
@@ -80,6 +83,38 @@ def test_an_image_is_decoded_once_for_a_batch():
     items = PackedDataset(dataset, [[0, 1, 2], [2]])[0]
     assert decoded == ["a.png", "c.png", "b.png"]
     assert [item["pixel_values"][:, 0, 0, 0].tolist() for item in items] == [[97, 99], [98, 99], [97, 99]]
+
+
+def test_an_image_is_checked_once_for_all_its_records(tmp_path):
+    checked = []
+
+    def load(path):
+        checked.append(path.name)
+        return np.asarray(open_image(path))
+
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    records = [{"id": name, "image": name} for name in ("a.png", "b.png", "./a.png", "bad.png", "a.png")]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    dataset = LlavaDataset(
+        open_records(tmp_path / "records.json"), lambda record, features: Encoded([1, *IMAGE, 5, 6], [5] * 5, 1),
+        ImageSource(tmp_path), load, count_features=lambda image: 2, max_length=100, lazy=True, skip_unreadable=True,
+    )  # fmt: skip
+    dataset.drop_unreadable()
+    assert checked == ["a.png", "b.png", "bad.png"]
+    assert dataset.numbers.tolist() == [0, 1, 2, 4] and list(dataset.report.skipped) == [3]
+
+
+def test_an_image_whose_name_is_in_another_unicode_form_is_said(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "ro\u0308.png")
+    (tmp_path / "records.json").write_text(json.dumps([{"image": "r\u00f6.png"}]))
+    dataset = LlavaDataset(
+        open_records(tmp_path / "records.json"), lambda record, features: Encoded([1, *IMAGE, 5, 6], [5] * 5, 1),
+        ImageSource(tmp_path), open_image, count_features=lambda image: 2, max_length=100, lazy=True,
+    )  # fmt: skip
+    with pytest.raises(LlavaError, match="not found; a file of that name is there in another Unicode form"):
+        dataset[0]
 
 
 def test_a_batch_has_each_image_once():

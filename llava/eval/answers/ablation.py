@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.eval.answers.questions import Question
-from llava.folders import is_file
+from llava.folders import is_file, other_form_note
 from llava.image_options import ImageOptions, options_of, with_options_of
 from llava.images import with_default_options
 from llava.record_content import image_bytes, image_file, image_key
@@ -61,8 +61,10 @@ class QuestionImages:
                         missing.append((question.id, source))
         if missing:
             which, path = missing[0]
+            note = other_form_note([path for _, path in missing])
             raise LlavaError(
-                f'{len(missing)} images are missing, first that of question "{which}": {path}; check --image-folder'
+                f'{amount(len(missing), "image is", "images are")} missing, first that of question "{which}": '
+                f"{path}{note}; check --image-folder"
             )
         if defaults:
             self.sources = dict(zip(self.sources, with_default_options(list(self.sources.values()), defaults)))

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModel
 
 from llava.bars import tqdm
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.eval.answers.ablation import image_source
-from llava.folders import is_file
+from llava.folders import is_file, other_form_note
 from llava.image_options import with_options_of
 from llava.images import ImageProcessor, open_image
 from llava.model.library_model import load_library_model
@@ -45,7 +45,8 @@ def image_vectors(
     files = {name: image_source(image_file(image), place) for name, (image, place) in images.items()}
     missing = [source for source in files.values() if isinstance(source, Path) and not is_file(source)]
     if missing:
-        raise LlavaError(f"{len(missing)} images are missing, first {missing[0]}; check --image-folder")
+        which = f"{amount(len(missing), 'image is', 'images are')} missing, first {missing[0]}"
+        raise LlavaError(f"{which}{other_form_note(missing)}; check --image-folder")
     sources = {name: with_options_of(image, files[name]) for name, (image, _) in images.items()}
     model = _vision_model(folder).to(usable_device(device))
     names = list(sources)

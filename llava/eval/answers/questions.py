@@ -9,7 +9,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.vqa_items import plain_question
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.record_content import USER, as_text, images_of, read_named, record_options
 from llava.records import Record, iter_records
 
@@ -65,7 +65,8 @@ def _refuse_doubled(questions: Iterable[Question], path) -> None:
     # Compared as text: answers are joined to questions that way.
     doubled = [key for key, count in Counter(str(question.id) for question in questions).items() if count > 1]
     if doubled:
-        raise LlavaError(f"{path}: {len(doubled)} ids stand more than once, first {doubled[0]!r}; make them unique")
+        stand = amount(len(doubled), "id stands", "ids stand")
+        raise LlavaError(f"{path}: {stand} more than once, first {doubled[0]!r}; make them unique")
 
 
 def _from_med(record: Record, where: str) -> Question:
@@ -96,7 +97,7 @@ def _question(key, text, record: Record, where: str, system: str | None = None) 
         text = "\n".join([*[DEFAULT_IMAGE_TOKEN] * len(images), text])
     elif tags != len(images):
         raise LlavaError(
-            f'{where} ("{key}"): {tags} {DEFAULT_IMAGE_TOKEN} in the question and {len(images)} images; '
+            f'{where} ("{key}"): {tags} {DEFAULT_IMAGE_TOKEN} in the question and {amount(len(images), "image")}; '
             f"give each image its tag, or none"
         )
     answer_type = record.get("answer_type")

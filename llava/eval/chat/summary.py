@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.eval.chat.scores import OVERALL, ChatSummary, groups_of, is_usable, row_scores, summarize_chat
 from llava.eval.metrics.intervals import bootstrap_interval
 from llava.eval.reports.tables import text_table
@@ -48,8 +48,9 @@ def read_scores_file(path: str | Path) -> Judged:
         raise LlavaError(f"{path}: holds no rows")
     orders = Counter((str(row["question_id"]), bool(row.get("swapped"))) for row in rows if _has_id(row))
     if doubled := [key for (key, _), count in orders.items() if count > 1]:
+        which = amount(len(doubled), "question is", "questions are")
         raise LlavaError(
-            f"{path}: {len(doubled)} questions are judged more than once in one order, first {doubled[0]!r}; "
+            f"{path}: {which} judged more than once in one order, first {doubled[0]!r}; "
             f"give the judgements of each model a file of their own"
         )
     judges = Counter(str(row.get("judge_model") or "not recorded") for row in rows)
@@ -140,15 +141,16 @@ def summary_table(judged: list[Judged]) -> str:
     for one in judged:
         summary = one.summary
         lines.append(
-            f"{one.name}: judge {one.judge}; {summary.rows} questions, {summary.unreadable} unparsed and "
+            f"{one.name}: judge {one.judge}; {amount(summary.rows, 'question')}, {summary.unreadable} unparsed and "
             f"{summary.zero_reference} with a reference score of zero left out, {summary.without_domain} without domain"
         )
         if one.agreement:
             agreement = one.agreement
             lines.append(
-                f"  both orders of {agreement['questions']} questions: the same winner in "
+                f"  both orders of {amount(agreement['questions'], 'question')}: the same winner in "
                 f"{agreement['same_winner']:.0%}, {agreement['bias_to_first']:+.2f} points for standing first"
             )
         if one.half_read:
-            lines.append(f"  {one.half_read} questions could be read in one of both orders alone, and count with that")
+            half_read = amount(one.half_read, "question")
+            lines.append(f"  {half_read} could be read in one of both orders alone, counted with that")
     return "\n".join(lines)

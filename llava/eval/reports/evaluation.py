@@ -7,7 +7,7 @@ from typing import Any
 
 from llava.bars import tqdm
 from llava.data.vqa_items import read_vqa_items
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.eval.answers.manifest import describe, manifest_of, read_dataset_manifest
 from llava.eval.metrics.calibration import Calibration, calibrate
 from llava.eval.metrics.joined import JoinedItem, clusters_of, join, metadata_of, read_answers
@@ -82,14 +82,15 @@ class Evaluation:
         """For the terminal."""
         scores = self.scores
         lines = [
-            f"{self.pred}: {scores.questions} questions ({scores.counts})",
+            f"{self.pred}: {amount(scores.questions, 'question')} ({scores.counts})",
             f"produced by: {describe(self.manifest)}",
         ]
         if self.dataset:
             lines.append(f"questions: {self.dataset['data_set']}, split {self.dataset['split']}")
         lines += self.remarks
         if self.inferred_types:
-            lines.append(f"{self.inferred_types} records say neither OPEN nor CLOSED: yes/no answers are CLOSED")
+            untold = amount(self.inferred_types, "record says", "records say")
+            lines.append(f"{untold} neither OPEN nor CLOSED: yes/no answers are CLOSED")
         if self.settings["resamples"]:
             lone = f"; a single {self.settings['unit']} gives one of 0 and 100 alone" if scores.lack_interval else ""
             lines.append(f"95 % intervals: {self.settings['resamples']} resamples of {self.settings['unit']}s{lone}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from llava.errors import one_line
+from llava.errors import amount, one_line
 from llava.eval.metrics.calibration import Calibration
 from llava.eval.metrics.registry import CHOICE, CLOSED, OPEN, SETS, Metric, all_metrics
 from llava.eval.metrics.score import Number, Scores, headlines
@@ -48,8 +48,9 @@ def calibration_line(found: Calibration) -> str:
     """Yes/no questions by token probabilities, on a line."""
     auc = "-" if found.auc is None else f"{found.auc:.4f}"
     return (
-        f"yes against no by token probabilities, {found.questions} questions: accuracy {100 * found.accuracy:.2f} %, "
-        f"calibration error (ECE) {100 * found.ece:.2f} %, Brier {found.brier:.4f}, area under the ROC curve {auc}"
+        f"yes against no by token probabilities, {amount(found.questions, 'question')}: "
+        f"accuracy {100 * found.accuracy:.2f} %, calibration error (ECE) {100 * found.ece:.2f} %, "
+        f"Brier {found.brier:.4f}, area under the ROC curve {auc}"
     )
 
 

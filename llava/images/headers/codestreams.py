@@ -61,6 +61,13 @@ def check_jpeg2000(frame: bytes, rows: int, columns: int, name: str, limits: Lim
     return frame
 
 
+def sample_bits(frame: bytes, name: str) -> int:
+    """Bits of a sample of a JPEG, JPEG-LS or JPEG 2000 frame that was checked."""
+    if frame[:2] == b"\xff\xd8":
+        return read_jpeg_header(frame, name).precision
+    return (frame[frame.index(_J2K_START) + 42] & 0x7F) + 1
+
+
 def _check_j2k(frame: bytes, rows: int, columns: int, name: str, limits: Limits, share: int) -> None:
     right, bottom, left, top, tile_width, tile_height = struct.unpack_from(">6L", frame, 8)
     (components,) = struct.unpack_from(">H", frame, 40)

@@ -81,6 +81,9 @@ _MAX_LONG_VALUE = 4 << 20
 _LONG = frozenset({0x0028_2000, 0x7FE0_0001, 0x7FE0_0002})
 """The colour profile and the tables of frames."""
 _SEQUENCES = frozenset({0x0028_3000, 0x0028_3010, 0x5200_9229, 0x5200_9230})
+_SIZES = {"US": 2, "SS": 2, "US or SS": 2, "UL": 4, "SL": 4, "FL": 4, "FD": 8, "UV": 8, "SV": 8}
+"""Bytes of a value, by its type."""
+_REPAIR = "correct this element, or export the image as PNG"
 _MAX_META_VALUE = 1 << 20
 _CHARACTER_SETS = frozenset({b"\x08\0\x05\0", b"\0\x08\0\x05"})
 
@@ -246,13 +249,39 @@ def _parse(pydicom, source: _Counted, tags: Sequence[str]):
 
 
 def check_values(dataset, name: str) -> None:
-    """Before pydicom makes Python objects of them, which takes up to a hundred times their bytes."""
+    """Before pydicom makes Python objects of them, which takes up to a hundred times their bytes.
+
+    Raises:
+        ImageError: with the element: too long, or no whole number of values of its type.
+    """
+    from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
+
     for element in dataset.values():
-        size = len(element.value) if isinstance(element.value, bytes) else 0
-        if element.tag in _SEQUENCES:
-            continue  # parsed by `sequence` alone
-        if size > (_MAX_LONG_VALUE if element.tag in _LONG else _MAX_VALUE) or (size and element.VR == "SQ"):
-            raise ImageError(f"{name}: the DICOM header is damaged (a value of {size:,} bytes)")
+        tag, size = element.tag, len(element.value) if isinstance(element.value, bytes) else 0
+        if tag in _SEQUENCES or not size:
+            continue  # sequences are parsed by `sequence` alone
+        is_untold = element.VR in (None, "UN") and dictionary_has_tag(tag)
+        vr = dictionary_VR(tag) if is_untold else element.VR
+        is_long = size > (_MAX_LONG_VALUE if tag in _LONG else _MAX_VALUE)
+        if is_long or element.VR == "SQ" or size % _SIZES.get(vr, 1):
+            said = keyword_for_tag(tag) or f"({tag.group:04x},{tag.elem:04x})"
+            raise ImageError(f"{name}: the DICOM header is damaged ({said} has a value of length {size:,}); {_REPAIR}")
+
+
+def element_errors(keyword: str, name: str) -> contextlib.AbstractContextManager[None]:
+    """Within, what fails becomes an ImageError that names the element."""
+    return plain_errors(name, f"the DICOM header is damaged ({keyword} has no usable value); {_REPAIR}")
+
+
+def whole_number(dataset, keyword: str, name: str, default: int | None = None) -> int:
+    """The value of an element that has a single one; `default` for none, and for zero.
+
+    Raises:
+        ImageError: with the element: it holds anything else, or nothing and there is no default.
+    """
+    with element_errors(keyword, name):
+        value: Any = dataset.get(keyword) or default
+        return int(value)
 
 
 def _guessed_syntax(pydicom, header):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava.images.headers.dicom_file import DicomFile, check_values, sequence
+from llava.images.headers.dicom_file import DicomFile, check_values, element_errors, sequence
 
-_GREY_ELEMENTS = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction")
+_GREY_NUMBERS = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth")
 _GREY_TABLES = ("ModalityLUTSequence", "VOILUTSequence")
 
 
@@ -41,7 +41,11 @@ def grey_module(pydicom, file: DicomFile, groups: list):
     if "PixelRepresentation" in header:
         module.PixelRepresentation = header.PixelRepresentation
     for scope in _scopes(pydicom, file, groups, "PixelValueTransformationSequence", "FrameVOILUTSequence"):
-        module.update({scope.get_item(keyword).tag: scope[keyword] for keyword in _GREY_ELEMENTS if keyword in scope})
+        for keyword in (*_GREY_NUMBERS, "VOILUTFunction"):
+            if keyword in scope:
+                with element_errors(keyword, budget.name):
+                    module[keyword] = scope[keyword]
+                    _check_number(scope[keyword].value if keyword in _GREY_NUMBERS else None)
         for keyword in _GREY_TABLES:
             tables = sequence(pydicom, scope, keyword, budget)[:1]
             for table in tables:
@@ -51,6 +55,12 @@ def grey_module(pydicom, file: DicomFile, groups: list):
             if usable:
                 setattr(module, keyword, usable)
     return module
+
+
+def _check_number(value) -> None:
+    """pydicom gives text as it is that should be a number: a ValueError; nothing at all is fine."""
+    for one in np.atleast_1d(value)[:1]:
+        float(one or 0)
 
 
 def own_window(module) -> tuple[float, float] | None:
@@ -69,8 +79,9 @@ def geometry(pydicom, file: DicomFile, groups: list) -> Geometry:
     scopes = list(_scopes(pydicom, file, groups, *names))
 
     def numbers(keyword: str) -> list[float]:
-        given = [value for scope in scopes if (value := scope.get(keyword)) is not None]
-        return [float(value) for value in np.atleast_1d(given[-1])] if given else []
+        with element_errors(keyword, file.budget.name):
+            given = [value for scope in scopes if (value := scope.get(keyword)) is not None]
+            return [float(value) for value in np.atleast_1d(given[-1])] if given else []
 
     directions, position = numbers("ImageOrientationPatient"), numbers("ImagePositionPatient")
     spacing = numbers("PixelSpacing") or numbers("ImagerPixelSpacing")

@@ -1,10 +1,13 @@
 """Compressed data unpacked in pieces, so that what it grows to is known before it is there."""
 
+import tempfile
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from llava.errors import ImageError
+from llava.folders import writing
 
 GZIP = b"\x1f\x8b"
 _PIECE = 16 << 10
@@ -36,6 +39,50 @@ def gunzip(file: BinaryIO, name: str) -> Iterator[bytes]:
         if piece[:1] != GZIP[:1]:
             return
     raise ImageError(f"{name}: compressed in more than {_MAX_MEMBERS:,} parts")
+
+
+class Unpacked:
+    """A gzip file to be read at any place: unpacked once, as far as anyone has read, into a file that has no name."""
+
+    def __init__(self, file: BinaryIO, name: str):
+        self._pieces, self._name = gunzip(file, name), name
+        self._store = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        self._place = self._end = 0
+        self._failed: ImageError | None = None
+
+    def seek(self, place: int) -> None:
+        self._place = place
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end.
+
+        Raises:
+            ImageError: the data is damaged before this place.
+            LlavaError: no room to unpack it.
+        """
+        with writing(Path(tempfile.gettempdir())):
+            self._unpack(self._place + size)
+            self._store.seek(self._place)
+            part = self._store.read(size)
+        self._place += len(part)
+        return part
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _unpack(self, end: int) -> None:
+        self._store.seek(self._end)
+        while self._end < end:
+            if self._failed is not None:
+                raise self._failed
+            try:
+                piece = next(self._pieces, b"")
+            except ImageError as error:
+                self._failed = error
+                raise
+            if not piece:
+                return
+            self._end += self._store.write(piece)
 
 
 def inflate(content: bytes | memoryview, max_bytes: int, name: str) -> bytes | None:

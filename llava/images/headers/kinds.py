@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava.errors import ImageError
+from llava.folders import other_form_note
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -32,7 +33,9 @@ def image_file(path: Path) -> BinaryIO:
     """The image's file; a pipe, which may never hold anything, is none."""
     try:
         if not path.is_file():
-            raise ImageError(f"image not found: {path}" if not path.is_dir() else f"{path}: a folder, not an image")
+            if path.is_dir():
+                raise ImageError(f"{path}: a folder, not an image")
+            raise ImageError(f"image not found: {path}{other_form_note([path])}")
         return path.open("rb")
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.folders import check_space, check_target, expanded, stage
 from llava.model.convert.delta_archive import DeltaArchive
 from llava.model.convert.model_card import write_model_card
@@ -314,4 +314,4 @@ def _numel(weights: WeightFiles, name: str) -> int:
 
 
 def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more tensors)"
+    return names[0] if len(names) == 1 else f"{names[0]} (and {amount(len(names) - 1, 'more tensor')})"

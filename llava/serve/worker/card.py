@@ -1,5 +1,6 @@
 """What a worker tells of its model: the facts that the checkpoint holds, in words."""
 
+from llava.errors import amount
 from llava.folders import expanded
 from llava.model.convert.model_card import shown_name
 from llava.model.language_model import LlavaForCausalLM
@@ -28,7 +29,7 @@ def card_of(model_path: str, model: LlavaForCausalLM) -> ModelCard:
     if base := summary.get("base"):
         lines["base"] = shown_name(base)
     if summary.get("steps") and summary.get("samples"):
-        lines["training"] = f"{summary['steps']:,} steps over {summary['samples']:,} samples"
+        lines["training"] = f"{amount(summary['steps'], 'step')} over {amount(summary['samples'], 'sample')}"
     return ModelCard(**{name: None if line is None else str(line)[:MOST] for name, line in lines.items()})
 
 

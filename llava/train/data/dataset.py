@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from llava.bars import tqdm
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import ImageError, LlavaError
+from llava.folders import other_form_note
 from llava.record_content import image_key, record_images
 from llava.records import Record
 from llava.tokenization import Encoded
@@ -203,17 +204,20 @@ class LlavaDataset(Dataset):
         return 1 if sample is None else len(sample.input_ids) * (1 if sample.images else -1)
 
     def drop_unreadable(self) -> None:
-        """Open every image once and leave out the samples whose image can't be read (counted in `report`).
+        """Open every image once and leave out the samples whose image can't be read (counted in `report`); one that
+        can't is tried again for each of its samples.
 
         Raises:
             LlavaError: none is left.
         """
-        good = []
+        good, opened = [], set[str]()
         for index in self._progress("checking images"):
             number = int(self.numbers[index])
             try:
                 for image in self._sample(index).images:
-                    self.load_image(self.image_source.read(image))
+                    if (key := image_key(image)) not in opened:
+                        self.load_image(self.image_source.read(image))
+                        opened.add(key)
             except (FileNotFoundError, LlavaError) as error:
                 self.report.skipped[number] = self._left_out(number, error)
             else:
@@ -234,8 +238,9 @@ class LlavaDataset(Dataset):
         where, skip = self.describe(number), "to drop such records, or add --skip_unreadable_images True"
         if isinstance(error, FileNotFoundError):
             folder = " (no --image_folder was given)" if self.image_source.folder is None else ""
+            note = other_form_note([Path(error.args[0])])
             return LlavaError(
-                f'{where}: image "{error.args[0]}" not found{folder}; correct --image_folder, run '
+                f'{where}: image "{error.args[0]}" not found{folder}{note}; correct --image_folder, run '
                 f'"llava-med filter-missing" {skip}'
             )
         if isinstance(error, ImageError):

@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from llava.errors import amount
 from llava.pages.charts import Line, smoothed, style
 from llava.records import atomic_path, read_json, read_records, write_json
 from llava.train.validation.flags import ANSWERS
@@ -135,8 +136,8 @@ def _write_page(folder: Path, summary: dict[str, Any], log_history: list[dict]) 
     write_page(
         folder / PAGE,
         f"Training: {folder.resolve().name}",
-        f"{summary['steps']:,} optimizer steps over {summary['samples']:,} records, {summary['seconds']:,.0f} seconds"
-        f"{since}.",
+        f"{amount(summary['steps'], 'optimizer step')} over {amount(summary['samples'], 'record')}, "
+        f"{summary['seconds']:,.0f} seconds{since}.",
         [
             ("Result", table(["", ""], facts)),
             ("Over the run", figures(*drawn)),
@@ -193,7 +194,7 @@ def _evaluations(validation: dict[str, Any] | None) -> Markup:
     rows = [["" if (value := one.get(name)) is None else f"{value:g}" for name in names] for one in curve]
     best = "" if validation.get("best_step") is None else f" The best one was that of step {validation['best_step']:,}."
     return table([name.replace("_", " ") for name in names], rows) + note(
-        f"{validation['samples']:,} records of {validation['data_path']}.{best}"
+        f"{amount(validation['samples'], 'record')} of {validation['data_path']}.{best}"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from llava.constants import NO_IMAGE
-from llava.errors import ImageError, LlavaError
+from llava.errors import ImageError, LlavaError, amount
 from llava.image_options import AXES, CT_WINDOWS
 from llava.images.headers.kinds import image_kind
 from llava.serve.decoding.pool import in_thread
@@ -162,7 +162,7 @@ class ScanPart:
 def draft_of(chat: Chat) -> str:
     """HTML: what goes with the next question."""
     count = len(chat.draft) + sum(scan.is_wanted for scan in chat.scans)
-    words = f"With your next question: {count} image{'s' if count > 1 else ''}." if count else ""
+    words = f"With your next question: {amount(count, 'image')}." if count else ""
     if not count and not chat.images():
         words = NO_IMAGE
     elif not count and chat.scans:
