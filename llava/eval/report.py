@@ -96,7 +96,7 @@ def write_report(
         overwrite: replace another page that is there.
     """
     from llava.eval.reports import sections
-    from llava.eval.reports.clean_subset import not_audited, read_audit, score_clean_subset
+    from llava.eval.reports.clean_subset import check_audited, not_audited, read_audit, score_clean_subset
     from llava.eval.reports.tables import markdown_table
     from llava.folders import refuse_other_content
     from llava.pages import write_page
@@ -113,8 +113,8 @@ def write_report(
                 others.append(entry.label)
             else:
                 clean.append((entry.label, score_clean_subset(entry.result, audited, audit)))
-    if others and not clean:
-        raise LlavaError(f"{audit}: the audit is of other questions than those of --pred; give that of theirs")
+        if not clean:
+            check_audited(plain[0].result, audited, audit)
     questions = len(entries), sum(entry.result.scores.questions for entry in entries)
     page = Path(output)
     markdown = page.with_suffix(".md")
