@@ -98,9 +98,8 @@ def write_report(
     from llava.eval.reports import sections
     from llava.eval.reports.clean_subset import check_audited, not_audited, read_audit, score_clean_subset
     from llava.eval.reports.tables import markdown_table
-    from llava.folders import refuse_other_content
     from llava.pages import write_page
-    from llava.records import atomic_path
+    from llava.records import atomic_path, written_together
 
     if not entries:
         raise LlavaError("a report needs at least one answer file")
@@ -121,10 +120,9 @@ def write_report(
     if page == markdown:
         raise LlavaError(f"--output {page}: the table goes there; give the page a name that ends in .html")
     header, rows, _ = sections.score_rows(entries)
-    with atomic_path(markdown, overwrite=overwrite) as temporary:
-        temporary.write_text(f"# {title}\n\n{markdown_table(header, rows)}\n", encoding="utf-8")
-        if not overwrite:  # before there is a page, which would be without its table
-            refuse_other_content(temporary, markdown)
+    with written_together():
+        with atomic_path(markdown, overwrite=overwrite) as temporary:
+            temporary.write_text(f"# {title}\n\n{markdown_table(header, rows)}\n", encoding="utf-8")
         write_page(
             page,
             title,

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.bars import tqdm
     from llava.folders import check_target, stage
-    from llava.records import write_records
+    from llava.records import write_records, written_together
 
     check_outputs(args, [args.folder], "sources", "table")
     choose = parse_slices(args.slices)
@@ -102,10 +102,11 @@ def main(argv: list[str] | None = None) -> None:
             raise LlavaError(f"{args.folder}: no series that can be used{why}")
         write_records(part / "records.json", [records[name] for name in sorted(records)])
         write_records(part / "left_out.jsonl", left_out.entries)
-        if sources:
-            sources.write(("image", "file", "frame"), private=True)
-        if table:
-            table.write(("image", "question", "answer"))
+        with written_together():
+            if sources:
+                sources.write(("image", "file", "frame"), private=True)
+            if table:
+                table.write(("image", "question", "answer"))
     count = sum(len(record["images"]) for record in records.values())
     write_line(f"{len(records)} series, {count} images: {target / 'records.json'}")
     for reason in left_out.reasons():
