@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -243,9 +244,36 @@ def _atomic_path(path: Path, overwrite: bool, private: bool) -> Iterator[Path]:
         sync(temporary)
         if not private:
             open_to_others(temporary)  # mkstemp makes private files
-        temporary.replace(path)
+        if (others := _together.get()) is None:
+            temporary.replace(path)
+        else:
+            others.append((temporary, path))
     finally:
-        temporary.unlink(missing_ok=True)
+        if (temporary, path) not in (_together.get() or ()):
+            temporary.unlink(missing_ok=True)
+
+
+_together: ContextVar[list[tuple[Path, Path]] | None] = ContextVar("together", default=None)
+"""Files of `written_together` that are complete, and the names that they will have."""
+
+
+@contextmanager
+def written_together() -> Iterator[None]:
+    """What `atomic_path` writes in the block, in its thread, gets its names at the block's end; if it fails, none does.
+
+    For the outputs of one command: where one of them may not be replaced, none is written.
+    """
+    files: list[tuple[Path, Path]] = []
+    outer = _together.set(files)
+    try:
+        yield
+        for temporary, path in files:
+            with writing(path):
+                temporary.replace(path)
+    finally:
+        _together.reset(outer)
+        for temporary, _ in files:
+            temporary.unlink(missing_ok=True)
 
 
 def _iter_json(path: Path) -> Iterator[Record]:

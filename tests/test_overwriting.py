@@ -151,6 +151,42 @@ def test_other_content_is_replaced_only_when_told_to(module, words, output, here
     assert not list(tmp_path.rglob(".*.part"))
 
 
+AUDIT = "--train {here}/r.json --test {here}/t.json --output {out}.json --clean-train {out}.jsonl"
+TWO = [
+    ("llava.data.validate", "{here}/r.json --fix {out}.jsonl --report {out}.json"),
+    ("llava.data.filter_missing", "{here}/r.json --image-folder {here} --output {out}.jsonl --missing-list {out}.json"),
+    ("llava.data.audit", AUDIT),
+    ("llava.instruct.instruct_postprocess", SUMMARY.replace("{here}/p.json", "{out}.jsonl")),
+    ("llava.eval.run_eval", "--gt {here}/r.json --pred {here}/a.jsonl --output {out}.json --per-item {out}.jsonl"),
+    ("llava.eval.report", REPORT),
+]
+
+
+@pytest.mark.parametrize(("module", "words"), TWO, ids=[row[0] for row in TWO])
+def test_where_one_output_is_refused_none_is_written(module, words, here, tmp_path):
+    command = importlib.import_module(module).main
+    argv = words.format(here=here, out=tmp_path / "out").split()
+    command(argv)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2
+    for kept in files:
+        for file in files:
+            file.unlink(missing_ok=True)
+        kept.write_bytes(b"mine")
+        with pytest.raises(LlavaError, match="--overwrite to replace"):
+            command(argv)
+        assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == [(kept, b"mine")]
+
+
+def test_no_image_is_saved_where_the_file_about_it_is_refused(here, tmp_path):
+    from llava.images import info
+
+    (tmp_path / "a.json").write_text("mine")
+    with pytest.raises(LlavaError, match="--overwrite to replace"):
+        info.main([f"{here}/a.png", "--save", f"{tmp_path}/a.png", "--json", f"{tmp_path}/a.json"])
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "mine")]
+
+
 FOLDERS = {
     "llava.model.apply_delta": "--base {here} --delta {here} --target {out}",
     "llava.model.make_delta": "--base {here} --target {here} --delta {out}",

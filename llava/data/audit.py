@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.data.audit_checks import audit_splits
     from llava.data.audit_text import audit_lines
     from llava.data.vqa_items import read_vqa_items
-    from llava.records import iter_records, write_json, write_records
+    from llava.records import iter_records, write_json, write_records, written_together
 
     train, test = existing_file(args.train, "--train"), existing_file(args.test, "--test")
     check_outputs(args, [train, test], "output", "clean_train")
@@ -45,16 +45,17 @@ def main(argv: list[str] | None = None) -> None:
         test_images=folder or None,
         jaccard=args.jaccard,
     )
-    if args.output:
-        write_json(
-            Path(args.output), {"train_file": str(train), "test_file": str(test), **audit}, overwrite=args.overwrite
-        )
     write_line("\n".join(audit_lines(audit)))
+    left_out = {str(key) for key in audit["train_on_test_images"]}
+    with written_together():
+        if args.output:
+            content = {"train_file": str(train), "test_file": str(test), **audit}
+            write_json(Path(args.output), content, overwrite=args.overwrite)
+        if args.clean_train:
+            items = zip(iter_records(train), read_vqa_items(train), strict=True)
+            clean = (record for record, item in items if str(item.id) not in left_out)
+            kept = write_records(args.clean_train, clean, overwrite=args.overwrite)
     if args.clean_train:
-        left_out = {str(key) for key in audit["train_on_test_images"]}
-        items = zip(iter_records(train), read_vqa_items(train), strict=True)
-        clean = (record for record, item in items if str(item.id) not in left_out)
-        kept = write_records(args.clean_train, clean, overwrite=args.overwrite)
         kept_records = amount(kept, "training record")
         write_line(f"{args.clean_train}: {kept_records}, {len(left_out):,} on an image of the test left out")
 

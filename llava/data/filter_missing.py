@@ -12,7 +12,7 @@ from llava.commandline import ArgumentParser, check_outputs, existing_dir, exist
 from llava.errors import LlavaError, amount
 from llava.folders import is_file, other_form_note
 from llava.record_content import image_file, images_of
-from llava.records import Record, iter_records, write_json, write_records
+from llava.records import Record, iter_records, write_json, write_records, written_together
 
 
 class Missing:
@@ -52,9 +52,10 @@ def main(argv=None) -> int:
     path = existing_file(args.input, "record file")
     check_outputs(args, [path], "output", "missing_list")
     missing = Missing(existing_dir(args.image_folder, "--image-folder"))
-    kept = write_records(args.output, with_images(path, missing), overwrite=args.overwrite)
-    if args.missing_list:
-        write_json(args.missing_list, list(missing.images), overwrite=args.overwrite)
+    with written_together():
+        kept = write_records(args.output, with_images(path, missing), overwrite=args.overwrite)
+        if args.missing_list:
+            write_json(args.missing_list, list(missing.images), overwrite=args.overwrite)
     write_line(
         f"{args.output}: {kept:,} of {amount(missing.records, 'record')} ({missing.text_only:,} of text alone); "
         f"{missing.dropped:,} dropped for {amount(len(missing.images), 'missing image')}{missing.note()}"

@@ -20,7 +20,7 @@ from llava.commandline import ArgumentParser, check_outputs, existing_dir, exist
 from llava.data.sample_form import SampleForm, add_form_flags, form_of
 from llava.errors import LlavaError, amount, one_line
 from llava.processes import process_pool
-from llava.records import Record, iter_records, write_json, write_records
+from llava.records import Record, iter_records, write_json, write_records, written_together
 from llava.tokenization.image_tokens import SCHEMES
 
 EXIT_FAULTS = 1
@@ -128,17 +128,18 @@ def main(argv=None) -> int:
     options = _options(args)
     check_outputs(args, [path], "fix", "report")
     report = Report(args.first)
-    if args.fix:
-        write_records(args.fix, validate(path, report, options, args.workers, fix=True), overwrite=args.overwrite)
-    else:
-        deque(validate(path, report, options, args.workers), maxlen=0)
-    if not report.records:
-        raise LlavaError(f"{path}: there are no records in it")
-    content = {"file": str(path), **report.as_json()}
-    if options.tokenizer:
-        content["tokenised_with"] = str(options.form)
-    if args.report:
-        write_json(args.report, content, overwrite=args.overwrite)
+    with written_together():
+        if args.fix:
+            write_records(args.fix, validate(path, report, options, args.workers, fix=True), overwrite=args.overwrite)
+        else:
+            deque(validate(path, report, options, args.workers), maxlen=0)
+        if not report.records:
+            raise LlavaError(f"{path}: there are no records in it")
+        content = {"file": str(path), **report.as_json()}
+        if options.tokenizer:
+            content["tokenised_with"] = str(options.form)
+        if args.report:
+            write_json(args.report, content, overwrite=args.overwrite)
     _show(content, args.fix)
     return EXIT_FAULTS if report.faulty else 0
 

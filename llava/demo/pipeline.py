@@ -38,11 +38,12 @@ class Job:
 
 
 class Pipeline:
-    """Runs steps in a folder; markers lie in `done/`, what commands say in `logs/`."""
+    """Runs steps in a folder, numbered up to `count`; markers lie in `done/`, what commands say in `logs/`."""
 
-    def __init__(self, folder: Path, key: Any):
+    def __init__(self, folder: Path, key: Any, count: int):
         self.folder = folder
         self.key = key
+        self.number, self.count = 0, count
         self.console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
         """Of each step."""
@@ -53,6 +54,7 @@ class Pipeline:
 
     def call(self, name: str, title: str, function: Callable[[], Any], settings: Any) -> None:
         """A step of this process."""
+        title = self._numbered(title)
         key = self._begin(name, settings)
         if key is None:
             self._say(f"{title}: done before")
@@ -64,17 +66,18 @@ class Pipeline:
         self.total += self.seconds[name]
 
     def run(self, title: str, jobs: Sequence[Job]) -> None:
-        """Commands side by side, as processes; one step each.
+        """A step of commands side by side, as processes; each has a marker of its own.
 
         Raises:
             LlavaError: a command failed; the message holds its last words and where its log is.
         """
+        title = self._numbered(title)
         waiting = [(job, key) for job in jobs if (key := self._begin(job.name, job.argv)) is not None]
-        for job in jobs:
-            if job not in [started for started, _ in waiting]:
-                self._say(f"{job.name}: done before")
+        self._say(title if waiting else f"{title}: done before")
         if waiting:
-            self._say(title)
+            for job in jobs:
+                if job not in [started for started, _ in waiting]:
+                    self._say(f"  {job.name}: done before")
             self._run(waiting)
         self.total += max(self.seconds[job.name] for job in jobs)
 
@@ -121,6 +124,10 @@ class Pipeline:
     def _finish(self, name: str, key: str, seconds: float) -> None:
         self.seconds[name] = round(seconds, 1)
         write_json(self.folder / "done" / f"{name}.json", {"key": key, "seconds": round(seconds, 1)})
+
+    def _numbered(self, title: str) -> str:
+        self.number += 1
+        return f"{self.number}/{self.count} {title}"
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False)

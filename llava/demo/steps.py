@@ -18,31 +18,29 @@ RUNS = {"": "images", "blind_": "grey"}
 """Prefix of the folders of each run, and its folder of records."""
 
 STAGES = (("stage_1", "alignment.json"), ("stage_2", "conversations.json"), ("vqa", "vqa_train.json"))
+TITLES = {"stage_1": "stage 1: projector", "stage_2": "stage 2: instructions", "vqa": "VQA fine-tuning"}
 
 
 def run_steps(output: Path, settings: Settings, seed: int) -> Pipeline:
     """Everything up to the answers. The final models lie in `output/vqa` and `output/blind_vqa`."""
-    pipeline = Pipeline(output, [seed, __version__])
+    pipeline = Pipeline(output, [seed, __version__], count=6 + len(STAGES))
     data = output / "data"
     cores = min(2, os.cpu_count() or 1)
     pipeline.call(
         "data",
-        "1/6 drawing the built-in set",
+        "drawing the built-in set",
         lambda: make_data(data, settings, seed, cores),
         [asdict(settings.counts), settings.image_size, settings.alignment],
     )
-    pipeline.call("tokenizer", "2/6 tokenizer", lambda: learn_tokenizer(data, output / "tokenizer"), None)
-    pipeline.run("3/6 base models", [_language_model(output, settings, seed, cores)])
-    pipeline.run("    and the vision tower", [_tower(output, settings, seed, cores)])
-    for number, (stage, _) in enumerate(STAGES, 1):
-        pipeline.run(
-            f"4/6 {('stage 1: projector', 'stage 2: instructions', 'VQA fine-tuning')[number - 1]}",
-            [_training(output, settings, seed, stage, prefix) for prefix in RUNS],
-        )
-    pipeline.run("5/6 answering the test questions", [_answers(output, settings, prefix) for prefix in RUNS])
+    pipeline.call("tokenizer", "tokenizer", lambda: learn_tokenizer(data, output / "tokenizer"), None)
+    pipeline.run("language model", [_language_model(output, settings, seed, cores)])
+    pipeline.run("vision tower", [_tower(output, settings, seed, cores)])
+    for stage, _ in STAGES:
+        pipeline.run(TITLES[stage], [_training(output, settings, seed, stage, prefix) for prefix in RUNS])
+    pipeline.run("answering the test questions", [_answers(output, settings, prefix) for prefix in RUNS])
     pipeline.call(
         "nearest_answers",
-        "6/6 the nearest training image's answers",
+        "the nearest training image's answers",
         lambda: answer_by_nearest(
             data / "vqa_train.json", data / "vqa_test.json", data / "images", answers_of(output, "nearest_")
         ),

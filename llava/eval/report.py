@@ -96,11 +96,10 @@ def write_report(
         overwrite: replace another page that is there.
     """
     from llava.eval.reports import sections
-    from llava.eval.reports.clean_subset import not_audited, read_audit, score_clean_subset
+    from llava.eval.reports.clean_subset import check_audited, not_audited, read_audit, score_clean_subset
     from llava.eval.reports.tables import markdown_table
-    from llava.folders import refuse_other_content
     from llava.pages import write_page
-    from llava.records import atomic_path
+    from llava.records import atomic_path, written_together
 
     if not entries:
         raise LlavaError("a report needs at least one answer file")
@@ -113,18 +112,17 @@ def write_report(
                 others.append(entry.label)
             else:
                 clean.append((entry.label, score_clean_subset(entry.result, audited, audit)))
-    if others and not clean:
-        raise LlavaError(f"{audit}: the audit is of other questions than those of --pred; give that of theirs")
+        if not clean:
+            check_audited(plain[0].result, audited, audit)
     questions = len(entries), sum(entry.result.scores.questions for entry in entries)
     page = Path(output)
     markdown = page.with_suffix(".md")
     if page == markdown:
         raise LlavaError(f"--output {page}: the table goes there; give the page a name that ends in .html")
     header, rows, _ = sections.score_rows(entries)
-    with atomic_path(markdown, overwrite=overwrite) as temporary:
-        temporary.write_text(f"# {title}\n\n{markdown_table(header, rows)}\n", encoding="utf-8")
-        if not overwrite:  # before there is a page, which would be without its table
-            refuse_other_content(temporary, markdown)
+    with written_together():
+        with atomic_path(markdown, overwrite=overwrite) as temporary:
+            temporary.write_text(f"# {title}\n\n{markdown_table(header, rows)}\n", encoding="utf-8")
         write_page(
             page,
             title,

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.image_folder:
         existing_dir(args.image_folder, "--image-folder")
     from llava.eval.reports.evaluation import evaluate
-    from llava.records import write_json, write_records
+    from llava.records import write_json, write_records, written_together
 
     result = evaluate(
         gt=existing_file(args.gt, "--gt"),
@@ -92,10 +92,11 @@ def main(argv: list[str] | None = None) -> None:
             sections.append(comparison.text())
             content["memory"] = comparison.as_dict()
     write_line("\n\n".join(sections))
-    if args.output:
-        write_json(Path(args.output), content, overwrite=args.overwrite)
-    if args.per_item:
-        write_records(Path(args.per_item), result.scores.rows, overwrite=args.overwrite)
+    with written_together():
+        if args.output:
+            write_json(Path(args.output), content, overwrite=args.overwrite)
+        if args.per_item:
+            write_records(Path(args.per_item), result.scores.rows, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

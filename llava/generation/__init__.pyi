@@ -4,6 +4,7 @@ from .engine import Handle as Handle
 from .types import Answer as Answer
 from .types import ContextTooLong as ContextTooLong
 from .types import EngineBusy as EngineBusy
+from .types import EngineStopped as EngineStopped
 from .types import OutOfMemory as OutOfMemory
 from .types import Piece as Piece
 from .types import Request as Request

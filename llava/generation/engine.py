@@ -27,7 +27,16 @@ from llava.generation.prompts import Prompt, PromptBuilder
 from llava.generation.runner import Runner
 from llava.generation.scheduler import Scheduler
 from llava.generation.state import Generation, Listener
-from llava.generation.types import Answer, ContextTooLong, EngineBusy, OutOfMemory, Piece, Request, name_request
+from llava.generation.types import (
+    Answer,
+    ContextTooLong,
+    EngineBusy,
+    EngineStopped,
+    OutOfMemory,
+    Piece,
+    Request,
+    name_request,
+)
 from llava.model import LoadedModel
 from llava.model.products import use_onednn
 
@@ -78,7 +87,7 @@ class Engine:
         self._stepping = threading.Lock()
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._is_stopping = False
+        self._is_stopped = False
 
     def generate(self, requests: Sequence[Request], progress: bool | str | None = None) -> list[Answer]:
         """Answers in the order of the requests.
@@ -87,6 +96,7 @@ class Engine:
         (with that text before it).
 
         Raises:
+            EngineStopped: by `stop`, and not started again.
             LlavaError: a request that can't be answered: the error names it, and nothing is answered.
         """
         known: dict[int, Any] = {}
@@ -106,8 +116,8 @@ class Engine:
                 for index in self._prepared(prompts, order):
                     generation = self._generation(prompts[index], underway, answers, index, bar)
                     underway.add(generation)
+                    self._take_in(generation, is_announced=True)
                     next(announced)
-                    self.scheduler.submit(generation, is_announced=True)
                     while len(self.scheduler.waiting) >= self.scheduler.max_batch_size:
                         self._advance()
                 while underway:
@@ -144,6 +154,7 @@ class Engine:
 
         Raises:
             EngineBusy: too many are waiting.
+            EngineStopped: by `stop`, and not started again.
             ContextTooLong, LlavaError: the request can't be answered.
         """
         if self.max_waiting is not None and len(self.scheduler.waiting) >= self.max_waiting:
@@ -154,9 +165,7 @@ class Engine:
         handle.generation = Generation(
             prompt, self.scheduler.detokenizer, listener or handle.put, is_streamed=pieces, keep=True
         )
-        self.scheduler.submit(handle.generation)
-        with self._work:
-            self._work.notify()
+        self._take_in(handle.generation)
         return handle
 
     def attention_map(self, request: Request, token_ids: Sequence[int]) -> AttentionMap:
@@ -186,21 +195,26 @@ class Engine:
 
     def start(self) -> None:
         """Run the steps in a thread of the engine's own until `stop`."""
-        if self._thread is None:
-            self._is_stopping = False
-            self._thread = threading.Thread(target=self._serve, name="llava-engine", daemon=True)
-            self._thread.start()
+        with self._work:
+            if self._thread is None:
+                self._is_stopped = False
+                self._thread = threading.Thread(target=self._serve, name="llava-engine", daemon=True)
+                self._thread.start()
 
     def stop(self, drain: bool = True) -> None:
-        """End the thread: after everything taken in is answered, or (without `drain`) with errors for all."""
-        if self._thread is None:
-            return
-        if not drain:
-            self._abort(LlavaError("the engine was stopped"))
+        """End the thread: after everything taken in is answered, or (without `drain`) with EngineStopped for all.
+
+        From its first moment on nothing is taken in, until `start`.
+        """
         with self._work:
-            self._is_stopping = True
+            thread = self._thread
+            if thread is None:
+                return
+            self._is_stopped = True
             self._work.notify()
-        self._thread.join()
+        if not drain:
+            self._abort(EngineStopped("the engine was stopped"))
+        thread.join()
         self._thread = None
 
     def statistics(self) -> dict[str, int]:
@@ -213,6 +227,14 @@ class Engine:
             "images_reused": self.encoder.reused,
             "prefixes": len(self.scheduler.prefixes),
         }
+
+    def _take_in(self, generation: Generation, is_announced: bool = False) -> None:
+        """Queue it; refused from `stop` on, because the thread may have looked for the last time."""
+        with self._work:
+            if self._is_stopped:
+                raise EngineStopped("the engine was stopped; call start() to have it take requests in again")
+            self.scheduler.submit(generation, is_announced)
+            self._work.notify()
 
     def _generation(
         self,
@@ -267,7 +289,7 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._work:
-                while self.scheduler.is_idle and not self._is_stopping:
+                while self.scheduler.is_idle and not self._is_stopped:
                     self._work.wait(1.0)
                 if self.scheduler.is_idle:
                     return

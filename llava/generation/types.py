@@ -13,6 +13,10 @@ class EngineBusy(LlavaError):
     """The queue is full; the request was not taken and may be sent again later."""
 
 
+class EngineStopped(LlavaError):
+    """The engine was stopped: the request was not taken in, or is given up."""
+
+
 class ContextTooLong(LlavaError):
     """The prompt leaves no room for an answer."""
 

@@ -12,7 +12,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from llava.bars import tqdm
     from llava.folders import check_target, stage
-    from llava.records import write_records
+    from llava.records import write_records, written_together
 
     check_outputs(args, [args.folder], "sources", "table")
     choose = parse_slices(args.slices)
@@ -106,11 +105,11 @@ def main(argv: list[str] | None = None) -> None:
             raise LlavaError(f"{args.folder}: no series that can be used{why}")
         write_records(part / "records.json", [records[name] for name in sorted(records)])
         write_records(part / "left_out.jsonl", left_out.entries)
-        with ExitStack() as written:  # all of them are there before one takes its place
+        with written_together():
             if sources:
-                written.enter_context(sources.written(("image", "file", "frame"), private=True))
+                sources.write(("image", "file", "frame"), private=True)
             if table:
-                written.enter_context(table.written(("image", "question", "answer")))
+                table.write(("image", "question", "answer"))
     count = sum(len(record["images"]) for record in records.values())
     write_line(f"{len(records):,} series, {amount(count, 'image')}: {target / 'records.json'}")
     for reason in left_out.reasons():
@@ -128,22 +127,17 @@ class Table:
             raise LlavaError(f"{path}: is a folder; give the name of a file")
         self.rows: list[tuple[str, str, int | str]] = []
 
-    @contextmanager
-    def written(self, header: tuple[str, ...], *, private: bool = False) -> Iterator[None]:
-        """The file takes its place when the block ends well; before it begins, one that may not be replaced is
-        refused (a LlavaError)."""
-        from llava.folders import refuse_other_content
+    def write(self, header: tuple[str, ...], *, private: bool = False) -> None:
         from llava.records import atomic_path
 
         rows = sorted(self.rows, key=lambda row: row[:2])
-        with atomic_path(self.path, overwrite=self.overwrite, private=private) as temporary:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                table = csv.writer(file)
-                table.writerow(header)
-                table.writerows(rows)
-            if not self.overwrite:
-                refuse_other_content(temporary, self.path)
-            yield
+        with (
+            atomic_path(self.path, overwrite=self.overwrite, private=private) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
+            table = csv.writer(file)
+            table.writerow(header)
+            table.writerows(rows)
 
 
 class Sources(Table):

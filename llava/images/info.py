@@ -42,6 +42,19 @@ def main(argv: list[str] | None = None) -> int:
         raise LlavaError(f"--model-path {args.model_path}: it says what --save writes; give that too")
     options = {"frame": args.frame, "axis": args.axis, "window": args.window}
     save = _Saver(args) if args.save else None
+    from llava.records import write_json, written_together
+
+    with written_together():
+        found, failed = _look_at(args, options, save)
+        if args.json == "-":
+            write_line(json.dumps(found, ensure_ascii=False, indent=1))
+        elif args.json:
+            write_json(Path(args.json), found, overwrite=args.overwrite)
+    return EXIT_BAD_INPUT if failed else 0
+
+
+def _look_at(args: Namespace, options: dict[str, Any], save: "_Saver | None") -> tuple[list[dict[str, Any]], int]:
+    """What `--json` holds of each file, and how many failed."""
     found: list[dict[str, Any]] = []
     failed = 0
     for file in args.files:
@@ -63,13 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         found.append({"file": file} | facts.as_dict() | ({"saved": str(saved)} if saved else {}))
         if args.json != "-":
             write_line(_text(file, facts, saved))
-    if args.json == "-":
-        write_line(json.dumps(found, ensure_ascii=False, indent=1))
-    elif args.json:
-        from llava.records import write_json
-
-        write_json(Path(args.json), found, overwrite=args.overwrite)
-    return EXIT_BAD_INPUT if failed else 0
+    return found, failed
 
 
 class _Saver:

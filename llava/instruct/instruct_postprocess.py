@@ -26,7 +26,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv=None) -> int:
-    from llava.records import iter_records, write_json, write_records
+    from llava.records import iter_records, write_json, write_records, written_together
 
     args = build_parser().parse_args(argv)
     check_outputs(args, [args.input_path], "output_path", "summary")
@@ -41,9 +41,10 @@ def main(argv=None) -> int:
             f"{args.input_path}: no dialogue is left after cleaning (of {counts['records_in']}: "
             f"{counts['refused']} refused by the writing model, {counts['records_left_empty']} left empty)"
         )
-    write_records(args.output_path, records, overwrite=args.overwrite)
-    if args.summary:
-        write_json(args.summary, dict(counts), overwrite=args.overwrite)
+    with written_together():
+        write_records(args.output_path, records, overwrite=args.overwrite)
+        if args.summary:
+            write_json(args.summary, dict(counts), overwrite=args.overwrite)
     write_line(summarise(counts))
     write_line(f"wrote {amount(len(records), 'record')} to {args.output_path}")
     return 0

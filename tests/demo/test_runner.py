@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from llava.demo import steps
 from llava.demo.__main__ import main, what_comes_next
 from llava.demo.pipeline import Job, Pipeline
 from llava.demo.report import _in_words
+from llava.demo.settings import SMALL
 from llava.errors import LlavaError
 from llava.records import write_json
 
@@ -44,7 +46,7 @@ def test_finished_steps_are_not_run_again_and_changed_settings_run_all_that_foll
     calls = []
 
     def go(setting):
-        pipeline = Pipeline(tmp_path, 0)
+        pipeline = Pipeline(tmp_path, 0, 2)
         pipeline.call("first", "first", lambda: calls.append("first"), setting)
         pipeline.run("second", [Job("second", ["-c", _append(tmp_path / "log")], [])])
         return pipeline
@@ -57,9 +59,25 @@ def test_finished_steps_are_not_run_again_and_changed_settings_run_all_that_foll
     assert calls == ["first", "first"] and (tmp_path / "log").read_text() == "xx"
 
 
+def test_each_step_that_runs_has_a_number_of_its_own(tmp_path, monkeypatch, capsys):
+    def finish(pipeline, waiting):
+        for job, key in waiting:
+            pipeline._finish(job.name, key, 0.0)
+
+    monkeypatch.setattr(Pipeline, "_run", finish)
+    for name in ("make_data", "learn_tokenizer", "answer_by_nearest"):
+        monkeypatch.setattr(steps, name, lambda *_: None)
+    for ending in ("", ": done before"):
+        pipeline = steps.run_steps(tmp_path, SMALL, 0)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(ending)]
+        count = len(said)
+        assert [line.split()[0] for line in said] == [f"{number}/{count}" for number in range(1, count + 1)]
+        assert pipeline.number == count == 9 and "3/9 language model" in said[2] and "7/9 VQA fine-tuning" in said[6]
+
+
 def test_what_a_killed_run_left_is_removed_first(tmp_path):
     (tmp_path / "a.txt").write_text("half")
-    Pipeline(tmp_path, 0).run("a", [_job(tmp_path, "a", _append(tmp_path / "a.txt"))])
+    Pipeline(tmp_path, 0, 1).run("a", [_job(tmp_path, "a", _append(tmp_path / "a.txt"))])
     assert (tmp_path / "a.txt").read_text() == "x"
 
 
@@ -69,7 +87,7 @@ def test_a_failed_command_is_one_line_with_its_last_words_and_stops_its_neighbou
         _job(tmp_path, "bad", "import sys; print('no such thing'); sys.exit(3)"),
     ]
     with pytest.raises(LlavaError, match=r"bad failed with exit code 3: no such thing \(log: .*bad.log"):
-        Pipeline(tmp_path, 0).run("both", jobs)
+        Pipeline(tmp_path, 0, 1).run("both", jobs)
     assert not (tmp_path / "done" / "good.json").exists() and not (tmp_path / "done" / "bad.json").exists()
 
 
@@ -77,7 +95,7 @@ def test_commands_get_their_threads_and_this_python(tmp_path):
     code = (
         f"import os, sys; open({str(tmp_path / 'a.txt')!r}, 'w').write(os.environ['OMP_NUM_THREADS'] + sys.executable)"
     )
-    Pipeline(tmp_path, 0).run("a", [Job("a", ["-c", code], [], threads=3)])
+    Pipeline(tmp_path, 0, 1).run("a", [Job("a", ["-c", code], [], threads=3)])
     assert (tmp_path / "a.txt").read_text() == f"3{sys.executable}"
 
 

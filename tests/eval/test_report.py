@@ -212,6 +212,13 @@ def test_an_audit_of_one_of_two_sets(tmp_path):
     main(["--pred", f"x={pred}", f"y={pred_b}", "--gt", gt, gt_b, *flags])
     page = (tmp_path / "r.html").read_text()
     assert "unseen image" in page and "other questions than those of y" in page
+    other = ["--pred", pred_b, "--gt", gt_b, "--audit", str(tmp_path / "audit.json")]
+    said = []
+    for command in (main, run_eval.main):  # where nothing is left to score, both say which audit to make
+        with pytest.raises(LlavaError, match="audit is of other questions") as refused:
+            command([*other, "--output", str(tmp_path / "none")])
+        said.append(str(refused.value))
+    assert said[0] == said[1] and gt_b in said[0] and not (tmp_path / "none").exists()
 
 
 def test_what_is_missing_or_was_changed_is_said_wherever_there_are_scores(files, tmp_path, capsys):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava.errors import LlavaError
-from llava.generation import Answer, Engine, EngineBusy, Piece, Request
+from llava.generation import Answer, Engine, EngineBusy, EngineStopped, Piece, Request
 from tests.generation.conftest import answer_alone, ask, assert_same, mixed_requests
 
 
@@ -200,8 +200,59 @@ def test_stop_answers_what_was_taken_in(llama):
     while not engine.scheduler.running:
         time.sleep(0.001)
     engine.stop(drain=False)
-    with pytest.raises(LlavaError, match="stopped"):
+    with pytest.raises(EngineStopped):
         list(handle)
+
+
+@pytest.mark.parametrize("drain", [True, False])
+@pytest.mark.parametrize("moment", ["the thread has ended", "everything was given up", "stop is over"])
+def test_nothing_is_taken_in_from_stop_on(llama, monkeypatch, drain, moment):
+    engine = Engine(llama)
+    engine.start()
+    join, abort = engine._thread.join, engine._abort
+
+    def refused_after(original):
+        def wrapped(*arguments):
+            original(*arguments)
+            with pytest.raises(EngineStopped, match="call start"):
+                engine.submit(ask("Hi"), lambda news: None)
+
+        return wrapped
+
+    if moment == "the thread has ended":
+        monkeypatch.setattr(engine._thread, "join", refused_after(join))
+    elif moment == "everything was given up":
+        monkeypatch.setattr(engine, "_abort", refused_after(abort))
+    engine.stop(drain)
+    for attempt in (engine.submit, lambda request: engine.generate([request])):
+        with pytest.raises(EngineStopped, match="call start"):
+            attempt(ask("Hi"))
+    monkeypatch.undo()
+    engine.start()
+    assert "".join(engine.stream(ask("Hi", max_new_tokens=3, ignore_eos=True))) and engine.scheduler.is_idle
+    engine.stop()
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_request_that_meets_stop_is_answered_or_refused(llama, drain):
+    engine = Engine(llama)
+    for _ in range(20):
+        engine.start()
+        at_once, ended = threading.Barrier(2, timeout=60), threading.Event()
+
+        def client(at_once=at_once, ended=ended):
+            at_once.wait()
+            try:
+                engine.submit(ask("Hi", max_new_tokens=2), lambda news: isinstance(news, Answer) and ended.set())
+            except EngineStopped:
+                ended.set()
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        at_once.wait()
+        engine.stop(drain)
+        thread.join(60)
+        assert ended.wait(10)
 
 
 def test_beams_are_streamed_and_end_at_stop_strings(llama):

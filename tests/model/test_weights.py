@@ -103,3 +103,16 @@ def test_order_of_preference(tmp_path):
     save({"x": torch.ones(1)}, tmp_path / "shard.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "shard.safetensors"}}))
     assert [path.name for path in find_weight_files(tmp_path)] == ["shard.safetensors"]
+
+
+def test_a_whole_file_beside_an_index_is_said_once(tmp_path, caplog):
+    index = tmp_path / "model.safetensors.index.json"
+    save({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
+    assert find_weight_files(tmp_path) == [tmp_path / "model.safetensors"] and not caplog.records
+    save({"x": torch.ones(2)}, tmp_path / "shard.safetensors")
+    index.write_text(json.dumps({"weight_map": {"x": "shard.safetensors"}}))
+    for _ in range(2):
+        assert WeightFiles.of_folder(tmp_path).read("x").tolist() == [1, 1]
+    (said,) = caplog.messages
+    assert f"{tmp_path}: model.safetensors lies beside model.safetensors.index.json" in said and "index's files" in said

@@ -118,7 +118,9 @@ def expect(locator):
 
 
 def screenshot(page, name):
+    """Where they are kept; a menu that was closed fades for a while, so it is waited for."""
     if folder := os.environ.get("LLAVA_SCREENSHOT_DIR"):
+        expect(page.locator("[role=option]")).to_have_count(0, timeout=PATIENCE)
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 from llava.errors import LlavaError
 from llava.images import png_data_url
 from llava.serve import model_worker
-from llava.serve.protocol import split_chunks
+from llava.serve.job import read_job
+from llava.serve.protocol import ErrorType, ServeError, split_chunks
 from llava.serve.secret import HEADER
 from llava.serve.web.parts.attention_view import Shown
 from tests.serve.processes import TINY_ENV, Process, wait_until
@@ -41,6 +42,18 @@ def ask(tiny_client, text, *images, **more):
 
 def stats(worker):
     return httpx.post(worker.url + "/worker_get_status", headers=SECRET, timeout=10).json()["stats"]
+
+
+def test_a_request_that_comes_after_the_engine_has_stopped_is_told_so(checkpoint):
+    from llava.generation import Engine
+    from llava.model import load_pretrained_model
+    from llava.serve.worker.engine_backend import EngineBackend
+
+    backend = EngineBackend(Engine(load_pretrained_model(checkpoint, device="cpu")))
+    backend.close()
+    with pytest.raises(ServeError) as refused:
+        backend.submit(read_job({"messages": question("What is shown?")}), print)
+    assert refused.value.error_type == ErrorType.WORKER_LOST
 
 
 def test_answers_equal_the_engines_own(tiny_client, checkpoint):

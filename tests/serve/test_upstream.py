@@ -116,6 +116,23 @@ def test_nobody_there_and_a_wrong_key(upstream, tmp_path):
         assert key not in (tmp_path / "log").read_text()
 
 
+def test_a_backend_that_closes_ends_every_request():
+    """The server behind it takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        backend = UpstreamBackend(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "m", concurrency=1)
+        job = read_job({"model": "m", "messages": [{"role": "user", "content": "Hi"}]})
+        news: queue.Queue = queue.Queue()
+        for _ in range(2):  # one at the server, one that waits
+            backend.submit(job, news.put)
+        wait_until(lambda: backend.stats()["running"] == 1, 30)
+        backend.close()
+        for _ in range(2):
+            assert news.get(timeout=30).error.error_type == ErrorType.CANCELLED
+        with pytest.raises(ServeError) as refused:
+            backend.submit(job, news.put)
+        assert refused.value.error_type == ErrorType.WORKER_LOST and backend.stats()["queue_length"] == 0
+
+
 def test_a_chunk_of_another_form_is_an_error_not_a_cancel(caplog):
     class Strange(BaseHTTPRequestHandler):
         def do_POST(self):

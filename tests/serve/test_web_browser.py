@@ -5,6 +5,7 @@ import json
 from contextlib import ExitStack
 
 import numpy as np
+from PIL import Image
 
 from llava.serve.web.parts.examples import draw_example
 from tests.images.test_medical import PATIENT, dicom
@@ -177,3 +178,16 @@ def test_a_visitor_is_told_of_the_conversation_log(browser, controller, tmp_path
         assert path.stat().st_mode & 0o777 == 0o600 and kept.stat().st_mode & 0o777 == 0o700
         assert "base64" not in path.read_text() and "127.0.0.1" not in path.read_text()
         page.close()
+
+
+MENU = """<ul role="listbox"><li role="option" style="background: red; height: 99px">one</li></ul>
+<script>setTimeout(() => document.querySelector("ul").remove(), 1500)</script>"""
+
+
+def test_no_picture_shows_a_menu_that_was_closed(browser, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAVA_SCREENSHOT_DIR", str(tmp_path))
+    page = browser.new_page()
+    page.set_content(MENU)
+    screenshot(page, "page")
+    page.close()
+    assert np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).min() == 255

@@ -144,8 +144,16 @@ def test_a_ct_series(open_page, controller, web, tmp_path):
         expect(last_answer(page)).to_contain_text("nodule?", timeout=PATIENCE)
         expect(page.locator("#chat0 [data-testid=user] img.thumb")).to_have_count(1, timeout=PATIENCE)
         expect(page.locator("#draft")).to_contain_text("is added already", timeout=PATIENCE)
+        # The view that was asked about stands there once, as the scan; as an image once another one is chosen.
+        expect(page.locator("#viewer [data-image]")).to_have_count(1, timeout=PATIENCE)
 
         set_slider(page, "scan-width", 1000)
+        wait_for_view(page, 27, window=(-600, 1000))
+        expect(page.locator("#viewer [data-image]")).to_have_count(2, timeout=PATIENCE)
+        page.locator("[data-image='0']").click()
+        wait_until(lambda: np.array_equal(shown(page, 0), as_opened(27, preset="lung")), 60)
+        expect(page.locator("[data-image='0']")).to_have_attribute("aria-pressed", "true")
+        page.locator("[data-image='1']").click()
         wait_for_view(page, 27, window=(-600, 1000))
         expect(page.locator("#scan-preset input")).to_have_value("own values", timeout=PATIENCE)
         page.locator("#scan-add").click()

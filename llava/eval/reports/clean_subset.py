@@ -62,18 +62,22 @@ def not_audited(evaluation: Evaluation, audit: dict[str, Any]) -> list[str]:
     return [str(entry.item.id) for entry in evaluation.joined if str(entry.item.id) not in audited]
 
 
-def score_clean_subset(evaluation: Evaluation, audit: dict[str, Any], path: str | Path) -> CleanScores:
-    """Score each clean subset of an audit, read from `path`.
-
-    Raises:
-        LlavaError: the audit is of other questions.
-    """
-    unknown = not_audited(evaluation, audit)
-    if unknown:
+def check_audited(evaluation: Evaluation, audit: dict[str, Any], path: str | Path) -> None:
+    """Raises a LlavaError if the audit, read from `path`, is of other questions."""
+    if unknown := not_audited(evaluation, audit):
         raise LlavaError(
             f"{path}: the audit is of other questions than {evaluation.gt}: {len(unknown)} are not in it (first "
             f"{unknown[0]!r}); give the one made with llava-med audit … --test {evaluation.gt}"
         )
+
+
+def score_clean_subset(evaluation: Evaluation, audit: dict[str, Any], path: str | Path) -> CleanScores:
+    """Score each clean subset of an audit, read from `path`.
+
+    Raises:
+        LlavaError: `check_audited`'s.
+    """
+    check_audited(evaluation, audit, path)
     settings = evaluation.settings
     candidates = None if settings["candidate"] is None else read_candidates(settings["candidate"])
     subsets: dict[str, Scores | None] = {}

@@ -4,7 +4,9 @@
 memory maps. A `.bin` file is a pickle: it is opened with `weights_only=True` alone, so code in it can't run.
 """
 
+import functools
 import json
+import logging
 import os
 import pickle
 import re
@@ -19,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from llava.errors import LlavaError, first_line
 from llava.records import read_json
+
+log = logging.getLogger(__name__)
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
@@ -63,12 +67,19 @@ def is_harmless(name: str) -> bool:
 
 
 def find_weight_files(folder: str | Path) -> list[Path]:
-    """The weight files of a model folder, [] if it has none; an index's missing shard is an error."""
+    """The weight files of a model folder, [] if it has none; an index's missing shard is an error.
+
+    Where a whole file lies beside an index that doesn't list it, one of them is of another save: the index is taken,
+    with a warning.
+    """
     folder = Path(folder)
     for name in (SAFETENSORS, PICKLED):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _shards(index)
+            shards = _shards(index)
+            if (folder / name).is_file() and folder / name not in shards:
+                _say_which(index, name)
+            return shards
         if (folder / name).is_file():
             return [folder / name]
     return []
@@ -236,6 +247,16 @@ def _unreadable(path: Path, error: Exception) -> LlavaError:
     return LlavaError(
         f"{path}: can't be read as a weight file, perhaps it was cut off while downloading or copying "
         f"({path.stat().st_size} bytes); fetch it again ({first_line(error)})"
+    )
+
+
+@functools.cache  # once: loading looks for a folder's files more than once
+def _say_which(index: Path, whole: str) -> None:
+    log.warning(
+        "%s: %s lies beside %s, which doesn't list it: the index's files are used; remove what is stale",
+        index.parent,
+        whole,
+        index.name,
     )
 
 

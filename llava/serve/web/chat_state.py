@@ -31,7 +31,8 @@ TOO_LONG = f"A conversation holds at most {MOST_TEXT:,} characters. Clear it fir
 @dataclass(frozen=True)
 class UploadedImage:
     """`url` is the file as it came, `large` and `thumbnail` PNGs of it; all data: URLs. Of a DICOM or NIfTI file also
-    how it is shown: `options`, and `said`, what of it is written down beside the answer."""
+    how it is shown: `options`, `said`, what of it is written down beside the answer, and `view`, the scan's name and
+    what it is drawn of (`Scan.view_key`)."""
 
     url: str
     large: str
@@ -39,6 +40,7 @@ class UploadedImage:
     sha256: str
     options: ImageOptions = NO_OPTIONS
     said: dict[str, Any] | None = None
+    view: tuple[str, Any] | None = None
 
     @classmethod
     def from_bytes(

@@ -5,7 +5,7 @@ A scan is in the server's memory alone, as the conversation that it belongs to. 
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -94,6 +94,11 @@ class Scan:
         """Of the view that is chosen."""
         return self._source_at(self.place)
 
+    @property
+    def view_key(self) -> tuple[str, Source]:
+        """By which an image of a question (`UploadedImage.view`) is known as the view that is chosen now."""
+        return self.name, self.source
+
     def choose_place(self, place: int) -> None:
         """Raises an ImageError if there is no such slice."""
         self._source_at(place)
@@ -165,12 +170,13 @@ class Scan:
 
     def view(self, pool: DecodingPool) -> UploadedImage:
         """The view as an image of a question."""
-        file, options = self.source
+        key = self.view_key
+        file, options = key[1]
 
         def small(source: Any) -> Image.Image:
             return pool.open(source, longest=LARGE)
 
-        return UploadedImage.from_bytes(self.files[file], small, options, self.said())
+        return replace(UploadedImage.from_bytes(self.files[file], small, options, self.said()), view=key)
 
 
 def read_scans(files: Sequence[tuple[str, bytes]], pool: DecodingPool) -> tuple[list[Scan], list[str]]:

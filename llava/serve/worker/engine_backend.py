@@ -15,6 +15,7 @@ from llava.generation import (
     ContextTooLong,
     Engine,
     EngineBusy,
+    EngineStopped,
     OutOfMemory,
     Request,
     TokenLogprob,
@@ -135,6 +136,8 @@ def to_serve_error(error: Exception) -> ServeError:
     """A typed error for the client; what isn't known is logged here and told to nobody."""
     if isinstance(error, EngineBusy):
         return ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
+    if isinstance(error, EngineStopped):
+        return ServeError(ErrorType.WORKER_LOST)
     if isinstance(error, ContextTooLong):
         return ServeError(ErrorType.CONTEXT_TOO_LONG, str(error))
     if isinstance(error, (OutOfMemory, torch.OutOfMemoryError, MemoryError)):

@@ -59,6 +59,7 @@ class UpstreamBackend:
         self.held = 0
         self.counts = {"running": 0, "waiting": 0, "finished": 0, "failed": 0}
         self.lock = threading.Lock()
+        self.is_closed = False
         self.slots = asyncio.Semaphore(concurrency)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="upstream", daemon=True).start()
@@ -71,11 +72,13 @@ class UpstreamBackend:
             )
         request, size = to_request(job, self.model, self.pool.open)
         with self.lock:
+            if self.is_closed:
+                raise ServeError(ErrorType.WORKER_LOST)
             if self.counts["running"] + self.counts["waiting"] >= self.limit or self.held + size > MOST_HELD:
                 raise ServeError(ErrorType.QUEUE_FULL, retry_after=1.0)
             self.counts["waiting"] += 1
             self.held += size
-        task = asyncio.run_coroutine_threadsafe(self._answer(request, size, put), self.loop)
+            task = asyncio.run_coroutine_threadsafe(self._answer(request, size, put), self.loop)
 
         # A turn of the loop later: a task that is cancelled before its first step would never say that it has ended.
         def cancel() -> None:
@@ -94,8 +97,18 @@ class UpstreamBackend:
             return {"queue_length": self.counts["running"] + self.counts["waiting"], **self.counts}
 
     def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        """Cancel what is under way, each to its last piece; nothing is taken in from now on."""
+        with self.lock:
+            self.is_closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self.loop)
         self.pool.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.loop.stop()
 
     async def _answer(self, request: dict[str, Any], size: int, put: Callable[[Piece], None]) -> None:
         """One request, to its last piece; cancelling it closes the connection, so that the server stops too."""

@@ -15,8 +15,11 @@ are there."""
 
 
 def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
-    """The prediction as a table, predicted and not measured; with the peaks of all `ranks`, if they differ."""
+    """Whether it fits, then the prediction as a table, predicted and not measured; with the peaks of all `ranks`, if
+    they differ."""
     p, gpu = prediction, prediction.gpu
+    verdict = "fits" if p.fits else "does not fit"
+    yield f"{verdict}: it takes {p.peak_gb:.1f} GB; of {gpu.memory_gb:g} GB, {gpu.usable_gb:.1f} GB are usable"
     yield f"predicted, not measured: {p.gpus} × {gpu.name}" + (", rates from its data sheet" if gpu.is_scaled else "")
     for note in p.notes:
         yield f"note: {note}"
@@ -50,8 +53,6 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
     )
     for name, text in rows.items():
         yield f"  {name:28}{text}"
-    verdict = "fits" if p.fits else "does not fit"
-    yield f"{verdict}: it takes {p.peak_gb:.1f} GB; of {gpu.memory_gb:g} GB, {gpu.usable_gb:.1f} GB are usable"
 
 
 def short(hours: float) -> str:
