@@ -109,7 +109,9 @@ def with_images(question: str, count: int) -> str:
     """
     named = question.count(DEFAULT_IMAGE_TOKEN)
     if named not in (0, count):
-        raise LlavaError(f"the question has {named} {DEFAULT_IMAGE_TOKEN} for {amount(count, 'image')}")
+        raise LlavaError(
+            f"the question has {named} {DEFAULT_IMAGE_TOKEN} for {amount(count, 'image')}; give each image one, or none"
+        )
     return question if named else (DEFAULT_IMAGE_TOKEN + "\n") * count + question
 
 

@@ -48,13 +48,19 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 def in_other_form(path: Path) -> bool:
     """Whether there is a file whose path differs by its Unicode form alone: macOS writes é as two characters (NFD)."""
-    parts = path.parts
-    for place in range(len(parts) - 1, -1, -1):
-        for form in ("NFC", "NFD") if not parts[place].isascii() else ():
-            other = Path(*parts[:place], *(unicodedata.normalize(form, part) for part in parts[place:]))
-            if other != path and is_file(other):
-                return True
-    return False
+    found = Path(path.parts[0]) if path.parts else path
+    for part in path.parts[1:]:
+        forms = [part] if part.isascii() else [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        found = next((found / form for form in forms if os.path.lexists(found / form)), found / part)
+    return found != path and is_file(found)
+
+
+_OTHER_FORM = (
+    "is there under a name in another Unicode form (NFC, NFD): rename the file, or write the name as it is there"
+)
+_OTHER_FORMS = (
+    "are there under names in another Unicode form (NFC, NFD): rename the files, or write the names as they are there"
+)
 
 
 def other_form_note(missing: Collection[Path]) -> str:
@@ -62,8 +68,9 @@ def other_form_note(missing: Collection[Path]) -> str:
     found = sum(map(in_other_form, missing))
     if not found:
         return ""
-    which = "a file of that name" if len(missing) == 1 else f"of {found:,} of them a file"
-    return f"; {which} is there in another Unicode form (NFC, NFD): rename it, or write the name as it is there"
+    if len(missing) == 1:
+        return f"; it {_OTHER_FORM}"
+    return f"; 1 of them {_OTHER_FORM}" if found == 1 else f"; {found:,} of them {_OTHER_FORMS}"
 
 
 def part_of(target: Path) -> Path:

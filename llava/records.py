@@ -233,6 +233,8 @@ def atomic_path(path: str | Path, *, overwrite: bool = True, private: bool = Fal
 
 
 def _atomic_path(path: Path, overwrite: bool, private: bool) -> Iterator[Path]:
+    if path.is_dir():
+        raise LlavaError(f"{path}: is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     os.close(handle)
@@ -247,13 +249,13 @@ def _atomic_path(path: Path, overwrite: bool, private: bool) -> Iterator[Path]:
         if (others := _together.get()) is None:
             temporary.replace(path)
         else:
-            others.append((temporary, path))
+            others[temporary] = path
     finally:
-        if (temporary, path) not in (_together.get() or ()):
+        if temporary not in (_together.get() or ()):
             temporary.unlink(missing_ok=True)
 
 
-_together: ContextVar[list[tuple[Path, Path]] | None] = ContextVar("together", default=None)
+_together: ContextVar[dict[Path, Path] | None] = ContextVar("together", default=None)
 """Files of `written_together` that are complete, and the names that they will have."""
 
 
@@ -263,16 +265,16 @@ def written_together() -> Iterator[None]:
 
     For the outputs of one command: where one of them may not be replaced, none is written.
     """
-    files: list[tuple[Path, Path]] = []
+    files: dict[Path, Path] = {}
     outer = _together.set(files)
     try:
         yield
-        for temporary, path in files:
+        for temporary, path in files.items():
             with writing(path):
                 temporary.replace(path)
     finally:
         _together.reset(outer)
-        for temporary, _ in files:
+        for temporary in files:
             temporary.unlink(missing_ok=True)
 
 

@@ -25,6 +25,7 @@ from llava.records import (
     read_records,
     write_json,
     write_records,
+    written_together,
 )
 from llava.resumable import ResumableJsonl
 from llava.train.data.record_store import open_records
@@ -129,6 +130,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_records(path, broken())
     assert json.loads(path.read_text()) == {"old": True}
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_of_files_that_are_written_together_none_is_where_one_cannot_be(tmp_path):
+    old = tmp_path / "old.json"
+    write_json(old, {"old": True})
+    with pytest.raises(LlavaError, match="folder: is a folder; give the name of a file"), written_together():
+        write_json(old, {"new": True})
+        (tmp_path / "folder").mkdir()
+        write_json(tmp_path / "folder", {"new": True})
+    assert json.loads(old.read_text()) == {"old": True}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "old.json"]
 
 
 def test_atomic_path_keeps_the_umask(tmp_path):

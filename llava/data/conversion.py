@@ -299,7 +299,7 @@ def summary_lines(manifest: dict[str, Any]) -> list[str]:
         gone = amount(missing["images"], "image doesn't exist", "images don't exist")
         lines.append(f"{amount(missing['records'], 'record')} {done}: {gone}")
         if other := missing.get("in_another_unicode_form"):
-            lines.append(f"  of {other:,} of them a file is there whose name has another Unicode form (NFC, NFD)")
+            lines.append(f"  there under a name in another Unicode form (NFC, NFD): {other:,}")
     left_out = manifest["left_out"].items()
     lines += [f"{amount(count, 'record')} left out: {one_line(reason, 200)}" for reason, count in left_out]
     lines += [f"{count:,} corrected: {what}" for what, count in manifest["corrected"].items()]

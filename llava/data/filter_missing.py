@@ -83,7 +83,7 @@ def with_images(path: Path, missing: Missing) -> Iterator[Record]:
         raise LlavaError(f"{path}: there are no records in it")
     if missing.dropped == missing.records:
         raise LlavaError(
-            f"{path}: none of its {amount(missing.records, 'record')} has its image under {missing.folder} "
+            f"{path}: no record of {missing.records:,} has its image under {missing.folder} "
             f"(first: {next(iter(missing.images), '')}){missing.note()}; is it the right folder?"
         )
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.conversion import is_inside
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.folders import in_other_form, is_file
 from llava.image_options import with_options_of
 from llava.record_content import (
@@ -92,7 +92,7 @@ def check_form(record: Record) -> list[Finding]:
     if turns[-1].role != ASSISTANT:
         found.append(Finding("no_answer"))
     if placeholders != images:
-        found.append(Finding("image_count", f"{placeholders} {DEFAULT_IMAGE_TOKEN}, {images} image(s)"))
+        found.append(Finding("image_count", f"{placeholders} {DEFAULT_IMAGE_TOKEN}, {amount(images, 'image')}"))
     if not images:
         found.append(Finding("text_only"))
     return found + _spelling(record)

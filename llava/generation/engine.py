@@ -195,6 +195,8 @@ class Engine:
 
     def start(self) -> None:
         """Run the steps in a thread of the engine's own until `stop`."""
+        while self._is_stopped and (ending := self._thread) is not None:
+            self._end(ending)
         with self._work:
             if self._thread is None:
                 self._is_stopped = False
@@ -204,18 +206,22 @@ class Engine:
     def stop(self, drain: bool = True) -> None:
         """End the thread: after everything taken in is answered, or (without `drain`) with EngineStopped for all.
 
-        From its first moment on nothing is taken in, until `start`.
+        From its first moment on nothing is taken in, until `start`. Without a thread it does nothing.
+
+        Raises:
+            LlavaError: called by a listener, in the thread that it would wait for.
         """
         with self._work:
             thread = self._thread
             if thread is None:
                 return
+            if thread is threading.current_thread():
+                raise LlavaError("a listener can't stop the engine that calls it; call stop() in another thread")
             self._is_stopped = True
             self._work.notify()
         if not drain:
             self._abort(EngineStopped("the engine was stopped"))
-        thread.join()
-        self._thread = None
+        self._end(thread)
 
     def statistics(self) -> dict[str, int]:
         """Numbers for a metrics page: gauges `running` and `waiting`, the rest counted since the start."""
@@ -227,6 +233,12 @@ class Engine:
             "images_reused": self.encoder.reused,
             "prefixes": len(self.scheduler.prefixes),
         }
+
+    def _end(self, thread: threading.Thread) -> None:
+        thread.join()
+        with self._work:
+            if self._thread is thread:
+                self._thread = None
 
     def _take_in(self, generation: Generation, is_announced: bool = False) -> None:
         """Queue it; refused from `stop` on, because the thread may have looked for the last time."""

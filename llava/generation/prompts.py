@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.generation.cache.prefix_store import BLOCK
 from llava.generation.cache.tokenizer_cache import TokenizerCache
 from llava.generation.constraint import Constraint, Constraints
@@ -93,7 +93,7 @@ class PromptBuilder:
         places = int((ids == IMAGE_TOKEN_INDEX).sum())
         if places != len(request.images):
             raise LlavaError(
-                f"the text has {places} <image> but {len(request.images)} image(s) were given; "
+                f"the text has {places} <image> for {amount(len(request.images), 'image')}; "
                 f"each image needs its <image> in the text"
             )
         images = [self._identify(source, known) for source in request.images]

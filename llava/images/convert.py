@@ -22,6 +22,7 @@ from llava.commandline import ArgumentParser, check_outputs, existing_dir, run, 
 from llava.errors import LlavaError, amount
 from llava.folders import expanded
 from llava.image_options import add_window_flag
+from llava.images.headers.inflating import NoRoom
 from llava.images.limits import Limits
 from llava.images.nifti import read_nifti_slices
 from llava.images.opening import open_image
@@ -123,8 +124,6 @@ class Table:
         self.path, self.overwrite = expanded(path).absolute(), overwrite
         if self.path.resolve().is_relative_to(target.resolve()):
             raise LlavaError(f"{path}: {why} the set; give a path outside --output-dir")
-        if self.path.is_dir():
-            raise LlavaError(f"{path}: is a folder; give the name of a file")
         self.rows: list[tuple[str, str, int | str]] = []
 
     def write(self, header: tuple[str, ...], *, private: bool = False) -> None:
@@ -268,6 +267,8 @@ def _opened(
     if series.volume is not None:
         try:
             return list(read_nifti_slices(series.volume, Limits(), chosen, axis=series.axis, window=window))
+        except NoRoom:
+            raise
         except LlavaError as error:
             return [error] * len(chosen)
     opened: list[Image.Image | LlavaError] = []

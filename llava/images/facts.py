@@ -43,7 +43,7 @@ class ImageFacts:
         high, wide = self.spacing_mm[:2] if self.spacing_mm else (1.0, 1.0)
         if min(high, wide) > 0 and max(high, wide) > 1.01 * min(high, wide):
             more, which = (high / wide, "high") if high > wide else (wide / high, "wide")
-            self.shown.append(f"not stretched: in the patient it is {more:.3g} times as {which}")
+            self.shown.append(f"not stretched: in the patient it is {more:.3g} times as {which} as here")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,6 +6,7 @@ python -m llava.images.info scan.dcm volume.nii.gz --save seen/
 """
 
 import json
+import os
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -45,23 +46,27 @@ def main(argv: list[str] | None = None) -> int:
     from llava.records import write_json, written_together
 
     with written_together():
-        found, failed = _look_at(args, options, save)
-        if args.json == "-":
-            write_line(json.dumps(found, ensure_ascii=False, indent=1))
-        elif args.json:
+        found, lines, failed = _look_at(args, options, save)
+        if args.json not in (None, "-"):
             write_json(Path(args.json), found, overwrite=args.overwrite)
+    # Not before: what they say is saved has its name now.
+    for line in [json.dumps(found, ensure_ascii=False, indent=1)] if args.json == "-" else lines:
+        write_line(line)
     return EXIT_BAD_INPUT if failed else 0
 
 
-def _look_at(args: Namespace, options: dict[str, Any], save: "_Saver | None") -> tuple[list[dict[str, Any]], int]:
-    """What `--json` holds of each file, and how many failed."""
+def _look_at(
+    args: Namespace, options: dict[str, Any], save: "_Saver | None"
+) -> tuple[list[dict[str, Any]], list[str], int]:
+    """What `--json` holds of each file, the text of those that can be opened, and how many can't."""
     found: list[dict[str, Any]] = []
+    lines: list[str] = []
     failed = 0
     for file in args.files:
         from llava.images.opening import open_and_describe
 
         try:
-            if expanded(file).is_dir():
+            if os.path.isdir(expanded(file)):  # Path.is_dir raises at a name that is too long
                 raise LlavaError(
                     f"{file}: a folder; name files in it ({Path(file) / '*'}), or make a training set of it: llava-med "
                     f"image-convert {file} --output-dir OUTPUT_FOLDER"
@@ -74,9 +79,8 @@ def _look_at(args: Namespace, options: dict[str, Any], save: "_Saver | None") ->
             found.append({"file": file, "error": str(error)})
             continue
         found.append({"file": file} | facts.as_dict() | ({"saved": str(saved)} if saved else {}))
-        if args.json != "-":
-            write_line(_text(file, facts, saved))
-    return found, failed
+        lines.append(_text(file, facts, saved))
+    return found, lines, failed
 
 
 class _Saver:

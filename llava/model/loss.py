@@ -105,6 +105,10 @@ def sum_of_losses(
 ) -> torch.Tensor:
     """Sum of the cross entropies of `targets [rows]` after `hidden_states [rows, hidden]`, a float32 scalar."""
     rows = max(1, chunk_elements // vocab_size)
+    if hidden_states.is_cpu and torch.is_autocast_enabled("cpu"):
+        # oneDNN keeps megabytes for each new number of rows.
+        added = padded_rows(len(targets)) - len(targets)
+        hidden_states, targets = pad(hidden_states, (0, 0, 0, added)), pad(targets, (0, added), value=IGNORE_INDEX)
     if targets.shape[0] <= rows:
         return _sum(hidden_states, targets, lm_head)
     parts = [
@@ -115,8 +119,4 @@ def sum_of_losses(
 
 
 def _sum(hidden_states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
-    if hidden_states.is_cpu and torch.is_autocast_enabled("cpu"):
-        # oneDNN keeps megabytes for each new number of rows.
-        added = padded_rows(len(targets)) - len(targets)
-        hidden_states, targets = pad(hidden_states, (0, 0, 0, added)), pad(targets, (0, added), value=IGNORE_INDEX)
     return cross_entropy(lm_head(hidden_states).float(), targets, reduction="sum")

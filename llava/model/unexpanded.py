@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.tokenization import expand_images, pad_batch
 
 Images = torch.Tensor | Sequence[torch.Tensor]
@@ -86,8 +86,8 @@ def _used(images: list[torch.Tensor], places: list[int]) -> list[torch.Tensor]:
         return images
     if len(images) != sum(max(count, 1) for count in places):
         raise LlavaError(
-            f"the ids have {sum(places)} places for images (id {IMAGE_TOKEN_INDEX}) but {len(images)} image(s) were "
-            f"given; each image needs its place"
+            f"the ids have {sum(places)} places for images (id {IMAGE_TOKEN_INDEX}) for "
+            f"{amount(len(images), 'image')}; each image needs its place"
         )
     owners = [count > 0 for count in places for _ in range(max(count, 1))]
     return [image for image, is_used in zip(images, owners, strict=True) if is_used]

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
+from llava.errors import amount
 from llava.image_options import ImageOptions, ImageWithOptions
 from llava.sampling_params import SamplingParams
 from llava.serve.protocol import ErrorType, ServeError
@@ -92,7 +93,7 @@ def _to_job(request: GenerateRequest) -> Job:
     else:
         raise _bad("prompt: give either prompt or messages")
     if places != len(images):
-        raise _bad(f"images: the prompt has {places} {DEFAULT_IMAGE_TOKEN} but {len(images)} image(s) came with it")
+        raise _bad(f"images: the prompt has {places} {DEFAULT_IMAGE_TOKEN} for {amount(len(images), 'image')}")
     if len(images) > MAX_IMAGES:
         raise _bad(f"images: {len(images)} are more than the {MAX_IMAGES} allowed")
     return Job(

@@ -6,7 +6,7 @@ from typing import overload
 import numpy as np
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -46,7 +46,7 @@ def expand_images(
     features = np.asarray(features_per_image, np.int64)
     if features.ndim and len(features) != len(places):
         raise LlavaError(
-            f"the text has {len(places)} <image> but there are {len(features)} image(s); "
+            f"the text has {len(places)} <image> for {amount(len(features), 'image')}; "
             f"each image needs its <image> in the text"
         )
     repeats = np.ones(len(ids), np.int64)

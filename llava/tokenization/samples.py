@@ -9,7 +9,7 @@ import numpy as np
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, Segment, SeparatorStyle, get_template
-from llava.errors import LlavaError
+from llava.errors import LlavaError, amount
 from llava.record_content import ASSISTANT, Dialogue, RecordOrTurns, Turn, read_dialogue
 from llava.tokenization.batches import expand_images, truncate
 from llava.tokenization.encoder import encode_segments
@@ -142,7 +142,7 @@ def _plain_segments(turns: list[Turn], template: Conversation) -> list[Segment]:
     if len(turns) != 2 or not images:
         raise LlavaError(
             f'the template "{template.name}" takes a question with <image> and one answer, its caption; '
-            f"this conversation has {len(turns)} turn(s) and {images} <image> in the first"
+            f"this conversation has {amount(len(turns), 'turn')} and {images} <image> in the first"
         )
     return [Segment(DEFAULT_IMAGE_TOKEN * images, False), Segment(turns[1].text + template.sep, True)]
 

@@ -97,11 +97,11 @@ def test_images_whose_names_are_in_another_unicode_form_are_counted(work, capsys
         {**ROWS[0], "qid": number, "image_name": name} for number, name in enumerate((name, "r\u00f6.jpg", "no.jpg"))
     ]
     train = put(work / "train.json", rows)
-    with pytest.raises(LlavaError, match=r"; of 1 of them a file is there in another Unicode form .*--missing drop"):
+    with pytest.raises(LlavaError, match=r"; 1 of them is there under a name in another Unicode form .*--missing drop"):
         vqa_rad(work, "--train", train)
     vqa_rad(work, "--train", train, "--missing", "drop")
     assert read_json(work / "out" / "manifest.json")["missing_images"]["in_another_unicode_form"] == 1
-    assert "  of 1 of them a file is there whose name has another Unicode form" in capsys.readouterr().out
+    assert "  there under a name in another Unicode form (NFC, NFD): 1" in capsys.readouterr().out
 
 
 def test_a_question_that_is_a_number_is_text_and_counted(work):

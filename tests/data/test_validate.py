@@ -236,7 +236,7 @@ def test_filter_missing(tmp_path, images, capsys):
     assert "3 of 4 records (1 of text alone)" in capsys.readouterr().out
     write_records(tmp_path / "in.json", [*records, CASES["image_other_form"]])
     filter_missing.main([*flags, "--overwrite"])
-    assert "; of 1 of them a file is there in another Unicode form (NFC, NFD)" in capsys.readouterr().out
+    assert "; 1 of them is there under a name in another Unicode form (NFC, NFD)" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     write_records(tmp_path / "in.json", [GOOD])
     flags[2] = str(tmp_path / "empty")

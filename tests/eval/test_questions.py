@@ -54,5 +54,5 @@ def test_tags_and_images_have_to_agree(tmp_path):
     path = tmp_path / "q.json"
     turns = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "x"}]
     path.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": turns}]))
-    with pytest.raises(LlavaError, match=r"record 0 \(\"1\"\): 2 <image> in the question and 1 image"):
+    with pytest.raises(LlavaError, match=r"record 0 \(\"1\"\): 2 <image> in the question and 1 image;"):
         read_med_questions(path)

@@ -204,16 +204,21 @@ def test_stop_answers_what_was_taken_in(llama):
         list(handle)
 
 
-@pytest.mark.parametrize("drain", [True, False])
-@pytest.mark.parametrize("moment", ["the thread has ended", "everything was given up", "stop is over"])
+@pytest.mark.parametrize(
+    ("moment", "drain"),
+    [("the thread has ended", True), ("the thread has ended", False), ("everything was given up", False),
+     ("stop is over", True)],
+)  # fmt: skip
 def test_nothing_is_taken_in_from_stop_on(llama, monkeypatch, drain, moment):
     engine = Engine(llama)
     engine.start()
     join, abort = engine._thread.join, engine._abort
+    moments = []
 
     def refused_after(original):
         def wrapped(*arguments):
             original(*arguments)
+            moments.append(moment)
             with pytest.raises(EngineStopped, match="call start"):
                 engine.submit(ask("Hi"), lambda news: None)
 
@@ -224,6 +229,7 @@ def test_nothing_is_taken_in_from_stop_on(llama, monkeypatch, drain, moment):
     elif moment == "everything was given up":
         monkeypatch.setattr(engine, "_abort", refused_after(abort))
     engine.stop(drain)
+    assert moments == [moment] * (moment != "stop is over")
     for attempt in (engine.submit, lambda request: engine.generate([request])):
         with pytest.raises(EngineStopped, match="call start"):
             attempt(ask("Hi"))
@@ -252,7 +258,46 @@ def test_a_request_that_meets_stop_is_answered_or_refused(llama, drain):
         at_once.wait()
         engine.stop(drain)
         thread.join(60)
-        assert ended.wait(10)
+        assert not thread.is_alive() and ended.wait(10)
+
+
+def test_a_listener_cannot_stop_the_engine_that_calls_it(llama):
+    """It would wait for its own thread."""
+    engine, errors, ended = Engine(llama), [], threading.Event()
+
+    def listener(news):
+        for drain in (True, False):
+            try:
+                engine.stop(drain)
+            except LlavaError as error:
+                errors.append(str(error))
+        if isinstance(news, Answer):
+            ended.set()
+
+    engine.start()
+    engine.submit(ask("Hi", max_new_tokens=2), listener, pieces=False)
+    assert ended.wait(60)
+    assert len(errors) == 2 and all("call stop() in another thread" in error for error in errors)
+    engine.stop()
+
+
+def test_start_waits_for_a_stop_that_answers_what_was_taken_in(llama):
+    engine = Engine(llama)
+    engine.start()
+    handle = engine.submit(ask("Hi", max_new_tokens=200, ignore_eos=True))
+    while not engine.scheduler.running:
+        time.sleep(0.001)
+    first = engine._thread
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    while not engine._is_stopped:
+        time.sleep(0.001)
+    engine.start()
+    assert not first.is_alive() and len(list(handle)) > 1
+    stopping.join(60)
+    assert not stopping.is_alive() and engine._thread is not None
+    assert "".join(engine.stream(ask("Hi", max_new_tokens=3, ignore_eos=True)))
+    engine.stop()
 
 
 def test_beams_are_streamed_and_end_at_stop_strings(llama):

@@ -1,12 +1,16 @@
 """`python -m llava.images.convert`: series found and sorted, slices chosen, nobody named."""
 
 import csv
+import errno
+import gzip
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +187,37 @@ def test_the_slices_before_a_cut_are_drawn(tmp_path):
     (record,) = convert(path.parent, tmp_path / "out", "--slices", "all")
     assert 11 <= len(record["images"]) < 20
     assert {entry["why"] for entry in left_out(tmp_path / "out")} == {"the compressed data is cut off"}
+
+
+def test_a_disk_without_room_to_unpack_ends_the_command(tmp_path, monkeypatch):
+    path = tmp_path / "scans" / "volume.nii.gz"
+    path.parent.mkdir()
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), path)
+
+    class Full(io.BytesIO):
+        def write(self, piece):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(inflating.tempfile, "TemporaryFile", Full)
+    with pytest.raises(LlavaError, match=r"no room to unpack it in .*set TMPDIR to another folder"):
+        main([str(path.parent), "--output-dir", str(tmp_path / "out"), "--slices", "all"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_write_that_failed_once_is_not_gone_on_from(monkeypatch):
+    """The next piece would lie where the lost one belongs."""
+    content = np.random.default_rng(0).bytes(200_000)
+    unpacked = inflating.Unpacked(io.BytesIO(gzip.compress(content, 1)), "a.nii.gz")
+
+    def full(piece):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(unpacked, "_store", SimpleNamespace(write=full, seek=unpacked._store.seek))
+    with pytest.raises(inflating.NoRoom):
+        unpacked.read(10)
+    monkeypatch.undo()
+    with pytest.raises(inflating.NoRoom):
+        unpacked.read(10)
 
 
 def test_names_depend_on_the_images_alone(hospital, tmp_path):

@@ -101,7 +101,6 @@ import sys
 for name in ("pylibjpeg", "libjpeg", "openjpeg", "gdcm", "jpeg_ls", "pyjpegls"):
     sys.modules[name] = None
 import json
-import struct
 from llava.errors import ImageError
 from llava.images import open_image
 found = {}

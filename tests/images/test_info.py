@@ -103,7 +103,7 @@ def test_a_volume(volume, axis, plane, slices, size, spacing):
     assert facts.spacing_mm == spacing and "axes LAS" in facts.stored and "int16" in facts.stored
     assert any("percentile" in line for line in facts.shown)
     high, wide, _ = spacing
-    assert facts.shown[-1] == f"not stretched: in the patient it is {high / wide:.3g} times as high"
+    assert facts.shown[-1] == f"not stretched: in the patient it is {high / wide:.3g} times as high as here"
 
 
 def test_proportions_that_are_right_are_not_told(tmp_path):
@@ -111,7 +111,9 @@ def test_proportions_that_are_right_are_not_told(tmp_path):
     assert not any("stretched" in line for line in describe_image(ct()).shown)
     header.PixelSpacing = [0.5, 1]
     header.save_as(tmp_path / "flat.dcm")
-    assert describe_image(tmp_path / "flat.dcm").shown[-1] == "not stretched: in the patient it is 2 times as wide"
+    assert (
+        describe_image(tmp_path / "flat.dcm").shown[-1] == "not stretched: in the patient it is 2 times as wide as here"
+    )
 
 
 def test_the_spacing_of_a_volume_is_in_millimetres_whatever_its_axes_and_unit():

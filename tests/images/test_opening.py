@@ -261,7 +261,7 @@ def test_a_name_in_another_unicode_form_is_said(tmp_path, there, asked):
     Image.new("RGB", (8, 8)).save(path)
     wanted = tmp_path / unicodedata.normalize(asked, f"{path.parent.name}/{path.name}")
     for other in (wanted, path.with_name(wanted.name)):
-        with pytest.raises(LlavaError, match=r"; a file of that name is there in another Unicode form .*: rename it"):
+        with pytest.raises(LlavaError, match=r"; it is there under a name in another Unicode form .*: rename the file"):
             open_image(other)
     with pytest.raises(LlavaError, match=r"image not found: \S*a\S*png$"):
         open_image(wanted.with_name("ra\u0308.png"))

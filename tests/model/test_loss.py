@@ -74,7 +74,7 @@ def test_numbers_of_targets_share_few_shapes_where_each_new_one_takes_memory(chu
         shapes |= seen.of_logits
         torch.testing.assert_close(loss, whole(hidden_states, head, labels), rtol=1e-2, atol=0)
         assert not hidden_states.grad[:, -1].any() and hidden_states.grad[:, :-1].any(-1).all()
-    assert len(shapes) <= 20
+    assert len(shapes) <= 4
 
 
 class Shapes(TorchDispatchMode):

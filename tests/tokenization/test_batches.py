@@ -23,7 +23,7 @@ def test_text_without_images_is_left_as_it_is():
 
 
 def test_a_wrong_number_of_images_is_an_error():
-    with pytest.raises(LlavaError, match="has 1 <image> but there are 2 image"):
+    with pytest.raises(LlavaError, match="has 1 <image> for 2 images;"):
         expand_images([1, -200], None, [4, 4])
 
 

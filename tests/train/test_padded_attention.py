@@ -78,7 +78,7 @@ def test_values_and_gradients_are_those_of_each_sequence_alone(key_heads, window
         torch.testing.assert_close(mine.grad, true.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [[LONG, 12, 14, LONG + 40, 300], [LONG, LONG + 7], [9, 0, LONG]], ids=str)
+@pytest.mark.parametrize("sizes", [[LONG, 12, 14, LONG + 40, 300], [LONG, LONG + 7], [9, 0, LONG], [0, LONG]], ids=str)
 @pytest.mark.parametrize("window", [None, 36])
 def test_long_sequences_among_short_ones_are_each_alone_too(sizes, window):
     """What packs of whole samples hold, each of which sees itself."""

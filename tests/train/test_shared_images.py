@@ -113,7 +113,7 @@ def test_an_image_whose_name_is_in_another_unicode_form_is_said(tmp_path):
         open_records(tmp_path / "records.json"), lambda record, features: Encoded([1, *IMAGE, 5, 6], [5] * 5, 1),
         ImageSource(tmp_path), open_image, count_features=lambda image: 2, max_length=100, lazy=True,
     )  # fmt: skip
-    with pytest.raises(LlavaError, match="not found; a file of that name is there in another Unicode form"):
+    with pytest.raises(LlavaError, match="not found; it is there under a name in another Unicode form"):
         dataset[0]
 
 

@@ -3,11 +3,9 @@
 import tempfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
-from llava.errors import ImageError
-from llava.folders import writing
+from llava.errors import ImageError, LlavaError
 
 GZIP = b"\x1f\x8b"
 _PIECE = 16 << 10
@@ -41,6 +39,10 @@ def gunzip(file: BinaryIO, name: str) -> Iterator[bytes]:
     raise ImageError(f"{name}: compressed in more than {_MAX_MEMBERS:,} parts")
 
 
+class NoRoom(LlavaError):
+    """The disk has no room for what is unpacked: not a fault of the image."""
+
+
 class Unpacked:
     """A gzip file to be read at any place: unpacked once, as far as anyone has read, into a file that has no name."""
 
@@ -48,7 +50,7 @@ class Unpacked:
         self._pieces, self._name = gunzip(file, name), name
         self._store = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self._place = self._end = 0
-        self._failed: ImageError | None = None
+        self._failed: LlavaError | None = None
 
     def seek(self, place: int) -> None:
         self._place = place
@@ -58,12 +60,11 @@ class Unpacked:
 
         Raises:
             ImageError: the data is damaged before this place.
-            LlavaError: no room to unpack it.
+            NoRoom: to unpack it.
         """
-        with writing(Path(tempfile.gettempdir())):
-            self._unpack(self._place + size)
-            self._store.seek(self._place)
-            part = self._store.read(size)
+        self._unpack(self._place + size)
+        self._store.seek(self._place)
+        part = self._store.read(size)
         self._place += len(part)
         return part
 
@@ -77,12 +78,23 @@ class Unpacked:
                 raise self._failed
             try:
                 piece = next(self._pieces, b"")
-            except ImageError as error:
-                self._failed = error
+                self._end += self._write(piece)
+            except LlavaError as error:
+                self._failed = error  # what was half written stands where the next piece belongs
                 raise
             if not piece:
                 return
-            self._end += self._store.write(piece)
+
+    def _write(self, piece: bytes) -> int:
+        try:
+            written = self._store.write(piece)
+            self._store.flush()
+        except OSError as error:
+            raise NoRoom(
+                f"{self._name}: no room to unpack it in {tempfile.gettempdir()} ({error.strerror}); "
+                f"free some space, or set TMPDIR to another folder"
+            ) from error
+        return written
 
 
 def inflate(content: bytes | memoryview, max_bytes: int, name: str) -> bytes | None:

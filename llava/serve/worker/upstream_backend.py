@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MOST_SENT, MOST_HELD = 64 << 20, 256 << 20
 """Characters of a request's images as PNG, which may have twenty times as many as came; of all requests'."""
+_CLOSING_SECONDS = 10
+"""For the last pieces of what is cancelled."""
 
 
 class UpstreamBackend:
@@ -62,7 +64,8 @@ class UpstreamBackend:
         self.is_closed = False
         self.slots = asyncio.Semaphore(concurrency)
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="upstream", daemon=True).start()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="upstream", daemon=True)
+        self.thread.start()
 
     def submit(self, job: Job, put: Callable[[Piece], None]) -> Callable[[], None]:
         if job.messages is None:
@@ -99,8 +102,11 @@ class UpstreamBackend:
     def close(self) -> None:
         """Cancel what is under way, each to its last piece; nothing is taken in from now on."""
         with self.lock:
+            if self.is_closed:
+                return
             self.is_closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self.loop)
+        self.thread.join(_CLOSING_SECONDS)
         self.pool.close()
 
     async def _end(self) -> None:

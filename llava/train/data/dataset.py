@@ -238,9 +238,10 @@ class LlavaDataset(Dataset):
         where, skip = self.describe(number), "to drop such records, or add --skip_unreadable_images True"
         if isinstance(error, FileNotFoundError):
             folder = " (no --image_folder was given)" if self.image_source.folder is None else ""
-            note = other_form_note([Path(error.args[0])])
+            missing = error.filename or error.args[0]
+            note = other_form_note([Path(missing)])
             return LlavaError(
-                f'{where}: image "{error.args[0]}" not found{folder}{note}; correct --image_folder, run '
+                f'{where}: image "{missing}" not found{folder}{note}; correct --image_folder, run '
                 f'"llava-med filter-missing" {skip}'
             )
         if isinstance(error, ImageError):

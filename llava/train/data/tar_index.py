@@ -10,7 +10,7 @@ import numpy as np
 from filelock import FileLock
 
 from llava.bars import tqdm
-from llava.errors import LlavaError, library_errors
+from llava.errors import LlavaError, amount, library_errors
 from llava.records import atomic_path
 from llava.train.data.kept_files import kept_path
 
@@ -86,7 +86,8 @@ def _index(shards: Sequence[Path]) -> np.ndarray:
     names = _sorted(np.concatenate(whole))
     if (repeated := np.flatnonzero(_as_before(names)[1:])).size:
         where = sorted({shards[int(names[place + more, 2])].name for place in repeated[:1] for more in (0, 1)})
-        raise LlavaError(f"{len(repeated)} member(s) are in two tar files, one of them in {' and '.join(where)}")
+        count = amount(len(repeated), "member is", "members are")
+        raise LlavaError(f"{count} in two tar files, one of them in {' and '.join(where)}")
     parts = _sorted(np.concatenate(last))
     again = _as_before(parts)
     parts[:-1, 2][again[1:]] = _AMBIGUOUS

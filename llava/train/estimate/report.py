@@ -47,7 +47,7 @@ def lines_of(prediction: Prediction, ranks: Ranks = ()) -> Iterator[str]:
         "samples of usual length": f"{p.samples_per_hour:,.0f} an hour",
     }
     unknown = p.records is None and p.max_steps <= 0
-    length = f"{amount(p.max_steps, 'step')}" if p.max_steps > 0 else f"{p.epochs:g} epoch{'s' * (p.epochs != 1)}"
+    length = amount(p.max_steps, "step") if p.max_steps > 0 else f"{p.epochs:g} epoch{'s' * (p.epochs != 1)}"
     rows["the whole recipe"] = f"{short(p.hours)} hours, {length}" + (
         f" of {ASSUMED_RECORDS:,} records (give their number: --records)" if unknown else ""
     )

@@ -73,12 +73,12 @@ def padded_attention(
     for number in alone:
         q, k, v = (part[number].transpose(0, 1).unsqueeze(0) for part in parts)
         outputs[number] = _by_sdpa(q, k, v, None, scale, dropout).squeeze(0).transpose(0, 1)
-    if others := [number for number in range(len(own)) if number not in outputs]:
+    if others := [number for number in range(len(own)) if own[number] and number not in outputs]:
         q, k, v = (torch.cat([part[number] for number in others]) for part in parts)
         sizes, seen_sizes = ([each[number] for number in others] for each in (own, seen))
         out = _in_buckets(q, k, v, sizes, seen_sizes, None, scale, dropout, window)
         outputs |= dict(zip(others, out.split(sizes)))
-    return torch.cat([outputs[number] for number in range(len(own))])
+    return torch.cat([outputs[number] for number in sorted(outputs)])
 
 
 def _is_alone(queries: int, keys: int, window: int | None) -> bool:
