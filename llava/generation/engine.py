@@ -1,6 +1,7 @@
 """`Engine`: requests in, answers out. Offline (`generate`), one at a time (`stream`), or as a service (`submit`).
 
-A caller that waits for an answer runs the engine's steps, unless `start` has begun a thread for them.
+A caller that waits for an answer runs the engine's steps, unless `start` has begun a thread for them. After `stop`
+nothing is taken in until `start`.
 """
 
 import logging
