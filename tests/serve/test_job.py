@@ -85,8 +85,8 @@ def test_neighbouring_turns_are_joined_and_system_goes_into_the_template():
     [
         ({}, "either prompt or messages"),
         ({"prompt": "a", "messages": [USER]}, "either prompt or messages"),
-        ({"prompt": "<image> a"}, "1 <image> but 0 image"),
-        ({"prompt": "a", "images": ["x"]}, "0 <image> but 1 image"),
+        ({"prompt": "<image> a"}, "1 <image> for 0 images"),
+        ({"prompt": "a", "images": ["x"]}, "0 <image> for 1 image"),
         ({"prompt": "a", "images": "x"}, "images: Input should be a valid list"),
         ({"prompt": 5}, "prompt: Input should be a valid string"),
         ({"prompt": "a", "temperature": -1}, "temperature: Input should be greater than or equal to 0"),
