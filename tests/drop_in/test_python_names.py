@@ -121,7 +121,7 @@ def test_a_left_padded_batch_with_other_numbers_of_images(loaded, images):
     # LLaVA's own batches carry an image for a row without one.
     dummy = torch.stack([pixels[0], torch.zeros_like(pixels[0]), *pixels[1:]])
     assert torch.equal(model.generate(input_ids=ids, images=dummy, **given), together)
-    with pytest.raises(LlavaError, match=r"3 places for images .* but 2 image"):
+    with pytest.raises(LlavaError, match=r"3 places for images .* for 2 images"):
         model.generate(ids, images=pixels[:2], **given)
 
 

@@ -215,7 +215,7 @@ def test_a_prompt_that_leaves_no_room_names_the_lengths(llama, images):
 
 def test_images_and_placeholders_have_to_match(llama, images, tmp_path):
     engine = Engine(llama)
-    with pytest.raises(LlavaError, match=r"'x'.*the text has 1 <image> but 2 image"):
+    with pytest.raises(LlavaError, match=r"'x'.*the text has 1 <image> for 2 images"):
         engine.generate([Request("<image> a", images[:2], id="x")])
     with pytest.raises(LlavaError, match=r"not found: .*none\.png"):
         engine.generate([ask("What?", [tmp_path / "none.png"])])

@@ -227,7 +227,7 @@ def test_completions(tiny_client, tiny_serving):
     content = [{"type": "image_url", "image_url": {"url": data_url()}}, {"type": "text", "text": "What is shown?"}]
     asked = chat(tiny_client, messages=[{"role": "user", "content": content}], max_tokens=8)
     assert seen.choices[0].text.strip() == asked.choices[0].message.content
-    with pytest.raises(openai.BadRequestError, match="images: the prompt has 1 <image> but 0"):
+    with pytest.raises(openai.BadRequestError, match="images: the prompt has 1 <image> for 0 images"):
         tiny_client.completions.create(**with_image)
     with pytest.raises(openai.BadRequestError, match="prompt"):
         tiny_client.completions.create(**given | {"prompt": ["a", "b"]})
