@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     from llava.pages import print_page, printing_browser
 
     browser = printing_browser() if args.pdf else None
+    pdf = Path(args.output).with_suffix(".pdf")
+    if browser and pdf.exists() and not (Path(args.output).exists() or args.overwrite):
+        raise LlavaError(f"{pdf} is there and isn't of this page; give another name, or --overwrite to replace it")
     named = [_label_and_file(text) for text in args.pred]
     check_outputs(args, [*(file for _, file in named), *(args.gt or ()), args.candidate, args.audit], "output")
     labels = Counter(label for label, _ in named)

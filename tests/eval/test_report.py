@@ -116,6 +116,10 @@ def test_yes_and_no_are_counted_against_the_reference(files):
 def test_the_page_as_a_pdf(files):
     if not any(map(shutil.which, BROWSERS)):
         pytest.skip("no browser here")
+    (files / "page.pdf").write_text("somebody's")
+    with pytest.raises(LlavaError, match=r"page\.pdf is there and isn't of this page"):
+        report.main(["--pred", f"m={files / 'seen.jsonl'}", "--output", str(files / "page.html"), "--pdf"])
+    assert not (files / "page.html").exists()
     make(files, "--pdf")
     assert (files / "page.pdf").read_bytes()[:5] == b"%PDF-"
 
