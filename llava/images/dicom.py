@@ -11,10 +11,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.errors import ImageError, LlavaError, amount, require
+from llava.errors import ImageError, LlavaError, require
 from llava.images.dicom_pixels import decode_frame
 from llava.images.facts import ImageFacts, plane_of
-from llava.images.headers.dicom_file import DicomFile, read_dicom_file, transfer_syntax_name, whole_number
+from llava.images.headers.dicom_file import (
+    DicomFile,
+    damaged_header,
+    read_dicom_file,
+    transfer_syntax_name,
+    whole_number,
+)
 from llava.images.headers.dicom_frames import frame_groups, geometry, grey_module, own_window
 from llava.images.headers.palettes import check_palettes
 from llava.images.limits import Limits, plain_errors
@@ -198,9 +204,9 @@ def _check(header, name: str, limits: Limits) -> int:
     bits = whole_number(header, "BitsAllocated", name)
     limits.check_size(columns, rows, name)
     if frames < 1 or bits not in (1, 8, 16, 32, 64) or samples not in (1, 3):
-        raise ImageError(
-            f"{name}: the DICOM header is wrong ({amount(frames, 'frame')}, {amount(samples, 'sample')} of "
-            f"{amount(bits, 'bit')})"
+        raise damaged_header(
+            name,
+            f"NumberOfFrames is {frames:,}, SamplesPerPixel {samples:,}, BitsAllocated {bits:,}: one can't be",
         )
     limits.check_volume(rows * columns * frames * samples * bits // 8, name)
     return frames

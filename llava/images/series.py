@@ -18,6 +18,7 @@ from llava.errors import ImageError, LlavaError, require
 from llava.images.headers.dicom_file import (
     DicomFile,
     check_values,
+    damaged_header,
     element_errors,
     read_dicom_file,
     sequence,
@@ -204,7 +205,7 @@ def _read(
         codes = _code(header.get("Modality")), _code(header.get("BodyPartExamined"))
         frames = whole_number(header, "NumberOfFrames", name, 1)
         if not 1 <= frames <= len(content):
-            raise ImageError(f"the DICOM header is wrong ({frames:,} frames)")
+            raise damaged_header(name, f"NumberOfFrames is {frames:,}")
         if frames > _MOST_FRAMES:
             raise ImageError(f"a file of {frames:,} frames can't be looked through; at most {_MOST_FRAMES:,} can")
         groups = _Groups(pydicom, file)
@@ -241,7 +242,7 @@ class _Groups:
             check_values(scope, self.file.budget.name)
             element = scope.get_item(keyword)
             if element is not None and isinstance(element.value, bytes) and len(element.value) > _MAX_NUMBERS:
-                raise ImageError(f"the DICOM header is damaged ({keyword} of {len(element.value):,} bytes)")
+                raise damaged_header(self.file.budget.name, f"{keyword} has a value of length {len(element.value):,}")
             with element_errors(keyword, self.file.budget.name):
                 values = [float(value) for value in scope.get(keyword) or ()] or values
         return values

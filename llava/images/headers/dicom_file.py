@@ -184,7 +184,7 @@ class _Counted(io.BytesIO):
         if not short[:2].isalpha():  # otherwise these are the VR, and the tag stands before them
             long = short
         if {short, long} & _CHARACTER_SETS or (long[:2] == b"\2\0" and size > _MAX_META_VALUE):
-            raise ImageError(f"{self.budget.name}: the DICOM header is damaged (a value of {size:,} bytes)")
+            raise damaged_header(self.budget.name, f"it has a value of length {size:,}")
 
 
 def read_dicom_file(
@@ -265,7 +265,12 @@ def check_values(dataset, name: str) -> None:
         is_long = size > (_MAX_LONG_VALUE if tag in _LONG else _MAX_VALUE)
         if is_long or element.VR == "SQ" or size % _SIZES.get(vr, 1):
             said = keyword_for_tag(tag) or f"({tag.group:04x},{tag.elem:04x})"
-            raise ImageError(f"{name}: the DICOM header is damaged ({said} has a value of length {size:,}); {_REPAIR}")
+            raise damaged_header(name, f"{said} has a value of length {size:,}")
+
+
+def damaged_header(name: str, what: str) -> ImageError:
+    """The error of a header in which `what`."""
+    return ImageError(f"{name}: the DICOM header is damaged ({what}); {_REPAIR}")
 
 
 def element_errors(keyword: str, name: str) -> contextlib.AbstractContextManager[None]:
