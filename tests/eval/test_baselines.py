@@ -181,7 +181,7 @@ def test_training_without_the_images_of_the_test(files, capsys):
     flags = ["--train", str(files / "train.json"), "--test", str(files / "test.json"), "--image-folder", str(files)]
     audit.main([*flags, "--clean-train", str(files / "clean.json")])
     assert [one["id"] for one in read_records(files / "clean.json")] == [1]
-    assert "1 training records, 3 on an image of the test left out" in capsys.readouterr().out
+    assert "1 training record, 3 on an image of the test left out" in capsys.readouterr().out
 
 
 @pytest.mark.long
