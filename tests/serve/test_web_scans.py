@@ -146,8 +146,6 @@ def test_a_ct_series(open_page, controller, web, tmp_path):
         expect(page.locator("#draft")).to_contain_text("is added already", timeout=PATIENCE)
         # The view that was asked about stands there once, as the scan; as an image once another one is chosen.
         expect(page.locator("#viewer [data-image]")).to_have_count(1, timeout=PATIENCE)
-        # Its attention map is that of the image.
-        expect(page.locator("#viewer [data-image][aria-pressed=true]")).to_have_attribute("data-view", "0")
 
         set_slider(page, "scan-width", 1000)
         wait_for_view(page, 27, window=(-600, 1000))

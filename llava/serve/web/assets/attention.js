@@ -74,7 +74,7 @@ function show(mark) {
   const {side, number} = mark.dataset;
   const {tokens, shares, brightest, views} = maps.found[side];
   const layer = element.querySelector(".maps");
-  const pressed = element.querySelector("[data-image][aria-pressed=true]")?.dataset.view;
+  const pressed = element.querySelector("[data-image][aria-pressed=true]")?.dataset.image;
   const own = views.filter((view) => view.place === Number(pressed));
   layer.replaceChildren(...(own.length ? own : views).map((view) => {
     const figure = document.createElement("figure");

@@ -121,29 +121,23 @@ def _tool(name: str, sign: str, words: str) -> str:
 
 def _strip(chat: Chat, images: list[UploadedImage]) -> str:
     """A button for each image, then for each scan. The view of a scan that was asked about is seen once: as the image
-    that it is, or, while it is still the one that is chosen, as the scan (whose button has its number: `data-view`)."""
+    that it is, or, while it is still the one that is chosen, as the scan."""
     scan = current_scan(chat)
     looked = len(images) - 1 if chat.looked is None else chat.looked
     items = [(image.thumbnail, f"Image {number}") for number, image in enumerate(images, 1)]
     items += [(each.icon, each.title) for each in chat.scans]
     place = len(images) + chat.current if scan is not None else looked
     asked = len(images) - len(chat.draft)
-    chosen = {each.view_key: number for number, each in enumerate(chat.scans, len(images))}
-    hidden = {
-        number: chosen[image.view]
-        for number, image in enumerate(images[:asked])
-        if image.view in chosen and number != place
-    }
-    views = {scan_place: number for number, scan_place in hidden.items()}
+    chosen = [each.view_key for each in chat.scans]
+    hidden = {number for number, image in enumerate(images[:asked]) if image.view in chosen} - {place}
     parts = []
     for number, (url, words) in enumerate(items):
         if number in hidden:
             continue
         words = html.escape(words)
         parts.append(
-            f'<span class="item"><button type="button" data-image="{number}" data-view="{views.get(number, number)}" '
-            f'title="{words}" aria-pressed="{"true" if number == place else "false"}">'
-            f'<img alt="{words}" src="{url}"></button>'
+            f'<span class="item"><button type="button" data-image="{number}" title="{words}" '
+            f'aria-pressed="{"true" if number == place else "false"}"><img alt="{words}" src="{url}"></button>'
         )
         if asked <= number:
             parts.append(
