@@ -83,7 +83,6 @@ _LONG = frozenset({0x0028_2000, 0x7FE0_0001, 0x7FE0_0002})
 _SEQUENCES = frozenset({0x0028_3000, 0x0028_3010, 0x5200_9229, 0x5200_9230})
 _SIZES = {"US": 2, "SS": 2, "US or SS": 2, "UL": 4, "SL": 4, "FL": 4, "FD": 8, "UV": 8, "SV": 8}
 """Bytes of a value, by its type."""
-_REPAIR = "correct this element, or export the image as PNG"
 _MAX_META_VALUE = 1 << 20
 _CHARACTER_SETS = frozenset({b"\x08\0\x05\0", b"\0\x08\0\x05"})
 
@@ -270,12 +269,16 @@ def check_values(dataset, name: str) -> None:
 
 def damaged_header(name: str, what: str) -> ImageError:
     """The error of a header in which `what`."""
-    return ImageError(f"{name}: the DICOM header is damaged ({what}); {_REPAIR}")
+    return ImageError(f"{name}: {_damage(what)}")
 
 
 def element_errors(keyword: str, name: str) -> contextlib.AbstractContextManager[None]:
     """Within, what fails becomes an ImageError that names the element."""
-    return plain_errors(name, f"the DICOM header is damaged ({keyword} has no usable value); {_REPAIR}")
+    return plain_errors(name, _damage(f"{keyword} has no usable value"))
+
+
+def _damage(what: str) -> str:
+    return f"the DICOM header is damaged ({what}); correct this element, or export the image as PNG"
 
 
 def whole_number(dataset, keyword: str, name: str, default: int | None = None) -> int:
