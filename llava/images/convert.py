@@ -19,10 +19,9 @@ from typing import Any
 from PIL import Image
 
 from llava.commandline import ArgumentParser, check_outputs, existing_dir, run, write_line
-from llava.errors import LlavaError, amount
+from llava.errors import ImageError, LlavaError, amount
 from llava.folders import expanded
 from llava.image_options import add_window_flag
-from llava.images.headers.inflating import NoRoom
 from llava.images.limits import Limits
 from llava.images.nifti import read_nifti_slices
 from llava.images.opening import open_image
@@ -267,9 +266,7 @@ def _opened(
     if series.volume is not None:
         try:
             return list(read_nifti_slices(series.volume, Limits(), chosen, axis=series.axis, window=window))
-        except NoRoom:
-            raise
-        except LlavaError as error:
+        except ImageError as error:
             return [error] * len(chosen)
     opened: list[Image.Image | LlavaError] = []
     for one in (series.slices[place] for place in chosen):

@@ -80,7 +80,7 @@ def read_nifti_slices(
     *,
     axis: int = 2,
     window: str | tuple[float, float] | None = None,
-) -> Iterator[Image.Image | LlavaError]:
+) -> Iterator[Image.Image | ImageError]:
     """As `read_nifti` of each of these slices, or why one can't be read; a volume that is packed is unpacked once.
 
     Raises:
@@ -97,7 +97,7 @@ def read_nifti_slices(
                 with plain_errors(name, _DAMAGED):
                     source.skip_to(0)
                     image = _image(_cut(source, index=index, axis=axis, window=window))
-            except LlavaError as error:
+            except ImageError as error:
                 yield error
             else:
                 yield image
